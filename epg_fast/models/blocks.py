@@ -1,0 +1,155 @@
+"""Building blocks of both networks; parameter names and shapes are those of the released checkpoints."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from epg_fast.ops import layer_norm_modulate
+
+
+def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
+    """Sinusoidal embedding of the time condition (SPEC 3).
+
+    t: [B] (250 ln sigma, may be negative). Returns [B, dim]: cosines, then sines, then a zero column if `dim` is odd;
+    float32, or float64 when `t` is float64.
+    """
+    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
+    half = dim // 2
+    exponent = torch.arange(half, device=t.device, dtype=dtype) / half
+    phase = t.to(dtype)[:, None] * torch.pow(torch.tensor(max_period, device=t.device, dtype=dtype), -exponent)[None]
+    return F.pad(torch.cat([phase.cos(), phase.sin()], dim=-1), (0, dim % 2))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, computed in float32, optionally followed by `* (1 + scale) + shift`."""
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
+        """x: [B, L, D]; shift, scale: [B, 1, D] or None. Returns x's shape and dtype."""
+        return layer_norm_modulate(x, self.weight, self.bias, shift, scale, eps=self.eps)
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d that does not lose its statistics to a 16-bit input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, C]; returns the same shape and dtype."""
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype))).to(x.dtype)
+
+
+class DropPath(nn.Module):
+    """Drops the residual branch of whole samples (stochastic depth)."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, D]; samples are zeroed with probability p, the others scaled by 1/(1-p), in training mode only."""
+        if self.p == 0.0 or not self.training:
+            return x
+        keep = torch.empty(x.shape[0], 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1.0 - self.p)
+        return x * keep / (1.0 - self.p)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection (order q, k, v)."""
+
+    def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"attention: width {dim} is not a multiple of the number of heads {num_heads}")
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, D] -> [B, L, D]."""
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.attn_drop if self.training else 0.0, scale=self.scale
+        )
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, length, dim)))
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, D] -> [B, L, D]."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block of the encoder."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop=0.0, attn_drop=0.0, drop_path=0.0):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, E] -> [B, L, E]."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class DecoderBlock(nn.Module):
+    """Block with a long skip from the encoder and adaptive LayerNorm (shift, scale, gate from the condition)."""
+
+    def __init__(
+        self,
+        dim,
+        encoder_dim,
+        num_heads,
+        mlp_ratio,
+        qkv_bias,
+        qk_scale,
+        proj_drop,
+        attn_drop,
+        drop_path,
+        skip_post_norm,
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
+        self.norm2 = LayerNorm(dim)
+        self.skip_linear = nn.Linear(encoder_dim + dim, dim)
+        self.skip_norm = LayerNorm(dim) if skip_post_norm else nn.Identity()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(encoder_dim, 6 * dim))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [B, L, D], cond: [B, 1, E], skip: [B, L, E] or None -> [B, L, D]."""
+        if skip is not None:
+            x = self.skip_norm(self.skip_linear(torch.cat([x, skip], dim=-1)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, dim=-1)
+        x = x + self.drop_path(gate1 * self.attn(self.norm1(x, shift1, scale1)))
+        return x + self.drop_path(gate2 * self.mlp(self.norm2(x, shift2, scale2)))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one convolution."""
+
+    def __init__(self, patch_size: int, in_channels: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, C, H, W] -> [B, N, E], patches in row-major order."""
+        return self.proj(x).flatten(2).transpose(1, 2)

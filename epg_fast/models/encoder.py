@@ -1,0 +1,187 @@
+"""The encoder: its trunk, shared with the generator, and RCMViT, the network of the pre-training stage."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed, timestep_embedding
+
+# Arguments of the official classes for features that EPG does not use, with the only value that is accepted.
+_OFFICIAL_UNUSED = {
+    "mlp_time_embed": False,
+    "qk_norm": False,
+    "stop_grad_conv1": False,
+    "moco_initialization": False,
+    "output_format": "clstoken",
+    "zero_init_out": True,
+}
+
+
+class ViTEncoder(nn.Module):
+    """Trunk: sequence [class tokens, time token, patches] + position embedding, blocks, final LayerNorm.
+
+    Raises ValueError when the image size is not a multiple of the patch size, or for official arguments whose feature
+    the released models do not use.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        patch_size,
+        in_channels,
+        embed_dim,
+        depth,
+        num_heads,
+        mlp_ratio,
+        qkv_bias,
+        qk_scale,
+        tokens,
+        drop,
+        attn_drop,
+        drop_path,
+        use_checkpoint,
+        official,
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of patch_size {patch_size}; "
+                f"the next smaller one is {image_size // patch_size * patch_size}"
+            )
+        for name, value in official.items():
+            if name not in _OFFICIAL_UNUSED:
+                raise TypeError(f"{type(self).__name__}: unknown argument {name!r}")
+            if value != _OFFICIAL_UNUSED[name]:
+                raise ValueError(f"{type(self).__name__}: {name}={value!r} is not supported; leave it out")
+        self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_channels
+        self.embed_dim, self.tokens, self.extras = embed_dim, tokens, tokens + 1
+        self.num_patches = (image_size // patch_size) ** 2
+        self.use_checkpoint = use_checkpoint
+        self.cls_token = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.num_patches, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path) for _ in range(depth)
+        )
+        self.norm = LayerNorm(embed_dim)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are usually exempt from weight decay."""
+        return {"pos_embed", "cls_token"}
+
+    def _initialize_trunk(self) -> None:
+        bound = math.sqrt(6.0 / (self.in_chans * self.patch_size**2 + self.embed_dim))
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def _check(self, x: torch.Tensor) -> None:
+        wanted = (self.in_chans, self.image_size, self.image_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != wanted:
+            raise ValueError(
+                f"{type(self).__name__}: got shape {list(x.shape)}, want [B, {', '.join(map(str, wanted))}]; "
+                "for another resolution load the weights with from_pretrained(..., image_size=...)"
+            )
+
+    def _embed(self, x: torch.Tensor, time: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+        """x: [B, C, H, W], time: [B, 1, E], label embedding: [B, 1, E] or None -> tokens [B, L, E]."""
+        cls = self.cls_token.expand(x.shape[0], -1, -1)
+        cls = cls if label is None else cls + label
+        return torch.cat([cls, time, self.patch_embed(x)], dim=1) + self.pos_embed
+
+    def _time_token(self, t: torch.Tensor) -> torch.Tensor:
+        return timestep_embedding(t, self.embed_dim).to(self.cls_token.dtype)[:, None]
+
+    def _run(self, block: nn.Module, *args: torch.Tensor | None) -> torch.Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class RCMViT(ViTEncoder):
+    """Encoder with projection head, as pre-trained in stage 1 (SPEC 3). Arguments as in the official class.
+
+    `forward(x, t)`: x [B, C, H, W] (already scaled by c_in), t [B] (250 ln sigma) ->
+    (projection [B, output_dim], feature [B, embed_dim]).
+    """
+
+    def __init__(
+        self,
+        image_size=224,
+        patch_size=16,
+        in_channels=3,
+        embed_dim=768,
+        hidden_dim=4096,
+        output_dim=256,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        tokens=1,
+        proj_layers=3,
+        drop=0.0,
+        attn_drop=0.0,
+        drop_path=0.0,
+        use_checkpoint=False,
+        **official,
+    ):
+        super().__init__(
+            image_size=image_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            tokens=tokens,
+            drop=drop,
+            attn_drop=attn_drop,
+            drop_path=drop_path,
+            use_checkpoint=use_checkpoint,
+            official=official,
+        )
+        self.projection_head = _projection_head(proj_layers, embed_dim, hidden_dim, output_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform Linears, the fused qkv as three matrices (SPEC 3)."""
+        self._initialize_trunk()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                fan_out = module.out_features // 3 if name.endswith("attn.qkv") else module.out_features
+                bound = math.sqrt(6.0 / (fan_out + module.in_features))
+                nn.init.uniform_(module.weight, -bound, bound)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def encode(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x: [B, C, H, W], t: [B] -> normalised first class token [B, E]; `projection_head` takes it from there."""
+        self._check(x)
+        x = self._embed(x, self._time_token(t), None)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x[:, :1])[:, 0]
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(projection [B, output_dim], feature [B, E])."""
+        feature = self.encode(x, t)
+        return self.projection_head(feature), feature
+
+
+def _projection_head(layers: int, embed_dim: int, hidden_dim: int, output_dim: int) -> nn.Module:
+    """MLP without biases; BatchNorm1d and ReLU after each layer but the last."""
+    widths = [embed_dim] + [hidden_dim] * (layers - 1) + [output_dim]
+    modules: list[nn.Module] = []
+    for i in range(layers):
+        modules.append(nn.Linear(widths[i], widths[i + 1], bias=False))
+        if i < layers - 1:
+            modules += [BatchNorm1d(widths[i + 1]), nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules)

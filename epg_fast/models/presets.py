@@ -1,0 +1,70 @@
+"""Named model sizes (epg_fast/configs/models/*.yaml) and the functions that build them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from functools import cache
+from importlib import resources
+
+import yaml
+
+from epg_fast.models.encoder import RCMViT
+from epg_fast.models.generator import EPGViT
+
+
+@cache
+def _presets() -> dict[str, dict]:
+    folder = resources.files("epg_fast") / "configs" / "models"
+    return {f.name[:-5]: yaml.safe_load(f.read_text()) for f in folder.iterdir() if f.name.endswith(".yaml")}
+
+
+def list_presets() -> list[str]:
+    """Names that `create_model` accepts."""
+    return sorted(_presets())
+
+
+def preset_config(name: str, **overrides) -> dict:
+    """All fields of a preset with `overrides` applied; None keeps the preset's value.
+
+    Raises ValueError for an unknown preset or field, naming the nearest valid one.
+    """
+    if name not in _presets():
+        raise ValueError(
+            f"unknown preset {name!r}{_nearest(name, list_presets())}; presets: {', '.join(list_presets())}"
+        )
+    valid = (set(inspect.signature(EPGViT).parameters) | set(inspect.signature(RCMViT).parameters)) - {"official"}
+    for field in overrides:
+        if field not in valid:
+            raise ValueError(f"unknown model argument {field!r}{_nearest(field, valid)}")
+    return {**_presets()[name], **{k: v for k, v in overrides.items() if v is not None}}
+
+
+def generator_from_config(config: dict) -> EPGViT:
+    """EPGViT from the fields of `preset_config` that concern it."""
+    return EPGViT(**_arguments_of(EPGViT, config))
+
+
+def encoder_from_config(config: dict) -> RCMViT:
+    """RCMViT from the fields of `preset_config` that concern it."""
+    return RCMViT(**_arguments_of(RCMViT, config))
+
+
+def create_model(name: str, **overrides) -> EPGViT:
+    """Generator of a preset, freshly initialised, e.g. `create_model("epg_xl_16_256", num_classes=10)`."""
+    return generator_from_config(preset_config(name, **overrides))
+
+
+def create_encoder(name: str, **overrides) -> RCMViT:
+    """Encoder of a preset with its projection head, freshly initialised."""
+    return encoder_from_config(preset_config(name, **overrides))
+
+
+def _arguments_of(cls, config: dict) -> dict:
+    names = set(inspect.signature(cls).parameters) - {"official"}
+    return {k: v for k, v in config.items() if k in names}
+
+
+def _nearest(name: str, valid) -> str:
+    match = difflib.get_close_matches(name, valid, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,265 @@
+"""Loading and saving weights: official .pth files, safetensors with the configuration inside, Hugging Face hub ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from epg_fast.models.encoder import RCMViT
+from epg_fast.models.generator import EPGViT
+from epg_fast.models.presets import encoder_from_config, generator_from_config, list_presets, preset_config
+
+# Looked for in this order when a folder is given: our own runs, then the released checkpoints.
+_FILES_IN_FOLDER = ("model.safetensors", "nnet_ema.pth", "nnet.pth")
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def from_pretrained(source: str | os.PathLike, *, device: str = "cpu", **overrides) -> EPGViT | RCMViT:
+    """Network with the weights of `source`, in eval mode: EPGViT, or RCMViT when the file holds an encoder.
+
+    source: a .safetensors of this package, an official .pth, a folder (a run folder, or one holding nnet_ema.pth), or a
+    hub id `owner/name` (needs huggingface_hub). The configuration is read from the file or inferred from the tensors;
+    `overrides` are constructor arguments. With another `image_size` the position embedding is interpolated.
+    Raises ValueError for weights that do not fit, naming the first few, and for files that are not plain tensors.
+    """
+    state, metadata = load_weights(source)
+    config = model_config(state, metadata, **overrides)
+    model = (generator_from_config if is_generator(state) else encoder_from_config)(config)
+    load_into(model, state, source)
+    model.metadata = metadata
+    return model.to(device).eval()
+
+
+def load_weights(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
+    """(state dict under the official names, metadata of our own files or {}) of a file, folder or hub id."""
+    path = _locate(source)
+    if path.suffix == ".safetensors":
+        state, metadata = _read_safetensors(path)
+    else:
+        state, metadata = _read_pickle(path), {}
+    return {_unwrap(name): tensor for name, tensor in state.items()}, metadata
+
+
+def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Write a safetensors file atomically; `metadata` (JSON-able) is stored inside and returned by `load_weights`."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would make the file private to its owner
+        save_file(tensors, temporary, metadata={"epg_fast": json.dumps(metadata), "format": "pt"})
+        temporary.chmod(mode)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_generator(state: dict[str, torch.Tensor]) -> bool:
+    """Whether the tensors are those of EPGViT (RCMViT has no output layer)."""
+    return "out.weight" in state
+
+
+def model_config(state: dict[str, torch.Tensor], metadata: dict, **overrides) -> dict:
+    """Constructor arguments for the tensors: shapes tell all but the number of heads, which the preset tells."""
+    config = dict(metadata.get("config") or _infer_config(state, overrides))
+    overrides = {k: v for k, v in overrides.items() if v is not None}
+    preset_config(list_presets()[0], **overrides)  # only to reject arguments that do not exist
+    return {**config, **overrides}
+
+
+def load_into(model: nn.Module, state: dict[str, torch.Tensor], source="the checkpoint", encoder_only: bool = False):
+    """Copy `state` into `model`, strictly; the position embedding is interpolated to the model's grid.
+
+    encoder_only: take the encoder trunk alone (the projection head, and decoder if any, of `state` are ignored and the
+    rest of `model` keeps its values). Raises ValueError naming the first few tensors that are missing, unexpected or of
+    another shape.
+    """
+    target = model.state_dict()
+    state = dict(state)
+    if "pos_embed" in state and state["pos_embed"].shape != target["pos_embed"].shape:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], target["pos_embed"], model.extras)
+    if encoder_only:
+        trunk = re.compile(r"cls_token|pos_embed|patch_embed\.|blocks\.|norm\.")
+        state = {k: v for k, v in state.items() if trunk.match(k)}
+        target = {k: v for k, v in target.items() if trunk.match(k)}
+    problems = [f"missing {k}" for k in target if k not in state]
+    problems += [f"unexpected {k}" for k in state if k not in target]
+    problems += [
+        f"{k} has shape {list(state[k].shape)}, want {list(v.shape)}"
+        for k, v in target.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems[:4])}{more}")
+    model.load_state_dict(state, strict=not encoder_only)
+
+
+def interpolate_pos_embed(pos_embed: torch.Tensor, target: torch.Tensor, extras: int) -> torch.Tensor:
+    """Bicubic interpolation of the patch part: pos_embed [1, extras+n*n, E] -> shape of `target` [1, extras+m*m, E].
+
+    Returned unchanged when it cannot fit (another width or number of extra tokens).
+    """
+    old, new = ((t.shape[1] - extras) ** 0.5 for t in (pos_embed, target))
+    if pos_embed.shape[2] != target.shape[2] or old != int(old) or new != int(new) or old == 0:
+        return pos_embed
+    grid = pos_embed[:, extras:].reshape(1, int(old), int(old), -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.double(), size=(int(new), int(new)), mode="bicubic", align_corners=False, antialias=True)
+    grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :extras], grid], dim=1)
+
+
+def _locate(source: str | os.PathLike) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in _FILES_IN_FOLDER:
+            if (path / name).is_file():
+                return path / name
+        raise ValueError(f"{source}: no weights in this folder; want one of {', '.join(_FILES_IN_FOLDER)}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
+        return _download(str(source))
+    raise ValueError(f"{source}: no such file or folder (a hub id has the form owner/name)")
+
+
+def _download(repo: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import EntryNotFoundError
+    except ImportError:
+        raise ValueError(
+            f"{repo}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
+        ) from None
+    for name in _FILES_IN_FOLDER:
+        try:
+            return Path(hf_hub_download(repo, name))
+        except EntryNotFoundError:
+            continue
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{repo}: no such file or folder, and the hub did not give it: {reason}") from None
+    raise ValueError(f"{repo}: the hub repository holds none of {', '.join(_FILES_IN_FOLDER)}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = json.loads((f.metadata() or {}).get("epg_fast", "{}"))
+            return {name: f.get_tensor(name) for name in f.keys()}, metadata  # noqa: SIM118 (safe_open is no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a .pth; only plain tensors are accepted and nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a file of plain tensors, so it was not loaded ({reason[:160]})") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: want a state dict (names to tensors), got {type(state).__name__}")
+    return state
+
+
+def _unwrap(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "") if wrapper == "_orig_mod." else name.removeprefix(wrapper)
+    return name
+
+
+def _infer_config(state: dict[str, torch.Tensor], overrides: dict) -> dict:
+    try:
+        embed_dim, in_channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+        tokens = state["cls_token"].shape[1]
+        grid = (state["pos_embed"].shape[1] - tokens - 1) ** 0.5
+        config = {
+            "image_size": int(round(grid)) * patch_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "embed_dim": embed_dim,
+            "tokens": tokens,
+            "depth": _count(state, "blocks"),
+            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+            "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        }
+        if is_generator(state):
+            classes = state.get("class_embed.weight")
+            config |= {
+                "decoder_depth": _count(state, "decoder_blocks"),
+                "decoder_embed_dim": state["out.weight"].shape[1],
+                "num_classes": 0 if classes is None else classes.shape[0] - 1,
+                "skip_post_norm": "decoder_blocks.0.skip_norm.weight" in state,
+            }
+        else:
+            head = sorted(
+                (k for k in state if re.fullmatch(r"projection_head\.\d+\.weight", k) and state[k].ndim == 2),
+                key=lambda k: int(k.split(".")[1]),
+            )
+            config["proj_layers"] = len(head)
+            if head:
+                config |= {"output_dim": state[head[-1]].shape[0], "hidden_dim": state[head[0]].shape[0]}
+    except KeyError as error:
+        raise ValueError(f"these are not the weights of an EPG network: {error.args[0]} is missing") from None
+    return config | _heads(config, overrides)
+
+
+def _count(state: dict[str, torch.Tensor], prefix: str) -> int:
+    return len({k.split(".")[1] for k in state if k.startswith(prefix + ".")})
+
+
+def _heads(config: dict, overrides: dict) -> dict:
+    """Numbers of heads, which no tensor shows: from a preset of the same widths and depths, or from the overrides."""
+    wanted = ["num_heads"] + (["decoder_num_heads"] if "decoder_depth" in config else [])
+    if all(overrides.get(k) for k in wanted):
+        return {}
+    keys = [k for k in ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth") if k in config]
+    for name in list_presets():
+        preset = preset_config(name)
+        if all(preset[k] == config[k] for k in keys):
+            return {k: preset[k] for k in wanted}
+    shape = ", ".join(f"{k}={config[k]}" for k in keys)
+    raise ValueError(f"no preset has {shape}; pass {' and '.join(f'{k}=' for k in wanted)} (no tensor shows them)")
+
+
+def export(source: str | os.PathLike, output: str | os.PathLike, form: str = "safetensors") -> list[Path]:
+    """Write the weights of `source` to `output`; returns the files written.
+
+    form: `safetensors`, one file with the configuration inside; `official`, a folder with nnet.pth and nnet_ema.pth as
+    the released code reads them (both hold the same weights). Raises ValueError when a file is already there.
+    """
+    state, metadata = load_weights(source)
+    output = Path(output)
+    files = [output] if form == "safetensors" else [output / "nnet.pth", output / "nnet_ema.pth"]
+    for path in files:
+        if path.exists():
+            raise ValueError(f"{path} exists; nothing is overwritten, choose another --output")
+    if form == "safetensors":
+        if output.suffix != ".safetensors":
+            raise ValueError(f"output {output}: want a name that ends in .safetensors")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(output, state, metadata or {"config": model_config(state, {})})
+        return files
+    output.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    return files

@@ -1,0 +1,68 @@
+"""Networks against the official implementation: outputs, gradients, parameter names and counts."""
+
+import json
+
+import pytest
+import torch
+from golden_data import GOLDEN, Case, names
+
+from epg_fast.models import EPGViT, RCMViT
+from epg_fast.models.blocks import timestep_embedding
+
+COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())["parameter_counts"]
+
+
+def test_timestep_embedding():
+    case = Case("timestep_embedding")
+    for dim in case.config["dims"]:
+        case.check(f"embedding_dim{dim}", timestep_embedding(case["t"], dim))
+
+
+@pytest.mark.parametrize("name", names("epgvit_"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_generator_output_and_gradients(name, dtype):
+    case = Case(name)
+    model = EPGViT(**case.config["model"])
+    model.load_state_dict(case.weights(), strict=True)
+    model.to(dtype)
+    x = case["x"].to(dtype).requires_grad_()
+    out = model(x, case["t"].to(dtype), case["y"])
+    assert out.dtype == dtype
+    (out * case["r"].to(dtype)).sum().backward()
+    case.check("out", out)
+    case.check("grad.x", x.grad)
+    case.check_gradients(model)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_encoder_output_and_running_statistics(mode):
+    case = Case("rcmvit_forward")
+    model = RCMViT(**case.config["model"])
+    model.load_state_dict(case.weights(), strict=True)
+    projection, feature = model.train(mode == "train")(case["x"], case["t"])
+    case.check(f"{mode}.proj", projection)
+    case.check(f"{mode}.feat", feature)
+    buffers = dict(model.named_buffers())
+    for name in case.spec["outputs"]:
+        if name.startswith(f"{mode}.buffer_after."):
+            case.check(name, buffers[name.removeprefix(f"{mode}.buffer_after.")])
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    entry = COUNTS[name]
+    with torch.device("meta"):
+        model = {"EPGViT": EPGViT, "RCMViT": RCMViT}[entry["kind"]](**entry["config"])
+    assert sum(p.numel() for p in model.parameters()) == entry["parameters"]
+    assert sum(p.numel() for n, p in model.named_parameters() if "adaLN" in n) == entry["adaLN_parameters"]
+
+
+@pytest.mark.parametrize("file", ["state_dict_EPG-XL-16.json", "state_dict_RCMViT-768.json"])
+def test_state_dict_names_and_shapes(file):
+    entry = json.loads((GOLDEN / file).read_text())
+    with torch.device("meta"):
+        model = {"EPGViT": EPGViT, "RCMViT": RCMViT}[entry["kind"]](**entry["config"])
+    got = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert got == {item["name"]: item["shape"] for item in entry["state_dict"]}
+    assert list(got) == [item["name"] for item in entry["state_dict"]]
+    assert model.no_weight_decay() == set(entry["no_weight_decay"])
