@@ -1,0 +1,63 @@
+"""The denoiser D(x, sigma): preconditioning around a network (SPEC 2). Every sigma here is SHIFTED (times H/64)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from epg_fast.diffusion.schedule import NoiseSchedule, shift
+
+PARAMETERIZATIONS = ("x0", "edm")
+
+
+class Denoiser:
+    """`Denoiser(network)(x, sigma, y)` estimates the clean image.
+
+    network: callable (c_in * x [B,C,H,W], 250 ln sigma [B], y [B] or nothing) -> [B,C,H,W].
+    parameterization: `x0`, the network's output is the clean image; `edm`, it is F in c_skip x + c_out F.
+    """
+
+    def __init__(self, network: Callable, schedule: NoiseSchedule | None = None, parameterization: str = "x0"):
+        if parameterization not in PARAMETERIZATIONS:
+            raise ValueError(f"parameterization {parameterization!r}: want one of {', '.join(PARAMETERIZATIONS)}")
+        self.network = network
+        self.schedule = schedule or NoiseSchedule()
+        self.parameterization = parameterization
+
+    def scalings(self, sigma: torch.Tensor, image_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(c_skip, c_out, c_in) at shifted sigma, each of its shape; D(x, sigma_min) = x in the edm form."""
+        data, low = self.schedule.sigma_data, self.schedule.sigma_min * shift(image_size)
+        total = (sigma**2 + data**2).sqrt()
+        return data**2 / ((sigma - low) ** 2 + data**2), (sigma - low) * data / total, 1 / total
+
+    def network_input(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(c_in * x [B,C,H,W], time condition 250 ln sigma [B])."""
+        return spread(self.scalings(sigma, x.shape[-2])[2], x) * x, 250 * sigma.log()
+
+    def network_output(self, x: torch.Tensor, sigma: torch.Tensor | float, y: torch.Tensor | None = None):
+        """The network's raw output at x [B,C,H,W] and sigma (number or [B]): [B,C,H,W]."""
+        x_in, t = self.network_input(x, per_sample(sigma, x))
+        output = self.network(x_in, t) if y is None else self.network(x_in, t, y)
+        return output.to(torch.promote_types(x.dtype, torch.float32))
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor | float, y: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [B,C,H,W] noised with sigma (number or [B], shifted), y: [B] -> clean estimate, at least float32."""
+        output = self.network_output(x, sigma, y)
+        if self.parameterization == "x0":
+            return output
+        c_skip, c_out, _ = self.scalings(per_sample(sigma, x), x.shape[-2])
+        return spread(c_skip, x) * x + spread(c_out, x) * output
+
+
+def per_sample(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
+    """A number, or a tensor that expands to [B], as [B] on x's device in at least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(sigma, torch.Tensor):
+        return sigma.to(device=x.device, dtype=dtype).expand(x.shape[0])
+    return torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
+
+
+def spread(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B,1,...] to multiply x: [B,...]."""
+    return values.view(-1, *[1] * (x.ndim - 1))

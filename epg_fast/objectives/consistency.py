@@ -1,0 +1,80 @@
+"""Stage 2b: consistency of the denoiser between two noise levels, for one-step generation (SPEC 6)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
+from epg_fast.diffusion.denoiser import spread
+from epg_fast.objectives.contrastive import info_nce
+from epg_fast.objectives.loss import Loss
+
+
+def consistency_loss(
+    network: torch.nn.Module,
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    y: torch.Tensor | None,
+    t: torch.Tensor,
+    r: torch.Tensor,
+    stage: int,
+    schedule: NoiseSchedule,
+    *,
+    huber_c: float = 0.06,
+    perceptual: torch.nn.Module | None = None,
+    temperature: float = 0.1,
+    dropout_seed: int | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Loss:
+    """Weighted pseudo-Huber distance of D(x + t n, t) and D(x + r n, r), plus a contrastive term in a frozen encoder.
+
+    network: EPGViT in the `edm` parameterisation. x, noise: [B,C,H,W]; y: [B] labels or None. t, r: [B] unshifted,
+    t >= r; the weight is 1/(t - r) of the shifted levels, zero where they are equal.
+    stage: e(s); at 0 the target is x itself and `perceptual` is ignored.
+    perceptual: frozen RCMViT in eval mode, or None. dropout_seed: both passes draw their dropout from it, so that they
+    share the mask; the global random state is left as it was.
+    Terms: `consistency`, and `perceptual` when it counts.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    t, r = (level.to(dtype) * shift(x.shape[-1]) for level in (t, r))
+    denoiser = Denoiser(network, schedule, "edm")
+    if stage == 0:
+        target = x
+    else:
+        with torch.no_grad(), _seeded(dropout_seed, x.device):
+            target = denoiser(x + spread(r, x) * noise, r, y)
+    with _seeded(dropout_seed, x.device):
+        prediction = denoiser(x + spread(t, x) * noise, t, y)
+    distance = (prediction - target).square().flatten(1).sum(dim=1)
+    huber = distance / (distance.detach() + huber_c**2).sqrt()
+    gap = t - r
+    weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
+    per_sample = huber * weight
+    terms = {"consistency": per_sample}
+    if perceptual is not None and stage > 0:
+        terms["perceptual"] = _perceptual_loss(perceptual, prediction, x, schedule, temperature, gather)
+        per_sample = per_sample + terms["perceptual"]
+    return Loss(per_sample.mean(), per_sample, terms)
+
+
+def _perceptual_loss(encoder, prediction, x, schedule, temperature, gather):
+    """NCE(h(y_t, t0), h(x, t0)) at t0 = sigma_min * H/64, without added noise; the gradient reaches `prediction`."""
+    clean = torch.full((x.shape[0],), schedule.sigma_min * shift(x.shape[-1]), device=x.device, dtype=prediction.dtype)
+    scaled = Denoiser(encoder, schedule)  # only its input scaling is used
+    with torch.no_grad():
+        keys = encoder(*scaled.network_input(x, clean))[0]
+    queries = encoder(*scaled.network_input(prediction, clean))[0]
+    return info_nce(queries, keys, temperature, gather)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device):
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,34 @@
+"""Stage 2a: weighted denoising of the clean image (SPEC 5)."""
+
+from __future__ import annotations
+
+import torch
+
+from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
+from epg_fast.diffusion.denoiser import spread
+from epg_fast.objectives.loss import Loss
+
+
+def denoising_loss(
+    network: torch.nn.Module,
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    y: torch.Tensor | None,
+    sigma: torch.Tensor,
+    schedule: NoiseSchedule,
+    *,
+    parameterization: str = "x0",
+) -> Loss:
+    """mean((D(x + t n, t, y) - x)^2) / (sigma(i) - sigma(i+1)) per sample.
+
+    network: EPGViT. x, noise: [B,C,H,W]; y: [B] labels (already dropped where they are to be) or None.
+    sigma: [B] unshifted; it is snapped to the nearest of the schedule's levels, t = sigma(i) * H/64.
+    Terms: `index` (i, int64) and `squared_error` (unweighted).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    index = schedule.nearest(sigma)
+    level = schedule.sigma(index, dtype) * shift(x.shape[-1])
+    denoised = Denoiser(network, schedule, parameterization)(x + spread(level, x) * noise, level, y)
+    squared_error = (denoised - x).square().flatten(1).mean(dim=1)
+    per_sample = squared_error * schedule.weight(index, dtype)
+    return Loss(per_sample.mean(), per_sample, {"index": index, "squared_error": squared_error})

@@ -1,0 +1,17 @@
+"""What every objective returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Loss:
+    """loss: [] mean over the batch; per_sample: [B] of which it is the mean; terms: its named parts, [B] each, detached
+    values useful in logs and tests."""
+
+    loss: torch.Tensor
+    per_sample: torch.Tensor
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
