@@ -1,0 +1,238 @@
+"""The command line: `epg-fast <job>` or `python -m epg_fast <job>`, one sub-command per job.
+
+Values come from the defaults of `epg_fast.config`, then from the `--config` files (paths, or names of shipped recipes)
+from left to right, then from flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from epg_fast import config as configs
+
+_UNKNOWN_KEY = r"Option '([\w.]+)' is not accepted"
+_RECIPES = resources.files("epg_fast") / "configs" / "recipes"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one job. Returns the exit code: 0, 1 for a failure on the way, 2 for what the user has to mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _set_up_logging()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    name, *rest = argv
+    if name not in _JOBS:
+        return _fail(2, f"unknown job {name!r}{_nearest(name, _JOBS)}; jobs: {', '.join(_JOBS)}")
+    job, config_class = _JOBS[name]
+    try:
+        return job(_parse(name, config_class, rest)) or 0
+    except ValueError as error:
+        return _fail(2, str(error))
+    except (OSError, RuntimeError) as error:
+        if os.environ.get("EPG_DEBUG"):
+            raise
+        return _fail(1, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted; the same command resumes from the last checkpoint")
+
+
+def _pretrain(config: configs.PretrainConfig) -> None:
+    from epg_fast.training import PretrainStage, train
+
+    train(config, PretrainStage)
+
+
+def _finetune_diffusion(config: configs.DiffusionConfig) -> None:
+    from epg_fast.training import DiffusionStage, train
+
+    train(config, DiffusionStage)
+
+
+def _finetune_consistency(config: configs.ConsistencyConfig) -> None:
+    from epg_fast.training import ConsistencyStage, train
+
+    train(config, ConsistencyStage)
+
+
+def _prepare_data(config: configs.PrepareDataConfig) -> None:
+    from epg_fast.data import prepare_digits, prepare_folder
+
+    if not config.outdir:
+        raise ValueError("outdir is missing; say where to write with --outdir")
+    if config.source == "digits":
+        prepare_digits(config.outdir)
+    else:
+        prepare_folder(config.source, config.outdir, config.image_size, config.workers)
+
+
+def _sample(config: configs.SampleConfig) -> None:
+    from epg_fast.sampling.job import run
+
+    run(config)
+
+
+def _evaluate(config: configs.EvaluateConfig) -> None:
+    from epg_fast.evaluation import evaluate_probe, evaluate_samples
+
+    if bool(config.samples) == bool(config.probe):
+        raise ValueError("evaluate: pass either --samples (images to judge) or --probe (an encoder to judge)")
+    if config.samples:
+        result = evaluate_samples(config)
+    else:
+        from epg_fast.evaluation.job import load_encoder
+
+        result = evaluate_probe(config, *load_encoder(config))
+    text = json.dumps(result, indent=2)
+    print(text)
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.output).write_text(text + "\n")
+
+
+def _export(config: configs.ExportConfig) -> None:
+    from epg_fast.models import export
+
+    if not config.checkpoint or not config.output:
+        raise ValueError("export: --checkpoint and --output are needed")
+    for path in export(config.checkpoint, config.output, config.format):
+        print(path)
+
+
+def _env(config: None) -> None:
+    from epg_fast.environment import report
+
+    print(report())
+
+
+_JOBS: dict[str, tuple[Callable, type | None]] = {
+    "prepare-data": (_prepare_data, configs.PrepareDataConfig),
+    "pretrain": (_pretrain, configs.PretrainConfig),
+    "finetune-diffusion": (_finetune_diffusion, configs.DiffusionConfig),
+    "finetune-consistency": (_finetune_consistency, configs.ConsistencyConfig),
+    "sample": (_sample, configs.SampleConfig),
+    "evaluate": (_evaluate, configs.EvaluateConfig),
+    "export": (_export, configs.ExportConfig),
+    "env": (_env, None),
+}
+_SUMMARIES = {
+    "prepare-data": "write the embedded digits, or centre crops of your images, as a folder of class folders",
+    "pretrain": "stage 1: self-supervised pre-training of the encoder",
+    "finetune-diffusion": "stage 2a: diffusion fine-tuning of encoder and decoder",
+    "finetune-consistency": "stage 2b: consistency fine-tuning for one-step generation",
+    "sample": "draw images from a trained model",
+    "evaluate": "judge samples against real images, or probe an encoder",
+    "export": "write weights as safetensors or as official .pth files",
+    "env": "versions, devices, extension: paste this into bug reports",
+}
+
+
+def _parse(name: str, config_class: type | None, argv: list[str]):
+    """The job's configuration. Raises ValueError with one line for whatever is wrong with the flags or files."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"epg-fast {name}", description=_SUMMARIES[name] + ".", exit_on_error=False)
+    if config_class is None:
+        if argv and argv[0] not in ("-h", "--help"):
+            raise ValueError(f"{name} takes no arguments, got {' '.join(argv)}")
+        parser.parse_args(argv)
+        return None
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file, or name of a shipped recipe; may be repeated, later ones win, flags win over all.",
+    )
+    parser.add_class_arguments(config_class, nested_key=None, as_group=False)
+    try:
+        values = parser.instantiate(parser.parse_args(_configs_first(argv)))
+    except ArgumentError as error:
+        raise ValueError(_one_line(str(error), config_class)) from None
+    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+
+
+def _configs_first(argv: list[str]) -> list[str]:
+    """Move `--config X` to the front, so that flags win wherever they stand; names become paths of shipped recipes."""
+    files, flags, rest = [], [], iter(argv)
+    for argument in rest:
+        if argument == "--config":
+            files.append(next(rest, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            flags.append(argument)
+    return [a for f in files for a in ("--config", _recipe(f))] + flags
+
+
+def _recipe(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    shipped = sorted(f.name.removesuffix(".yaml") for f in _RECIPES.iterdir() if f.name.endswith(".yaml"))
+    if name in shipped:
+        return str(_RECIPES / f"{name}.yaml")
+    raise ValueError(f"config {name!r}: no such file{_nearest(name, shipped)}; shipped recipes: {', '.join(shipped)}")
+
+
+def _one_line(message: str, config_class: type) -> str:
+    """jsonargparse's message in one line, with the nearest valid name behind a key that does not exist."""
+    message = " ".join(message.split())
+    for pattern in (
+        r"unrecognized arguments: --([\w.]+)",
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+        _UNKNOWN_KEY,
+    ):
+        match = re.search(pattern, message)
+        if match:
+            return message + _nearest(".".join(match.groups()), _field_names(config_class))
+    return message
+
+
+def _field_names(config_class: type, prefix: str = "") -> list[str]:
+    hints, names = typing.get_type_hints(config_class), []
+    for field in dataclasses.fields(config_class):
+        names.append(prefix + field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            names += _field_names(hints[field.name], f"{prefix}{field.name}.")
+    return names
+
+
+def _nearest(name: str, valid) -> str:
+    match = difflib.get_close_matches(name, list(valid), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _usage() -> str:
+    width = max(map(len, _JOBS))
+    jobs = "\n".join(f"  {name:<{width}}  {_SUMMARIES[name]}" for name in _JOBS)
+    usage = "usage: epg-fast JOB [--config FILE_OR_RECIPE ...] [flags]"
+    return f"{usage}\n\njobs:\n{jobs}\n\n`epg-fast JOB --help` lists the flags."
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("epg-fast: %(message)s"))
+    logger = logging.getLogger("epg_fast")
+    logger.handlers, logger.propagate = [handler], False
+    # Under torchrun one rank talks to the user.
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"epg-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""Typed configuration of every job. The defaults are the released settings for ImageNet-256.
+
+The command line (`epg_fast.__main__`) builds its flags from these dataclasses; the text under each field is its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """A preset of `epg_fast/configs/models` and what to change in it; `null` keeps the preset's value."""
+
+    preset: str = "epg_xl_16_256"
+    """Name of a preset (`epg_fast.list_presets()`)."""
+    image_size: int | None = None
+    """Image height and width in pixels; a multiple of the patch size."""
+    patch_size: int | None = None
+    """Patch height and width in pixels."""
+    embed_dim: int | None = None
+    """Encoder width E."""
+    depth: int | None = None
+    """Encoder blocks."""
+    num_heads: int | None = None
+    """Encoder attention heads."""
+    decoder_embed_dim: int | None = None
+    """Decoder width D."""
+    decoder_depth: int | None = None
+    """Decoder blocks."""
+    decoder_num_heads: int | None = None
+    """Decoder attention heads."""
+    mlp_ratio: float | None = None
+    """Hidden width of the MLPs over the width of the block."""
+    num_classes: int | None = None
+    """Number of classes, without the unconditional label."""
+    hidden_dim: int | None = None
+    """Width of the projection head (pre-training)."""
+    output_dim: int | None = None
+    """Output width of the projection head (pre-training)."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Karras noise grid; sigmas here are unshifted (the image sees them times H/64)."""
+
+    sigma_min: float = 0.002
+    """Lowest noise level, unshifted."""
+    sigma_max: float = 80.0
+    """Highest noise level, unshifted."""
+    rho: float = 7.0
+    """Curvature of the grid."""
+    sigma_data: float = 0.5
+    """Standard deviation of the normalised pixels."""
+
+
+@dataclass
+class AugmentConfig:
+    """The two augmented views of pre-training; pairs are (low, high) or (view 1, view 2)."""
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Random resized crop: range of the area fraction."""
+    crop_ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    """Random resized crop: range of the aspect ratio."""
+    jitter_probability: float = 0.8
+    """Probability of colour jitter."""
+    brightness: float = 0.4
+    """Colour jitter: factor in 1 +- this."""
+    contrast: float = 0.4
+    """Colour jitter: factor in 1 +- this."""
+    saturation: float = 0.2
+    """Colour jitter: factor in 1 +- this."""
+    hue: float = 0.1
+    """Colour jitter: shift in +- this, in turns of the hue circle."""
+    grayscale_probability: float = 0.2
+    """Probability of grayscale."""
+    blur_probability: tuple[float, float] = (1.0, 0.1)
+    """Probability of Gaussian blur in view 1 and in view 2."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Gaussian blur: range of sigma in pixels."""
+    solarize_probability: tuple[float, float] = (0.0, 0.2)
+    """Probability of solarisation (threshold 128) in view 1 and in view 2."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip."""
+
+
+@dataclass
+class DataConfig:
+    """Where images come from and how they become tensors."""
+
+    path: str = ""
+    """Folder of class folders with PNG or JPEG files."""
+    normalization: Literal["imagenet", "simple"] = "imagenet"
+    """Pixel scaling: `imagenet` gives standard deviation 0.5, `simple` maps [0,1] to [-1,1]."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip of the centre crop."""
+    workers: int = 4
+    """Decoding processes per rank; 0 decodes in the training process."""
+    max_bad_fraction: float = 0.01
+    """Training stops when more than this share of the files cannot be decoded."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmented views (pre-training only)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    decay_tokens: bool = False
+    """Apply weight decay to `pos_embed` and `cls_token` as well."""
+    layer_decay: float = 1.0
+    """Learning-rate factor per encoder block from the deepest (1) to the first; 1 switches it off."""
+    schedule: Literal["warmup-cosine", "warmup-step", "constant"] = "warmup-cosine"
+    """Learning-rate factor: warm-up then cosine to `min_scale`, or 1 / 0.3 / 0.08 at `milestones`, or 1."""
+    warmup_steps: int = 10_000
+    """Steps of linear warm-up; the update at step s uses factor s/warmup_steps."""
+    milestones: tuple[int, int] = (400_000, 500_000)
+    """Steps after which `warmup-step` falls to 0.3 and to 0.08."""
+    min_scale: float = 0.0
+    """Lower bound of the cosine."""
+    clip_norm: float | None = None
+    """Gradient norm limit; `null` means none."""
+    clip_after: int = 0
+    """Clipping begins after this many steps."""
+
+
+@dataclass
+class PreviewConfig:
+    """The grid of samples that training draws from the EMA weights."""
+
+    every: int = 10_000
+    """Steps between grids; 0 draws none."""
+    num: int = 16
+    """Images in a grid."""
+    sampler: str = "heun"
+    """Sampler of the grid."""
+    steps: int = 18
+    """Noise levels of the grid's sampler."""
+    guidance: float = 1.0
+    """Guidance scale; 1 means unguided."""
+    interval: tuple[float, float] = (0.19, 1.61)
+    """Unshifted sigma interval of the guidance (low excluded, high included)."""
+
+
+@dataclass
+class RunConfig:
+    """What every training job has."""
+
+    outdir: str = ""
+    """Run folder; the same command with the same folder resumes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network."""
+    noise: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Noise grid."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser."""
+    steps: int = 1_000_000
+    """Updates to make."""
+    batch_size: int = 1024
+    """Global batch size, split over the ranks."""
+    seed: int = 0
+    """Every random draw follows from this, the step and the sample."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes a GPU when there is one and says so."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast dtype; fp16 scales the loss dynamically."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the transformer blocks; `auto` compiles on a GPU only."""
+    log_every: int = 100
+    """Steps per line of metrics.jsonl."""
+    checkpoint_every: int = 5_000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    tensorboard: bool = True
+    """Write TensorBoard events when tensorboard is installed."""
+    wandb: str | None = None
+    """Weights & Biases project to log to, when wandb is installed."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, want at least 1")
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """Stage 1: self-supervised pre-training of the encoder."""
+
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.03, decay_tokens=True)
+    )
+    """Optimiser."""
+    steps: int = 600_000
+    """Updates to make."""
+    start_scales: int = 20
+    """Curriculum: noise levels at the start (K0)."""
+    end_scales: int = 1280
+    """Curriculum: noise levels at the end (K1)."""
+    contrastive_temperature: float = 0.2
+    """Temperature of the symmetric contrastive term."""
+    temperature_schedule: Literal["constant", "interpolated"] = "constant"
+    """Temperature of the consistency term: constant (released code), or linear in sigma (paper)."""
+    temperature: float = 0.1
+    """Temperature of the consistency term when constant."""
+    temperature_range: tuple[float, float] = (0.1, 0.2)
+    """Interpolated temperature at sigma_min and at sigma_max."""
+    target_ema: float = 0.99
+    """Decay per step of the target network."""
+
+
+@dataclass
+class DiffusionConfig(RunConfig):
+    """Stage 2a: diffusion fine-tuning."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(clip_norm=0.5, clip_after=10_000))
+    """Optimiser."""
+    init_from: str | None = None
+    """Pre-trained encoder or generator: a run folder, .safetensors or official .pth; `null` starts from scratch."""
+    parameterization: Literal["x0", "edm"] = "x0"
+    """What the network's output means."""
+    num_scales: int = 1280
+    """Noise levels of the grid that sigma is snapped to (K)."""
+    p_mean: float = -1.2
+    """Mean of ln sigma, unshifted."""
+    p_std: float = 1.6
+    """Standard deviation of ln sigma."""
+    label_dropout: float = 0.1
+    """Probability of the unconditional label."""
+    ema: float = 0.9999
+    """Decay per step of the averaged weights."""
+    ema_warmup: bool = False
+    """Use min(ema, i/(i+10)) at update i, for short runs."""
+    dropout: float = 0.0
+    """Dropout on the output projection of decoder attention."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """Sample grids during training."""
+
+
+@dataclass
+class ConsistencyConfig(RunConfig):
+    """Stage 2b: consistency fine-tuning for one-step generation."""
+
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            betas=(0.9, 0.99), weight_decay=0.03, schedule="warmup-step", warmup_steps=0
+        )
+    )
+    """Optimiser."""
+    steps: int = 700_000
+    """Updates to make."""
+    init_from: str | None = None
+    """Encoder or diffusion model to start from: a run folder, .safetensors or official .pth; `null`: from scratch."""
+    num_scales: int = 2560
+    """Noise levels of the grid (K), used by the e=0 warm-up and for logging."""
+    p_mean: float = -0.4
+    """Mean of ln t, unshifted."""
+    p_std: float = 1.6
+    """Standard deviation of ln t."""
+    q: float = 2.0
+    """Base of the shrinking of t - r over the stages."""
+    k: float = 8.0
+    """Weight of the sigmoid in r(t)."""
+    b: float = 1.0
+    """Slope of the sigmoid in r(t)."""
+    first_stage: int = 100_000
+    """Steps of the first stage (d0)."""
+    stage_length: int = 100_000
+    """Steps of each later stage (d1)."""
+    delta: int = 1
+    """Number of the first stage; 0 begins with plain denoising."""
+    huber_c: float = 0.06
+    """Constant c of the pseudo-Huber distance."""
+    perceptual: str | None = None
+    """Frozen encoder of the auxiliary contrastive loss: a pretrain run folder, .safetensors or .pth; `null`: none."""
+    temperature: float = 0.1
+    """Temperature of the auxiliary contrastive loss."""
+    label_dropout: float = 0.0
+    """Probability of the unconditional label."""
+    ema: float = 0.9999
+    """Decay per step of the averaged weights."""
+    ema_warmup: bool = False
+    """Use min(ema, i/(i+10)) at update i, for short runs."""
+    dropout: float = 0.5
+    """Dropout on the output projection of decoder attention."""
+    preview: PreviewConfig = field(default_factory=lambda: PreviewConfig(sampler="onestep", steps=1))
+    """Sample grids during training."""
+
+
+@dataclass
+class SampleConfig:
+    """Draw images from a trained model."""
+
+    checkpoint: str = ""
+    """Run folder, .safetensors, official .pth (or its folder), or hub id."""
+    outdir: str = ""
+    """Folder for samples.npz, grid.png and, with `png`, one file per image."""
+    num: int = 64
+    """Images to draw."""
+    labels: str = "balanced"
+    """`balanced`, `random`, or class indices such as `3` or `0,1,2` (repeated in turn)."""
+    seed: int = 0
+    """Image i starts from noise that depends on the seed and i only."""
+    sampler: str = "heun"
+    """heun, euler, onestep, euler_sde, euler_ancestral or edm_sde."""
+    steps: int = 32
+    """Noise levels; heun makes 2(steps-1) evaluations."""
+    guidance: float = 1.0
+    """Guidance scale; 1 means unguided."""
+    interval: tuple[float, float] = (0.19, 1.61)
+    """Unshifted sigma interval of the guidance (low excluded, high included)."""
+    autoguidance: str | None = None
+    """Checkpoint of a weaker model to guide away from, with scale `guidance`."""
+    clamp: Literal["official", "data", "none"] = "official"
+    """Clamp of the denoised estimate: [-1,1], the data's true range, or none."""
+    parameterization: Literal["auto", "x0", "edm"] = "auto"
+    """Meaning of the network's output; `auto` reads it from the checkpoint (official files: x0)."""
+    normalization: Literal["auto", "imagenet", "simple"] = "auto"
+    """Pixel scaling; `auto` reads it from the checkpoint (official files: imagenet)."""
+    batch_size: int = 64
+    """Images per network call."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast dtype of the network."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to sample."""
+    png: bool = False
+    """Also write png/<class>/<index>.png."""
+    s_churn: float = 0.0
+    """edm_sde: amount of added noise."""
+    s_min: float = 0.0
+    """edm_sde: lowest shifted sigma at which noise is added."""
+    s_max: float = float("inf")
+    """edm_sde: highest shifted sigma at which noise is added."""
+    s_noise: float = 1.0
+    """edm_sde: scale of the added noise."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Judge samples against real images, or probe an encoder. Needs scikit-learn."""
+
+    samples: str | None = None
+    """samples.npz of `sample`, or a folder of class folders: accuracy and Frechet distance."""
+    probe: str | None = None
+    """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
+    train: str = ""
+    """Folder of class folders: real images that classifier, PCA and probe are fitted on."""
+    test: str = ""
+    """Folder of class folders: held-out real images."""
+    size: int = 8
+    """Samples: images are compared as size x size grayscale."""
+    components: int = 20
+    """Samples: dimensions of the PCA."""
+    sigmas: list[float] = field(default_factory=lambda: [0.002, 0.5, 2.0, 5.0])
+    """Probe: unshifted noise levels."""
+    normalization: Literal["auto", "imagenet", "simple"] = "auto"
+    """Probe: pixel scaling; `auto` reads it from the checkpoint (official files and presets: imagenet)."""
+    seed: int = 0
+    """Probe: seed of the noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Probe: where the encoder runs."""
+    output: str | None = None
+    """JSON file to write the result to; it is printed in any case."""
+
+
+@dataclass
+class PrepareDataConfig:
+    """Write a dataset as a folder of class folders."""
+
+    source: str = "digits"
+    """`digits` (the handwritten digits inside scikit-learn), or a folder of class folders to centre-crop."""
+    outdir: str = ""
+    """Folder to write; digits make train/ and test/ in it."""
+    image_size: int = 256
+    """Side of the centre crop (folders only)."""
+    workers: int = 4
+    """Processes (folders only)."""
+
+
+@dataclass
+class ExportConfig:
+    """Write the averaged weights of a run in another form."""
+
+    checkpoint: str = ""
+    """Run folder, .safetensors or official .pth."""
+    output: str = ""
+    """File (.safetensors) or folder (official: nnet.pth and nnet_ema.pth) to write."""
+    format: Literal["safetensors", "official"] = "safetensors"
+    """`safetensors` holds the preset inside; `official` is what the released code loads."""

@@ -1,0 +1,58 @@
+"""The report of `epg-fast env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+
+def report() -> str:
+    """Versions, processor, GPUs and the state of the compiled extension, one `name: value` per line."""
+    lines = {
+        "epg_fast": _version("epg_fast"),
+        "python": f"{sys.version.split()[0]} on {platform.platform()}",
+        "cores": str(os.cpu_count()),
+    }
+    for package in (
+        "torch",
+        "triton",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "scikit-learn",
+        "nvidia-dali-cuda130",
+        "flash-attn",
+    ):
+        lines[package] = _version(package)
+    lines |= _devices() | {"extension": _extension()}
+    width = max(map(len, lines)) + 1
+    return "\n".join(f"{name + ':':<{width}} {value}" for name, value in lines.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    try:
+        import torch
+    except ImportError:
+        return {"gpu": "unknown (torch is not installed: pip install torch)"}
+    if not torch.cuda.is_available():
+        return {"cuda of torch": str(torch.version.cuda), "gpu": "none visible to torch"}
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cuda of torch": str(torch.version.cuda), "gpu": "; ".join(names)}
+
+
+def _extension() -> str:
+    try:
+        from epg_fast.ops import extension_status
+    except ImportError as error:
+        return f"unknown ({error})"
+    available, reason = extension_status()
+    return f"{'available' if available else 'not available'} ({reason})"

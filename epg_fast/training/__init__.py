@@ -1,0 +1,6 @@
+"""Training of both stages: `train(config, stage)`."""
+
+from epg_fast.training.loop import train
+from epg_fast.training.stages import ConsistencyStage, DiffusionStage, PretrainStage
+
+__all__ = ["ConsistencyStage", "DiffusionStage", "PretrainStage", "train"]

@@ -1,0 +1,97 @@
+"""Ranks: start-up under torchrun, gathering of contrastive keys, and BatchNorm over the global batch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from epg_fast.models.blocks import BatchNorm1d
+from epg_fast.runtime import resolve_device
+
+
+@dataclass
+class Ranks:
+    """This process's place among the ranks, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def gather(self, keys: torch.Tensor) -> torch.Tensor:
+        """[B, P] of this rank -> [world_size * B, P] in rank order, without gradient."""
+        if self.world_size == 1:
+            return keys
+        parts = [torch.empty_like(keys) for _ in range(self.world_size)]
+        dist.all_gather(parts, keys.detach().contiguous())
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(device: str) -> Ranks:
+    """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or be the only rank."""
+    place = resolve_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return Ranks(int(os.environ.get("RANK", 0)), world_size, place)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class SyncBatchNorm1d(BatchNorm1d):
+    """BatchNorm1d whose training statistics are those of the global batch; works on CPU, unlike torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, C] of this rank (equal B on every rank) -> the same shape and dtype."""
+        if not self.training:
+            return super().forward(x)
+        values = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        count = x.shape[0] * dist.get_world_size()
+        mean = _AllReduceSum.apply(values.sum(dim=0)) / count
+        centred = values - mean
+        variance = _AllReduceSum.apply(centred.square().sum(dim=0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return (centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(x.dtype)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def synchronize_batch_norm(module: torch.nn.Module) -> None:
+    """Turn every BatchNorm1d of `module` into SyncBatchNorm1d in place; names, parameters and buffers stay."""
+    for child in module.modules():
+        if type(child) is BatchNorm1d:
+            child.__class__ = SyncBatchNorm1d

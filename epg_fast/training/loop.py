@@ -1,0 +1,314 @@
+"""The training loop of all stages: draw, call the objective, update, average, log, save.
+
+Every random draw, the order of the data included, is a function of (seed, iteration), so a run that was killed and
+started again continues with the same numbers as if it had never stopped. `iteration` counts batches; `step` counts
+updates, which lag behind by the batches whose gradient was not finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from epg_fast.config import RunConfig
+from epg_fast.data import ImageFolder, PillowLoader, PixelNormalization
+from epg_fast.models import save_weights
+from epg_fast.runtime import autocast
+from epg_fast.training import distributed
+from epg_fast.training.checkpoint import load_newest, save_checkpoint
+from epg_fast.training.draws import Draws
+from epg_fast.training.metrics import Metrics
+from epg_fast.training.optimizer import lr_factor, make_optimizer, set_lr, update_average
+from epg_fast.training.preview import write_preview
+from epg_fast.training.stages import Stage
+
+log = logging.getLogger("epg_fast")
+
+# Fields that may change between the parts of a run without changing its numbers.
+_FREE = (
+    "device",
+    "compile",
+    "data.workers",
+    "data.path",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "wandb",
+)
+_MAX_SKIPPED_IN_A_ROW = 100
+
+
+def train(config: RunConfig, stage_class: type[Stage]) -> None:
+    """Train until `config.steps`, resuming from the newest checkpoint of `config.outdir`.
+
+    Raises ValueError for what the user can mend (data, configuration, checkpoints), CheckpointError when the disk is
+    full, RuntimeError when the gradient stays non-finite.
+    """
+    ranks = distributed.start(config.device)
+    try:
+        _train(config, stage_class, ranks)
+    finally:
+        distributed.stop()
+
+
+def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks) -> None:
+    if not config.outdir:
+        raise ValueError("outdir is missing; name a run folder with --outdir")
+    outdir = Path(config.outdir)
+    folder = ImageFolder(config.data.path)
+    claim_run_folder(outdir, stage_class.name, config, ranks)
+
+    torch.manual_seed(config.seed)
+    stage = stage_class(config, ranks)
+    classes = getattr(stage.network, "num_classes", 0)
+    if classes and len(folder.classes) > classes:
+        raise ValueError(
+            f"{folder.root} has {len(folder.classes)} classes, but the model has {classes}; "
+            f"pass --model.num_classes {len(folder.classes)}"
+        )
+    state = RunState(config, stage, folder, ranks)
+    state.resume(outdir / "checkpoints")
+    metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
+    metrics.load_state_dict(state.unfinished_metrics)
+    if state.step >= config.steps:
+        log.info("%s is complete: %d steps", outdir, state.step)
+        return
+
+    step_module = _StepModule(stage)
+    if ranks.world_size > 1:
+        distributed.synchronize_batch_norm(stage.network)
+        step_module = DistributedDataParallel(
+            step_module,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=_has_unused_parameters(stage.network),
+        )
+    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
+        compile_blocks(stage)
+    loader = PillowLoader(
+        folder,
+        image_size=stage.network.image_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start=state.iteration,
+        flip_probability=config.data.flip_probability,
+        augment=config.data.augment if stage.three_views else None,
+        workers=config.data.workers,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    progress = tqdm(
+        total=config.steps,
+        initial=state.step,
+        desc=stage.name,
+        disable=not ranks.main,
+        dynamic_ncols=True,
+        mininterval=0.5 if os.isatty(2) else 20,
+    )
+    with loader, progress:
+        _loop(config, state, step_module, loader, metrics, progress, outdir)
+    metrics.close()
+
+
+def _loop(config, state, step_module, loader, metrics, progress, outdir) -> None:
+    batches, skipped = iter(loader), 0
+    while state.step < config.steps:
+        started = time.perf_counter()
+        batch = next(batches)
+        metrics.count(config.batch_size, time.perf_counter() - started)
+        if state.update(step_module, batch, metrics):
+            skipped = 0
+            progress.update()
+        else:
+            skipped += 1
+            if skipped >= _MAX_SKIPPED_IN_A_ROW:
+                raise RuntimeError(
+                    f"the gradient was not finite for {skipped} batches in a row at step {state.step}; "
+                    "training diverged: lower --optimizer.lr or change --precision"
+                )
+            continue
+        last = state.step == config.steps
+        if state.step % config.log_every == 0 or last:
+            line = metrics.write(state.step, lr=state.optimizer.param_groups[0]["lr"])
+            shown = {"loss": f"{line['loss']:.4g}", "img/s": f"{line['images_per_second']:.0f}"}
+            progress.set_postfix(shown | {"data wait": f"{line['data_wait']:.0%}"})
+        preview = state.stage.preview
+        if preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
+            metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
+        if state.step % config.checkpoint_every == 0 or last:
+            state.save(outdir, metrics)
+
+
+class RunState:
+    """Everything a checkpoint holds, and the update that changes it."""
+
+    def __init__(self, config: RunConfig, stage: Stage, folder: ImageFolder, ranks: distributed.Ranks):
+        self.config, self.stage, self.ranks = config, stage, ranks
+        self.step = self.iteration = 0
+        self.optimizer = make_optimizer(stage.network, config.optimizer)
+        # Dynamic loss scaling as in the released configuration: slow steady growth, halved by an overflow.
+        self.scaler = torch.amp.GradScaler(
+            ranks.device.type,
+            enabled=config.precision == "fp16",
+            init_scale=2.0**14,
+            growth_factor=2.0**0.001,
+            backoff_factor=0.5,
+            growth_interval=1,
+        )
+        self.normalization = PixelNormalization(config.data.normalization)
+        self.data_fingerprint = folder.fingerprint()
+        self.unfinished_metrics: dict = {"sums": {}, "counts": {}}
+
+    def update(self, step_module: torch.nn.Module, batch: dict[str, torch.Tensor], metrics: Metrics) -> bool:
+        """Forward, backward, update; False, with nothing changed but `iteration`, if the gradient is not finite."""
+        config, count = self.config, batch["x"].shape[0]
+        draws = Draws(config.seed, self.iteration, self.ranks.rank * count, count, self.ranks.device)
+        self.iteration += 1
+        # The running statistics of BatchNorm change in the forward pass already.
+        buffers = [b.clone() for b in self.stage.network.buffers()]
+        with autocast(self.ranks.device, config.precision):
+            result = step_module(self._to_device(batch), draws, self.step)
+        self.scaler.scale(result.loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = config.optimizer.clip_norm if self.step >= config.optimizer.clip_after else None
+        parameters = [p for p in self.stage.network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        finite = bool(norm.isfinite())
+        if finite:
+            o = config.optimizer
+            set_lr(
+                self.optimizer,
+                lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
+            )
+            self.scaler.step(self.optimizer)
+            update_average(self.stage.average, self.stage.network, self.stage.average_decay(self.step))
+            self.step += 1
+            metrics.add(grad_norm=norm, **self._global_means({"loss": result.loss} | result.terms))
+        else:
+            for buffer, before in zip(self.stage.network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            log.warning("step %d: the gradient is not finite, batch %d is skipped", self.step, self.iteration - 1)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def save(self, outdir: Path, metrics: Metrics) -> None:
+        """Checkpoint and model.safetensors, written by the main rank."""
+        if self.ranks.main:
+            state = {
+                "step": self.step,
+                "iteration": self.iteration,
+                "network": self.stage.network.state_dict(),
+                "average": self.stage.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "metrics": metrics.state_dict(),
+                "data": self.data_fingerprint,
+            }
+            save_checkpoint(outdir / "checkpoints", self.step, state, self.config.keep_checkpoints)
+            metadata = self.stage.metadata() | {"step": self.step}
+            save_weights(outdir / "model.safetensors", self.stage.exported.state_dict(), metadata)
+        self.ranks.barrier()
+
+    def resume(self, folder: Path) -> None:
+        """Load the newest readable checkpoint of `folder`, if there is one."""
+        state = load_newest(folder)
+        if state is None:
+            return
+        if state["data"] != self.data_fingerprint:
+            raise ValueError(
+                f"{self.config.data.path} is not the dataset that {folder.parent} was trained on (files or labels "
+                "differ); restore it, or choose another --outdir"
+            )
+        self.stage.network.load_state_dict(state["network"])
+        self.stage.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
+        log.info("resuming %s at step %d", folder.parent, self.step)
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
+        return {k: self.normalization.normalize(v) if v.dtype == torch.uint8 else v for k, v in batch.items()}
+
+    def _global_means(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        values = {k: v for k, v in values.items() if v.is_floating_point()}
+        means = torch.stack([v.detach().float().mean() for v in values.values()])
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(means)
+            means /= self.ranks.world_size
+        return dict(zip(values, means.unbind(), strict=True))
+
+
+class _StepModule(torch.nn.Module):
+    """The stage's loss as a forward pass, so that DistributedDataParallel sees one forward per backward."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.network = stage.network
+        self._loss = stage.loss
+
+    def forward(self, batch, draws, step):
+        return self._loss(batch, draws, step)
+
+
+def _has_unused_parameters(network: torch.nn.Module) -> bool:
+    """Whether some decoder blocks have no skip left to use (decoder deeper than encoder)."""
+    return len(getattr(network, "decoder_blocks", ())) > len(network.blocks)
+
+
+def compile_blocks(stage: Stage) -> None:
+    """torch.compile every transformer block in place: fast to compile, since all blocks of a kind share the graph."""
+    networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
+    for network in filter(None, networks):
+        for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
+            block.compile()
+
+
+def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distributed.Ranks) -> None:
+    """Create the run folder with its config.yaml, or check that an existing one is of the same configuration.
+
+    Raises ValueError, naming the first differing fields, for a folder of another configuration or of something else.
+    """
+    path = outdir / "config.yaml"
+    saved = _plain(dataclasses.asdict(config))
+    if path.exists():
+        before = yaml.safe_load(path.read_text())
+        old, new = _flatten(before or {}), _flatten(saved)
+        differing = [
+            k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in (*_FREE, "outdir")
+        ]
+        if differing:
+            shown = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:4])
+            raise ValueError(f"{outdir} holds a run of another configuration ({shown}); choose another --outdir")
+    elif outdir.is_dir() and any(outdir.iterdir()):
+        raise ValueError(f"{outdir} is not empty and not a run folder (no config.yaml); choose another --outdir")
+    ranks.barrier()
+    if ranks.main:
+        outdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(f"# epg-fast {stage}\n" + yaml.safe_dump(saved, sort_keys=False))
+        os.replace(temporary, path)
+    ranks.barrier()
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,208 @@
+"""The three training jobs: which networks they hold, what they draw at random, which objective they call."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import asdict
+
+import torch
+
+from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, RunConfig
+from epg_fast.diffusion import NoiseSchedule, consistency_r, consistency_stage, curriculum_scales
+from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
+from epg_fast.models.pretrained import is_generator, model_config
+from epg_fast.objectives import Loss, consistency_loss, denoising_loss, pretraining_loss
+from epg_fast.training.distributed import Ranks
+from epg_fast.training.draws import Draws
+
+log = logging.getLogger("epg_fast")
+
+
+class Stage:
+    """What the loop needs of a job: `network` is trained, `average` follows it, `exported` is what users load."""
+
+    name: str
+    three_views = False
+    preview = None
+    parameterization: str | None = None
+
+    def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.network = network.to(ranks.device).train()
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+
+    @property
+    def exported(self) -> torch.nn.Module:
+        """The network whose weights are written to model.safetensors."""
+        return self.average
+
+    def average_decay(self, step: int) -> float:
+        """Decay of `average` after the update at `step`."""
+        raise NotImplementedError
+
+    def loss(self, batch: dict[str, torch.Tensor], draws: Draws, step: int) -> Loss:
+        """Loss of this rank's batch (normalised images, labels) at `step`."""
+        raise NotImplementedError
+
+    def metadata(self) -> dict:
+        """Stored with the weights, so that a file says how it is to be used."""
+        return {
+            "stage": self.name,
+            "preset": self.config.model.preset,
+            "config": network_config(self.config),
+            "parameterization": self.parameterization,
+            "normalization": self.config.data.normalization,
+            "noise": asdict(self.config.noise),
+        }
+
+    def _schedule(self, num_scales: int) -> NoiseSchedule:
+        return NoiseSchedule(num_scales, **asdict(self.config.noise))
+
+    def _dropped(self, labels: torch.Tensor, draws: Draws) -> torch.Tensor | None:
+        """Labels, some replaced by the unconditional one; None for an unconditional network."""
+        if not self.network.num_classes:
+            return None
+        drop = draws.uniform("label") < self.config.label_dropout
+        return torch.where(drop, self.network.num_classes, labels)
+
+
+class PretrainStage(Stage):
+    """Stage 1. `average` is the target network: eval mode, parameters averaged, BatchNorm buffers left at 0 and 1."""
+
+    name = "pretrain"
+    three_views = True
+    config: PretrainConfig
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks):
+        super().__init__(config, encoder_from_config(network_config(config)), ranks)
+
+    @property
+    def exported(self):
+        return self.network
+
+    def average_decay(self, step):
+        return self.config.target_ema
+
+    def loss(self, batch, draws, step):
+        c = self.config
+        schedule = self._schedule(curriculum_scales(step, c.steps, c.start_scales, c.end_scales))
+        return pretraining_loss(
+            self.network,
+            self.average,
+            batch["x"],
+            batch["view1"],
+            batch["view2"],
+            draws.normal("noise", *batch["x"].shape[1:]),
+            draws.integer("index", schedule.num_scales - 1),
+            schedule,
+            contrastive_temperature=c.contrastive_temperature,
+            temperature=c.temperature if c.temperature_schedule == "constant" else tuple(c.temperature_range),
+            gather=self.ranks.gather,
+        )
+
+
+class _FineTuning(Stage):
+    config: DiffusionConfig | ConsistencyConfig
+
+    def __init__(self, config, ranks):
+        network = generator_from_config(network_config(config, drop=config.dropout))
+        if config.init_from:
+            _initialize(network, config.init_from, self.parameterization, config.noise.sigma_data)
+        super().__init__(config, network, ranks)
+        self.preview = config.preview
+
+    def average_decay(self, step):
+        return min(self.config.ema, step / (step + 10)) if self.config.ema_warmup else self.config.ema
+
+
+class DiffusionStage(_FineTuning):
+    """Stage 2a."""
+
+    name = "finetune-diffusion"
+    config: DiffusionConfig
+
+    def __init__(self, config: DiffusionConfig, ranks: Ranks):
+        self.parameterization = config.parameterization
+        super().__init__(config, ranks)
+
+    def loss(self, batch, draws, step):
+        c = self.config
+        return denoising_loss(
+            self.network,
+            batch["x"],
+            draws.normal("noise", *batch["x"].shape[1:]),
+            self._dropped(batch["label"], draws),
+            torch.exp(c.p_mean + c.p_std * draws.normal("level")),
+            self._schedule(c.num_scales),
+            parameterization=c.parameterization,
+        )
+
+
+class ConsistencyStage(_FineTuning):
+    """Stage 2b, with an optional frozen encoder for the auxiliary contrastive term."""
+
+    name = "finetune-consistency"
+    parameterization = "edm"
+    config: ConsistencyConfig
+
+    def __init__(self, config: ConsistencyConfig, ranks: Ranks):
+        super().__init__(config, ranks)
+        self.perceptual = _frozen_encoder(config, ranks) if config.perceptual else None
+
+    def loss(self, batch, draws, step):
+        c = self.config
+        stage = consistency_stage(step, c.first_stage, c.stage_length, c.delta)
+        t = torch.exp(c.p_mean + c.p_std * draws.normal("level")).clamp_min(c.noise.sigma_min)
+        return consistency_loss(
+            self.network,
+            batch["x"],
+            draws.normal("noise", *batch["x"].shape[1:]),
+            self._dropped(batch["label"], draws),
+            t,
+            consistency_r(t, stage, c.q, c.k, c.b, c.noise.sigma_min),
+            stage,
+            self._schedule(c.num_scales),
+            huber_c=c.huber_c,
+            perceptual=self.perceptual,
+            temperature=c.temperature,
+            dropout_seed=draws.per_rank_seed("dropout"),
+            gather=self.ranks.gather,
+        )
+
+
+def network_config(config: RunConfig, **extra) -> dict:
+    """Constructor arguments of the run's network: the preset, what `model` changes in it, and `extra`."""
+    overrides = asdict(config.model)
+    return preset_config(overrides.pop("preset"), **overrides) | extra
+
+
+def _initialize(network, source: str, parameterization: str, sigma_data: float) -> None:
+    """Start from a pre-trained encoder, or from a whole generator (its output layer rescaled from x0 to edm)."""
+    state, metadata = load_weights(source)
+    if not is_generator(state):
+        load_into(network, state, source, encoder_only=True)
+        log.info("encoder weights from %s; the decoder starts fresh", source)
+        return
+    load_into(network, state, source)
+    before = metadata.get("parameterization") or "x0"
+    if before == "x0" and parameterization == "edm":
+        # Far from the data c_skip vanishes and c_out tends to sigma_data, so that F must be D / sigma_data there.
+        with torch.no_grad():
+            network.out.weight /= sigma_data
+            network.out.bias /= sigma_data
+    log.info("weights from %s (%s parameterisation)", source, before)
+
+
+def _frozen_encoder(config: ConsistencyConfig, ranks: Ranks):
+    state, metadata = load_weights(config.perceptual)
+    if is_generator(state) or not any(k.startswith("projection_head.") for k in state):
+        raise ValueError(
+            f"perceptual {config.perceptual}: want a pre-trained encoder with its projection head (RCMViT)"
+        )
+    encoder = encoder_from_config(model_config(state, metadata))
+    load_into(encoder, state, config.perceptual)
+    wanted = network_config(config)["image_size"]
+    if encoder.image_size != wanted:
+        raise ValueError(f"perceptual {config.perceptual}: made for {encoder.image_size} pixels, the run has {wanted}")
+    return encoder.to(ranks.device).eval().requires_grad_(False)
