@@ -1,0 +1,20 @@
+"""Import of the optional dependencies that evaluation needs."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_PROJECTS = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib"}
+
+
+def import_extra(name: str) -> ModuleType:
+    """Import an optional module by its dotted name. Raises ImportError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        root = name.partition(".")[0]
+        # A module missing inside an installed package is that package's trouble, not ours to explain.
+        if error.name is None or error.name.partition(".")[0] != root:
+            raise
+        raise ImportError(f"this needs {_PROJECTS[root]}: pip install 'epg_fast[demo]'") from error

@@ -1,0 +1,209 @@
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+
+_SPEC = importlib.util.spec_from_file_location("demo_report", Path(__file__).parents[2] / "demo" / "report.py")
+report = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(report)
+
+BASELINES = {
+    "num_images": 500,
+    "real_frechet_distance": 0.071,
+    "real_resized_frechet_distance": 0.212,
+    "class_means_frechet_distance": 1.44,
+    "class_means_accuracy": 1.0,
+}
+
+
+def samples(accuracy, distance, **sampler):
+    return {
+        "accuracy": accuracy,
+        "frechet_distance": distance,
+        "classifier_accuracy": 0.991,
+        "baselines": BASELINES,
+        "protocol": "500 samples compared as 8x8 grayscale.",
+        "sampler": sampler or None,
+    }
+
+
+def probe(*accuracy):
+    levels = dict(zip(("0.002", "0.5", "2", "5"), accuracy, strict=True))
+    return {"accuracy": levels, "protocol": "Logistic regression."}
+
+
+def losses(name, count=150):
+    rng = np.random.default_rng(len(name))
+    start, end = {"pretrain": (8.5, 4.0), "diffusion": (900, 25), "consistency": (60, 9)}[name]
+    decay = end + (start - end) * np.exp(-np.arange(count) / 20)
+    return decay * np.exp(rng.normal(scale=0.08 if name == "pretrain" else 0.35, size=count))
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished demo with made-up figures that reach every goal."""
+    run = tmp_path / "runs" / "demo"
+    for name in report.STAGES:
+        rows = [
+            {"step": 20 * (i + 1), "loss": loss, "images_per_second": 900.0, "elapsed_s": i * 0.7}
+            for i, loss in enumerate(losses(name).tolist())
+        ]
+        write(run / name / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(run / "eval" / "diffusion.json", samples(0.982, 0.16, sampler="heun", steps=18, guidance=1.5))
+    write(run / "eval" / "diffusion_unguided.json", samples(0.942, 0.159, sampler="heun", steps=18, guidance=1.0))
+    write(run / "eval" / "consistency.json", samples(0.916, 0.349, sampler="onestep", steps=1))
+    write(run / "eval" / "probe_before.json", probe(0.76, 0.7, 0.5, 0.3))
+    write(run / "eval" / "probe_after.json", probe(0.95, 0.94, 0.85, 0.5))
+    write(run / "timings.json", {"pretrain": 60.4, "diffusion": 115.0, "consistency": 110.2})
+    for name in report.SAMPLES:
+        (run / f"samples_{name}").mkdir()
+        Image.new("RGB", (40, 40)).save(run / f"samples_{name}" / "grid.png")
+    return run
+
+
+def test_finished_demo_gives_pictures_figures_and_a_report(run, capsys):
+    assert report.main([str(run)]) == 0
+    for name in ("curves.png", "probe.png"):
+        pixels = np.asarray(Image.open(run / name).convert("L"))
+        assert pixels.shape[1] > 500 and pixels.std() > 10
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["goals_reached"] is True and len(metrics["goals"]) == 4
+    assert metrics["total_s"] == pytest.approx(285.6)
+    assert metrics["training"]["diffusion"]["steps"] == 3000
+    assert metrics["samples"]["consistency"]["accuracy"] == 0.916
+    assert "all goals reached" in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == [
+        "curves.png",
+        "metrics.json",
+        "probe.png",
+        "report.md",
+        "timings.json",
+    ]
+
+
+def test_report_shows_goals_pictures_machine_and_remarks(run):
+    report.main([str(run)])
+    text = (run / "report.md").read_text()
+    assert "| Diffusion, guided | accuracy | 98.2% | at least 95.0% | yes |" in text
+    assert "| Consistency, one step | Frechet distance | 0.349 | at most 0.500 | yes |" in text
+    for picture in ("samples_diffusion/grid.png", "samples_consistency/grid.png", "curves.png", "probe.png"):
+        assert f"]({picture})" in text and (run / picture).is_file()
+    for part in (
+        "500 samples compared as 8x8",
+        "0.071",
+        "0.212",
+        "100% accuracy",
+        "1.44",
+        "none is claimed",
+        "torch 2",
+    ):
+        assert part in text
+    assert "| before pre-training | 76.0% | 70.0% | 50.0% | 30.0% |" in text
+    assert "| total | 286 |" in text and "guidance 1.5" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "accuracy", "distance", "reached"),
+    [
+        ("diffusion", 0.95, 0.30, [True, True]),
+        ("diffusion", 0.949, 0.301, [False, False]),
+        ("consistency", 1.0, 1.46, [True, False]),
+        ("consistency", 0.849, 0.2, [False, True]),
+    ],
+)
+def test_goals_are_judged_by_both_figures(run, capsys, name, accuracy, distance, reached):
+    write(run / "eval" / f"{name}.json", samples(accuracy, distance))
+    report.main([str(run)])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert [goal["reached"] for goal in metrics["goals"] if goal["samples"] == name] == reached
+    assert metrics["goals_reached"] is all(reached)
+    assert ("NOT every goal" in capsys.readouterr().out) is not all(reached)
+    assert ("**no**" in (run / "report.md").read_text()) is not all(reached)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "pretrain/metrics.jsonl",
+        "eval/consistency.json",
+        "eval/probe_before.json",
+        "timings.json",
+        "samples_diffusion_unguided/grid.png",
+    ],
+)
+def test_a_missing_input_is_named_with_the_command_that_makes_it(run, missing):
+    (run / missing).unlink()
+    with pytest.raises(SystemExit, match=f"{missing} is missing; run the whole demo with: make demo"):
+        report.main([str(run)])
+    assert not (run / "report.md").exists()
+
+
+def test_unreadable_inputs_are_named(run):
+    write(run / "eval" / "diffusion.json", "{")
+    with pytest.raises(SystemExit, match=r"diffusion\.json is not valid JSON"):
+        report.main([str(run)])
+    write(run / "eval" / "diffusion.json", {"accuracy": 1.0})
+    with pytest.raises(SystemExit, match=r"diffusion\.json lacks frechet_distance, classifier_accuracy"):
+        report.main([str(run)])
+
+
+def test_metrics_of_a_killed_and_resumed_run_are_read(run, capsys):
+    path = run / "pretrain" / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 3}\n{"step": 20, "loss": 9}\n{"step": 30, "lo\n{"step": 20, "loss": 2}\n')
+    assert report.read_metrics(path) == [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}]
+    assert "line 3" in capsys.readouterr().err
+    path.write_text("\n")
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl holds no line"):
+        report.main([str(run)])
+
+
+def test_losses_that_are_not_finite_leave_gaps_and_valid_json(run):
+    write(run / "consistency" / "metrics.jsonl", '{"step": 1, "loss": NaN}\n{"step": 2, "loss": NaN}\n')
+    write(run / "diffusion" / "metrics.jsonl", '{"step": 1, "loss": 5.0}\n{"step": 2, "loss": NaN}\n')
+    report.main([str(run)])
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    metrics = json.loads((run / "metrics.json").read_text(), parse_constant=refuse)
+    assert metrics["training"]["consistency"]["last_loss"] is None
+    assert metrics["training"]["diffusion"]["last_loss"] == 5
+
+
+def test_running_mean_covers_a_tenth_and_averages_what_there_is_at_the_ends():
+    line = [3.0 + 2 * i for i in range(60)]
+    smoothed = report.running_mean(line)
+    assert smoothed[3:-3] == pytest.approx(line[3:-3])
+    assert smoothed[0] == pytest.approx(sum(line[:4]) / 4) and smoothed[-1] == pytest.approx(sum(line[-4:]) / 4)
+    spike = [0.0] * 60
+    spike[30] = 7.0
+    assert max(report.running_mean(spike)) == pytest.approx(1)
+    assert math.fsum(report.running_mean(spike)) == pytest.approx(7)
+    assert report.running_mean([4.0]) == [4.0]
+
+
+def test_what_evaluation_returns_is_what_the_report_reads(run, tmp_path):
+    pytest.importorskip("sklearn")
+    from epg_fast.config import EvaluateConfig
+    from epg_fast.data import prepare_digits
+    from epg_fast.evaluation import evaluate_samples
+
+    data = tmp_path / "digits"
+    prepare_digits(data)
+    config = EvaluateConfig(samples=str(data / "test"), train=str(data / "train"), test=str(data / "test"))
+    write(run / "eval" / "diffusion.json", evaluate_samples(config))
+    report.main([str(run)])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["goals_reached"] is True
+    assert "450 held-out real images" in (run / "report.md").read_text()

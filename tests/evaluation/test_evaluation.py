@@ -1,0 +1,131 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+from epg_fast.config import EvaluateConfig
+from epg_fast.evaluation import evaluate_probe, evaluate_samples
+from epg_fast.evaluation.extras import import_extra
+from epg_fast.sampling.writers import save_npz, save_pngs
+
+
+def enlarged(features, size=32):
+    levels = np.rint(features * 255).astype(np.uint8).reshape(-1, 8, 8)
+    return np.stack(
+        [np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")) for x in levels]
+    )
+
+
+def config(digits, **fields):
+    return EvaluateConfig(train=str(digits / "train"), test=str(digits / "test"), **fields)
+
+
+@pytest.fixture(scope="module")
+def real_result(digits, arrays, tmp_path_factory):
+    path = tmp_path_factory.mktemp("real") / "samples.npz"
+    save_npz(enlarged(arrays[0][::3]), arrays[1][::3], path, sampler="heun", steps=18, s_max=float("inf"))
+    return evaluate_samples(config(digits, samples=str(path)))
+
+
+def test_enlarged_real_digits_score_like_real_ones(real_result):
+    assert real_result["accuracy"] > 0.98 and real_result["classifier_accuracy"] > 0.98
+    resized = real_result["baselines"]["real_resized_frechet_distance"]
+    assert 0.15 < resized < 0.3
+    assert real_result["frechet_distance"] == pytest.approx(resized, abs=0.05)
+    assert real_result["baselines"]["real_frechet_distance"] < 0.12
+
+
+def test_result_states_sizes_and_protocol_and_survives_json(real_result):
+    assert json.loads(json.dumps(real_result, allow_nan=False)) == real_result
+    assert [real_result[key] for key in ("num_samples", "num_train", "num_test")] == [449, 1347, 450]
+    assert (real_result["stored_size"], real_result["size"], real_result["components"]) == (32, 8, 20)
+    assert real_result["sampler"] == {"sampler": "heun", "steps": 18, "s_max": "inf"}
+    assert "449 samples of 32x32 pixels, compared as 8x8 grayscale" in real_result["protocol"]
+    assert "450 held-out real images (as stored)" in real_result["protocol"]
+
+
+def test_class_means_pass_the_accuracy_and_fail_the_distance(digits, arrays, tmp_path, real_result):
+    train_x, train_y = arrays[:2]
+    means = np.stack([train_x[train_y == label].mean(axis=0) for label in range(10)])
+    labels = np.repeat(np.arange(10), 40)
+    save_pngs(enlarged(means)[labels], labels, tmp_path)
+    result = evaluate_samples(config(digits, samples=str(tmp_path)))
+    assert result["accuracy"] == 1 and result["frechet_distance"] > 1.2
+    assert result["sampler"] is None
+    baselines = real_result["baselines"]
+    assert baselines["class_means_accuracy"] == 1
+    assert baselines["class_means_frechet_distance"] == pytest.approx(result["frechet_distance"], abs=0.05)
+
+
+def test_samples_of_the_real_size_are_compared_as_they_are(digits):
+    result = evaluate_samples(config(digits, samples=str(digits / "test")))
+    assert result["frechet_distance"] == pytest.approx(0, abs=1e-10)
+    assert result["baselines"]["real_resized_frechet_distance"] is None
+
+
+def test_a_folder_of_some_classes_is_not_renumbered_silently(digits, arrays, tmp_path):
+    save_pngs(enlarged(arrays[0][:5]), np.full(5, 3), tmp_path)
+    with pytest.raises(ValueError, match=r"1 class folders and .* 10"):
+        evaluate_samples(config(digits, samples=str(tmp_path)))
+
+
+def test_missing_settings_and_unequal_classes_are_named(digits, tmp_path):
+    with pytest.raises(ValueError, match="`samples` is not set"):
+        evaluate_samples(config(digits))
+    with pytest.raises(ValueError, match="`test` is not set"):
+        evaluate_samples(EvaluateConfig(samples="x", train=str(digits / "train")))
+    (tmp_path / "zero").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "zero" / "a.png")
+    with pytest.raises(ValueError, match=r"same class folders.*'zero'"):
+        evaluate_samples(EvaluateConfig(samples="x", train=str(digits / "train"), test=str(tmp_path)))
+
+
+class PixelEncoder(nn.Module):
+    """The input itself as the feature: a probe of it is a linear classifier of noisy pixels."""
+
+    image_size = 16
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def encode(self, x, t):
+        return nn.functional.avg_pool2d(x[:, :1], 2).flatten(1) * self.scale
+
+
+def test_probe_reads_digits_from_pixels_until_noise_covers_them(digits):
+    result = evaluate_probe(config(digits, probe="run", sigmas=[0.002, 100.0]), PixelEncoder(), "simple")
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert list(result["accuracy"]) == ["0.002", "100"]
+    assert result["accuracy"]["0.002"] > 0.93 and result["accuracy"]["100"] < 0.3
+    assert (result["num_train"], result["num_test"], result["image_size"]) == (1347, 450, 16)
+    assert "1347 training images" in result["protocol"]
+
+
+def test_probe_takes_the_pixel_scaling_from_the_checkpoint(digits):
+    encoder = PixelEncoder()
+    settings = config(digits, probe="run", sigmas=[0.5])
+    assert evaluate_probe(settings, encoder)["normalization"] == "imagenet"
+    encoder.metadata = {"normalization": "simple", "noise": {"sigma_data": 0.7}}
+    assert evaluate_probe(settings, encoder) == evaluate_probe(settings, encoder, "simple")
+    assert evaluate_probe(settings, encoder, "imagenet")["normalization"] == "imagenet"
+
+
+def test_a_missing_extra_is_reported_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
+    with pytest.raises(ImportError, match=r"needs scikit-learn: pip install 'epg_fast\[demo\]'"):
+        import_extra("sklearn.svm")
+
+
+def test_importing_the_package_needs_no_extra():
+    program = (
+        "import sys, epg_fast.evaluation, epg_fast.evaluation.probe\n"
+        "print([m for m in ('sklearn', 'scipy', 'matplotlib') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+
+from epg_fast.evaluation import frechet_distance, pca_frechet_distance
+
+linalg = pytest.importorskip("scipy.linalg")
+pytest.importorskip("sklearn")
+
+
+def covariance(rng, dim, rank=None):
+    factors = rng.normal(size=(dim, rank or 2 * dim))
+    return factors @ factors.T / factors.shape[1]
+
+
+def test_one_dimensional_gaussians_have_a_closed_form():
+    assert frechet_distance([1.0], [[4.0]], [4.0], [[25.0]]) == pytest.approx((1 - 4) ** 2 + (2 - 5) ** 2, rel=1e-12)
+
+
+def test_commuting_covariances_have_a_closed_form():
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    std1, std2, mean = rng.uniform(0.1, 3, 5), rng.uniform(0.1, 3, 5), rng.normal(size=5)
+    cov1, cov2 = (rotation @ np.diag(std**2) @ rotation.T for std in (std1, std2))
+    expected = np.sum(mean**2) + np.sum((std1 - std2) ** 2)
+    assert frechet_distance(mean, cov1, np.zeros(5), cov2) == pytest.approx(expected, rel=1e-10)
+
+
+def test_agrees_with_the_matrix_root_of_scipy():
+    rng = np.random.default_rng(1)
+    cov1, cov2, mean1, mean2 = covariance(rng, 20), covariance(rng, 20), rng.normal(size=20), rng.normal(size=20)
+    root = linalg.sqrtm(cov1 @ cov2)
+    expected = np.sum((mean1 - mean2) ** 2) + np.trace(cov1 + cov2 - 2 * root.real)
+    assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected, rel=1e-9)
+
+
+def test_singular_covariances_keep_the_closed_form():
+    # tr (u u^T v v^T)^(1/2) = |u . v|
+    u, v, zero = np.array([1.0, 2.0, 0.0, 0.5]), np.array([-3.0, 1.0, 1.0, 0.0]), np.zeros(4)
+    expected = u @ u + v @ v - 2 * abs(u @ v)
+    assert frechet_distance(zero, np.outer(u, u), zero, np.outer(v, v)) == pytest.approx(expected, rel=1e-7)
+
+
+def test_distance_is_symmetric_and_zero_for_equal_gaussians():
+    rng = np.random.default_rng(2)
+    mean, cov1, cov2 = rng.normal(size=12), covariance(rng, 12, rank=4), covariance(rng, 12)
+    there, back = frechet_distance(mean, cov1, -mean, cov2), frechet_distance(-mean, cov2, mean, cov1)
+    assert there == pytest.approx(back, rel=1e-12)
+    assert frechet_distance(mean, cov2, mean, cov2) == pytest.approx(0, abs=1e-12)
+
+
+def test_shapes_and_values_are_checked():
+    with pytest.raises(ValueError, match="covariances"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="finite"):
+        frechet_distance(np.zeros(2), np.eye(2), np.array([0, np.nan]), np.eye(2))
+
+
+def test_all_components_give_the_distance_of_the_pixels():
+    rng = np.random.default_rng(3)
+    mix = rng.normal(size=(6, 6))
+    a, b, fit_on = rng.normal(size=(80, 6)) @ mix, rng.normal(size=(90, 6)) + 0.3, rng.normal(size=(70, 6))
+    in_pixels = frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+    assert pca_frechet_distance(a, b, fit_on, components=6) == pytest.approx(in_pixels, rel=1e-9)
+
+
+def test_components_come_from_the_training_images_alone():
+    rng = np.random.default_rng(4)
+    fit_on = rng.normal(size=(200, 3)) * [3.0, 1.0, 0.0]
+    reference = rng.normal(size=(100, 3)) * [3.0, 1.0, 0.0]
+    unseen, seen = reference + [0, 0, 50.0], reference + [2.0, 0, 0]
+    assert pca_frechet_distance(unseen, reference, fit_on, components=2) == pytest.approx(0, abs=1e-9)
+    assert pca_frechet_distance(seen, reference, fit_on, components=2) == pytest.approx(4, rel=1e-3)
+    assert pca_frechet_distance(seen, reference, fit_on, components=1) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("components", [0, 4])
+def test_impossible_numbers_of_components_are_refused(components):
+    images = np.random.default_rng(5).normal(size=(10, 3))
+    with pytest.raises(ValueError, match=r"1\.\.3"):
+        pca_frechet_distance(images, images, images, components)
+
+
+def test_a_single_image_has_no_covariance():
+    images = np.random.default_rng(6).normal(size=(10, 3))
+    with pytest.raises(ValueError, match="samples: expected at least two"):
+        pca_frechet_distance(images[:1], images, images, 2)
+
+
+def test_real_digits_are_near_each_other_and_class_means_are_not(arrays):
+    train_x, train_y, test_x, _ = arrays
+    means = np.stack([train_x[train_y == label].mean(axis=0) for label in range(10)])
+    assert 0.03 < pca_frechet_distance(train_x[::3], test_x, train_x) < 0.12
+    assert pca_frechet_distance(np.tile(means, (45, 1)), test_x, train_x) > 1
