@@ -14,3 +14,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Folder with train/ and test/ of the embedded handwritten digits."""
+    from epg_fast.data import prepare_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    prepare_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(digits):
+    """Flags of a training run of a few seconds: a very small network on the digits."""
+    return [
+        *("--config", "digits", "--data.path", f"{digits}/train", "--data.workers", "0", "--device", "cpu"),
+        *("--model.embed_dim", "32", "--model.depth", "1", "--model.num_heads", "2"),
+        *("--model.decoder_embed_dim", "48", "--model.decoder_depth", "1", "--model.decoder_num_heads", "2"),
+        *("--model.hidden_dim", "32", "--model.output_dim", "16", "--batch_size", "16"),
+        *("--optimizer.warmup_steps", "4", "--log_every", "1", "--checkpoint_every", "10", "--tensorboard", "false"),
+    ]

@@ -64,7 +64,6 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
     folder = ImageFolder(config.data.path)
-    claim_run_folder(outdir, stage_class.name, config, ranks)
 
     torch.manual_seed(config.seed)
     stage = stage_class(config, ranks)
@@ -74,6 +73,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
             f"{folder.root} has {len(folder.classes)} classes, but the model has {classes}; "
             f"pass --model.num_classes {len(folder.classes)}"
         )
+    claim_run_folder(outdir, stage_class.name, config, ranks)
     state = RunState(config, stage, folder, ranks)
     state.resume(outdir / "checkpoints")
     metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
@@ -82,15 +82,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         log.info("%s is complete: %d steps", outdir, state.step)
         return
 
-    step_module = _StepModule(stage)
-    if ranks.world_size > 1:
-        distributed.synchronize_batch_norm(stage.network)
-        step_module = DistributedDataParallel(
-            step_module,
-            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            find_unused_parameters=_has_unused_parameters(stage.network),
-        )
+    step_module = make_step_module(stage)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         compile_blocks(stage)
     loader = PillowLoader(
@@ -249,6 +241,19 @@ class RunState:
         return dict(zip(values, means.unbind(), strict=True))
 
 
+def make_step_module(stage: Stage) -> torch.nn.Module:
+    """Module whose forward pass is the stage's loss; it averages gradients and BatchNorm statistics over the ranks."""
+    module = _StepModule(stage)
+    if stage.ranks.world_size == 1:
+        return module
+    distributed.synchronize_batch_norm(stage.network)
+    return DistributedDataParallel(
+        module,
+        device_ids=[stage.ranks.device] if stage.ranks.device.type == "cuda" else None,
+        broadcast_buffers=False,
+    )
+
+
 class _StepModule(torch.nn.Module):
     """The stage's loss as a forward pass, so that DistributedDataParallel sees one forward per backward."""
 
@@ -259,11 +264,6 @@ class _StepModule(torch.nn.Module):
 
     def forward(self, batch, draws, step):
         return self._loss(batch, draws, step)
-
-
-def _has_unused_parameters(network: torch.nn.Module) -> bool:
-    """Whether some decoder blocks have no skip left to use (decoder deeper than encoder)."""
-    return len(getattr(network, "decoder_blocks", ())) > len(network.blocks)
 
 
 def compile_blocks(stage: Stage) -> None:

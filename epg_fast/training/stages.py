@@ -109,6 +109,11 @@ class _FineTuning(Stage):
         network = generator_from_config(network_config(config, drop=config.dropout))
         if config.init_from:
             _initialize(network, config.init_from, self.parameterization, config.noise.sigma_data)
+        # A decoder deeper than the encoder has blocks without a skip: nothing reaches these parameters, and gradient
+        # averaging over ranks would wait for them.
+        for block in network.decoder_blocks[len(network.blocks) :]:
+            block.skip_linear.requires_grad_(False)
+            block.skip_norm.requires_grad_(False)
         super().__init__(config, network, ranks)
         self.preview = config.preview
 

@@ -1,0 +1,93 @@
+"""How one operation is measured: `pytest bench/ops --benchmark-only`.
+
+On CUDA a CUDA graph holds one call per set of inputs, and the sets together exceed the L2 cache several times: each
+call starts cold, and launches cost nothing. On a CPU one call is timed, at a reduced shape. `measure` adds to each
+result the median and the 20th and 80th percentile of one call in microseconds, GB/s by the operation's traffic model,
+and the share of the bandwidth that a large copy reached in the same session.
+"""
+
+import platform
+import statistics
+import subprocess
+import time
+
+import pytest
+import torch
+
+_CUDA = torch.cuda.is_available()
+_COLD_BYTES = 512 << 20  # inputs touched before any is touched again: several times the L2 cache of an H200
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if _CUDA else "cpu"
+
+
+@pytest.fixture(scope="session")
+def copy_gbps() -> float:
+    """The ceiling: GB/s of a large copy, read and write counted."""
+    source = torch.rand((1 << 28) if _CUDA else (1 << 24), device="cuda" if _CUDA else "cpu")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(20):
+        _synchronise()
+        start = time.perf_counter()
+        target.copy_(source)
+        _synchronise()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds) / 1e9
+
+
+@pytest.fixture
+def measure(benchmark, copy_gbps):
+    def run(call, make_inputs, traffic: int, **labels) -> None:
+        """Time call(*make_inputs(seed)), which moves `traffic` bytes."""
+        calls = max(1, _COLD_BYTES // traffic) if _CUDA else 1
+        inputs = [make_inputs(seed) for seed in range(calls)]
+        target = _graph(call, inputs) if _CUDA else lambda: call(*inputs[0])
+        benchmark.pedantic(target, rounds=50 if _CUDA else 10, warmup_rounds=3)
+        low, *_, high = statistics.quantiles(benchmark.stats.stats.data, n=5)
+        median = benchmark.stats.stats.median
+        gbps = traffic * calls / median / 1e9
+        benchmark.extra_info |= labels | {
+            "median_us": 1e6 * median / calls,
+            "p20_us": 1e6 * low / calls,
+            "p80_us": 1e6 * high / calls,
+            "gbps": gbps,
+            "percent_of_copy": 100 * gbps / copy_gbps,
+        }
+
+    return run
+
+
+def _graph(call, inputs):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for arguments in inputs[:3]:
+            call(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for arguments in inputs:
+            call(*arguments)
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def _synchronise() -> None:
+    if _CUDA:
+        torch.cuda.synchronize()
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    machine_info |= {
+        "device": torch.cuda.get_device_name() if _CUDA else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit or "unknown",
+    }

@@ -1,0 +1,199 @@
+"""What each kernel costs on each GPU architecture, compiled ahead of time: no GPU is needed.
+
+    python -m bench.resources [--arch 80 90 100]
+
+Prints one row per Triton kernel and configuration (the cases that `epg_kernels.<op>.aot_cases()` describes) and one
+per CUDA kernel of the built extension: registers per thread, spills (instructions that touch local memory), bytes of
+shared memory, matrix instructions, and how many of the accesses to global memory are 16 bytes wide. Exits with
+status 1 when a kernel spills on sm_90, or is marked as a matrix kernel and has no wgmma there.
+"""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+_MATRIX_INSTRUCTIONS = {"wgmma": r"\bHGMMA\b|\bQGMMA\b|\bIGMMA\b", "mma": r"\b[HIQ]MMA\b", "tcgen05": r"\bUTC\w*MMA\b"}
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    arch: int
+    width: str
+    dtype: str
+    num_warps: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+    wide: str  # 16-byte accesses of all accesses to global memory
+    gemm: bool = False
+
+    def failure(self) -> str | None:
+        if self.arch == 90 and self.spills:
+            return (
+                f"{self.kernel} (D={self.width}, {self.dtype}) spills on sm_90: {self.spills} accesses to local memory"
+            )
+        if self.arch == 90 and self.gemm and "wgmma" not in self.matrix:
+            return f"{self.kernel} (D={self.width}, {self.dtype}) has no wgmma on sm_90, found: {self.matrix}"
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, e.g. 90 for sm_90"
+    )
+    archs = parser.parse_args().arch
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compiler
+    if str(_ROOT / "kernels") not in sys.path:
+        sys.path.append(str(_ROOT / "kernels"))
+
+    cases = [case for module in _kernel_modules() for case in module.aot_cases()]
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(_compile, case, arch) for case in cases for arch in archs]
+        rows = [future.result() for future in futures]
+    rows += [row for row in _extension_rows() if row.arch in archs]
+    _print(rows)
+    failures = [failure for row in rows if (failure := row.failure())]
+    for failure in failures:
+        print(f"FAIL {failure}")
+    return 1 if failures else 0
+
+
+def _kernel_modules() -> list:
+    import epg_kernels
+
+    names = sorted(module.name for module in pkgutil.iter_modules(epg_kernels.__path__))
+    return [importlib.import_module(f"epg_kernels.{name}") for name in names]
+
+
+def _compile(case, arch: int) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        (usage,) = _usage(cubin.name)
+        sass = _tool("nvdisasm", cubin.name)
+    return Row(
+        kernel=case.kernel.__name__,
+        arch=arch,
+        width=str(case.width),
+        dtype=case.dtype,
+        num_warps=str(case.num_warps),
+        registers=usage["REG"],
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        shared=compiled.metadata.shared,
+        matrix=_matrix(sass),
+        wide=_wide(sass),
+        gemm=case.gemm,
+    )
+
+
+def _extension_rows() -> list[Row]:
+    libraries = list((_ROOT / "epg_fast" / "ops").glob("_extension*.so"))
+    if not libraries:
+        print("the extension is not built here: no CUDA kernels to report")
+        return []
+    rows = []
+    sass_by_kernel = _sass_by_kernel(_tool("cuobjdump", "-sass", str(libraries[0])))
+    for usage in _usage(str(libraries[0])):
+        sass = sass_by_kernel[usage["arch"], usage["name"]]
+        rows.append(
+            Row(
+                kernel=_readable(usage["name"]),
+                arch=usage["arch"],
+                width="-",
+                dtype="-",
+                num_warps="-",
+                registers=usage["REG"],
+                spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+                shared=usage["SHARED"],
+                matrix=_matrix(sass),
+                wide=_wide(sass),
+            )
+        )
+    return rows
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} {' '.join(arguments)} failed: {done.stderr.strip()}")
+    return done.stdout + done.stderr
+
+
+def _usage(path: str) -> list[dict]:
+    """Registers and memory of each kernel in a cubin, or in a library that holds cubins."""
+    usages, arch = [], 0
+    for line in _tool("cuobjdump", "-res-usage", path).splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.search(r"Function (\S+):", line):
+            usages.append({"name": match[1], "arch": arch})
+        elif "REG:" in line:
+            usages[-1] |= {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+    return usages
+
+
+def _sass_by_kernel(dump: str) -> dict[tuple[int, str], str]:
+    listings, arch, name = {}, 0, None
+    for line in dump.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+            listings[arch, name] = []
+        elif name is not None and "/*" in line:
+            listings[arch, name].append(line)
+    return {key: "\n".join(lines) for key, lines in listings.items()}
+
+
+def _readable(mangled: str) -> str:
+    match = re.search(r"[a-z][a-z_]*_kernel(?=[EI])", mangled)
+    return match[0] if match else mangled
+
+
+def _matrix(sass: str) -> str:
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in _MATRIX_INSTRUCTIONS.items()}
+    return " ".join(f"{name}:{count}" for name, count in counts.items() if count) or "none"
+
+
+def _wide(sass: str) -> str:
+    accesses = re.findall(r"\b(?:LDG|STG)\S*", sass)
+    return f"{sum('.128' in access for access in accesses)}/{len(accesses)}"
+
+
+def _print(rows: list[Row]) -> None:
+    header = ("kernel", "arch", "D", "dtype", "warps", "registers", "spills", "shared", "matrix", "16-byte")
+    table = [header] + [
+        (r.kernel, f"sm_{r.arch}", r.width, r.dtype, r.num_warps, r.registers, r.spills, r.shared, r.matrix, r.wide)
+        for r in rows
+    ]
+    widths = [max(len(str(line[i])) for line in table) for i in range(len(header))]
+    for line in table:
+        print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

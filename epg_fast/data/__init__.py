@@ -1,0 +1,32 @@
+"""Images on disk to batches of uint8 tensors (SPEC 1).
+
+The batch interface, which every loader keeps and training relies on:
+
+- A loader is an infinite iterator over one rank's share of the global batches, starting at global iteration `start`.
+- A batch is a dict: `x` uint8 [b, 3, H, W] (centre crop, maybe flipped), `label` int64 [b], `index` int64 [b] (position
+  in the `ImageFolder`) and, for pre-training, `view1` and `view2`, uint8 [b, 3, H, W]; b = global batch / ranks.
+  Tensors are contiguous and may live on any device; `PixelNormalization` turns them into network input there.
+- A batch depends on nothing but the seed, the global iteration and the position in the global batch. A run resumed at
+  any iteration, with any number of workers and ranks, sees the same images in the same order.
+- `close()` (or leaving the `with` block) stops whatever the loader started; `bad_files` maps each file that could not
+  be decoded to the reason; too many of them raise `DataError`.
+"""
+
+from epg_fast.data.digits import prepare_digits
+from epg_fast.data.folder import DataError, ImageFolder
+from epg_fast.data.loader import PillowLoader
+from epg_fast.data.normalization import PixelNormalization
+from epg_fast.data.prepare import prepare_folder
+from epg_fast.data.views import augmented_view, center_crop, training_views
+
+__all__ = [
+    "DataError",
+    "ImageFolder",
+    "PillowLoader",
+    "PixelNormalization",
+    "augmented_view",
+    "center_crop",
+    "prepare_digits",
+    "prepare_folder",
+    "training_views",
+]

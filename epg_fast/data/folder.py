@@ -1,0 +1,162 @@
+"""A folder of class folders with images."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+# A file may carry the wrong extension, but nothing else is tried: Pillow would start Ghostscript for an EPS.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+
+logger = logging.getLogger("epg_fast")
+
+
+class DataError(ValueError):
+    """Too many images of a dataset cannot be decoded."""
+
+
+def too_many_bad_files(bad_files: dict[str, str], total: int, max_bad_fraction: float) -> DataError:
+    """Return the error that names the first few of `bad_files` (relative path -> reason) and what to do about them."""
+    first = "; ".join(f"{path} ({reason})" for path, reason in list(bad_files.items())[:3])
+    more = "; ..." if len(bad_files) > 3 else ""
+    return DataError(
+        f"{len(bad_files)} of {total} images ({len(bad_files) / total:.2%}) cannot be decoded, wanted at most "
+        f"{max_bad_fraction:.2%}: {first}{more}. Restore or delete these files, or allow more bad files."
+    )
+
+
+class ImageFolder:
+    """The images below `root`, where each direct subfolder is one class.
+
+    Attributes:
+        root: the folder as a `Path`.
+        paths: image paths relative to `root`, with `/`, sorted; class folders are searched recursively.
+        labels: class index of each path.
+        classes: names of all class folders, sorted; the class index is the position in this list.
+
+    Images are files ending in .png, .jpg, .jpeg, .webp or .bmp in any case; hidden files and folders are ignored.
+    A class folder without images keeps its index, so that labels do not shift, and is warned about.
+    Raises ValueError for a missing folder, a file, or a folder without class folders or without images.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        self._root = os.fspath(root)
+        self.classes = self._find_classes()
+        found = [(path, label) for label, name in enumerate(self.classes) for path in self._find_images(name)]
+        found.sort()
+        self.paths = [path for path, _ in found]
+        self.labels = [label for _, label in found]
+        self._check_found()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, i: int) -> Image.Image:
+        """Return image `i` as a fully decoded RGB image of its own size, turned upright by its EXIF orientation.
+
+        Transparency is dropped, 16-bit values keep their high byte. A file that is no complete image raises whatever
+        Pillow raises for it: mostly OSError, but SyntaxError, ValueError and others occur.
+        """
+        with Image.open(os.path.join(self._root, self.paths[i]), formats=_FORMATS) as image:
+            image.load()
+            _turn_upright(image)
+            return _to_rgb(image)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hexadecimal) of the relative paths and their labels; the contents are not read."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels, strict=True):
+            digest.update(os.fsencode(path) + b"\0" + str(label).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _find_classes(self) -> list[str]:
+        wanted = "wanted a folder of class folders with images"
+        if not self._root:
+            raise ValueError(f"data path: got an empty path, {wanted}; set data.path")
+        if not self.root.exists():
+            raise ValueError(f"data path: {self.root} does not exist, {wanted}; check the spelling or prepare the data")
+        if not self.root.is_dir():
+            raise ValueError(f"data path: {self.root} is a file, {wanted}; pass the folder instead")
+        visible = [entry for entry in os.scandir(self._root) if not entry.name.startswith(".")]
+        classes = sorted(entry.name for entry in visible if entry.is_dir())
+        loose = sum(_is_image(entry.name) for entry in visible if not entry.is_dir())
+        if not visible:
+            raise ValueError(f"data path: {self.root} is empty, {wanted}; prepare the data first")
+        if not classes and loose:
+            raise ValueError(
+                f"data path: {self.root} has {loose} images but no class folders, {wanted}; "
+                "move them into one subfolder per class (a single one for unlabelled images)"
+            )
+        if not classes:
+            raise ValueError(f"data path: {self.root} has neither class folders nor images, {wanted}; check the path")
+        if loose:
+            logger.warning("%s: ignored %d images that lie outside the class folders", self.root, loose)
+        return classes
+
+    def _find_images(self, name: str) -> list[str]:
+        found = []
+        for folder, subfolders, files in os.walk(os.path.join(self._root, name), onerror=_unreadable, followlinks=True):
+            subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
+            prefix = os.path.relpath(folder, self._root).replace(os.sep, "/")
+            found += [f"{prefix}/{file}" for file in files if _is_image(file)]
+        return found
+
+    def _check_found(self) -> None:
+        if not self.paths:
+            raise ValueError(
+                f"data path: none of the {len(self.classes)} class folders in {self.root} has an image, "
+                f"wanted files ending in {', '.join(EXTENSIONS)}; check the path"
+            )
+        # A dataset's split folders hold class folders of their own and would be taken for classes.
+        splits = {"train", "test", "val", "validation"}
+        if "train" in self.classes and splits.issuperset(self.classes) and all(p.count("/") > 1 for p in self.paths):
+            raise ValueError(
+                f"data path: {self.root} holds the splits {', '.join(self.classes)}, wanted a folder of class folders; "
+                f"pass {self.root / 'train'}"
+            )
+        used = set(self.labels)
+        empty = [name for label, name in enumerate(self.classes) if label not in used]
+        if empty:
+            some = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+            logger.warning(
+                "%s: %d class folders have no images (%s); they keep their class index", self.root, len(empty), some
+            )
+
+    def __repr__(self) -> str:
+        return f"ImageFolder({self._root!r}: {len(self.paths)} images, {len(self.classes)} classes)"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _unreadable(error: OSError) -> None:
+    raise ValueError(f"data path: cannot read {error.filename} ({error.strerror}); fix its permissions") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's conversion saturates 16-bit values at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        # the same colours as the direct conversion, which warns about the lost transparency
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:
+        # cameras and editors write malformed EXIF blocks around intact pixels
+        logger.debug("ignored malformed EXIF data", exc_info=True)

@@ -1,0 +1,68 @@
+"""Pixels in [0,1] to network input and back (SPEC 1)."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+
+# name -> (mean, scale) per channel; ImageNet's scale is twice the standard deviation, so that the result has 0.5.
+_CONSTANTS = {
+    "imagenet": ((0.485, 0.456, 0.406), (2 * 0.229, 2 * 0.224, 2 * 0.225)),
+    "simple": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+class PixelNormalization:
+    """The affine map `(x - mean) / scale` between pixels in [0,1] and network input (SPEC 1).
+
+    `imagenet` has the ImageNet mean and twice its standard deviation, `simple` maps [0,1] to [-1,1].
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str = "imagenet"):
+        if name not in _CONSTANTS:
+            nearest = (difflib.get_close_matches(str(name).lower(), _CONSTANTS, n=1, cutoff=0) or ["imagenet"])[0]
+            raise ValueError(f"normalization: got {name!r}, wanted one of {sorted(_CONSTANTS)}; try {nearest!r}")
+        self.name = name
+        mean, scale = _CONSTANTS[name]
+        # float64 masters, rounded once to the dtype of each call
+        self._mean = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
+        self._scale = torch.tensor(scale, dtype=torch.float64).view(1, 3, 1, 1)
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Return network input for `images` [B, 3, H, W]: uint8, or floating point already in [0,1].
+
+        The result is float32 (float64 for float64 input) on the same device. Another dtype or shape raises ValueError.
+        """
+        self._check_shape(images)
+        if images.dtype == torch.uint8:
+            images = images.to(torch.float32) / 255
+        elif not images.is_floating_point():
+            raise ValueError(f"images: got {images.dtype}, wanted uint8 or floating point in [0,1]; convert them first")
+        mean, scale, images = self._constants(images)
+        return (images - mean) / scale
+
+    def denormalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Return pixels clipped to [0,1] for network-space `x` [B, 3, H, W]; float32, or float64 for float64 input."""
+        self._check_shape(x)
+        mean, scale, x = self._constants(x)
+        return (x * scale + mean).clamp(0, 1)
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the normalised values of black and of white: (low, high), float32 [1, 3, 1, 1] each, on the CPU."""
+        return ((0 - self._mean) / self._scale).float(), ((1 - self._mean) / self._scale).float()
+
+    def _constants(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.to(dtype)
+        return self._mean.to(x.device, dtype), self._scale.to(x.device, dtype), x
+
+    def _check_shape(self, x: torch.Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(
+                f"images: got shape {list(x.shape)}, wanted [B, 3, H, W]; add the batch axis, channels second"
+            )
+
+    def __repr__(self) -> str:
+        return f"PixelNormalization({self.name!r})"

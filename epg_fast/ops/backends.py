@@ -1,0 +1,31 @@
+"""Which implementation an operation runs, and what to do when the one asked for cannot run."""
+
+import importlib.util
+import os
+
+import torch
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def check_backend(op: str, backend: str, wanted: tuple[str, ...]) -> None:
+    if backend not in wanted:
+        raise ValueError(f"{op}: got backend={backend!r}, wanted one of {', '.join(wanted)}")
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run on CPU tensors, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def require_triton(op: str, x: torch.Tensor) -> None:
+    if not _HAS_TRITON:
+        raise ValueError(
+            f"{op}: got backend='triton', but Triton is not installed; run `pip install 'triton>=3.6'` "
+            "or use backend='reference'"
+        )
+    if not (x.is_cuda or interpreting()):
+        raise ValueError(
+            f"{op}: got backend='triton' with a tensor on {x.device}, wanted one on a CUDA device; move it there, "
+            "use backend='reference', or set TRITON_INTERPRET=1 before Python starts, for Triton's interpreter"
+        )

@@ -1,0 +1,22 @@
+"""Triton kernels and their launchers, one file per operation, with the same stem as in `epg_fast.ops`.
+
+Importing this package does not import Triton; importing one of its modules does. A kernel file offers `aot_cases()`, so
+that `python -m bench.resources` can compile each kernel in each configuration of its table without a GPU.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel in one configuration, described well enough to be compiled without a GPU."""
+
+    kernel: Any  # a triton.JITFunction
+    signature: dict[str, str]  # Triton's type of every run-time argument, in the kernel's order
+    constexprs: dict[str, Any]
+    num_warps: int
+    width: int
+    dtype: str
+    gemm: bool = False  # a kernel that must use wgmma on sm_90
+    divisible_by_16: tuple[str, ...] = field(default=())  # arguments that the launcher's callers align in practice

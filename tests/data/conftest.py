@@ -1,0 +1,42 @@
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """Return a function that writes `count` random PNGs into three class folders and returns the root."""
+
+    def make(count, size=(12, 10), name="images", suffix=".png"):
+        root = tmp_path / name
+        rng = np.random.default_rng(count)
+        for i in range(count):
+            path = root / f"class{i % 3}" / f"{i:03d}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+        return root
+
+    return make
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def wait_until_gone():
+    """Return a function that waits up to `seconds` for the processes `pids` to end and returns those that have not."""
+
+    def wait(pids, seconds):
+        deadline = time.monotonic() + seconds
+        while any(map(is_running, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [pid for pid in pids if is_running(pid)]
+
+    return wait

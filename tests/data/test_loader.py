@@ -1,0 +1,291 @@
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from epg_fast.config import AugmentConfig
+from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, training_views
+
+
+def batches(folder, count, **options):
+    options = {"image_size": 16, "batch_size": 8, "seed": 3, "workers": 0, **options}
+    with PillowLoader(folder, **options) as loader:
+        return list(itertools.islice(loader, count))
+
+
+def assert_same(left, right):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), key
+
+
+def test_a_batch_has_the_documented_tensors(make_folder):
+    folder = ImageFolder(make_folder(20))
+    for augment, names in ((None, {"x"}), (AugmentConfig(), {"x", "view1", "view2"})):
+        (batch,) = batches(folder, 1, augment=augment)
+        assert batch.keys() == names | {"label", "index"}
+        for name in names:
+            assert batch[name].dtype == torch.uint8 and batch[name].shape == (8, 3, 16, 16)
+            assert batch[name].is_contiguous()
+        for name in ("label", "index"):
+            assert batch[name].dtype == torch.int64 and batch[name].shape == (8,)
+
+
+def test_pixels_and_labels_belong_to_the_index(make_folder):
+    folder = ImageFolder(make_folder(20))
+    for batch in batches(folder, 2, flip_probability=0.0):
+        for x, label, index in zip(batch["x"], batch["label"], batch["index"], strict=True):
+            assert label == folder.labels[index]
+            expected = np.asarray(center_crop(folder.load(int(index)), 16))
+            np.testing.assert_array_equal(x.numpy(), expected.transpose(2, 0, 1))
+
+
+def test_an_epoch_has_every_image_at_most_once_and_the_next_another_order(make_folder):
+    folder = ImageFolder(make_folder(27))
+    loader = PillowLoader(folder, image_size=8, batch_size=8, seed=0, workers=0)
+    assert loader.iterations_per_epoch == 3
+    epochs = [torch.cat([next(loader)["index"] for _ in range(3)]).tolist() for _ in range(40)]
+    assert all(len(set(epoch)) == 24 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 40
+    # the images dropped at the end of an epoch are others each time
+    assert set().union(*epochs) == set(range(27))
+    assert loader.iteration == 120
+
+
+def test_views_of_an_image_change_from_epoch_to_epoch_and_with_the_seed(make_folder):
+    folder = ImageFolder(make_folder(8))
+
+    def view_of_image_0(seed, iteration):
+        (batch,) = batches(folder, 1, seed=seed, start=iteration, augment=AugmentConfig())
+        return batch["view1"][batch["index"] == 0].numpy().tobytes()
+
+    assert len({view_of_image_0(seed, iteration) for seed in (0, 1) for iteration in (0, 1)}) == 4
+
+
+def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder):
+    """The contract another loader has to keep: written out with numpy alone."""
+    folder = ImageFolder(make_folder(20))
+    batch = batches(folder, 1, start=5, augment=AugmentConfig())[0]  # two iterations an epoch: epoch 2, second half
+
+    def rng(*key):
+        return np.random.default_rng(np.random.SeedSequence(3, spawn_key=key))
+
+    indices = rng(0, 2).permutation(20)[8:16]
+    assert batch["index"].tolist() == indices.tolist()
+    views = training_views(folder.load(int(indices[6])), 16, rng(1, 2, int(indices[6])), 0.5, AugmentConfig())
+    for name, view in zip(("x", "view1", "view2"), views, strict=True):
+        np.testing.assert_array_equal(batch[name][6].numpy(), view.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resuming_anywhere_with_any_number_of_workers_continues_bit_for_bit(make_folder, workers):
+    folder = ImageFolder(make_folder(21))
+    whole = batches(folder, 9, augment=AugmentConfig())
+    for start in (0, 1, 2, 5):
+        assert_same(batches(folder, 9 - start, start=start, workers=workers, augment=AugmentConfig()), whole[start:])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_global_batches_of_a_single_process(make_folder, world_size):
+    folder = ImageFolder(make_folder(21))
+    whole = batches(folder, 5, augment=AugmentConfig())
+    ranks = [
+        batches(folder, 5, rank=rank, world_size=world_size, augment=AugmentConfig()) for rank in range(world_size)
+    ]
+    joined = [
+        {key: torch.cat([share[key] for share in shares]) for key in shares[0]} for shares in zip(*ranks, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_random_states_are_neither_used_nor_touched(make_folder, workers):
+    folder = ImageFolder(make_folder(20))
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = batches(folder, 2, workers=workers, augment=AugmentConfig())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    torch.manual_seed(2)
+    assert_same(batches(folder, 2, workers=workers, augment=AugmentConfig()), first)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 21}, "got 21, wanted at most the 20 images"),
+        ({"world_size": 3}, "got 8 for 3 ranks, wanted a multiple of 3"),
+        ({"rank": 2, "world_size": 2}, "rank: got 2 of 2"),
+        ({"start": -1}, "start: got -1"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"workers": -1}, "workers: got -1"),
+        ({"image_size": 0}, "image_size: got 0"),
+        ({"flip_probability": 1.5}, "flip_probability: got 1.5"),
+        ({"max_bad_fraction": 1.0}, "max_bad_fraction: got 1.0"),
+        ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_at_once(make_folder, options, message):
+    folder = ImageFolder(make_folder(20))
+    with pytest.raises(ValueError, match=message):
+        PillowLoader(folder, **{"image_size": 16, "batch_size": 8, "seed": 0, **options})
+
+
+# damaged files
+
+
+def damage(folder, index, how):
+    path = folder.root / folder.paths[index]
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "vanished":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "text": b"not an image"}[how])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["truncated", "vanished", "empty", "text"])
+def test_a_damaged_file_is_replaced_by_the_next_and_logged_once(make_folder, caplog, workers, how):
+    folder = ImageFolder(make_folder(100))
+    clean = batches(folder, 20, batch_size=25, flip_probability=0.0)
+    damage(folder, 41, how)
+    with (
+        caplog.at_level(logging.WARNING, "epg_fast"),
+        PillowLoader(folder, image_size=16, batch_size=25, seed=3, flip_probability=0.0, workers=workers) as loader,
+    ):
+        found = list(itertools.islice(loader, 20))
+    assert list(loader.bad_files) == [folder.paths[41]]
+    assert [folder.paths[41] in record.getMessage() for record in caplog.records] == [True]
+    replacement = torch.from_numpy(np.asarray(center_crop(folder.load(42), 16)).transpose(2, 0, 1).copy())
+    hits = 0
+    for before, after in zip(clean, found, strict=True):
+        bad = before["index"] == 41
+        hits += int(bad.sum())
+        assert torch.equal(after["index"], torch.where(bad, 42, before["index"]))
+        assert after["label"].tolist() == [folder.labels[i] for i in after["index"]]
+        assert torch.equal(after["x"][~bad], before["x"][~bad])
+        assert all(torch.equal(x, replacement) for x in after["x"][bad])
+    assert hits == 5
+
+
+def test_neighbouring_damaged_files_in_one_batch_are_both_replaced(make_folder):
+    folder = ImageFolder(make_folder(12))
+    for index in (10, 11):
+        damage(folder, index, "empty")
+    (batch,) = batches(folder, 1, batch_size=12, max_bad_fraction=0.2)
+    assert sorted(batch["index"].tolist()) == [0, 0, 0, *range(1, 10)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_than_one_percent_of_damaged_files_stops_with_their_names(make_folder, workers):
+    folder = ImageFolder(make_folder(20))
+    damage(folder, 7, "truncated")
+    with PillowLoader(folder, image_size=16, batch_size=20, seed=0, workers=workers) as loader:
+        with pytest.raises(
+            DataError, match=r"1 of 20 images \(5.00%\).*at most 1.00%.*class1/001.png.*Restore or delete"
+        ):
+            next(loader)
+        with pytest.raises(RuntimeError, match="closed"):
+            next(loader)
+
+
+def test_a_folder_that_vanished_stops_after_a_few_files(make_folder):
+    root = make_folder(300)
+    folder = ImageFolder(root)
+    root.rename(root.with_name("elsewhere"))
+    loader = PillowLoader(folder, image_size=16, batch_size=300, seed=0, workers=0)
+    with pytest.raises(DataError, match="4 of 300 images"):
+        next(loader)
+
+
+# processes
+
+
+PROGRAM = """
+import multiprocessing, signal, sys, time
+from epg_fast.data import ImageFolder, PillowLoader
+loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
+next(loader)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+if sys.argv[2] == "exit":
+    sys.exit()
+if sys.argv[2] == "finish":
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    print("ready", flush=True)
+    while not stop:
+        time.sleep(0.01)
+    for _ in range(20):
+        next(loader)
+    print("saved", flush=True)
+    sys.exit()
+while True:
+    next(loader)
+"""
+
+
+def start_program(root, mode):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(root), mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def worker_pids(program):
+    workers = [int(pid) for pid in program.stdout.readline().split()]
+    assert len(workers) == 2
+    return workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
+def test_no_worker_outlives_its_parent_however_that_ends(make_folder, wait_until_gone):
+    root = make_folder(20)
+    programs = {mode: start_program(root, mode) for mode in ("exit", "ctrl-c", "kill")}
+    workers = {mode: worker_pids(program) for mode, program in programs.items()}
+    os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
+    programs["kill"].kill()
+    for program in programs.values():
+        program.wait(10)
+        program.stdout.close()
+    assert programs["exit"].returncode == 0
+    assert not wait_until_gone(workers["exit"] + workers["ctrl-c"], 1)
+    # of a parent that could not say goodbye, workers learn within five seconds
+    assert not wait_until_gone(workers["kill"], 12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
+def test_a_parent_that_handles_sigterm_can_finish_with_its_workers(make_folder, wait_until_gone):
+    program = start_program(make_folder(20), "finish")
+    workers = worker_pids(program)
+    assert program.stdout.readline() == "ready\n"
+    os.killpg(program.pid, signal.SIGTERM)
+    assert program.stdout.readline() == "saved\n"
+    assert program.wait(10) == 0
+    program.stdout.close()
+    assert not wait_until_gone(workers, 1)
+
+
+def test_close_stops_the_workers_at_once_and_can_be_repeated(make_folder):
+    loader = PillowLoader(ImageFolder(make_folder(20)), image_size=16, batch_size=8, seed=0, workers=2)
+    next(loader)
+    workers = list(loader._stream._workers)
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)

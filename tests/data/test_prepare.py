@@ -1,0 +1,148 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epg_fast.data import DataError, ImageFolder, center_crop, prepare, prepare_folder
+
+
+def snapshot(root):
+    return {
+        path.relative_to(root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_becomes_its_centre_crop(make_folder, tmp_path, workers):
+    source = make_folder(20, size=(50, 37), suffix=".JPG")
+    (source / "class0" / "deep").mkdir()
+    (source / "class0" / "000.JPG").rename(source / "class0" / "deep" / "first.one.jpeg")
+    (source / "an_empty_class").mkdir()
+    out = tmp_path / "out"
+    manifest = prepare_folder(source, out, 16, workers=workers)
+    before, after = ImageFolder(source), ImageFolder(out)
+    assert after.paths == [os.path.splitext(path)[0] + ".png" for path in before.paths]
+    assert after.classes == before.classes and after.labels == before.labels
+    for i in range(len(before)):
+        np.testing.assert_array_equal(np.asarray(after.load(i)), np.asarray(center_crop(before.load(i), 16)))
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert manifest["counts"] == {"an_empty_class": 0, "class0": 7, "class1": 7, "class2": 6}
+    assert manifest["complete"] and manifest["image_size"] == 16 and manifest["source"] == str(source)
+    assert manifest["bad_files"] == {}
+
+
+def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path):
+    source, out = make_folder(20), tmp_path / "out"
+    prepare_folder(source, out, 16, workers=0)
+    complete = snapshot(out)
+    (out / "class1" / "001.png").unlink()
+    (out / "class1" / ".001.png.99.tmp").write_bytes(b"half a file")
+    prepare_folder(source, out, 16, workers=0)
+    again = snapshot(out)
+    assert again.keys() == complete.keys()
+    changed = {path for path in again if again[path] != complete[path]}
+    assert changed == {"class1/001.png", "manifest.json"}
+    assert again["class1/001.png"][0] == complete["class1/001.png"][0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
+def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(make_folder, tmp_path, wait_until_gone):
+    source, out = make_folder(300, size=(160, 120)), tmp_path / "out"
+    program = "import sys; from epg_fast.data import prepare_folder; prepare_folder(sys.argv[1], sys.argv[2], 64, 2)"
+    run = subprocess.Popen([sys.executable, "-c", program, str(source), str(out)], cwd=Path(__file__).parents[2])
+    while len(list(out.rglob("*.png"))) < 20:
+        assert run.poll() is None
+        time.sleep(0.005)
+    workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    run.kill()
+    run.wait()
+    assert len(workers) == 2 and not wait_until_gone(workers, 5)
+    done = list(out.rglob("*.png"))
+    assert len(done) < 300 and all(Image.open(path).convert("RGB").size == (64, 64) for path in done)
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    with pytest.raises(ValueError, match="images of size 64, wanted 32"):
+        prepare_folder(source, out, 32, workers=0)
+    assert prepare_folder(source, out, 64, workers=0)["complete"]
+    assert len(ImageFolder(out)) == 300
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_crumbs(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(prepare.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        prepare.write_atomically(path, b"new")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_bad_files_are_left_out_and_named(make_folder, tmp_path):
+    source, out = make_folder(100), tmp_path / "out"
+    (source / "class2" / "005.png").write_bytes(b"")
+    manifest = prepare_folder(source, out, 16, workers=2)
+    assert list(manifest["bad_files"]) == ["class2/005.png"] and manifest["counts"]["class2"] == 32
+    assert len(ImageFolder(out)) == 99 and not (out / "class2" / "005.png").exists()
+
+
+def test_over_one_percent_of_bad_files_is_an_error_after_the_work(make_folder, tmp_path):
+    source, out = make_folder(100), tmp_path / "out"
+    for name in ("002", "005"):
+        (source / "class2" / f"{name}.png").write_text("text")
+    with pytest.raises(DataError, match=r"2 of 100 images \(2.00%\).*class2/002.png.*class2/005.png"):
+        prepare_folder(source, out, 16, workers=0)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert len(manifest["bad_files"]) == 2 and not manifest["complete"] and len(ImageFolder(out)) == 98
+    Image.new("RGB", (20, 20)).save(source / "class2" / "002.png")
+    Image.new("RGB", (20, 20)).save(source / "class2" / "005.png")
+    assert prepare_folder(source, out, 16, workers=0)["complete"]
+
+
+def test_two_files_that_would_share_a_name_are_an_error_before_any_work(make_folder, tmp_path):
+    source, out = make_folder(6), tmp_path / "out"
+    Image.new("RGB", (20, 20)).save(source / "class0" / "000.jpg")
+    with pytest.raises(ValueError, match="class0/000.jpg and class0/000.png would both become class0/000.png"):
+        prepare_folder(source, out, 16, workers=0)
+    assert not out.exists()
+
+
+def test_outdirs_that_could_do_harm_are_refused(make_folder, tmp_path):
+    source = make_folder(6)
+    before = snapshot(source)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for outdir in (source, source / "class0", link / "new"):
+        with pytest.raises(ValueError, match="is or lies in the source"):
+            prepare_folder(source, outdir, 16, workers=0)
+    assert snapshot(source) == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("work of years")
+    with pytest.raises(ValueError, match="is not empty and has no manifest.json"):
+        prepare_folder(source, mine, 16, workers=0)
+    (mine / "manifest.json").write_text('{"image_size": 16}')
+    with pytest.raises(ValueError, match="not a manifest of prepared images"):
+        prepare_folder(source, mine, 16, workers=0)
+    with pytest.raises(ValueError, match="is a file"):
+        prepare_folder(source, mine / "thesis.tex", 16, workers=0)
+    with pytest.raises(ValueError, match="wanted at least 1"):
+        prepare_folder(source, tmp_path / "new", 0, workers=0)
+
+
+def test_another_source_is_refused_but_a_source_that_moved_is_not(make_folder, tmp_path):
+    source, out = make_folder(6), tmp_path / "out"
+    prepare_folder(source, out, 16, workers=0)
+    with pytest.raises(ValueError, match="was made from .*images, not from .*others"):
+        prepare_folder(make_folder(9, name="others"), out, 16, workers=0)
+    source.rename(tmp_path / "moved")
+    assert prepare_folder(tmp_path / "moved", out, 16, workers=0)["complete"]

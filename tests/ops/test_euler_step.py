@@ -1,0 +1,157 @@
+import pytest
+import torch
+
+from epg_fast.ops import extension
+from epg_fast.ops.euler_step import SPEC, euler_step, euler_step_ref
+from tests.ops.tolerance import assert_close_to_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
+SHAPES = [*SPEC.odd_shapes, *(pytest.param(shape, marks=GPU) for shape in SPEC.shapes)]
+CLAMPS = [None, (-1.0, 1.0)]
+
+AVAILABLE, REASON = extension.extension_status()
+if AVAILABLE and DEVICE == "cuda":
+    AVAILABLE, REASON = extension.extension_has_cuda(), "the extension was built without CUDA"
+needs_extension = pytest.mark.skipif(not AVAILABLE, reason=f"extension: {REASON}")
+
+
+def make_inputs(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, denoised = (2 * torch.randn(shape, generator=generator) for _ in range(2))
+    return x.to(DEVICE), denoised.to(DEVICE)
+
+
+@needs_extension
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("clamp", CLAMPS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_extension_is_as_accurate_as_pytorch(shape, clamp):
+    x, denoised = make_inputs(shape)
+    actual = euler_step(x, denoised, 1.7, 0.3, clamp, backend="extension")
+    same_dtype = euler_step_ref(x, denoised, 1.7, 0.3, clamp)
+    assert_close_to_reference(actual, same_dtype, euler_step_ref(x.double(), denoised.double(), 1.7, 0.3, clamp))
+    if DEVICE == "cpu":
+        assert torch.equal(actual, same_dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_extension_accepts_pointers_that_are_not_16_byte_aligned(offset):
+    x, denoised = make_inputs(1000)
+    x, denoised = x[offset:], denoised[offset:]
+    exact = euler_step_ref(x.double(), denoised.double(), 2.0, 1.0)
+    assert_close_to_reference(
+        euler_step(x, denoised, 2.0, 1.0, backend="extension"), euler_step_ref(x, denoised, 2.0, 1.0), exact
+    )
+
+
+@needs_extension
+def test_extension_splits_a_large_tensor_over_threads_without_a_seam():
+    x, denoised = make_inputs(200_003)
+    exact = euler_step_ref(x.double(), denoised.double(), 0.9, 0.2, (-1.0, 1.0))
+    actual = euler_step(x, denoised, 0.9, 0.2, (-1.0, 1.0), backend="extension")
+    assert_close_to_reference(actual, euler_step_ref(x, denoised, 0.9, 0.2, (-1.0, 1.0)), exact)
+
+
+@needs_extension
+def test_extension_passes_nan_on_and_leaves_its_inputs_alone():
+    x, denoised = make_inputs(16)
+    denoised[3] = float("nan")
+    before = x.clone(), denoised.clone()
+    out = euler_step(x, denoised, 1.0, 0.5, (-1.0, 1.0), backend="extension")
+    assert out.isnan().nonzero().tolist() == [[3]]
+    torch.testing.assert_close((x, denoised), before, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_extension
+def test_operator_can_write_over_its_input():
+    x, denoised = make_inputs((3, 77))
+    wanted = euler_step(x, denoised, 1.0, 0.5, backend="extension")
+    torch.ops.epg_fast.euler_step_out(x, x, denoised, 1.0, 0.5, None, None)
+    assert torch.equal(x, wanted)
+
+
+@needs_extension
+def test_operator_accepts_an_empty_tensor():
+    x = torch.empty(0, 3, device=DEVICE)
+    assert euler_step(x, x, 1.0, 0.5, backend="extension").shape == (0, 3)
+
+
+@needs_extension
+def test_operator_passes_opcheck():
+    x, denoised = make_inputs((2, 9))
+    euler_step(x, denoised, 1.0, 0.5, backend="extension")
+    arguments = (torch.empty_like(x), x, denoised, 1.0, 0.5, -1.0, 1.0)
+    torch.library.opcheck(torch.ops.epg_fast.euler_step_out.default, arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize("clamp", CLAMPS, ids=str)
+def test_extension_compiles_into_one_graph(clamp):
+    x, denoised = make_inputs((2, 9))
+    torch.compiler.reset()
+    compiled = torch.compile(euler_step, fullgraph=True, backend="aot_eager")
+    actual = compiled(x, denoised, 1.0, 0.5, clamp, backend="extension")
+    assert torch.equal(actual, euler_step(x, denoised, 1.0, 0.5, clamp, backend="extension"))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": torch.zeros(5)}, "out has size 5 in dimension 0, x has 4"),
+        ({"out": torch.zeros(4, 1)}, "out has 2 dimensions, x has 1"),
+        ({"denoised": torch.zeros(4, dtype=torch.float64)}, "denoised must be float32"),
+        ({"x": torch.zeros(8)[::2]}, "x must be contiguous"),
+        ({"sigma": 0.0}, "sigma must not be 0"),
+    ],
+)
+def test_operator_refuses_what_it_cannot_compute(change, message):
+    arguments = {name: torch.zeros(4) for name in ("out", "x", "denoised")} | {"sigma": 1.0} | change
+    arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.epg_fast.euler_step_out(**arguments, sigma_next=0.5, lo=None, hi=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "triton"}, "got backend='triton', wanted one of auto, extension, reference"),
+        ({"denoised": torch.zeros(5)}, r"got denoised of shape \(5,\), wanted \(4,\) as x"),
+        ({"sigma": 0.0}, "got sigma=0, wanted a level above 0"),
+        ({"x": torch.zeros(4).bfloat16()}, "got x in torch.bfloat16, wanted torch.float32"),
+        ({"denoised": torch.zeros(8)[::2]}, r"got denoised with strides \(2,\), wanted it contiguous"),
+        ({"x": torch.zeros(4, requires_grad=True)}, "got x that requires a gradient"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_was_wanted(change, message):
+    arguments = {"x": torch.zeros(4), "denoised": torch.zeros(4), "sigma": 1.0, "sigma_next": 0.5} | change
+    with pytest.raises(ValueError, match=message):
+        euler_step(**({"backend": "extension"} | arguments))
+
+
+def test_a_missing_extension_says_how_to_build_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "absent.so")
+    extension.extension_status.cache_clear()
+    available, reason = extension.extension_status()
+    try:
+        assert not available
+        assert reason.startswith("not built") and "\n" not in reason
+        with pytest.raises(ValueError, match="not built.*pip install.*backend='reference'"):
+            euler_step(torch.zeros(4), torch.zeros(4), 1.0, 0.5, backend="extension")
+    finally:
+        extension.extension_status.cache_clear()
+
+
+def test_reference_follows_the_formula_in_its_order():
+    x, denoised = make_inputs((2, 3, 8, 8))
+    d = (x - denoised.clamp(-1, 1)) / 3.0
+    assert torch.equal(euler_step(x, denoised, 3.0, 1.25, clamp=(-1.0, 1.0)), x + d * (1.25 - 3.0))
+    torch.testing.assert_close(euler_step(x, denoised, 3.0, 0.0), denoised)
+
+
+def test_reference_has_gradients_and_any_floating_dtype():
+    x, denoised = (tensor.double().requires_grad_() for tensor in make_inputs((2, 3)))
+    assert torch.autograd.gradcheck(lambda a, b: euler_step(a, b, 2.0, 1.0), (x, denoised))
+    assert euler_step(x.bfloat16(), denoised.bfloat16(), 2.0, 1.0).dtype == torch.bfloat16

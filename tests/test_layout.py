@@ -1,0 +1,60 @@
+"""One operation, one stem: an operation has its test, benchmark and kernel, and no kernel lacks its operation."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = sorted(path.stem for path in (ROOT / "epg_fast/ops").glob("*.py") if "SPEC = OpSpec(" in path.read_text())
+SHARED = {"__init__", "backends", "extension", "spec"}
+
+
+def test_the_operations_are_found():
+    assert {"euler_step", "layer_norm_modulate"} <= set(OPS)
+
+
+def test_every_file_in_ops_is_an_operation_or_shared_by_them():
+    assert {path.stem for path in (ROOT / "epg_fast/ops").glob("*.py")} == {*OPS, *SHARED}
+
+
+@pytest.mark.parametrize("stem", OPS)
+def test_an_operation_has_its_test_its_benchmark_and_its_kernel(stem):
+    assert (ROOT / f"tests/ops/test_{stem}.py").is_file()
+    assert (ROOT / f"bench/ops/bench_{stem}.py").is_file()
+    kernels = (ROOT / f"kernels/epg_kernels/{stem}.py", ROOT / f"kernels/csrc/{stem}.cpp")
+    assert any(kernel.is_file() for kernel in kernels)
+
+
+@pytest.mark.parametrize("stem", OPS)
+def test_an_operation_is_public_with_its_reference(stem):
+    from epg_fast import ops
+
+    assert {stem, f"{stem}_ref"} <= set(ops.__all__)
+
+
+def test_every_kernel_belongs_to_an_operation():
+    triton = {path.stem for path in (ROOT / "kernels/epg_kernels").glob("*.py")} - {"__init__"}
+    native = {path.stem for path in (ROOT / "kernels/csrc").iterdir()} - {"register"}
+    assert triton | native <= set(OPS)
+
+
+def test_every_native_source_is_in_cmake_lists():
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    for source in (ROOT / "kernels/csrc").iterdir():
+        assert source.suffix == ".h" or f"kernels/csrc/{source.name}" in listed
+
+
+def test_the_package_imports_neither_benchmarks_nor_tests():
+    for path in [*(ROOT / "epg_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        assert not imported_packages(path) & {"bench", "demo", "tests"}, path
+
+
+def imported_packages(path):
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append(node.module)
+    return {name.partition(".")[0] for name in names}
