@@ -178,11 +178,24 @@ def _configs_first(argv: list[str]) -> list[str]:
 
 def _recipe(name: str) -> str:
     if Path(name).is_file():
+        _check_yaml(name)
         return name
     shipped = sorted(f.name.removesuffix(".yaml") for f in _RECIPES.iterdir() if f.name.endswith(".yaml"))
     if name in shipped:
         return str(_RECIPES / f"{name}.yaml")
     raise ValueError(f"config {name!r}: no such file{_nearest(name, shipped)}; shipped recipes: {', '.join(shipped)}")
+
+
+def _check_yaml(path: str) -> None:
+    """jsonargparse does not say which of several files is at fault."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: not valid YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path}: want a mapping of names to values, got {type(content).__name__}")
 
 
 def _one_line(message: str, config_class: type) -> str:
@@ -234,5 +247,16 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
+def console() -> None:
+    """Entry point of `epg-fast` and `python -m epg_fast`."""
+    code = main()
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A failed rank must not wait for the others on its way out: torchrun stops them once it is gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -91,14 +92,15 @@ class _ImageNoise:
     """Successive standard normal tensors for a batch of images, each image from its own generator."""
 
     def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device):
-        # On the CPU whatever the device, so that a GPU starts from the same noise; the multiplier keeps
-        # (seed, image) pairs apart for any seed and up to 2^32 images.
-        self.generators = [torch.Generator().manual_seed((seed << 32) + i) for i in indices]
+        # On the CPU whatever the device, so that a GPU starts from the same noise. Not torch's generator: that of the
+        # CPU uses 32 bits of its seed, too few to keep (seed, image) pairs apart.
+        self.generators = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
         self.shape, self.device = shape, device
 
     def draw(self) -> torch.Tensor:
         """[B, *shape]."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        draws = np.stack([g.standard_normal(self.shape, dtype=np.float32) for g in self.generators])
+        return torch.from_numpy(draws).to(self.device)
 
 
 def _checked_labels(model, labels) -> torch.Tensor:

@@ -53,10 +53,8 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
     full, RuntimeError when the gradient stays non-finite.
     """
     ranks = distributed.start(config.device)
-    try:
-        _train(config, stage_class, ranks)
-    finally:
-        distributed.stop()
+    _train(config, stage_class, ranks)
+    distributed.stop()
 
 
 def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks) -> None:
@@ -73,18 +71,12 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
             f"{folder.root} has {len(folder.classes)} classes, but the model has {classes}; "
             f"pass --model.num_classes {len(folder.classes)}"
         )
-    claim_run_folder(outdir, stage_class.name, config, ranks)
+    check_run_folder(outdir, config)
     state = RunState(config, stage, folder, ranks)
     state.resume(outdir / "checkpoints")
-    metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
-    metrics.load_state_dict(state.unfinished_metrics)
     if state.step >= config.steps:
         log.info("%s is complete: %d steps", outdir, state.step)
         return
-
-    step_module = make_step_module(stage)
-    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
-        compile_blocks(stage)
     loader = PillowLoader(
         folder,
         image_size=stage.network.image_size,
@@ -98,6 +90,13 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         workers=config.data.workers,
         max_bad_fraction=config.data.max_bad_fraction,
     )
+    # Nothing is written before this line, so that a command that fails above can be corrected and given again.
+    claim_run_folder(outdir, stage_class.name, config, ranks)
+    metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
+    metrics.load_state_dict(state.unfinished_metrics)
+    step_module = make_step_module(stage)
+    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
+        compile_blocks(stage)
     progress = tqdm(
         total=config.steps,
         initial=state.step,
@@ -274,30 +273,30 @@ def compile_blocks(stage: Stage) -> None:
             block.compile()
 
 
-def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distributed.Ranks) -> None:
-    """Create the run folder with its config.yaml, or check that an existing one is of the same configuration.
-
-    Raises ValueError, naming the first differing fields, for a folder of another configuration or of something else.
-    """
+def check_run_folder(outdir: Path, config: RunConfig) -> None:
+    """Raise ValueError, naming the first differing fields, for a folder of another configuration or of other things."""
     path = outdir / "config.yaml"
-    saved = _plain(dataclasses.asdict(config))
     if path.exists():
-        before = yaml.safe_load(path.read_text())
-        old, new = _flatten(before or {}), _flatten(saved)
+        old, new = _flatten(yaml.safe_load(path.read_text()) or {}), _flatten(_plain(dataclasses.asdict(config)))
         differing = [
             k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in (*_FREE, "outdir")
         ]
         if differing:
             shown = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:4])
             raise ValueError(f"{outdir} holds a run of another configuration ({shown}); choose another --outdir")
-    elif outdir.is_dir() and any(outdir.iterdir()):
+    elif outdir.exists() and (not outdir.is_dir() or any(outdir.iterdir())):
         raise ValueError(f"{outdir} is not empty and not a run folder (no config.yaml); choose another --outdir")
-    ranks.barrier()
+
+
+def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distributed.Ranks) -> None:
+    """Create the run folder with its config.yaml, which `--config` reads again."""
+    ranks.barrier()  # all ranks have checked the folder
     if ranks.main:
         outdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(f"# epg-fast {stage}\n" + yaml.safe_dump(saved, sort_keys=False))
-        os.replace(temporary, path)
+        temporary = outdir / "config.tmp"
+        text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+        temporary.write_text(f"# epg-fast {stage}\n{text}")
+        os.replace(temporary, outdir / "config.yaml")
     ranks.barrier()
 
 

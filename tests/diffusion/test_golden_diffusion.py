@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from golden_data import GOLDEN, Case
 
 from epg_fast.diffusion import (
     SAMPLERS,
@@ -20,6 +19,7 @@ from epg_fast.diffusion import (
 )
 from epg_fast.models import EPGViT
 from epg_fast.training.optimizer import lr_factor
+from tests.golden_data import GOLDEN, Case
 
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from golden_data import GOLDEN, Case, names
 
 from epg_fast.models import EPGViT, RCMViT
 from epg_fast.models.blocks import timestep_embedding
+from tests.golden_data import GOLDEN, Case, names
 
 COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())["parameter_counts"]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from golden_data import Case, names
 
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import EPGViT, RCMViT
 from epg_fast.objectives import consistency_loss, denoising_loss, info_nce, interpolated_temperature, pretraining_loss
+from tests.golden_data import Case, names
 
 
 def _load(cls, config, weights, trainable=True):

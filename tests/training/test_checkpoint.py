@@ -2,7 +2,6 @@
 
 import os
 import pickle
-
 import subprocess
 import sys
 
@@ -64,5 +63,3 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert "step_000000001.pt is intact" in done.stdout
     assert [f.name for f in tmp_path.iterdir()] == ["step_000000001.pt"]
     assert load_newest(tmp_path)["step"] == 1
-
-

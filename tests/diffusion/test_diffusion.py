@@ -1,0 +1,105 @@
+"""Diffusion against closed forms: for Gaussian data the denoiser, the ODE and the SDE are known exactly."""
+
+import math
+
+import pytest
+import torch
+
+from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
+
+STD = 0.3
+
+
+def gaussian_denoiser(x, sigma, y=None):
+    """E[x0 | x] for data N(0, STD^2)."""
+    return x * STD**2 / (STD**2 + sigma**2)
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "onestep"])
+def test_samplers_turn_noise_into_the_data_distribution(name):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    levels = NoiseSchedule().levels(256, 64)
+    options = {"generator": generator} if name in STOCHASTIC else {}
+    options |= {"s_churn": 40.0} if name == "edm_sde" else {}
+    x = SAMPLERS[name](gaussian_denoiser, noise, levels, clamp=None, **options)
+    assert x.std() == pytest.approx(STD, rel=0.05) and abs(x.mean()) < 0.01
+
+
+def test_heun_converges_with_second_order():
+    noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    errors = []
+    for steps in (40, 80):
+        levels = NoiseSchedule().levels(steps, 64)
+        exact = levels[0] * math.sqrt((STD**2 + levels[-1] ** 2) / (STD**2 + levels[0] ** 2))
+        got = SAMPLERS["heun"](gaussian_denoiser, noise, levels, clamp=None).item()
+        errors.append(abs(got - exact))
+    assert 3 < errors[0] / errors[1] < 5
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_samplers_repeat_with_a_generator_and_take_given_noise(name):
+    noise, levels = torch.randn(2, 3, 4, 4), [8.0, 2.0, 0.5]
+    options = {"s_churn": 40.0} if name == "edm_sde" else {}
+
+    def run(**source):
+        return SAMPLERS[name](gaussian_denoiser, noise, levels, **options, **source)
+
+    draws = run(generator=torch.Generator().manual_seed(3))
+    assert torch.equal(draws, run(generator=torch.Generator().manual_seed(3)))
+    assert not torch.equal(draws, run(generator=torch.Generator().manual_seed(4)))
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(noise.shape, generator=generator) for _ in range(2)]
+    assert torch.equal(run(step_noise=given), draws)
+    assert torch.equal(run(step_noise=torch.stack(given)), draws)
+    assert torch.equal(run(step_noise=lambda i: given[i]), draws)
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "onestep"])
+def test_too_few_levels_are_refused(name):
+    with pytest.raises(ValueError, match="got 1 noise level"):
+        SAMPLERS[name](gaussian_denoiser, torch.randn(1, 3, 4, 4), [80.0])
+
+
+class _Classes(torch.nn.Module):
+    """A network whose output is its label."""
+
+    num_classes = 10
+
+    def forward(self, x, t, y):
+        return y.to(x.dtype).view(-1, 1, 1, 1).expand_as(x)
+
+
+def test_guidance_combines_raw_outputs_inside_the_interval_only():
+    x, y = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
+    denoiser = guided(Denoiser(_Classes()), 2.5, (0.2, 1.6))
+    inside = 10 + 2.5 * (y - 10.0)
+    for sigma, want in ((0.8, inside), (0.1, y), (0.11, inside), (0.81, y), (5.0, y)):
+        got = denoiser(x, sigma, y)
+        torch.testing.assert_close(got[:, 0, 0, 0], want.to(got.dtype), msg=f"sigma {sigma}")
+    mixed = denoiser(x, torch.tensor([0.8, 0.1, 5.0]), y)
+    torch.testing.assert_close(mixed[:, 0, 0, 0], torch.tensor([inside[0].item(), 2.0, 3.0]))
+
+
+def test_autoguidance_moves_away_from_the_weak_network():
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([4, 6])
+    weak = lambda x, t, y: _Classes()(x, t, y) / 2  # noqa: E731
+    got = autoguided(Denoiser(_Classes()), weak, 3.0)(x, 1.0, y)
+    torch.testing.assert_close(got[:, 0, 0, 0], torch.tensor([4 + 3 * 2.0, 6 + 3 * 3.0]))
+
+
+def test_edm_denoiser_is_the_identity_at_the_lowest_level():
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    denoiser = Denoiser(_Classes(), parameterization="edm")
+    torch.testing.assert_close(denoiser(x, 0.002 * 32 / 64, torch.tensor([1, 2])), x)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="x0, edm"):
+        Denoiser(None, parameterization="epsilon")
+    with pytest.raises(ValueError, match="at least 2"):
+        NoiseSchedule(1)
+    with pytest.raises(ValueError, match="sigma_min < sigma_max"):
+        NoiseSchedule(20, sigma_min=3, sigma_max=2)
+    with pytest.raises(ValueError, match="labels y are missing"):
+        guided(Denoiser(_Classes()), 2.0)(torch.randn(1, 3, 8, 8), 0.1)

@@ -1,0 +1,123 @@
+"""Properties of the networks that the recorded data does not show."""
+
+import math
+
+import pytest
+import torch
+
+from epg_fast.models import DMViT, EPGViT, RCMViT
+
+SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+DECODER = {"decoder_depth": 2, "decoder_embed_dim": 40, "decoder_num_heads": 2, "num_classes": 5}
+
+
+def test_initialisation_follows_the_specification():
+    encoder, generator = RCMViT(**SIZES, hidden_dim=64, output_dim=32), EPGViT(**SIZES, **DECODER)
+    encoder, generator = encoder.requires_grad_(False), generator.requires_grad_(False)
+    assert not generator.out.weight.any() and not generator.decoder_blocks[0].adaLN_modulation[1].weight.any()
+    bound = math.sqrt(6 / (48 + 48))  # the encoder's fused qkv counts as three matrices
+    assert encoder.blocks[0].attn.qkv.weight.abs().max() == pytest.approx(bound, rel=0.01)
+    bound = math.sqrt(6 / (48 + 3 * 48))  # the generator's as one
+    assert generator.blocks[0].attn.qkv.weight.abs().max() == pytest.approx(bound, rel=0.01)
+    bound = math.sqrt(6 / (3 * 64 + 48))
+    assert generator.patch_embed.proj.weight.abs().max() == pytest.approx(bound, rel=0.01)
+    assert generator.pos_embed.std() == pytest.approx(0.02, rel=0.2)
+    assert generator.class_embed.weight.std() == pytest.approx(0.02, rel=0.2)
+    assert generator.cls_token.abs().max() < 1e-5
+    assert all(not m.bias.any() for m in generator.modules() if isinstance(m, torch.nn.Linear) and m.bias is not None)
+
+
+def test_dropout_acts_on_decoder_attention_only_and_in_training_only():
+    x, t, y = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    model = EPGViT(**SIZES, **DECODER, drop=0.5)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    assert not torch.equal(model(x, t, y), model(x, t, y))
+    assert torch.equal(model.encode(x, t, y), model.encode(x, t, y))
+    model.eval()
+    assert torch.equal(model(x, t, y), model(x, t, y))
+    assert [n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p] == [
+        "decoder_blocks.0.attn.proj_drop",
+        "decoder_blocks.1.attn.proj_drop",
+    ]
+
+
+def test_activation_checkpointing_changes_no_number():
+    x, t, y = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    plain, saved = EPGViT(**SIZES, **DECODER), EPGViT(**SIZES, **DECODER, use_checkpoint=True)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    saved.load_state_dict(plain.state_dict())
+    for model in (plain, saved):
+        model(x, t, y).square().sum().backward()
+    for p, q in zip(plain.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_an_unconditional_model_takes_no_labels():
+    model = EPGViT(**SIZES, **(DECODER | {"num_classes": 0}))
+    x, t = torch.randn(2, 3, 16, 16), torch.zeros(2)
+    assert model(x, t).shape == x.shape
+    with pytest.raises(ValueError, match="unconditional"):
+        model(x, t, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="y is missing"):
+        EPGViT(**SIZES, **DECODER)(x, t)
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    from epg_fast.models.blocks import DropPath
+
+    drop = DropPath(0.25).train()
+    x = torch.ones(4000, 2, 3)
+    out = drop(x)
+    per_sample = out[:, 0, 0]
+    assert torch.equal(out, per_sample[:, None, None].expand_as(out))
+    assert per_sample.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert out.mean() == pytest.approx(1, abs=0.05)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_official_arguments_are_accepted_and_unsupported_ones_refused():
+    official = {"in_channels": 3, "qkv_bias": False, "qk_scale": None, "tokens": 1, "drop": 0.0, "attn_drop": 0.0}
+    official |= {"drop_path": 0.0, "qk_norm": False, "mlp_time_embed": False, "skip_post_norm": True}
+    assert isinstance(DMViT(**SIZES, **DECODER, **official, use_checkpoint=False), EPGViT)
+    with pytest.raises(ValueError, match="qk_norm=True is not supported"):
+        EPGViT(**SIZES, **DECODER, qk_norm=True)
+    with pytest.raises(TypeError, match="unknown argument 'depht'"):
+        EPGViT(**SIZES, depht=3)
+    with pytest.raises(ValueError, match=r"got shape \[2, 3, 24, 24\], want \[B, 3, 16, 16\]"):
+        EPGViT(**SIZES, **DECODER)(torch.randn(2, 3, 24, 24), torch.zeros(2), torch.zeros(2).long())
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_several_class_tokens(tokens):
+    model = EPGViT(**SIZES, **DECODER, tokens=tokens)
+    assert model.pos_embed.shape[1] == tokens + 1 + 4
+    assert model(torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([1, 5])).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_run_in_pure_16_bit_and_under_autocast(dtype):
+    torch.manual_seed(0)
+    model = EPGViT(**SIZES, **DECODER).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, y = torch.randn(4, 3, 16, 16), torch.tensor([-1500.0, -300.0, 0.0, 1400.0]), torch.arange(4)
+    want = model(x, t, y)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = model(x, t, y)
+    pure = model.to(dtype)(x.to(dtype), t, y)
+    assert pure.dtype == dtype
+    for got in (mixed, pure):
+        assert (got.float() - want).norm() / want.norm() < 0.05
+
+
+@pytest.mark.slow
+def test_torch_compile_sees_one_graph():
+    model = EPGViT(**SIZES, **DECODER)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    inputs = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    want = model(*inputs)
+    got = torch.compile(model, fullgraph=True)(*inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,187 @@
+"""Checkpoints of both worlds: official .pth files and our safetensors, right and wrong ones."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from epg_fast import create_model, from_pretrained, list_presets
+from epg_fast.models import EPGViT, RCMViT, create_encoder, export, load_into, save_weights
+from epg_fast.models.pretrained import interpolate_pos_embed
+
+SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 2}
+HEADS = {"num_heads": 2, "decoder_num_heads": 3}
+
+
+def _randomized(model):
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+@pytest.fixture
+def small():
+    return _randomized(EPGViT(image_size=32, patch_size=8, num_classes=5, **(SMALL | HEADS)))
+
+
+def _images(model, batch=2):
+    y = torch.arange(batch) if isinstance(model, EPGViT) else None
+    x, t = torch.randn(batch, 3, model.image_size, model.image_size), torch.randn(batch) * 100
+    return (x, t) if y is None else (x, t, y)
+
+
+@pytest.mark.parametrize("layout", ["file", "folder", "wrapped", "compiled"])
+def test_official_pth_loads_strictly_and_computes_the_same(small, tmp_path, layout):
+    state = small.state_dict()
+    if layout == "wrapped":
+        state = {f"module.{k}": v for k, v in state.items()}
+    if layout == "compiled":
+        state = {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in state.items()}
+    path = tmp_path / "nnet_ema.pth"
+    torch.save(state, path)
+    model = from_pretrained(tmp_path if layout == "folder" else path, **HEADS)
+    inputs = _images(small)
+    assert torch.equal(model(*inputs), small(*inputs))
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", ["digits_32", "epg_b_16_256"])
+def test_the_preset_is_inferred_from_the_tensors(name, tmp_path):
+    torch.save(create_model(name).state_dict(), tmp_path / "generator.pth")
+    torch.save(create_encoder(name).state_dict(), tmp_path / "encoder.pth")
+    generator, encoder = from_pretrained(tmp_path / "generator.pth"), from_pretrained(tmp_path / "encoder.pth")
+    assert isinstance(generator, EPGViT) and isinstance(encoder, RCMViT)
+    want = create_model(name)
+    assert generator.blocks[0].attn.num_heads == want.blocks[0].attn.num_heads == encoder.blocks[0].attn.num_heads
+    assert generator.decoder_blocks[0].attn.num_heads == want.decoder_blocks[0].attn.num_heads
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_every_generator_preset_has_unique_widths_or_equal_heads(name):
+    """Heads are found by widths and depths, so presets that share these must share the heads."""
+    from epg_fast.models import preset_config
+
+    keys = ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth")
+    mine = preset_config(name)
+    for other in map(preset_config, list_presets()):
+        if all(other[k] == mine[k] for k in keys):
+            assert (other["num_heads"], other["decoder_num_heads"]) == (mine["num_heads"], mine["decoder_num_heads"])
+
+
+def test_unknown_widths_need_the_number_of_heads(small, tmp_path):
+    torch.save(small.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="pass num_heads= and decoder_num_heads="):
+        from_pretrained(tmp_path / "x.pth")
+
+
+def test_safetensors_carry_their_configuration_and_round_trip_through_official(small, tmp_path):
+    config = {"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS
+    save_weights(tmp_path / "model.safetensors", small.state_dict(), {"config": config, "parameterization": "edm"})
+    model = from_pretrained(tmp_path)
+    assert model.metadata["parameterization"] == "edm"
+    inputs = _images(small)
+    assert torch.equal(model(*inputs), small(*inputs))
+    files = export(tmp_path, tmp_path / "official", "official")
+    assert sorted(f.name for f in files) == ["nnet.pth", "nnet_ema.pth"]
+    again = from_pretrained(tmp_path / "official", **HEADS)
+    assert torch.equal(again(*inputs), small(*inputs))
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        export(tmp_path, tmp_path / "official", "official")
+    assert oct((tmp_path / "model.safetensors").stat().st_mode & 0o444) == oct(0o444 & ~os.umask(os.umask(0o022)))
+
+
+def test_another_resolution_interpolates_the_position_embedding(small, tmp_path):
+    torch.save(small.state_dict(), tmp_path / "x.pth")
+    model = from_pretrained(tmp_path / "x.pth", image_size=64, **HEADS)
+    assert model.pos_embed.shape == (1, 2 + 64, 32)
+    assert torch.equal(model.pos_embed[:, :2], small.pos_embed[:, :2])
+    assert model(*_images(model)).shape == (2, 3, 64, 64)
+
+
+def test_interpolation_keeps_constants_and_ramps():
+    grid = torch.arange(4.0).repeat_interleave(4)[:, None] * torch.ones(1, 3)
+    old = torch.cat([torch.full((2, 3), 9.0), grid])[None]
+    new = interpolate_pos_embed(old, torch.empty(1, 2 + 64, 3), 2)
+    rows = new[0, 2:, 0].view(8, 8)
+    assert torch.equal(new[:, :2], old[:, :2])
+    assert rows.std(dim=1).max() < 1e-6
+    torch.testing.assert_close(rows[2:6, 0], torch.tensor([0.75, 1.25, 1.75, 2.25]), atol=0.1, rtol=0)
+    assert torch.equal(interpolate_pos_embed(old[:, :18], torch.empty(1, 18, 3), 2), old)
+
+
+def test_weights_that_do_not_fit_are_named(small):
+    other = EPGViT(image_size=32, patch_size=8, num_classes=7, **(SMALL | HEADS | {"embed_dim": 64}))
+    with pytest.raises(ValueError, match=r"cls_token has shape \[1, 1, 32\], want \[1, 1, 64\].* and \d+ more"):
+        load_into(other, small.state_dict(), "x.pth")
+    state = small.state_dict()
+    del state["out.bias"]
+    with pytest.raises(ValueError, match=r"x.pth does not fit EPGViT: missing out.bias"):
+        load_into(small, state, "x.pth")
+
+
+def test_encoder_only_takes_the_trunk_and_leaves_the_rest(small):
+    encoder = _randomized(RCMViT(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, hidden_dim=16))
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    load_into(small, encoder.state_dict(), encoder_only=True)
+    after, trunk = small.state_dict(), encoder.state_dict()
+    for name in before:
+        assert torch.equal(after[name], trunk[name] if name in trunk else before[name]), name
+    x, t = _images(encoder)
+    assert "decoder_blocks.0.norm1.weight" not in trunk
+    small.class_embed.weight.data.zero_()
+    torch.testing.assert_close(small.encode(x, t), encoder.encode(x, t))
+
+
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Evil()}))
+    with pytest.raises(ValueError, match="not a file of plain tensors"):
+        from_pretrained(tmp_path / "evil.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02}q\x00."])
+def test_damaged_files_give_a_clear_error(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        from_pretrained(tmp_path / name)
+
+
+def test_things_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no weights in this folder"):
+        from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        from_pretrained(tmp_path / "nothing.pth")
+
+
+def test_a_hub_id_is_downloaded_by_the_hub_library(small, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.utils import EntryNotFoundError
+
+    torch.save(small.state_dict(), tmp_path / "nnet_ema.pth")
+    asked = []
+
+    def download(repo, name):
+        asked.append((repo, name))
+        if name != "nnet_ema.pth":
+            raise EntryNotFoundError.__new__(EntryNotFoundError)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    model = from_pretrained("someone/EPG-XL", **HEADS)
+    assert torch.equal(model.out.weight, small.out.weight)
+    assert asked == [("someone/EPG-XL", "model.safetensors"), ("someone/EPG-XL", "nnet_ema.pth")]
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'epg_xl_16_256'"):
+        create_model("epg_xl_16_265")
+    with pytest.raises(ValueError, match="did you mean 'embed_dim'"):
+        create_model("digits_32", embeddim=3)
+    with pytest.raises(ValueError, match="not a multiple of patch_size"):
+        create_model("digits_32", image_size=30)

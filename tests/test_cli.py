@@ -1,0 +1,204 @@
+"""The command line as a user meets it: failures are one line with exit code 2, and nothing is overwritten."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from epg_fast.__main__ import main
+
+
+def _fails(capsys, arguments, *expected, code=2):
+    """Run a command in this process; it must fail with one line that holds all of `expected`."""
+    assert main([str(a) for a in arguments]) == code
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("epg-fast: error: ")
+    for text in expected:
+        assert text in line, line
+    return line
+
+
+@pytest.fixture
+def diffusion(tiny_run, tmp_path):
+    """Command of a short diffusion run, without its folder."""
+    return ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--preview.every", "0"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits, tmp_path_factory):
+    """A generator with random weights, as a run would leave it."""
+    from epg_fast.models import create_model, preset_config, save_weights
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 1}
+    sizes["decoder_num_heads"] = 2
+    model = create_model("digits_32", **sizes)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    metadata = {"config": preset_config("digits_32", **sizes), "parameterization": "x0", "normalization": "simple"}
+    save_weights(folder / "model.safetensors", model.state_dict(), metadata)
+    return folder
+
+
+def test_help_and_env_work_without_arguments(capsys):
+    assert main([]) == 0
+    assert "finetune-consistency" in capsys.readouterr().out
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch: {' ' * 0}" in out.replace("  ", " ") or "torch:" in out
+    assert torch.__version__ in out and "extension:" in out
+
+
+def test_misspelt_names_are_answered_with_the_nearest(capsys, tmp_path):
+    _fails(capsys, ["pretain"], "unknown job 'pretain'", "did you mean 'pretrain'")
+    _fails(capsys, ["pretrain", "--optimizer.lrr", "1"], "--optimizer.lrr", "did you mean 'optimizer.lr'")
+    _fails(capsys, ["pretrain", "--config", "digit_pretrain"], "did you mean 'digits_pretrain'")
+    _fails(capsys, ["pretrain", "--model.preset", "epg_xl", "--outdir", tmp_path / "x", "--data.path", "x"], "x")
+    (tmp_path / "a.yaml").write_text("optimizer: {wieght_decay: 1}\n")
+    _fails(capsys, ["pretrain", "--config", tmp_path / "a.yaml"], "did you mean 'optimizer.weight_decay'")
+    (tmp_path / "b.yaml").write_text("batchsize: 1\n")
+    _fails(capsys, ["pretrain", "--config", tmp_path / "b.yaml"], "did you mean 'batch_size'")
+    (tmp_path / "c.yaml").write_text("a: [\n")
+    _fails(capsys, ["pretrain", "--config", tmp_path / "c.yaml"], "c.yaml")
+    _fails(capsys, ["pretrain", "--batch_size", "many"], "batch_size", "many")
+    _fails(capsys, ["pretrain", "--steps", "0"], "steps is 0")
+
+
+def test_configs_merge_left_to_right_and_flags_win_wherever_they_stand(tmp_path, diffusion):
+    (tmp_path / "a.yaml").write_text("optimizer: {lr: 0.5, eps: 0.25}\nseed: 3\n")
+    (tmp_path / "b.yaml").write_text("optimizer: {lr: 0.125}\nseed: 4\n")
+    out = tmp_path / "run"
+    flags = ["--seed", "5", "--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--steps", "1"]
+    assert main([str(a) for a in [*diffusion, *flags, "--outdir", out]]) == 0
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert (saved["optimizer"]["lr"], saved["optimizer"]["eps"], saved["seed"]) == (0.125, 0.25, 5)
+    assert saved["model"]["preset"] == "digits_32" and saved["optimizer"]["betas"] == [0.9, 0.99]
+    again = tmp_path / "again"
+    assert main(["finetune-diffusion", "--config", str(out / "config.yaml"), "--outdir", str(again)]) == 0
+    one, two = (json.loads((f / "metrics.jsonl").read_text()) for f in (out, again))
+    assert one["loss"] == two["loss"]
+
+
+def test_a_run_folder_of_another_configuration_is_refused_and_left_alone(capsys, diffusion, tmp_path):
+    command = [*diffusion, "--steps", "2", "--outdir", tmp_path / "run"]
+    assert main([str(a) for a in command]) == 0
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    _fails(capsys, [*command, "--optimizer.lr", "0.5"], "another configuration", "optimizer.lr was 0.003, now 0.5")
+    assert {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    _fails(capsys, [*diffusion, "--outdir", tmp_path / "mine"], "not empty and not a run folder")
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_bad_models_and_data_are_refused_before_anything_is_written(capsys, diffusion, digits, tmp_path):
+    out = tmp_path / "run"
+    run = [*diffusion, "--outdir", out]
+    _fails(capsys, [*run, "--model.preset", "digits_23"], "unknown preset 'digits_23'", "did you mean 'digits_32'")
+    _fails(capsys, [*run, "--model.image_size", "30"], "image_size 30", "patch_size 8")
+    _fails(capsys, [*run, "--model.num_classes", "7"], "10 classes", "model has 7")
+    _fails(capsys, [*run, "--model.num_heads", "5"], "32", "heads 5")
+    _fails(capsys, [*run, "--data.path", tmp_path / "nowhere"], "nowhere")
+    (tmp_path / "empty").mkdir()
+    _fails(capsys, [*run, "--data.path", tmp_path / "empty"], "empty")
+    flat = tmp_path / "flat"
+    shutil.copytree(digits / "train" / "0", flat)
+    _fails(capsys, [*run, "--data.path", flat], "flat", "class")
+    _fails(capsys, [*run, "--batch_size", "5000"], "5000", "1347")
+    _fails(capsys, [*run, "--init_from", tmp_path / "no.pth"], "no.pth", "no such file")
+    _fails(capsys, diffusion, "outdir is missing")
+    if not torch.cuda.is_available():
+        _fails(capsys, [*run, "--device", "cuda"], "sees no CUDA GPU")
+    assert not (out / "checkpoints").exists() and not (out / "config.yaml").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_or_is_no_checkpoint(capsys, diffusion, checkpoint, tmp_path):
+    run = [*diffusion, "--outdir", tmp_path / "run"]
+    _fails(
+        capsys,
+        [*run, "--init_from", checkpoint, "--model.decoder_embed_dim", "96"],
+        "has shape [48], want [96]",
+        "more",
+    )
+    executed = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(executed),))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Evil()}))
+    _fails(capsys, [*run, "--init_from", tmp_path / "evil.pth"], "evil.pth", "not loaded")
+    _fails(capsys, ["sample", "--checkpoint", tmp_path / "evil.pth", "--outdir", tmp_path / "s"], "evil.pth")
+    assert not executed.exists()
+
+
+def test_bad_images_are_skipped_and_named_and_too_many_stop_the_run(capsys, diffusion, digits, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits / "train", data)
+    files = sorted(data.rglob("*.png"))
+    files[5].write_bytes(files[5].read_bytes()[:40])
+    run = [*diffusion, "--data.path", data, "--steps", "90"]
+    assert main([str(a) for a in [*run, "--outdir", tmp_path / "a"]]) == 0
+    assert str(files[5].relative_to(data)) in capsys.readouterr().err
+    for file in files[20:60]:
+        file.write_text("not an image")
+    _fails(capsys, [*run, "--outdir", tmp_path / "b"], "files")
+
+
+def test_sample_writes_the_images_it_says(checkpoint, tmp_path):
+    out = tmp_path / "s"
+    command = ["sample", "--checkpoint", checkpoint, "--num", "6", "--labels", "3,7", "--steps", "3", "--png", "true"]
+    assert main([str(a) for a in [*command, "--outdir", out]]) == 0
+    with np.load(out / "samples.npz") as stored:
+        images, labels = stored["arr_0"], stored["arr_1"]
+    assert images.shape == (6, 32, 32, 3) and images.dtype == np.uint8 and labels.tolist() == [3, 7, 3, 7, 3, 7]
+    with Image.open(out / "png" / "0007" / "000003.png") as file:
+        assert np.array_equal(np.asarray(file), images[3])
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 64
+
+
+def test_sample_refuses_what_it_cannot_do(capsys, checkpoint, tmp_path):
+    out = tmp_path / "s"
+    command = ["sample", "--checkpoint", checkpoint, "--num", "2", "--outdir", out]
+    _fails(capsys, [*command, "--steps", "1"], "heun needs at least 2")
+    _fails(capsys, [*command, "--labels", "0,10"], "label 10", "0..9")
+    _fails(capsys, [*command, "--labels", "cats"], "balanced, random")
+    _fails(capsys, [*command, "--sampler", "huen"], "huen", "heun")
+    _fails(capsys, [*command, "--num", "0"], "num is 0")
+    _fails(capsys, [*command, "--guidance", "2", "--interval", "[3,1]"], "low <= high")
+    _fails(capsys, ["sample", "--outdir", out], "--checkpoint")
+    assert not out.exists()
+    assert main([str(a) for a in [*command, "--steps", "2"]]) == 0
+    content = (out / "samples.npz").read_bytes()
+    _fails(capsys, [*command, "--steps", "3"], "other settings", "steps was 2, now 3")
+    assert main([str(a) for a in [*command, "--steps", "2"]]) == 0
+    assert (out / "samples.npz").read_bytes() == content
+
+
+def test_evaluate_probe_and_export(capsys, checkpoint, digits, tmp_path):
+    real = ["--train", digits / "train", "--test", digits / "test"]
+    out = tmp_path / "probe.json"
+    command = ["evaluate", "--probe", checkpoint, *real, "--sigmas", "[0.002]", "--output", out]
+    assert main([str(a) for a in command]) == 0
+    assert 0.1 < json.loads(out.read_text())["accuracy"]["0.002"] <= 1
+    _fails(capsys, ["evaluate", *real], "--samples", "--probe")
+    _fails(capsys, ["export", "--checkpoint", checkpoint], "--output")
+    target = tmp_path / "x.safetensors"
+    assert main(["export", "--checkpoint", str(checkpoint), "--output", str(target)]) == 0
+    _fails(capsys, ["export", "--checkpoint", checkpoint, "--output", target], "nothing is overwritten")
+
+
+def test_the_exit_code_reaches_the_shell(tmp_path):
+    command = [sys.executable, "-m", "epg_fast", "pretrain", "--data.path", str(tmp_path / "x"), "--outdir", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
