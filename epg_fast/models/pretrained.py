@@ -48,7 +48,11 @@ def load_weights(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], di
 
 
 def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Write a safetensors file atomically; `metadata` (JSON-able) is stored inside and returned by `load_weights`."""
+    """Write a safetensors file atomically; `metadata` (JSON-able) is stored inside and returned by `load_weights`.
+
+    Raises OSError when the disk does not take it; an earlier file of that name stays as it was.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -62,6 +66,8 @@ def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metada
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"could not write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -63,3 +63,21 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert "step_000000001.pt is intact" in done.stdout
     assert [f.name for f in tmp_path.iterdir()] == ["step_000000001.pt"]
     assert load_newest(tmp_path)["step"] == 1
+
+
+def test_a_full_disk_leaves_the_previous_weights(tmp_path):
+    from epg_fast.models import load_weights, save_weights
+
+    save_weights(tmp_path / "model.safetensors", {"x": torch.ones(3)}, {"step": 1})
+    code = (
+        "import resource, sys, torch; from epg_fast.models import save_weights;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "try: save_weights(sys.argv[1], {'x': torch.randn(100000)}, {'step': 2})\n"
+        "except OSError as error: print(error); sys.exit(7)"
+    )
+    path = tmp_path / "model.safetensors"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert "could not write" in done.stdout
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    assert load_weights(path)[1] == {"step": 1}

@@ -1,0 +1,60 @@
+"""What only a GPU can show: parity on the device, compiled training there, and the same images as on the CPU."""
+
+import json
+
+import pytest
+import torch
+
+import epg_fast
+from epg_fast.__main__ import main
+from epg_fast.models import EPGViT
+from tests.golden_data import Case, names
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _full_float32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("name", names("epgvit_"))
+def test_generator_output_and_gradients(name):
+    case = Case(name)
+    model = EPGViT(**case.config["model"])
+    model.load_state_dict(case.weights(), strict=True)
+    model.cuda()
+    out = model(case["x"].cuda(), case["t"].cuda(), case["y"].cuda())
+    (out * case["r"].cuda()).sum().backward()
+    case.check("out", out.cpu())
+    for parameter in model.parameters():
+        parameter.grad = None if parameter.grad is None else parameter.grad.cpu()
+    model.cpu()
+    case.check_gradients(model)
+
+
+def test_the_same_noise_gives_the_same_images_as_on_the_cpu():
+    case = Case("samplers")
+    model = EPGViT(**case.config["model"])
+    model.load_state_dict(case.weights())
+    want = epg_fast.sample(model, [0, 1, 2], steps=8, guidance=2.0)
+    got = epg_fast.sample(model.cuda(), [0, 1, 2], steps=8, guidance=2.0)
+    assert (got - want).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion", "finetune-consistency"])
+def test_compiled_training_learns_and_resumes(job, precision, tiny_run, tmp_path):
+    recipe = {"pretrain": "digits_pretrain", "finetune-diffusion": "digits_diffusion"}.get(job, "digits_consistency")
+    flags = [*tiny_run[:2], "--config", recipe, *tiny_run[2:], "--device", "cuda", "--compile", "on"]
+    flags += ["--precision", precision, "--steps", "60", *([] if job == "pretrain" else ["--preview.every", "30"])]
+    assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["loss"] for line in lines[-10:]) < sum(line["loss"] for line in lines[:10])
+    (tmp_path / "run" / "checkpoints" / "step_000000060.pt").unlink()
+    assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
+    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert again[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.05)
