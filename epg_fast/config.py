@@ -262,8 +262,6 @@ class ConsistencyConfig(RunConfig):
     """Updates to make."""
     init_from: str | None = None
     """Encoder or diffusion model to start from: a run folder, .safetensors or official .pth; `null`: from scratch."""
-    num_scales: int = 2560
-    """Noise levels of the grid (K), used by the e=0 warm-up and for logging."""
     p_mean: float = -0.4
     """Mean of ln t, unshifted."""
     p_std: float = 1.6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -60,14 +60,18 @@ def sample(
     if sampler != "onestep" and steps < 2:
         raise ValueError(f"steps is {steps}: {sampler} needs at least 2 noise levels")
     device = next(model.parameters()).device
-    denoiser = Denoiser(model, schedule, parameterization or metadata.get("parameterization") or "x0")
+    denoiser = Denoiser(_casting(model), schedule, parameterization or metadata.get("parameterization") or "x0")
     if weak is not None:
-        denoiser = autoguided(denoiser, weak, guidance)
+        denoiser = autoguided(denoiser, _casting(weak), guidance)
     elif guidance != 1.0:
-        denoiser = guided(denoiser, guidance, interval)
+        if not model.num_classes:
+            raise ValueError("guidance needs a class-conditional network; this one is unconditional (num_classes=0)")
+        denoiser = guided(denoiser, guidance, interval, model.num_classes)
     levels = schedule.levels(1 if sampler == "onestep" else steps, model.image_size)
     options = dict(sampler_options, clamp=_clamp(clamp, pixels, device))
     shape = (model.in_chans, model.image_size, model.image_size)
+    if noise is not None and noise.shape != (len(y), *shape):
+        raise ValueError(f"noise has shape {list(noise.shape)}, want {[len(y), *shape]}")
     was_training, images = model.training, []
     model.eval()
     try:
@@ -76,6 +80,7 @@ def sample(
             part = y[start : start + batch_size]
             source = _ImageNoise(seed, range(first + start, first + start + len(part)), shape, device)
             begin = source.draw() if noise is None else noise[start : start + len(part)].to(device)
+            begin = begin.to(torch.promote_types(torch.float32, model.pos_embed.dtype))
             if sampler in STOCHASTIC:
                 options["step_noise"] = lambda _, source=source: source.draw()
             with autocast(device, precision):
@@ -86,6 +91,12 @@ def sample(
     finally:
         model.train(was_training)
     return torch.cat(images)
+
+
+def _casting(model: torch.nn.Module) -> Callable:
+    """The model with its image input in the dtype of its weights: the sampler's state stays at least float32."""
+    dtype = model.pos_embed.dtype
+    return lambda x, t, *y: model(x.to(dtype), t, *y)
 
 
 class _ImageNoise:

@@ -103,7 +103,8 @@ def _settings(config: SampleConfig) -> dict:
     """What the images depend on, as JSON reads it back."""
     unrelated = ("outdir", "device", "batch_size", "png")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in unrelated}
-    return json.loads(json.dumps(settings | {"s_max": str(config.s_max)}))
+    settings |= {"s_max": str(config.s_max)} | ({"steps": 1} if config.sampler == "onestep" else {})
+    return json.loads(json.dumps(settings))
 
 
 def _already_done(path: Path, settings: dict) -> bool:

@@ -8,10 +8,12 @@ updates, which lag behind by the batches whose gradient was not finite.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import os
 import time
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
@@ -91,7 +93,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         max_bad_fraction=config.data.max_bad_fraction,
     )
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-    claim_run_folder(outdir, stage_class.name, config, ranks)
+    lock = claim_run_folder(outdir, stage_class.name, config, ranks)
     metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
     metrics.load_state_dict(state.unfinished_metrics)
     step_module = make_step_module(stage)
@@ -108,6 +110,8 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     with loader, progress:
         _loop(config, state, step_module, loader, metrics, progress, outdir)
     metrics.close()
+    if lock:
+        lock.close()
 
 
 def _loop(config, state, step_module, loader, metrics, progress, outdir) -> None:
@@ -288,16 +292,26 @@ def check_run_folder(outdir: Path, config: RunConfig) -> None:
         raise ValueError(f"{outdir} is not empty and not a run folder (no config.yaml); choose another --outdir")
 
 
-def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distributed.Ranks) -> None:
-    """Create the run folder with its config.yaml, which `--config` reads again."""
+def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distributed.Ranks) -> IO | None:
+    """Create the run folder with its config.yaml, which `--config` reads again, and lock it until the result is closed.
+
+    Raises ValueError when another process is training there.
+    """
     ranks.barrier()  # all ranks have checked the folder
+    lock = None
     if ranks.main:
         outdir.mkdir(parents=True, exist_ok=True)
+        lock = open(outdir / ".lock", "w")  # noqa: SIM115 (held for the whole run)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {outdir}; stop it or choose another --outdir") from None
         temporary = outdir / "config.tmp"
         text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
         temporary.write_text(f"# epg-fast {stage}\n{text}")
         os.replace(temporary, outdir / "config.yaml")
     ranks.barrier()
+    return lock
 
 
 def _plain(value):

@@ -56,7 +56,7 @@ class Stage:
             "noise": asdict(self.config.noise),
         }
 
-    def _schedule(self, num_scales: int) -> NoiseSchedule:
+    def _schedule(self, num_scales: int = 1280) -> NoiseSchedule:
         return NoiseSchedule(num_scales, **asdict(self.config.noise))
 
     def _dropped(self, labels: torch.Tensor, draws: Draws) -> torch.Tensor | None:
@@ -167,7 +167,7 @@ class ConsistencyStage(_FineTuning):
             t,
             consistency_r(t, stage, c.q, c.k, c.b, c.noise.sigma_min),
             stage,
-            self._schedule(c.num_scales),
+            self._schedule(),
             huber_c=c.huber_c,
             perceptual=self.perceptual,
             temperature=c.temperature,

@@ -73,6 +73,14 @@ def test_16_bit_sampling_is_close_to_fp32(model):
         assert 0 < (got - want).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_in_other_precisions_are_sampled(model, dtype):
+    want = epg_fast.sample(model, [0, 1, 2], sampler="onestep")
+    got = epg_fast.sample(model.to(dtype), [0, 1, 2], sampler="onestep")
+    assert got.dtype == torch.float32
+    assert 0 < (got - want).abs().mean() < (1e-5 if dtype == torch.float64 else 0.02)
+
+
 def test_bad_requests_say_what_is_wanted(model):
     for labels, message in (([5, 6], "label 6"), ([-1], "label -1"), ([], "no labels"), (3, "class-conditional")):
         with pytest.raises(ValueError, match=message):
@@ -85,6 +93,7 @@ def test_bad_requests_say_what_is_wanted(model):
         ({"normalization": "imagenett"}, "imagenet"),
         ({"parameterization": "eps"}, "x0, edm"),
         ({"precision": "fp8"}, "fp32, bf16"),
+        ({"noise": torch.randn(1, 3, 8, 8)}, r"noise has shape \[1, 3, 8, 8\], want \[1, 3, 16, 16\]"),
     ):
         with pytest.raises(ValueError, match=message):
             epg_fast.sample(model, [0], **({"steps": 2} | options))
