@@ -17,7 +17,7 @@ OUTDIR = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
 DIGITS = f"--config digits --data.path {OUTDIR}/data/train"
 REAL = f"--train {OUTDIR}/data/train --test {OUTDIR}/data/test"
 # Guidance reaches to much noisier levels than on ImageNet, because an upsampled digit is redundant.
-GUIDANCE = "--guidance 1.75 --interval [0.19,20.0]"
+GUIDANCE = "--guidance 1.6 --interval [0.19,20.0]"
 
 STEPS = {
     "data": [f"prepare-data --outdir {OUTDIR}/data"],
