@@ -99,6 +99,20 @@ def test_a_run_folder_of_another_configuration_is_refused_and_left_alone(capsys,
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_two_processes_cannot_train_in_the_same_folder(capsys, diffusion, tmp_path):
+    out = tmp_path / "run"
+    command = [*diffusion, "--steps", "2", "--outdir", out]
+    assert main([str(a) for a in command]) == 0
+    (out / "checkpoints" / "step_000000002.pt").unlink()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    arguments = [sys.executable, "-c", code, str(out / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        _fails(capsys, command, "another process is training in")
+        other.communicate("\n")
+    assert main([str(a) for a in command]) == 0
+
+
 def test_bad_models_and_data_are_refused_before_anything_is_written(capsys, diffusion, digits, tmp_path):
     out = tmp_path / "run"
     run = [*diffusion, "--outdir", out]

@@ -303,9 +303,12 @@ def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distrib
         outdir.mkdir(parents=True, exist_ok=True)
         lock = open(outdir / ".lock", "w")  # noqa: SIM115 (held for the whole run)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # lockf, not flock: decoding processes would inherit the latter and hold it when this one has been killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"another process is training in {outdir}; stop it or choose another --outdir") from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): do not start this run twice", outdir, error)
         temporary = outdir / "config.tmp"
         text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
         temporary.write_text(f"# epg-fast {stage}\n{text}")

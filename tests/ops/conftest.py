@@ -1,13 +1,7 @@
-"""Without a CUDA device the Triton kernels of these tests run on CPU tensors, in Triton's interpreter."""
-
-import os
+"""Fixtures of the operations' tests."""
 
 import pytest
 import torch
-
-# Triton reads the variable when a kernel is defined, so it is set before any test imports one.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
