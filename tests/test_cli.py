@@ -104,7 +104,8 @@ def test_two_processes_cannot_train_in_the_same_folder(capsys, diffusion, tmp_pa
     command = [*diffusion, "--steps", "2", "--outdir", out]
     assert main([str(a) for a in command]) == 0
     (out / "checkpoints" / "step_000000002.pt").unlink()
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+    code += "print('held', flush=True); input()"
     arguments = [sys.executable, "-c", code, str(out / ".lock")]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
