@@ -37,14 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     job, config_class = _JOBS[name]
     try:
         return job(_parse(name, config_class, rest)) or 0
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
+        if os.environ.get("EPG_DEBUG"):
+            raise
         return _fail(2, str(error))
     except (OSError, RuntimeError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
         return _fail(1, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; the same command resumes from the last checkpoint")
+        training = config_class is not None and issubclass(config_class, configs.RunConfig)
+        return _fail(
+            130, "interrupted; the same command resumes from the last checkpoint" if training else "interrupted"
+        )
 
 
 def _pretrain(config: configs.PretrainConfig) -> None:
@@ -139,17 +144,17 @@ _SUMMARIES = {
 
 def _parse(name: str, config_class: type | None, argv: list[str]):
     """The job's configuration. Raises ValueError with one line for whatever is wrong with the flags or files."""
+    if config_class is None:
+        if argv:
+            raise ValueError(f"{name} takes no arguments, got {' '.join(argv)}")
+        return None
+
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=f"epg-fast {name}", description=_SUMMARIES[name] + ".", exit_on_error=False)
-    if config_class is None:
-        if argv and argv[0] not in ("-h", "--help"):
-            raise ValueError(f"{name} takes no arguments, got {' '.join(argv)}")
-        parser.parse_args(argv)
-        return None
     parser.add_argument(
         "--config",
         action="config",
@@ -157,13 +162,13 @@ def _parse(name: str, config_class: type | None, argv: list[str]):
     )
     parser.add_class_arguments(config_class, nested_key=None, as_group=False)
     try:
-        values = parser.instantiate(parser.parse_args(_configs_first(argv)))
+        values = parser.instantiate(parser.parse_args(_configs_first(argv, config_class)))
     except ArgumentError as error:
         raise ValueError(_one_line(str(error), config_class)) from None
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
 
 
-def _configs_first(argv: list[str]) -> list[str]:
+def _configs_first(argv: list[str], config_class: type) -> list[str]:
     """Move `--config X` to the front, so that flags win wherever they stand; names become paths of shipped recipes."""
     files, flags, rest = [], [], iter(argv)
     for argument in rest:
@@ -173,12 +178,12 @@ def _configs_first(argv: list[str]) -> list[str]:
             files.append(argument.removeprefix("--config="))
         else:
             flags.append(argument)
-    return [a for f in files for a in ("--config", _recipe(f))] + flags
+    return [a for f in files for a in ("--config", _recipe(f, config_class))] + flags
 
 
-def _recipe(name: str) -> str:
+def _recipe(name: str, config_class: type) -> str:
     if Path(name).is_file():
-        _check_yaml(name)
+        _check_yaml(name, config_class)
         return name
     shipped = sorted(f.name.removesuffix(".yaml") for f in _RECIPES.iterdir() if f.name.endswith(".yaml"))
     if name in shipped:
@@ -186,8 +191,8 @@ def _recipe(name: str) -> str:
     raise ValueError(f"config {name!r}: no such file{_nearest(name, shipped)}; shipped recipes: {', '.join(shipped)}")
 
 
-def _check_yaml(path: str) -> None:
-    """jsonargparse does not say which of several files is at fault."""
+def _check_yaml(path: str, config_class: type) -> None:
+    """What jsonargparse lets pass or reports without the name of the file."""
     import yaml
 
     try:
@@ -196,6 +201,10 @@ def _check_yaml(path: str) -> None:
         raise ValueError(f"config {path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {path}: want a mapping of names to values, got {type(content).__name__}")
+    for key, value in content.items():
+        group = typing.get_type_hints(config_class).get(key)
+        if dataclasses.is_dataclass(group) and not isinstance(value, dict):
+            raise ValueError(f"config {path}: {key} is a group, got {value!r}; write its fields indented under it")
 
 
 def _one_line(message: str, config_class: type) -> str:

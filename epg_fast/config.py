@@ -5,8 +5,33 @@ The command line (`epg_fast.__main__`) builds its flags from these dataclasses; 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+Sampler = Literal["heun", "euler", "onestep", "euler_sde", "euler_ancestral", "edm_sde"]
+
+
+def _check(config, low: float, high: float, *names: str) -> None:
+    """Raise ValueError unless low <= value <= high (and the value is finite) for every named field that is not None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"{name} is {value}, want {limits}")
+
+
+def _check_positive(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}, want a positive number")
+
+
+def _check_interval(config, name: str) -> None:
+    low, high = getattr(config, name)
+    if not low <= high:
+        raise ValueError(f"{name} is ({low}, {high}), want low <= high")
 
 
 @dataclass
@@ -40,6 +65,12 @@ class ModelConfig:
     output_dim: int | None = None
     """Output width of the projection head (pre-training)."""
 
+    def __post_init__(self):
+        _check(self, 1, math.inf, "image_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim")
+        _check(self, 1, math.inf, "decoder_depth", "decoder_num_heads", "hidden_dim", "output_dim")
+        _check(self, 0, math.inf, "num_classes")
+        _check_positive(self, "mlp_ratio")
+
 
 @dataclass
 class ScheduleConfig:
@@ -53,6 +84,11 @@ class ScheduleConfig:
     """Curvature of the grid."""
     sigma_data: float = 0.5
     """Standard deviation of the normalised pixels."""
+
+    def __post_init__(self):
+        _check_positive(self, "sigma_min", "sigma_max", "rho", "sigma_data")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}, want less than sigma_max ({self.sigma_max})")
 
 
 @dataclass
@@ -132,6 +168,13 @@ class OptimizerConfig:
     clip_after: int = 0
     """Clipping begins after this many steps."""
 
+    def __post_init__(self):
+        _check(self, 0, math.inf, "lr", "weight_decay", "clip_after")
+        _check(self, 0, 1, "min_scale")
+        _check_positive(self, "eps", "clip_norm", "layer_decay")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}, want values in [0, 1)")
+
 
 @dataclass
 class PreviewConfig:
@@ -141,7 +184,7 @@ class PreviewConfig:
     """Steps between grids; 0 draws none."""
     num: int = 16
     """Images in a grid."""
-    sampler: str = "heun"
+    sampler: Sampler = "heun"
     """Sampler of the grid."""
     steps: int = 18
     """Noise levels of the grid's sampler."""
@@ -149,6 +192,12 @@ class PreviewConfig:
     """Guidance scale; 1 means unguided."""
     interval: tuple[float, float] = (0.19, 1.61)
     """Unshifted sigma interval of the guidance (low excluded, high included)."""
+
+    def __post_init__(self):
+        _check(self, 0, math.inf, "every")
+        _check(self, 1, math.inf, "num")
+        _check(self, 1 if self.sampler == "onestep" else 2, math.inf, "steps")
+        _check_interval(self, "interval")
 
 
 @dataclass
@@ -189,9 +238,8 @@ class RunConfig:
     """Weights & Biases project to log to, when wandb is installed."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, want at least 1")
+        _check(self, 1, math.inf, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        _check(self, 0, math.inf, "seed")
 
 
 @dataclass
@@ -218,6 +266,15 @@ class PretrainConfig(RunConfig):
     """Interpolated temperature at sigma_min and at sigma_max."""
     target_ema: float = 0.99
     """Decay per step of the target network."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, 1, math.inf, "start_scales")
+        _check(self, self.start_scales, math.inf, "end_scales")
+        _check(self, 0, 1, "target_ema")
+        _check_positive(self, "contrastive_temperature", "temperature")
+        if not min(self.temperature_range) > 0:
+            raise ValueError(f"temperature_range is {self.temperature_range}, want positive numbers")
 
 
 @dataclass
@@ -246,6 +303,12 @@ class DiffusionConfig(RunConfig):
     """Dropout on the output projection of decoder attention."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Sample grids during training."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, 2, math.inf, "num_scales")
+        _check(self, 0, math.inf, "p_std")
+        _check(self, 0, 1, "label_dropout", "ema", "dropout")
 
 
 @dataclass
@@ -295,6 +358,13 @@ class ConsistencyConfig(RunConfig):
     preview: PreviewConfig = field(default_factory=lambda: PreviewConfig(sampler="onestep", steps=1))
     """Sample grids during training."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, 0, math.inf, "p_std", "k", "first_stage", "delta")
+        _check(self, 1, math.inf, "stage_length")
+        _check(self, 0, 1, "label_dropout", "ema", "dropout")
+        _check_positive(self, "q", "huber_c", "temperature")
+
 
 @dataclass
 class SampleConfig:
@@ -310,12 +380,12 @@ class SampleConfig:
     """`balanced`, `random`, or class indices such as `3` or `0,1,2` (repeated in turn)."""
     seed: int = 0
     """Image i starts from noise that depends on the seed and i only."""
-    sampler: str = "heun"
-    """heun, euler, onestep, euler_sde, euler_ancestral or edm_sde."""
+    sampler: Sampler = "heun"
+    """Sampler; `onestep` is for consistency models."""
     steps: int = 32
     """Noise levels; heun makes 2(steps-1) evaluations."""
     guidance: float = 1.0
-    """Guidance scale; 1 means unguided."""
+    """Guidance scale; 1 means unguided (with `autoguidance`, 0 does)."""
     interval: tuple[float, float] = (0.19, 1.61)
     """Unshifted sigma interval of the guidance (low excluded, high included)."""
     autoguidance: str | None = None
@@ -342,6 +412,14 @@ class SampleConfig:
     """edm_sde: highest shifted sigma at which noise is added."""
     s_noise: float = 1.0
     """edm_sde: scale of the added noise."""
+
+    def __post_init__(self):
+        _check(self, 1, 10_000_000, "num")
+        if self.steps < 2 and self.sampler != "onestep":
+            raise ValueError(f"steps is {self.steps}: {self.sampler} needs at least 2 noise levels")
+        _check(self, 1, math.inf, "batch_size")
+        _check(self, 0, 2**63 - 1, "seed")
+        _check_interval(self, "interval")
 
 
 @dataclass

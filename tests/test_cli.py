@@ -114,6 +114,60 @@ def test_two_processes_cannot_train_in_the_same_folder(capsys, diffusion, tmp_pa
     assert main([str(a) for a in command]) == 0
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--optimizer.lr=-1", "lr is -1"),
+        ("--optimizer.lr .nan", "lr is nan"),
+        ("--optimizer.betas [0.9,1.0]", "betas"),
+        ("--ema 2", "ema is 2"),
+        ("--label_dropout 7", "label_dropout is 7"),
+        ("--noise.sigma_min 100", "sigma_min is 100"),
+        ("--noise.rho 0", "rho is 0"),
+        ("--model.num_heads 0", "num_heads is 0"),
+        ("--model.depth 0", "depth is 0"),
+        ("--preview.sampler huen", "huen"),
+        ("--preview.steps 1", "steps is 1"),
+        ("--preview.interval [2,1]", "low <= high"),
+        ("--seed -1", "seed is -1"),
+        ("--num_scales 1", "num_scales is 1"),
+    ],
+)
+def test_numbers_without_meaning_are_refused_before_training(capsys, diffusion, tmp_path, flags, message):
+    _fails(capsys, [*diffusion, *flags.split(" "), "--outdir", tmp_path / "run"], message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["data: 5", "model: null", "optimizer: [1]"])
+def test_a_group_in_a_recipe_must_hold_fields(capsys, diffusion, tmp_path, content):
+    (tmp_path / "a.yaml").write_text(content)
+    _fails(capsys, [*diffusion, "--config", tmp_path / "a.yaml", "--outdir", tmp_path / "run"], "a.yaml", "is a group")
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(capsys, tiny_run, tmp_path):
+    command = ["pretrain", *tiny_run[:2], "--config", "digits_pretrain", *tiny_run[2:], "--steps", "2"]
+    command = [*command, "--outdir", tmp_path / "run"]
+    _fails(capsys, [*command, "--batch_size", "1"], "more than 1 value", code=2)
+    assert main([str(a) for a in [*command, "--batch_size", "4"]]) == 0
+
+
+def test_a_damaged_run_folder_is_reported(capsys, diffusion, tmp_path):
+    command = [*diffusion, "--steps", "2", "--checkpoint_every", "1", "--outdir", tmp_path / "run"]
+    assert main([str(a) for a in command]) == 0
+    newest = tmp_path / "run" / "checkpoints" / "step_000000002.pt"
+    torch.save({"something": 1}, newest)
+    assert main([str(a) for a in command]) == 0
+    assert "trying the one before it" in capsys.readouterr().err
+    (tmp_path / "run" / "config.yaml").write_text("- 1\n")
+    _fails(capsys, command, "config.yaml cannot be read")
+
+
+def test_a_missing_optional_package_is_named_with_its_remedy(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    _fails(capsys, ["prepare-data", "--outdir", tmp_path / "x"], "scikit-learn", "pip install")
+
+
 def test_bad_models_and_data_are_refused_before_anything_is_written(capsys, diffusion, digits, tmp_path):
     out = tmp_path / "run"
     run = [*diffusion, "--outdir", out]
@@ -179,6 +233,28 @@ def test_sample_writes_the_images_it_says(checkpoint, tmp_path):
         assert np.array_equal(np.asarray(file), images[3])
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 64
+
+
+def test_interrupted_sampling_goes_on_where_it_stopped(checkpoint, tmp_path, monkeypatch):
+    import epg_fast.sampling.job as job
+
+    command = ["sample", "--checkpoint", str(checkpoint), "--num", "7", "--steps", "2", "--batch_size", "3", "--outdir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    drawn, draw = [], job._draw
+
+    def crash(config, model, weak, labels, first):
+        if first == 6 and len(drawn) == 2:
+            drawn.append("crash")
+            raise RuntimeError("crash")
+        drawn.append(first)
+        return draw(config, model, weak, labels, first)
+
+    monkeypatch.setattr(job, "_draw", crash)
+    assert main([*command, str(tmp_path / "cut")]) == 1
+    assert main([*command, str(tmp_path / "cut")]) == 0
+    assert drawn == [0, 3, "crash", 6]
+    whole, cut = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("whole", "cut"))
+    assert np.array_equal(whole, cut) and not (tmp_path / "cut" / "parts").exists()
 
 
 def test_sample_refuses_what_it_cannot_do(capsys, checkpoint, tmp_path):

@@ -19,8 +19,8 @@ def guided(
     """Classifier-free guidance inside an interval: u + scale * (c - u) where low*H/64 < sigma <= high*H/64.
 
     interval: unshifted sigmas. uncond_label: default `network.num_classes`. Outside the interval the network is called
-    once; inside, the conditional and unconditional halves go through it as one batch. Raises ValueError for an
-    unconditional network.
+    once; inside, the conditional and unconditional halves go through it as one batch. Guided denoisers can be guided
+    again. Raises ValueError for an unconditional network.
     """
     return _Guided(denoiser, scale, interval, uncond_label)
 
@@ -33,6 +33,7 @@ def autoguided(denoiser: Denoiser, weak_network: Callable, scale: float) -> Deno
 class _Guided(Denoiser):
     def __init__(self, denoiser, scale, interval, uncond_label):
         super().__init__(denoiser.network, denoiser.schedule, denoiser.parameterization)
+        self.inner = denoiser
         if uncond_label is None:
             uncond_label = getattr(denoiser.network, "num_classes", 0)
             if not uncond_label:
@@ -51,10 +52,10 @@ class _Guided(Denoiser):
         inside = (sigma > self.low * factor) & (sigma <= self.high * factor)
         on_host = not isinstance(inside, torch.Tensor) or (inside.ndim == 0 and inside.device.type == "cpu")
         if on_host and not inside:
-            return super().network_output(x, sigma, y)
+            return self.inner.network_output(x, sigma, y)
         sigma = per_sample(sigma, x)
         both = torch.cat([y, torch.full_like(y, self.uncond_label)])
-        cond, uncond = super().network_output(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        cond, uncond = self.inner.network_output(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         mixed = uncond + self.scale * (cond - uncond)
         return mixed if on_host else torch.where(inside.expand(x.shape[0]).view(-1, 1, 1, 1), mixed, cond)
 
@@ -62,9 +63,9 @@ class _Guided(Denoiser):
 class _Autoguided(Denoiser):
     def __init__(self, denoiser, weak_network, scale):
         super().__init__(denoiser.network, denoiser.schedule, denoiser.parameterization)
-        self.scale = scale
+        self.inner, self.scale = denoiser, scale
         self.weak = Denoiser(weak_network, denoiser.schedule, denoiser.parameterization)
 
     def network_output(self, x, sigma, y=None):
-        strong = super().network_output(x, sigma, y)
+        strong = self.inner.network_output(x, sigma, y)
         return strong + self.scale * (strong - self.weak.network_output(x, sigma, y))

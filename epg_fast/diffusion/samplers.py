@@ -182,6 +182,9 @@ def _levels(sigmas, name, least) -> list[float]:
     sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else [float(s) for s in sigmas]
     if len(sigmas) < least:
         raise ValueError(f"sampler {name}: got {len(sigmas)} noise level(s), want at least {least}; raise `steps`")
+    falling = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    if not falling or not all(math.isfinite(s) and s > 0 for s in sigmas):
+        raise ValueError(f"sampler {name}: want positive noise levels that fall, without a final zero, got {sigmas}")
     return sigmas
 
 

@@ -29,8 +29,10 @@ class NoiseSchedule:
     ):
         if num_scales < 2:
             raise ValueError(f"NoiseSchedule: num_scales is {num_scales}, want at least 2")
-        if not 0 < sigma_min < sigma_max:
+        if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"NoiseSchedule: want 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        if not (rho > 0 and sigma_data > 0):
+            raise ValueError(f"NoiseSchedule: want positive rho and sigma_data, got {rho} and {sigma_data}")
         self.num_scales, self.sigma_min, self.sigma_max = num_scales, sigma_min, sigma_max
         self.rho, self.sigma_data = rho, sigma_data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -16,9 +17,10 @@ from epg_fast.models.encoder import RCMViT
 from epg_fast.models.generator import EPGViT
 from epg_fast.models.presets import encoder_from_config, generator_from_config, list_presets, preset_config
 
+log = logging.getLogger("epg_fast")
+
 # Looked for in this order when a folder is given: our own runs, then the released checkpoints.
 _FILES_IN_FOLDER = ("model.safetensors", "nnet_ema.pth", "nnet.pth")
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def from_pretrained(source: str | os.PathLike, *, device: str = "cpu", **overrides) -> EPGViT | RCMViT:
@@ -136,7 +138,8 @@ def _locate(source: str | os.PathLike) -> Path:
             if (path / name).is_file():
                 return path / name
         raise ValueError(f"{source}: no weights in this folder; want one of {', '.join(_FILES_IN_FOLDER)}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
+    # `runs/mine` is a misspelt folder when there is a folder `runs`, not a repository of a user of that name.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
         return _download(str(source))
     raise ValueError(f"{source}: no such file or folder (a hub id has the form owner/name)")
 
@@ -144,7 +147,7 @@ def _locate(source: str | os.PathLike) -> Path:
 def _download(repo: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import EntryNotFoundError
+        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise ValueError(
             f"{repo}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
@@ -152,6 +155,8 @@ def _download(repo: str) -> Path:
     for name in _FILES_IN_FOLDER:
         try:
             return Path(hf_hub_download(repo, name))
+        except LocalEntryNotFoundError:
+            raise ValueError(f"{repo}: no such file or folder, and the hub cannot be reached") from None
         except EntryNotFoundError:
             continue
         except Exception as error:
@@ -166,6 +171,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as f:
             metadata = json.loads((f.metadata() or {}).get("epg_fast", "{}"))
+            if not isinstance(metadata, dict) or not isinstance(metadata.get("config", {}), dict):
+                raise ValueError("its epg_fast metadata is not a mapping")
             return {name: f.get_tensor(name) for name in f.keys()}, metadata  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
@@ -180,15 +187,14 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: not a file of plain tensors, so it was not loaded ({reason[:160]})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    names = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not names or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: want a state dict (names to tensors), got {type(state).__name__}")
     return state
 
 
 def _unwrap(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "") if wrapper == "_orig_mod." else name.removeprefix(wrapper)
-    return name
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _infer_config(state: dict[str, torch.Tensor], overrides: dict) -> dict:
@@ -224,6 +230,8 @@ def _infer_config(state: dict[str, torch.Tensor], overrides: dict) -> dict:
                 config |= {"output_dim": state[head[-1]].shape[0], "hidden_dim": state[head[0]].shape[0]}
     except KeyError as error:
         raise ValueError(f"these are not the weights of an EPG network: {error.args[0]} is missing") from None
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"these are not the weights of an EPG network: a tensor has an odd shape ({error})") from None
     return config | _heads(config, overrides)
 
 
@@ -266,6 +274,13 @@ def export(source: str | os.PathLike, output: str | os.PathLike, form: str = "sa
     output.mkdir(parents=True, exist_ok=True)
     for path in files:
         temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    lost = {k: metadata[k] for k in ("parameterization", "normalization") if metadata.get(k)}
+    if lost:
+        flags = " ".join(f"--{k} {v}" for k, v in lost.items())
+        log.warning("official files do not say how they are to be used; sample from these with %s", flags)
     return files

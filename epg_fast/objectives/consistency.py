@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import spread
 from epg_fast.objectives.contrastive import info_nce
 from epg_fast.objectives.loss import Loss
+from epg_fast.objectives.seeding import dropout_from
 
 
 def consistency_loss(
@@ -44,9 +44,9 @@ def consistency_loss(
     if stage == 0:
         target = x
     else:
-        with torch.no_grad(), _seeded(dropout_seed, x.device):
+        with torch.no_grad(), dropout_from(dropout_seed, x.device):
             target = denoiser(x + spread(r, x) * noise, r, y)
-    with _seeded(dropout_seed, x.device):
+    with dropout_from(dropout_seed, x.device):
         prediction = denoiser(x + spread(t, x) * noise, t, y)
     distance = (prediction - target).square().flatten(1).sum(dim=1)
     huber = distance / (distance.detach() + huber_c**2).sqrt()
@@ -68,13 +68,3 @@ def _perceptual_loss(encoder, prediction, x, schedule, temperature, gather):
         keys = encoder(*scaled.network_input(x, clean))[0]
     queries = encoder(*scaled.network_input(prediction, clean))[0]
     return info_nce(queries, keys, temperature, gather)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device):
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -20,6 +20,8 @@ def info_nce(
     gather: keys of this rank [B, P] -> keys of all ranks [G, P]; no gradient flows through it (keys come from networks
     without gradient in every use). Computed outside autocast.
     """
+    if queries.shape != keys.shape:
+        raise ValueError(f"info_nce: queries have shape {list(queries.shape)}, keys {list(keys.shape)}; want the same")
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = (
             F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1) for t in (queries, keys)

@@ -9,8 +9,8 @@ import torch
 
 @dataclass
 class Loss:
-    """loss: [] mean over the batch; per_sample: [B] of which it is the mean; terms: its named parts, [B] each, detached
-    values useful in logs and tests."""
+    """loss: [] mean over the batch; per_sample: [B] of which it is the mean; terms: its named parts and other
+    values useful in logs and tests, [B] each."""
 
     loss: torch.Tensor
     per_sample: torch.Tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
+from epg_fast.models import EPGViT
 from epg_fast.runtime import autocast
 
 
@@ -43,12 +46,19 @@ def sample(
     images for an unconditional model. seed: image i starts from noise that depends on (seed, first + i) only, so the
     batch size does not matter; `noise` [N, 3, H, W] (unit variance) replaces it.
     sampler, steps: see `epg_fast.diffusion.SAMPLERS`; `steps` noise levels. guidance: scale of interval guidance, 1 for
-    none; with `weak`, a weaker model, the scale of autoguidance. interval: unshifted sigmas.
+    none; with `weak`, a weaker model, the scale of autoguidance, 0 for none. interval: unshifted sigmas.
     parameterization, normalization, noise_schedule: None takes them from the checkpoint (`from_pretrained`), else x0,
     imagenet and the standard grid. clamp of the clean estimate: official ([-1, 1]), data (the true range), none.
     sampler_options: s_churn, s_min, s_max, s_noise of `edm_sde`.
     Raises ValueError for labels out of range, unknown names and options, too few steps, guidance without classes.
     """
+    for network in filter(None, (model, weak)):
+        if not isinstance(network, EPGViT):
+            raise ValueError(
+                f"sample: got a {type(network).__name__}, want an EPGViT (unwrap compiled or parallel models)"
+            )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, want at least 1")
     metadata = getattr(model, "metadata", {})
     schedule = NoiseSchedule(**(asdict(noise_schedule) if noise_schedule else metadata.get("noise", {})))
     pixels = PixelNormalization(normalization or metadata.get("normalization") or "imagenet")
@@ -72,9 +82,8 @@ def sample(
     shape = (model.in_chans, model.image_size, model.image_size)
     if noise is not None and noise.shape != (len(y), *shape):
         raise ValueError(f"noise has shape {list(noise.shape)}, want {[len(y), *shape]}")
-    was_training, images = model.training, []
-    model.eval()
-    try:
+    images = []
+    with _evaluation_mode(model, weak):
         starts = range(0, len(y), batch_size)
         for start in tqdm(starts, desc="sample", unit="batch", disable=not progress):
             part = y[start : start + batch_size]
@@ -88,9 +97,20 @@ def sample(
                     denoiser, begin, levels, part.to(device) if model.num_classes else None, **options
                 )
             images.append(pixels.denormalize(x.float()).cpu())
-    finally:
-        model.train(was_training)
     return torch.cat(images)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
+    """Eval mode inside; every module gets its own mode back."""
+    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _casting(model: torch.nn.Module) -> Callable:
@@ -115,13 +135,17 @@ class _ImageNoise:
 
 
 def _checked_labels(model, labels) -> torch.Tensor:
+    number = isinstance(labels, (int, np.integer))
     if not model.num_classes:
-        if not isinstance(labels, int):
-            raise ValueError("this model is unconditional: pass the number of images instead of labels")
-        return torch.zeros(labels, dtype=torch.int64)
-    if isinstance(labels, int):
+        if not number or labels < 1:
+            raise ValueError(f"this model is unconditional: pass the number of images (at least 1), got {labels}")
+        return torch.zeros(operator.index(labels), dtype=torch.int64)
+    if number:
         raise ValueError(f"this model is class-conditional: pass a list of labels in 0..{model.num_classes}")
-    y = torch.as_tensor(labels, dtype=torch.int64).flatten().cpu()
+    y = torch.as_tensor(labels).flatten().cpu()
+    if y.is_floating_point() and len(y):
+        raise ValueError(f"labels are {y.dtype}, want integers")
+    y = y.to(torch.int64)
     wrong = y[(y < 0) | (y > model.num_classes)]
     if len(y) == 0 or len(wrong):
         got = f"label {wrong[0].item()}" if len(wrong) else "no labels"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
 from epg_fast.models import EPGViT, from_pretrained
@@ -23,26 +26,44 @@ _GRID = 100
 def run(config: SampleConfig) -> None:
     """Draw `config.num` images and write samples.npz and grid.png (and PNGs) to `config.outdir`.
 
-    Raises ValueError for a missing checkpoint or folder name, bad labels, and an output folder that already holds
-    samples of other settings; the same settings find their work done.
+    Images are kept on disk batch by batch, so that the same command goes on where an interrupted one stopped; finished
+    work is left alone. Raises ValueError for a missing checkpoint or folder name, bad labels, and an output folder of
+    other settings.
     """
     if not config.checkpoint or not config.outdir:
         raise ValueError("sample: --checkpoint and --outdir are needed")
-    if config.num < 1 or config.batch_size < 1:
-        raise ValueError(f"sample: num is {config.num} and batch_size {config.batch_size}, want at least 1")
     outdir, settings = Path(config.outdir), _settings(config)
-    if _already_done(outdir / "samples.npz", settings):
+    _check_folder(outdir, settings)
+    if (outdir / "samples.npz").exists():
         log.info("%s already holds these samples", outdir)
         return
     device = resolve_device(config.device)
     model = _generator(config.checkpoint, device)
     weak = _generator(config.autoguidance, device) if config.autoguidance else None
     labels = choose_labels(config.labels, config.num, model.num_classes, config.seed)
+    _claim_folder(outdir, settings)
+    pixels = np.empty((config.num, model.image_size, model.image_size, model.in_chans), np.uint8)
+    for start in tqdm(range(0, config.num, config.batch_size), desc="sample", unit="batch"):
+        stop = min(start + config.batch_size, config.num)
+        part = outdir / "parts" / f"{start:08d}_{stop:08d}.npy"
+        if not part.exists():
+            _save_array(part, to_uint8(_draw(config, model, weak, labels[start:stop], start)))
+        pixels[start:stop] = np.load(part)
+    if config.png:
+        save_pngs(pixels, np.asarray(labels), outdir / "png")
+    save_grid(pixels[:_GRID], outdir / "grid.png")
+    save_npz(pixels, np.asarray(labels), outdir / "samples.npz", **settings)
+    shutil.rmtree(outdir / "parts")
+    log.info("%d images in %s", len(pixels), outdir)
+
+
+def _draw(config: SampleConfig, model: EPGViT, weak: EPGViT | None, labels: list[int], first: int) -> torch.Tensor:
     auto = {"auto": None}
-    images = sample(
+    return sample(
         model,
-        labels if model.num_classes else config.num,
+        labels if model.num_classes else len(labels),
         seed=config.seed,
+        first=first,
         sampler=config.sampler,
         steps=config.steps,
         guidance=config.guidance,
@@ -53,16 +74,8 @@ def run(config: SampleConfig) -> None:
         clamp=config.clamp,
         batch_size=config.batch_size,
         precision=config.precision,
-        progress=True,
         **_churn(config),
     )
-    outdir.mkdir(parents=True, exist_ok=True)
-    pixels = to_uint8(images)
-    if config.png:
-        save_pngs(pixels, np.asarray(labels), outdir / "png")
-    save_grid(images[:_GRID], outdir / "grid.png")
-    save_npz(pixels, np.asarray(labels), outdir / "samples.npz", **settings)
-    log.info("%d images in %s", len(pixels), outdir)
 
 
 def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
@@ -107,13 +120,33 @@ def _settings(config: SampleConfig) -> dict:
     return json.loads(json.dumps(settings))
 
 
-def _already_done(path: Path, settings: dict) -> bool:
-    if not path.exists():
-        return False
-    with np.load(path) as stored:
-        before = json.loads(str(stored["metadata"])) if "metadata" in stored else {}
-    differing = [k for k in settings if before.get(k) != settings[k]]
-    if differing:
-        shown = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in differing[:3])
-        raise ValueError(f"{path} holds samples of other settings ({shown}); choose another --outdir")
-    return True
+def _check_folder(outdir: Path, settings: dict) -> None:
+    """Raise ValueError unless the folder is new, empty, or of these settings; nothing is written."""
+    path = outdir / "settings.json"
+    if path.exists():
+        if not (outdir / "samples.npz").exists() and not any((outdir / "parts").glob("*.npy")):
+            return  # nothing was drawn yet
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = {}
+        differing = [k for k in settings if before.get(k) != settings[k]]
+        if differing:
+            shown = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in differing[:3])
+            raise ValueError(f"{outdir} holds samples of other settings ({shown}); choose another --outdir")
+    elif outdir.exists() and (not outdir.is_dir() or any(outdir.iterdir())):
+        raise ValueError(f"{outdir} is not an empty folder and not one of `sample` (no settings.json); choose another")
+
+
+def _claim_folder(outdir: Path, settings: dict) -> None:
+    (outdir / "parts").mkdir(parents=True, exist_ok=True)
+    temporary = outdir / "settings.tmp"
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(temporary, outdir / "settings.json")
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        np.save(f, array)
+    os.replace(temporary, path)

@@ -25,7 +25,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:09d}.pt"
-    temporary = folder / f".{path.name}.tmp"
+    temporary = folder / f".{path.name}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as f:
             torch.save(state, f)
@@ -39,7 +39,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
         left = f"the previous checkpoint {earlier[0].name} is intact" if earlier else "there is no earlier checkpoint"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"could not write {path}: {reason}; {left}. Free some space and run the same command to go on"
+            f"could not write {path}: {reason}; {left}. If the disk is full, free some space; the same command goes on"
         ) from None
     for old in list_checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
@@ -52,16 +52,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: f.name, reverse=True)
 
 
-def load_newest(folder: Path) -> dict | None:
+def load_newest(folder: Path, wanted: tuple[str, ...] = ()) -> dict | None:
     """State of the newest checkpoint that can be read, or None when there is none.
 
-    An unreadable file is reported and the one before it is used; raises ValueError when none of several can be read.
+    A file that is unreadable or lacks one of the `wanted` entries is reported and the one before it is used; raises
+    ValueError when there are files and none will do.
     Nothing in a file is executed: only tensors and plain values are accepted.
     """
     files = list_checkpoints(folder)
     for path in files:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or any(name not in state for name in wanted):
+                raise ValueError("not a checkpoint of a training run")
+            return state
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason[:160])

@@ -25,7 +25,7 @@ from epg_fast.data import ImageFolder, PillowLoader, PixelNormalization
 from epg_fast.models import save_weights
 from epg_fast.runtime import autocast
 from epg_fast.training import distributed
-from epg_fast.training.checkpoint import load_newest, save_checkpoint
+from epg_fast.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer, set_lr, update_average
@@ -44,7 +44,11 @@ _FREE = (
     "keep_checkpoints",
     "tensorboard",
     "wandb",
+    "outdir",
 )
+# What a start that was cut short leaves behind.
+_OWN = (".lock", "config.tmp")
+_STATE = ("step", "iteration", "network", "average", "optimizer", "scaler", "metrics", "data")
 _MAX_SKIPPED_IN_A_ROW = 100
 
 
@@ -136,11 +140,11 @@ def _loop(config, state, step_module, loader, metrics, progress, outdir) -> None
             line = metrics.write(state.step, lr=state.optimizer.param_groups[0]["lr"])
             shown = {"loss": f"{line['loss']:.4g}", "img/s": f"{line['images_per_second']:.0f}"}
             progress.set_postfix(shown | {"data wait": f"{line['data_wait']:.0%}"})
+        if state.step % config.checkpoint_every == 0 or last:
+            state.save(outdir, metrics)
         preview = state.stage.preview
         if preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
             metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
-        if state.step % config.checkpoint_every == 0 or last:
-            state.save(outdir, metrics)
 
 
 class RunState:
@@ -216,7 +220,7 @@ class RunState:
 
     def resume(self, folder: Path) -> None:
         """Load the newest readable checkpoint of `folder`, if there is one."""
-        state = load_newest(folder)
+        state = load_newest(folder, _STATE)
         if state is None:
             return
         if state["data"] != self.data_fingerprint:
@@ -278,17 +282,27 @@ def compile_blocks(stage: Stage) -> None:
 
 
 def check_run_folder(outdir: Path, config: RunConfig) -> None:
-    """Raise ValueError, naming the first differing fields, for a folder of another configuration or of other things."""
+    """Raise ValueError for a folder of other things, or of another configuration once it holds a checkpoint."""
     path = outdir / "config.yaml"
     if path.exists():
-        old, new = _flatten(yaml.safe_load(path.read_text()) or {}), _flatten(_plain(dataclasses.asdict(config)))
+        if not list_checkpoints(outdir / "checkpoints"):
+            return
+        try:
+            saved = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path} cannot be read; restore it, or choose another --outdir")
+        old, new = _flatten(saved), _flatten(_plain(dataclasses.asdict(config)))
         differing = [
-            k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in (*_FREE, "outdir")
+            k
+            for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k) and k not in _FREE and not k.startswith("preview.")
         ]
         if differing:
             shown = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:4])
             raise ValueError(f"{outdir} holds a run of another configuration ({shown}); choose another --outdir")
-    elif outdir.exists() and (not outdir.is_dir() or any(outdir.iterdir())):
+    elif outdir.exists() and (not outdir.is_dir() or any(f.name not in _OWN for f in outdir.iterdir())):
         raise ValueError(f"{outdir} is not empty and not a run folder (no config.yaml); choose another --outdir")
 
 
@@ -310,8 +324,10 @@ def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distrib
         except OSError as error:
             log.warning("%s cannot be locked (%s): do not start this run twice", outdir, error)
         temporary = outdir / "config.tmp"
-        text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
-        temporary.write_text(f"# epg-fast {stage}\n{text}")
+        with open(temporary, "w") as f:
+            f.write(f"# epg-fast {stage}\n{yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)}")
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temporary, outdir / "config.yaml")
     ranks.barrier()
     return lock

@@ -59,7 +59,7 @@ class Metrics:
 
     def add_image(self, name: str, image, step: int) -> None:
         """Show an image, uint8 [H, W, 3], in TensorBoard."""
-        if self._tensorboard:
+        if self._tensorboard and image is not None:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def state_dict(self) -> dict:

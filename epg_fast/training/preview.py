@@ -16,8 +16,10 @@ from epg_fast.training.stages import Stage
 log = logging.getLogger("epg_fast")
 
 
-def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray:
+def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     """Sample from the averaged weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
+
+    A disk that does not take it is reported, and None returned: a missing picture must not end a run.
 
     The same labels and noise every time, so that grids of different steps can be compared.
     """
@@ -28,7 +30,7 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray:
         labels if stage.average.num_classes else p.num,
         sampler=p.sampler,
         steps=p.steps,
-        guidance=p.guidance,
+        guidance=p.guidance if stage.average.num_classes else 1.0,
         interval=tuple(p.interval),
         parameterization=stage.parameterization,
         normalization=stage.config.data.normalization,
@@ -38,7 +40,11 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray:
     if not images.isfinite().all():
         log.warning("step %d: some preview samples are not finite and are shown black", step)
     path = outdir / "previews" / f"step_{step:09d}.png"
-    path.parent.mkdir(exist_ok=True)
-    save_grid(images.nan_to_num(0.0), path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_grid(images.nan_to_num(0.0), path)
+    except OSError as error:
+        log.warning("could not write %s (%s); training goes on", path, error)
+        return None
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))

@@ -141,6 +141,7 @@ class DiffusionStage(_FineTuning):
             torch.exp(c.p_mean + c.p_std * draws.normal("level")),
             self._schedule(c.num_scales),
             parameterization=c.parameterization,
+            dropout_seed=draws.per_rank_seed("dropout"),
         )
 
 

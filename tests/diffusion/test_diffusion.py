@@ -88,6 +88,24 @@ def test_autoguidance_moves_away_from_the_weak_network():
     torch.testing.assert_close(got[:, 0, 0, 0], torch.tensor([4 + 3 * 2.0, 6 + 3 * 3.0]))
 
 
+def test_guided_denoisers_can_be_guided_again():
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([4, 6])
+    weak = lambda x, t, y: 0.5 * _Classes()(x, t, y)  # noqa: E731
+    both = guided(autoguided(Denoiser(_Classes()), weak, 3.0), 2.0, (0.0, 100.0))(x, 1.0, y)
+    auto = lambda label: label + 3 * (label - 0.5 * label)  # noqa: E731
+    want = torch.tensor([auto(10) + 2 * (auto(label) - auto(10)) for label in (4.0, 6.0)])
+    torch.testing.assert_close(both[:, 0, 0, 0], want)
+    both = autoguided(guided(Denoiser(_Classes()), 2.0, (0.0, 100.0)), weak, 3.0)(x, 1.0, y)
+    strong = torch.tensor([10 + 2 * (label - 10.0) for label in (4.0, 6.0)])
+    torch.testing.assert_close(both[:, 0, 0, 0], strong + 3 * (strong - torch.tensor([2.0, 3.0])))
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 2.0], [1.0, 0.0], [float("nan"), 1.0], [1.0, 1.0]])
+def test_levels_must_be_positive_and_fall(sigmas):
+    with pytest.raises(ValueError, match="positive noise levels that fall"):
+        SAMPLERS["heun"](gaussian_denoiser, torch.randn(1, 3, 4, 4), sigmas)
+
+
 def test_edm_denoiser_is_the_identity_at_the_lowest_level():
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     denoiser = Denoiser(_Classes(), parameterization="edm")

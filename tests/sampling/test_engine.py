@@ -60,10 +60,17 @@ def test_clamping_to_the_data_range_is_an_option(model):
 
 
 def test_autoguidance_uses_the_weak_model(model):
-    weak = EPGViT(**SIZES, **DECODER, num_classes=5)
+    weak = EPGViT(**SIZES, **DECODER, num_classes=5, drop=0.5)
+    for p in weak.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    weak.blocks[0].eval()
+    modes = [m.training for m in weak.modules()]
     same = epg_fast.sample(model, [0, 1], steps=3, weak=model, guidance=3.0)
     assert_close(same, epg_fast.sample(model, [0, 1], steps=3), rtol=0, atol=1e-4)
-    assert not torch.equal(epg_fast.sample(model, [0, 1], steps=3, weak=weak, guidance=3.0), same)
+    guided = epg_fast.sample(model, [0, 1], steps=3, weak=weak, guidance=3.0)
+    assert not torch.equal(guided, same)
+    assert [m.training for m in weak.modules()] == modes  # every module gets its own mode back
+    assert torch.equal(epg_fast.sample(model, [0, 1], steps=3, weak=weak.eval(), guidance=3.0), guided)
 
 
 def test_16_bit_sampling_is_close_to_fp32(model):
@@ -82,11 +89,18 @@ def test_models_in_other_precisions_are_sampled(model, dtype):
 
 
 def test_bad_requests_say_what_is_wanted(model):
-    for labels, message in (([5, 6], "label 6"), ([-1], "label -1"), ([], "no labels"), (3, "class-conditional")):
+    for labels, message in (
+        ([5, 6], "label 6"),
+        ([-1], "label -1"),
+        ([], "no labels"),
+        ([0.5], "integers"),
+        (3, "class-"),
+    ):
         with pytest.raises(ValueError, match=message):
             epg_fast.sample(model, labels, steps=2)
     for options, message in (
         ({"steps": 1}, "at least 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"sampler": "ddim"}, "want one of"),
         ({"s_churn": 1.0}, "options of edm_sde"),
         ({"clamp": "x"}, "official, data or none"),

@@ -22,8 +22,8 @@ TIMINGS = ("images_per_second", "data_wait")
 
 
 def _command(job, tiny_run, outdir, **extra):
-    # The consistency job's dropout must draw the same masks again.
-    dropout = ["--dropout", "0.5"] if job == "consistency" else []
+    # Dropout must draw the same masks again.
+    dropout = [] if job == "pretrain" else ["--dropout", "0.5"]
     flags = [word for name, value in extra.items() for word in (f"--{name}", str(value))]
     name, *recipe = JOBS[job]
     return [name, *tiny_run[:2], *recipe, *tiny_run[2:], *dropout, *flags, "--outdir", str(outdir)]
