@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
-        return _fail(2, str(error))
+        remedy = f"; pip install {error.name}" if str(error).startswith("No module named") else ""
+        return _fail(2, f"{error}{remedy}")
     except (OSError, RuntimeError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
