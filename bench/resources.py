@@ -1,11 +1,12 @@
 """What each kernel costs on each GPU architecture, compiled ahead of time: no GPU is needed.
 
-    python -m bench.resources [--arch 80 90 100]
+    python -m bench.resources [--arch 80 90 100] [--op layer_norm_modulate ...]
 
 Prints one row per Triton kernel and configuration (the cases that `epg_kernels.<op>.aot_cases()` describes) and one
 per CUDA kernel of the built extension: registers per thread, spills (instructions that touch local memory), bytes of
-shared memory, matrix instructions, and how many of the accesses to global memory are 16 bytes wide. Exits with
-status 1 when a kernel spills on sm_90, or is marked as a matrix kernel and has no wgmma there.
+shared memory, matrix instructions, how many of the accesses to global memory are 16 bytes wide, and how many go through
+the tensor memory accelerator (TMA). Exits with status 1 when, on sm_90, a kernel spills, is marked as a matrix kernel
+and has no wgmma, or is marked as vectorized and has neither 16-byte accesses nor TMA.
 """
 
 import argparse
@@ -28,23 +29,29 @@ _MATRIX_INSTRUCTIONS = {"wgmma": r"\bHGMMA\b|\bQGMMA\b|\bIGMMA\b", "mma": r"\b[H
 class Row:
     kernel: str
     arch: int
-    width: str
+    shape: str
     dtype: str
     num_warps: str
     registers: int
     spills: int
     shared: int
     matrix: str
-    wide: str  # 16-byte accesses of all accesses to global memory
+    wide: int  # accesses to global memory of 16 bytes each
+    accesses: int  # all accesses to global memory but TMA's
+    tma: int
     gemm: bool = False
+    vectorized: bool = False
 
     def failure(self) -> str | None:
-        if self.arch == 90 and self.spills:
-            return (
-                f"{self.kernel} (D={self.width}, {self.dtype}) spills on sm_90: {self.spills} accesses to local memory"
-            )
-        if self.arch == 90 and self.gemm and "wgmma" not in self.matrix:
-            return f"{self.kernel} (D={self.width}, {self.dtype}) has no wgmma on sm_90, found: {self.matrix}"
+        if self.arch != 90:
+            return None
+        name = f"{self.kernel} ({self.shape}, {self.dtype})"
+        if self.spills:
+            return f"{name} spills on sm_90: {self.spills} accesses to local memory"
+        if self.gemm and "wgmma" not in self.matrix:
+            return f"{name} has no wgmma on sm_90, found: {self.matrix}"
+        if self.vectorized and not (self.wide or self.tma):
+            return f"{name} has no 16-byte access to global memory among its {self.accesses}, and no TMA"
         return None
 
 
@@ -53,16 +60,19 @@ def main() -> int:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, e.g. 90 for sm_90"
     )
-    archs = parser.parse_args().arch
+    parser.add_argument("--op", nargs="+", help="only these operations' Triton kernels, e.g. attention")
+    arguments = parser.parse_args()
+    archs = arguments.arch
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compiler
     if str(_ROOT / "kernels") not in sys.path:
         sys.path.append(str(_ROOT / "kernels"))
 
-    cases = [case for module in _kernel_modules() for case in module.aot_cases()]
+    cases = [case for module in _kernel_modules(arguments.op) for case in module.aot_cases()]
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(_compile, case, arch) for case in cases for arch in archs]
+        futures = [pool.submit(_compile, case, arch) for case in cases for arch in archs if arch in case.archs]
         rows = [future.result() for future in futures]
-    rows += [row for row in _extension_rows() if row.arch in archs]
+    if arguments.op is None:
+        rows += [row for row in _extension_rows() if row.arch in archs]
     _print(rows)
     failures = [failure for row in rows if (failure := row.failure())]
     for failure in failures:
@@ -70,11 +80,14 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def _kernel_modules() -> list:
+def _kernel_modules(names: list[str] | None) -> list:
     import epg_kernels
 
-    names = sorted(module.name for module in pkgutil.iter_modules(epg_kernels.__path__))
-    return [importlib.import_module(f"epg_kernels.{name}") for name in names]
+    found = sorted(module.name for module in pkgutil.iter_modules(epg_kernels.__path__))
+    for name in set(names or []) - set(found):
+        raise SystemExit(f"--op {name}: no such kernel file; there are {', '.join(found)}")
+    modules = [importlib.import_module(f"epg_kernels.{name}") for name in names or found]
+    return [module for module in modules if hasattr(module, "aot_cases")]
 
 
 def _compile(case, arch: int) -> Row:
@@ -86,7 +99,8 @@ def _compile(case, arch: int) -> Row:
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -95,15 +109,16 @@ def _compile(case, arch: int) -> Row:
     return Row(
         kernel=case.kernel.__name__,
         arch=arch,
-        width=str(case.width),
+        shape=case.shape,
         dtype=case.dtype,
         num_warps=str(case.num_warps),
         registers=usage["REG"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared=compiled.metadata.shared,
         matrix=_matrix(sass),
-        wide=_wide(sass),
+        **_accesses(sass),
         gemm=case.gemm,
+        vectorized=case.vectorized,
     )
 
 
@@ -120,14 +135,14 @@ def _extension_rows() -> list[Row]:
             Row(
                 kernel=_readable(usage["name"]),
                 arch=usage["arch"],
-                width="-",
+                shape="-",
                 dtype="-",
                 num_warps="-",
                 registers=usage["REG"],
                 spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
                 shared=usage["SHARED"],
                 matrix=_matrix(sass),
-                wide=_wide(sass),
+                **_accesses(sass),
             )
         )
     return rows
@@ -179,17 +194,22 @@ def _matrix(sass: str) -> str:
     return " ".join(f"{name}:{count}" for name, count in counts.items() if count) or "none"
 
 
-def _wide(sass: str) -> str:
-    accesses = re.findall(r"\b(?:LDG|STG)\S*", sass)
-    return f"{sum('.128' in access for access in accesses)}/{len(accesses)}"
+def _accesses(sass: str) -> dict[str, int]:
+    """LDGSTS copies from global to shared memory, as cp.async does."""
+    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*", sass)
+    return {
+        "wide": sum(".128" in access for access in accesses),
+        "accesses": len(accesses),
+        "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
+    }
 
 
 def _print(rows: list[Row]) -> None:
-    header = ("kernel", "arch", "D", "dtype", "warps", "registers", "spills", "shared", "matrix", "16-byte")
-    table = [header] + [
-        (r.kernel, f"sm_{r.arch}", r.width, r.dtype, r.num_warps, r.registers, r.spills, r.shared, r.matrix, r.wide)
-        for r in rows
-    ]
+    header = ("kernel", "arch", "shape", "dtype", "warps", "registers", "spills", "shared", "matrix", "16-byte", "TMA")
+    table = [header]
+    for r in rows:
+        cost = (r.registers, r.spills, r.shared, r.matrix, f"{r.wide}/{r.accesses}", r.tma)
+        table.append((r.kernel, f"sm_{r.arch}", r.shape, r.dtype, r.num_warps, *cost))
     widths = [max(len(str(line[i])) for line in table) for i in range(len(header))]
     for line in table:
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())

@@ -2,8 +2,8 @@
 
 On CUDA a CUDA graph holds one call per set of inputs, and the sets together exceed the L2 cache several times: each
 call starts cold, and launches cost nothing. On a CPU one call is timed, at a reduced shape. `measure` adds to each
-result the median and the 20th and 80th percentile of one call in microseconds, GB/s by the operation's traffic model,
-and the share of the bandwidth that a large copy reached in the same session.
+result the median and the 20th and 80th percentile of one call in microseconds, GB/s and TFLOP/s by the operation's
+traffic model and FLOP count, and their shares of what a large copy and a large matrix product reached in the same session.
 """
 
 import platform
@@ -38,23 +38,40 @@ def copy_gbps() -> float:
     return 2 * source.nbytes / statistics.median(seconds) / 1e9
 
 
+@pytest.fixture(scope="session")
+def gemm_tflops() -> float:
+    """The other ceiling: TFLOP/s of a large bfloat16 matrix product of random values."""
+    size = 8192 if _CUDA else 512
+    a, b = (torch.randn(size, size, device="cuda" if _CUDA else "cpu", dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(20):
+        _synchronise()
+        start = time.perf_counter()
+        a @ b
+        _synchronise()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds) / 1e12
+
+
 @pytest.fixture
-def measure(benchmark, copy_gbps):
-    def run(call, make_inputs, traffic: int, **labels) -> None:
-        """Time call(*make_inputs(seed)), which moves `traffic` bytes."""
+def measure(benchmark, copy_gbps, gemm_tflops):
+    def run(call, make_inputs, traffic: int, flops: int = 0, **labels) -> None:
+        """Time call(*make_inputs(seed)), which moves `traffic` bytes and computes `flops` operations."""
         calls = max(1, _COLD_BYTES // traffic) if _CUDA else 1
         inputs = [make_inputs(seed) for seed in range(calls)]
         target = _graph(call, inputs) if _CUDA else lambda: call(*inputs[0])
         benchmark.pedantic(target, rounds=50 if _CUDA else 10, warmup_rounds=3)
         low, *_, high = statistics.quantiles(benchmark.stats.stats.data, n=5)
         median = benchmark.stats.stats.median
-        gbps = traffic * calls / median / 1e9
+        gbps, tflops = traffic * calls / median / 1e9, flops * calls / median / 1e12
         benchmark.extra_info |= labels | {
             "median_us": 1e6 * median / calls,
             "p20_us": 1e6 * low / calls,
             "p80_us": 1e6 * high / calls,
             "gbps": gbps,
             "percent_of_copy": 100 * gbps / copy_gbps,
+            "tflops": tflops,
+            "percent_of_gemm": 100 * tflops / gemm_tflops,
         }
 
     return run

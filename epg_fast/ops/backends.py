@@ -29,3 +29,22 @@ def require_triton(op: str, x: torch.Tensor) -> None:
             f"{op}: got backend='triton' with a tensor on {x.device}, wanted one on a CUDA device; move it there, "
             "use backend='reference', or set TRITON_INTERPRET=1 before Python starts, for Triton's interpreter"
         )
+
+
+def require_dtypes(op: str, allowed: tuple[torch.dtype, ...], **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError for a tensor whose dtype the Triton kernel does not compute in."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in allowed:
+            wanted = ", ".join(str(dtype) for dtype in allowed)
+            raise ValueError(
+                f"{op}: got {name} in {tensor.dtype}, wanted one of {wanted} for backend='triton'; convert it or use "
+                "backend='reference'"
+            )
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to matrix products on x's device, None outside autocast.
+
+    Custom operators are not autocast-aware: an operation with a matrix product casts its operands to this itself.
+    """
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None

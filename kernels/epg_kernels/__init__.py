@@ -16,7 +16,10 @@ class AotCase:
     signature: dict[str, str]  # Triton's type of every run-time argument, in the kernel's order
     constexprs: dict[str, Any]
     num_warps: int
-    width: int
+    shape: str  # what distinguishes the case in the table, e.g. "D=1584"
     dtype: str
+    num_stages: int = 3
     gemm: bool = False  # a kernel that must use wgmma on sm_90
+    vectorized: bool = True  # a kernel that must access global memory 16 bytes at a time, or through TMA, on sm_90
+    archs: tuple[int, ...] = (80, 90, 100)  # where the kernel exists
     divisible_by_16: tuple[str, ...] = field(default=())  # arguments that the launcher's callers align in practice

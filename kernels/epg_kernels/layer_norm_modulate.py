@@ -365,7 +365,7 @@ def _case(kernel, pointers: dict[str, str], constexprs: dict, num_warps: int, wi
         signature={name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32"),
         constexprs=constexprs,
         num_warps=num_warps,
-        width=width,
+        shape=f"D={width}",
         dtype=dtype,
         divisible_by_16=(*pointers, *(name for name in integers if name.startswith("stride_"))),
     )

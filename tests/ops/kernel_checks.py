@@ -1,0 +1,79 @@
+"""What the test of every operation asks of its kernel, written once.
+
+A function under test takes the inputs in order and returns a tensor or a tuple of tensors. `kernel` is the public
+operation with backend="triton", `reference` the same with backend="reference"; the exact result is the reference's in
+float64.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from tests.ops.tolerance import GRADIENT, assert_close_to_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
+needs_triton = pytest.mark.usefixtures("triton_installed")
+
+Inputs = Sequence[torch.Tensor | None]
+
+
+def shapes_of(spec) -> list:
+    """The odd shapes anywhere, the presets' shapes on a GPU."""
+    return [*spec.odd_shapes, *(pytest.param(shape, marks=GPU) for shape in spec.shapes)]
+
+
+def randn(*size, dtype=torch.float32, seed=0, requires_grad=True) -> torch.Tensor:
+    """The same values on every device."""
+    generator = torch.Generator().manual_seed(hash((seed, size)) % 2**32)
+    return torch.randn(size, generator=generator).to(DEVICE, dtype).requires_grad_(requires_grad)
+
+
+def run(function: Callable, inputs: Inputs, grads: Sequence[torch.Tensor] | None):
+    """Outputs, and the gradients of the inputs that require one (none of them if `grads` is None)."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if grads is None:
+        return outputs, ()
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    grads = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
+    return outputs, torch.autograd.grad(outputs, wanted, grads)
+
+
+def in_double(inputs: Inputs) -> list[torch.Tensor | None]:
+    """The same values in float64, requiring gradients where the originals do; integers stay."""
+    return [
+        tensor
+        if tensor is None or not tensor.is_floating_point()
+        else tensor.detach().double().requires_grad_(tensor.requires_grad)
+        for tensor in inputs
+    ]
+
+
+def assert_accurate(kernel: Callable, reference: Callable, inputs: Inputs, grads: Sequence[torch.Tensor] | None):
+    """Outputs within 2x, gradients within 3x of the error that the reference makes in the same dtypes."""
+    outputs, gradients = run(kernel, inputs, grads)
+    same_dtype, same_dtype_gradients = run(reference, inputs, grads)
+    exact, exact_gradients = run(reference, in_double(inputs), grads)
+    for i, values in enumerate(zip(outputs, same_dtype, exact, strict=True)):
+        assert_close_to_reference(*values, name=f"output {i}")
+    for i, values in enumerate(zip(gradients, same_dtype_gradients, exact_gradients, strict=True)):
+        assert_close_to_reference(*values, factor=GRADIENT, name=f"gradient {i}")
+
+
+def assert_repeatable(kernel: Callable, inputs: Inputs, grads: Sequence[torch.Tensor] | None):
+    """Two runs give the same bits."""
+    _assert_same_bits(run(kernel, inputs, grads), run(kernel, inputs, grads))
+
+
+def assert_compiles_into_one_graph(function: Callable, inputs: Inputs, grads: Sequence[torch.Tensor] | None):
+    """torch.compile sees no graph break, forward and backward, and changes no bit."""
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    _assert_same_bits(run(compiled, inputs, grads), run(function, inputs, grads))
+
+
+def _assert_same_bits(first, second):
+    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert torch.equal(a, b)
