@@ -1,8 +1,8 @@
 """One operation against its alternatives, measured alike: the body of every `bench_<op>.py`.
 
 Providers that any operation has: "triton" (its kernel), "compile" (torch.compile of the reference) and "eager" (the
-reference as it is). A benchmark adds the library kernels that a user would pick. The result of every provider is checked
-before it is timed: a provider that is wrong is not reported.
+reference as it is). A benchmark adds the library kernels that a user would pick. The result of every provider is
+checked before it is timed: a provider that is wrong is not reported.
 """
 
 import functools

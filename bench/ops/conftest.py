@@ -3,7 +3,8 @@
 On CUDA a CUDA graph holds one call per set of inputs, and the sets together exceed the L2 cache several times: each
 call starts cold, and launches cost nothing. On a CPU one call is timed, at a reduced shape. `measure` adds to each
 result the median and the 20th and 80th percentile of one call in microseconds, GB/s and TFLOP/s by the operation's
-traffic model and FLOP count, and their shares of what a large copy and a large matrix product reached in the same session.
+traffic model and FLOP count, and their shares of what a large copy and a large matrix product reached in the same
+session.
 """
 
 import platform

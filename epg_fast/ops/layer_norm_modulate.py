@@ -7,7 +7,8 @@ Source: Ba et al., "Layer Normalization" (2016); Peebles & Xie, "Scalable Diffus
 
 Shapes: x: [B, L, D]; weight, bias: [D]; shift, scale: [B, D] or [B, 1, D], or both None.
 Dtypes: any floating dtypes, mixed freely. Statistics and arithmetic are float32 (float64 when x is float64), y has
-x's dtype.
+out_dtype, by default x's dtype. `layer_norm_modulate_fp8` returns y / row_scale in float8_e4m3fn instead, with
+row_scale = max |y| / 448 over each row, for matrix products in FP8.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
 
 The gradients need only two sums per image, G = sum_l dy and H = sum_l dy * xhat:
@@ -21,6 +22,7 @@ from epg_fast.ops.backends import check_backend, interpreting, require_triton
 from epg_fast.ops.spec import OpSpec
 
 _MAX_TRITON_WIDTH = 4096
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def layer_norm_modulate_ref(
@@ -30,13 +32,33 @@ def layer_norm_modulate_ref(
     shift: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
     acc_dtype = _accumulation_dtype(x)
     y = F.layer_norm(x.to(acc_dtype), x.shape[-1:], weight.to(acc_dtype), bias.to(acc_dtype), eps)
     if scale is not None:
         y = y * (1 + _per_token(scale).to(acc_dtype)) + _per_token(shift).to(acc_dtype)
-    return y.to(x.dtype)
+    return y.to(out_dtype or x.dtype)
+
+
+def layer_norm_modulate_fp8_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y / row_scale in float8_e4m3fn, row_scale [B, L]) in plain PyTorch."""
+    return quantize_rows_ref(layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, _accumulation_dtype(x)))
+
+
+def quantize_rows_ref(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [B, L, D] as float8_e4m3fn and a scale per row [B, L], of which it is the product."""
+    largest = y.abs().amax(-1)
+    row_scale = torch.where(largest > 0, largest / _FP8_MAX, 1.0)
+    return (y / row_scale.unsqueeze(-1)).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), row_scale
 
 
 def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
@@ -55,25 +77,31 @@ def _forward_op(
     shift: torch.Tensor | None,
     scale: torch.Tensor | None,
     eps: float,
+    out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if interpreting():
-        return _forward_triton(x, weight, bias, shift, scale, eps)
+        return _forward_triton(x, weight, bias, shift, scale, eps, out_dtype)
+    y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype).contiguous()
+    return y, *norm_statistics(x, eps)
+
+
+def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, 1 / sqrt(variance + eps)) of each row of x [B, L, D]: [B, L] each."""
     variance, mean = torch.var_mean(x.to(_accumulation_dtype(x)), -1, correction=0)
-    y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps).contiguous()
-    return y, mean, torch.rsqrt(variance + eps)
+    return mean, torch.rsqrt(variance + eps)
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_triton(x, weight, bias, shift, scale, eps):
+def _forward_triton(x, weight, bias, shift, scale, eps, out_dtype):
     from epg_kernels.layer_norm_modulate import layer_norm_modulate_fwd
 
-    return layer_norm_modulate_fwd(x, weight, bias, shift, scale, eps)
+    return layer_norm_modulate_fwd(x, weight, bias, shift, scale, eps, out_dtype)
 
 
 @_forward_op.register_fake
-def _(x, weight, bias, shift, scale, eps):
+def _(x, weight, bias, shift, scale, eps, out_dtype):
     statistics = x.new_empty(x.shape[:-1], dtype=_accumulation_dtype(x))
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype), statistics, torch.empty_like(statistics)
 
 
 # An operator cannot return None, so without modulation dshift and dscale are empty tensors.
@@ -90,6 +118,11 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if interpreting():
         return _backward_triton(dy, x, weight, bias, shift, scale, mean, rstd)
+    return layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd)
+
+
+def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
+    """Gradients in plain PyTorch; dshift and dscale are empty without modulation."""
     acc_dtype = mean.dtype
     g, w, rstd = dy.to(acc_dtype), weight.to(acc_dtype), rstd.unsqueeze(-1)
     xhat = (x.to(acc_dtype) - mean.unsqueeze(-1)) * rstd
@@ -121,7 +154,7 @@ def _(dy, x, weight, bias, shift, scale, mean, rstd):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, shift, scale, _ = inputs
+    x, weight, bias, shift, scale, *_ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, shift, scale, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -130,10 +163,39 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, _dmean, _drstd):
     scale = ctx.saved_tensors[4]
     dx, dweight, dbias, dshift, dscale = _backward_op(dy, *ctx.saved_tensors)
-    return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale, None
+    return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("epg_fast::layer_norm_modulate_fp8", mutates_args=(), device_types="cpu")
+def _fp8_op(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if interpreting():
+        return _fp8_triton(x, weight, bias, shift, scale, eps)
+    y, row_scale = layer_norm_modulate_fp8_ref(x, weight, bias, shift, scale, eps)
+    return y.contiguous(), row_scale
+
+
+@_fp8_op.register_kernel("cuda")
+def _fp8_triton(x, weight, bias, shift, scale, eps):
+    from epg_kernels.layer_norm_modulate import layer_norm_modulate_fp8
+
+    return layer_norm_modulate_fp8(x, weight, bias, shift, scale, eps)
+
+
+@_fp8_op.register_fake
+def _(x, weight, bias, shift, scale, eps):
+    row_scale = x.new_empty(x.shape[:-1], dtype=_accumulation_dtype(x))
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), row_scale
+
 
 # No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
 
@@ -145,45 +207,87 @@ def layer_norm_modulate(
     shift: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """LayerNorm over the last axis of x, then `* (1 + scale) + shift` when both are given.
 
-    x: [B, L, D]; weight, bias: [D]; shift, scale: [B, D], [B, 1, D] or None. Returns [B, L, D] in x's dtype.
+    x: [B, L, D]; weight, bias: [D]; shift, scale: [B, D], [B, 1, D] or None. Returns [B, L, D] in out_dtype (default:
+    x's dtype).
     backend: "reference" (plain PyTorch, which torch.compile fuses with its neighbours), "triton" (the hand-written
     kernel) or "auto": the reference, until the kernel has been measured to beat torch.compile on a GPU.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend("layer_norm_modulate", backend, ("auto", "triton", "reference"))
-    _check_shapes(x, weight, bias, shift, scale)
+    check_norm_shapes("layer_norm_modulate", x, weight, bias, shift=shift, scale=scale)
     if backend != "triton":
-        return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps)
-    require_triton("layer_norm_modulate", x)
+        return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
+    require_triton_norm("layer_norm_modulate", x)
+    return _forward_op(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)[0]
+
+
+def layer_norm_modulate_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm_modulate` quantised row by row: (y / row_scale [B, L, D] in float8_e4m3fn, row_scale [B, L]).
+
+    Arguments, backends and errors as there. There is no gradient: ValueError if one would be needed.
+    """
+    check_backend("layer_norm_modulate_fp8", backend, ("auto", "triton", "reference"))
+    check_norm_shapes("layer_norm_modulate_fp8", x, weight, bias, shift=shift, scale=scale)
+    refuse_gradient("layer_norm_modulate_fp8", x, weight, bias, shift, scale)
+    if backend != "triton":
+        return layer_norm_modulate_fp8_ref(x, weight, bias, shift, scale, eps)
+    require_triton_norm("layer_norm_modulate_fp8", x, fp8=True)
+    return _fp8_op(x, weight, bias, per_sample(shift), per_sample(scale), eps)
+
+
+def per_sample(modulation: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, 1, D] as [B, D]."""
+    return modulation.squeeze(1) if modulation is not None and modulation.dim() == 3 else modulation
+
+
+def require_triton_norm(op: str, x: torch.Tensor, fp8: bool = False) -> None:
+    """Raise ValueError unless the Triton kernels can run on x's device and width."""
+    require_triton(op, x)
     if x.shape[-1] > _MAX_TRITON_WIDTH:
         raise ValueError(
-            f"layer_norm_modulate: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "
+            f"{op}: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "
             "use backend='reference'"
         )
-    if scale is not None:
-        shift, scale = (s.squeeze(1) if s.dim() == 3 else s for s in (shift, scale))
-    return _forward_op(x, weight, bias, shift, scale, eps)[0]
+    if fp8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise ValueError(
+            f"{op}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU with FP8 (compute capability 8.9 or more) "
+            "for backend='triton'; use backend='reference'"
+        )
 
 
-def _check_shapes(x, weight, bias, shift, scale) -> None:
+def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{op}: got a tensor that requires a gradient, which FP8 output has not; use torch.no_grad()")
+
+
+def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | None) -> None:
+    """Raise ValueError unless x is [B, L, D], the parameters [D] and what `modulation` names [B, D] or [B, 1, D]."""
     if x.dim() != 3:
-        raise ValueError(f"layer_norm_modulate: got x of shape {tuple(x.shape)}, wanted [B, L, D]")
+        raise ValueError(f"{op}: got x of shape {tuple(x.shape)}, wanted [B, L, D]")
     batch, _, width = x.shape
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != (width,):
-            raise ValueError(f"layer_norm_modulate: got {name} of shape {tuple(parameter.shape)}, wanted [{width}]")
-    if (shift is None) != (scale is None):
-        missing = "shift" if shift is None else "scale"
-        raise ValueError(f"layer_norm_modulate: got no {missing}, wanted both shift and scale, or neither")
-    for name, modulation in (("shift", shift), ("scale", scale)):
-        if modulation is not None and modulation.shape not in ((batch, width), (batch, 1, width)):
+            raise ValueError(f"{op}: got {name} of shape {tuple(parameter.shape)}, wanted [{width}]")
+    if (modulation["shift"] is None) != (modulation["scale"] is None):
+        missing = "shift" if modulation["shift"] is None else "scale"
+        raise ValueError(f"{op}: got no {missing}, wanted both shift and scale, or neither")
+    for name, tensor in modulation.items():
+        if tensor is not None and tensor.shape not in ((batch, width), (batch, 1, width)):
             raise ValueError(
-                f"layer_norm_modulate: got {name} of shape {tuple(modulation.shape)}, wanted [{batch}, {width}] or "
-                f"[{batch}, 1, {width}]"
+                f"{op}: got {name} of shape {tuple(tensor.shape)}, wanted [{batch}, {width}] or [{batch}, 1, {width}]"
             )
 
 

@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -6,13 +7,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.layer_norm_modulate import SPEC, layer_norm_modulate, layer_norm_modulate_ref
+from epg_fast.ops.layer_norm_modulate import (
+    SPEC,
+    layer_norm_modulate,
+    layer_norm_modulate_fp8,
+    layer_norm_modulate_ref,
+    quantize_rows_ref,
+)
+from tests.ops.kernel_checks import (
+    DEVICE,
+    assert_accurate,
+    assert_compiles_into_one_graph,
+    assert_repeatable,
+    comparable_fp8,
+    in_double,
+    needs_triton,
+    randn,
+    run,
+    shapes_of,
+)
 from tests.ops.tolerance import GRADIENT, assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
-SHAPES = [*SPEC.odd_shapes, *(pytest.param(shape, marks=GPU) for shape in SPEC.shapes)]
 # dtypes of x, of weight and bias, and of shift and scale
 DTYPES = {
     "fp32": (torch.float32, torch.float32, torch.float32),
@@ -20,62 +36,49 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     "fp16 with fp32 modulation": (torch.float16, torch.float32, torch.float32),
 }
-GRADIENTS = ("dx", "dweight", "dbias", "dshift", "dscale")
 SMALL = (2, 5, 40)
-
-needs_triton = pytest.mark.usefixtures("triton_installed")
-
-
-@pytest.fixture
-def triton_installed():
-    pytest.importorskip("triton")
+KERNEL = functools.partial(layer_norm_modulate, backend="triton")
+FP8_KERNEL = functools.partial(layer_norm_modulate_fp8, backend="triton")
+MODULATED = pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
 
 
-def make_inputs(shape, dtypes, modulated=True, seed=0):
+def make_inputs(shape, dtypes, modulated=True):
     batch, _, width = shape
-    generator = torch.Generator().manual_seed(seed)
     x_dtype, parameter_dtype, modulation_dtype = dtypes
-
-    def randn(size, dtype):
-        return torch.randn(size, generator=generator).to(DEVICE, dtype).requires_grad_()
-
-    x, weight, bias = randn(shape, x_dtype), randn((width,), parameter_dtype), randn((width,), parameter_dtype)
-    modulation = [randn((batch, width), modulation_dtype) for _ in range(2)] if modulated else []
-    return [x, weight, bias, *modulation]
+    parameters = [randn(width, dtype=parameter_dtype, seed=seed) for seed in (1, 2)]
+    modulation = [randn(batch, width, dtype=modulation_dtype, seed=seed) for seed in (3, 4)] if modulated else []
+    return [randn(*shape, dtype=x_dtype), *parameters, *modulation]
 
 
-def run(inputs, dy, **options):
-    """y and the gradients of all inputs."""
-    y = layer_norm_modulate(*inputs, **options)
-    return y, torch.autograd.grad(y, inputs, dy.to(y.dtype))
-
-
-def assert_kernel_is_accurate(inputs, dy):
-    y, gradients = run(inputs, dy, backend="triton")
-    same_dtype, same_dtype_gradients = run(inputs, dy, backend="reference")
-    exact, exact_gradients = run([tensor.detach().double().requires_grad_() for tensor in inputs], dy)
-    assert_close_to_reference(y, same_dtype, exact)
-    names = GRADIENTS[: len(inputs)]
-    for name, *values in zip(names, gradients, same_dtype_gradients, exact_gradients, strict=True):
-        assert_close_to_reference(*values, factor=GRADIENT, name=name)
+def make_grads(shape):
+    return [randn(*shape, seed=5, requires_grad=False)]
 
 
 @needs_triton
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
+@MODULATED
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", shapes_of(SPEC), ids=str)
 def test_kernel_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, modulated):
-    inputs = make_inputs(shape, dtypes, modulated)
-    dy = torch.randn(shape, device=DEVICE).to(dtypes[0])
-    assert_kernel_is_accurate(inputs, dy)
+    assert_accurate(KERNEL, layer_norm_modulate_ref, make_inputs(shape, dtypes, modulated), make_grads(shape))
+
+
+@needs_triton
+def test_kernel_writes_the_dtype_asked_for():
+    inputs, out_dtype = make_inputs(SMALL, DTYPES["fp32"]), torch.float16
+    assert_accurate(
+        functools.partial(KERNEL, out_dtype=out_dtype),
+        functools.partial(layer_norm_modulate_ref, out_dtype=out_dtype),
+        inputs,
+        make_grads(SMALL),
+    )
+    assert KERNEL(*inputs, out_dtype=out_dtype).dtype == out_dtype
 
 
 @needs_triton
 def test_kernel_computes_in_float64_when_x_is_float64():
     inputs = make_inputs((2, 3, 40), (torch.float64, torch.float64, torch.float64))
-    dy = torch.randn(2, 3, 40, dtype=torch.float64, device=DEVICE)
-    assert_kernel_is_accurate(inputs, dy)
+    assert_accurate(KERNEL, layer_norm_modulate_ref, inputs, make_grads((2, 3, 40)))
 
 
 @needs_triton
@@ -91,53 +94,78 @@ def test_kernel_accepts_tensors_that_are_not_contiguous():
     layouts = (expanded, transposed, cropped, every_other)
     for x, dy in zip(layouts, layouts[::-1], strict=True):
         inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, shift, scale)]
-        assert_kernel_is_accurate(inputs, dy)
+        assert_accurate(KERNEL, layer_norm_modulate_ref, inputs, [dy])
     inputs = [tensor.detach().requires_grad_() for tensor in (cropped, weight, bias)]
-    assert_kernel_is_accurate(inputs, torch.ones((), device=DEVICE).expand(batch, tokens, width))
+    dy = torch.ones((), device=DEVICE).expand(batch, tokens, width)
+    assert_accurate(KERNEL, layer_norm_modulate_ref, inputs, [dy])
 
 
 @needs_triton
 def test_kernel_repeats_its_results_bit_for_bit():
-    inputs = make_inputs((3, 70, 40), DTYPES["fp32"])
-    dy = torch.randn(3, 70, 40, device=DEVICE)
-    (y, gradients), (y_again, gradients_again) = (run(inputs, dy, backend="triton") for _ in range(2))
-    for first, second in zip((y, *gradients), (y_again, *gradients_again), strict=True):
-        assert torch.equal(first, second)
+    shape = (3, 70, 40)
+    assert_repeatable(KERNEL, make_inputs(shape, DTYPES["fp32"]), make_grads(shape))
 
 
 @needs_triton
-@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
-def test_operator_passes_opcheck(modulated):
+@MODULATED
+def test_operators_pass_opcheck(modulated):
     inputs = make_inputs(SMALL, DTYPES["fp32"], modulated)
-    arguments = (*inputs, 1e-5) if modulated else (*inputs, None, None, 1e-5)
-    torch.library.opcheck(torch.ops.epg_fast.layer_norm_modulate.default, arguments)
+    inputs = inputs if modulated else [*inputs, None, None]
+    torch.library.opcheck(torch.ops.epg_fast.layer_norm_modulate.default, (*inputs, 1e-5, None))
+    torch.library.opcheck(torch.ops.epg_fast.layer_norm_modulate.default, (*inputs, 1e-5, torch.bfloat16))
+    without_gradient = [None if tensor is None else tensor.detach() for tensor in inputs]
+    torch.library.opcheck(torch.ops.epg_fast.layer_norm_modulate_fp8.default, (*without_gradient, 1e-5))
 
 
 @needs_triton
-@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
+@MODULATED
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_kernel_compiles_into_one_graph(dtypes, modulated):
-    inputs = make_inputs(SMALL, dtypes, modulated)
-    dy = torch.randn(SMALL, device=DEVICE)
-    torch.compiler.reset()
-    compiled = torch.compile(layer_norm_modulate, fullgraph=True, backend="aot_eager")
-    y = compiled(*inputs, backend="triton")
-    gradients = torch.autograd.grad(y, inputs, dy.to(y.dtype))
-    eager, eager_gradients = run(inputs, dy, backend="triton")
-    for actual, wanted in zip((y, *gradients), (eager, *eager_gradients), strict=True):
-        assert torch.equal(actual, wanted)
+    assert_compiles_into_one_graph(KERNEL, make_inputs(SMALL, dtypes, modulated), make_grads(SMALL))
 
 
-@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+@MODULATED
+@pytest.mark.parametrize("shape", SPEC.odd_shapes, ids=str)
+def test_fp8_kernel_is_as_accurate_as_pytorch(shape, modulated):
+    inputs = [tensor.detach() for tensor in make_inputs(shape, DTYPES["fp32"], modulated)]
+    exact = layer_norm_modulate_ref(*in_double(inputs))
+    (y, row_scale), (wanted, wanted_scale) = FP8_KERNEL(*inputs), layer_norm_modulate_fp8(*inputs)
+    assert y.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(row_scale, wanted_scale, rtol=1e-5, atol=0)
+    actual, same_dtype = y.float() * row_scale[..., None], wanted.float() * wanted_scale[..., None]
+    where = comparable_fp8(wanted)
+    assert_close_to_reference(actual[where], same_dtype[where], exact[where])
+
+
+def test_fp8_keeps_three_mantissa_bits_of_each_row_and_a_row_of_zeros():
+    y = torch.randn(1, 6, 400, dtype=torch.float64) * 10.0 ** torch.arange(-3, 3)[:, None]
+    y[0, 2] = 0
+    quantized, row_scale = quantize_rows_ref(y)
+    restored = quantized.double() * row_scale[..., None]
+    assert ((restored - y).abs() <= y.abs() / 16 + row_scale[..., None] * 2**-10).all()
+    assert (quantized.float().abs().amax(-1) == torch.tensor([448.0, 448, 0, 448, 448, 448])).all()
+
+
+def test_fp8_has_no_gradient_and_says_so():
+    with pytest.raises(ValueError, match=r"requires a gradient, which FP8 output has not; use torch.no_grad\(\)"):
+        layer_norm_modulate_fp8(*make_inputs(SMALL, DTYPES["fp32"]))
+
+
+@MODULATED
 def test_operator_on_the_cpu_is_the_reference(modulated, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, DTYPES["fp32"], modulated)]
+    arguments = (*inputs, *([] if modulated else [None, None]), 1e-5)
     dy = torch.randn(SMALL)
-    y = torch.ops.epg_fast.layer_norm_modulate(*inputs, *([] if modulated else [None, None]), 1e-5)[0]
-    reference, reference_gradients = run(inputs, dy)
+    y = torch.ops.epg_fast.layer_norm_modulate(*arguments, None)[0]
+    (reference,), reference_gradients = run(layer_norm_modulate_ref, inputs, [dy])
     torch.testing.assert_close(y, reference)
-    for actual, wanted in zip(torch.autograd.grad(y, inputs, dy), reference_gradients, strict=True):
-        torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), reference_gradients)
+    with torch.no_grad():
+        quantized = torch.ops.epg_fast.layer_norm_modulate_fp8(*arguments)
+        torch.testing.assert_close(quantized, layer_norm_modulate_fp8(*inputs))
 
 
 def test_reference_is_layer_norm_then_modulation():
@@ -166,16 +194,12 @@ def test_autocast_changes_neither_the_dtype_nor_the_values_of_the_reference(dtyp
 
 
 def test_reference_compiles_into_one_graph():
-    inputs = make_inputs(SMALL, DTYPES["bf16 with fp32 parameters"])
-    dy = torch.randn(SMALL, device=DEVICE)
+    inputs, grads = make_inputs(SMALL, DTYPES["bf16 with fp32 parameters"]), make_grads(SMALL)
     compiled = torch.compile(layer_norm_modulate_ref, fullgraph=True)
-    exact, exact_gradients = run([tensor.detach().double().requires_grad_() for tensor in inputs], dy)
-    eager, eager_gradients = run(inputs, dy)
-    y = compiled(*inputs)
-    assert_close_to_reference(y, eager, exact)
-    gradients = torch.autograd.grad(y, inputs, dy.to(y.dtype))
-    for name, *values in zip(GRADIENTS, gradients, eager_gradients, exact_gradients, strict=True):
-        assert_close_to_reference(*values, factor=GRADIENT, name=name)
+    actual, eager = run(compiled, inputs, grads), run(layer_norm_modulate_ref, inputs, grads)
+    exact = run(layer_norm_modulate_ref, in_double(inputs), grads)
+    for values in zip((*actual[0], *actual[1]), (*eager[0], *eager[1]), (*exact[0], *exact[1]), strict=True):
+        assert_close_to_reference(*values, factor=GRADIENT)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +228,7 @@ def test_triton_on_a_cpu_tensor_says_what_to_do(monkeypatch):
 
 @needs_triton
 def test_a_width_beyond_the_table_is_refused():
-    from epg_kernels.layer_norm_modulate import MAX_WIDTH
+    from epg_kernels._norm_modulate import MAX_WIDTH
 
     width = MAX_WIDTH + 1
     x, weight = torch.zeros(1, 1, width, device=DEVICE), torch.ones(width, device=DEVICE)

@@ -1,0 +1,483 @@
+"""The kernels of `layer_norm_modulate` and `gate_residual_norm_modulate`: one row per program forward, ROWS backward.
+
+The forward pass adds a gated branch to the row if there is one, normalises and modulates it, and writes it in its dtype
+or, with one scale per row, in float8_e4m3fn. In the backward pass one program walks over ROWS tokens of one image and
+writes their gradients and partial sums over them; two small kernels then add the partial sums up in a fixed order, so
+that results are bitwise repeatable.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from epg_kernels import AotCase
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int  # columns held by one program: a power of two, at least the width
+    num_warps: int
+
+
+# 32 lanes x 8 values per warp: one 16-byte access of bf16 per lane and pass.
+CONFIGS = (Config(256, 1), Config(512, 2), Config(1024, 4), Config(2048, 8), Config(4096, 16))
+MAX_WIDTH = CONFIGS[-1].block
+
+# Tokens per backward program. 33 cut 258 tokens into 8: at batch 64 the 512 programs are all resident at once on the
+# 132 multiprocessors of an H200, four on each; 32 would make 576 of them, and a second wave of a few.
+ROWS = 33
+COLUMNS = 64  # columns per program of the summing kernels
+TILE = 16  # rows they load at a time
+FP8_MAX = 448.0  # largest value of float8_e4m3fn
+
+
+def config_for(width: int) -> Config:
+    return next(config for config in CONFIGS if width <= config.block)
+
+
+@triton.jit
+def _norm_modulate_fwd_kernel(
+    x,
+    branch,
+    gate,
+    weight,
+    bias,
+    shift,
+    scale,
+    x_out,
+    y,
+    row_scale,
+    mean,
+    rstd,
+    tokens,
+    stride_x_batch,
+    stride_x_token,
+    stride_branch_batch,
+    stride_branch_token,
+    stride_gate,
+    stride_shift,
+    stride_scale,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    row = batch * tokens + token
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    acc_dtype = mean.dtype.element_ty
+
+    values = tl.load(x + batch * stride_x_batch + token * stride_x_token + columns, mask=inside, other=0.0)
+    values = values.to(acc_dtype)
+    if branch is not None:
+        added = tl.load(
+            branch + batch * stride_branch_batch + token * stride_branch_token + columns, mask=inside, other=0.0
+        ).to(acc_dtype)
+        if gate is not None:
+            added *= tl.load(gate + batch * stride_gate + columns, mask=inside, other=0.0).to(acc_dtype)
+        rounded = (values + added).to(x_out.dtype.element_ty)
+        tl.store(x_out + row * D + columns, rounded, mask=inside)
+        values = rounded.to(acc_dtype)
+    mu = tl.sum(values, 0) / D
+    centred = tl.where(inside, values - mu, 0.0)
+    inverse_std = tl.rsqrt(tl.sum(centred * centred, 0) / D + tl.full((), EPS, acc_dtype))
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(acc_dtype)
+    b = tl.load(bias + columns, mask=inside, other=0.0).to(acc_dtype)
+    out = centred * inverse_std * w + b
+    if scale is not None:
+        factor = 1.0 + tl.load(scale + batch * stride_scale + columns, mask=inside, other=0.0).to(acc_dtype)
+        out = out * factor + tl.load(shift + batch * stride_shift + columns, mask=inside, other=0.0).to(acc_dtype)
+    if row_scale is not None:
+        largest = tl.max(tl.abs(tl.where(inside, out, 0.0)), 0)
+        step = tl.where(largest > 0, largest / FP8_MAX, 1.0)
+        tl.store(row_scale + row, step)
+        out = tl.minimum(tl.maximum(out / step, -FP8_MAX), FP8_MAX)
+
+    tl.store(y + row * D + columns, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(mean + row, mu)
+    tl.store(rstd + row, inverse_std)
+
+
+@triton.jit
+def _norm_modulate_bwd_kernel(
+    dy,
+    dx_out,
+    x,
+    branch,
+    gate,
+    weight,
+    scale,
+    mean,
+    rstd,
+    dx,
+    dbranch,
+    partial,
+    tokens,
+    stride_dy_batch,
+    stride_dy_token,
+    stride_dx_out_batch,
+    stride_dx_out_token,
+    stride_x_batch,
+    stride_x_token,
+    stride_branch_batch,
+    stride_branch_token,
+    stride_gate,
+    stride_scale,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x is what was normalised: with a branch, the sum that the forward pass wrote."""
+    chunk = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    acc_dtype = mean.dtype.element_ty
+
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(acc_dtype)
+    if scale is not None:
+        factor *= 1.0 + tl.load(scale + batch * stride_scale + columns, mask=inside, other=0.0).to(acc_dtype)
+    if gate is not None:
+        opening = tl.load(gate + batch * stride_gate + columns, mask=inside, other=0.0).to(acc_dtype)
+        sum_gate = tl.zeros([BLOCK], acc_dtype)
+    sum_dy = tl.zeros([BLOCK], acc_dtype)
+    sum_dy_xhat = tl.zeros([BLOCK], acc_dtype)
+    for i in tl.range(ROWS, num_stages=2):
+        token = chunk * ROWS + i
+        row = batch * tokens + token
+        live = inside & (token < tokens)
+        g = tl.load(dy + batch * stride_dy_batch + token * stride_dy_token + columns, mask=live, other=0.0)
+        g = g.to(acc_dtype)
+        values = tl.load(x + batch * stride_x_batch + token * stride_x_token + columns, mask=live, other=0.0)
+        mu = tl.load(mean + row, mask=token < tokens, other=0.0)
+        inverse_std = tl.load(rstd + row, mask=token < tokens, other=0.0)
+        # Every load of the row is issued before its sums, which wait for the whole program.
+        if dx_out is not None:
+            passed = dx_out + batch * stride_dx_out_batch + token * stride_dx_out_token + columns
+            passed = tl.load(passed, mask=live, other=0.0).to(acc_dtype)
+        if gate is not None:
+            added = branch + batch * stride_branch_batch + token * stride_branch_token + columns
+            added = tl.load(added, mask=live, other=0.0).to(acc_dtype)
+        xhat = tl.where(live, (values.to(acc_dtype) - mu) * inverse_std, 0.0)
+        dxhat = g * factor
+        grad = (dxhat - tl.sum(dxhat, 0) / D - xhat * (tl.sum(dxhat * xhat, 0) / D)) * inverse_std
+        if dx_out is not None:
+            grad += passed
+        tl.store(dx + row * D + columns, grad.to(dx.dtype.element_ty), mask=live)
+        if gate is not None:
+            sum_gate += tl.where(live, grad, 0.0) * added
+            tl.store(dbranch + row * D + columns, (grad * opening).to(dbranch.dtype.element_ty), mask=live)
+        sum_dy += g
+        sum_dy_xhat += g * xhat
+
+    SUMS: tl.constexpr = 2 if gate is None else 3
+    out = partial + (batch * tl.num_programs(0) + chunk) * SUMS * D
+    tl.store(out + columns, sum_dy, mask=inside)
+    tl.store(out + D + columns, sum_dy_xhat, mask=inside)
+    if gate is not None:
+        tl.store(out + 2 * D + columns, sum_gate, mask=inside)
+
+
+@triton.jit
+def _sum_rows(pointer, rows, stride, columns, inside, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    total = tl.zeros([TILE, COLUMNS], pointer.dtype.element_ty)
+    for tile in range(TILES):
+        row = tile * TILE + tl.arange(0, TILE)
+        mask = (row < rows)[:, None] & inside[None, :]
+        total += tl.load(pointer + row[:, None].to(tl.int64) * stride + columns[None, :], mask=mask, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _norm_modulate_bwd_batch_kernel(
+    partial,
+    weight,
+    bias,
+    scale,
+    dshift,
+    dscale,
+    dgate,
+    scaled,
+    chunks,
+    stride_scale,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums one image's partial sums into dshift, dscale and dgate, and scales them by 1 + scale for the parameters'."""
+    batch = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < D
+    acc_dtype = partial.dtype.element_ty
+    SUMS: tl.constexpr = 2 if dgate is None else 3
+    first = partial + batch * chunks * SUMS * D
+    sum_dy = _sum_rows(first, chunks, SUMS * D, columns, inside, TILES, TILE, COLUMNS)
+    sum_dy_xhat = _sum_rows(first + D, chunks, SUMS * D, columns, inside, TILES, TILE, COLUMNS)
+    if dgate is not None:
+        sum_gate = _sum_rows(first + 2 * D, chunks, SUMS * D, columns, inside, TILES, TILE, COLUMNS)
+        tl.store(dgate + batch * D + columns, sum_gate.to(dgate.dtype.element_ty), mask=inside)
+    if scale is not None:
+        w = tl.load(weight + columns, mask=inside, other=0.0).to(acc_dtype)
+        b = tl.load(bias + columns, mask=inside, other=0.0).to(acc_dtype)
+        factor = 1.0 + tl.load(scale + batch * stride_scale + columns, mask=inside, other=0.0).to(acc_dtype)
+        tl.store(dshift + batch * D + columns, sum_dy.to(dshift.dtype.element_ty), mask=inside)
+        tl.store(dscale + batch * D + columns, (w * sum_dy_xhat + b * sum_dy).to(dscale.dtype.element_ty), mask=inside)
+        sum_dy *= factor
+        sum_dy_xhat *= factor
+    tl.store(scaled + batch * 2 * D + columns, sum_dy, mask=inside)
+    tl.store(scaled + batch * 2 * D + D + columns, sum_dy_xhat, mask=inside)
+
+
+@triton.jit
+def _norm_modulate_bwd_parameter_kernel(
+    sums,
+    dweight,
+    dbias,
+    rows,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < D
+    sum_dy = _sum_rows(sums, rows, 2 * D, columns, inside, TILES, TILE, COLUMNS)
+    sum_dy_xhat = _sum_rows(sums + D, rows, 2 * D, columns, inside, TILES, TILE, COLUMNS)
+    tl.store(dbias + columns, sum_dy.to(dbias.dtype.element_ty), mask=inside)
+    tl.store(dweight + columns, sum_dy_xhat.to(dweight.dtype.element_ty), mask=inside)
+
+
+def launch_forward(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Returns x + gate * branch (None without a branch), y, its row scale (None unless y is FP8), mean and rstd [B, L].
+
+    x, branch: [B, L, D]; weight, bias: [D]; gate, shift, scale: [B, D]. y has out_dtype, by default x's dtype.
+    """
+    batch, tokens, width = x.shape
+    config = config_for(width)
+    x, branch, gate, shift, scale = (_unit_stride(tensor) for tensor in (x, branch, gate, shift, scale))
+    x_out = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    mean = torch.empty((batch, tokens), dtype=accumulation_dtype(x), device=x.device)
+    rstd = torch.empty_like(mean)
+    row_scale = torch.empty_like(mean) if y.dtype == torch.float8_e4m3fn else None
+    with torch.cuda.device_of(x):
+        _norm_modulate_fwd_kernel[(tokens, batch)](
+            x,
+            branch,
+            gate,
+            weight.contiguous(),
+            bias.contiguous(),
+            shift,
+            scale,
+            x_out,
+            y,
+            row_scale,
+            mean,
+            rstd,
+            tokens,
+            x.stride(0),
+            x.stride(1),
+            _stride(branch, 0),
+            _stride(branch, 1),
+            _stride(gate, 0),
+            _stride(shift, 0),
+            _stride(scale, 0),
+            D=width,
+            EPS=eps,
+            FP8_MAX=FP8_MAX,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+    return x_out, y, row_scale, mean, rstd
+
+
+def launch_backward(
+    dy: torch.Tensor,
+    dx_out: torch.Tensor | None,
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns dx, dbranch, dgate, dweight, dbias, dshift, dscale.
+
+    x: [B, L, D], what was normalised; dx_out: the gradient that reaches it past the norm. dbranch and dgate are None
+    without a gate (then dbranch equals dx), dshift and dscale without modulation.
+    """
+    batch, tokens, width = x.shape
+    config = config_for(width)
+    dy, dx_out, x, branch = (_unit_stride(tensor) for tensor in (dy, dx_out, x, branch))
+    gate, scale = _unit_stride(gate), _unit_stride(scale)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    chunks = triton.cdiv(tokens, ROWS)
+
+    def empty(like: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+        return None if like is None else torch.empty(shape, dtype=like.dtype, device=x.device)
+
+    dx, dbranch = empty(x, x.shape), None if gate is None else empty(branch, x.shape)
+    dgate, dscale = empty(gate, (batch, width)), empty(scale, (batch, width))
+    dshift = None if scale is None else empty(shift, (batch, width))
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    sums = empty(mean, (batch * chunks, 2 if gate is None else 3, width))
+    columns = triton.cdiv(width, COLUMNS)
+    with torch.cuda.device_of(x):
+        _norm_modulate_bwd_kernel[(chunks, batch)](
+            dy,
+            dx_out,
+            x,
+            branch,
+            gate,
+            weight,
+            scale,
+            mean,
+            rstd,
+            dx,
+            dbranch,
+            sums,
+            tokens,
+            dy.stride(0),
+            dy.stride(1),
+            _stride(dx_out, 0),
+            _stride(dx_out, 1),
+            x.stride(0),
+            x.stride(1),
+            _stride(branch, 0),
+            _stride(branch, 1),
+            _stride(gate, 0),
+            _stride(scale, 0),
+            D=width,
+            ROWS=ROWS,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+        if scale is not None or gate is not None:
+            scaled = empty(mean, (batch, 2, width))
+            _norm_modulate_bwd_batch_kernel[(columns, batch)](
+                sums,
+                weight,
+                bias,
+                scale,
+                dshift,
+                dscale,
+                dgate,
+                scaled,
+                chunks,
+                _stride(scale, 0),
+                D=width,
+                TILES=_tiles(chunks),
+                TILE=TILE,
+                COLUMNS=COLUMNS,
+            )
+            sums = scaled
+        _norm_modulate_bwd_parameter_kernel[(columns,)](
+            sums,
+            dweight,
+            dbias,
+            sums.shape[0],
+            D=width,
+            TILES=_tiles(sums.shape[0]),
+            TILE=TILE,
+            COLUMNS=COLUMNS,
+        )
+    return dx, dbranch, dgate, dweight, dbias, dshift, dscale
+
+
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _stride(tensor: torch.Tensor | None, dim: int) -> int:
+    return 0 if tensor is None else tensor.stride(dim)
+
+
+def _tiles(rows: int) -> int:
+    """Tiles that hold `rows`, rounded up to a power of two: few compilations, whatever the batch size."""
+    return triton.next_power_of_2(triton.cdiv(rows, TILE))
+
+
+def row_cases(width: int, dtype: str, residual: bool, fp8: bool = False) -> list[AotCase]:
+    """The row kernels with modulation, with (residual) or without a gated branch; FP8 has no backward pass."""
+    config = config_for(width)
+    y = "fp8e4nv" if fp8 else dtype
+    forward = {"x": dtype, "weight": "fp32", "bias": "fp32", "shift": dtype, "scale": dtype, "y": y}
+    forward |= {"mean": "fp32", "rstd": "fp32"} | ({"row_scale": "fp32"} if fp8 else {})
+    backward = {"dy": dtype, "x": dtype, "weight": "fp32", "scale": dtype, "mean": "fp32", "rstd": "fp32", "dx": dtype}
+    backward |= {"partial": "fp32"}
+    if residual:
+        forward |= {"branch": dtype, "gate": dtype, "x_out": dtype}
+        backward |= {"branch": dtype, "gate": dtype, "dx_out": dtype, "dbranch": dtype}
+    constexprs = {"D": width, "BLOCK": config.block}
+    shape = f"D={width}{' gated' if residual else ''}"
+    forward_constexprs = constexprs | {"EPS": 1e-5, "FP8_MAX": FP8_MAX}
+    cases = [_case(_norm_modulate_fwd_kernel, forward, forward_constexprs, config.num_warps, shape, dtype, fp8)]
+    if not fp8:
+        backward_constexprs = constexprs | {"ROWS": ROWS}
+        cases.append(_case(_norm_modulate_bwd_kernel, backward, backward_constexprs, config.num_warps, shape, dtype))
+    return cases
+
+
+def summing_cases(width: int, dtype: str, residual: bool) -> list[AotCase]:
+    per_batch = {"partial": "fp32", "weight": "fp32", "bias": "fp32", "scale": dtype, "dshift": dtype, "dscale": dtype}
+    per_batch |= {"scaled": "fp32"} | ({"dgate": dtype} if residual else {})
+    parameters = {"sums": "fp32", "dweight": "fp32", "dbias": "fp32"}
+    constexprs = {"D": width, "TILES": 8, "TILE": TILE, "COLUMNS": COLUMNS}
+    shape = f"D={width}{' gated' if residual else ''}"
+    cases = [_case(_norm_modulate_bwd_batch_kernel, per_batch, constexprs, 4, shape, dtype)]
+    if not residual:
+        cases.append(_case(_norm_modulate_bwd_parameter_kernel, parameters, constexprs, 4, shape, dtype))
+    return cases
+
+
+def _case(kernel, pointers: dict[str, str], constexprs: dict, num_warps: int, shape: str, dtype: str, fp8=False):
+    """What is neither pointer nor constexpr is a 32-bit integer, or a pointer left out: None, with stride 0."""
+    optional = {
+        "branch",
+        "gate",
+        "shift",
+        "scale",
+        "x_out",
+        "row_scale",
+        "dx_out",
+        "dbranch",
+        "dshift",
+        "dscale",
+        "dgate",
+    }
+    absent = {name: None for name in kernel.arg_names if name in optional and name not in pointers}
+    known = pointers | constexprs | absent
+    integers = [name for name in kernel.arg_names if name not in known]
+    # FP8 conversion instructions came with sm_89.
+    return AotCase(
+        kernel=kernel,
+        signature={name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32"),
+        constexprs=constexprs | absent,
+        num_warps=num_warps,
+        shape=f"{shape} fp8" if fp8 else shape,
+        dtype=dtype,
+        archs=(90, 100) if fp8 else (80, 90, 100),
+        divisible_by_16=(*pointers, *(name for name in integers if name.startswith("stride_"))),
+    )

@@ -1,0 +1,60 @@
+"""x + gate * branch, then LayerNorm with affine parameters and adaLN modulation of it, in one pass each way."""
+
+import torch
+
+from epg_kernels import AotCase
+from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases, summing_cases
+
+
+def gate_residual_norm_modulate_fwd(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns x + gate * branch in x's dtype, y in out_dtype (default: x's), mean and rstd [B, L].
+
+    x, branch: [B, L, D]; weight, bias: [D]; gate: [B, D] or None for 1; shift, scale: [B, D] or both None.
+    """
+    x_out, y, _, mean, rstd = launch_forward(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
+    return x_out, y, mean, rstd
+
+
+def gate_residual_norm_modulate_fp8(x, branch, gate, weight, bias, shift, scale, eps):
+    """Returns x + gate * branch, y / row_scale [B, L, D] in float8_e4m3fn and row_scale [B, L]."""
+    x_out, y, row_scale, _, _ = launch_forward(x, branch, gate, weight, bias, shift, scale, eps, torch.float8_e4m3fn)
+    return x_out, y, row_scale
+
+
+def gate_residual_norm_modulate_bwd(
+    dx_out: torch.Tensor | None,
+    dy: torch.Tensor,
+    x_out: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns dx, dbranch, dgate, dweight, dbias, dshift, dscale.
+
+    dbranch and dgate are None without a gate (then dbranch equals dx), dshift and dscale without modulation.
+    """
+    return launch_backward(dy, dx_out, x_out, branch, gate, weight, bias, shift, scale, mean, rstd)
+
+
+def aot_cases() -> list[AotCase]:
+    cases = []
+    for width in (768, 1024, 1584, 1920, 2688):
+        cases += row_cases(width, "bf16", residual=True)
+    cases += row_cases(1584, "fp32", residual=True)
+    cases += row_cases(1584, "bf16", residual=True, fp8=True)
+    return cases + summing_cases(1584, "bf16", residual=True)
