@@ -1,6 +1,7 @@
 """One operation, one stem: an operation has its test, benchmark and kernel, and no kernel lacks its operation."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ def test_an_operation_has_its_test_its_benchmark_and_its_kernel(stem):
     assert (ROOT / f"tests/ops/test_{stem}.py").is_file()
     assert (ROOT / f"bench/ops/bench_{stem}.py").is_file()
     kernels = (ROOT / f"kernels/epg_kernels/{stem}.py", ROOT / f"kernels/csrc/{stem}.cpp")
-    assert any(kernel.is_file() for kernel in kernels)
+    built_from = importlib.import_module(f"epg_fast.ops.{stem}").SPEC.built_from
+    assert any(kernel.is_file() for kernel in kernels) != bool(built_from)
+    assert set(built_from) <= set(OPS)
 
 
 @pytest.mark.parametrize("stem", OPS)

@@ -15,6 +15,12 @@ from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_fp8,
     layer_norm_modulate_ref,
 )
+from epg_fast.ops.timestep_embedding import (
+    timestep_condition,
+    timestep_condition_ref,
+    timestep_embedding,
+    timestep_embedding_ref,
+)
 
 __all__ = [
     "euler_step",
@@ -26,4 +32,8 @@ __all__ = [
     "layer_norm_modulate",
     "layer_norm_modulate_fp8",
     "layer_norm_modulate_ref",
+    "timestep_condition",
+    "timestep_condition_ref",
+    "timestep_embedding",
+    "timestep_embedding_ref",
 ]

@@ -11,6 +11,7 @@ class OpSpec:
     shapes: what the presets run, benchmarked and tested on a GPU; odd_shapes: small and awkward, for tests anywhere.
     bytes(shape, itemsize, backward): bytes that must cross the memory bus once, with `itemsize` bytes per value.
     flops(shape, backward): floating-point operations, element-wise ones included.
+    built_from: other operations, where it has no kernel of its own.
     """
 
     name: str
@@ -18,3 +19,4 @@ class OpSpec:
     odd_shapes: tuple[tuple[int, ...], ...]
     bytes: Callable[..., int]
     flops: Callable[..., int]
+    built_from: tuple[str, ...] = ()

@@ -1,0 +1,212 @@
+"""Sinusoidal embedding of the time condition and SiLU(embedding + label), one image per program.
+
+The network sees t up to about 1600, where the GPU's sine instruction has lost its accuracy, and float64's keeps a table
+in local memory: the phase, computed in float32 as the reference has it, is reduced to an eighth of a turn in float64,
+and two short polynomials do the rest.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from epg_kernels import AotCase
+
+
+@triton.jit
+def _sine_and_cosine(t, k, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_SIGMA: tl.constexpr):
+    """sin(t f), cos(t f) and f = max_period^(-k / HALF), with 250 ln(t) for t if OF_SIGMA."""
+    frequency = tl.exp(k.to(tl.float64) * (-LOG_MAX_PERIOD / HALF)).to(tl.float32)
+    if OF_SIGMA:
+        t = tl.log(t.to(tl.float64)).to(tl.float32) * 250.0
+    phase = (t * frequency).to(tl.float64)
+    quarter = tl.floor(phase * 0.6366197723675814 + 0.5)
+    r = (phase - quarter * 1.5707963267948966).to(tl.float32)  # within an eighth of a turn
+    # Taylor series, whose next terms are below 2e-9 there.
+    r2 = r * r
+    sine = r + r * r2 * (-1 / 6 + r2 * (1 / 120 + r2 * (-1 / 5040 + r2 * (1 / 362880))))
+    cosine = 1.0 + r2 * (-0.5 + r2 * (1 / 24 + r2 * (-1 / 720 + r2 * (1 / 40320 + r2 * (-1 / 3628800)))))
+    turns = quarter.to(tl.int32)
+    odd = (turns & 1) != 0
+    swapped_sine, swapped_cosine = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
+    sine = tl.where((turns & 2) != 0, -swapped_sine, swapped_sine)
+    cosine = tl.where(((turns + 1) & 2) != 0, -swapped_cosine, swapped_cosine)
+    return sine, cosine, frequency
+
+
+@triton.jit
+def _timestep_embedding_fwd_kernel(
+    t,
+    label,
+    time,
+    condition,
+    stride_label,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    LOG_MAX_PERIOD: tl.constexpr,
+    OF_SIGMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < DIM
+    # Column k and column HALF + k share a frequency: cosine, then sine, then a zero if DIM is odd.
+    sine = column >= HALF
+    k = tl.where(sine, column - HALF, column)
+    sines, cosines, _ = _sine_and_cosine(tl.load(t + batch), k, HALF, LOG_MAX_PERIOD, OF_SIGMA)
+    values = tl.where(column < 2 * HALF, tl.where(sine, sines, cosines), 0.0)
+    embedding = values.to(time.dtype.element_ty)
+    tl.store(time + batch * DIM + column, embedding, mask=inside)
+    if condition is not None:
+        u = embedding.to(tl.float32)
+        if label is not None:
+            u += tl.load(label + batch * stride_label + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(condition + batch * DIM + column, (u * tl.sigmoid(u)).to(condition.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _timestep_embedding_bwd_kernel(
+    dtime,
+    dcondition,
+    t,
+    time,
+    label,
+    dt,
+    dlabel,
+    stride_dtime,
+    stride_dcondition,
+    stride_label,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    LOG_MAX_PERIOD: tl.constexpr,
+    OF_SIGMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < DIM
+    sine = column >= HALF
+    level = tl.load(t + batch)
+    k = tl.where(sine, column - HALF, column)
+    sines, cosines, frequency = _sine_and_cosine(level, k, HALF, LOG_MAX_PERIOD, OF_SIGMA)
+    live = column < 2 * HALF
+    grad = tl.zeros([BLOCK], tl.float32)
+    if dtime is not None:
+        grad += tl.load(dtime + batch * stride_dtime + column, mask=inside, other=0.0).to(tl.float32)
+    if dcondition is not None:
+        u = tl.load(time + batch * DIM + column, mask=inside, other=0.0).to(tl.float32)
+        if label is not None:
+            u += tl.load(label + batch * stride_label + column, mask=inside, other=0.0).to(tl.float32)
+        opening = tl.sigmoid(u)
+        through = tl.load(dcondition + batch * stride_dcondition + column, mask=inside, other=0.0).to(tl.float32)
+        through *= opening * (1.0 + u * (1.0 - opening))
+        grad += through
+        if label is not None:
+            tl.store(dlabel + batch * DIM + column, through.to(dlabel.dtype.element_ty), mask=inside)
+    slope = tl.where(sine, cosines, -sines) * frequency
+    total = tl.sum(tl.where(live, grad * slope, 0.0), 0)
+    if OF_SIGMA:
+        total = total * 250.0 / level
+    tl.store(dt + batch, total)
+
+
+def timestep_embedding_fwd(
+    t: torch.Tensor,
+    label: torch.Tensor | None,
+    dim: int,
+    log_max_period: float,
+    of_sigma: bool,
+    time_dtype: torch.dtype,
+    condition_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the embedding [B, dim] and SiLU(embedding + label) [B, dim] (None if its dtype is).
+
+    t: [B] float32; label: [B, dim] or None.
+    """
+    batch = t.shape[0]
+    time = torch.empty((batch, dim), dtype=time_dtype, device=t.device)
+    condition = None if condition_dtype is None else torch.empty_like(time, dtype=condition_dtype)
+    label = _unit_stride(label)
+    with torch.cuda.device_of(t):
+        _timestep_embedding_fwd_kernel[(batch,)](
+            t.contiguous(), label, time, condition, _stride(label), **_constexprs(dim, log_max_period, of_sigma)
+        )
+    return time, condition
+
+
+def timestep_embedding_bwd(
+    dtime: torch.Tensor | None,
+    dcondition: torch.Tensor | None,
+    t: torch.Tensor,
+    time: torch.Tensor,
+    label: torch.Tensor | None,
+    dim: int,
+    log_max_period: float,
+    of_sigma: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """time: the embedding, as the forward pass returned it. Returns dt [B] and dlabel [B, dim] (None without a label or without dcondition)."""
+    dt = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    dtime, dcondition, label = _unit_stride(dtime), _unit_stride(dcondition), _unit_stride(label)
+    dlabel = None
+    if label is not None and dcondition is not None:
+        dlabel = torch.empty((t.shape[0], dim), dtype=label.dtype, device=t.device)
+    with torch.cuda.device_of(t):
+        _timestep_embedding_bwd_kernel[(t.shape[0],)](
+            dtime,
+            dcondition,
+            t.contiguous(),
+            time,
+            label,
+            dt,
+            dlabel,
+            _stride(dtime),
+            _stride(dcondition),
+            _stride(label),
+            **_constexprs(dim, log_max_period, of_sigma),
+        )
+    return dt, dlabel
+
+
+def _constexprs(dim: int, log_max_period: float, of_sigma: bool) -> dict:
+    return {
+        "DIM": dim,
+        "HALF": dim // 2,
+        "LOG_MAX_PERIOD": log_max_period,
+        "OF_SIGMA": of_sigma,
+        "BLOCK": triton.next_power_of_2(dim),
+    }
+
+
+def _unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _stride(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def aot_cases() -> list[AotCase]:
+    cases = []
+    for dtype in ("bf16", "fp32"):
+        for dim in (768, 1024):
+            forward = {"t": "fp32", "label": dtype, "time": dtype, "condition": dtype}
+            backward = {"dtime": dtype, "dcondition": dtype, "t": "fp32", "time": dtype, "label": dtype}
+            backward |= {"dt": "fp32", "dlabel": dtype}
+            for kernel, pointers in (
+                (_timestep_embedding_fwd_kernel, forward),
+                (_timestep_embedding_bwd_kernel, backward),
+            ):
+                constexprs = _constexprs(dim, 9.210340371976184, False)
+                integers = [name for name in kernel.arg_names if name not in pointers and name not in constexprs]
+                cases.append(
+                    AotCase(
+                        kernel=kernel,
+                        signature={name: f"*{kind}" for name, kind in pointers.items()}
+                        | dict.fromkeys(integers, "i32"),
+                        constexprs=constexprs,
+                        num_warps=4,
+                        shape=f"dim={dim}",
+                        dtype=dtype,
+                        divisible_by_16=(*pointers, *integers),
+                    )
+                )
+    return cases
