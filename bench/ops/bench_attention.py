@@ -1,0 +1,61 @@
+"""Attention: the Triton kernel against plain products and softmax, compiled and eager, and the libraries' kernels."""
+
+import functools
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.ops.compare import DIRECTIONS, PROVIDERS, compare, shapes
+from epg_fast.ops.attention import SPEC, attention, attention_ref
+
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def _sdpa(backend: SDPBackend, qkv: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return attention(qkv, backend="sdpa")
+
+
+LIBRARIES = {name: functools.partial(_sdpa, backend) for name, backend in SDPA.items()}
+LIBRARIES["flash_attn"] = functools.partial(attention, backend="flash_attn")
+
+
+def _inputs(shape, dtype, device, seed):
+    batch, length, heads, head_dim = shape
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (batch, length, 3, heads, head_dim)
+    return [torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_()]
+
+
+def _skip_if_unavailable(provider, inputs):
+    try:
+        LIBRARIES[provider](*inputs)
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"{provider}: {str(error).splitlines()[0]}")
+
+
+@pytest.mark.parametrize("provider", [*PROVIDERS, *LIBRARIES])
+@DIRECTIONS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@shapes(SPEC, on_cpu=((1, 258, 2, 72),))
+def test_attention(measure, device, shape, dtype, direction, provider):
+    make_inputs = functools.partial(_inputs, shape, dtype, device)
+    if provider in LIBRARIES:
+        _skip_if_unavailable(provider, make_inputs(0))
+    compare(
+        measure,
+        SPEC,
+        functools.partial(attention, backend="triton"),
+        attention_ref,
+        make_inputs,
+        shape=shape,
+        dtype=dtype,
+        direction=direction,
+        provider=provider,
+        libraries=LIBRARIES,
+    )

@@ -1,0 +1,230 @@
+"""Softmax attention for short sequences, on packed queries, keys and values.
+
+    p = softmax(scale * q k^T)        over the keys, per image and head
+    o = p v
+
+Source: Vaswani et al., "Attention Is All You Need" (2017). The kernel computes the softmax online (Milakov &
+Gimelshein, 2018) and recomputes p in the backward pass from its log-sum-exp (Dao et al., "FlashAttention", 2022).
+
+Shapes: qkv: [B, L, 3, H, d], as a fused projection writes it; o: [B, L, H, d], contiguous. The kernel takes d <= 128.
+Dtypes: float32, bfloat16 or float16 (float64 in the reference and in PyTorch's), o has qkv's. The reference accumulates
+in float32 (float64 for float64). The kernel does too, and rounds p and its gradient to qkv's dtype for the second
+product; float32 products follow torch.set_float32_matmul_precision.
+Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
+
+With g = do v^T and delta = sum_d(do * o): dv = p^T do, ds = p * (g - delta), dq = scale * ds k, dk = scale * ds^T q.
+"""
+
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.spec import OpSpec
+
+_BACKENDS = ("auto", "triton", "reference", "sdpa", "flash_attn")
+_MAX_TRITON_HEAD_DIM = 128
+_HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
+
+def attention_ref(qkv: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    return _attention_ref_with_lse(qkv, _scale(qkv, scale))[0]
+
+
+def _attention_ref_with_lse(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = _heads(qkv, _accumulation_dtype(qkv))
+        scores = scale * (q @ k.transpose(-1, -2))
+        out = scores.softmax(-1) @ v
+        return out.transpose(1, 2).to(qkv.dtype).contiguous(), scores.logsumexp(-1)
+
+
+def attention_bwd_ref(dout, qkv, out, lse, scale: float) -> torch.Tensor:
+    """dqkv in plain PyTorch; dout, out: [B, L, H, d], lse: [B, H, L]."""
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = _heads(qkv, lse.dtype)
+        g, o = (tensor.to(lse.dtype).transpose(1, 2) for tensor in (dout, out))
+        p = (scale * (q @ k.transpose(-1, -2)) - lse.unsqueeze(-1)).exp()
+        ds = p * (g @ v.transpose(-1, -2) - (g * o).sum(-1, keepdim=True))
+        gradients = scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ g
+        return torch.stack(gradients).permute(1, 3, 0, 2, 4).to(qkv.dtype).contiguous()
+
+
+def _heads(qkv: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
+    """q, k and v as [B, H, L, d]."""
+    return qkv.to(dtype or qkv.dtype).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _scale(qkv: torch.Tensor, scale: float | None) -> float:
+    return qkv.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("epg_fast::attention", mutates_args=(), device_types="cpu")
+def _forward_op(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    if interpreting():
+        return _forward_triton(qkv, scale)
+    return _attention_ref_with_lse(qkv, scale)
+
+
+@_forward_op.register_kernel("cuda")
+def _forward_triton(qkv, scale):
+    from epg_kernels.attention import attention_fwd
+
+    return attention_fwd(qkv, scale)
+
+
+@_forward_op.register_fake
+def _(qkv, scale):
+    batch, length, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty((batch, heads, length), dtype=_accumulation_dtype(qkv))
+    return qkv.new_empty((batch, length, heads, head_dim)), lse
+
+
+@torch.library.custom_op("epg_fast::attention_bwd", mutates_args=(), device_types="cpu")
+def _backward_op(
+    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
+) -> torch.Tensor:
+    if interpreting():
+        return _backward_triton(dout, qkv, out, lse, scale)
+    return attention_bwd_ref(dout, qkv, out, lse, scale)
+
+
+@_backward_op.register_kernel("cuda")
+def _backward_triton(dout, qkv, out, lse, scale):
+    from epg_kernels.attention import attention_bwd
+
+    return attention_bwd(dout, qkv, out, lse, scale)
+
+
+@_backward_op.register_fake
+def _(dout, qkv, out, lse, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, dout, _dlse):
+    return _backward_op(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.epg_fast.attention)
+def _forward_flops(qkv_shape, scale, out_shape=None, **kwargs) -> int:
+    batch, length, _, heads, head_dim = qkv_shape
+    return 4 * batch * heads * length * length * head_dim
+
+
+@register_flop_formula(torch.ops.epg_fast.attention_bwd)
+def _backward_flops(dout_shape, qkv_shape, *args, out_shape=None, **kwargs) -> int:
+    """Five products of the forward pass's two sizes: the scores are computed again."""
+    return 5 * _forward_flops(qkv_shape, None) // 2
+
+
+def attention(
+    qkv: torch.Tensor, scale: float | None = None, dropout_p: float = 0.0, backend: str = "auto"
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v for every image and head of packed queries, keys and values.
+
+    qkv: [B, L, 3, H, d]; scale: positive, d^-1/2 if None; dropout_p: probability of dropping an attention weight, the
+    others scaled by 1 / (1 - dropout_p), for "sdpa" and "flash_attn" only. Returns [B, L, H, d], contiguous, in qkv's
+    dtype, or in autocast's where that is on.
+    backend: "sdpa" (PyTorch's scaled_dot_product_attention), "triton" (the hand-written kernel), "reference" (plain
+    matrix products and softmax), "flash_attn" (the package of that name) or "auto": "sdpa", until the kernel has been
+    measured to beat it on a GPU.
+    Raises ValueError for a shape, scale or dropout_p that does not fit and for a backend that cannot run here.
+    """
+    check_backend("attention", backend, _BACKENDS)
+    _check(qkv, scale, dropout_p)
+    dtype = autocast_dtype(qkv)
+    if dtype is not None and qkv.dtype != torch.float64:
+        qkv = qkv.to(dtype)
+    scale = _scale(qkv, scale)
+    if backend == "flash_attn":
+        _require_flash_attn(qkv)
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale=scale)
+    if backend in ("auto", "sdpa"):
+        out = F.scaled_dot_product_attention(*_heads(qkv), dropout_p=dropout_p, scale=scale)
+        return out.transpose(1, 2).contiguous()
+    if dropout_p > 0:
+        raise ValueError(f"attention: got dropout_p={dropout_p} with backend={backend!r}, wanted 0; use backend='sdpa'")
+    if backend == "reference":
+        return attention_ref(qkv, scale)
+    _require_triton_attention(qkv)
+    return _forward_op(qkv, scale)[0]
+
+
+def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"attention: got qkv of shape {tuple(qkv.shape)}, wanted [B, L, 3, H, d]; reshape the projection's output "
+            "with .view(B, L, 3, H, d)"
+        )
+    if 0 in qkv.shape:
+        raise ValueError(f"attention: got qkv of shape {tuple(qkv.shape)}, wanted no empty dimension")
+    if not qkv.is_floating_point():
+        raise ValueError(f"attention: got qkv in {qkv.dtype}, wanted a floating dtype; convert it")
+    if scale is not None and not (0 < scale < math.inf):
+        raise ValueError(f"attention: got scale={scale}, wanted a positive number, or None for d ** -0.5")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: got dropout_p={dropout_p}, wanted 0 <= dropout_p < 1")
+
+
+def _require_triton_attention(qkv: torch.Tensor) -> None:
+    require_triton("attention", qkv)
+    require_dtypes("attention", (torch.float32, torch.bfloat16, torch.float16), qkv=qkv)
+    if qkv.shape[-1] > _MAX_TRITON_HEAD_DIM:
+        raise ValueError(
+            f"attention: got head dimension d={qkv.shape[-1]}, wanted at most {_MAX_TRITON_HEAD_DIM} for "
+            "backend='triton'; use backend='sdpa'"
+        )
+
+
+def _require_flash_attn(qkv: torch.Tensor) -> None:
+    if not _HAS_FLASH_ATTN:
+        raise ValueError(
+            "attention: got backend='flash_attn', but flash-attn is not installed; run "
+            "`pip install flash-attn --no-build-isolation` or use backend='sdpa'"
+        )
+    if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention: got qkv in {qkv.dtype} on {qkv.device}, wanted bfloat16 or float16 on a CUDA device for "
+            "backend='flash_attn'; convert it or use backend='sdpa'"
+        )
+
+
+def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:
+    """Forward reads q, k, v and writes o and lse; backward reads q, k, v, o, do and lse and writes dq, dk, dv."""
+    batch, length, heads, head_dim = shape
+    return (8 if backward else 4) * batch * length * heads * head_dim * itemsize + batch * heads * length * 4
+
+
+def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
+    """Of the matrix products alone: two forward, five backward."""
+    batch, length, heads, head_dim = shape
+    return (10 if backward else 4) * batch * heads * length * length * head_dim
+
+
+SPEC = OpSpec(  # shapes: (B, L, H, d)
+    name="attention",
+    shapes=((64, 258, 22, 72), (256, 258, 12, 64), (64, 258, 16, 64), (64, 258, 16, 120), (64, 258, 21, 128)),
+    odd_shapes=((1, 17, 2, 72), (3, 5, 1, 40), (1, 199, 1, 64), (1, 33, 1, 120), (1, 18, 1, 128)),
+    bytes=_bytes,
+    flops=_flops,
+)
