@@ -1,0 +1,247 @@
+"""Linear layer over a long skip connection, followed by LayerNorm.
+
+    z = concat[x, skip] @ weight^T + bias = x @ weight[:, :D]^T + skip @ weight[:, D:]^T + bias
+    y = LayerNorm(z) * norm_weight + norm_bias        or z without norm_weight
+
+Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2023); the norm: SPEC 3.
+
+Shapes: x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E]; bias, norm_weight, norm_bias: [N]; y: [B, L, N].
+Dtypes: x float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype; skip and weight are
+converted to x's dtype, z and y have it. Products are accumulated and the norm is computed in float32.
+Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.layer_norm_modulate import (
+    layer_norm_modulate_bwd_ref,
+    layer_norm_modulate_ref,
+    norm_statistics,
+    require_triton_norm,
+)
+from epg_fast.ops.spec import OpSpec
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def skip_linear_ref(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    z = F.linear(torch.cat([x, skip.to(x.dtype)], dim=-1), weight.to(x.dtype), bias.to(x.dtype))
+    return z if norm_weight is None else layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
+
+
+@torch.library.custom_op("epg_fast::skip_linear", mutates_args=(), device_types="cpu")
+def _forward_op(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, z, mean, rstd), the last three empty without the norm."""
+    if interpreting():
+        return _forward_triton(x, skip, weight, bias, norm_weight, norm_bias, eps)
+    z = skip_linear_ref(x, skip, weight, bias)
+    if norm_weight is None:
+        return z, *(x.new_empty(0) for _ in range(3))
+    return layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps), z, *norm_statistics(z, eps)
+
+
+@_forward_op.register_kernel("cuda")
+def _forward_triton(x, skip, weight, bias, norm_weight, norm_bias, eps):
+    from epg_kernels.skip_linear import skip_linear_fwd
+
+    y, *saved = skip_linear_fwd(x, skip, weight, bias, norm_weight, norm_bias, eps)
+    return y, *(x.new_empty(0) if tensor is None else tensor for tensor in saved)
+
+
+@_forward_op.register_fake
+def _(x, skip, weight, bias, norm_weight, norm_bias, eps):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if norm_weight is None:
+        return y, *(x.new_empty(0) for _ in range(3))
+    statistics = y.new_empty(y.shape[:-1], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
+    return y, torch.empty_like(y), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("epg_fast::skip_linear_bwd", mutates_args=(), device_types="cpu")
+def _backward_op(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    z: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dskip, dweight, dbias), empty where not `needed`, (dnorm_weight, dnorm_bias), empty without the norm."""
+    if interpreting():
+        return _backward_triton(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, needed)
+    dz, norm_grads = dy, (None, None)
+    if norm_weight is not None:
+        dz, *norm_grads = layer_norm_modulate_bwd_ref(dy, z, norm_weight, norm_bias, None, None, mean, rstd)[:3]
+    rows, split = dz.flatten(0, -2), x.shape[-1]
+    dx = (rows @ weight[:, :split]).view(x.shape) if needed[0] else None
+    dskip = (rows @ weight[:, split:]).view(skip.shape) if needed[1] else None
+    dweight = rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2) if needed[2] else None
+    dbias = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(bias.dtype) if needed[3] else None
+    return _without_none(x, (dx, dskip, dweight, dbias, *norm_grads))
+
+
+@_backward_op.register_kernel("cuda")
+def _backward_triton(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, needed):
+    from epg_kernels.skip_linear import skip_linear_bwd
+
+    return _without_none(x, skip_linear_bwd(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, *needed))
+
+
+def _without_none(x: torch.Tensor, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """An operator cannot return None: empty tensors in its place."""
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_backward_op.register_fake
+def _(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, needed):
+    grads = [tensor.new_empty(tensor.shape) for tensor in (x, skip, weight, bias)]
+    grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    norm = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in (norm_weight, norm_bias)]
+    return _without_none(x, (*grads, *norm))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dy, *_):
+    needed, saved = ctx.needs_input_grad[:4], ctx.saved_tensors
+    *grads, dnorm_weight, dnorm_bias = _backward_op(dy, *saved, needed)
+    grads = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    has_norm = saved[4] is not None
+    return *grads, dnorm_weight if has_norm else None, dnorm_bias if has_norm else None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.epg_fast.skip_linear)
+def _forward_flops(x_shape, skip_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.epg_fast.skip_linear_bwd)
+def _backward_flops(dy_shape, x_shape, skip_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    need_x, need_skip, need_weight, _ = args[-1]
+    width, skip_width = x_shape[-1], skip_shape[-1]
+    columns = width * (need_x + need_weight) + skip_width * (need_skip + need_weight)
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * columns
+
+
+def skip_linear(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """LayerNorm(concat[x, skip] @ weight^T + bias), without the norm if norm_weight is None.
+
+    x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E], x's columns first; bias, norm_weight, norm_bias: [N]. Returns
+    [B, L, N] in x's dtype, or autocast's where it is on.
+    backend: "reference" (plain PyTorch, which stores the concatenation), "triton" (which does not) or "auto": the
+    reference, until the kernel has been measured to beat torch.compile on a GPU.
+    Raises ValueError for shapes that do not fit and for a backend that cannot run here.
+    """
+    check_backend("skip_linear", backend, ("auto", "triton", "reference"))
+    _check_shapes(x, skip, weight, bias, norm_weight, norm_bias)
+    dtype = autocast_dtype(x) or x.dtype
+    x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
+    if backend != "triton":
+        return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps)
+    require_triton("skip_linear", x)
+    require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    if norm_weight is not None:
+        require_triton_norm("skip_linear", weight.t())
+    return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, eps)[0]
+
+
+def _check_shapes(x, skip, weight, bias, norm_weight, norm_bias) -> None:
+    for name, tensor in (("x", x), ("skip", skip), ("weight", weight), ("bias", bias)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"skip_linear: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
+    if x.dim() != 3 or skip.dim() != 3 or x.shape[:2] != skip.shape[:2]:
+        raise ValueError(
+            f"skip_linear: got x of shape {tuple(x.shape)} and skip of shape {tuple(skip.shape)}, wanted [B, L, D] and "
+            "[B, L, E] with the same B and L"
+        )
+    width = x.shape[2] + skip.shape[2]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"skip_linear: got weight of shape {tuple(weight.shape)}, wanted [N, {width}]: the columns of x "
+            f"({x.shape[2]}), then those of skip ({skip.shape[2]})"
+        )
+    if (norm_weight is None) != (norm_bias is None):
+        missing = "norm_weight" if norm_weight is None else "norm_bias"
+        raise ValueError(f"skip_linear: got no {missing}, wanted both norm_weight and norm_bias, or neither")
+    for name, parameter in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if parameter is not None and parameter.shape != weight.shape[:1]:
+            raise ValueError(f"skip_linear: got {name} of shape {tuple(parameter.shape)}, wanted [{weight.shape[0]}]")
+
+
+def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:
+    """For N = D, with the norm. Forward reads x, skip, weight and parameters, writes z, and reads it to write y.
+
+    Backward reads dy and z and writes dz, reads dz for dx and dskip, for dweight and for dbias, weight, x and skip each
+    once, and writes the gradients. Parameters and statistics are float32.
+    """
+    batch, tokens, width, skip_width = shape
+    rows = batch * tokens
+    operands = rows * (width + skip_width) * itemsize
+    weight = width * (width + skip_width) * itemsize
+    y, vector, statistics = rows * width * itemsize, width * 4, rows * 4
+    if backward:
+        return (3 + 3) * y + 2 * operands + 2 * weight + 4 * vector + 2 * statistics
+    return operands + weight + 3 * y + 3 * vector + 2 * statistics
+
+
+def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
+    """Of the matrix products alone, for N = D: one forward, two backward."""
+    batch, tokens, width, skip_width = shape
+    return (4 if backward else 2) * batch * tokens * width * (width + skip_width)
+
+
+SPEC = OpSpec(
+    name="skip_linear",
+    shapes=(
+        (64, 258, 1584, 768),
+        (64, 258, 768, 768),
+        (64, 258, 1024, 1024),
+        (64, 258, 1920, 768),
+        (64, 258, 2688, 768),
+    ),
+    odd_shapes=((3, 17, 40, 24), (1, 5, 72, 40), (2, 3, 17, 9)),
+    bytes=_bytes,
+    flops=_flops,
+)

@@ -1,0 +1,215 @@
+import functools
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from epg_fast.ops.skip_linear import SPEC, skip_linear, skip_linear_ref
+from tests.ops.kernel_checks import (
+    DEVICE,
+    assert_accurate,
+    assert_compiles_into_one_graph,
+    assert_repeatable,
+    needs_triton,
+    randn,
+    run,
+    shapes_of,
+)
+
+# dtypes of x, of skip, of weight, and of the other parameters
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, torch.float32, torch.float32),
+    "bf16 with fp32 parameters": (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "fp16 with fp32 skip": (torch.float16, torch.float32, torch.float16, torch.float32),
+}
+SMALL = (2, 5, 40, 24)
+KERNEL = functools.partial(skip_linear, backend="triton")
+NORMED = pytest.mark.parametrize("normed", [True, False], ids=["norm", "no norm"])
+
+
+def make_inputs(shape, dtypes=DTYPES["fp32"], normed=True):
+    batch, tokens, width, skip_width = shape
+    x, skip = randn(batch, tokens, width, dtype=dtypes[0]), randn(batch, tokens, skip_width, dtype=dtypes[1])
+    weight = randn(width, width + skip_width, dtype=dtypes[2], seed=1, requires_grad=False)
+    vectors = [randn(width, dtype=dtypes[3], seed=seed) for seed in range(2, 5 if normed else 3)]
+    return [x, skip, (weight * (width + skip_width) ** -0.5).requires_grad_(), *vectors]
+
+
+def make_grads(shape):
+    return [randn(*shape[:3], seed=5, requires_grad=False)]
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+@NORMED
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", shapes_of(SPEC), ids=str)
+def test_kernel_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, normed):
+    assert_accurate(KERNEL, skip_linear_ref, make_inputs(shape, dtypes, normed), make_grads(shape))
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [64, 112, 129])
+def test_kernel_crosses_from_x_to_skip_at_any_width(width):
+    """64 ends with a step of the K loop, 112 within one, and 129 leaves rows that TMA cannot read."""
+    shape = (1, 9, width, 72)
+    dtypes = DTYPES["bf16 with fp32 parameters"]
+    assert_accurate(KERNEL, skip_linear_ref, make_inputs(shape, dtypes, normed=False), make_grads(shape))
+
+
+@needs_triton
+def test_kernel_takes_an_output_width_that_is_not_that_of_x():
+    x, skip = randn(2, 5, 40), randn(2, 5, 24)
+    inputs = [x, skip, randn(56, 64), *(randn(56, seed=seed) for seed in (1, 2, 3))]
+    assert_accurate(KERNEL, skip_linear_ref, inputs, [randn(2, 5, 56, seed=4, requires_grad=False)])
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+def test_kernel_accepts_tensors_that_are_not_contiguous():
+    batch, tokens, width, skip_width = 3, 6, 40, 24
+    expanded = torch.randn(1, tokens, width, device=DEVICE).expand(batch, -1, -1)
+    transposed = torch.randn(batch, width, tokens, device=DEVICE).transpose(1, 2)
+    cropped = torch.randn(batch, tokens + 2, width, device=DEVICE)[:, 2:]
+    every_other = torch.randn(batch, tokens, 2 * width, device=DEVICE)[..., ::2]
+    bias, norm_weight, norm_bias = torch.randn(width, 3, device=DEVICE).unbind(1)
+    layouts = (expanded, transposed, cropped, every_other)
+    for i, (x, other) in enumerate(zip(layouts, layouts[::-1], strict=True)):
+        shape = (width, width + skip_width)
+        weight = torch.randn(*shape[::-1], device=DEVICE).t() if i % 2 else torch.randn(shape, device=DEVICE)
+        norm = (norm_weight, norm_bias) if i < 2 else ()
+        inputs = [t.detach().requires_grad_() for t in (x, other[..., :skip_width], weight, bias, *norm)]
+        assert_accurate(KERNEL, skip_linear_ref, inputs, [other])
+        assert_accurate(KERNEL, skip_linear_ref, inputs, [torch.ones((), device=DEVICE).expand(x.shape)])
+
+
+@needs_triton
+def test_kernel_repeats_its_results_bit_for_bit():
+    shape = (2, 150, 40, 24)
+    assert_repeatable(KERNEL, make_inputs(shape), make_grads(shape))
+
+
+@needs_triton
+@NORMED
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (0, 1), (2, 3)], ids=str)
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen, normed):
+    inputs = make_inputs(SMALL, normed=normed)
+    for i in frozen:
+        inputs[i].requires_grad_(False)
+    assert_accurate(KERNEL, skip_linear_ref, inputs, make_grads(SMALL))
+    with FlopCounterMode(display=False) as counter:
+        KERNEL(*inputs).sum().backward()
+    batch, tokens, width, skip_width = SMALL
+    needs_x, needs_skip, needs_weight = (tensor.requires_grad for tensor in inputs[:3])
+    columns = width * (1 + needs_x + needs_weight) + skip_width * (1 + needs_skip + needs_weight)
+    assert counter.get_total_flops() == 2 * batch * tokens * width * columns
+
+
+@needs_triton
+@NORMED
+def test_operators_pass_opcheck(normed):
+    inputs = make_inputs(SMALL, normed=normed)
+    arguments = (*inputs, *([] if normed else [None, None]))
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*arguments, 1e-5))
+    detached = [None if tensor is None else tensor.detach() for tensor in arguments]
+    y, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
+    for needed in ([True, True, True, True], [True, False, False, True]):
+        torch.library.opcheck(
+            torch.ops.epg_fast.skip_linear_bwd.default, (torch.randn_like(y), *detached, *saved, needed)
+        )
+
+
+@needs_triton
+@NORMED
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_kernel_compiles_into_one_graph(dtypes, normed):
+    assert_compiles_into_one_graph(KERNEL, make_inputs(SMALL, dtypes, normed), make_grads(SMALL))
+
+
+@needs_triton
+@NORMED
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_autocast_treats_it_as_a_linear_layer_and_a_norm(backend, normed):
+    linear = nn.Linear(64, 40).to(DEVICE)
+    norm = nn.LayerNorm(40).to(DEVICE)
+    x, skip = randn(2, 5, 40), randn(2, 5, 24, dtype=torch.bfloat16)
+    parameters = [linear.weight, linear.bias, *(norm.parameters() if normed else [])]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = skip_linear(x, skip, *parameters, backend=backend)
+        wanted = linear(torch.cat([x, skip], dim=-1))
+    assert y.dtype == wanted.dtype == torch.bfloat16
+    if normed:
+        wanted = norm(wanted.float()).to(y.dtype)
+    # A product that rounds the other way moves a value by one step of bfloat16, and the norm of it by a little more.
+    torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-2)
+    dy = randn(*y.shape, dtype=y.dtype, seed=9, requires_grad=False)
+    grads = torch.autograd.grad(y, (x, skip, *parameters), dy)
+    wanted_grads = torch.autograd.grad(wanted, (x, skip, *parameters), dy)
+    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+        assert grad.dtype == wanted_grad.dtype
+        torch.testing.assert_close(grad, wanted_grad, rtol=0, atol=2e-2 * wanted_grad.abs().max().item())
+
+
+@NORMED
+def test_operator_on_the_cpu_is_the_reference(monkeypatch, normed):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, normed=normed)]
+    dy = torch.randn(SMALL[:3])
+    y = torch.ops.epg_fast.skip_linear(*inputs, *([] if normed else [None, None]), 1e-5)[0]
+    (reference,), reference_gradients = run(skip_linear_ref, inputs, [dy])
+    torch.testing.assert_close(y, reference)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), reference_gradients)
+
+
+def test_reference_is_two_products_and_a_norm():
+    x, skip, weight, bias, norm_weight, norm_bias = (tensor.double() for tensor in make_inputs(SMALL))
+    z = x @ weight[:, :40].t() + skip @ weight[:, 40:].t() + bias
+    torch.testing.assert_close(skip_linear(x, skip, weight, bias), z)
+    wanted = F.layer_norm(z, (40,), norm_weight, norm_bias, 0.1)
+    torch.testing.assert_close(skip_linear(x, skip, weight, bias, norm_weight, norm_bias, 0.1), wanted)
+
+
+@NORMED
+def test_reference_gradients_are_right_in_float64(normed):
+    inputs = [tensor.detach().double().requires_grad_() for tensor in make_inputs((2, 3, 4, 2), normed=normed)]
+    assert torch.autograd.gradcheck(skip_linear_ref, inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, triton, reference"),
+        ({"x": torch.zeros(5, 40)}, r"got x of shape \(5, 40\) and skip of shape \(2, 5, 24\), wanted \[B, L, D\] and"),
+        ({"skip": torch.zeros(2, 4, 24)}, r"skip of shape \(2, 4, 24\).*with the same B and L"),
+        ({"weight": torch.zeros(40, 63)}, r"got weight of shape \(40, 63\), wanted \[N, 64\].*\(40\).*skip \(24\)"),
+        ({"bias": torch.zeros(24)}, r"got bias of shape \(24,\), wanted \[40\]"),
+        ({"norm_weight": torch.zeros(24)}, r"got norm_weight of shape \(24,\), wanted \[40\]"),
+        ({"norm_bias": None}, "got no norm_bias, wanted both norm_weight and norm_bias, or neither"),
+        ({"skip": torch.zeros(2, 5, 24, dtype=torch.int64)}, "got skip in torch.int64, wanted a floating dtype"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_was_got_and_wanted(change, message):
+    arguments = {"x": torch.zeros(2, 5, 40), "skip": torch.zeros(2, 5, 24), "weight": torch.zeros(40, 64)}
+    arguments |= {name: torch.zeros(40) for name in ("bias", "norm_weight", "norm_bias")} | change
+    with pytest.raises(ValueError, match=message):
+        skip_linear(**arguments)
+
+
+@needs_triton
+def test_float64_is_refused_by_the_kernel_and_says_what_to_do():
+    inputs = [tensor.detach().double() for tensor in make_inputs(SMALL)]
+    with pytest.raises(ValueError, match="got x in torch.float64.*use backend='reference'"):
+        KERNEL(*inputs)
+
+
+def test_traffic_model_counts_each_tensor_once():
+    batch, tokens, width, skip_width = shape = (2, 3, 8, 4)
+    rows = batch * tokens
+    x, skip, weight = rows * width * 2, rows * skip_width * 2, width * (width + skip_width) * 2
+    assert SPEC.bytes(shape, 2) == x + skip + weight + 3 * x + 3 * width * 4 + 2 * rows * 4
+    norm, products = 3 * x, 3 * x + 2 * (x + skip + weight)
+    assert SPEC.bytes(shape, 2, backward=True) == norm + products + 4 * width * 4 + 2 * rows * 4
+    assert SPEC.flops(shape, backward=True) == 2 * SPEC.flops(shape) == 4 * rows * width * (width + skip_width)
