@@ -1,0 +1,268 @@
+"""Squared error between a network's output in patch space and images, so that training never unpatchifies.
+
+    r = scale * tokens + offset_scale * patchify(offset) - patchify(target)         each term and factor only if given
+    d = sum of r^2 over an image
+    loss = weight * d / (C H W)                              without huber_c: the weighted mean squared error
+    loss = weight * d / sqrt(stopgrad(d) + huber_c^2)        with it: the pseudo-Huber weighting of SPEC 6
+
+Source: SPEC 2, 5 and 6; Song & Dhariwal, "Improved Techniques for Training Consistency Models" (2023), for the Huber
+constant. Denoising takes scale=None; the edm parameterisation scale=c_out, offset=x_sigma, offset_scale=c_skip.
+
+Shapes: tokens: [B, N, p*p*C], features in the order (row, column, channel); target: [B, C, H, W], or tokens' shape;
+offset: [B, C, H, W]; scale, offset_scale, weight: [B]. Returns loss [B] and d [B].
+Dtypes: any floating dtypes, mixed freely. Arithmetic and both results are float32 (float64 for float64 tokens).
+Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
+
+Only tokens get a gradient: dtokens = 2 scale r dloss weight / (C H W), or / sqrt(d + huber_c^2).
+"""
+
+import math
+
+import torch
+
+from epg_fast.ops.backends import check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.spec import OpSpec
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, C, H, W] -> [B, N, p*p*C]: patches in row-major order, features in the order (row, column, channel).
+
+    The inverse of EPGViT.unpatchify. Raises ValueError if H or W is not a multiple of p.
+    """
+    batch, channels, height, width = image.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patchify: got an image of {height} x {width}, wanted multiples of the patch size {patch_size}; crop it "
+            f"to {height // patch_size * patch_size} x {width // patch_size * patch_size}"
+        )
+    x = image.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)
+
+
+def patch_loss_ref(
+    tokens: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    offset_scale: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    huber_c: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    residual = _residual(tokens, target, scale, offset, offset_scale)
+    squared_error = residual.square().flatten(1).sum(1)
+    factor = _factor(squared_error.detach(), weight, huber_c, residual[0].numel())
+    return squared_error * factor, squared_error.detach()
+
+
+def _accumulation_dtype(tokens: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
+
+
+def _residual(tokens, target, scale, offset, offset_scale) -> torch.Tensor:
+    acc_dtype = _accumulation_dtype(tokens)
+    residual = tokens.to(acc_dtype)
+    if scale is not None:
+        residual = _per_image(scale, acc_dtype) * residual
+    if offset is not None:
+        shift = _as_tokens(offset, tokens).to(acc_dtype)
+        residual = residual + (shift if offset_scale is None else _per_image(offset_scale, acc_dtype) * shift)
+    return residual - _as_tokens(target, tokens).to(acc_dtype)
+
+
+def _as_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 3 else patchify(x, math.isqrt(tokens.shape[2] // x.shape[1]))
+
+
+def _per_image(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return values.to(dtype).view(-1, 1, 1)
+
+
+def _factor(squared_error, weight, huber_c, size: int) -> torch.Tensor | float:
+    factor = 1 / size if huber_c is None else (squared_error + huber_c**2).rsqrt()
+    return factor if weight is None else weight.to(squared_error.dtype) * factor
+
+
+@torch.library.custom_op("epg_fast::patch_loss", mutates_args=(), device_types="cpu")
+def _forward_op(
+    tokens: torch.Tensor,
+    target: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    offset_scale: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    huber_c: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if interpreting():
+        return _forward_triton(tokens, target, scale, offset, offset_scale, weight, huber_c)
+    options = {"scale": scale, "offset": offset, "offset_scale": offset_scale, "weight": weight, "huber_c": huber_c}
+    loss, squared_error = patch_loss_ref(tokens, target, **options)
+    return loss, squared_error
+
+
+@_forward_op.register_kernel("cuda")
+def _forward_triton(*arguments):
+    from epg_kernels.patch_loss import patch_loss_fwd
+
+    return patch_loss_fwd(*arguments)
+
+
+@_forward_op.register_fake
+def _(tokens, target, scale, offset, offset_scale, weight, huber_c):
+    loss = tokens.new_empty(tokens.shape[0], dtype=_accumulation_dtype(tokens))
+    return loss, torch.empty_like(loss)
+
+
+@torch.library.custom_op("epg_fast::patch_loss_bwd", mutates_args=(), device_types="cpu")
+def _backward_op(
+    dloss: torch.Tensor,
+    squared_error: torch.Tensor,
+    tokens: torch.Tensor,
+    target: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    offset_scale: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    huber_c: float | None,
+) -> torch.Tensor:
+    if interpreting():
+        return _backward_triton(dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c)
+    residual = _residual(tokens, target, scale, offset, offset_scale)
+    factor = 2 * dloss * _factor(squared_error, weight, huber_c, residual[0].numel())
+    factor = factor if scale is None else factor * scale.to(factor.dtype)
+    return (_per_image(factor, factor.dtype) * residual).to(tokens.dtype).contiguous()
+
+
+@_backward_op.register_kernel("cuda")
+def _backward_triton(*arguments):
+    from epg_kernels.patch_loss import patch_loss_bwd
+
+    return patch_loss_bwd(*arguments)
+
+
+@_backward_op.register_fake
+def _(dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c):
+    return tokens.new_empty(tokens.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.huber_c = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dloss, _dsquared_error):
+    return _backward_op(dloss, *ctx.saved_tensors, ctx.huber_c), *[None] * 6
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
+
+
+def patch_loss(
+    tokens: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    offset_scale: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    huber_c: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss [B], squared_error [B]) of `scale * tokens + offset_scale * offset` against target, in patch space.
+
+    tokens: [B, N, p*p*C], features in the order (row, column, channel); target: [B, C, H, W] or tokens' shape; offset:
+    [B, C, H, W]; scale, offset_scale, weight: [B]. huber_c: positive, for the pseudo-Huber weighting, else the weighted
+    mean. squared_error is the unweighted sum and carries no gradient; both are float32, float64 for float64 tokens.
+    backend: "reference" (plain PyTorch, which torch.compile fuses), "triton" (the hand-written kernels) or "auto": the
+    reference, until the kernels have been measured to beat torch.compile on a GPU.
+    Raises ValueError for shapes that do not fit, for a gradient wanted of anything but tokens, and for a backend that
+    cannot run here.
+    """
+    check_backend("patch_loss", backend, ("auto", "triton", "reference"))
+    tensors = {"target": target, "scale": scale, "offset": offset, "offset_scale": offset_scale, "weight": weight}
+    _check_shapes(tokens, **tensors)
+    _check_gradients(**tensors)
+    if huber_c is not None and not huber_c > 0:
+        raise ValueError(f"patch_loss: got huber_c={huber_c}, wanted a positive number, or None for the mean")
+    if backend != "triton":
+        return patch_loss_ref(tokens, **tensors, huber_c=huber_c)
+    require_triton("patch_loss", tokens)
+    require_dtypes("patch_loss", _FLOATS, tokens=tokens, **tensors)
+    return _forward_op(tokens, target, scale, offset, offset_scale, weight, huber_c)
+
+
+def _check_shapes(tokens, target, scale, offset, offset_scale, weight) -> None:
+    if tokens.dim() != 3:
+        raise ValueError(f"patch_loss: got tokens of shape {tuple(tokens.shape)}, wanted [B, N, p*p*C]")
+    if target.dim() == 3 and target.shape != tokens.shape:
+        raise ValueError(
+            f"patch_loss: got target of shape {tuple(target.shape)}, wanted {list(tokens.shape)} like tokens, or "
+            "an image [B, C, H, W]"
+        )
+    if target.dim() != 3:
+        _check_image("target", target, tokens)
+    if offset is not None:
+        _check_image("offset", offset, tokens)
+    if target.dim() == 4 and offset is not None and offset.shape != target.shape:
+        raise ValueError(
+            f"patch_loss: got offset of shape {tuple(offset.shape)}, wanted target's {tuple(target.shape)}"
+        )
+    if offset is None and offset_scale is not None:
+        raise ValueError("patch_loss: got offset_scale without offset, wanted both, or neither")
+    for name, values in (("scale", scale), ("offset_scale", offset_scale), ("weight", weight)):
+        if values is not None and values.shape != (tokens.shape[0],):
+            raise ValueError(
+                f"patch_loss: got {name} of shape {tuple(values.shape)}, wanted [{tokens.shape[0]}], one per image"
+            )
+
+
+def _check_image(name: str, image: torch.Tensor, tokens: torch.Tensor) -> None:
+    batch, patches, values = tokens.shape
+    if image.dim() == 4 and image.shape[0] == batch:
+        _, channels, height, width = image.shape
+        patch = math.isqrt(values // channels)
+        fits = patch > 0 and patch**2 * channels == values and height % patch == 0 and width % patch == 0
+        if fits and (height // patch) * (width // patch) == patches:
+            return
+    raise ValueError(
+        f"patch_loss: got {name} of shape {tuple(image.shape)}, wanted [{batch}, C, H, W] that cuts into {patches} "
+        f"patches of p * p * C = {values} values, like tokens"
+    )
+
+
+def _check_gradients(**tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"patch_loss: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"patch_loss: got {name} that requires a gradient, wanted it of tokens alone; detach() {name}"
+            )
+
+
+def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:
+    """Tokens and a float32 target are read, in the backward pass once more, which writes the tokens' gradient."""
+    batch, channels, size, _ = shape
+    pixels = batch * channels * size**2
+    return pixels * ((2 if backward else 1) * itemsize + 4) + 2 * batch * 4
+
+
+def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
+    """Per value: a difference and, forward, a square and a sum; backward, a product."""
+    batch, channels, size, _ = shape
+    return (2 if backward else 3) * batch * channels * size**2
+
+
+SPEC = OpSpec(
+    name="patch_loss",
+    shapes=((64, 3, 256, 16), (64, 3, 512, 32)),
+    odd_shapes=((3, 3, 8, 4), (1, 1, 6, 3), (2, 3, 28, 14)),
+    bytes=_bytes,
+    flops=_flops,
+)
