@@ -161,8 +161,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _dmean, _drstd):
-    scale = ctx.saved_tensors[4]
-    dx, dweight, dbias, dshift, dscale = _backward_op(dy, *ctx.saved_tensors)
+    x, weight, bias, shift, scale, mean, rstd = ctx.saved_tensors
+    dx, dweight, dbias, dshift, dscale = _backward_op(dy, x, weight, bias, shift, scale, mean, rstd)
     return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale, None, None
 
 
@@ -308,7 +308,7 @@ def _flops(shape: tuple[int, int, int], backward: bool = False) -> int:
 
 SPEC = OpSpec(
     name="layer_norm_modulate",
-    shapes=((256, 258, 768), (64, 258, 1024), (64, 258, 1584), (64, 258, 1920), (64, 258, 2688)),
+    shapes=((64, 258, 1584), (256, 258, 768), (64, 258, 1024), (64, 258, 1920), (64, 258, 2688)),
     odd_shapes=((3, 17, 40), (1, 258, 40), (1, 17, 768), (2, 3, 1584)),
     bytes=_bytes,
     flops=_flops,

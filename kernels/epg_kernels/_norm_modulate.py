@@ -1,7 +1,7 @@
-"""The kernels of `layer_norm_modulate` and `gate_residual_norm_modulate`: one row per program forward, ROWS backward.
+"""The kernels of `layer_norm_modulate` and `gate_residual_norm_modulate`.
 
 The forward pass adds a gated branch to the row if there is one, normalises and modulates it, and writes it in its dtype
-or, with one scale per row, in float8_e4m3fn. In the backward pass one program walks over ROWS tokens of one image and
+or, with one scale per row, in float8_e4m3fn. In the backward pass one program walks over TOKENS tokens of one image and
 writes their gradients and partial sums over them; two small kernels then add the partial sums up in a fixed order, so
 that results are bitwise repeatable.
 """
@@ -18,16 +18,25 @@ from epg_kernels import AotCase
 @dataclass(frozen=True)
 class Config:
     block: int  # columns held by one program: a power of two, at least the width
+    rows: int  # rows normalised at a time, so that their loads and sums overlap
+    rows_backward: int
     num_warps: int
 
 
 # 32 lanes x 8 values per warp: one 16-byte access of bf16 per lane and pass.
-CONFIGS = (Config(256, 1), Config(512, 2), Config(1024, 4), Config(2048, 8), Config(4096, 16))
+CONFIGS = (
+    Config(256, 16, 8, 4),
+    Config(512, 8, 4, 4),
+    Config(1024, 4, 1, 4),
+    Config(2048, 2, 1, 8),
+    Config(4096, 1, 1, 16),
+)
 MAX_WIDTH = CONFIGS[-1].block
 
-# Tokens per backward program. 33 cut 258 tokens into 8: at batch 64 the 512 programs are all resident at once on the
-# 132 multiprocessors of an H200, four on each; 32 would make 576 of them, and a second wave of a few.
-ROWS = 33
+# Tokens per backward program, rounded up to a multiple of rows_backward. 33 cut 258 tokens into 8: at batch 64 the 512
+# programs without a branch are all resident at once on the 132 multiprocessors of an H200, four on each; 32 would make
+# 576 of them, and a second wave of a few.
+TOKENS = 33
 COLUMNS = 64  # columns per program of the summing kernels
 TILE = 16  # rows they load at a time
 FP8_MAX = 448.0  # largest value of float8_e4m3fn
@@ -62,29 +71,32 @@ def _norm_modulate_fwd_kernel(
     D: tl.constexpr,
     EPS: tl.constexpr,
     FP8_MAX: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     row = batch * tokens + token
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     inside = columns < D
+    exists = token < tokens
+    live = inside & exists
     acc_dtype = mean.dtype.element_ty
 
-    values = tl.load(x + batch * stride_x_batch + token * stride_x_token + columns, mask=inside, other=0.0)
+    values = tl.load(x + batch * stride_x_batch + token * stride_x_token + columns, mask=live, other=0.0)
     values = values.to(acc_dtype)
     if branch is not None:
         added = tl.load(
-            branch + batch * stride_branch_batch + token * stride_branch_token + columns, mask=inside, other=0.0
+            branch + batch * stride_branch_batch + token * stride_branch_token + columns, mask=live, other=0.0
         ).to(acc_dtype)
         if gate is not None:
             added *= tl.load(gate + batch * stride_gate + columns, mask=inside, other=0.0).to(acc_dtype)
         rounded = (values + added).to(x_out.dtype.element_ty)
-        tl.store(x_out + row * D + columns, rounded, mask=inside)
+        tl.store(x_out + row * D + columns, rounded, mask=live)
         values = rounded.to(acc_dtype)
-    mu = tl.sum(values, 0) / D
+    mu = tl.sum(values, 1, keep_dims=True) / D
     centred = tl.where(inside, values - mu, 0.0)
-    inverse_std = tl.rsqrt(tl.sum(centred * centred, 0) / D + tl.full((), EPS, acc_dtype))
+    inverse_std = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / D + tl.full((), EPS, acc_dtype))
     w = tl.load(weight + columns, mask=inside, other=0.0).to(acc_dtype)
     b = tl.load(bias + columns, mask=inside, other=0.0).to(acc_dtype)
     out = centred * inverse_std * w + b
@@ -92,14 +104,14 @@ def _norm_modulate_fwd_kernel(
         factor = 1.0 + tl.load(scale + batch * stride_scale + columns, mask=inside, other=0.0).to(acc_dtype)
         out = out * factor + tl.load(shift + batch * stride_shift + columns, mask=inside, other=0.0).to(acc_dtype)
     if row_scale is not None:
-        largest = tl.max(tl.abs(tl.where(inside, out, 0.0)), 0)
+        largest = tl.max(tl.abs(tl.where(live, out, 0.0)), 1, keep_dims=True)
         step = tl.where(largest > 0, largest / FP8_MAX, 1.0)
-        tl.store(row_scale + row, step)
+        tl.store(row_scale + row, step, mask=exists)
         out = tl.minimum(tl.maximum(out / step, -FP8_MAX), FP8_MAX)
 
-    tl.store(y + row * D + columns, out.to(y.dtype.element_ty), mask=inside)
-    tl.store(mean + row, mu)
-    tl.store(rstd + row, inverse_std)
+    tl.store(y + row * D + columns, out.to(y.dtype.element_ty), mask=live)
+    tl.store(mean + row, mu, mask=exists)
+    tl.store(rstd + row, inverse_std, mask=exists)
 
 
 @triton.jit
@@ -128,13 +140,14 @@ def _norm_modulate_bwd_kernel(
     stride_gate,
     stride_scale,
     D: tl.constexpr,
+    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x is what was normalised: with a branch, the sum that the forward pass wrote."""
     chunk = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     inside = columns < D
     acc_dtype = mean.dtype.element_ty
 
@@ -143,19 +156,21 @@ def _norm_modulate_bwd_kernel(
         factor *= 1.0 + tl.load(scale + batch * stride_scale + columns, mask=inside, other=0.0).to(acc_dtype)
     if gate is not None:
         opening = tl.load(gate + batch * stride_gate + columns, mask=inside, other=0.0).to(acc_dtype)
-        sum_gate = tl.zeros([BLOCK], acc_dtype)
-    sum_dy = tl.zeros([BLOCK], acc_dtype)
-    sum_dy_xhat = tl.zeros([BLOCK], acc_dtype)
-    for i in tl.range(ROWS, num_stages=2):
-        token = chunk * ROWS + i
+        sum_gate = tl.zeros([ROWS, BLOCK], acc_dtype)
+    sum_dy = tl.zeros([ROWS, BLOCK], acc_dtype)
+    sum_dy_xhat = tl.zeros([ROWS, BLOCK], acc_dtype)
+    for first in tl.range(0, TOKENS, ROWS, num_stages=2):
+        # TOKENS is a multiple of ROWS.
+        token = chunk * TOKENS + first + tl.arange(0, ROWS)[:, None]
         row = batch * tokens + token
-        live = inside & (token < tokens)
+        exists = token < tokens
+        live = inside & exists
         g = tl.load(dy + batch * stride_dy_batch + token * stride_dy_token + columns, mask=live, other=0.0)
         g = g.to(acc_dtype)
         values = tl.load(x + batch * stride_x_batch + token * stride_x_token + columns, mask=live, other=0.0)
-        mu = tl.load(mean + row, mask=token < tokens, other=0.0)
-        inverse_std = tl.load(rstd + row, mask=token < tokens, other=0.0)
-        # Every load of the row is issued before its sums, which wait for the whole program.
+        mu = tl.load(mean + row, mask=exists, other=0.0)
+        inverse_std = tl.load(rstd + row, mask=exists, other=0.0)
+        # Every load of the rows is issued before their sums, which wait for the whole program.
         if dx_out is not None:
             passed = dx_out + batch * stride_dx_out_batch + token * stride_dx_out_token + columns
             passed = tl.load(passed, mask=live, other=0.0).to(acc_dtype)
@@ -164,7 +179,8 @@ def _norm_modulate_bwd_kernel(
             added = tl.load(added, mask=live, other=0.0).to(acc_dtype)
         xhat = tl.where(live, (values.to(acc_dtype) - mu) * inverse_std, 0.0)
         dxhat = g * factor
-        grad = (dxhat - tl.sum(dxhat, 0) / D - xhat * (tl.sum(dxhat * xhat, 0) / D)) * inverse_std
+        mean_dxhat = tl.sum(dxhat, 1, keep_dims=True) / D
+        grad = (dxhat - mean_dxhat - xhat * (tl.sum(dxhat * xhat, 1, keep_dims=True) / D)) * inverse_std
         if dx_out is not None:
             grad += passed
         tl.store(dx + row * D + columns, grad.to(dx.dtype.element_ty), mask=live)
@@ -176,10 +192,10 @@ def _norm_modulate_bwd_kernel(
 
     SUMS: tl.constexpr = 2 if gate is None else 3
     out = partial + (batch * tl.num_programs(0) + chunk) * SUMS * D
-    tl.store(out + columns, sum_dy, mask=inside)
-    tl.store(out + D + columns, sum_dy_xhat, mask=inside)
+    tl.store(out + columns, tl.sum(sum_dy, 0, keep_dims=True), mask=inside)
+    tl.store(out + D + columns, tl.sum(sum_dy_xhat, 0, keep_dims=True), mask=inside)
     if gate is not None:
-        tl.store(out + 2 * D + columns, sum_gate, mask=inside)
+        tl.store(out + 2 * D + columns, tl.sum(sum_gate, 0, keep_dims=True), mask=inside)
 
 
 @triton.jit
@@ -276,7 +292,7 @@ def launch_forward(
     rstd = torch.empty_like(mean)
     row_scale = torch.empty_like(mean) if y.dtype == torch.float8_e4m3fn else None
     with torch.cuda.device_of(x):
-        _norm_modulate_fwd_kernel[(tokens, batch)](
+        _norm_modulate_fwd_kernel[(triton.cdiv(tokens, config.rows), batch)](
             x,
             branch,
             gate,
@@ -300,6 +316,7 @@ def launch_forward(
             D=width,
             EPS=eps,
             FP8_MAX=FP8_MAX,
+            ROWS=config.rows,
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
@@ -329,7 +346,8 @@ def launch_backward(
     dy, dx_out, x, branch = (_unit_stride(tensor) for tensor in (dy, dx_out, x, branch))
     gate, scale = _unit_stride(gate), _unit_stride(scale)
     weight, bias = weight.contiguous(), bias.contiguous()
-    chunks = triton.cdiv(tokens, ROWS)
+    per_program = _tokens_per_program(config)
+    chunks = triton.cdiv(tokens, per_program)
 
     def empty(like: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
         return None if like is None else torch.empty(shape, dtype=like.dtype, device=x.device)
@@ -366,7 +384,8 @@ def launch_backward(
             _stride(gate, 0),
             _stride(scale, 0),
             D=width,
-            ROWS=ROWS,
+            TOKENS=per_program,
+            ROWS=config.rows_backward,
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
@@ -414,6 +433,10 @@ def _stride(tensor: torch.Tensor | None, dim: int) -> int:
     return 0 if tensor is None else tensor.stride(dim)
 
 
+def _tokens_per_program(config: Config) -> int:
+    return triton.cdiv(TOKENS, config.rows_backward) * config.rows_backward
+
+
 def _tiles(rows: int) -> int:
     """Tiles that hold `rows`, rounded up to a power of two: few compilations, whatever the batch size."""
     return triton.next_power_of_2(triton.cdiv(rows, TILE))
@@ -432,10 +455,10 @@ def row_cases(width: int, dtype: str, residual: bool, fp8: bool = False) -> list
         backward |= {"branch": dtype, "gate": dtype, "dx_out": dtype, "dbranch": dtype}
     constexprs = {"D": width, "BLOCK": config.block}
     shape = f"D={width}{' gated' if residual else ''}"
-    forward_constexprs = constexprs | {"EPS": 1e-5, "FP8_MAX": FP8_MAX}
+    forward_constexprs = constexprs | {"EPS": 1e-5, "FP8_MAX": FP8_MAX, "ROWS": config.rows}
     cases = [_case(_norm_modulate_fwd_kernel, forward, forward_constexprs, config.num_warps, shape, dtype, fp8)]
     if not fp8:
-        backward_constexprs = constexprs | {"ROWS": ROWS}
+        backward_constexprs = constexprs | {"TOKENS": _tokens_per_program(config), "ROWS": config.rows_backward}
         cases.append(_case(_norm_modulate_bwd_kernel, backward, backward_constexprs, config.num_warps, shape, dtype))
     return cases
 

@@ -143,7 +143,10 @@ def timestep_embedding_bwd(
     log_max_period: float,
     of_sigma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """time: the embedding, as the forward pass returned it. Returns dt [B] and dlabel [B, dim] (None without a label or without dcondition)."""
+    """time: the embedding, as the forward pass returned it.
+
+    Returns dt [B] and dlabel [B, dim] (None without a label or without dcondition).
+    """
     dt = torch.empty(t.shape, dtype=t.dtype, device=t.device)
     dtime, dcondition, label = _unit_stride(dtime), _unit_stride(dcondition), _unit_stride(label)
     dlabel = None
