@@ -3,6 +3,8 @@
 Importing this package needs neither Triton nor the compiled extension; a backend is loaded when it is first asked for.
 """
 
+from epg_fast.ops.adaln_attention import adaln_attention, adaln_attention_ref
+from epg_fast.ops.attention import attention, attention_ref
 from epg_fast.ops.euler_step import euler_step, euler_step_ref
 from epg_fast.ops.extension import extension_status
 from epg_fast.ops.gate_residual_norm_modulate import (
@@ -15,6 +17,10 @@ from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_fp8,
     layer_norm_modulate_ref,
 )
+from epg_fast.ops.linear_gelu import linear_gelu, linear_gelu_ref
+from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal
+from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
+from epg_fast.ops.skip_linear import skip_linear, skip_linear_ref
 from epg_fast.ops.timestep_embedding import (
     timestep_condition,
     timestep_condition_ref,
@@ -23,6 +29,10 @@ from epg_fast.ops.timestep_embedding import (
 )
 
 __all__ = [
+    "adaln_attention",
+    "adaln_attention_ref",
+    "attention",
+    "attention_ref",
     "euler_step",
     "euler_step_ref",
     "extension_status",
@@ -32,6 +42,16 @@ __all__ = [
     "layer_norm_modulate",
     "layer_norm_modulate_fp8",
     "layer_norm_modulate_ref",
+    "linear_gelu",
+    "linear_gelu_ref",
+    "patch_embed",
+    "patch_embed_ref",
+    "patch_loss",
+    "patch_loss_ref",
+    "patchify",
+    "philox_normal",
+    "skip_linear",
+    "skip_linear_ref",
     "timestep_condition",
     "timestep_condition_ref",
     "timestep_embedding",
