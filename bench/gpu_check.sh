@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, with the Python of this machine and no network:
-#   bench/gpu_check.sh OUTPUT_FOLDER
-# Builds the extension in place, then runs the GPU tests and the microbenchmarks; every part is bounded in time, and a
-# part that fails does not stop the next. Exits with 1 if one failed. PYTHON chooses the interpreter.
+#   bench/gpu_check.sh OUTPUT_FOLDER [PART...]
+# Builds the extension in place, then runs the kernels' and the GPU tests and the microbenchmarks, first at the shapes of
+# EPG-XL, then at all; every part is bounded in time, and a part that fails does not stop the next. Exits with 1 if one
+# failed. PARTs (build, env, gpu, tests, bench_main, bench) choose some. PYTHON chooses the interpreter.
 set -u
-out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER}" && cd "$1" && pwd) || exit 2
+out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
+wanted=" ${*:2} "
 failed=0
 
 part() { # name, seconds, command...
   local name=$1 seconds=$2
   shift 2
+  [[ $wanted != *[^\ ]* || $wanted == *" $name "* ]] || return 0
   echo "== $name"
   timeout "$seconds" "$@" >"$out/$name.log" 2>&1
   local code=$?
@@ -26,6 +29,8 @@ part() { # name, seconds, command...
 part build 120 "$python" setup.py build_ext --inplace
 part env 60 "$python" -m epg_fast env
 part gpu 30 "$python" -c "import torch; print(torch.cuda.get_device_name(), torch.version.cuda)"
-part tests 240 "$python" -m pytest -q -m gpu tests
-part bench 240 "$python" -m pytest -q bench/ops --benchmark-only --benchmark-json "$out/bench_ops.json"
+part tests 300 "$python" -m pytest -q -n 8 --dist worksteal tests/ops tests/models tests/test_gpu.py
+part bench_main 300 "$python" -m pytest -q bench/ops --benchmark-only --main-shapes \
+  --benchmark-json "$out/bench_ops_main.json"
+part bench 300 "$python" -m pytest -q bench/ops --benchmark-only --benchmark-json "$out/bench_ops.json"
 exit $failed

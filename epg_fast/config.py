@@ -224,6 +224,8 @@ class RunConfig:
     """Where to train; `auto` takes a GPU when there is one and says so."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
+    ops: Literal["auto", "triton", "reference"] = "auto"
+    """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; `auto` compiles on a GPU only."""
     log_every: int = 100
@@ -400,6 +402,8 @@ class SampleConfig:
     """Images per network call."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast dtype of the network."""
+    ops: Literal["auto", "triton", "reference"] = "auto"
+    """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample."""
     png: bool = False

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Every backend of the operations must reproduce what was recorded; the Triton kernels do not compute in float64.
+_TRITON = pytest.param("triton", marks=pytest.mark.skipif(not find_spec("triton"), reason="needs Triton"))
+each_backend = pytest.mark.parametrize("ops", ["auto", "reference", _TRITON])
+each_backend_and_dtype = pytest.mark.parametrize(
+    ("ops", "dtype"),
+    [
+        pytest.param("auto", torch.float32, id="auto-float32"),
+        pytest.param("auto", torch.float64, id="auto-float64"),
+        pytest.param("reference", torch.float64, id="reference-float64"),
+        pytest.param("triton", torch.float32, id="triton-float32", marks=_TRITON.marks),
+    ],
+)
 
 
 @cache

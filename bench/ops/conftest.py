@@ -19,6 +19,17 @@ _CUDA = torch.cuda.is_available()
 _COLD_BYTES = 512 << 20  # inputs touched before any is touched again: several times the L2 cache of an H200
 
 
+def pytest_addoption(parser):
+    parser.addoption("--main-shapes", action="store_true", help="on a GPU, only the first shape of each operation")
+
+
+def pytest_collection_modifyitems(config, items):
+    if _CUDA and config.getoption("--main-shapes"):
+        left_out = [item for item in items if item.callspec.params["shape"] != item.module.SPEC.shapes[0]]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if _CUDA else "cpu"

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from epg_fast.diffusion.schedule import NoiseSchedule, shift
+from epg_fast.ops import patch_loss, patchify
 
 PARAMETERIZATIONS = ("x0", "edm")
+
+
+@dataclass
+class PatchEstimate:
+    """The clean estimate scale * tokens + offset_scale * patchify(offset), as the network left it: in patch space.
+
+    tokens: the network's output [B,N,p*p*C]; offset: [B,C,H,W]; scale, offset_scale: [B]. None: 1, and no offset.
+    """
+
+    tokens: torch.Tensor
+    patch_size: int
+    ops: str
+    scale: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    offset_scale: torch.Tensor | None = None
+
+    def loss(self, target: torch.Tensor, weight: torch.Tensor, huber_c: float | None = None):
+        """`patch_loss` of the estimate: (weighted loss [B], squared distance [B]) to an image or to patches."""
+        return patch_loss(
+            self.tokens,
+            target,
+            scale=self.scale,
+            offset=self.offset,
+            offset_scale=self.offset_scale,
+            weight=weight,
+            huber_c=huber_c,
+            backend=self.ops,
+        )
+
+    def patches(self) -> torch.Tensor:
+        """The estimate itself: [B,N,p*p*C], at least float32."""
+        tokens = self.tokens.to(torch.promote_types(self.tokens.dtype, torch.float32))
+        if self.scale is None:
+            return tokens
+        offset = spread(self.offset_scale, tokens) * patchify(self.offset, self.patch_size)
+        return offset + spread(self.scale, tokens) * tokens
 
 
 class Denoiser:
@@ -40,6 +78,16 @@ class Denoiser:
         x_in, t = self.network_input(x, per_sample(sigma, x))
         output = self.network(x_in, t) if y is None else self.network(x_in, t, y)
         return output.to(torch.promote_types(x.dtype, torch.float32))
+
+    def estimate_in_patches(self, x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None) -> PatchEstimate:
+        """What `__call__` returns, left in patch space, where a loss needs no image; the network is an EPGViT."""
+        x_in, t = self.network_input(x, per_sample(sigma, x))
+        tokens = self.network(x_in, t, y, patches=True)
+        estimate = PatchEstimate(tokens, self.network.patch_size, self.network.ops)
+        if self.parameterization == "edm":
+            c_skip, c_out, _ = self.scalings(per_sample(sigma, x), x.shape[-2])
+            estimate.scale, estimate.offset, estimate.offset_scale = c_out, x, c_skip
+        return estimate
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor | float, y: torch.Tensor | None = None) -> torch.Tensor:
         """x: [B,C,H,W] noised with sigma (number or [B], shifted), y: [B] -> clean estimate, at least float32."""

@@ -1,4 +1,9 @@
-"""Building blocks of both networks; parameter names and shapes are those of the released checkpoints."""
+"""Building blocks of both networks; parameter names and shapes are those of the released checkpoints.
+
+A module that computes with `epg_fast.ops` has an attribute `ops`, the backend it asks for; `use_ops` of the networks
+sets them all. With "triton" a block hands the weights of its Linears to fused operations; otherwise it calls its
+modules.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +11,45 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from epg_fast.ops import layer_norm_modulate
-
-
-def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
-    """Sinusoidal embedding of the time condition (SPEC 3).
-
-    t: [B] (250 ln sigma, may be negative). Returns [B, dim]: cosines, then sines, then a zero column if `dim` is odd;
-    float32, or float64 when `t` is float64.
-    """
-    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
-    half = dim // 2
-    exponent = torch.arange(half, device=t.device, dtype=dtype) / half
-    phase = t.to(dtype)[:, None] * torch.pow(torch.tensor(max_period, device=t.device, dtype=dtype), -exponent)[None]
-    return F.pad(torch.cat([phase.cos(), phase.sin()], dim=-1), (0, dim % 2))
+from epg_fast.ops import (
+    adaln_attention,
+    attention,
+    gate_residual_norm_modulate,
+    layer_norm_modulate,
+    linear_gelu,
+    skip_linear,
+)
+from epg_fast.ops.backends import autocast_dtype
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, computed in float32, optionally followed by `* (1 + scale) + shift`."""
 
-    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
-        """x: [B, L, D]; shift, scale: [B, 1, D] or None. Returns x's shape and dtype."""
-        return layer_norm_modulate(x, self.weight, self.bias, shift, scale, eps=self.eps)
+    ops = "auto"
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """x: [B, L, D]; shift, scale: [B, D], [B, 1, D] or None. Returns x's shape, in out_dtype (default: x's)."""
+        return layer_norm_modulate(x, self.weight, self.bias, shift, scale, self.eps, out_dtype, backend=self.ops)
+
+    def after(
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + gate * branch, the norm of that): [B, L, D] each."""
+        return gate_residual_norm_modulate(
+            x, branch, gate, self.weight, self.bias, shift, scale, self.eps, out_dtype, backend=self.ops
+        )
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -53,8 +75,23 @@ class DropPath(nn.Module):
         return x * keep / (1.0 - self.p)
 
 
+def parameters_of(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) of a plain Linear, for a fused operation that does not call the module.
+
+    Raises ValueError for anything else (an adapter, a quantised layer), which the fused operation would bypass.
+    """
+    if type(linear) is not nn.Linear:
+        raise ValueError(
+            f"ops='triton': got a {type(linear).__name__} in the place of a Linear, which fused operations would bypass"
+            "; use ops='auto'"
+        )
+    return linear.weight, linear.bias
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection (order q, k, v)."""
+
+    ops = "auto"
 
     def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
         super().__init__()
@@ -70,15 +107,16 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, L, D] -> [B, L, D]."""
         batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.attn_drop if self.training else 0.0, scale=self.scale
-        )
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, length, dim)))
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        dropout = self.attn_drop if self.training else 0.0
+        x = attention(qkv, self.scale, dropout, backend=self.ops).flatten(2)
+        return self.proj_drop(self.proj(x))
 
 
 class Mlp(nn.Module):
     """Linear, exact (erf) GELU, Linear."""
+
+    ops = "auto"
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
         super().__init__()
@@ -88,11 +126,18 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, L, D] -> [B, L, D]."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        if self.ops == "triton":
+            hidden = linear_gelu(x, *parameters_of(self.fc1), backend="triton")
+        else:
+            hidden = F.gelu(self.fc1(x))
+        return self.drop(self.fc2(self.drop(hidden)))
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm transformer block of the encoder."""
+    """Pre-LayerNorm transformer block of the encoder.
+
+    The residual of its MLP is left to the next norm, which adds it and normalises the sum in one pass.
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop=0.0, attn_drop=0.0, drop_path=0.0):
         super().__init__()
@@ -102,14 +147,29 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [B, L, E] -> [B, L, E]."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, branch: [B, L, E], of which the sum enters the block (branch None: x alone).
+
+        Returns [B, L, E] each: the sum that entered, and x and branch of which the sum leaves the block.
+        """
+        dtype = autocast_dtype(x)
+        if branch is None:
+            entered, y = x, self.norm1(x, out_dtype=dtype)
+        else:
+            entered, y = self.norm1.after(x, branch, out_dtype=dtype)
+        x, y = self.norm2.after(entered, self.drop_path(self.attn(y)), out_dtype=dtype)
+        return entered, x, self.drop_path(self.mlp(y))
 
 
 class DecoderBlock(nn.Module):
-    """Block with a long skip from the encoder and adaptive LayerNorm (shift, scale, gate from the condition)."""
+    """Block with a long skip from the encoder and adaptive LayerNorm (shift, scale, gate from the condition).
+
+    `adaLN_modulation` holds this block's projection of the condition; the generator computes all blocks' at once.
+    """
+
+    ops = "auto"
 
     def __init__(
         self,
@@ -134,13 +194,48 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor, cond: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [B, L, D], cond: [B, 1, E], skip: [B, L, E] or None -> [B, L, D]."""
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [B, L, D], modulation: [B, 6, D], skip: [B, L, E] or None -> [B, L, D].
+
+        The modulation is shift, scale and gate of attention, then of the MLP.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)
         if skip is not None:
-            x = self.skip_norm(self.skip_linear(torch.cat([x, skip], dim=-1)))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, dim=-1)
-        x = x + self.drop_path(gate1 * self.attn(self.norm1(x, shift1, scale1)))
-        return x + self.drop_path(gate2 * self.mlp(self.norm2(x, shift2, scale2)))
+            x = self._merge(x, skip)
+        x, y = self._attend(x, shift1, scale1, self.drop_path(gate1), shift2, scale2)
+        return x + self.drop_path(gate2) * self.mlp(y)
+
+    def _merge(self, x, skip):
+        if self.ops == "triton":
+            norm = self.skip_norm if isinstance(self.skip_norm, LayerNorm) else None
+            affine = (norm.weight, norm.bias, norm.eps) if norm else (None, None)
+            return skip_linear(x, skip, *parameters_of(self.skip_linear), *affine, backend="triton")
+        return self.skip_norm(self.skip_linear(torch.cat([x, skip], dim=-1)))
+
+    def _attend(self, x, shift1, scale1, gate1, shift2, scale2):
+        """(x after attention, input of the MLP)."""
+        if self.ops == "triton":
+            attn = self.attn
+            return adaln_attention(
+                x,
+                shift1,
+                scale1,
+                gate1,
+                self.norm1.weight,
+                self.norm1.bias,
+                *parameters_of(attn.qkv),
+                *parameters_of(attn.proj),
+                attn.num_heads,
+                attention_scale=attn.scale,
+                eps=self.norm1.eps,
+                attention_dropout=attn.attn_drop if self.training else 0.0,
+                proj_dropout=attn.proj_drop.p if self.training else 0.0,
+                next_norm=(self.norm2.weight, self.norm2.bias, shift2, scale2),
+                backend="triton",
+            )
+        dtype = autocast_dtype(x)
+        h = self.attn(self.norm1(x, shift1, scale1, dtype))
+        return self.norm2.after(x, h, gate1, shift2, scale2, dtype)
 
 
 class PatchEmbed(nn.Module):

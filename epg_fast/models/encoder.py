@@ -8,7 +8,9 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed, timestep_embedding
+from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed
+from epg_fast.ops import patch_embed, timestep_condition
+from epg_fast.ops.backends import check_backend
 
 # Arguments of the official classes for features that EPG does not use, with the only value that is accepted.
 _OFFICIAL_UNUSED = {
@@ -24,9 +26,12 @@ _OFFICIAL_UNUSED = {
 class ViTEncoder(nn.Module):
     """Trunk: sequence [class tokens, time token, patches] + position embedding, blocks, final LayerNorm.
 
+    `use_ops` chooses how the operations of `epg_fast.ops` are computed.
     Raises ValueError when the image size is not a multiple of the patch size, or for official arguments whose feature
     the released models do not use.
     """
+
+    ops = "auto"
 
     def __init__(
         self,
@@ -73,6 +78,19 @@ class ViTEncoder(nn.Module):
         """Names of the parameters that are usually exempt from weight decay."""
         return {"pos_embed", "cls_token"}
 
+    def use_ops(self, backend: str) -> ViTEncoder:
+        """Compute with one backend of `epg_fast.ops` from now on, and return the network.
+
+        backend: "auto" (the default: plain PyTorch, until a kernel has been measured to be faster), "triton" (the fused
+        kernels; modules whose parameters they take are not called, so hooks on those do not run) or "reference" (plain
+        formulas, attention included). Parameters and results are the same with any of them, up to rounding.
+        """
+        check_backend("use_ops", backend, ("auto", "triton", "reference"))
+        for module in self.modules():
+            if hasattr(type(module), "ops"):
+                module.ops = backend
+        return self
+
     def _initialize_trunk(self) -> None:
         bound = math.sqrt(6.0 / (self.in_chans * self.patch_size**2 + self.embed_dim))
         nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
@@ -89,18 +107,37 @@ class ViTEncoder(nn.Module):
             )
 
     def _embed(self, x: torch.Tensor, time: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
-        """x: [B, C, H, W], time: [B, 1, E], label embedding: [B, 1, E] or None -> tokens [B, L, E]."""
+        """x: [B, C, H, W], time: [B, E], label embedding: [B, E] or None -> tokens [B, L, E]."""
         cls = self.cls_token.expand(x.shape[0], -1, -1)
-        cls = cls if label is None else cls + label
-        return torch.cat([cls, time, self.patch_embed(x)], dim=1) + self.pos_embed
+        cls = cls if label is None else cls + label[:, None]
+        prefix = torch.cat([cls, time[:, None]], dim=1)
+        if self.ops == "triton":
+            projection = self.patch_embed.proj
+            return patch_embed(x, projection.weight, projection.bias, self.pos_embed, prefix, backend="triton")
+        return torch.cat([prefix, self.patch_embed(x)], dim=1) + self.pos_embed
 
-    def _time_token(self, t: torch.Tensor) -> torch.Tensor:
-        return timestep_embedding(t, self.embed_dim).to(self.cls_token.dtype)[:, None]
+    def _condition(self, t: torch.Tensor, label: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(time token, SiLU(time + label)): [B, E] each, from t [B] and the label embedding [B, E] or None."""
+        dtype = self.cls_token.dtype
+        return timestep_condition(t, self.embed_dim, label, dtype=dtype, backend=self.ops)
 
-    def _run(self, block: nn.Module, *args: torch.Tensor | None) -> torch.Tensor:
+    def _run(self, block: nn.Module, *args: torch.Tensor | None):
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
+
+    def _run_blocks(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Tokens [B, L, E] -> (output of every block but the last, x and branch whose sum is the last one's)."""
+        outputs, branch = [], None
+        for block in self.blocks:
+            entered, x, branch = self._run(block, x, branch)
+            outputs.append(entered)
+        return outputs[1:], x, branch
+
+    def _feature(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, L, E] -> normalised first class token [B, E] after the last block."""
+        _, x, branch = self._run_blocks(x)
+        return self.norm(x[:, :1] + branch[:, :1])[:, 0]
 
 
 class RCMViT(ViTEncoder):
@@ -165,10 +202,7 @@ class RCMViT(ViTEncoder):
     def encode(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x: [B, C, H, W], t: [B] -> normalised first class token [B, E]; `projection_head` takes it from there."""
         self._check(x)
-        x = self._embed(x, self._time_token(t), None)
-        for block in self.blocks:
-            x = self._run(block, x)
-        return self.norm(x[:, :1])[:, 0]
+        return self._feature(self._embed(x, self._condition(t, None)[0], None))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(projection [B, output_dim], feature [B, E])."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from epg_fast.models.blocks import DecoderBlock, LayerNorm
 from epg_fast.models.encoder import ViTEncoder
+from epg_fast.ops.backends import autocast_dtype
 
 
 class EPGViT(ViTEncoder):
@@ -100,34 +102,46 @@ class EPGViT(ViTEncoder):
                 if self.class_embed is None
                 else f"EPGViT: y is missing; pass labels in 0..{self.num_classes - 1}, or {self.num_classes} for none"
             )
-        return None if y is None else self.class_embed(y)[:, None]
+        return None if y is None else self.class_embed(y)
 
     def encode(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """x: [B, C, H, W], t: [B], y: [B] (default: the unconditional label) -> normalised first class token [B, E]."""
         self._check(x)
         if y is None and self.class_embed is not None:
             y = torch.full((x.shape[0],), self.num_classes, device=x.device)
-        x = self._embed(x, self._time_token(t), self._label_embedding(y))
-        for block in self.blocks:
-            x = self._run(block, x)
-        return self.norm(x[:, :1])[:, 0]
+        label = self._label_embedding(y)
+        return self._feature(self._embed(x, self._condition(t, label)[0], label))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [B, C, H, W], t: [B], y: [B] int64 -> [B, C, H, W]."""
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, *, patches: bool = False
+    ) -> torch.Tensor:
+        """x: [B, C, H, W], t: [B], y: [B] int64 -> [B, C, H, W], or what `unpatchify` makes that of if `patches`."""
         self._check(x)
-        time, label = self._time_token(t), self._label_embedding(y)
-        cond = time if label is None else time + label
-        x = self._embed(x, time, label)
-        skips = []
-        for block in self.blocks:
-            x = self._run(block, x)
-            skips.append(x)
-        x = self.norm(x)
+        label = self._label_embedding(y)
+        time, condition = self._condition(t, label)
+        skips, x, branch = self._run_blocks(self._embed(x, time, label))
+        last, x = self.norm.after(x, branch)
+        skips.append(last)
         if self.encoder_to_decoder is not None:
             x = self.encoder_to_decoder(x)
-        for block in self.decoder_blocks:
-            x = self._run(block, x, cond, skips.pop() if skips else None)
-        return self.unpatchify(self.out(self.out_norm(x[:, self.extras :])))
+        for block, modulation in zip(self.decoder_blocks, self._modulations(condition), strict=True):
+            x = self._run(block, x, modulation, skips.pop() if skips else None)
+        tokens = self.out(self.out_norm(x[:, self.extras :]))
+        return tokens if patches else self.unpatchify(tokens)
+
+    def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """SiLU'd condition [B, E] -> shift, scale, gate, shift, scale, gate [B, 6, D] of every decoder block.
+
+        One matrix product for all blocks: one for each would read its weights at a fraction of the bandwidth.
+        """
+        layers = [block.adaLN_modulation[-1] for block in self.decoder_blocks]
+        if any(type(layer) is not nn.Linear for layer in layers):  # adapters and the like compute something else
+            modulations = torch.cat([layer(condition) for layer in layers], dim=1)
+        else:
+            dtype = autocast_dtype(condition) or layers[0].weight.dtype
+            weight = torch.cat([layer.weight.to(dtype) for layer in layers])
+            modulations = F.linear(condition, weight, torch.cat([layer.bias.to(dtype) for layer in layers]))
+        return modulations.unflatten(1, (len(layers), 6, -1)).unbind(1)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [B, N, p*p*C] with features in the order (row, column, channel) -> [B, C, H, W]."""

@@ -8,6 +8,7 @@ import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import spread
+from epg_fast.models import EPGViT
 from epg_fast.objectives.contrastive import info_nce
 from epg_fast.objectives.loss import Loss
 from epg_fast.objectives.seeding import dropout_from
@@ -31,8 +32,9 @@ def consistency_loss(
 ) -> Loss:
     """Weighted pseudo-Huber distance of D(x + t n, t) and D(x + r n, r), plus a contrastive term in a frozen encoder.
 
-    network: EPGViT in the `edm` parameterisation. x, noise: [B,C,H,W]; y: [B] labels or None. t, r: [B] unshifted,
-    t >= r; the weight is 1/(t - r) of the shifted levels, zero where they are equal.
+    network: EPGViT in the `edm` parameterisation, whose outputs are compared patch by patch, or a function of the same
+    arguments. x, noise: [B,C,H,W]; y: [B] labels or None. t, r: [B] unshifted, t >= r; the weight is 1/(t - r) of the
+    shifted levels, zero where they are equal.
     stage: e(s); at 0 the target is x itself and `perceptual` is ignored.
     perceptual: frozen RCMViT in eval mode, or None. dropout_seed: both passes draw their dropout from it, so that they
     share the mask; the global random state is left as it was.
@@ -40,24 +42,40 @@ def consistency_loss(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     t, r = (level.to(dtype) * shift(x.shape[-1]) for level in (t, r))
-    denoiser = Denoiser(network, schedule, "edm")
-    if stage == 0:
-        target = x
-    else:
+    gap = t - r
+    weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
+    distance = _distance_in_patches if isinstance(network, EPGViT) else _distance
+    denoiser, with_image = Denoiser(network, schedule, "edm"), perceptual is not None and stage > 0
+    per_sample, prediction = distance(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image)
+    terms = {"consistency": per_sample}
+    if with_image:
+        terms["perceptual"] = _perceptual_loss(perceptual, prediction, x, schedule, temperature, gather)
+        per_sample = per_sample + terms["perceptual"]
+    return Loss(per_sample.mean(), per_sample, terms)
+
+
+def _distance_in_patches(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image):
+    """(weighted pseudo-Huber distance [B], the estimate at t as an image if it is wanted)."""
+    target = x
+    if stage > 0:
+        with torch.no_grad(), dropout_from(dropout_seed, x.device):
+            target = denoiser.estimate_in_patches(x + spread(r, x) * noise, r, y).patches()
+    with dropout_from(dropout_seed, x.device):
+        estimate = denoiser.estimate_in_patches(x + spread(t, x) * noise, t, y)
+    image = denoiser.network.unpatchify(estimate.patches()) if with_image else None
+    return estimate.loss(target, weight, huber_c)[0], image
+
+
+def _distance(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image):
+    """The same for any network, on images."""
+    target = x
+    if stage > 0:
         with torch.no_grad(), dropout_from(dropout_seed, x.device):
             target = denoiser(x + spread(r, x) * noise, r, y)
     with dropout_from(dropout_seed, x.device):
         prediction = denoiser(x + spread(t, x) * noise, t, y)
     distance = (prediction - target).square().flatten(1).sum(dim=1)
-    huber = distance / (distance.detach() + huber_c**2).sqrt()
-    gap = t - r
-    weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
-    per_sample = huber * weight
-    terms = {"consistency": per_sample}
-    if perceptual is not None and stage > 0:
-        terms["perceptual"] = _perceptual_loss(perceptual, prediction, x, schedule, temperature, gather)
-        per_sample = per_sample + terms["perceptual"]
-    return Loss(per_sample.mean(), per_sample, terms)
+    return weight * distance / (distance.detach() + huber_c**2).sqrt(), prediction
 
 
 def _perceptual_loss(encoder, prediction, x, schedule, temperature, gather):

@@ -6,6 +6,7 @@ import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import spread
+from epg_fast.models import EPGViT
 from epg_fast.objectives.loss import Loss
 from epg_fast.objectives.seeding import dropout_from
 
@@ -23,7 +24,8 @@ def denoising_loss(
 ) -> Loss:
     """mean((D(x + t n, t, y) - x)^2) / (sigma(i) - sigma(i+1)) per sample.
 
-    network: EPGViT. x, noise: [B,C,H,W]; y: [B] labels (already dropped where they are to be) or None.
+    network: EPGViT, whose output is compared patch by patch, or a function of the same arguments.
+    x, noise: [B,C,H,W]; y: [B] labels (already dropped where they are to be) or None.
     sigma: [B] unshifted; it is snapped to the nearest of the schedule's levels, t = sigma(i) * H/64.
     dropout_seed: where the network's dropout is drawn from; None takes the global random state.
     Terms: `index` (i, int64) and `squared_error` (unweighted).
@@ -31,8 +33,13 @@ def denoising_loss(
     dtype = torch.promote_types(x.dtype, torch.float32)
     index = schedule.nearest(sigma)
     level = schedule.sigma(index, dtype) * shift(x.shape[-1])
+    weight = schedule.weight(index, dtype)
+    noised, denoiser = x + spread(level, x) * noise, Denoiser(network, schedule, parameterization)
     with dropout_from(dropout_seed, x.device):
-        denoised = Denoiser(network, schedule, parameterization)(x + spread(level, x) * noise, level, y)
-    squared_error = (denoised - x).square().flatten(1).mean(dim=1)
-    per_sample = squared_error * schedule.weight(index, dtype)
+        if isinstance(network, EPGViT):
+            per_sample, distance = denoiser.estimate_in_patches(noised, level, y).loss(x, weight)
+            squared_error = distance / x[0].numel()
+        else:
+            squared_error = (denoiser(noised, level, y) - x).square().flatten(1).mean(dim=1)
+            per_sample = squared_error * weight
     return Loss(per_sample.mean(), per_sample, {"index": index, "squared_error": squared_error})

@@ -279,7 +279,7 @@ def _flops(shape: tuple[int, int, int], backward: bool = False) -> int:
 
 SPEC = OpSpec(
     name="gate_residual_norm_modulate",
-    shapes=((256, 258, 768), (64, 258, 1024), (64, 258, 1584), (64, 258, 1920), (64, 258, 2688)),
+    shapes=((64, 258, 1584), (256, 258, 768), (64, 258, 1024), (64, 258, 1920), (64, 258, 2688)),
     odd_shapes=((3, 17, 40), (1, 199, 40), (1, 17, 768), (2, 3, 1584)),
     bytes=_bytes,
     flops=_flops,

@@ -38,8 +38,8 @@ def run(config: SampleConfig) -> None:
         log.info("%s already holds these samples", outdir)
         return
     device = resolve_device(config.device)
-    model = _generator(config.checkpoint, device)
-    weak = _generator(config.autoguidance, device) if config.autoguidance else None
+    model = _generator(config.checkpoint, config, device)
+    weak = _generator(config.autoguidance, config, device) if config.autoguidance else None
     labels = choose_labels(config.labels, config.num, model.num_classes, config.seed)
     _claim_folder(outdir, settings)
     pixels = np.empty((config.num, model.image_size, model.image_size, model.in_chans), np.uint8)
@@ -99,11 +99,11 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
     return [chosen[i % len(chosen)] for i in range(num)]
 
 
-def _generator(source: str, device: torch.device) -> EPGViT:
+def _generator(source: str, config: SampleConfig, device: torch.device) -> EPGViT:
     model = from_pretrained(source, device=device)
     if not isinstance(model, EPGViT):
         raise ValueError(f"{source} holds a pre-trained encoder, which cannot draw images; fine-tune it first")
-    return model
+    return model.use_ops(config.ops)
 
 
 def _churn(config: SampleConfig) -> dict:

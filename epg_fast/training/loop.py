@@ -38,6 +38,7 @@ log = logging.getLogger("epg_fast")
 _FREE = (
     "device",
     "compile",
+    "ops",
     "data.workers",
     "data.path",
     "checkpoint_every",

@@ -29,7 +29,7 @@ class Stage:
 
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        self.network = network.to(ranks.device).train()
+        self.network = network.use_ops(config.ops).to(ranks.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
 
     @property
@@ -211,4 +211,4 @@ def _frozen_encoder(config: ConsistencyConfig, ranks: Ranks):
     wanted = network_config(config)["image_size"]
     if encoder.image_size != wanted:
         raise ValueError(f"perceptual {config.perceptual}: made for {encoder.image_size} pixels, the run has {wanted}")
-    return encoder.to(ranks.device).eval().requires_grad_(False)
+    return encoder.use_ops(config.ops).to(ranks.device).eval().requires_grad_(False)

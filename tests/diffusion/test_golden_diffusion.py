@@ -19,7 +19,7 @@ from epg_fast.diffusion import (
 )
 from epg_fast.models import EPGViT
 from epg_fast.training.optimizer import lr_factor
-from tests.golden_data import GOLDEN, Case
+from tests.golden_data import GOLDEN, Case, each_backend, each_backend_and_dtype
 
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())
 
@@ -77,17 +77,17 @@ def test_consistency_stage(entry):
         assert consistency_stage(step, d0, d1, entry["delta"], inclusive=False) == entry["stage_in_training_loop"][i]
 
 
-def _network(case):
-    network = EPGViT(**case.config["model"])
+def _network(case, ops="auto"):
+    network = EPGViT(**case.config["model"]).use_ops(ops)
     network.load_state_dict(case.weights())
     return network.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("parameterization", ["x0", "edm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_denoiser(parameterization, dtype):
+@each_backend_and_dtype
+def test_denoiser(parameterization, dtype, ops):
     case = Case("gen_denoise")
-    denoiser = Denoiser(_network(case).to(dtype), parameterization=parameterization)
+    denoiser = Denoiser(_network(case, ops).to(dtype), parameterization=parameterization)
     x, sigma = case["x_t"].to(dtype), case["sigma"].to(dtype)
     case.check(f"{parameterization}.model_output", denoiser.network_output(x, sigma, case["y"]))
     case.check(f"{parameterization}.denoised", denoiser(x, sigma, case["y"]))
@@ -100,9 +100,10 @@ def _options(case, name):
 
 @pytest.mark.parametrize("parameterization", ["x0", "edm"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_sampler(parameterization, name):
+@each_backend
+def test_sampler(parameterization, name, ops):
     case = Case("samplers")
-    denoiser = Denoiser(_network(case), parameterization=parameterization)
+    denoiser = Denoiser(_network(case, ops), parameterization=parameterization)
     levels = NoiseSchedule().levels(case.config["steps"], 32)
     torch.testing.assert_close(torch.tensor(levels), case["sigmas"], rtol=1e-6, atol=0)
     got = SAMPLERS[name](denoiser, case["initial_noise"], levels, case["y"], **_options(case, name))
@@ -117,11 +118,12 @@ def test_heun_trajectory():
     case.check("x0.heun.trajectory", states)
 
 
+@each_backend
 @pytest.mark.parametrize("name", ["x0.heun", "edm.euler"])
-def test_interval_guidance(name):
+def test_interval_guidance(name, ops):
     """Same samples as the official code, and the extra unconditional evaluation only inside the interval."""
     case = Case("samplers")
-    network, cfg = _network(case), case.config["interval_cfg"]
+    network, cfg = _network(case, ops), case.config["interval_cfg"]
     parameterization, sampler = name.split(".")
     calls = []
 

@@ -6,25 +6,26 @@ import pytest
 import torch
 
 from epg_fast.models import EPGViT, RCMViT
-from epg_fast.models.blocks import timestep_embedding
-from tests.golden_data import GOLDEN, Case, names
+from epg_fast.ops import timestep_embedding
+from tests.golden_data import GOLDEN, Case, each_backend, each_backend_and_dtype, names
 
 COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())["parameter_counts"]
 
 
-def test_timestep_embedding():
+@each_backend
+def test_timestep_embedding(ops):
     case = Case("timestep_embedding")
     for dim in case.config["dims"]:
-        case.check(f"embedding_dim{dim}", timestep_embedding(case["t"], dim))
+        case.check(f"embedding_dim{dim}", timestep_embedding(case["t"], dim, backend=ops))
 
 
 @pytest.mark.parametrize("name", names("epgvit_"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_generator_output_and_gradients(name, dtype):
+@each_backend_and_dtype
+def test_generator_output_and_gradients(name, dtype, ops):
     case = Case(name)
     model = EPGViT(**case.config["model"])
     model.load_state_dict(case.weights(), strict=True)
-    model.to(dtype)
+    model.to(dtype).use_ops(ops)
     x = case["x"].to(dtype).requires_grad_()
     out = model(x, case["t"].to(dtype), case["y"])
     assert out.dtype == dtype
@@ -34,12 +35,13 @@ def test_generator_output_and_gradients(name, dtype):
     case.check_gradients(model)
 
 
+@each_backend
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_encoder_output_and_running_statistics(mode):
+def test_encoder_output_and_running_statistics(mode, ops):
     case = Case("rcmvit_forward")
     model = RCMViT(**case.config["model"])
     model.load_state_dict(case.weights(), strict=True)
-    projection, feature = model.train(mode == "train")(case["x"], case["t"])
+    projection, feature = model.use_ops(ops).train(mode == "train")(case["x"], case["t"])
     case.check(f"{mode}.proj", projection)
     case.check(f"{mode}.feat", feature)
     buffers = dict(model.named_buffers())

@@ -6,22 +6,22 @@ import torch
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import EPGViT, RCMViT
 from epg_fast.objectives import consistency_loss, denoising_loss, info_nce, interpolated_temperature, pretraining_loss
-from tests.golden_data import Case, names
+from tests.golden_data import Case, each_backend_and_dtype, names
 
 
-def _load(cls, config, weights, trainable=True):
-    model = cls(**config)
+def _load(cls, config, weights, ops, trainable=True):
+    model = cls(**config).use_ops(ops)
     model.load_state_dict(weights)
     return model.requires_grad_(trainable).train(trainable)
 
 
 @pytest.mark.parametrize("index", Case("pretrain_step").config["indices"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pretraining_step(index, dtype):
+@each_backend_and_dtype
+def test_pretraining_step(index, dtype, ops):
     case = Case("pretrain_step")
     config = case.config
-    online = _load(RCMViT, config["model"], case.weights("online")).to(dtype)
-    target = _load(RCMViT, config["model"], case.weights("target"), trainable=False).to(dtype)
+    online = _load(RCMViT, config["model"], case.weights("online"), ops).to(dtype)
+    target = _load(RCMViT, config["model"], case.weights("target"), ops, trainable=False).to(dtype)
     images = [case[name].to(dtype) for name in ("x_start", "x_aug", "x_aug2", "noise")]
     schedule = NoiseSchedule(config["num_timesteps"])
     result = pretraining_loss(online, target, *images, index, schedule, temperature=config["tmin_tau"])
@@ -39,10 +39,10 @@ def test_pretraining_step(index, dtype):
 
 
 @pytest.mark.parametrize("name", names("denoise_"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_denoising_step(name, dtype):
+@each_backend_and_dtype
+def test_denoising_step(name, dtype, ops):
     case = Case(name)
-    model = _load(EPGViT, case.config["model"], case.weights()).to(dtype)
+    model = _load(EPGViT, case.config["model"], case.weights(), ops).to(dtype)
     result = denoising_loss(
         model,
         case["x_start"].to(dtype),
@@ -60,13 +60,13 @@ def test_denoising_step(name, dtype):
 
 
 @pytest.mark.parametrize("variant", ["stage0", "stage0_with_encoder", "stage2", "stage2_perceptual"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_consistency_step(variant, dtype):
+@each_backend_and_dtype
+def test_consistency_step(variant, dtype, ops):
     case = Case("consistency_step")
-    model = _load(EPGViT, case.config["model"], case.weights("gen")).to(dtype)
+    model = _load(EPGViT, case.config["model"], case.weights("gen"), ops).to(dtype)
     perceptual = None
     if variant in ("stage2_perceptual", "stage0_with_encoder"):
-        perceptual = _load(RCMViT, case.config["perceptual_model"], case.weights("rcm"), trainable=False).to(dtype)
+        perceptual = _load(RCMViT, case.config["perceptual_model"], case.weights("rcm"), ops, trainable=False).to(dtype)
     stage = int(variant[5])
     recorded = variant.removesuffix("_with_encoder")
     result = consistency_loss(

@@ -1,0 +1,206 @@
+"""One switch for the networks' operations: the same results, the same checkpoints, one graph, with any backend."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from epg_fast.diffusion import NoiseSchedule
+from epg_fast.models import EPGViT, RCMViT
+from epg_fast.objectives import consistency_loss, denoising_loss
+
+pytest.importorskip("triton")
+SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+DECODER = {"decoder_depth": 2, "decoder_embed_dim": 40, "decoder_num_heads": 2, "num_classes": 5}
+FORMS = {
+    "as released": {},
+    "decoder deeper than the encoder": {"decoder_depth": 3},
+    "encoder as wide as the decoder": {"decoder_embed_dim": 48},
+    "three class tokens": {"tokens": 3},
+    "no classes": {"num_classes": 0},
+    "qkv bias and a scale of the scores": {"qkv_bias": True, "qk_scale": 0.3},
+    "no norm after the skips": {"skip_post_norm": False},
+    "activation checkpointing": {"use_checkpoint": True},
+    "projection dropout and stochastic depth": {"drop": 0.5, "drop_path": 0.3},
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter rounds to bfloat16 badly
+
+
+def make(cls=EPGViT, **config):
+    model = cls(**SIZES, **config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(DEVICE)
+
+
+def inputs(model, batch=3):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, 16, 16, generator=generator).to(DEVICE)
+    t = torch.tensor([-1500.0, 3.0, 1400.0])[:batch].to(DEVICE)
+    labelled = isinstance(model, EPGViT) and model.num_classes
+    return (x, t, torch.tensor([0, 5, 2])[:batch].to(DEVICE)) if labelled else (x, t)
+
+
+def outputs_and_gradients(model, arguments):
+    torch.manual_seed(2)
+    out = model(*arguments)
+    out = out if isinstance(out, torch.Tensor) else torch.cat([o.flatten() for o in out])
+    out.square().mean().backward()
+    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_generator_computes_the_same_with_the_fused_kernels(form):
+    plain = make(**DECODER | form)
+    fused = copy.deepcopy(plain).use_ops("triton")
+    x, *rest = inputs(plain)
+    images = [x.clone().requires_grad_() for _ in range(2)]
+    results = [outputs_and_gradients(m, (image, *rest)) for m, image in zip((plain, fused), images, strict=True)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images[1].grad, images[0].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_computes_the_same_with_the_fused_kernels():
+    plain = make(RCMViT, hidden_dim=32, output_dim=16)
+    fused = copy.deepcopy(plain).use_ops("triton")
+    results = [outputs_and_gradients(model, inputs(plain)) for model in (plain, fused)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "pure 16-bit"])
+def test_fused_kernels_run_in_16_bit_as_the_plain_path_does(mode):
+    model = make(**DECODER).eval().requires_grad_(False)
+    x, t, y = inputs(model)
+    want = model(x, t, y)
+    errors = {}
+    for ops in ("auto", "triton"):
+        if mode == "autocast":
+            with torch.autocast(DEVICE, HALF):
+                got = copy.deepcopy(model).use_ops(ops)(x, t, y)
+        else:
+            got = copy.deepcopy(model).use_ops(ops).to(HALF)(x.to(HALF), t, y)
+        errors[ops] = ((got.float() - want).norm() / want.norm()).item()
+        dtypes = errors.setdefault("dtypes", set())
+        dtypes.add(got.dtype)
+    assert len(errors["dtypes"]) == 1
+    assert errors["triton"] < 2 * errors["auto"] < 0.1
+
+
+def test_the_objectives_compute_the_same_with_the_fused_kernels():
+    plain = make(**DECODER)
+    fused = copy.deepcopy(plain).use_ops("triton")
+    x, _, y = inputs(plain)
+    noise, sigma = torch.randn_like(x), torch.tensor([0.3, 1.0, 20.0], device=DEVICE)
+    for loss in (
+        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule()),
+        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule(), parameterization="edm"),
+        lambda m: consistency_loss(m, x, noise, y, sigma, sigma * 0.9, 2, NoiseSchedule()),
+    ):
+        results = []
+        for model in (plain, fused):
+            model.zero_grad()
+            result = loss(model)
+            result.loss.backward()
+            results.append((result.per_sample, result.terms, [p.grad for p in model.parameters()]))
+        torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=1e-5)
+
+
+def test_an_objective_gives_the_same_in_patches_as_for_a_function_that_makes_images():
+    model = make(**DECODER)
+    x, _, y = inputs(model)
+    noise, sigma = torch.randn_like(x), torch.tensor([0.3, 1.0, 20.0], device=DEVICE)
+
+    def function(*arguments):
+        return model(*arguments)
+
+    for loss in (
+        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule(), parameterization="edm"),
+        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule()),
+        lambda m: consistency_loss(m, x, noise, y, sigma, sigma * 0.9, 2, NoiseSchedule()),
+        lambda m: consistency_loss(m, x, noise, y, sigma, sigma * 0.9, 0, NoiseSchedule()),
+    ):
+        in_patches, in_images = loss(model), loss(function)
+        torch.testing.assert_close(in_patches.per_sample, in_images.per_sample, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(in_patches.terms, in_images.terms, rtol=1e-5, atol=1e-6)
+
+
+def test_the_switch_changes_no_parameter_and_can_be_turned_back():
+    model = make(**DECODER)
+    state, arguments = copy.deepcopy(model.state_dict()), inputs(model)
+    before = model(*arguments)
+    assert model.use_ops("triton") is model
+    assert {module.ops for module in model.modules() if hasattr(module, "ops")} == {"triton"}
+    after = model.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[name], state[name]) for name in state)
+    assert torch.equal(model.use_ops("auto")(*arguments), before)
+    assert EPGViT(**SIZES, **DECODER).ops == "auto"
+    with pytest.raises(ValueError, match="use_ops: got backend='cuda', wanted one of auto, triton, reference"):
+        model.use_ops("cuda")
+
+
+def test_fused_kernels_compile_into_one_graph():
+    model = make(**DECODER).use_ops("triton")
+    arguments = inputs(model)
+    wanted = outputs_and_gradients(copy.deepcopy(model), arguments)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    out = compiled(*arguments)
+    out.square().mean().backward()
+    torch.testing.assert_close(out, wanted[0], rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_work_with_the_plain_path_and_are_not_bypassed_by_the_fused_one():
+    class Adapter(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return 2 * self.linear(x)
+
+        weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
+
+    for path in ("blocks.0.mlp.fc1", "decoder_blocks.1.attn.qkv", "decoder_blocks.0.adaLN_modulation.1"):
+        model = make(**DECODER)
+        arguments = inputs(model)
+        before = model(*arguments)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(path)))
+        assert not torch.allclose(model(*arguments), before)
+        if "adaLN" not in path:
+            with pytest.raises(ValueError, match="got a Adapter in the place of a Linear.*use ops='auto'"):
+                model.use_ops("triton")(*arguments)
+
+
+def test_the_modulations_of_all_decoder_blocks_are_one_matrix_product():
+    class Products(TorchDispatchMode):
+        shapes = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function):
+                self.shapes.append(tuple(args[-1].shape))
+            return function(*args, **(kwargs or {}))
+
+    model = make(**DECODER)
+    with torch.no_grad(), Products() as products:
+        model(*inputs(model))
+    assert products.shapes.count((48, 2 * 6 * 40)) == 1
+    assert (48, 6 * 40) not in products.shapes
+
+
+def test_training_on_the_command_line_takes_the_switch(tiny_run, tmp_path):
+    from epg_fast.__main__ import main
+
+    flags = [*tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--steps", "2", "--batch_size", "2"]
+    flags += ["--preview.every", "0"]
+    for ops in ("auto", "triton"):
+        assert main(["finetune-diffusion", *flags, "--outdir", str(tmp_path / ops), "--ops", ops]) == 0
+    lines = [(tmp_path / ops / "metrics.jsonl").read_text().splitlines() for ops in ("auto", "triton")]
+    losses = [[json.loads(line)["loss"] for line in run] for run in lines]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
