@@ -160,7 +160,8 @@ def _patch_embed_prefix_kernel(
 @triton.jit
 def _box_muller(first, second):
     """Two standard normals from two words; sine and cosine without the local memory of the library's."""
-    radius = tl.sqrt(-2.0 * tl.log((first.to(tl.float32) + 0.5) * 2.3283064365386963e-10))
+    logarithm = tl.log((first.to(tl.float32) + 0.5) * 2.3283064365386963e-10)
+    radius = tl.sqrt(tl.maximum(-2.0 * logarithm, 0.0))  # near 1 an approximate logarithm can be positive
     turns = second.to(tl.float32) * 2.3283064365386963e-10
     quarter = (4.0 * turns + 0.5).to(tl.int32)
     x = (turns - 0.25 * quarter.to(tl.float32)) * 6.283185307179586
