@@ -58,7 +58,12 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, e.g. 90 for sm_90"
+        "--arch",
+        type=int,
+        nargs="+",
+        default=[80, 90, 100],
+        choices=[80, 90, 100],
+        help="compute capabilities, e.g. 90 for sm_90",
     )
     parser.add_argument("--op", nargs="+", help="only these operations' Triton kernels, e.g. attention")
     arguments = parser.parse_args()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from epg_fast.diffusion.schedule import NoiseSchedule, shift
+from epg_fast.models import EPGViT
 from epg_fast.ops import patch_loss, patchify
 
 PARAMETERIZATIONS = ("x0", "edm")
@@ -96,6 +97,11 @@ class Denoiser:
             return output
         c_skip, c_out, _ = self.scalings(per_sample(sigma, x), x.shape[-2])
         return spread(c_skip, x) * x + spread(c_out, x) * output
+
+
+def makes_patches(network: Callable) -> bool:
+    """Whether `Denoiser.estimate_in_patches` can ask the network for patches: an EPGViT with its own forward."""
+    return isinstance(network, EPGViT) and type(network).forward is EPGViT.forward
 
 
 def per_sample(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """Building blocks of both networks; parameter names and shapes are those of the released checkpoints.
 
 A module that computes with `epg_fast.ops` has an attribute `ops`, the backend it asks for; `use_ops` of the networks
-sets them all. With "triton" a block hands the weights of its Linears to fused operations; otherwise it calls its
-modules.
+sets them all. With "triton" a block hands the parameters of its modules to fused operations; otherwise it calls them.
 """
 
 from __future__ import annotations
@@ -27,29 +26,9 @@ class LayerNorm(nn.LayerNorm):
 
     ops = "auto"
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        shift: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """x: [B, L, D]; shift, scale: [B, D], [B, 1, D] or None. Returns x's shape, in out_dtype (default: x's)."""
-        return layer_norm_modulate(x, self.weight, self.bias, shift, scale, self.eps, out_dtype, backend=self.ops)
-
-    def after(
-        self,
-        x: torch.Tensor,
-        branch: torch.Tensor,
-        gate: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + gate * branch, the norm of that): [B, L, D] each."""
-        return gate_residual_norm_modulate(
-            x, branch, gate, self.weight, self.bias, shift, scale, self.eps, out_dtype, backend=self.ops
-        )
+    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
+        """x: [B, L, D]; shift, scale: [B, 1, D] or None. Returns x's shape and dtype."""
+        return layer_norm_modulate(x, self.weight, self.bias, shift, scale, eps=self.eps, backend=self.ops)
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -75,17 +54,33 @@ class DropPath(nn.Module):
         return x * keep / (1.0 - self.p)
 
 
-def parameters_of(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, bias) of a plain Linear, for a fused operation that does not call the module.
+def parameters_of(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) of a plain module, for a fused operation that does not call it."""
+    require_plain(module, kind)
+    return module.weight, module.bias
 
-    Raises ValueError for anything else (an adapter, a quantised layer), which the fused operation would bypass.
-    """
-    if type(linear) is not nn.Linear:
+
+def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise ValueError for what a fused operation would bypass: an adapter, a quantised layer, a module with hooks."""
+    if not is_plain(module, kind):
+        found = f"a {type(module).__name__}" if type(module) is not kind else f"a {kind.__name__} with forward hooks"
         raise ValueError(
-            f"ops='triton': got a {type(linear).__name__} in the place of a Linear, which fused operations would bypass"
-            "; use ops='auto'"
+            f"ops='triton': got {found} in the place of a plain {kind.__name__}, which fused operations would bypass; "
+            "use ops='auto'"
         )
-    return linear.weight, linear.bias
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(module) is kind and not module._forward_pre_hooks and not module._forward_hooks
+
+
+def fused_residual_norm(
+    norm: nn.Module, x: torch.Tensor, branch: torch.Tensor, gate=None, shift=None, scale=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * branch in x's dtype, its modulated norm in the dtype of the next matrix product): [B, L, D] each."""
+    weight, bias = parameters_of(norm, LayerNorm)
+    dtype = autocast_dtype(x)
+    return gate_residual_norm_modulate(x, branch, gate, weight, bias, shift, scale, norm.eps, dtype, backend="triton")
 
 
 class Attention(nn.Module):
@@ -134,10 +129,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm transformer block of the encoder.
+    """Pre-LayerNorm transformer block of the encoder."""
 
-    The residual of its MLP is left to the next norm, which adds it and normalises the sum in one pass.
-    """
+    ops = "auto"
 
     def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop=0.0, attn_drop=0.0, drop_path=0.0):
         super().__init__()
@@ -147,20 +141,26 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, branch: [B, L, E], of which the sum enters the block (branch None: x alone).
+    def forward(self, x: torch.Tensor, branch: torch.Tensor | None = None, chained: bool = False):
+        """x: [B, L, E] -> [B, L, E].
 
-        Returns [B, L, E] each: the sum that entered, and x and branch of which the sum leaves the block.
+        `chained`, for blocks that follow each other with ops "triton": x + branch enters, and the residual of the MLP
+        is left to the next norm, which adds it and normalises the sum in one pass. Returns what entered, and x and
+        branch of which the sum leaves: [B, L, E] each.
         """
-        dtype = autocast_dtype(x)
+        if chained:
+            return self._chained(x, branch)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _chained(self, x, branch):
         if branch is None:
-            entered, y = x, self.norm1(x, out_dtype=dtype)
+            weight, bias = parameters_of(self.norm1, LayerNorm)
+            y = layer_norm_modulate(x, weight, bias, None, None, self.norm1.eps, autocast_dtype(x), backend="triton")
         else:
-            entered, y = self.norm1.after(x, branch, out_dtype=dtype)
-        x, y = self.norm2.after(entered, self.drop_path(self.attn(y)), out_dtype=dtype)
-        return entered, x, self.drop_path(self.mlp(y))
+            x, y = fused_residual_norm(self.norm1, x, branch)
+        after, y = fused_residual_norm(self.norm2, x, self.drop_path(self.attn(y)))
+        return x, after, self.drop_path(self.mlp(y))
 
 
 class DecoderBlock(nn.Module):
@@ -194,48 +194,56 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [B, L, D], modulation: [B, 6, D], skip: [B, L, E] or None -> [B, L, D].
+    def forward(
+        self,
+        x: torch.Tensor,
+        cond: torch.Tensor | None,
+        skip: torch.Tensor | None = None,
+        modulation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: [B, L, D], cond: [B, 1, E], skip: [B, L, E] or None -> [B, L, D].
 
-        The modulation is shift, scale and gate of attention, then of the MLP.
+        modulation: what `adaLN_modulation` makes of cond, if it has been computed: [B, 1, 6 D].
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)
+        if modulation is None:
+            modulation = self.adaLN_modulation(cond)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        gate1, gate2 = self.drop_path(gate1), self.drop_path(gate2)
+        if self.ops == "triton":
+            x = x if skip is None else self._fused_skip(x, skip)
+            x, y = self._fused_attention(x, shift1, scale1, gate1, shift2, scale2)
+            return x + gate2 * self.mlp(y)
         if skip is not None:
-            x = self._merge(x, skip)
-        x, y = self._attend(x, shift1, scale1, self.drop_path(gate1), shift2, scale2)
-        return x + self.drop_path(gate2) * self.mlp(y)
+            x = self.skip_norm(self.skip_linear(torch.cat([x, skip], dim=-1)))
+        x = x + gate1 * self.attn(self.norm1(x, shift1, scale1))
+        return x + gate2 * self.mlp(self.norm2(x, shift2, scale2))
 
-    def _merge(self, x, skip):
-        if self.ops == "triton":
-            norm = self.skip_norm if isinstance(self.skip_norm, LayerNorm) else None
-            affine = (norm.weight, norm.bias, norm.eps) if norm else (None, None)
-            return skip_linear(x, skip, *parameters_of(self.skip_linear), *affine, backend="triton")
-        return self.skip_norm(self.skip_linear(torch.cat([x, skip], dim=-1)))
+    def _fused_skip(self, x, skip):
+        norm = (None, None)
+        if not is_plain(self.skip_norm, nn.Identity):
+            norm = (*parameters_of(self.skip_norm, LayerNorm), self.skip_norm.eps)
+        return skip_linear(x, skip, *parameters_of(self.skip_linear), *norm, backend="triton")
 
-    def _attend(self, x, shift1, scale1, gate1, shift2, scale2):
+    def _fused_attention(self, x, shift1, scale1, gate1, shift2, scale2):
         """(x after attention, input of the MLP)."""
-        if self.ops == "triton":
-            attn = self.attn
-            return adaln_attention(
-                x,
-                shift1,
-                scale1,
-                gate1,
-                self.norm1.weight,
-                self.norm1.bias,
-                *parameters_of(attn.qkv),
-                *parameters_of(attn.proj),
-                attn.num_heads,
-                attention_scale=attn.scale,
-                eps=self.norm1.eps,
-                attention_dropout=attn.attn_drop if self.training else 0.0,
-                proj_dropout=attn.proj_drop.p if self.training else 0.0,
-                next_norm=(self.norm2.weight, self.norm2.bias, shift2, scale2),
-                backend="triton",
-            )
-        dtype = autocast_dtype(x)
-        h = self.attn(self.norm1(x, shift1, scale1, dtype))
-        return self.norm2.after(x, h, gate1, shift2, scale2, dtype)
+        attn = self.attn
+        require_plain(attn, Attention)
+        return adaln_attention(
+            x,
+            shift1,
+            scale1,
+            gate1,
+            *parameters_of(self.norm1, LayerNorm),
+            *parameters_of(attn.qkv),
+            *parameters_of(attn.proj),
+            attn.num_heads,
+            attention_scale=attn.scale,
+            eps=self.norm1.eps,
+            attention_dropout=attn.attn_drop if self.training else 0.0,
+            proj_dropout=attn.proj_drop.p if self.training else 0.0,
+            next_norm=(*parameters_of(self.norm2, LayerNorm), shift2, scale2),
+            backend="triton",
+        )
 
 
 class PatchEmbed(nn.Module):

@@ -8,7 +8,15 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed
+from epg_fast.models.blocks import (
+    BatchNorm1d,
+    Block,
+    LayerNorm,
+    PatchEmbed,
+    fused_residual_norm,
+    parameters_of,
+    require_plain,
+)
 from epg_fast.ops import patch_embed, timestep_condition
 from epg_fast.ops.backends import check_backend
 
@@ -82,8 +90,9 @@ class ViTEncoder(nn.Module):
         """Compute with one backend of `epg_fast.ops` from now on, and return the network.
 
         backend: "auto" (the default: plain PyTorch, until a kernel has been measured to be faster), "triton" (the fused
-        kernels; modules whose parameters they take are not called, so hooks on those do not run) or "reference" (plain
-        formulas, attention included). Parameters and results are the same with any of them, up to rounding.
+        kernels, for which modules must be the original ones and free of forward hooks: ValueError in the forward pass
+        otherwise) or "reference" (plain formulas, attention included). Parameters and results are the same with any of
+        them, up to rounding.
         """
         check_backend("use_ops", backend, ("auto", "triton", "reference"))
         for module in self.modules():
@@ -100,6 +109,8 @@ class ViTEncoder(nn.Module):
 
     def _check(self, x: torch.Tensor) -> None:
         wanted = (self.in_chans, self.image_size, self.image_size)
+        if not x.is_floating_point():
+            raise ValueError(f"{type(self).__name__}: got an image in {x.dtype}, want normalised floating pixels")
         if x.ndim != 4 or tuple(x.shape[1:]) != wanted:
             raise ValueError(
                 f"{type(self).__name__}: got shape {list(x.shape)}, want [B, {', '.join(map(str, wanted))}]; "
@@ -112,8 +123,9 @@ class ViTEncoder(nn.Module):
         cls = cls if label is None else cls + label[:, None]
         prefix = torch.cat([cls, time[:, None]], dim=1)
         if self.ops == "triton":
-            projection = self.patch_embed.proj
-            return patch_embed(x, projection.weight, projection.bias, self.pos_embed, prefix, backend="triton")
+            require_plain(self.patch_embed, PatchEmbed)
+            weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
+            return patch_embed(x, weight, bias, self.pos_embed, prefix, backend="triton")
         return torch.cat([prefix, self.patch_embed(x)], dim=1) + self.pos_embed
 
     def _condition(self, t: torch.Tensor, label: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,18 +138,30 @@ class ViTEncoder(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def _run_blocks(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Tokens [B, L, E] -> (output of every block but the last, x and branch whose sum is the last one's)."""
+    def _encode(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Tokens [B, L, E] -> (output of every block, normalised output of the last)."""
         outputs, branch = [], None
+        if self.ops != "triton":
+            for block in self.blocks:
+                x = self._run(block, x)
+                outputs.append(x)
+            return outputs, self.norm(x)
         for block in self.blocks:
-            entered, x, branch = self._run(block, x, branch)
+            entered, x, branch = self._run(block, x, branch, True)
             outputs.append(entered)
-        return outputs[1:], x, branch
+        last, normalised = fused_residual_norm(self.norm, x, branch)
+        return [*outputs[1:], last], normalised
 
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, E] -> normalised first class token [B, E] after the last block."""
-        _, x, branch = self._run_blocks(x)
-        return self.norm(x[:, :1] + branch[:, :1])[:, 0]
+        branch = None
+        for block in self.blocks:
+            if self.ops == "triton":
+                _, x, branch = self._run(block, x, branch, True)
+            else:
+                x = self._run(block, x)
+        x = x[:, :1]
+        return self.norm(x if branch is None else x + branch[:, :1])[:, 0]
 
 
 class RCMViT(ViTEncoder):

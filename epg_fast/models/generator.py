@@ -6,9 +6,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from epg_fast.models.blocks import DecoderBlock, LayerNorm
+from epg_fast.models.blocks import DecoderBlock, LayerNorm, is_plain
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.ops.backends import autocast_dtype
+
+
+def _is_plain_modulation(module: nn.Module) -> bool:
+    """SiLU, then Linear with bias, without hooks, with ordinary parameters."""
+    return (
+        is_plain(module, nn.Sequential)
+        and len(module) == 2
+        and is_plain(module[0], nn.SiLU)
+        and is_plain(module[1], nn.Linear)
+        and type(module[1].weight) is type(module[1].bias) is nn.Parameter
+    )
 
 
 class EPGViT(ViTEncoder):
@@ -119,29 +130,29 @@ class EPGViT(ViTEncoder):
         self._check(x)
         label = self._label_embedding(y)
         time, condition = self._condition(t, label)
-        skips, x, branch = self._run_blocks(self._embed(x, time, label))
-        last, x = self.norm.after(x, branch)
-        skips.append(last)
+        skips, x = self._encode(self._embed(x, time, label))
         if self.encoder_to_decoder is not None:
             x = self.encoder_to_decoder(x)
-        for block, modulation in zip(self.decoder_blocks, self._modulations(condition), strict=True):
-            x = self._run(block, x, modulation, skips.pop() if skips else None)
+        cond = (time if label is None else time + label)[:, None]
+        modulations = self._modulations(condition) or [None] * len(self.decoder_blocks)
+        for block, modulation in zip(self.decoder_blocks, modulations, strict=True):
+            x = self._run(block, x, cond, skips.pop() if skips else None, modulation)
         tokens = self.out(self.out_norm(x[:, self.extras :]))
         return tokens if patches else self.unpatchify(tokens)
 
-    def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """SiLU'd condition [B, E] -> shift, scale, gate, shift, scale, gate [B, 6, D] of every decoder block.
+    def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """SiLU'd condition [B, E] -> [B, 1, 6 D] for every decoder block; None if the blocks must compute their own.
 
-        One matrix product for all blocks: one for each would read its weights at a fraction of the bandwidth.
+        One matrix product for all blocks: one for each would read its weights at a fraction of the bandwidth. Adapters,
+        hooks and sharded or quantised weights have their effect inside the block's own module.
         """
-        layers = [block.adaLN_modulation[-1] for block in self.decoder_blocks]
-        if any(type(layer) is not nn.Linear for layer in layers):  # adapters and the like compute something else
-            modulations = torch.cat([layer(condition) for layer in layers], dim=1)
-        else:
-            dtype = autocast_dtype(condition) or layers[0].weight.dtype
-            weight = torch.cat([layer.weight.to(dtype) for layer in layers])
-            modulations = F.linear(condition, weight, torch.cat([layer.bias.to(dtype) for layer in layers]))
-        return modulations.unflatten(1, (len(layers), 6, -1)).unbind(1)
+        modules = [block.adaLN_modulation for block in self.decoder_blocks]
+        if not modules or not all(_is_plain_modulation(module) for module in modules):
+            return None
+        dtype = autocast_dtype(condition) or modules[0][1].weight.dtype
+        weight = torch.cat([module[1].weight.to(dtype) for module in modules])
+        bias = torch.cat([module[1].bias.to(dtype) for module in modules])
+        return F.linear(condition, weight, bias)[:, None].chunk(len(modules), dim=-1)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [B, N, p*p*C] with features in the order (row, column, channel) -> [B, C, H, W]."""

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
-from epg_fast.diffusion.denoiser import spread
-from epg_fast.models import EPGViT
+from epg_fast.diffusion.denoiser import makes_patches, spread
 from epg_fast.objectives.contrastive import info_nce
 from epg_fast.objectives.loss import Loss
 from epg_fast.objectives.seeding import dropout_from
@@ -44,7 +43,7 @@ def consistency_loss(
     t, r = (level.to(dtype) * shift(x.shape[-1]) for level in (t, r))
     gap = t - r
     weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
-    distance = _distance_in_patches if isinstance(network, EPGViT) else _distance
+    distance = _distance_in_patches if makes_patches(network) else _distance
     denoiser, with_image = Denoiser(network, schedule, "edm"), perceptual is not None and stage > 0
     per_sample, prediction = distance(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image)
     terms = {"consistency": per_sample}

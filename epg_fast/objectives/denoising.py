@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
-from epg_fast.diffusion.denoiser import spread
-from epg_fast.models import EPGViT
+from epg_fast.diffusion.denoiser import makes_patches, spread
 from epg_fast.objectives.loss import Loss
 from epg_fast.objectives.seeding import dropout_from
 
@@ -36,7 +35,7 @@ def denoising_loss(
     weight = schedule.weight(index, dtype)
     noised, denoiser = x + spread(level, x) * noise, Denoiser(network, schedule, parameterization)
     with dropout_from(dropout_seed, x.device):
-        if isinstance(network, EPGViT):
+        if makes_patches(network):
             per_sample, distance = denoiser.estimate_in_patches(noised, level, y).loss(x, weight)
             squared_error = distance / x[0].numel()
         else:

@@ -76,6 +76,8 @@ def adaln_attention(
         h = F.dropout(h, proj_dropout)
     if next_norm is None:
         return (x + per_sample(gate).unsqueeze(1) * h).to(x.dtype)
+    if len(next_norm) != 4:
+        raise ValueError(f"adaln_attention: got next_norm of {len(next_norm)}, wanted (weight, bias, shift, scale)")
     weight, bias, shift, scale = next_norm
     return gate_residual_norm_modulate(x, h, gate, weight, bias, shift, scale, eps, product_dtype, backend=backend)
 
@@ -87,16 +89,17 @@ def _check_shapes(x, gate, qkv_weight, qkv_bias, proj_weight, proj_bias, num_hea
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"adaln_attention: got {num_heads} heads, wanted a divisor of the width D={width}")
     wanted = {
-        "gate": (gate, [(batch, width), (batch, 1, width)]),
-        "qkv_weight": (qkv_weight, [(3 * width, width)]),
-        "qkv_bias": (qkv_bias, [(3 * width,)]),
-        "proj_weight": (proj_weight, [(width, width)]),
-        "proj_bias": (proj_bias, [(width,)]),
+        "qkv_weight": (qkv_weight, (3 * width, width)),
+        "qkv_bias": (qkv_bias, (3 * width,)),
+        "proj_weight": (proj_weight, (width, width)),
+        "proj_bias": (proj_bias, (width,)),
     }
-    for name, (tensor, shapes) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            listed = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"adaln_attention: got {name} of shape {tuple(tensor.shape)}, wanted {listed}")
+    if gate.dim() not in (2, 3) or gate.shape[0] != batch or gate.shape[-1] != width or gate.numel() != batch * width:
+        wanted_gate = f"[{batch}, {width}] or [{batch}, 1, {width}]"
+        raise ValueError(f"adaln_attention: got gate of shape {tuple(gate.shape)}, wanted {wanted_gate}")
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"adaln_attention: got {name} of shape {tuple(tensor.shape)}, wanted {list(shape)}")
 
 
 # A shape is (B, L, H, d); costs are those of the parts and of the two projections, next_norm included.

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+_MAX_GRID = 65_535
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -18,7 +19,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def require_triton(op: str, x: torch.Tensor) -> None:
+def require_triton(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raise ValueError unless Triton can run here, on x and the others together."""
     if not _HAS_TRITON:
         raise ValueError(
             f"{op}: got backend='triton', but Triton is not installed; run `pip install 'triton>=3.6'` "
@@ -28,6 +30,37 @@ def require_triton(op: str, x: torch.Tensor) -> None:
         raise ValueError(
             f"{op}: got backend='triton' with a tensor on {x.device}, wanted one on a CUDA device; move it there, "
             "use backend='reference', or set TRITON_INTERPRET=1 before Python starts, for Triton's interpreter"
+        )
+
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{op}: got tensors on {x.device} and {other.device}, wanted one device; move them there")
+    for tensor in (x, *others):
+        if tensor is not None and tensor.numel() == 0:
+            raise ValueError(
+                f"{op}: got an empty tensor of shape {tuple(tensor.shape)}, wanted at least one value for "
+                "backend='triton'; leave out the call or use backend='reference'"
+            )
+    if not torch.compiler.is_compiling() and _transformed():
+        raise ValueError(
+            f"{op}: got a tensor inside torch.func.jvp or torch.func.grad, which would not see the kernel's "
+            "derivative; use backend='reference'"
+        )
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is active for which a custom operator has no rule."""
+    functorch = torch._C._functorch
+    derivatives = (functorch.TransformType.Jvp, functorch.TransformType.Grad)
+    return any(level.key() in derivatives for level in functorch.get_interpreter_stack() or ())
+
+
+def require_grid(op: str, batch: int) -> None:
+    """Raise ValueError for a batch that is more than a launch's second dimension holds."""
+    if batch > _MAX_GRID:
+        raise ValueError(
+            f"{op}: got a batch of {batch}, wanted at most {_MAX_GRID} for backend='triton'; split it or use "
+            "backend='reference'"
         )
 
 
@@ -43,8 +76,10 @@ def require_dtypes(op: str, allowed: tuple[torch.dtype, ...], **tensors: torch.T
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to matrix products on x's device, None outside autocast.
+    """The dtype that autocast gives to matrix products with x, None outside autocast and for float64, which it leaves.
 
     Custom operators are not autocast-aware: an operation with a matrix product casts its operands to this itself.
     """
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)

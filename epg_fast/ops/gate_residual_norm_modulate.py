@@ -223,7 +223,7 @@ def gate_residual_norm_modulate(
     _check("gate_residual_norm_modulate", backend, x, branch, gate, weight, bias, shift, scale)
     if backend != "triton":
         return gate_residual_norm_modulate_ref(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
-    require_triton_norm("gate_residual_norm_modulate", x)
+    require_triton_norm("gate_residual_norm_modulate", x, branch, gate, weight, bias, shift, scale)
     gate, shift, scale = per_sample(gate), per_sample(shift), per_sample(scale)
     return _forward_op(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)[:2]
 
@@ -250,7 +250,7 @@ def gate_residual_norm_modulate_fp8(
     if backend != "triton":
         x_out = _gate_residual_ref(x, branch, gate)
         return x_out, *layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
-    require_triton_norm(op, x, fp8=True)
+    require_triton_norm(op, x, branch, gate, weight, bias, shift, scale, fp8=True)
     return _fp8_op(x, branch, per_sample(gate), weight, bias, per_sample(shift), per_sample(scale), eps)
 
 

@@ -18,7 +18,7 @@ dshift = G, dscale = weight * H + bias * G, dweight = sum_b (1 + scale) * H, dbi
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import check_backend, interpreting, require_triton
+from epg_fast.ops.backends import check_backend, interpreting, require_grid, require_triton
 from epg_fast.ops.spec import OpSpec
 
 _MAX_TRITON_WIDTH = 4096
@@ -222,7 +222,7 @@ def layer_norm_modulate(
     check_norm_shapes("layer_norm_modulate", x, weight, bias, shift=shift, scale=scale)
     if backend != "triton":
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
-    require_triton_norm("layer_norm_modulate", x)
+    require_triton_norm("layer_norm_modulate", x, weight, bias, shift, scale)
     return _forward_op(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)[0]
 
 
@@ -244,7 +244,7 @@ def layer_norm_modulate_fp8(
     refuse_gradient("layer_norm_modulate_fp8", x, weight, bias, shift, scale)
     if backend != "triton":
         return layer_norm_modulate_fp8_ref(x, weight, bias, shift, scale, eps)
-    require_triton_norm("layer_norm_modulate_fp8", x, fp8=True)
+    require_triton_norm("layer_norm_modulate_fp8", x, weight, bias, shift, scale, fp8=True)
     return _fp8_op(x, weight, bias, per_sample(shift), per_sample(scale), eps)
 
 
@@ -253,9 +253,10 @@ def per_sample(modulation: torch.Tensor | None) -> torch.Tensor | None:
     return modulation.squeeze(1) if modulation is not None and modulation.dim() == 3 else modulation
 
 
-def require_triton_norm(op: str, x: torch.Tensor, fp8: bool = False) -> None:
+def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, fp8: bool = False) -> None:
     """Raise ValueError unless the Triton kernels can run on x's device and width."""
-    require_triton(op, x)
+    require_triton(op, x, *others)
+    require_grid(op, x.shape[0])
     if x.shape[-1] > _MAX_TRITON_WIDTH:
         raise ValueError(
             f"{op}: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "

@@ -138,7 +138,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, backe
     x, weight = x.to(dtype), weight.to(dtype)
     if backend != "triton":
         return linear_gelu_ref(x, weight, bias)
-    require_triton("linear_gelu", x)
+    require_triton("linear_gelu", x, weight, bias)
     require_dtypes("linear_gelu", _DTYPES, x=x, bias=bias)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     return _forward_op(x, weight, bias, needs_gradient)[0]

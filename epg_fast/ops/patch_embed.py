@@ -29,7 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.backends import (
+    autocast_dtype,
+    check_backend,
+    interpreting,
+    require_dtypes,
+    require_grid,
+    require_triton,
+)
 from epg_fast.ops.spec import OpSpec
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -338,13 +345,15 @@ def patch_embed(
     for sigma, noise or c_in that requires a gradient, and for a backend that cannot run here.
     """
     check_backend("patch_embed", backend, ("auto", "triton", "reference"))
+    mean, std = (value.tolist() if isinstance(value, torch.Tensor) else value for value in (mean, std))
     _check_shapes(image, weight, bias, position, prefix)
     _check_prologue(image, mean, std, sigma, noise, seed, first_sample, noise_batch, c_in)
     options = {"mean": mean, "std": std, "sigma": sigma, "noise": noise, "c_in": c_in}
     if backend != "triton":
         drawn = {"seed": seed, "first_sample": first_sample, "noise_batch": noise_batch}
         return patch_embed_ref(image, weight, bias, position, prefix, **options, **drawn, dtype=dtype)
-    require_triton("patch_embed", image)
+    require_triton("patch_embed", image, weight, bias, position, noise, sigma, c_in)
+    require_grid("patch_embed", image.shape[0])
     require_dtypes("patch_embed", (torch.uint8, *_FLOATS), image=image)
     floats = {"weight": weight, "bias": bias, "position": position, "prefix": prefix}
     require_dtypes("patch_embed", _FLOATS, **floats, sigma=sigma, noise=noise, c_in=c_in)
@@ -406,7 +415,10 @@ def _check_shapes(image, weight, bias, position, prefix) -> None:
     if prefix is not None and (prefix.dim() != 3 or prefix.shape[0] != batch or prefix.shape[2] != embed):
         raise ValueError(f"patch_embed: got prefix of shape {tuple(prefix.shape)}, wanted [{batch}, T, {embed}]")
     length = (0 if prefix is None else prefix.shape[1]) + (height // patch) * (width // patch)
-    if position is not None and position.shape not in ((length, embed), (1, length, embed)):
+    fits = position is None or (
+        position.dim() in (2, 3) and position.shape[-2] == length and position.shape[-1] == embed
+    )
+    if not fits or (position is not None and position.dim() == 3 and position.shape[0] != 1):
         raise ValueError(
             f"patch_embed: got position of shape {tuple(position.shape)}, wanted [{length}, {embed}] or "
             f"[1, {length}, {embed}]: one row per prefix token and patch"
@@ -444,8 +456,8 @@ def _check_prologue(image, mean, std, sigma, noise, seed, first_sample, noise_ba
                     f"patch_embed: got {name} of shape {tuple(value.shape)} in {value.dtype} on {value.device}, wanted "
                     f"one torch.int64 on {image.device}"
                 )
-        elif value is not None and not 0 <= value < 2**63:
-            raise ValueError(f"patch_embed: got {name}={value}, wanted a number from 0 to 2^63 - 1")
+        elif isinstance(value, float) or (value is not None and not 0 <= value < 2**63):
+            raise ValueError(f"patch_embed: got {name}={value}, wanted an integer from 0 to 2^63 - 1")
 
 
 _EXTRAS = 2  # prefix tokens that the presets have: a class token and the time token

@@ -20,7 +20,7 @@ import math
 
 import torch
 
-from epg_fast.ops.backends import check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.backends import check_backend, interpreting, require_dtypes, require_grid, require_triton
 from epg_fast.ops.spec import OpSpec
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -192,7 +192,8 @@ def patch_loss(
         raise ValueError(f"patch_loss: got huber_c={huber_c}, wanted a positive number, or None for the mean")
     if backend != "triton":
         return patch_loss_ref(tokens, **tensors, huber_c=huber_c)
-    require_triton("patch_loss", tokens)
+    require_triton("patch_loss", tokens, *tensors.values())
+    require_grid("patch_loss", tokens.shape[0])
     require_dtypes("patch_loss", _FLOATS, tokens=tokens, **tensors)
     return _forward_op(tokens, target, scale, offset, offset_scale, weight, huber_c)
 
@@ -226,7 +227,7 @@ def _check_image(name: str, image: torch.Tensor, tokens: torch.Tensor) -> None:
     batch, patches, values = tokens.shape
     if image.dim() == 4 and image.shape[0] == batch:
         _, channels, height, width = image.shape
-        patch = math.isqrt(values // channels)
+        patch = math.isqrt(int(values // channels)) if channels else 0
         fits = patch > 0 and patch**2 * channels == values and height % patch == 0 and width % patch == 0
         if fits and (height // patch) * (width // patch) == patches:
             return

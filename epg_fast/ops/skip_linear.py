@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.backends import (
+    autocast_dtype,
+    check_backend,
+    interpreting,
+    require_dtypes,
+    require_grid,
+    require_triton,
+)
 from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_ref,
@@ -180,10 +187,11 @@ def skip_linear(
     x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
     if backend != "triton":
         return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps)
-    require_triton("skip_linear", x)
+    require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
     require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     if norm_weight is not None:
         require_triton_norm("skip_linear", weight.t())
+        require_grid("skip_linear", x.shape[0])
     return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, eps)[0]
 
 

@@ -9,7 +9,7 @@ Source: Vaswani et al., "Attention Is All You Need" (2017); Peebles & Xie, "Scal
 Transformers" (2023); the time condition 250 ln(sigma): SPEC 2.
 
 Shapes: t: [B]; label: [B, dim] or None; time, condition: [B, dim].
-Dtypes: t float32 (float64: reference only); the embedding is computed in t's dtype, at least float32, and rounded to
+Dtypes: t any (float64: reference only); the embedding is computed in t's dtype, at least float32, and rounded to
 `dtype`; the condition has the dtype that adding label to it gives.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients. It grows with
 t: a float32 phase of 1600 is known to 1e-4.
@@ -183,16 +183,16 @@ def timestep_embedding(
 
     t: 250 ln(sigma), may be negative; with of_sigma the level sigma > 0 itself (shifted). dtype: of the result, by
     default float32, or float64 when t is float64.
-    backend: "reference" (plain PyTorch), "triton" (one kernel; t in float32) or "auto": the reference, until the kernel
-    has been measured to beat torch.compile on a GPU.
+    backend: "reference" (plain PyTorch), "triton" (one kernel; t not in float64) or "auto": the reference, until the
+    kernel has been measured to beat torch.compile on a GPU.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend("timestep_embedding", backend, ("auto", "triton", "reference"))
-    _check_shapes("timestep_embedding", t, dim, None)
+    _check("timestep_embedding", t, dim, max_period, None)
     if backend != "triton":
         return timestep_embedding_ref(t, dim, max_period, of_sigma=of_sigma, dtype=dtype)
     _require_triton("timestep_embedding", t)
-    return _forward_op(t, None, dim, max_period, of_sigma, dtype or torch.float32, False)[0]
+    return _forward_op(t.float(), None, dim, max_period, of_sigma, dtype or torch.float32, False)[0]
 
 
 def timestep_condition(
@@ -210,22 +210,24 @@ def timestep_condition(
     label: class embedding [B, dim] or None. The other arguments, and the errors, are those of `timestep_embedding`.
     """
     check_backend("timestep_condition", backend, ("auto", "triton", "reference"))
-    _check_shapes("timestep_condition", t, dim, label)
+    _check("timestep_condition", t, dim, max_period, label)
     if backend != "triton":
         return timestep_condition_ref(t, dim, label, max_period, of_sigma=of_sigma, dtype=dtype)
     _require_triton("timestep_condition", t, label)
-    return _forward_op(t, label, dim, max_period, of_sigma, dtype or torch.float32, True)
+    return _forward_op(t.float(), label, dim, max_period, of_sigma, dtype or torch.float32, True)
 
 
 def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None) -> None:
-    require_triton(op, t)
-    require_dtypes(op, (torch.float32,), t=t)
+    require_triton(op, t, label)
+    require_dtypes(op, (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32), t=t)
     require_dtypes(op, (torch.float32, torch.bfloat16, torch.float16), label=label)
 
 
-def _check_shapes(op: str, t: torch.Tensor, dim: int, label: torch.Tensor | None) -> None:
-    if t.dim() != 1 or not t.is_floating_point():
-        raise ValueError(f"{op}: got t of shape {tuple(t.shape)} in {t.dtype}, wanted [B] in a floating dtype")
+def _check(op: str, t: torch.Tensor, dim: int, max_period: float, label: torch.Tensor | None) -> None:
+    if t.dim() != 1:
+        raise ValueError(f"{op}: got t of shape {tuple(t.shape)}, wanted [B]")
+    if not max_period > 0:
+        raise ValueError(f"{op}: got max_period={max_period}, wanted a positive number")
     if dim < 2:
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
     if label is not None and label.shape != (t.shape[0], dim):

@@ -13,6 +13,7 @@ from epg_fast.diffusion import NoiseSchedule, consistency_r, consistency_stage, 
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
 from epg_fast.objectives import Loss, consistency_loss, denoising_loss, pretraining_loss
+from epg_fast.ops.backends import require_triton
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
 
@@ -29,6 +30,8 @@ class Stage:
 
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
         self.config, self.ranks = config, ranks
+        if config.ops == "triton":
+            require_triton("--ops triton", torch.empty(1, device=ranks.device))
         self.network = network.use_ops(config.ops).to(ranks.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
 

@@ -107,7 +107,8 @@ def _norm_modulate_fwd_kernel(
         largest = tl.max(tl.abs(tl.where(live, out, 0.0)), 1, keep_dims=True)
         step = tl.where(largest > 0, largest / FP8_MAX, 1.0)
         tl.store(row_scale + row, step, mask=exists)
-        out = tl.minimum(tl.maximum(out / step, -FP8_MAX), FP8_MAX)
+        out /= step
+        out = tl.where(out == out, tl.minimum(tl.maximum(out, -FP8_MAX), FP8_MAX), out)  # NaN stays
 
     tl.store(y + row * D + columns, out.to(y.dtype.element_ty), mask=live)
     tl.store(mean + row, mu, mask=exists)

@@ -42,10 +42,17 @@ BATCH_TILE = 8  # images whose gradients are loaded at a time
 ROW_TILE = 16  # rows loaded at a time for the bias's gradient
 
 
-def config_for(dtype: torch.dtype, precision: str, rows: int) -> Config:
+def config_for(dtype: torch.dtype, precision: str, rows: int, device: torch.device) -> Config:
     if dtype == torch.float32:
         return IEEE if precision == "ieee" else TF32
-    return NARROW if rows < FEW_ROWS else WIDE
+    return WIDE if rows >= FEW_ROWS and _wide_fits(device) else NARROW
+
+
+def _wide_fits(device: torch.device) -> bool:
+    """Three stages of wide tiles take 160 KiB of shared memory, of which consumer GPUs have 99."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
 
 
 @triton.jit
@@ -365,7 +372,7 @@ def patch_embed_fwd(
     tokens = torch.empty((image.shape[0], length, width), dtype=dtype, device=image.device)
     with torch.cuda.device_of(image):
         pixels = _pixels(image, noise, seed, first_sample, noise_batch, sigma, c_in, factor, shift, weight.dtype)
-        config = config_for(weight.dtype, _precision(), rows)
+        config = config_for(weight.dtype, _precision(), rows, weight.device)
         _patch_embed_fwd_kernel[(triton.cdiv(rows, config.block_rows) * triton.cdiv(width, config.block_columns),)](
             pixels,
             weight.contiguous(),
@@ -450,7 +457,7 @@ def patch_embed_bwd(
 
 def _image_gradient(dtokens, shape, weight, c_in, factor, dtype) -> torch.Tensor:
     dims, rows = _dimensions(shape, weight)
-    config = config_for(weight.dtype, _precision(), rows)
+    config = config_for(weight.dtype, _precision(), rows, weight.device)
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(weight[0].numel(), config.block_columns)
     dimage = torch.empty(shape, dtype=dtype, device=dtokens.device)
     _patch_embed_bwd_image_kernel[(tiles,)](
@@ -472,7 +479,7 @@ def _image_gradient(dtokens, shape, weight, c_in, factor, dtype) -> torch.Tensor
 def _weight_gradient(dtokens, pixels, weight) -> torch.Tensor:
     dims, rows = _dimensions(pixels.shape, weight)
     width, values = weight.shape[0], weight[0].numel()
-    config = config_for(weight.dtype, _precision(), rows)
+    config = config_for(weight.dtype, _precision(), rows, weight.device)
     tiles = triton.cdiv(width, config.block_rows) * triton.cdiv(values, config.block_columns)
     blocks = triton.cdiv(rows, config.block_inner)
     steps = triton.cdiv(blocks, _splits(tiles))

@@ -155,27 +155,140 @@ def test_fused_kernels_compile_into_one_graph():
         torch.testing.assert_close(parameter.grad, wanted[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_work_with_the_plain_path_and_are_not_bypassed_by_the_fused_one():
-    class Adapter(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.linear = linear
+class Adapter(torch.nn.Module):
+    """Changes what a module computes, and shows its parameters, as adapters do."""
 
-        def forward(self, x):
-            return 2 * self.linear(x)
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
 
-        weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
+    def forward(self, *args):
+        return self.module(*args).flip(-1)
 
-    for path in ("blocks.0.mlp.fc1", "decoder_blocks.1.attn.qkv", "decoder_blocks.0.adaLN_modulation.1"):
-        model = make(**DECODER)
-        arguments = inputs(model)
-        before = model(*arguments)
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "patch_embed.proj",
+        "blocks.0.mlp.fc1",
+        "blocks.1.norm2",
+        "norm",
+        "decoder_blocks.0.norm1",
+        "decoder_blocks.0.skip_norm",
+        "decoder_blocks.0.skip_linear",
+        "decoder_blocks.1.attn",
+        "decoder_blocks.1.attn.qkv",
+        "decoder_blocks.0.adaLN_modulation",
+        "decoder_blocks.0.adaLN_modulation.1",
+    ],
+)
+@pytest.mark.parametrize("how", ["adapter", "hook"])
+def test_a_changed_module_has_its_effect_or_is_refused(path, how):
+    model = make(**DECODER).eval()
+    arguments = inputs(model)
+    before = model(*arguments)
+    if how == "adapter":
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(path)))
-        assert not torch.allclose(model(*arguments), before)
-        if "adaLN" not in path:
-            with pytest.raises(ValueError, match="got a Adapter in the place of a Linear.*use ops='auto'"):
-                model.use_ops("triton")(*arguments)
+    else:
+        model.get_submodule(path).register_forward_hook(lambda module, args, out: out.flip(-1))
+    changed = model(*arguments)
+    assert not torch.allclose(changed, before, rtol=1e-3)
+    if "adaLN" in path:
+        torch.testing.assert_close(model.use_ops("triton")(*arguments), changed, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match="in the place of a plain .* would bypass; use ops='auto'"):
+            model.use_ops("triton")(*arguments)
+
+
+def test_a_reparametrised_adaln_projection_is_not_read_behind_its_back():
+    model = make(**DECODER).eval()
+    linear = torch.nn.utils.weight_norm(model.decoder_blocks[0].adaLN_modulation[1])
+    before = model(*inputs(model))
+    linear.weight_g.data.mul_(2)
+    assert not torch.allclose(model(*inputs(model)), before, rtol=1e-3)
+
+
+def test_a_plain_block_is_a_function_of_one_tensor_and_hooks_see_tensors():
+    model, seen = make(**DECODER), {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+    model(*inputs(model))
+    called = {name for name, _ in model.named_modules() if name.count(".") < 2} - {"blocks", "decoder_blocks"}
+    assert called <= set(seen)
+    assert all(isinstance(out, torch.Tensor) for out in seen.values())
+    assert {"norm", "blocks.0.norm2", "decoder_blocks.1.adaLN_modulation"} <= set(seen)
+
+
+def test_a_network_with_its_own_forward_is_trained_on_images():
+    class Halved(EPGViT):
+        def forward(self, x, t, y=None):
+            return super().forward(x, t, y) / 2
+
+    model = make(Halved, **DECODER)
+    x, _, y = inputs(model)
+    noise, sigma = torch.randn_like(x), torch.tensor([0.3, 1.0, 20.0], device=DEVICE)
+    for loss in (denoising_loss, lambda *a: consistency_loss(*a[:5], a[4] * 0.9, 1, a[5])):
+        result = loss(model, x, noise, y, sigma, NoiseSchedule())
+        wanted = loss(lambda *a: EPGViT.forward(model, *a) / 2, x, noise, y, sigma, NoiseSchedule())
+        torch.testing.assert_close(result.per_sample, wanted.per_sample)
+
+
+@pytest.mark.parametrize("ops", ["auto", "triton"])
+def test_one_graph_serves_every_batch_size(ops):
+    model = make(**DECODER).use_ops(ops).eval()
+    x, t, y = inputs(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
+    for batch in (3, 2):
+        arguments = x[:batch], t[:batch], y[:batch]
+        torch.testing.assert_close(compiled(*arguments), model(*arguments), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_leaves_float64_alone():
+    model = make(**DECODER).double()
+    x, t, y = inputs(model)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = model(x.double(), t.double(), y)
+    torch.testing.assert_close(out, model(x.double(), t.double(), y))
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+def test_a_derivative_that_the_kernels_have_not_is_refused_not_zero(transform):
+    model = make(**DECODER).use_ops("triton")
+    x, t, y = inputs(model)
+    with pytest.raises(ValueError, match="torch.func.jvp or torch.func.grad.*use backend='reference'"):
+        if transform == "jvp":
+            torch.func.jvp(lambda x: model(x, t, y), (x,), (x,))
+        else:
+            torch.func.grad(lambda x: model(x, t, y).sum())(x)
+
+
+def test_what_the_kernels_cannot_take_is_refused_in_a_line():
+    model = make(**DECODER).use_ops("triton")
+    x, t, y = inputs(model)
+    with pytest.raises(ValueError, match=r"got an empty tensor of shape \(0,\)"):
+        model(x[:0], t[:0], y[:0])
+    with pytest.raises(ValueError, match="got an image in torch.uint8, want normalised floating pixels"):
+        model(x.to(torch.uint8), t, y)
+
+
+def test_training_without_a_gpu_says_so_before_it_writes(tiny_run, tmp_path, monkeypatch, capsys):
+    from epg_fast.__main__ import main
+
+    if DEVICE == "cuda":
+        pytest.skip("there is a GPU")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    flags = [*tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--ops", "triton"]
+    assert main(["finetune-diffusion", *flags, "--outdir", str(tmp_path / "run")]) == 2
+    assert "wanted one on a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_modulations_of_all_decoder_blocks_are_one_matrix_product():

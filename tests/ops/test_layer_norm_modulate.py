@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from epg_fast.ops.backends import interpreting
 from epg_fast.ops.layer_norm_modulate import (
     SPEC,
     layer_norm_modulate,
@@ -146,6 +147,18 @@ def test_fp8_keeps_three_mantissa_bits_of_each_row_and_a_row_of_zeros():
     restored = quantized.double() * row_scale[..., None]
     assert ((restored - y).abs() <= y.abs() / 16 + row_scale[..., None] * 2**-10).all()
     assert (quantized.float().abs().amax(-1) == torch.tensor([448.0, 448, 0, 448, 448, 448])).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_fp8_does_not_hide_nan(backend):
+    if backend == "triton" and interpreting():
+        pytest.skip("the interpreter converts NaN to a number")
+    x = torch.zeros(1, 2, 16, device=DEVICE)
+    x[0, 0, 3] = float("nan")
+    ones = torch.ones(16, device=DEVICE)
+    y = layer_norm_modulate_fp8(x, ones, ones, backend=backend)[0].float()
+    assert y[0, 0].isnan().all() and y[0, 1].isfinite().all()
 
 
 def test_fp8_has_no_gradient_and_says_so():
