@@ -375,7 +375,8 @@ def test_flop_counter_counts_the_products(backend):
         ({"sigma": torch.ones(2, requires_grad=True)}, r"got sigma that requires a gradient.*detach\(\) it"),
         ({"noise_batch": 2}, "got noise_batch=2, wanted at least 1 together with seed, or None"),
         ({"noise": None, "seed": 1, "noise_batch": 0}, "got noise_batch=0, wanted at least 1"),
-        ({"noise": None, "seed": -1}, r"got seed=-1, wanted a number from 0 to 2\^63 - 1"),
+        ({"noise": None, "seed": -1}, r"got seed=-1, wanted an integer from 0 to 2\^63 - 1"),
+        ({"noise": None, "seed": 1.9}, r"got seed=1.9, wanted an integer from 0 to 2\^63 - 1"),
         (
             {"noise": None, "seed": 1, "first_sample": torch.zeros(2)},
             r"got first_sample of shape \(2,\) in torch.float32",
