@@ -74,13 +74,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not module._forward_pre_hooks and not module._forward_hooks
 
 
-def fused_residual_norm(
-    norm: nn.Module, x: torch.Tensor, branch: torch.Tensor, gate=None, shift=None, scale=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + gate * branch in x's dtype, its modulated norm in the dtype of the next matrix product): [B, L, D] each."""
+def fused_residual_norm(norm: nn.Module, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + branch in x's dtype, its norm in the dtype of the next matrix product): [B, L, D] each."""
     weight, bias = parameters_of(norm, LayerNorm)
     dtype = autocast_dtype(x)
-    return gate_residual_norm_modulate(x, branch, gate, weight, bias, shift, scale, norm.eps, dtype, backend="triton")
+    return gate_residual_norm_modulate(x, branch, None, weight, bias, eps=norm.eps, out_dtype=dtype, backend="triton")
 
 
 class Attention(nn.Module):
@@ -131,8 +129,6 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-LayerNorm transformer block of the encoder."""
 
-    ops = "auto"
-
     def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop=0.0, attn_drop=0.0, drop_path=0.0):
         super().__init__()
         self.norm1 = LayerNorm(dim)
@@ -156,7 +152,8 @@ class Block(nn.Module):
     def _chained(self, x, branch):
         if branch is None:
             weight, bias = parameters_of(self.norm1, LayerNorm)
-            y = layer_norm_modulate(x, weight, bias, None, None, self.norm1.eps, autocast_dtype(x), backend="triton")
+            dtype = autocast_dtype(x)
+            y = layer_norm_modulate(x, weight, bias, eps=self.norm1.eps, out_dtype=dtype, backend="triton")
         else:
             x, y = fused_residual_norm(self.norm1, x, branch)
         after, y = fused_residual_norm(self.norm2, x, self.drop_path(self.attn(y)))
