@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from epg_kernels import AotCase
+from epg_kernels._launch import matmul_precision
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,6 @@ def linear(
             num_stages=config.num_stages,
         )
     return y, z
-
-
-def matmul_precision() -> str:
-    """How float32 operands are multiplied: as PyTorch's own products do."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def rows_of(tensor: torch.Tensor | None) -> torch.Tensor | None:

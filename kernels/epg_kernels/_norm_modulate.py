@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
+from epg_kernels._launch import stride, unit_stride
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def launch_forward(
     """
     batch, tokens, width = x.shape
     config = config_for(width)
-    x, branch, gate, shift, scale = (_unit_stride(tensor) for tensor in (x, branch, gate, shift, scale))
+    x, branch, gate, shift, scale = (unit_stride(tensor) for tensor in (x, branch, gate, shift, scale))
     x_out = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
     mean = torch.empty((batch, tokens), dtype=accumulation_dtype(x), device=x.device)
@@ -309,11 +310,11 @@ def launch_forward(
             tokens,
             x.stride(0),
             x.stride(1),
-            _stride(branch, 0),
-            _stride(branch, 1),
-            _stride(gate, 0),
-            _stride(shift, 0),
-            _stride(scale, 0),
+            stride(branch, 0),
+            stride(branch, 1),
+            stride(gate, 0),
+            stride(shift, 0),
+            stride(scale, 0),
             D=width,
             EPS=eps,
             FP8_MAX=FP8_MAX,
@@ -344,8 +345,8 @@ def launch_backward(
     """
     batch, tokens, width = x.shape
     config = config_for(width)
-    dy, dx_out, x, branch = (_unit_stride(tensor) for tensor in (dy, dx_out, x, branch))
-    gate, scale = _unit_stride(gate), _unit_stride(scale)
+    dy, dx_out, x, branch = (unit_stride(tensor) for tensor in (dy, dx_out, x, branch))
+    gate, scale = unit_stride(gate), unit_stride(scale)
     weight, bias = weight.contiguous(), bias.contiguous()
     per_program = _tokens_per_program(config)
     chunks = triton.cdiv(tokens, per_program)
@@ -376,14 +377,14 @@ def launch_backward(
             tokens,
             dy.stride(0),
             dy.stride(1),
-            _stride(dx_out, 0),
-            _stride(dx_out, 1),
+            stride(dx_out, 0),
+            stride(dx_out, 1),
             x.stride(0),
             x.stride(1),
-            _stride(branch, 0),
-            _stride(branch, 1),
-            _stride(gate, 0),
-            _stride(scale, 0),
+            stride(branch, 0),
+            stride(branch, 1),
+            stride(gate, 0),
+            stride(scale, 0),
             D=width,
             TOKENS=per_program,
             ROWS=config.rows_backward,
@@ -402,7 +403,7 @@ def launch_backward(
                 dgate,
                 scaled,
                 chunks,
-                _stride(scale, 0),
+                stride(scale, 0),
                 D=width,
                 TILES=_tiles(chunks),
                 TILE=TILE,
@@ -424,14 +425,6 @@ def launch_backward(
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _stride(tensor: torch.Tensor | None, dim: int) -> int:
-    return 0 if tensor is None else tensor.stride(dim)
 
 
 def _tokens_per_program(config: Config) -> int:

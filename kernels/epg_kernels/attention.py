@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
+from epg_kernels._launch import matmul_precision
 
 _LOG2_E = math.log2(math.e)
 _FEW = 2  # keys beyond full blocks that the backward pass takes one by one
@@ -543,8 +544,7 @@ def _alignment(tensor: torch.Tensor) -> int:
 
 
 def _precision(tensor: torch.Tensor) -> str:
-    exact = tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return matmul_precision() if tensor.dtype == torch.float32 else "tf32"
 
 
 def _upcast(tensor: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
+from epg_kernels._launch import matmul_precision, unit_stride
 
 
 @dataclass(frozen=True)
@@ -372,7 +373,7 @@ def patch_embed_fwd(
     tokens = torch.empty((image.shape[0], length, width), dtype=dtype, device=image.device)
     with torch.cuda.device_of(image):
         pixels = _pixels(image, noise, seed, first_sample, noise_batch, sigma, c_in, factor, shift, weight.dtype)
-        config = config_for(weight.dtype, _precision(), rows, weight.device)
+        config = config_for(weight.dtype, matmul_precision(), rows, weight.device)
         _patch_embed_fwd_kernel[(triton.cdiv(rows, config.block_rows) * triton.cdiv(width, config.block_columns),)](
             pixels,
             weight.contiguous(),
@@ -386,7 +387,7 @@ def patch_embed_fwd(
             **_tiles(config, weight.dtype),
         )
         if extras:
-            prefix = _unit_stride(prefix)
+            prefix = unit_stride(prefix)
             _patch_embed_prefix_kernel[(extras, image.shape[0], triton.cdiv(width, COLUMNS))](
                 prefix, position, tokens, length, prefix.stride(0), prefix.stride(1), E=width, BLOCK=COLUMNS
             )
@@ -436,7 +437,7 @@ def patch_embed_bwd(
     pixels: what the forward pass returned; the rest as there.
     """
     needs_image, needs_weight, needs_bias, needs_position = needs
-    dtokens, pixels = _unit_stride(dtokens), _packed(pixels)
+    dtokens, pixels = unit_stride(dtokens), _packed(pixels)
     batch, length, width = dtokens.shape
     dimage = dweight = dbias = dposition = None
     with torch.cuda.device_of(dtokens):
@@ -457,7 +458,7 @@ def patch_embed_bwd(
 
 def _image_gradient(dtokens, shape, weight, c_in, factor, dtype) -> torch.Tensor:
     dims, rows = _dimensions(shape, weight)
-    config = config_for(weight.dtype, _precision(), rows, weight.device)
+    config = config_for(weight.dtype, matmul_precision(), rows, weight.device)
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(weight[0].numel(), config.block_columns)
     dimage = torch.empty(shape, dtype=dtype, device=dtokens.device)
     _patch_embed_bwd_image_kernel[(tiles,)](
@@ -479,7 +480,7 @@ def _image_gradient(dtokens, shape, weight, c_in, factor, dtype) -> torch.Tensor
 def _weight_gradient(dtokens, pixels, weight) -> torch.Tensor:
     dims, rows = _dimensions(pixels.shape, weight)
     width, values = weight.shape[0], weight[0].numel()
-    config = config_for(weight.dtype, _precision(), rows, weight.device)
+    config = config_for(weight.dtype, matmul_precision(), rows, weight.device)
     tiles = triton.cdiv(width, config.block_rows) * triton.cdiv(values, config.block_columns)
     blocks = triton.cdiv(rows, config.block_inner)
     steps = triton.cdiv(blocks, _splits(tiles))
@@ -529,15 +530,11 @@ def _tiles(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_COLUMNS": config.block_columns,
         "BLOCK_INNER": config.block_inner,
-        "PRECISION": _precision(),
+        "PRECISION": matmul_precision(),
         "UPCAST": dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _packed(image: torch.Tensor | None) -> torch.Tensor | None:
@@ -547,10 +544,6 @@ def _packed(image: torch.Tensor | None) -> torch.Tensor | None:
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def aot_cases() -> list[AotCase]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
+from epg_kernels._launch import unit_stride
 
 VALUES = 4096  # loaded at a time by the four warps of a program: four 16-byte accesses of bf16 per lane
 STEPS = 4  # such tiles per program: at batch 64 there are then 8 programs or more per multiprocessor of an H200
@@ -217,8 +218,8 @@ class _Launch:
 
 
 def _launch(tokens, target, scale, offset, offset_scale) -> _Launch:
-    tokens, offset = _unit_stride(tokens), _packed(offset)
-    target = _packed(target) if target.dim() == 4 else _unit_stride(target)
+    tokens, offset = unit_stride(tokens), _packed(offset)
+    target = _packed(target) if target.dim() == 4 else unit_stride(target)
     image = offset if offset is not None else target
     # Without an image any layout will do: each token is one line of one patch.
     _, channels, height, width = image.shape if image.dim() == 4 else (0, tokens.shape[2], 1, tokens.shape[1])
@@ -311,10 +312,6 @@ def _packed(image: torch.Tensor | None) -> torch.Tensor | None:
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def aot_cases() -> list[AotCase]:

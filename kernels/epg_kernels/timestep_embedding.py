@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
+from epg_kernels._launch import stride, unit_stride
 
 
 @triton.jit
@@ -125,10 +126,10 @@ def timestep_embedding_fwd(
     batch = t.shape[0]
     time = torch.empty((batch, dim), dtype=time_dtype, device=t.device)
     condition = None if condition_dtype is None else torch.empty_like(time, dtype=condition_dtype)
-    label = _unit_stride(label)
+    label = unit_stride(label)
     with torch.cuda.device_of(t):
         _timestep_embedding_fwd_kernel[(batch,)](
-            t.contiguous(), label, time, condition, _stride(label), **_constexprs(dim, log_max_period, of_sigma)
+            t.contiguous(), label, time, condition, stride(label, 0), **_constexprs(dim, log_max_period, of_sigma)
         )
     return time, condition
 
@@ -148,7 +149,7 @@ def timestep_embedding_bwd(
     Returns dt [B] and dlabel [B, dim] (None without a label or without dcondition).
     """
     dt = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    dtime, dcondition, label = _unit_stride(dtime), _unit_stride(dcondition), _unit_stride(label)
+    dtime, dcondition, label = unit_stride(dtime), unit_stride(dcondition), unit_stride(label)
     dlabel = None
     if label is not None and dcondition is not None:
         dlabel = torch.empty((t.shape[0], dim), dtype=label.dtype, device=t.device)
@@ -161,9 +162,9 @@ def timestep_embedding_bwd(
             label,
             dt,
             dlabel,
-            _stride(dtime),
-            _stride(dcondition),
-            _stride(label),
+            stride(dtime, 0),
+            stride(dcondition, 0),
+            stride(label, 0),
             **_constexprs(dim, log_max_period, of_sigma),
         )
     return dt, dlabel
@@ -177,14 +178,6 @@ def _constexprs(dim: int, log_max_period: float, of_sigma: bool) -> dict:
         "OF_SIGMA": of_sigma,
         "BLOCK": triton.next_power_of_2(dim),
     }
-
-
-def _unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _stride(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
 
 
 def aot_cases() -> list[AotCase]:
