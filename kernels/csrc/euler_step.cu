@@ -2,15 +2,11 @@
 
 #include "euler_step.h"
 
-#include <torch/csrc/stable/accelerator.h>
+#include "common.cuh"
+
 #include <torch/csrc/stable/library.h>
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
-
-// Only a CUDA build of libtorch has this symbol; weak, so that the library also loads in a CPU build.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace epg_fast {
 namespace {
@@ -41,8 +37,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(float4) == 0; }
-
 void euler_step_cuda(Tensor out, Tensor x, Tensor denoised, double sigma, double sigma_next, std::optional<double> lo,
                      std::optional<double> hi) {
   check_euler_step(out, x, denoised, sigma);
@@ -52,22 +46,18 @@ void euler_step_cuda(Tensor out, Tensor x, Tensor denoised, double sigma, double
   }
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                      aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-                  "euler_step: this PyTorch has no CUDA stream to launch on");
+  const cudaStream_t stream = current_stream("euler_step", device);
 
   float* const out_data = static_cast<float*>(out.mutable_data_ptr());
   const float* const x_data = static_cast<const float*>(x.const_data_ptr());
   const float* const denoised_data = static_cast<const float*>(denoised.const_data_ptr());
-  const bool vectorised = aligned(out_data) && aligned(x_data) && aligned(denoised_data);
+  const bool vectorised = aligned(out_data, 16) && aligned(x_data, 16) && aligned(denoised_data, 16);
   const int64_t vectors = vectorised ? size / 4 : 0;
   const int64_t items = vectorised ? (size + 3) / 4 : size;
   const int64_t blocks = std::min(kMaxBlocks, (items + kThreads - 1) / kThreads);
-  euler_step_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  euler_step_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       out_data, x_data, denoised_data, make_euler_step(sigma, sigma_next, lo, hi), vectors, size);
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "euler_step: launch failed: ", cudaGetErrorString(error));
+  check_launch("euler_step");
 }
 
 }  // namespace

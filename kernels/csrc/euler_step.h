@@ -1,21 +1,12 @@
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "common.h"
 
 #include <cstdint>
 #include <limits>
 #include <optional>
 
-#if defined(__CUDACC__)
-#define EPG_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define EPG_HOST_DEVICE inline
-#endif
-
 namespace epg_fast {
-
-using torch::stable::Tensor;
 
 struct EulerStep {
   float sigma;
@@ -37,16 +28,10 @@ EPG_HOST_DEVICE float clamp(float value, const EulerStep& step) {
 }
 
 inline void check_euler_step_tensor(const char* name, const Tensor& tensor, const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "euler_step: ", name, " must be float32");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "euler_step: ", name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.is_cuda() == x.is_cuda() && tensor.get_device_index() == x.get_device_index(),
-                  "euler_step: ", name, " must be on the same device as x");
-  STD_TORCH_CHECK(tensor.dim() == x.dim(), "euler_step: ", name, " has ", tensor.dim(), " dimensions, x has ", x.dim());
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    STD_TORCH_CHECK(tensor.size(i) == x.size(i), "euler_step: ", name, " has size ", tensor.size(i), " in dimension ", i,
-                    ", x has ", x.size(i));
-  }
+  check_float32("euler_step", name, tensor);
+  check_contiguous("euler_step", name, tensor);
+  check_same_device("euler_step", name, tensor, "x", x);
+  check_same_shape("euler_step", name, tensor, "x", x);
 }
 
 inline void check_euler_step(const Tensor& out, const Tensor& x, const Tensor& denoised, double sigma) {
