@@ -9,7 +9,9 @@ Common arguments
     step_noise: what stochastic samplers add at interval i: a sequence of tensors (or one stacked tensor), or a
         callable i -> tensor; without it, draws from `generator`.
     trajectory: return all states after the intervals, [S-1,B,C,H,W], instead of the last.
-Raises ValueError when there are too few levels.
+    steps_backend: of `sample_euler` and `sample_heun`, the `backend` of `epg_fast.ops.euler_step` and `heun_step`. With
+        "extension" each step is one pass, which overwrites the state that the denoiser saw; float32, no gradients.
+Raises ValueError when there are too few levels, and for a `steps_backend` that cannot run.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from epg_fast.ops import euler_step
+from epg_fast.ops import euler_step, euler_step_, heun_step, heun_step_
 
 Clamp = tuple | None
 StepNoise = Callable[[int], torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor | None
@@ -33,11 +35,14 @@ def sample_euler(
     *,
     clamp: Clamp = (-1.0, 1.0),
     trajectory: bool = False,
+    steps_backend: str = "auto",
 ) -> torch.Tensor:
     """Euler's method on the probability-flow ODE: one evaluation per interval."""
+    estimate, bounds = _estimator(denoiser, y, clamp, steps_backend)
+    advance = euler_step_ if _in_place(steps_backend, trajectory) else euler_step
 
     def step(i, x, sigma, sigma_next):
-        return euler_step(x, _clamped(denoiser, x, sigma, y, clamp), sigma, sigma_next)
+        return advance(x, estimate(x, sigma), sigma, sigma_next, bounds, steps_backend)
 
     return _integrate(step, noise, sigmas, "euler", trajectory)
 
@@ -50,14 +55,17 @@ def sample_heun(
     *,
     clamp: Clamp = (-1.0, 1.0),
     trajectory: bool = False,
+    steps_backend: str = "auto",
 ) -> torch.Tensor:
     """Heun's method (EDM algorithm 2 without churn): two evaluations in every interval, the last included."""
+    estimate, bounds = _estimator(denoiser, y, clamp, steps_backend, own=True)
+    correct = heun_step_ if _in_place(steps_backend, trajectory) else heun_step
 
     def step(i, x, sigma, sigma_next):
-        slope = (x - _clamped(denoiser, x, sigma, y, clamp)) / sigma
-        ahead = x + (sigma_next - sigma) * slope
-        slope_ahead = (ahead - _clamped(denoiser, ahead, sigma_next, y, clamp)) / sigma_next
-        return x + (sigma_next - sigma) * (slope + slope_ahead) / 2
+        denoised = estimate(x, sigma)
+        ahead = euler_step(x, denoised, sigma, sigma_next, bounds, steps_backend)
+        denoised_next = estimate(ahead, sigma_next)
+        return correct(x, denoised, denoised_next, sigma, sigma_next, bounds, steps_backend)
 
     return _integrate(step, noise, sigmas, "heun", trajectory)
 
@@ -191,6 +199,28 @@ def _levels(sigmas, name, least) -> list[float]:
 def _clamped(denoiser, x, sigma, y, clamp):
     denoised = denoiser(x, sigma, y).to(x.dtype)
     return denoised if clamp is None else denoised.clamp(*clamp)
+
+
+def _estimator(denoiser, y, clamp: Clamp, backend: str, own: bool = False):
+    """(x, sigma) -> the clean estimate as the steps of this backend take it, and the clamp that is left to them.
+
+    own: a further evaluation must not change the estimate, as one does whose network has one place for its output.
+    """
+    in_step = backend == "extension" and clamp is not None and not any(isinstance(b, torch.Tensor) for b in clamp)
+    before = None if in_step else clamp
+
+    def estimate(x, sigma):
+        denoised = _clamped(denoiser, x, sigma, y, before)
+        if own and before is None:
+            denoised = denoised.clone()
+        return denoised.contiguous() if backend == "extension" else denoised
+
+    return estimate, clamp if in_step else None
+
+
+def _in_place(backend: str, trajectory: bool) -> bool:
+    """Plain PyTorch gains nothing by it, and a trajectory keeps every state."""
+    return backend == "extension" and not trajectory
 
 
 def _noise_source(step_noise: StepNoise, generator, like: torch.Tensor) -> Callable[[int], torch.Tensor]:

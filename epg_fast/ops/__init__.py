@@ -5,13 +5,14 @@ Importing this package needs neither Triton nor the compiled extension; a backen
 
 from epg_fast.ops.adaln_attention import adaln_attention, adaln_attention_ref
 from epg_fast.ops.attention import attention, attention_ref
-from epg_fast.ops.euler_step import euler_step, euler_step_ref
+from epg_fast.ops.euler_step import euler_step, euler_step_, euler_step_ref
 from epg_fast.ops.extension import extension_status
 from epg_fast.ops.gate_residual_norm_modulate import (
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
     gate_residual_norm_modulate_ref,
 )
+from epg_fast.ops.heun_step import heun_step, heun_step_, heun_step_ref
 from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate,
     layer_norm_modulate_fp8,
@@ -34,11 +35,15 @@ __all__ = [
     "attention",
     "attention_ref",
     "euler_step",
+    "euler_step_",
     "euler_step_ref",
     "extension_status",
     "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_fp8",
     "gate_residual_norm_modulate_ref",
+    "heun_step",
+    "heun_step_",
+    "heun_step_ref",
     "layer_norm_modulate",
     "layer_norm_modulate_fp8",
     "layer_norm_modulate_ref",

@@ -1,7 +1,7 @@
 """One Euler step of the probability-flow ODE, from noise level sigma to sigma_next.
 
     d = (x - clamp(denoised, lo, hi)) / sigma
-    x_next = x + d * (sigma_next - sigma)
+    x_next = x + (sigma_next - sigma) * d
 
 Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1 without
 its second-order correction.
@@ -13,11 +13,12 @@ reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is withi
 """
 
 import functools
+import math
 
 import torch
 
 from epg_fast.ops.backends import check_backend
-from epg_fast.ops.extension import require_extension
+from epg_fast.ops.extension import require_extension, require_extension_tensors, require_no_partial_overlap
 from epg_fast.ops.spec import OpSpec
 
 
@@ -32,10 +33,10 @@ def euler_step_ref(
     if clamp is not None:
         denoised = denoised.clamp(*clamp)
     d = (x - denoised) / sigma
-    return x + d * (sigma_next - sigma)
+    return x + (sigma_next - sigma) * d
 
 
-# The schema and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
+# The schemas and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
 @torch.compiler.assume_constant_result
 def _load_op(x: torch.Tensor) -> None:
     require_extension("euler_step", x)
@@ -46,6 +47,10 @@ def _load_op(x: torch.Tensor) -> None:
 def _register_fake() -> None:
     @torch.library.register_fake("epg_fast::euler_step_out")
     def _(out, x, denoised, sigma, sigma_next, lo, hi):
+        return None
+
+    @torch.library.register_fake("epg_fast::euler_step_")
+    def _(x, denoised, sigma, sigma_next, lo, hi):
         return None
 
 
@@ -65,39 +70,85 @@ def euler_step(
     Raises ValueError for shapes that differ, for sigma = 0 and for a backend that cannot run here.
     """
     check_backend("euler_step", backend, ("auto", "extension", "reference"))
-    if x.shape != denoised.shape:
-        raise ValueError(f"euler_step: got denoised of shape {tuple(denoised.shape)}, wanted {tuple(x.shape)} as x")
-    if sigma == 0:
-        raise ValueError(
-            "euler_step: got sigma=0, wanted a level above 0; leave the final 0 out of the loop's start points"
-        )
+    check_step("euler_step", x, sigma, denoised=denoised)
     if backend != "extension":
         return euler_step_ref(x, denoised, sigma, sigma_next, clamp)
-    _check_extension_inputs(x, denoised)
+    require_extension_tensors("euler_step", x=x, denoised=denoised)
+    lo, hi = clamp_bounds("euler_step", clamp)
     _load_op(x)
-    lo, hi = (None, None) if clamp is None else clamp
     out = torch.empty_like(x)
     torch.ops.epg_fast.euler_step_out(out, x, denoised, sigma, sigma_next, lo, hi)
     return out
 
 
-def _check_extension_inputs(x: torch.Tensor, denoised: torch.Tensor) -> None:
-    for name, tensor in (("x", x), ("denoised", denoised)):
-        if tensor.dtype != torch.float32:
+def euler_step_(
+    x: torch.Tensor,
+    denoised: torch.Tensor,
+    sigma: float,
+    sigma_next: float,
+    clamp: tuple[float, float] | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`euler_step` in place: overwrites x with the step and returns it.
+
+    Arguments as for `euler_step`; denoised may be x itself, but must not overlap a part of it.
+    Raises ValueError as `euler_step` does, and on every backend for tensors of different dtypes or on different devices
+    and for an x that requires a gradient.
+    """
+    check_backend("euler_step_", backend, ("auto", "extension", "reference"))
+    check_step("euler_step_", x, sigma, denoised=denoised)
+    check_in_place("euler_step_", x, denoised=denoised)
+    if backend != "extension":
+        return x.copy_(euler_step_ref(x, denoised, sigma, sigma_next, clamp))
+    require_extension_tensors("euler_step_", x=x, denoised=denoised)
+    require_no_partial_overlap("euler_step_", "x", x, denoised=denoised)
+    lo, hi = clamp_bounds("euler_step_", clamp)
+    _load_op(x)
+    torch.ops.epg_fast.euler_step_(x, denoised, sigma, sigma_next, lo, hi)
+    mark_written(x)
+    return x
+
+
+def check_step(op: str, x: torch.Tensor, sigma: float, **estimates: torch.Tensor) -> None:
+    """What every sampler step asks: estimates shaped like x, and a level to divide by."""
+    for name, tensor in estimates.items():
+        if x.shape != tensor.shape:
+            raise ValueError(f"{op}: got {name} of shape {tuple(tensor.shape)}, wanted {tuple(x.shape)} as x")
+    if sigma == 0:
+        raise ValueError(f"{op}: got sigma=0, wanted a level above 0; leave the final 0 out of the loop's start points")
+
+
+def check_in_place(op: str, x: torch.Tensor, **estimates: torch.Tensor) -> None:
+    """What a step in place asks as well: x can take the result as it is, and nobody needs x for a gradient."""
+    for name, tensor in estimates.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: got {name} on {tensor.device} and x on {x.device}, wanted one device")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{op}: got {name} in {tensor.dtype}, wanted {x.dtype} as x; convert it")
+    if x.requires_grad:
+        raise ValueError(
+            f"{op}: got x that requires a gradient, which a step in place would lose; use {op.removesuffix('_')}"
+        )
+
+
+def clamp_bounds(op: str, clamp: tuple[float, float] | None) -> tuple[float | None, float | None]:
+    """The bounds as the extension takes them."""
+    if clamp is None:
+        return None, None
+    for bound in clamp:
+        if isinstance(bound, torch.Tensor) or (bound is not None and math.isnan(bound)):
             raise ValueError(
-                f"euler_step: got {name} in {tensor.dtype}, wanted torch.float32 for backend='extension'; "
-                "convert it or use backend='reference'"
+                f"{op}: got clamp={clamp}, wanted two numbers for backend='extension'; clamp denoised first or use "
+                "backend='reference'"
             )
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"euler_step: got {name} with strides {tensor.stride()}, wanted it contiguous for backend='extension'; "
-                "call .contiguous() or use backend='reference'"
-            )
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"euler_step: got {name} that requires a gradient, which backend='extension' has not; "
-                "use torch.no_grad() or backend='reference'"
-            )
+    lo, hi = clamp
+    return lo, hi
+
+
+def mark_written(x: torch.Tensor) -> None:
+    """Tell autograd that x changed, as PyTorch's own operations in place do: saved tensors are checked against it."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(x)
 
 
 def _bytes(shape: tuple[int, ...], itemsize: int) -> int:

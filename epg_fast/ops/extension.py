@@ -1,11 +1,19 @@
 """Finds and loads the compiled C++/CUDA extension, once, when it is first needed."""
 
 import functools
+import os
+import re
+import struct
 from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).with_name("_extension.abi3.so")
+# What this version of the package calls in torch.ops.epg_fast: a library built from older sources lacks some of it.
+OPERATORS = ("build_info", "euler_step_", "euler_step_out", "heun_step_", "heun_step_out")
+
+# EPG_EXTENSION chooses another build of the library, such as one with AddressSanitizer.
+_CHOSEN = os.environ.get("EPG_EXTENSION")
+_LIBRARY = Path(_CHOSEN) if _CHOSEN else Path(__file__).with_name("_extension.abi3.so")
 _REBUILD = (
     "`pip install --force-reinstall --no-deps .` in the source tree (with torch, cmake and a C++ compiler installed)"
 )
@@ -15,18 +23,85 @@ _REBUILD = (
 def extension_status() -> tuple[bool, str]:
     """Load the extension if it is there; returns (available, one line that says what was loaded or why nothing was)."""
     if not _LIBRARY.is_file():
+        if _CHOSEN:
+            return False, f"not found: EPG_EXTENSION is {_CHOSEN}, which is not a file; correct it or unset it"
         return False, f"not built: {_LIBRARY} does not exist; to build it, run {_REBUILD}"
+    damage = _damage(_LIBRARY)
+    if damage:
+        return False, f"damaged: {_LIBRARY} {damage}; to rebuild it, run {_REBUILD}"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         reason = str(error).splitlines()[0]
         return False, f"cannot be loaded with torch {torch.__version__}: {reason}; to rebuild it, run {_REBUILD}"
-    devices = "CPU and CUDA" if extension_has_cuda() else "CPU only"
-    return True, f"{devices}, loaded from {_LIBRARY}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.epg_fast, name)]
+    if missing:
+        return False, (
+            f"from another version of epg_fast: {_LIBRARY} has no {', '.join(missing)}; to rebuild it, run {_REBUILD}"
+        )
+    return True, f"{_description()}, loaded from {_LIBRARY}"
+
+
+def _damage(library: Path) -> str | None:
+    """Why the file is not a whole ELF library. The loader would not say: what is missing at the end kills the process."""
+    size = library.stat().st_size
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return "is not a 64-bit ELF library"
+    # The table of sections ends a library: its offset, and the size and number of its entries.
+    (offset,) = struct.unpack_from("<Q", header, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
+    wanted = offset + entry_size * entries
+    return f"has {size} bytes of {wanted}" if size < wanted else None
+
+
+def _build_info() -> dict[str, str]:
+    return dict(item.split("=", 1) for item in torch.ops.epg_fast.build_info().split(";"))
+
+
+def _description() -> str:
+    info = _build_info()
+    if not extension_has_cuda():
+        return f"CPU only, {info['compiler']}"
+    return f"CPU and CUDA for {info['cuda_architectures']}, {info['compiler']}, nvcc {info['nvcc']}"
 
 
 def extension_has_cuda() -> bool:
+    """Whether the loaded extension was built with CUDA."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("epg_fast::euler_step_out", "CUDA")
+
+
+def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs what was built for e.g. "8.0 9.0a 10.0+PTX".
+
+    Code for 8.0 runs on 8.x; code for 9.0a on 9.0 alone; with +PTX the driver compiles for every later capability.
+    """
+    for entry in architectures.split():
+        major, minor, exact, ptx = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry).groups()
+        built = (int(major), int(minor))
+        if built == capability:
+            return True
+        if not exact and built < capability and (ptx or built[0] == capability[0]):
+            return True
+    return False
+
+
+@functools.cache
+def _lacks_code_for(device: torch.device) -> str | None:
+    """Why the loaded extension cannot run on this CUDA device, None when it can."""
+    rebuild = "run `EPG_BUILD_CUDA=1 pip install --force-reinstall --no-deps .` in the source tree"
+    if not extension_has_cuda():
+        return f"the extension was built without CUDA; put nvcc on PATH and {rebuild}"
+    capability = torch.cuda.get_device_capability(device)
+    architectures = _build_info()["cuda_architectures"]
+    if not has_code_for(architectures, capability):
+        number = ".".join(map(str, capability))
+        return (
+            f"the extension was built for CUDA architectures {architectures}, not for this GPU's {number}; set "
+            f"TORCH_CUDA_ARCH_LIST={number} and {rebuild}"
+        )
+    return None
 
 
 def require_extension(op: str, x: torch.Tensor) -> None:
@@ -34,9 +109,52 @@ def require_extension(op: str, x: torch.Tensor) -> None:
     available, reason = extension_status()
     if not available:
         raise ValueError(f"{op}: got backend='extension', but the extension is {reason}; or use backend='reference'")
-    if x.is_cuda and not extension_has_cuda():
-        raise ValueError(
-            f"{op}: got a tensor on {x.device}, but the extension was built without CUDA; put nvcc on PATH and run "
-            "`EPG_BUILD_CUDA=1 pip install --force-reinstall --no-deps .` in the source tree, or use "
-            "backend='reference'"
-        )
+    reason = _lacks_code_for(x.device) if x.is_cuda else None
+    if reason:
+        raise ValueError(f"{op}: got a tensor on {x.device}, but {reason}, or use backend='reference'")
+
+
+def gpu_warnings() -> list[str]:
+    """One line for each visible GPU on which the available extension cannot run."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [f"{device}: {reason}" for device in devices if (reason := _lacks_code_for(device))]
+
+
+def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
+    """Raise ValueError unless all are float32, contiguous, on one device and without gradient; the first sets the device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{op}: got {name} in {tensor.dtype}, wanted torch.float32 for backend='extension'; "
+                "convert it or use backend='reference'"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: got {name} with strides {tensor.stride()}, wanted it contiguous for backend='extension'; "
+                "call .contiguous() or use backend='reference'"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: got {name} on {tensor.device} and {first_name} on {first.device}, wanted one device; "
+                "move them there"
+            )
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: got {name} that requires a gradient, which backend='extension' has not; "
+                "use torch.no_grad() or backend='reference'"
+            )
+
+
+def require_no_partial_overlap(op: str, name: str, written: torch.Tensor, **read: torch.Tensor) -> None:
+    """Raise ValueError if memory that is written is, shifted, also read; the same memory, element for element, is fine."""
+    if torch.compiler.is_compiling():
+        return  # tensors have no address yet; the operator itself checks again when it runs
+    start, end = written.data_ptr(), written.data_ptr() + written.nbytes
+    for other_name, other in read.items():
+        other_start, other_end = other.data_ptr(), other.data_ptr() + other.nbytes
+        if start != other_start and start < other_end and other_start < end:
+            raise ValueError(
+                f"{op}: got {name} that overlaps part of {other_name} in memory, wanted them apart or the same; "
+                f"pass {other_name}.clone()"
+            )

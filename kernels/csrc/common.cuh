@@ -7,6 +7,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 // Only a CUDA build of libtorch has this symbol; weak, so that the library also loads in a CPU build.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
@@ -26,5 +29,22 @@ inline void check_launch(const char* op) {
 }
 
 inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// How an element-wise kernel on float32 covers `size` elements: the first 4 * vectors in 16-byte accesses, the rest one by
+// one, both in grid-stride loops.
+struct ElementwiseLaunch {
+  static constexpr int kThreads = 256;
+  static constexpr int64_t kMaxBlocks = 4096;
+
+  int64_t vectors;
+  unsigned blocks;
+
+  ElementwiseLaunch(int64_t size, std::initializer_list<const void*> pointers) {
+    const bool wide = std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return aligned(p, 16); });
+    vectors = wide ? size / 4 : 0;
+    const int64_t items = wide ? (size + 3) / 4 : size;
+    blocks = static_cast<unsigned>(std::min(kMaxBlocks, (items + kThreads - 1) / kThreads));
+  }
+};
 
 }  // namespace epg_fast

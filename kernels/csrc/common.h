@@ -51,4 +51,13 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& ten
   }
 }
 
+// Element-wise operations may write over one of their inputs, element for element, but not over a shifted part of it.
+inline void check_no_partial_overlap(const char* op, const char* name, const Tensor& written, const char* other_name,
+                                     const Tensor& other, int64_t itemsize) {
+  const uintptr_t a = reinterpret_cast<uintptr_t>(written.const_data_ptr());
+  const uintptr_t b = reinterpret_cast<uintptr_t>(other.const_data_ptr());
+  const bool apart = a + written.numel() * itemsize <= b || b + other.numel() * itemsize <= a;
+  STD_TORCH_CHECK(apart || a == b, op, ": ", name, " is written and must not overlap part of ", other_name);
+}
+
 }  // namespace epg_fast

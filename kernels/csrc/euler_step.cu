@@ -6,39 +6,28 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 namespace epg_fast {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 4096;
-
-// The intrinsics forbid a fused multiply-add: the reference rounds after each operation.
-__device__ __forceinline__ float euler(float x, float denoised, const EulerStep& step) {
-  const float d = __fdiv_rn(x - clamp(denoised, step), step.sigma);
-  return __fadd_rn(x, __fmul_rn(d, step.dt));
-}
-
-// No __restrict__: `out` may be `x`.
-__global__ void __launch_bounds__(kThreads)
+// No __restrict__: `out` may be `x` or `denoised`.
+__global__ void __launch_bounds__(ElementwiseLaunch::kThreads)
     euler_step_kernel(float* out, const float* x, const float* denoised, const EulerStep step, int64_t vectors,
                       int64_t size) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t i = first; i < vectors; i += stride) {
     const float4 a = reinterpret_cast<const float4*>(x)[i];
     const float4 b = reinterpret_cast<const float4*>(denoised)[i];
-    reinterpret_cast<float4*>(out)[i] =
-        make_float4(euler(a.x, b.x, step), euler(a.y, b.y, step), euler(a.z, b.z, step), euler(a.w, b.w, step));
+    reinterpret_cast<float4*>(out)[i] = make_float4(euler_step(a.x, b.x, step), euler_step(a.y, b.y, step),
+                                                    euler_step(a.z, b.z, step), euler_step(a.w, b.w, step));
   }
   for (int64_t i = 4 * vectors + first; i < size; i += stride) {
-    out[i] = euler(x[i], denoised[i], step);
+    out[i] = euler_step(x[i], denoised[i], step);
   }
 }
 
-void euler_step_cuda(Tensor out, Tensor x, Tensor denoised, double sigma, double sigma_next, std::optional<double> lo,
-                     std::optional<double> hi) {
+void euler_step_out_cuda(Tensor out, Tensor x, Tensor denoised, double sigma, double sigma_next,
+                         std::optional<double> lo, std::optional<double> hi) {
   check_euler_step(out, x, denoised, sigma);
   const int64_t size = x.numel();
   if (size == 0) {
@@ -51,16 +40,21 @@ void euler_step_cuda(Tensor out, Tensor x, Tensor denoised, double sigma, double
   float* const out_data = static_cast<float*>(out.mutable_data_ptr());
   const float* const x_data = static_cast<const float*>(x.const_data_ptr());
   const float* const denoised_data = static_cast<const float*>(denoised.const_data_ptr());
-  const bool vectorised = aligned(out_data, 16) && aligned(x_data, 16) && aligned(denoised_data, 16);
-  const int64_t vectors = vectorised ? size / 4 : 0;
-  const int64_t items = vectorised ? (size + 3) / 4 : size;
-  const int64_t blocks = std::min(kMaxBlocks, (items + kThreads - 1) / kThreads);
-  euler_step_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      out_data, x_data, denoised_data, make_euler_step(sigma, sigma_next, lo, hi), vectors, size);
+  const ElementwiseLaunch launch(size, {out_data, x_data, denoised_data});
+  euler_step_kernel<<<launch.blocks, ElementwiseLaunch::kThreads, 0, stream>>>(
+      out_data, x_data, denoised_data, make_euler_step(sigma, sigma_next, lo, hi), launch.vectors, size);
   check_launch("euler_step");
+}
+
+void euler_step_cuda(Tensor x, Tensor denoised, double sigma, double sigma_next, std::optional<double> lo,
+                     std::optional<double> hi) {
+  euler_step_out_cuda(x, x, denoised, sigma, sigma_next, lo, hi);
 }
 
 }  // namespace
 }  // namespace epg_fast
 
-STABLE_TORCH_LIBRARY_IMPL(epg_fast, CUDA, m) { m.impl("euler_step_out", TORCH_BOX(&epg_fast::euler_step_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(epg_fast, CUDA, m) {
+  m.impl("euler_step_out", TORCH_BOX(&epg_fast::euler_step_out_cuda));
+  m.impl("euler_step_", TORCH_BOX(&epg_fast::euler_step_cuda));
+}

@@ -2,8 +2,29 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+namespace {
+
+// What this library was built with, for `epg-fast env` and for the check that it holds code for the GPU at hand.
+std::string build_info() {
+  return "compiler=" EPG_COMPILER ";nvcc=" EPG_NVCC ";cuda_architectures=" EPG_CUDA_ARCHITECTURES;
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(epg_fast, m) {
+  m.def("build_info() -> str");
   m.def(
       "euler_step_out(Tensor(a!) out, Tensor x, Tensor denoised, float sigma, float sigma_next, float? lo, float? hi)"
       " -> ()");
+  m.def("euler_step_(Tensor(a!) x, Tensor denoised, float sigma, float sigma_next, float? lo, float? hi) -> ()");
+  m.def(
+      "heun_step_out(Tensor(a!) out, Tensor x, Tensor denoised, Tensor denoised_next, float sigma, float sigma_next,"
+      " float? lo, float? hi) -> ()");
+  m.def(
+      "heun_step_(Tensor(a!) x, Tensor denoised, Tensor denoised_next, float sigma, float sigma_next, float? lo,"
+      " float? hi) -> ()");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(epg_fast, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

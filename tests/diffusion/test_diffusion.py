@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
+from tests.ops.extension_checks import each_steps_backend
 
 STD = 0.3
 
@@ -98,6 +99,73 @@ def test_guided_denoisers_can_be_guided_again():
     both = autoguided(guided(Denoiser(_Classes()), 2.0, (0.0, 100.0)), weak, 3.0)(x, 1.0, y)
     strong = torch.tensor([10 + 2 * (label - 10.0) for label in (4.0, 6.0)])
     torch.testing.assert_close(both[:, 0, 0, 0], strong + 3 * (strong - torch.tensor([2.0, 3.0])))
+
+
+ODE = pytest.mark.parametrize("name", ["euler", "heun"])
+LEVELS = [8.0, 2.0, 0.5, 0.1]
+
+
+@ODE
+@each_steps_backend
+def test_sampling_leaves_the_noise_and_the_networks_outputs_alone(name, steps_backend):
+    noise, outputs = torch.randn(2, 3, 4, 4), []
+
+    def recording(x, sigma, y):
+        outputs.append((output := gaussian_denoiser(x, sigma), output.clone()))
+        return output
+
+    before = noise.clone()
+    SAMPLERS[name](recording, noise, LEVELS, steps_backend=steps_backend)
+    assert torch.equal(noise, before)
+    assert outputs and all(torch.equal(now, then) for now, then in outputs)
+
+
+@ODE
+@each_steps_backend
+@pytest.mark.parametrize("clamp", [None, (-0.5, 0.5), (-0.5 * torch.ones(3, 1, 1), 0.5 * torch.ones(3, 1, 1))], ids=str)
+def test_the_backend_of_the_steps_and_the_trajectory_change_nothing(name, steps_backend, clamp):
+    noise = torch.randn(2, 3, 4, 4)
+    wanted, x = [], noise * LEVELS[0]
+    bounded = (lambda estimate: estimate) if clamp is None else (lambda estimate: estimate.clamp(*clamp))
+    for sigma, sigma_next in zip(LEVELS, LEVELS[1:], strict=False):
+        slope = (x - bounded(gaussian_denoiser(x, sigma))) / sigma
+        ahead = x + (sigma_next - sigma) * slope
+        slope_ahead = (ahead - bounded(gaussian_denoiser(ahead, sigma_next))) / sigma_next
+        x = ahead if name == "euler" else x + (sigma_next - sigma) * (slope + slope_ahead) / 2
+        wanted.append(x)
+    options = {"clamp": clamp, "steps_backend": steps_backend}
+    states = SAMPLERS[name](gaussian_denoiser, noise, LEVELS, trajectory=True, **options)
+    assert torch.equal(states, torch.stack(wanted))
+    assert torch.equal(SAMPLERS[name](gaussian_denoiser, noise, LEVELS, **options), wanted[-1])
+
+
+@ODE
+@each_steps_backend
+@pytest.mark.parametrize("clamp", [None, (-0.5, 0.5)], ids=str)
+def test_a_network_may_return_the_same_memory_again_or_its_input_or_another_layout(name, steps_backend, clamp):
+    noise, place = torch.randn(2, 3, 4, 4), torch.empty(2, 3, 4, 4)
+    options = {"clamp": clamp, "steps_backend": steps_backend}
+    wanted = SAMPLERS[name](gaussian_denoiser, noise, LEVELS, clamp=clamp)
+    same_memory = lambda x, sigma, y: place.copy_(gaussian_denoiser(x, sigma))  # noqa: E731
+    assert torch.equal(SAMPLERS[name](same_memory, noise, LEVELS, **options), wanted)
+    channels_last = lambda x, sigma, y: gaussian_denoiser(x, sigma).to(memory_format=torch.channels_last)  # noqa: E731
+    assert torch.equal(SAMPLERS[name](channels_last, noise, LEVELS, **options), wanted)
+    identity = lambda x, sigma, y: x  # noqa: E731
+    wanted = SAMPLERS[name](lambda x, sigma, y: x.clone(), noise, LEVELS, clamp=clamp)
+    assert torch.equal(SAMPLERS[name](identity, noise, LEVELS, **options), wanted)
+
+
+@ODE
+def test_plain_steps_have_gradients_and_the_extension_says_that_it_has_none(name):
+    noise = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    SAMPLERS[name](gaussian_denoiser, noise, LEVELS, clamp=None).sum().backward()
+    assert noise.grad.abs().min() > 0
+    with pytest.raises(ValueError, match="got x in torch.float64, wanted torch.float32"):
+        SAMPLERS[name](gaussian_denoiser, noise.detach(), LEVELS, steps_backend="extension")
+    with pytest.raises(ValueError, match="got x that requires a gradient"):
+        SAMPLERS[name](gaussian_denoiser, noise.detach().float().requires_grad_(), LEVELS, steps_backend="extension")
+    with pytest.raises(ValueError, match="got backend='fast', wanted one of auto, extension, reference"):
+        SAMPLERS[name](gaussian_denoiser, noise.detach(), LEVELS, steps_backend="fast")
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0], [1.0, 0.0], [float("nan"), 1.0], [1.0, 1.0]])

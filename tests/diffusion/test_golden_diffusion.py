@@ -20,6 +20,7 @@ from epg_fast.diffusion import (
 from epg_fast.models import EPGViT
 from epg_fast.training.optimizer import lr_factor
 from tests.golden_data import GOLDEN, Case, each_backend, each_backend_and_dtype
+from tests.ops.extension_checks import each_steps_backend
 
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())
 
@@ -110,10 +111,26 @@ def test_sampler(parameterization, name, ops):
     case.check(f"{parameterization}.{name}.sample", got)
 
 
-def test_heun_trajectory():
+@each_steps_backend
+@pytest.mark.parametrize("parameterization", ["x0", "edm"])
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_sampler_with_each_backend_of_its_steps(parameterization, name, steps_backend):
+    case = Case("samplers")
+    denoiser = Denoiser(_network(case), parameterization=parameterization)
+    got = SAMPLERS[name](denoiser, case["initial_noise"], case["sigmas"], case["y"], steps_backend=steps_backend)
+    case.check(f"{parameterization}.{name}.sample", got)
+
+
+@each_steps_backend
+def test_heun_trajectory(steps_backend):
     case = Case("samplers")
     states = SAMPLERS["heun"](
-        Denoiser(_network(case)), case["initial_noise"], case["sigmas"], case["y"], trajectory=True
+        Denoiser(_network(case)),
+        case["initial_noise"],
+        case["sigmas"],
+        case["y"],
+        trajectory=True,
+        steps_backend=steps_backend,
     )
     case.check("x0.heun.trajectory", states)
 

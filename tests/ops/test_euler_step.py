@@ -2,30 +2,22 @@ import pytest
 import torch
 
 from epg_fast.ops import extension
-from epg_fast.ops.euler_step import SPEC, euler_step, euler_step_ref
+from epg_fast.ops.euler_step import SPEC, euler_step, euler_step_, euler_step_ref
+from tests.ops.extension_checks import DEVICE, needs_extension, normal, shapes
 from tests.ops.tolerance import assert_close_to_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
-SHAPES = [*SPEC.odd_shapes, *(pytest.param(shape, marks=GPU) for shape in SPEC.shapes)]
 CLAMPS = [None, (-1.0, 1.0)]
-
-AVAILABLE, REASON = extension.extension_status()
-if AVAILABLE and DEVICE == "cuda":
-    AVAILABLE, REASON = extension.extension_has_cuda(), "the extension was built without CUDA"
-needs_extension = pytest.mark.skipif(not AVAILABLE, reason=f"extension: {REASON}")
+BOTH = pytest.mark.parametrize("function", [euler_step, euler_step_])
 
 
 def make_inputs(shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x, denoised = (2 * torch.randn(shape, generator=generator) for _ in range(2))
-    return x.to(DEVICE), denoised.to(DEVICE)
+    return normal(shape, 2, seed)
 
 
 @needs_extension
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("clamp", CLAMPS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", shapes(SPEC), ids=str)
 def test_extension_is_as_accurate_as_pytorch(shape, clamp):
     x, denoised = make_inputs(shape)
     actual = euler_step(x, denoised, 1.7, 0.3, clamp, backend="extension")
@@ -33,6 +25,10 @@ def test_extension_is_as_accurate_as_pytorch(shape, clamp):
     assert_close_to_reference(actual, same_dtype, euler_step_ref(x.double(), denoised.double(), 1.7, 0.3, clamp))
     if DEVICE == "cpu":
         assert torch.equal(actual, same_dtype)
+
+    before = denoised.clone()
+    assert euler_step_(x, denoised, 1.7, 0.3, clamp, backend="extension") is x
+    assert torch.equal(x, actual) and torch.equal(denoised, before)
 
 
 @needs_extension
@@ -65,35 +61,63 @@ def test_extension_passes_nan_on_and_leaves_its_inputs_alone():
 
 
 @needs_extension
-def test_operator_can_write_over_its_input():
+def test_operator_can_write_over_its_inputs():
     x, denoised = make_inputs((3, 77))
     wanted = euler_step(x, denoised, 1.0, 0.5, backend="extension")
+    over = denoised.clone()
+    torch.ops.epg_fast.euler_step_out(over, x, over, 1.0, 0.5, None, None)
+    assert torch.equal(over, wanted)
     torch.ops.epg_fast.euler_step_out(x, x, denoised, 1.0, 0.5, None, None)
     assert torch.equal(x, wanted)
+
+
+@needs_extension
+def test_the_estimate_may_be_the_state_itself():
+    x, _ = make_inputs(33)
+    wanted = euler_step(x, x, 1.0, 0.5, (-1.0, 1.0), backend="extension")
+    assert torch.equal(euler_step_(x, x, 1.0, 0.5, (-1.0, 1.0), backend="extension"), wanted)
 
 
 @needs_extension
 def test_operator_accepts_an_empty_tensor():
     x = torch.empty(0, 3, device=DEVICE)
     assert euler_step(x, x, 1.0, 0.5, backend="extension").shape == (0, 3)
+    assert euler_step_(x, x, 1.0, 0.5, backend="extension").shape == (0, 3)
 
 
 @needs_extension
-def test_operator_passes_opcheck():
+def test_autograd_notices_that_the_state_was_overwritten():
+    x, denoised = make_inputs(5)
+    weight = torch.ones(5, requires_grad=True, device=DEVICE)
+    loss = (weight * x).sum()  # keeps x for the gradient of weight
+    euler_step_(x, denoised, 1.0, 0.5, backend="extension")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["euler_step_out", "euler_step_"])
+def test_operators_pass_opcheck(name):
     x, denoised = make_inputs((2, 9))
     euler_step(x, denoised, 1.0, 0.5, backend="extension")
-    arguments = (torch.empty_like(x), x, denoised, 1.0, 0.5, -1.0, 1.0)
-    torch.library.opcheck(torch.ops.epg_fast.euler_step_out.default, arguments)
+    out = [torch.empty_like(x)] if name == "euler_step_out" else []
+    torch.library.opcheck(getattr(torch.ops.epg_fast, name).default, (*out, x, denoised, 1.0, 0.5, -1.0, 1.0))
 
 
 @needs_extension
+@BOTH
 @pytest.mark.parametrize("clamp", CLAMPS, ids=str)
-def test_extension_compiles_into_one_graph(clamp):
-    x, denoised = make_inputs((2, 9))
+def test_extension_compiles_into_one_graph(clamp, function):
     torch.compiler.reset()
-    compiled = torch.compile(euler_step, fullgraph=True, backend="aot_eager")
-    actual = compiled(x, denoised, 1.0, 0.5, clamp, backend="extension")
-    assert torch.equal(actual, euler_step(x, denoised, 1.0, 0.5, clamp, backend="extension"))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for sigma in (1.0, 0.9, 0.6):
+        x, denoised = make_inputs((2, 9))
+        wanted = euler_step(x, denoised, sigma, sigma / 2, clamp, backend="extension")
+        assert torch.equal(compiled(x, denoised, sigma, sigma / 2, clamp, backend="extension"), wanted)
+        assert torch.equal(x, wanted) == (function is euler_step_)
+
+
+BUFFER = torch.zeros(8, device=DEVICE)
 
 
 @needs_extension
@@ -105,6 +129,8 @@ def test_extension_compiles_into_one_graph(clamp):
         ({"denoised": torch.zeros(4, dtype=torch.float64)}, "denoised must be float32"),
         ({"x": torch.zeros(8)[::2]}, "x must be contiguous"),
         ({"sigma": 0.0}, "sigma must not be 0"),
+        ({"out": BUFFER[:4], "x": BUFFER[1:5]}, "out is written and must not overlap part of x"),
+        ({"out": BUFFER[4:], "denoised": BUFFER[1:5]}, "out is written and must not overlap part of denoised"),
     ],
 )
 def test_operator_refuses_what_it_cannot_compute(change, message):
@@ -114,21 +140,45 @@ def test_operator_refuses_what_it_cannot_compute(change, message):
         torch.ops.epg_fast.euler_step_out(**arguments, sigma_next=0.5, lo=None, hi=None)
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"backend": "triton"}, "got backend='triton', wanted one of auto, extension, reference"),
         ({"denoised": torch.zeros(5)}, r"got denoised of shape \(5,\), wanted \(4,\) as x"),
         ({"sigma": 0.0}, "got sigma=0, wanted a level above 0"),
-        ({"x": torch.zeros(4).bfloat16()}, "got x in torch.bfloat16, wanted torch.float32"),
+        ({"x": torch.zeros(4).half(), "denoised": torch.zeros(4).half()}, "got x in torch.float16, wanted torch.float32"),
         ({"denoised": torch.zeros(8)[::2]}, r"got denoised with strides \(2,\), wanted it contiguous"),
         ({"x": torch.zeros(4, requires_grad=True)}, "got x that requires a gradient"),
+        ({"denoised": torch.zeros(4, device="meta")}, "got denoised on meta and x on cpu, wanted one device"),
+        ({"clamp": (torch.zeros(1), 1.0)}, "wanted two numbers for backend='extension'"),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_wanted(change, message):
+def test_a_mistake_is_answered_with_what_was_wanted(function, change, message):
     arguments = {"x": torch.zeros(4), "denoised": torch.zeros(4), "sigma": 1.0, "sigma_next": 0.5} | change
     with pytest.raises(ValueError, match=message):
-        euler_step(**({"backend": "extension"} | arguments))
+        function(**({"backend": "extension"} | arguments))
+
+
+@pytest.mark.parametrize("backend", ["reference", "extension"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, requires_grad=True)}, "got x that requires a gradient.*use euler_step$"),
+        ({"denoised": torch.zeros(4).double()}, "got denoised in torch.float64, wanted torch.float32 as x"),
+        ({"denoised": torch.zeros(4, device="meta")}, "got denoised on meta and x on cpu"),
+    ],
+)
+def test_a_state_that_cannot_be_overwritten_is_refused_on_every_backend(backend, change, message):
+    arguments = {"x": torch.zeros(4), "denoised": torch.zeros(4), "sigma": 1.0, "sigma_next": 0.5} | change
+    with pytest.raises(ValueError, match=message):
+        euler_step_(**arguments, backend=backend)
+
+
+@needs_extension
+def test_an_estimate_that_overlaps_a_part_of_the_state_is_refused():
+    with pytest.raises(ValueError, match=r"got x that overlaps part of denoised.*pass denoised.clone\(\)"):
+        euler_step_(BUFFER[:4], BUFFER[2:6], 1.0, 0.5, backend="extension")
 
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch, tmp_path):
@@ -149,6 +199,13 @@ def test_reference_follows_the_formula_in_its_order():
     d = (x - denoised.clamp(-1, 1)) / 3.0
     assert torch.equal(euler_step(x, denoised, 3.0, 1.25, clamp=(-1.0, 1.0)), x + d * (1.25 - 3.0))
     torch.testing.assert_close(euler_step(x, denoised, 3.0, 0.0), denoised)
+
+
+def test_reference_in_place_is_the_reference():
+    x, denoised = make_inputs((3, 5))
+    wanted = euler_step_ref(x, denoised, 3.0, 1.25, (-1.0, 1.0))
+    assert euler_step_(x, denoised, 3.0, 1.25, (-1.0, 1.0)) is x
+    assert torch.equal(x, wanted)
 
 
 def test_reference_has_gradients_and_any_floating_dtype():

@@ -1,0 +1,143 @@
+"""Heun's second half: the corrected step of the probability-flow ODE, from noise level sigma to sigma_next.
+
+    d = (x - clamp(denoised, lo, hi)) / sigma
+    ahead = x + (sigma_next - sigma) * d
+    d_next = (ahead - clamp(denoised_next, lo, hi)) / sigma_next
+    x_next = x + (sigma_next - sigma) * (d + d_next) / 2
+
+denoised is the estimate at (x, sigma), denoised_next the one at (ahead, sigma_next), where ahead is what `euler_step`
+returned. d and ahead are computed again instead of being kept: that costs no memory traffic.
+
+Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1 for
+sigma(t) = t, which is algorithm 2 without churn; SPEC 7.
+
+Shapes: x, denoised, denoised_next: any shape, the same. sigma, sigma_next: Python floats, both shifted or both unshifted.
+Dtypes: reference: any floating dtype; extension: float32, contiguous.
+Error: the extension evaluates in this order with IEEE division and no fused multiply-add: on a CPU it equals the
+reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is within 2x the reference's float32 error.
+"""
+
+import functools
+
+import torch
+
+from epg_fast.ops.backends import check_backend
+from epg_fast.ops.euler_step import check_in_place, check_step, clamp_bounds, mark_written
+from epg_fast.ops.extension import require_extension, require_extension_tensors, require_no_partial_overlap
+from epg_fast.ops.spec import OpSpec
+
+
+def heun_step_ref(
+    x: torch.Tensor,
+    denoised: torch.Tensor,
+    denoised_next: torch.Tensor,
+    sigma: float,
+    sigma_next: float,
+    clamp: tuple[float, float] | None = None,
+) -> torch.Tensor:
+    """The formula in plain PyTorch, out of place."""
+    if clamp is not None:
+        denoised, denoised_next = denoised.clamp(*clamp), denoised_next.clamp(*clamp)
+    d = (x - denoised) / sigma
+    ahead = x + (sigma_next - sigma) * d
+    d_next = (ahead - denoised_next) / sigma_next
+    return x + (sigma_next - sigma) * (d + d_next) / 2
+
+
+# The schemas and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
+@torch.compiler.assume_constant_result
+def _load_op(x: torch.Tensor) -> None:
+    require_extension("heun_step", x)
+    _register_fake()
+
+
+@functools.cache
+def _register_fake() -> None:
+    @torch.library.register_fake("epg_fast::heun_step_out")
+    def _(out, x, denoised, denoised_next, sigma, sigma_next, lo, hi):
+        return None
+
+    @torch.library.register_fake("epg_fast::heun_step_")
+    def _(x, denoised, denoised_next, sigma, sigma_next, lo, hi):
+        return None
+
+
+def heun_step(
+    x: torch.Tensor,
+    denoised: torch.Tensor,
+    denoised_next: torch.Tensor,
+    sigma: float,
+    sigma_next: float,
+    clamp: tuple[float, float] | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Heun's corrected step from sigma to sigma_next; returns a new tensor shaped like x.
+
+    x: the state at sigma; denoised: the estimate there; denoised_next: the estimate at the state that `euler_step`
+    reaches at sigma_next; all of one shape. sigma, sigma_next: floats, both shifted or both unshifted; clamp: (lo, hi)
+    for both estimates. backend: "reference" (plain PyTorch), "extension" (one pass in C++ or CUDA; float32, contiguous,
+    no autograd) or "auto": the reference, until the extension has been measured to beat torch.compile on a GPU.
+    Raises ValueError for shapes that differ, for sigma or sigma_next = 0 and for a backend that cannot run here.
+    """
+    _check("heun_step", x, denoised, denoised_next, sigma, sigma_next, backend)
+    if backend != "extension":
+        return heun_step_ref(x, denoised, denoised_next, sigma, sigma_next, clamp)
+    require_extension_tensors("heun_step", x=x, denoised=denoised, denoised_next=denoised_next)
+    lo, hi = clamp_bounds("heun_step", clamp)
+    _load_op(x)
+    out = torch.empty_like(x)
+    torch.ops.epg_fast.heun_step_out(out, x, denoised, denoised_next, sigma, sigma_next, lo, hi)
+    return out
+
+
+def heun_step_(
+    x: torch.Tensor,
+    denoised: torch.Tensor,
+    denoised_next: torch.Tensor,
+    sigma: float,
+    sigma_next: float,
+    clamp: tuple[float, float] | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`heun_step` in place: overwrites x with the step and returns it.
+
+    Arguments as for `heun_step`; an estimate may be x itself, but must not overlap a part of it.
+    Raises ValueError as `heun_step` does, and on every backend for tensors of different dtypes or on different devices
+    and for an x that requires a gradient.
+    """
+    _check("heun_step_", x, denoised, denoised_next, sigma, sigma_next, backend)
+    check_in_place("heun_step_", x, denoised=denoised, denoised_next=denoised_next)
+    if backend != "extension":
+        return x.copy_(heun_step_ref(x, denoised, denoised_next, sigma, sigma_next, clamp))
+    require_extension_tensors("heun_step_", x=x, denoised=denoised, denoised_next=denoised_next)
+    require_no_partial_overlap("heun_step_", "x", x, denoised=denoised, denoised_next=denoised_next)
+    lo, hi = clamp_bounds("heun_step_", clamp)
+    _load_op(x)
+    torch.ops.epg_fast.heun_step_(x, denoised, denoised_next, sigma, sigma_next, lo, hi)
+    mark_written(x)
+    return x
+
+
+def _check(op, x, denoised, denoised_next, sigma, sigma_next, backend) -> None:
+    check_backend(op, backend, ("auto", "extension", "reference"))
+    check_step(op, x, sigma, denoised=denoised, denoised_next=denoised_next)
+    if sigma_next == 0:
+        raise ValueError(f"{op}: got sigma_next=0, wanted a level above 0; take `euler_step` for the step to 0")
+
+
+def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Read x and both estimates, write the result."""
+    return 4 * itemsize * torch.Size(shape).numel()
+
+
+def _flops(shape: tuple[int, ...]) -> int:
+    return 10 * torch.Size(shape).numel()
+
+
+SPEC = OpSpec(
+    name="heun_step",
+    shapes=((64, 3, 256, 256), (1, 3, 256, 256), (64, 3, 512, 512)),
+    odd_shapes=((1,), (3,), (1, 3, 8, 8), (5, 3, 7, 11), (3, 17, 257)),
+    bytes=_bytes,
+    flops=_flops,
+)

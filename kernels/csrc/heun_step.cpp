@@ -1,0 +1,46 @@
+// Heun's second half on the CPU: one pass, split over PyTorch's threads, vectorised by the compiler.
+
+#include "heun_step.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+namespace epg_fast {
+namespace {
+
+constexpr int64_t kGrain = 32768;
+
+// `out` may be any of the inputs: element i is read before it is written, and no other element depends on it.
+EPG_CPU_CLONES void heun_step_range(float* out, const float* x, const float* denoised, const float* denoised_next,
+                                    const HeunStep step, int64_t begin, int64_t end) {
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    out[i] = heun_step(x[i], denoised[i], denoised_next[i], step);
+  }
+}
+
+void heun_step_out_cpu(Tensor out, Tensor x, Tensor denoised, Tensor denoised_next, double sigma, double sigma_next,
+                       std::optional<double> lo, std::optional<double> hi) {
+  check_heun_step(out, x, denoised, denoised_next, sigma, sigma_next);
+  float* const out_data = static_cast<float*>(out.mutable_data_ptr());
+  const float* const x_data = static_cast<const float*>(x.const_data_ptr());
+  const float* const denoised_data = static_cast<const float*>(denoised.const_data_ptr());
+  const float* const denoised_next_data = static_cast<const float*>(denoised_next.const_data_ptr());
+  const HeunStep step = make_heun_step(sigma, sigma_next, lo, hi);
+  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    heun_step_range(out_data, x_data, denoised_data, denoised_next_data, step, begin, end);
+  });
+}
+
+void heun_step_cpu(Tensor x, Tensor denoised, Tensor denoised_next, double sigma, double sigma_next,
+                   std::optional<double> lo, std::optional<double> hi) {
+  heun_step_out_cpu(x, x, denoised, denoised_next, sigma, sigma_next, lo, hi);
+}
+
+}  // namespace
+}  // namespace epg_fast
+
+STABLE_TORCH_LIBRARY_IMPL(epg_fast, CPU, m) {
+  m.impl("heun_step_out", TORCH_BOX(&epg_fast::heun_step_out_cpu));
+  m.impl("heun_step_", TORCH_BOX(&epg_fast::heun_step_cpu));
+}
