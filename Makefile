@@ -1,12 +1,14 @@
 # make demo   the whole method on handwritten digits, results in runs/demo
 # make test   lint, kernel resource table, the whole test suite
-# Both create the environment in .venv and install the package first.
+# make asan   the extension's CPU code under AddressSanitizer, with the tests in ASAN_TESTS
+# Each creates the environment in .venv and installs the package first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ASAN_TESTS ?= tests/ops/test_euler_step.py tests/ops/test_heun_step.py
 
-.PHONY: install demo test lint resources bench clean
+.PHONY: install demo test lint resources bench asan clean
 
 install: $(INSTALLED)
 
@@ -34,6 +36,17 @@ resources: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ops --benchmark-only
+
+# Slow tests call compilers, which crawl under the preloaded library.
+asan: $(INSTALLED)
+	build=$$(mktemp -d) && trap 'rm -rf "$$build"' EXIT && \
+	cmake -S . -B "$$build" -DCMAKE_BUILD_TYPE=Release -DEPG_SANITIZE=address -DEPG_BUILD_CUDA=0 -DEPG_OUTPUT_DIR="$$build" \
+	  -DEPG_TORCH_DIR="$$($(BIN)/python -c 'import torch; print(*torch.__path__)')" && \
+	cmake --build "$$build" && \
+	export EPG_EXTENSION="$$build/_extension.abi3.so" ASAN_OPTIONS=detect_leaks=0 && \
+	export LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" && \
+	$(BIN)/python -c 'from epg_fast.ops import extension_status as s; print(s()[1]); raise SystemExit(not s()[0])' && \
+	$(BIN)/python -m pytest -q -m 'not slow' $(ASAN_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info epg_fast/ops/*.so

@@ -2,6 +2,7 @@
 
 EPG_BUILD_CUDA=auto|1|0 chooses CUDA as CMakeLists.txt says. Without torch, cmake or a C++ compiler the extension is
 left out, which one line says, and the package installs as pure Python; with EPG_BUILD_CUDA=1 that is an error.
+MAX_JOBS bounds the number of compilers that run at once; without it, cores and free memory do.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).resolve().parent
+BYTES_PER_JOB = 2.5e9  # what nvcc takes at most for one source file of ours, with room to spare
 
 
 def torch_folder() -> Path | None:
@@ -40,11 +42,53 @@ def missing() -> str | None:
     return None
 
 
+def job_count(max_jobs: str | None, cores: int, free_bytes: float) -> int:
+    """How many compilers run at once: MAX_JOBS if it is set, else as many as cores and memory allow."""
+    if not max_jobs:
+        return max(1, min(cores, int(free_bytes / BYTES_PER_JOB)))
+    if not max_jobs.isascii() or not max_jobs.isdigit() or int(max_jobs) < 1:
+        sys.exit(f"epg_fast: found MAX_JOBS='{max_jobs}', wanted a number of at least 1; correct it or unset it")
+    return int(max_jobs)
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores this process may run on, and not more than its container's share of time amounts to."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    words = _words(cgroup / "cpu.max")  # version 2: "quota period"; version 1 has a file for each
+    words = words or _words(cgroup / "cpu/cpu.cfs_quota_us") + _words(cgroup / "cpu/cpu.cfs_period_us")
+    if len(words) == 2 and words[0] not in ("max", "-1"):
+        cores = min(cores, max(1, int(words[0]) // int(words[1])))
+    return cores
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Bytes that can be used before the machine swaps or the container's limit is reached."""
+    words = _words(meminfo)
+    free = 1024 * int(words[words.index("MemAvailable:") + 1]) if "MemAvailable:" in words else float("inf")
+    for limit, usage, statistics in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        limit, usage, statistics = (_words(cgroup / name) for name in (limit, usage, statistics))
+        if limit and usage and limit[0] != "max":
+            # Cached files count as usage, but make room when memory is asked for.
+            cache = int(statistics[statistics.index("inactive_file") + 1]) if "inactive_file" in statistics else 0
+            free = min(free, int(limit[0]) - int(usage[0]) + cache)
+    return free
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        jobs = os.environ.get("MAX_JOBS") or str(min(4, os.cpu_count() or 1))
+        jobs = str(job_count(os.environ.get("MAX_JOBS"), usable_cores(), free_memory()))
         with tempfile.TemporaryDirectory(prefix="epg_fast_build_") as build:
             configure = ["cmake", "-S", str(SOURCE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
             configure += [f"-DEPG_TORCH_DIR={torch_folder()}", f"-DEPG_OUTPUT_DIR={build}/out"]
@@ -57,16 +101,20 @@ class CMakeBuild(build_ext):
             os.replace(staged, target)
 
 
-reason = missing()
-# pip also runs this file to read metadata, before the build requirements (cmake) are there: nothing to say then.
-building = not {"bdist_wheel", "build_ext", "editable_wheel"}.isdisjoint(sys.argv)
-if reason is not None and building:
-    if os.environ.get("EPG_BUILD_CUDA") == "1":
-        sys.exit(f"epg_fast: EPG_BUILD_CUDA=1, but the extension cannot be built: {reason}")
-    print(f"epg_fast: installing without the C++/CUDA extension: {reason}", file=sys.stderr)
+def main() -> None:
+    reason = missing()
+    # pip also runs this file to read metadata, before the build requirements (cmake) are there: nothing to say then.
+    building = not {"bdist_wheel", "build_ext", "editable_wheel"}.isdisjoint(sys.argv)
+    if reason is not None and building:
+        if os.environ.get("EPG_BUILD_CUDA") == "1":
+            sys.exit(f"epg_fast: EPG_BUILD_CUDA=1, but the extension cannot be built: {reason}")
+        print(f"epg_fast: installing without the C++/CUDA extension: {reason}", file=sys.stderr)
+    setup(
+        ext_modules=[Extension("epg_fast.ops._extension", [], py_limited_api=True)] if reason is None else [],
+        cmdclass={"build_ext": CMakeBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if reason is None else {},
+    )
 
-setup(
-    ext_modules=[Extension("epg_fast.ops._extension", [], py_limited_api=True)] if reason is None else [],
-    cmdclass={"build_ext": CMakeBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if reason is None else {},
-)
+
+if __name__ == "__main__":
+    main()

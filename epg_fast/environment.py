@@ -51,8 +51,10 @@ def _devices() -> dict[str, str]:
 
 def _extension() -> str:
     try:
-        from epg_fast.ops import extension_status
+        from epg_fast.ops.extension import extension_status, gpus_without_code
     except ImportError as error:
         return f"unknown ({error})"
     available, reason = extension_status()
-    return f"{'available' if available else 'not available'} ({reason})"
+    if not available:
+        return f"not available ({reason})"
+    return "; ".join([f"available ({reason})", *gpus_without_code()])

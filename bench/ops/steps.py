@@ -1,7 +1,7 @@
 """A sampler's step against its alternatives, measured alike: the body of the benchmarks of `*_step`.
 
-Providers: the C++/CUDA extension, torch.compile of the reference and eager PyTorch; with a trailing underscore in place.
-The result of every provider is checked before it is timed.
+Providers: the C++/CUDA extension, torch.compile of the reference and eager PyTorch; a trailing underscore means in
+place. The result of every provider is checked before it is timed.
 """
 
 import functools

@@ -32,7 +32,7 @@ def extension_status() -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error.__cause__ or error).splitlines()[0]  # torch's own error names the file only
         return False, f"cannot be loaded with torch {torch.__version__}: {reason}; to rebuild it, run {_REBUILD}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.epg_fast, name)]
     if missing:
@@ -43,7 +43,7 @@ def extension_status() -> tuple[bool, str]:
 
 
 def _damage(library: Path) -> str | None:
-    """Why the file is not a whole ELF library. The loader would not say: what is missing at the end kills the process."""
+    """Why the file is not a whole ELF library: loading one that is cut short kills the process."""
     size = library.stat().st_size
     with library.open("rb") as file:
         header = file.read(64)
@@ -114,14 +114,14 @@ def require_extension(op: str, x: torch.Tensor) -> None:
         raise ValueError(f"{op}: got a tensor on {x.device}, but {reason}, or use backend='reference'")
 
 
-def gpu_warnings() -> list[str]:
-    """One line for each visible GPU on which the available extension cannot run."""
+def gpus_without_code() -> list[str]:
+    """For each visible GPU on which the available extension cannot run, the reason and the remedy."""
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return [f"{device}: {reason}" for device in devices if (reason := _lacks_code_for(device))]
 
 
 def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all are float32, contiguous, on one device and without gradient; the first sets the device."""
+    """Raise ValueError unless all are float32, contiguous, on the first one's device and without gradient."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
@@ -147,7 +147,7 @@ def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
 
 
 def require_no_partial_overlap(op: str, name: str, written: torch.Tensor, **read: torch.Tensor) -> None:
-    """Raise ValueError if memory that is written is, shifted, also read; the same memory, element for element, is fine."""
+    """Raise ValueError if memory is written and, shifted, also read; the same memory, element for element, is fine."""
     if torch.compiler.is_compiling():
         return  # tensors have no address yet; the operator itself checks again when it runs
     start, end = written.data_ptr(), written.data_ptr() + written.nbytes

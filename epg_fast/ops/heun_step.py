@@ -11,7 +11,7 @@ returned. d and ahead are computed again instead of being kept: that costs no me
 Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1 for
 sigma(t) = t, which is algorithm 2 without churn; SPEC 7.
 
-Shapes: x, denoised, denoised_next: any shape, the same. sigma, sigma_next: Python floats, both shifted or both unshifted.
+Shapes: x, denoised, denoised_next: any shape, the same. sigma, sigma_next: Python floats, both shifted or unshifted.
 Dtypes: reference: any floating dtype; extension: float32, contiguous.
 Error: the extension evaluates in this order with IEEE division and no fused multiply-add: on a CPU it equals the
 reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is within 2x the reference's float32 error.

@@ -147,7 +147,10 @@ def test_operator_refuses_what_it_cannot_compute(change, message):
         ({"backend": "triton"}, "got backend='triton', wanted one of auto, extension, reference"),
         ({"denoised": torch.zeros(5)}, r"got denoised of shape \(5,\), wanted \(4,\) as x"),
         ({"sigma": 0.0}, "got sigma=0, wanted a level above 0"),
-        ({"x": torch.zeros(4).half(), "denoised": torch.zeros(4).half()}, "got x in torch.float16, wanted torch.float32"),
+        (
+            {"x": torch.zeros(4).half(), "denoised": torch.zeros(4).half()},
+            "got x in torch.float16, wanted torch.float32",
+        ),
         ({"denoised": torch.zeros(8)[::2]}, r"got denoised with strides \(2,\), wanted it contiguous"),
         ({"x": torch.zeros(4, requires_grad=True)}, "got x that requires a gradient"),
         ({"denoised": torch.zeros(4, device="meta")}, "got denoised on meta and x on cpu, wanted one device"),
