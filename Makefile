@@ -37,16 +37,16 @@ resources: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ops --benchmark-only
 
-# Slow tests call compilers, which crawl under the preloaded library.
+# libstdc++ too, or throwing a C++ exception aborts. Slow tests call compilers, which crawl under preloaded libraries.
 asan: $(INSTALLED)
 	build=$$(mktemp -d) && trap 'rm -rf "$$build"' EXIT && \
 	cmake -S . -B "$$build" -DCMAKE_BUILD_TYPE=Release -DEPG_SANITIZE=address -DEPG_BUILD_CUDA=0 -DEPG_OUTPUT_DIR="$$build" \
 	  -DEPG_TORCH_DIR="$$($(BIN)/python -c 'import torch; print(*torch.__path__)')" && \
 	cmake --build "$$build" && \
 	export EPG_EXTENSION="$$build/_extension.abi3.so" ASAN_OPTIONS=detect_leaks=0 && \
-	export LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" && \
+	export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" && \
 	$(BIN)/python -c 'from epg_fast.ops import extension_status as s; print(s()[1]); raise SystemExit(not s()[0])' && \
-	$(BIN)/python -m pytest -q -m 'not slow' $(ASAN_TESTS)
+	$(BIN)/python -m pytest -q --capture=sys -m 'not slow' $(ASAN_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info epg_fast/ops/*.so

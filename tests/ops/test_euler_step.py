@@ -186,6 +186,7 @@ def test_an_estimate_that_overlaps_a_part_of_the_state_is_refused():
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch, tmp_path):
     monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(extension, "_CHOSEN", None)
     extension.extension_status.cache_clear()
     available, reason = extension.extension_status()
     try:
