@@ -143,6 +143,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning rate."""
 
+    backend: Literal["auto", "fused", "torch", "apex"] = "auto"
+    """Who computes the update, with equal numbers up to rounding; `fused` is the C++/CUDA extension, in one pass."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

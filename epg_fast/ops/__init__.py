@@ -7,11 +7,13 @@ from epg_fast.ops.adaln_attention import adaln_attention, adaln_attention_ref
 from epg_fast.ops.attention import attention, attention_ref
 from epg_fast.ops.euler_step import euler_step, euler_step_, euler_step_ref
 from epg_fast.ops.extension import extension_status
+from epg_fast.ops.fused_adamw_ema import fused_adamw_ema_, fused_adamw_ema_ref
 from epg_fast.ops.gate_residual_norm_modulate import (
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
     gate_residual_norm_modulate_ref,
 )
+from epg_fast.ops.global_norm import global_norm, global_norm_ref
 from epg_fast.ops.heun_step import heun_step, heun_step_, heun_step_ref
 from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate,
@@ -38,9 +40,13 @@ __all__ = [
     "euler_step_",
     "euler_step_ref",
     "extension_status",
+    "fused_adamw_ema_",
+    "fused_adamw_ema_ref",
     "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_fp8",
     "gate_residual_norm_modulate_ref",
+    "global_norm",
+    "global_norm_ref",
     "heun_step",
     "heun_step_",
     "heun_step_ref",

@@ -4,12 +4,21 @@ import functools
 import os
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 # What this version of the package calls in torch.ops.epg_fast: a library built from older sources lacks some of it.
-OPERATORS = ("build_info", "euler_step_", "euler_step_out", "heun_step_", "heun_step_out")
+OPERATORS = (
+    "build_info",
+    "euler_step_",
+    "euler_step_out",
+    "fused_adamw_ema_",
+    "global_norm_out",
+    "heun_step_",
+    "heun_step_out",
+)
 
 # EPG_EXTENSION chooses another build of the library, such as one with AddressSanitizer.
 _CHOSEN = os.environ.get("EPG_EXTENSION")
@@ -72,6 +81,27 @@ def extension_has_cuda() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("epg_fast::euler_step_out", "CUDA")
 
 
+def prefers_extension(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether backend="auto" takes the extension: on a CPU, where it was measured to be faster, if it can.
+
+    Not while torch.compile traces: the plain path is what the compiler fuses.
+    """
+    if torch.compiler.is_compiling() or not extension_status()[0]:
+        return False
+    return all(t.device.type == "cpu" and t.dtype in dtypes and t.is_contiguous() for t in tensors)
+
+
+def require_one_device(op: str, x: torch.Tensor, **lists: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError for a tensor that is not on x's device."""
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.device != x.device:
+                raise ValueError(
+                    f"{op}: got {name}[{i}] on {tensor.device} and others on {x.device}, wanted one device; "
+                    "move it there"
+                )
+
+
 def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability runs what was built for e.g. "8.0 9.0a 10.0+PTX".
 
@@ -104,14 +134,14 @@ def _lacks_code_for(device: torch.device) -> str | None:
     return None
 
 
-def require_extension(op: str, x: torch.Tensor) -> None:
-    """Raise ValueError with the remedy unless the extension can run `op` on x's device."""
+def require_extension(op: str, x: torch.Tensor, remedy: str = "backend='reference'") -> None:
+    """Raise ValueError unless the extension can run `op` on x's device, saying how to build it or to do without."""
     available, reason = extension_status()
     if not available:
-        raise ValueError(f"{op}: got backend='extension', but the extension is {reason}; or use backend='reference'")
+        raise ValueError(f"{op}: wants the extension, which is {reason}; or use {remedy}")
     reason = _lacks_code_for(x.device) if x.is_cuda else None
     if reason:
-        raise ValueError(f"{op}: got a tensor on {x.device}, but {reason}, or use backend='reference'")
+        raise ValueError(f"{op}: got a tensor on {x.device}, but {reason}, or use {remedy}")
 
 
 def gpus_without_code() -> list[str]:

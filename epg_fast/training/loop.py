@@ -28,7 +28,7 @@ from epg_fast.training import distributed
 from epg_fast.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
 from epg_fast.training.metrics import Metrics
-from epg_fast.training.optimizer import lr_factor, make_optimizer, set_lr, update_average
+from epg_fast.training.optimizer import LossScale, lr_factor, make_optimizer
 from epg_fast.training.preview import write_preview
 from epg_fast.training.stages import Stage
 
@@ -39,6 +39,7 @@ _FREE = (
     "device",
     "compile",
     "ops",
+    "optimizer.backend",
     "data.workers",
     "data.path",
     "checkpoint_every",
@@ -138,7 +139,7 @@ def _loop(config, state, step_module, loader, metrics, progress, outdir) -> None
             continue
         last = state.step == config.steps
         if state.step % config.log_every == 0 or last:
-            line = metrics.write(state.step, lr=state.optimizer.param_groups[0]["lr"])
+            line = metrics.write(state.step, lr=state.optimizer.lr)
             shown = {"loss": f"{line['loss']:.4g}", "img/s": f"{line['images_per_second']:.0f}"}
             progress.set_postfix(shown | {"data wait": f"{line['data_wait']:.0%}"})
         if state.step % config.checkpoint_every == 0 or last:
@@ -154,16 +155,8 @@ class RunState:
     def __init__(self, config: RunConfig, stage: Stage, folder: ImageFolder, ranks: distributed.Ranks):
         self.config, self.stage, self.ranks = config, stage, ranks
         self.step = self.iteration = 0
-        self.optimizer = make_optimizer(stage.network, config.optimizer)
-        # Dynamic loss scaling as in the released configuration: slow steady growth, halved by an overflow.
-        self.scaler = torch.amp.GradScaler(
-            ranks.device.type,
-            enabled=config.precision == "fp16",
-            init_scale=2.0**14,
-            growth_factor=2.0**0.001,
-            backoff_factor=0.5,
-            growth_interval=1,
-        )
+        self.optimizer = make_optimizer(stage.network, config.optimizer, [stage.average])
+        self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
         self.data_fingerprint = folder.fingerprint()
         self.unfinished_metrics: dict = {"sums": {}, "counts": {}}
@@ -177,28 +170,24 @@ class RunState:
         buffers = [b.clone() for b in self.stage.network.buffers()]
         with autocast(self.ranks.device, config.precision):
             result = step_module(self._to_device(batch), draws, self.step)
-        self.scaler.scale(result.loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        limit = config.optimizer.clip_norm if self.step >= config.optimizer.clip_after else None
-        parameters = [p for p in self.stage.network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-        finite = bool(norm.isfinite())
+        self.loss_scale(result.loss).backward()
+        o = config.optimizer
+        self.optimizer.schedule(
+            lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
+            o.clip_norm if self.step >= o.clip_after else None,
+            [self.stage.average_decay(self.step)],
+        )
+        norm, found_inf = self.optimizer.step(self.loss_scale.value)
+        self.optimizer.zero_grad()
+        self.loss_scale.update(found_inf)
+        finite = not found_inf
         if finite:
-            o = config.optimizer
-            set_lr(
-                self.optimizer,
-                lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
-            )
-            self.scaler.step(self.optimizer)
-            update_average(self.stage.average, self.stage.network, self.stage.average_decay(self.step))
             self.step += 1
             metrics.add(grad_norm=norm, **self._global_means({"loss": result.loss} | result.terms))
         else:
             for buffer, before in zip(self.stage.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             log.warning("step %d: the gradient is not finite, batch %d is skipped", self.step, self.iteration - 1)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return finite
 
     def save(self, outdir: Path, metrics: Metrics) -> None:
@@ -210,7 +199,7 @@ class RunState:
                 "network": self.stage.network.state_dict(),
                 "average": self.stage.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
+                "scaler": self.loss_scale.state_dict(),
                 "metrics": metrics.state_dict(),
                 "data": self.data_fingerprint,
             }
@@ -232,7 +221,7 @@ class RunState:
         self.stage.network.load_state_dict(state["network"])
         self.stage.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.loss_scale.load_state_dict(state["scaler"])
         self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
         log.info("resuming %s at step %d", folder.parent, self.step)
 

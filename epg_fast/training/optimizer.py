@@ -1,13 +1,28 @@
-"""AdamW with its parameter groups, the learning-rate factor, and averaged weights."""
+"""AdamW with its parameter groups, clipping and averaged weights as one update; learning-rate factor; loss scale.
+
+Three backends compute the same update, and load each other's state:
+    fused   one pass over memory in the C++/CUDA extension (`epg_fast.ops.fused_adamw_ema_`), nothing read on the host
+    torch   torch.optim.AdamW(fused=True), torch.nn.utils' clipping and one foreach call per average
+    apex    NVIDIA's FusedAdam in place of torch's AdamW, where that package is installed
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from epg_fast.config import OptimizerConfig
+from epg_fast.ops import extension_status, fused_adamw_ema_, global_norm
+from epg_fast.ops.extension import require_extension
+
+log = logging.getLogger("epg_fast")
 
 
 def lr_factor(
@@ -35,8 +50,283 @@ def lr_factor(
     return max(0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else 0.0, min_scale)
 
 
-def make_optimizer(network: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; each group carries `peak_lr`, from which `set_lr` computes its lr."""
+def make_optimizer(
+    network: torch.nn.Module,
+    config: OptimizerConfig,
+    averages: Sequence[torch.nn.Module] = (),
+) -> Optimizer:
+    """The optimiser of `network`'s trainable parameters with the backend that `config.backend` names.
+
+    averages: networks of the same structure on the same device, whose parameters follow `network`'s.
+    `auto` is `fused` on a CPU where the extension is built, else `torch`; the log says which.
+    Raises ValueError for a backend that cannot run here, saying what is missing.
+    """
+    return _BACKENDS[_backend(network, config.backend)](network, config, averages)
+
+
+def _backend(network: torch.nn.Module, wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    device = next(network.parameters()).device
+    available, reason = extension_status()
+    if device.type == "cpu" and available:
+        chosen, why = "fused", "one pass in the C++ extension"
+    elif device.type == "cpu":
+        chosen, why = "torch", f"the extension is {reason}"
+    else:
+        chosen, why = "torch", "the fused one has not been measured on a GPU yet: --optimizer.backend fused takes it"
+    log.info("optimiser: %s (%s)", chosen, why)
+    return chosen
+
+
+class Optimizer:
+    """The `torch` backend, and what the others share: the groups, the pairs to average, the state in torch's layout."""
+
+    def __init__(self, network: torch.nn.Module, config: OptimizerConfig, averages: Sequence[torch.nn.Module]):
+        self._adamw = torch.optim.AdamW(_groups(network, config), betas=config.betas, eps=config.eps, fused=True)
+        self._averages = [_pairs(network, average) for average in averages]
+        self._max_norm = math.inf
+        self._decays = [0.0] * len(averages)
+        self._lr = config.lr
+        self.lr = config.lr
+        """Learning rate of the groups without layer decay, at the next update."""
+
+    def schedule(self, lr_factor: float = 1.0, max_norm: float | None = None, decays: Sequence[float] = ()) -> None:
+        """Set what the next update uses: factor of all learning rates, limit of the gradients' norm, averages' decays.
+
+        Raises ValueError when there is not one decay for each average.
+        """
+        if len(decays) != len(self._averages):
+            raise ValueError(f"got {len(decays)} decays for {len(self._averages)} averages, wanted one for each")
+        self._max_norm, self._decays = math.inf if max_norm is None else max_norm, list(decays)
+        self.lr = self._lr * lr_factor
+        for group in self._adamw.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+
+    @torch.no_grad()
+    def step(self, grad_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update the parameters from their gradients, then the averages: (norm of the gradients, found_inf), both [].
+
+        grad_scale: [], what the loss was multiplied by. The norm is that before clipping, without the scale. Where a
+        gradient is not finite, found_inf is 1 and nothing has changed, averages and step counts included. The gradients
+        are free for reuse afterwards: their values are not kept.
+        """
+        parameters = [p for group in self._adamw.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in parameters]
+        norm, found_inf = global_norm(grads, backend="reference")
+        if not found_inf:
+            if grad_scale is not None:
+                torch._foreach_div_(grads, grad_scale)
+                norm = norm / grad_scale
+            if self._max_norm < math.inf:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+            self._adamw_step()
+            for (averages, sources), decay in zip(self._averages, self._decays, strict=True):
+                torch._foreach_lerp_(averages, sources, 1 - decay)
+        return norm, found_inf
+
+    def _adamw_step(self) -> None:
+        self._adamw.step()
+
+    def zero_grad(self) -> None:
+        """Let go of all gradients."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Groups of parameters with their `lr`, `peak_lr` and `weight_decay`, as torch's optimisers have them."""
+        return self._adamw.param_groups
+
+    @property
+    def state(self) -> dict:
+        """Per parameter: `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.AdamW names them."""
+        return self._adamw.state
+
+    def state_dict(self) -> dict:
+        """State in the layout of torch.optim.AdamW, whatever the backend."""
+        return self._adamw.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load what any backend's `state_dict` returned."""
+        self._adamw.load_state_dict(state)
+
+
+@dataclass
+class _Lists:
+    """The fused update's arguments for the parameters that have a gradient."""
+
+    places: list[int]
+    index: slice | torch.Tensor
+    params: list[torch.Tensor]
+    exp_avgs: list[torch.Tensor]
+    exp_avg_sqs: list[torch.Tensor]
+    emas: list[list[torch.Tensor]]
+    others: list[tuple[list[torch.Tensor], list[torch.Tensor]]]
+    """Per average: the averages of parameters without a gradient, frozen ones too, and those parameters."""
+
+
+class FusedOptimizer(Optimizer):
+    """The `fused` backend: two calls into the extension per step; `step` can be captured in a CUDA graph."""
+
+    def __init__(self, network, config, averages):
+        device = next(network.parameters()).device
+        require_extension("optimiser 'fused'", torch.empty(0, device=device), remedy="--optimizer.backend torch")
+        super().__init__(network, config, averages)
+        groups = self._adamw.param_groups
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._betas, self._eps = config.betas, config.eps
+
+        def per_parameter(key):
+            values = [group[key] for group in groups for _ in group["params"]]
+            return torch.tensor(values, dtype=torch.float64, device=device)
+
+        self._peak_lrs, self._weight_decays = per_parameter("peak_lr"), per_parameter("weight_decay")
+        self._lrs = self._peak_lrs.clone()
+        self._steps = torch.zeros(len(self._parameters), device=device)
+        self._max_norm_on_device = torch.full((), math.inf, dtype=torch.float64, device=device)
+        self._ema_weights = torch.ones(len(averages), dtype=torch.float64, device=device)
+        self._adopt_state()
+
+    def schedule(self, lr_factor=1.0, max_norm=None, decays=()):
+        super().schedule(lr_factor, max_norm, decays)
+        torch.mul(self._peak_lrs, lr_factor, out=self._lrs)
+        self._max_norm_on_device.fill_(self._max_norm)
+        for weight, decay in zip(self._ema_weights, self._decays, strict=True):
+            weight.fill_(1 - decay)
+
+    @torch.no_grad()
+    def step(self, grad_scale=None):
+        lists = self._lists_of([i for i, p in enumerate(self._parameters) if p.grad is not None])
+        # A gradient has its parameter's layout unless someone set it by hand.
+        grads = [p.grad.contiguous() for p in lists.params]
+        norm, found_inf = global_norm(grads, backend="extension")
+        steps = self._steps[lists.index]
+        fused_adamw_ema_(
+            lists.params,
+            grads,
+            lists.exp_avgs,
+            lists.exp_avg_sqs,
+            steps=steps,
+            lrs=self._lrs[lists.index],
+            weight_decays=self._weight_decays[lists.index],
+            norm=norm,
+            found_inf=found_inf,
+            max_norm=self._max_norm_on_device,
+            grad_scale=grad_scale,
+            emas=lists.emas,
+            ema_weights=self._ema_weights,
+            betas=self._betas,
+            eps=self._eps,
+            backend="extension",
+        )
+        if not isinstance(lists.index, slice):
+            self._steps[lists.index] = steps
+        for (averages, sources), weight in zip(lists.others, self._ema_weights, strict=True):
+            for average, source in zip(averages, sources, strict=True):
+                following = torch.lerp(average, source, weight.to(average.dtype))
+                average.copy_(torch.where(found_inf > 0, average, following))
+        return norm if grad_scale is None else norm / grad_scale, found_inf
+
+    def _lists_of(self, places: list[int]) -> _Lists:
+        """Arguments for the parameters at `places`, the same ones as a rule."""
+        if self._lists is None or self._lists.places != places:
+            params = [self._parameters[i] for i in places]
+            every = len(places) == len(self._parameters)
+            updated = set(params)
+            follower = [dict(zip(sources, averages, strict=True)) for averages, sources in self._averages]
+            rest = [[(a, p) for p, a in average.items() if p not in updated] for average in follower]
+            self._lists = _Lists(
+                places=places,
+                index=slice(None) if every else torch.tensor(places, device=self._steps.device),
+                params=params,
+                exp_avgs=[self.state[p]["exp_avg"] for p in params],
+                exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
+                emas=[[average[p] for p in params] for average in follower],
+                others=[([a for a, _ in pairs], [p for _, p in pairs]) for pairs in rest],
+            )
+        return self._lists
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._adopt_state()
+
+    def _adopt_state(self) -> None:
+        """Give every parameter moments, and keep all step counts in one tensor, of which the state holds views."""
+        self._lists: _Lists | None = None
+        for count, parameter in zip(self._steps.unbind(), self._parameters, strict=True):
+            state = self._adamw.state[parameter]
+            count.copy_(state.get("step", torch.zeros(())))
+            state["step"] = count
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+class ApexOptimizer(Optimizer):
+    """The `apex` backend: NVIDIA's FusedAdam does AdamW's part."""
+
+    def __init__(self, network, config, averages):
+        fused_adam = _apex_fused_adam()
+        super().__init__(network, config, averages)
+        groups = [dict(group) for group in self._adamw.param_groups]
+        self._apex = fused_adam(groups, betas=config.betas, eps=config.eps, adam_w_mode=True)
+
+    def _adamw_step(self):
+        for group, ours in zip(self._apex.param_groups, self._adamw.param_groups, strict=True):
+            group["lr"] = ours["lr"]
+        self._apex.step()
+
+    def state_dict(self):
+        for group in self._apex.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._apex.state:
+                    moments = {name: self._apex.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")}
+                    step = torch.tensor(float(group["step"]), device=parameter.device)
+                    self._adamw.state[parameter] = {"step": step} | moments
+        return super().state_dict()
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        for group, ours in zip(self._apex.param_groups, self._adamw.param_groups, strict=True):
+            known = [p for p in ours["params"] if p in self._adamw.state]
+            steps = {int(self._adamw.state[p]["step"]) for p in known}
+            if len(steps) > 1:
+                raise ValueError(
+                    f"the saved parameters have been updated {sorted(steps)} times, apex counts one number per group; "
+                    "choose --optimizer.backend torch"
+                )
+            group["step"] = steps.pop() if steps else 0
+            for parameter in known:
+                saved = self._adamw.state[parameter]
+                self._apex.state[parameter] = {name: saved[name] for name in ("exp_avg", "exp_avg_sq")}
+
+
+_BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
+
+
+def _apex_fused_adam() -> type:
+    """NVIDIA's FusedAdam. A package of the same name on PyPI is something else, and is not imported."""
+    remedy = "build NVIDIA's from https://github.com/NVIDIA/apex, or choose --optimizer.backend torch"
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        raise ValueError(
+            f"optimiser 'apex': apex is not installed; {remedy} (`pip install apex` installs another package)"
+        )
+    folders = list(spec.submodule_search_locations or ())
+    if not any(Path(folder, "optimizers", "fused_adam.py").is_file() for folder in folders):
+        raise ValueError(f"optimiser 'apex': the package apex in {folders or spec.origin} is not NVIDIA's; {remedy}")
+    try:
+        import amp_C  # noqa: F401  (apex's compiled kernels; without them FusedAdam fails at its first step)
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ValueError(
+            f"optimiser 'apex': NVIDIA's apex is installed without its kernels ({error}); {remedy}"
+        ) from None
+    return FusedAdam
+
+
+def _groups(network: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Trainable parameters by weight decay and layer decay; each group carries `peak_lr`, the lr at factor 1."""
     groups: dict[tuple[float, float], list] = {}
     exempt = set() if config.decay_tokens else network.no_weight_decay()
     depth = len(network.blocks)
@@ -44,15 +334,10 @@ def make_optimizer(network: torch.nn.Module, config: OptimizerConfig) -> torch.o
         if parameter.requires_grad:
             key = (0.0 if name in exempt else config.weight_decay, config.layer_decay ** _depth_below(name, depth))
             groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": params, "weight_decay": decay, "lr": config.lr * factor, "peak_lr": config.lr * factor}
-            for (decay, factor), params in groups.items()
-        ],
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    return [
+        {"params": params, "weight_decay": decay, "lr": config.lr * factor, "peak_lr": config.lr * factor}
+        for (decay, factor), params in groups.items()
+    ]
 
 
 def _depth_below(name: str, depth: int) -> int:
@@ -63,13 +348,36 @@ def _depth_below(name: str, depth: int) -> int:
     return depth + 1 if re.match(r"patch_embed\.|pos_embed|cls_token|class_embed\.", name) else 0
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to its peak times `factor`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+def _pairs(network: torch.nn.Module, average: torch.nn.Module) -> tuple[list, list]:
+    """Parameters of the average and of the network, place by place; buffers are left alone, as officially."""
+    return list(average.parameters()), list(network.parameters())
 
 
-@torch.no_grad()
-def update_average(average: torch.nn.Module, network: torch.nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * network over parameters; buffers are left alone, as officially."""
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+class LossScale:
+    """Dynamic loss scale of fp16 training, on the device: grows slowly, halved by a gradient that is not finite.
+
+    The released configuration: 2^14 at first, times 2^(1/1000) per step. `value` is [] float32, None when switched off.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.value = torch.full((), 2.0**14, device=device) if enabled else None
+
+    def __call__(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to call backward on."""
+        return loss if self.value is None else loss * self.value
+
+    def update(self, found_inf: torch.Tensor) -> None:
+        """Adapt to the outcome of a step."""
+        if self.value is not None:
+            value = self.value.double()
+            changed = torch.where(found_inf > 0, value * 0.5, value * 2.0**0.001)
+            self.value.copy_(changed.clamp(max=torch.finfo(torch.float32).max / 2))
+
+    def state_dict(self) -> dict:
+        """The scale, for a checkpoint."""
+        return {} if self.value is None else {"scale": self.value.item()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take a checkpoint's scale."""
+        if self.value is not None and "scale" in state:
+            self.value.fill_(state["scale"])

@@ -25,6 +25,11 @@ STABLE_TORCH_LIBRARY(epg_fast, m) {
   m.def(
       "heun_step_(Tensor(a!) x, Tensor denoised, Tensor denoised_next, float sigma, float sigma_next, float? lo,"
       " float? hi) -> ()");
+  m.def("global_norm_out(Tensor(a!) norm, Tensor(b!) found_inf, Tensor[] tensors) -> ()");
+  m.def(
+      "fused_adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+      " Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor(f!) steps, Tensor lrs, Tensor weight_decays, Tensor ema_weights,"
+      " Tensor norm, Tensor found_inf, Tensor max_norm, Tensor? grad_scale, float beta1, float beta2, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(epg_fast, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

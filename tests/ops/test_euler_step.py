@@ -3,7 +3,7 @@ import torch
 
 from epg_fast.ops import extension
 from epg_fast.ops.euler_step import SPEC, euler_step, euler_step_, euler_step_ref
-from tests.ops.extension_checks import DEVICE, needs_extension, normal, shapes
+from tests.ops.extension_checks import DEVICE, make_tensors, needs_extension, shapes
 from tests.ops.tolerance import assert_close_to_reference
 
 CLAMPS = [None, (-1.0, 1.0)]
@@ -11,7 +11,7 @@ BOTH = pytest.mark.parametrize("function", [euler_step, euler_step_])
 
 
 def make_inputs(shape, seed=0):
-    return normal(shape, 2, seed)
+    return make_tensors([shape] * 2, seed)
 
 
 @needs_extension

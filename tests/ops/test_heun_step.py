@@ -5,7 +5,7 @@ import torch
 
 from epg_fast.ops import euler_step
 from epg_fast.ops.heun_step import SPEC, heun_step, heun_step_, heun_step_ref
-from tests.ops.extension_checks import DEVICE, needs_extension, normal, shapes
+from tests.ops.extension_checks import DEVICE, make_tensors, needs_extension, shapes
 from tests.ops.tolerance import assert_close_to_reference
 
 CLAMPS = [None, (-1.0, 1.0), (None, 0.5)]
@@ -14,7 +14,7 @@ BOTH = pytest.mark.parametrize("function", [heun_step, heun_step_])
 
 
 def make_inputs(shape, seed=0):
-    return normal(shape, 3, seed)
+    return make_tensors([shape] * 3, seed)
 
 
 def doubled(tensors):

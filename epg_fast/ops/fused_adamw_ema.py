@@ -1,0 +1,201 @@
+"""AdamW, weight averages and a 16-bit copy of the weights, for all tensors of a model, in one pass over memory.
+
+For tensor i with gradient g, where nothing below happens if found_inf is not 0:
+
+    g = g / grad_scale * min(1, max_norm / (norm / grad_scale + 1e-6))
+    step_i = step_i + 1
+    exp_avg = exp_avg + (1 - beta1) (g - exp_avg)
+    exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
+    param = (1 - lr_i weight_decay_i) param
+            - lr_i / (1 - beta1^step_i) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step_i)) + eps)
+    ema_k = ema_k + ema_weight_k (param - ema_k)        for each average k
+    copy = bfloat16(param)
+
+Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2, as torch.optim.AdamW computes
+it; clipping as torch.nn.utils.clip_grad_norm_; ema_weight is 1 - decay.
+
+Shapes: params, grads, exp_avgs, exp_avg_sqs: N tensors each, equal shapes place by place; emas: K lists of N (K up to
+4); copies: N or none. steps, lrs, weight_decays: [N]; ema_weights: [K]; norm, found_inf, max_norm, grad_scale: []. What
+changes from step to step is in these tensors, on the device of the parameters, and none is read on the host: a captured
+CUDA graph stays right when they are written to.
+Dtypes: extension: params, moments and averages float32, grads float32 or bfloat16 (also mixed), copies bfloat16; steps,
+norm, found_inf and grad_scale float32; lrs, weight_decays, ema_weights and max_norm float64. reference: any floating
+dtypes.
+Error: each value within a few float32 roundings of the formula, as torch's fused AdamW; coefficients are computed in
+float64. An average with weight 1 equals the parameter, with weight 0 it stays as it is, bit for bit.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from epg_fast.ops.backends import check_backend
+from epg_fast.ops.extension import prefers_extension, require_extension, require_one_device
+from epg_fast.ops.spec import OpSpec
+
+_OP = "fused_adamw_ema_"
+Tensors = Sequence[torch.Tensor]
+
+
+@torch.no_grad()
+def fused_adamw_ema_ref(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    *,
+    steps: torch.Tensor,
+    lrs: torch.Tensor,
+    weight_decays: torch.Tensor,
+    norm: torch.Tensor,
+    found_inf: torch.Tensor,
+    max_norm: torch.Tensor,
+    grad_scale: torch.Tensor | None = None,
+    emas: Sequence[Tensors] = (),
+    ema_weights: torch.Tensor | None = None,
+    copies: Tensors = (),
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> None:
+    """The formula in plain PyTorch, tensor by tensor, in the parameters' dtype; reads `found_inf` on the host."""
+    if found_inf:
+        return
+    scale = 1.0 if grad_scale is None else grad_scale.double()
+    factor = (max_norm / (norm.double() / scale + 1e-6)).clamp(max=1.0) / scale
+    steps += 1
+    beta1, beta2 = betas
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        grad = grad.to(param.dtype) * factor.to(param.dtype)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        step, lr = steps[i].double(), lrs[i]
+        denominator = (exp_avg_sq / (1 - beta2**step).to(param.dtype)).sqrt_().add_(eps)
+        param *= (1 - lr * weight_decays[i]).to(param.dtype)
+        param -= (lr / (1 - beta1**step)).to(param.dtype) * exp_avg / denominator
+        for k, averages in enumerate(emas):
+            averages[i].lerp_(param, ema_weights[k].to(param.dtype))
+        if copies:
+            copies[i].copy_(param)
+
+
+# The schema and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
+@torch.compiler.assume_constant_result
+def _load_op(x: torch.Tensor) -> None:
+    require_extension(_OP, x)
+    _register_fake()
+
+
+@functools.cache
+def _register_fake() -> None:
+    @torch.library.register_fake("epg_fast::fused_adamw_ema_")
+    def _(*args):
+        return None
+
+
+@torch.no_grad()
+def fused_adamw_ema_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    *,
+    steps: torch.Tensor,
+    lrs: torch.Tensor,
+    weight_decays: torch.Tensor,
+    norm: torch.Tensor,
+    found_inf: torch.Tensor,
+    max_norm: torch.Tensor,
+    grad_scale: torch.Tensor | None = None,
+    emas: Sequence[Tensors] = (),
+    ema_weights: torch.Tensor | None = None,
+    copies: Tensors = (),
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> None:
+    """Update params, exp_avgs, exp_avg_sqs, steps, emas and copies in place, or none of them if found_inf is not 0.
+
+    params, grads, exp_avgs, exp_avg_sqs: N tensors each. steps, lrs, weight_decays: [N], steps counted so far; a weight
+    decay of 0 exempts a tensor. norm, found_inf: as `global_norm(grads)` returns them. max_norm: [], limit of the norm,
+    inf for none. grad_scale: [], what the loss was multiplied by; None for 1. emas: K averages, each N tensors, with
+    ema_weights: [K], 1 - decay. copies: N bfloat16 tensors or none.
+    backend: "reference" (plain PyTorch), "extension" (one pass in C++ or CUDA) or "auto": on a CPU the extension where
+    it is built and takes the tensors, else the reference; on a GPU the reference until the extension has been measured.
+    Raises ValueError for a backend that cannot run here and for lists whose lengths do not fit, and RuntimeError that
+    names the tensor for a wrong shape, dtype, device or memory layout; nothing has been changed then.
+    """
+    check_backend(_OP, backend, ("auto", "extension", "reference"))
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{_OP}: got betas={tuple(betas)}, wanted two values in [0, 1)")
+    if ema_weights is None:
+        ema_weights = torch.empty(0, dtype=torch.float64, device=steps.device)
+    flat_emas = [tensor for average in emas for tensor in average]
+    _check_lengths(params, emas, ema_weights, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, copies=copies)
+    written = [*params, *exp_avgs, *exp_avg_sqs, *flat_emas]
+    if backend == "auto":
+        float32 = prefers_extension([*written, steps], (torch.float32,))
+        backend = "extension" if float32 and prefers_extension(grads, _GRADS) else "reference"
+    scalars = {"steps": steps, "lrs": lrs, "weight_decays": weight_decays, "norm": norm, "found_inf": found_inf}
+    scalars |= {"max_norm": max_norm, "grad_scale": grad_scale}
+    if backend == "reference":
+        extras = {"emas": emas, "ema_weights": ema_weights, "copies": copies, "betas": betas, "eps": eps}
+        return fused_adamw_ema_ref(params, grads, exp_avgs, exp_avg_sqs, **scalars, **extras)
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "emas": flat_emas}
+    require_one_device(_OP, steps, **lists, copies=copies)
+    _load_op(steps)
+    torch.ops.epg_fast.fused_adamw_ema_(
+        *map(list, lists.values()),
+        list(copies),
+        steps,
+        lrs,
+        weight_decays,
+        ema_weights,
+        norm,
+        found_inf,
+        max_norm,
+        grad_scale,
+        *betas,
+        eps,
+    )
+    if not torch.compiler.is_compiling():
+        # Autograd counts writes, to notice a backward pass that needs what was overwritten.
+        torch.autograd.graph.increment_version([*written, *copies, steps])
+    return None
+
+
+_GRADS = (torch.float32, torch.bfloat16)
+
+
+def _check_lengths(params, emas, ema_weights, **lists) -> None:
+    for name, tensors in lists.items():
+        if len(tensors) != len(params) and not (name == "copies" and not tensors):
+            raise ValueError(f"{_OP}: got {len(tensors)} {name} for {len(params)} params, wanted one for each")
+    if len(emas) != ema_weights.numel():
+        raise ValueError(f"{_OP}: got {len(emas)} emas and {ema_weights.numel()} ema_weights, wanted one for each")
+    for k, average in enumerate(emas):
+        if len(average) != len(params):
+            raise ValueError(f"{_OP}: got {len(average)} tensors in emas[{k}] for {len(params)} params, wanted as many")
+
+
+def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Read five float32 values (`itemsize` bytes for the gradient) and write four, with one average and no copy.
+
+    shape: (number of tensors, values in each).
+    """
+    return (4 * 4 + itemsize + 4 * 4) * torch.Size(shape).numel()
+
+
+def _flops(shape: tuple[int, ...]) -> int:
+    """A square root and a division count as one each."""
+    return 18 * torch.Size(shape).numel()
+
+
+# The real lists of tensors are uneven: EPG-XL has 583 million parameters in 349 tensors.
+SPEC = OpSpec(
+    name="fused_adamw_ema",
+    shapes=((349, 1_670_447), (5000, 4096)),
+    odd_shapes=((1, 1), (3, 17), (2, 16_385), (1000, 7)),
+    bytes=_bytes,
+    flops=_flops,
+)

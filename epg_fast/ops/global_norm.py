@@ -1,0 +1,91 @@
+"""Global L2 norm of a list of tensors, and whether all of their values are finite: what gradient clipping needs.
+
+    norm = sqrt(sum over tensors and values of value^2)        found_inf = 0 if norm is finite, else 1
+
+Source: gradient clipping by the global norm, Pascanu et al., "On the difficulty of training recurrent neural networks"
+(2013); `found_inf` as torch's fused optimisers take it.
+
+Shapes: tensors: any, each its own; norm, found_inf: [].
+Dtypes: reference: any floating dtypes; extension: float32 and bfloat16, also mixed, contiguous. Results are float32
+(float64 from the reference when a tensor is).
+Error: the extension sums in float64, in an order that does not depend on the number of threads: the result is the
+float32 nearest to the exact norm, or its neighbour, and the same every time. Nothing is read on the host.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from epg_fast.ops.backends import check_backend
+from epg_fast.ops.extension import prefers_extension, require_extension, require_one_device
+from epg_fast.ops.spec import OpSpec
+
+_OP = "global_norm"
+
+
+def global_norm_ref(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in plain PyTorch."""
+    if not tensors:
+        return torch.zeros(()), torch.zeros(())
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=dtype)))
+    return norm, (~norm.isfinite()).to(dtype)
+
+
+# The schema and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
+@torch.compiler.assume_constant_result
+def _load_op(x: torch.Tensor) -> None:
+    require_extension(_OP, x)
+    _register_fake()
+
+
+@functools.cache
+def _register_fake() -> None:
+    @torch.library.register_fake("epg_fast::global_norm_out")
+    def _(norm, found_inf, tensors):
+        return None
+
+
+@torch.no_grad()
+def global_norm(tensors: Sequence[torch.Tensor], backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm, found_inf), two tensors of shape [] on the device of the tensors.
+
+    tensors: gradients, say, of any shapes; an empty list has norm 0. backend: "reference" (plain PyTorch), "extension"
+    (one pass in C++ or CUDA; float32 and bfloat16, contiguous) or "auto": on a CPU the extension where it is built and
+    takes the tensors, else the reference; on a GPU the reference until the extension has been measured there.
+    Raises ValueError for a backend that cannot run here, and ValueError or RuntimeError for tensors that are not
+    contiguous, not float32 or bfloat16, or on several devices.
+    """
+    check_backend(_OP, backend, ("auto", "extension", "reference"))
+    if backend == "auto":
+        backend = "extension" if prefers_extension(tensors, _DTYPES) else "reference"
+    if backend == "reference" or not tensors:
+        return global_norm_ref(tensors)
+    require_one_device(_OP, tensors[0], tensors=tensors)
+    _load_op(tensors[0])
+    norm, found_inf = (torch.empty((), device=tensors[0].device, dtype=torch.float32) for _ in range(2))
+    torch.ops.epg_fast.global_norm_out(norm, found_inf, list(tensors))
+    return norm, found_inf
+
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Read every value once. shape: (number of tensors, values in each)."""
+    return itemsize * torch.Size(shape).numel()
+
+
+def _flops(shape: tuple[int, ...]) -> int:
+    return 2 * torch.Size(shape).numel()
+
+
+# The real lists of tensors are uneven: EPG-XL has 583 million parameters in 349 tensors.
+SPEC = OpSpec(
+    name=_OP,
+    shapes=((349, 1_670_447), (5000, 4096)),
+    odd_shapes=((1, 1), (3, 17), (2, 16_385), (1000, 7)),
+    bytes=_bytes,
+    flops=_flops,
+)

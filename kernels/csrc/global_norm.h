@@ -1,0 +1,18 @@
+#pragma once
+
+#include "tensor_list.h"
+
+namespace epg_fast {
+
+inline void check_global_norm(const Tensor& norm, const Tensor& found_inf, const TensorList& tensors) {
+  constexpr const char* op = "global_norm";
+  check_float32(op, "norm", norm);
+  check_float32(op, "found_inf", found_inf);
+  check_same_device(op, "found_inf", found_inf, "norm", norm);
+  STD_TORCH_CHECK(norm.numel() == 1 && found_inf.numel() == 1, op, ": norm and found_inf must hold one value each");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_list_tensor(op, "tensors", i, tensors[i], norm, true);
+  }
+}
+
+}  // namespace epg_fast

@@ -1,0 +1,366 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from epg_fast.ops import fused_adamw_ema_, global_norm
+from epg_fast.ops.fused_adamw_ema import SPEC
+from tests.ops.extension_checks import DEVICE, GPU, make_tensors, needs_extension
+from tests.ops.tolerance import assert_close_to_reference
+
+# Odd sizes, an empty tensor, one of no dimensions, one that spans several blocks and threads.
+SHAPES = [(33, 7), (1,), (0, 4), (), (130, 257), (40_003,), (16,)]
+BETAS, EPS = (0.9, 0.99), 1e-8
+
+
+@dataclasses.dataclass
+class State:
+    """Arguments of `fused_adamw_ema_`, by name."""
+
+    params: list
+    exp_avgs: list
+    exp_avg_sqs: list
+    steps: torch.Tensor
+    lrs: torch.Tensor
+    weight_decays: torch.Tensor
+    max_norm: torch.Tensor
+    emas: list
+    ema_weights: torch.Tensor
+    copies: list
+
+    def update(self, grads, backend, **changes):
+        norm, found_inf = global_norm(grads, backend="reference")
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        arguments |= {"grads": grads, "norm": norm, "found_inf": found_inf, "betas": BETAS, "eps": EPS} | changes
+        fused_adamw_ema_(**arguments, backend=backend)
+
+    def tensors(self):
+        averages = [t for average in self.emas for t in average]
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *averages, *self.copies, self.steps]
+
+
+def make_state(shapes=SHAPES, averages=1, copies=False, max_norm=math.inf, offset=0, dtype=torch.float32):
+    def placed(values):
+        """At `offset` values behind an aligned address."""
+        buffer = torch.zeros(values.numel() + offset, dtype=dtype, device=DEVICE)
+        buffer[offset:] = values.flatten()
+        return buffer[offset:].view(values.shape)
+
+    params = [placed(t) for t in make_tensors(shapes)]
+    float64 = {"dtype": torch.float64, "device": DEVICE}
+    return State(
+        params=params,
+        exp_avgs=[placed(torch.zeros(s)) for s in shapes],
+        exp_avg_sqs=[placed(torch.zeros(s)) for s in shapes],
+        steps=torch.zeros(len(shapes), device=DEVICE),
+        lrs=torch.tensor([1e-3 * 0.8 ** (i % 5) for i in range(len(shapes))], **float64),
+        weight_decays=torch.tensor([0.1 if i % 3 else 0.0 for i in range(len(shapes))], **float64),
+        max_norm=torch.tensor(max_norm, **float64),
+        emas=[[placed(p) for p in params] for _ in range(averages)],
+        ema_weights=torch.tensor([0.05, 0.7, 1e-4, 0.5][:averages], **float64),
+        copies=[p.bfloat16() for p in params] if copies else [],
+    )
+
+
+class TorchAdamW:
+    """The same update by torch.optim.AdamW, torch.nn.utils' clipping and lerp, in any dtype."""
+
+    def __init__(self, state, dtype):
+        self.params = [p.to(dtype, copy=True).requires_grad_() for p in state.params]
+        self.emas = [[p.detach().clone() for p in self.params] for _ in state.emas]
+        self.weights, self.max_norm = state.ema_weights.tolist(), state.max_norm.item()
+        groups = zip(self.params, state.lrs.tolist(), state.weight_decays.tolist(), strict=True)
+        groups = [{"params": [p], "lr": lr, "weight_decay": decay} for p, lr, decay in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=dtype == torch.float32)
+
+    @torch.no_grad()
+    def update(self, grads):
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = grad.to(p.dtype, copy=True)
+        torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
+        self.optimizer.step()
+        for average, weight in zip(self.emas, self.weights, strict=True):
+            for e, p in zip(average, self.params, strict=True):
+                e.lerp_(p, weight)
+
+    def named(self):
+        state = [self.optimizer.state[p] for p in self.params]
+        return {
+            "params": self.params,
+            "exp_avgs": [s["exp_avg"] for s in state],
+            "exp_avg_sqs": [s["exp_avg_sq"] for s in state],
+        } | {f"emas[{k}]": average for k, average in enumerate(self.emas)}
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def assert_follows_torch(state, backend, updates, grad_dtypes=(torch.float32,)):
+    exact, same_dtype = TorchAdamW(state, torch.float64), TorchAdamW(state, torch.float32)
+    for step in range(updates):
+        grads = make_tensors([p.shape for p in state.params], seed=100 + step)
+        grads = [g.mul(0.3).to(grad_dtypes[i % len(grad_dtypes)]) for i, g in enumerate(grads)]
+        state.update(grads, backend)
+        exact.update(grads)
+        same_dtype.update(grads)
+    got = {name: getattr(state, name) for name in ("params", "exp_avgs", "exp_avg_sqs")}
+    got |= {f"emas[{k}]": average for k, average in enumerate(state.emas)}
+    for name, tensors in got.items():
+        assert_close_to_reference(
+            flat(tensors), flat(same_dtype.named()[name]), flat(exact.named()[name]), name=f"{name} after {updates}"
+        )
+    assert torch.equal(state.steps, torch.full_like(state.steps, updates))
+
+
+MIXED = (torch.bfloat16, torch.float32)
+
+
+@needs_extension
+@pytest.mark.parametrize("max_norm", [math.inf, 0.5], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("grad_dtypes", [(torch.float32,), (torch.bfloat16,), MIXED], ids=str)
+def test_50_updates_follow_torch_in_float64(grad_dtypes, max_norm):
+    assert_follows_torch(make_state(max_norm=max_norm, averages=2), "extension", 50, grad_dtypes)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "shape", [*SPEC.odd_shapes, *(pytest.param(s, marks=GPU) for s in ((349, 65_537), (5000, 4096)))], ids=str
+)
+def test_updates_of_the_measured_shapes(shape):
+    count, size = shape
+    assert_follows_torch(make_state([(size,)] * count, max_norm=1.0), "extension", 3)
+
+
+@needs_extension
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_unaligned_tensors(offset):
+    state = make_state(offset=offset, max_norm=0.5)
+    state.copies = [torch.zeros(p.numel() + offset, dtype=torch.bfloat16, device=DEVICE) for p in state.params]
+    state.copies = [c[offset:].view(p.shape) for c, p in zip(state.copies, state.params, strict=True)]
+    assert_follows_torch(state, "extension", 3, MIXED)
+    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(state.copies, state.params, strict=True))
+
+
+@needs_extension
+def test_thousands_of_tiny_tensors():
+    assert_follows_torch(make_state([(1 + i % 7,) for i in range(3000)], max_norm=0.5), "extension", 2)
+
+
+@needs_extension
+@pytest.mark.parametrize("averages", [0, 1, 2, 3, 4])
+def test_any_number_of_averages_up_to_four(averages):
+    assert_follows_torch(make_state(averages=averages, copies=averages == 3), "extension", 4)
+
+
+def test_the_reference_is_torch_adamw_in_float64():
+    state = make_state(max_norm=0.5, averages=2, dtype=torch.float64)
+    exact = TorchAdamW(state, torch.float64)
+    for step in range(10):
+        grads = make_tensors([p.shape for p in state.params], seed=step, dtype=torch.float64)
+        state.update(grads, "auto")  # the extension does not take float64
+        exact.update(grads)
+    torch.testing.assert_close(flat(state.params), flat(exact.params), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(flat(state.emas[1]), flat(exact.emas[1]), rtol=1e-12, atol=1e-14)
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_leaves_every_bit(value, backend):
+    state = make_state(copies=True, averages=2, max_norm=0.5)
+    grads = make_tensors([p.shape for p in state.params])
+    state.update(grads, backend)
+    state.params[0][0, 0] = -0.0
+    before = [t.clone() for t in state.tensors()]
+    grads[4][3, 3] = value
+    state.update(grads, backend)
+    for was, now in zip(before, state.tensors(), strict=True):
+        assert torch.equal(was.reshape(-1).view(torch.uint8), now.reshape(-1).view(torch.uint8))
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+def test_a_scaled_loss_gives_the_same_update(backend):
+    plain, scaled = make_state(max_norm=0.5), make_state(max_norm=0.5)
+    grads = make_tensors([p.shape for p in plain.params])
+    plain.update(grads, backend)
+    scaled.update([512 * g for g in grads], backend, grad_scale=torch.tensor(512.0, device=DEVICE))
+    torch.testing.assert_close(flat(scaled.params), flat(plain.params), rtol=1e-6, atol=1e-7)
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+def test_copies_are_the_rounded_weights(backend):
+    state = make_state(copies=True)
+    special = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38, 1.00390625, 1.01171875, -0.0, 1e-40], device=DEVICE)
+    state.params[6][:8], state.lrs[6] = special, 0.0
+    state.update(make_tensors([p.shape for p in state.params]), backend)
+    for copy, param in zip(state.copies, state.params, strict=True):
+        wanted = param.bfloat16()
+        assert torch.equal(copy.isnan(), wanted.isnan())
+        assert torch.equal(copy.nan_to_num(7.0).view(torch.int16), wanted.nan_to_num(7.0).view(torch.int16))
+
+
+@needs_extension
+def test_an_average_of_weight_one_is_the_parameter_and_of_weight_zero_stays():
+    state = make_state(averages=2)
+    state.ema_weights.copy_(torch.tensor([1.0, 0.0]))
+    before = [e.clone() for e in state.emas[1]]
+    state.update(make_tensors([p.shape for p in state.params]), "extension")
+    assert all(torch.equal(e, p) for e, p in zip(state.emas[0], state.params, strict=True))
+    assert all(torch.equal(e, b) for e, b in zip(state.emas[1], before, strict=True))
+
+
+@needs_extension
+def test_every_tensor_has_its_own_step_count():
+    together, apart = make_state([(5,), (6,)]), make_state([(5,), (6,)])
+    grads = make_tensors([(5,), (6,)])
+    together.steps[1] = 10
+    together.update(grads, "extension")
+    assert together.steps.tolist() == [1, 11]
+    apart.steps[1] = 10
+    apart.update(grads, "reference")
+    torch.testing.assert_close(flat(together.params), flat(apart.params), rtol=1e-6, atol=1e-8)
+
+
+@needs_extension
+def test_autograd_notices_that_a_saved_weight_was_overwritten():
+    state = make_state([(4,)])
+    state.params[0].requires_grad_()
+    loss = (state.params[0] ** 2).sum()
+    state.update(make_tensors([(4,)]), "extension")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def _op_arguments(state, grads):
+    norm, found_inf = global_norm(grads)
+    lists = (state.params, grads, state.exp_avgs, state.exp_avg_sqs, [t for a in state.emas for t in a], state.copies)
+    scalars = (state.steps, state.lrs, state.weight_decays, state.ema_weights, norm, found_inf, state.max_norm, None)
+    return *lists, *scalars, *BETAS, EPS
+
+
+@needs_extension
+def test_registration():
+    state = make_state([(5, 3), (17,)], copies=True)
+    grads = make_tensors([(5, 3), (17,)])
+    state.update(grads, "extension")
+    torch.library.opcheck(torch.ops.epg_fast.fused_adamw_ema_.default, _op_arguments(state, grads))
+
+
+@needs_extension
+def test_compiled_into_one_graph_the_update_is_the_same():
+    eager, traced = make_state([(5, 3), (17,)], copies=True), make_state([(5, 3), (17,)], copies=True)
+    grads = make_tensors([(5, 3), (17,)])
+    scalars = dict(zip(("norm", "found_inf"), global_norm(grads), strict=True))
+
+    def update(state, grads):
+        arguments = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+        fused_adamw_ema_(**arguments, **scalars, grads=grads, backend="extension")
+
+    update(eager, grads)
+    torch.compile(update, fullgraph=True, backend="aot_eager")(traced, grads)
+    assert all(torch.equal(a, b) for a, b in zip(eager.tensors(), traced.tensors(), strict=True))
+
+
+def _replaced(state, name, place, tensor):
+    getattr(state, name)[place] = tensor.to(DEVICE)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("params", torch.zeros(3, dtype=torch.float64), r"params\[1\] must be float32"),
+        ("exp_avgs", torch.zeros(4), r"exp_avgs\[1\] has size 4 in dimension 0, params has 3 there"),
+        ("exp_avg_sqs", torch.zeros(3, 1), r"exp_avg_sqs\[1\] has 2 dimensions, params has 1 there"),
+        ("exp_avgs", torch.zeros(3, dtype=torch.bfloat16), r"exp_avgs\[1\] must be float32"),
+        ("exp_avgs", torch.zeros(6)[::2], r"exp_avgs\[1\] must be contiguous"),
+        ("copies", torch.zeros(3), r"copies\[1\] must be bfloat16"),
+    ],
+)
+def test_a_wrong_tensor_is_named_and_nothing_changes(name, tensor, message):
+    state = make_state([(2,), (3,)], copies=True)
+    grads = make_tensors([(2,), (3,)])
+    _replaced(state, name, 1, tensor)
+    before = [t.clone() for t in state.tensors()]
+    with pytest.raises(RuntimeError, match=message):
+        state.update(grads, "extension")
+    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors(), strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": torch.zeros(1)}, "steps must hold 2 values, has 1"),
+        ({"steps": torch.zeros(2, dtype=torch.int64)}, "steps must be float32"),
+        ({"lrs": torch.zeros(2)}, "lrs must be float64"),
+        ({"weight_decays": torch.zeros(3, dtype=torch.float64)}, "weight_decays must hold 2 values, has 3"),
+        ({"max_norm": torch.zeros(2, dtype=torch.float64)}, "max_norm must hold 1 values, has 2"),
+        ({"grad_scale": torch.ones((), dtype=torch.float64)}, "grad_scale must be float32"),
+        ({"grads": [torch.zeros(2), torch.zeros(3).half()]}, r"grads\[1\] must be float32 or bfloat16"),
+        ({"grads": [torch.zeros(2)]}, "got 1 grads for 2 params, wanted one for each"),
+        ({"emas": []}, "got 0 emas and 1 ema_weights, wanted one for each"),
+        ({"emas": [[torch.zeros(2)]]}, r"got 1 tensors in emas\[0\] for 2 params, wanted as many"),
+        ({"copies": [torch.zeros(2).bfloat16()]}, "got 1 copies for 2 params, wanted one for each"),
+        ({"betas": (0.9, 1.0)}, r"got betas=\(0.9, 1.0\), wanted two values in \[0, 1\)"),
+    ],
+)
+def test_a_wrong_argument_is_named(change, message):
+    def placed(value):
+        if isinstance(value, list):
+            return [placed(v) for v in value]
+        return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+    state = make_state([(2,), (3,)])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        state.update(
+            **{"grads": make_tensors([(2,), (3,)])} | {k: placed(v) for k, v in change.items()}, backend="extension"
+        )
+
+
+@needs_extension
+def test_five_averages_and_shared_memory_are_refused():
+    state = make_state([(2,)])
+    state.emas, state.ema_weights = state.emas * 5, state.ema_weights.repeat(5)
+    with pytest.raises(RuntimeError, match="ema_weights holds 5 values, wanted at most 4"):
+        state.update(make_tensors([(2,)]), "extension")
+    state = make_state([(2,)])
+    state.emas = [state.params]
+    with pytest.raises(RuntimeError, match=r"emas\[0\] must not share its memory with params"):
+        state.update(make_tensors([(2,)]), "extension")
+
+
+@needs_extension
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_captured_graph_reads_what_changes_and_never_waits():
+    captured, eager = make_state(max_norm=0.5), make_state(max_norm=0.5)
+    grads = make_tensors([p.shape for p in captured.params])
+    arguments = {f.name: getattr(captured, f.name) for f in dataclasses.fields(captured)}
+
+    def update():
+        norm, found_inf = global_norm(grads, backend="extension")
+        fused_adamw_ema_(**arguments, grads=grads, norm=norm, found_inf=found_inf, betas=BETAS, backend="extension")
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    eager.update(grads, "extension")
+    for lr in (2e-3, 5e-4):
+        for state in (captured, eager):
+            state.lrs.fill_(lr)
+        for grad in grads:
+            grad.mul_(-0.7)
+        graph.replay()
+        eager.update(grads, "extension")
+    torch.testing.assert_close(flat(captured.params), flat(eager.params))
+    assert torch.equal(captured.steps, eager.steps)

@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+
+from epg_fast.ops import extension
+from epg_fast.ops.global_norm import SPEC, global_norm, global_norm_ref
+from tests.ops.extension_checks import DEVICE, GPU, make_tensors, needs_extension
+
+FLOAT32_STEP = 2.0**-23
+
+
+def exact_norm(tensors):
+    return math.sqrt(math.fsum(t.double().square().sum().item() for t in tensors))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SPEC.odd_shapes, *(pytest.param(s, marks=GPU) for s in ((349, 65_537), (5000, 4096)))], ids=str
+)
+def test_norm_of_gradients(shape, dtypes):
+    count, size = shape
+    tensors = [t.to(dtypes[i % len(dtypes)]) for i, t in enumerate(make_tensors([(size,)] * count))]
+    norm, found_inf = global_norm(tensors, backend="extension")
+    assert norm.shape == found_inf.shape == () and norm.dtype == found_inf.dtype == torch.float32
+    assert norm.item() == pytest.approx(exact_norm(tensors), rel=FLOAT32_STEP) and found_inf.item() == 0
+    reference, found_inf = global_norm(tensors, backend="reference")
+    assert reference.item() == pytest.approx(exact_norm(tensors), rel=1e-5) and found_inf.item() == 0
+
+
+@needs_extension
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_empty_and_unaligned_tensors_and_zero_dimensions(offset):
+    tensors = [
+        make_tensors([(40_000,)])[0][offset:],
+        torch.zeros(0, 3, device=DEVICE),
+        torch.tensor(2.0, device=DEVICE),
+    ]
+    tensors.append(tensors[0].bfloat16()[1:])
+    assert global_norm(tensors, backend="extension")[0].item() == pytest.approx(exact_norm(tensors), rel=FLOAT32_STEP)
+    only_empty = [torch.zeros(0, device=DEVICE)]
+    assert [t.item() for t in global_norm(only_empty, backend="extension")] == [0, 0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "extension", "reference"])
+def test_the_norm_of_nothing_is_zero(backend):
+    assert [t.item() for t in global_norm([], backend=backend)] == [0, 0]
+
+
+@needs_extension
+def test_squares_that_float32_cannot_hold_are_summed():
+    tensors = [torch.full((1000,), 1e30, device=DEVICE), torch.full((1000,), 1e-30, device=DEVICE)]
+    norm, found_inf = global_norm(tensors, backend="extension")
+    assert norm.item() == pytest.approx(1e30 * math.sqrt(1000), rel=1e-6) and found_inf.item() == 0
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [(0, 0), (1, 16_384), (2, 9)])
+def test_one_value_that_is_not_finite_is_found(place, value, dtype, backend):
+    tensors = [t.to(dtype) for t in make_tensors([(7,), (20_001,), (10,)])]
+    tensors[place[0]][place[1]] = value
+    norm, found_inf = global_norm(tensors, backend=backend)
+    assert found_inf.item() == 1 and not norm.isfinite()
+
+
+@needs_extension
+@pytest.mark.skipif(DEVICE == "cuda", reason="threads of the CPU")
+def test_the_number_of_threads_changes_no_bit():
+    tensors = make_tensors([(300_007,), (5,), (70_000,)])
+    before = torch.get_num_threads()
+    try:
+        norms = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            norms.append(global_norm(tensors, backend="extension")[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
+
+
+@needs_extension
+def test_registration_and_compilation():
+    tensors = make_tensors([(5, 3), (17,)])
+    global_norm(tensors, backend="extension")
+    norm, found_inf = (torch.empty((), device=DEVICE) for _ in range(2))
+    torch.library.opcheck(torch.ops.epg_fast.global_norm_out.default, (norm, found_inf, tensors))
+
+    def both(x, y):
+        return global_norm([x, y], backend="extension")
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(*tensors), both(*tensors), strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(4, dtype=torch.float64), r"tensors\[1\] must be float32 or bfloat16"),
+        (torch.zeros(4, dtype=torch.float16), r"tensors\[1\] must be float32 or bfloat16"),
+        (torch.zeros(4, 4).t()[1:], r"tensors\[1\] must be contiguous"),
+        (torch.zeros(4, device="meta"), r"got tensors\[1\] on meta and others on c.*, wanted one device"),
+    ],
+)
+def test_a_wrong_tensor_is_named(wrong, message):
+    wrong = wrong if wrong.is_meta else wrong.to(DEVICE)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        global_norm([torch.ones(4, device=DEVICE), wrong], backend="extension")
+
+
+def test_auto_takes_tensors_that_the_extension_does_not():
+    tensors = [torch.ones(4, dtype=torch.float64, device=DEVICE), torch.ones(3, 2, device=DEVICE).t()]
+    norm, found_inf = global_norm(tensors)
+    assert norm.item() == pytest.approx(math.sqrt(10)) and found_inf.item() == 0
+
+
+def test_a_missing_extension_says_how_to_build_it(monkeypatch):
+    monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built: run `pip install .`"))
+    with pytest.raises(ValueError, match="global_norm.*not built.*pip install.*backend='reference'"):
+        global_norm([torch.ones(3)], backend="extension")
+    assert global_norm([torch.ones(4)])[0] == global_norm_ref([torch.ones(4)])[0] == 2
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="got backend='cuda', wanted one of auto, extension, reference"):
+        global_norm([torch.ones(3)], backend="cuda")
