@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-ASAN_TESTS ?= tests/ops/test_euler_step.py tests/ops/test_heun_step.py
+ASAN_TESTS ?= $(patsubst kernels/csrc/%.cpp,tests/ops/test_%.py,$(filter-out %/register.cpp,$(wildcard kernels/csrc/*.cpp)))
 
 .PHONY: install demo test lint resources bench asan clean
 

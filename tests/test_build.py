@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,11 @@ def test_a_library_without_an_operation_of_this_version_is_not_used(use_library,
     assert_unavailable(
         status, "from another version of epg_fast", "has no operation_of_tomorrow;", "to rebuild it, run"
     )
+
+
+def test_every_operator_of_the_sources_is_expected_of_a_library():
+    defined = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "kernels/csrc/register.cpp").read_text())
+    assert defined and sorted(defined) == sorted(extension.OPERATORS)
 
 
 def python(code, **environment):
