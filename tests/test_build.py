@@ -214,6 +214,13 @@ def test_a_library_for_another_torch_is_not_loaded(use_library, tmp_path):
     )
 
 
+def test_a_library_that_may_not_be_read_is_not_loaded(use_library, tmp_path, monkeypatch):
+    library = tmp_path / "secret.so"
+    library.touch()
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert_unavailable(use_library(library), "cannot be loaded", "Permission denied")
+
+
 @pytest.mark.skipif(not extension.extension_status()[0], reason="needs the extension")
 def test_a_library_without_an_operation_of_this_version_is_not_used(use_library, monkeypatch):
     monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "operation_of_tomorrow"))

@@ -35,10 +35,10 @@ def extension_status() -> tuple[bool, str]:
         if _CHOSEN:
             return False, f"not found: EPG_EXTENSION is {_CHOSEN}, which is not a file; correct it or unset it"
         return False, f"not built: {_LIBRARY} does not exist; to build it, run {_REBUILD}"
-    damage = _damage(_LIBRARY)
-    if damage:
-        return False, f"damaged: {_LIBRARY} {damage}; to rebuild it, run {_REBUILD}"
     try:
+        damage = _damage(_LIBRARY)
+        if damage:
+            return False, f"damaged: {_LIBRARY} {damage}; to rebuild it, run {_REBUILD}"
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         reason = str(error.__cause__ or error).splitlines()[0]  # torch's own error names the file only
