@@ -109,10 +109,11 @@ class Optimizer:
 
         grad_scale: [], what the loss was multiplied by. The norm is that before clipping, without the scale. Where a
         gradient is not finite, found_inf is 1 and nothing has changed, averages and step counts included. The gradients
-        are free for reuse afterwards: their values are not kept.
+        are free for reuse afterwards: their values are not kept. Raises ValueError when no parameter has a gradient.
         """
         parameters = [p for group in self._adamw.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in parameters]
+        _require_gradients(grads)
         norm, found_inf = global_norm(grads, backend="reference")
         if not found_inf:
             if grad_scale is not None:
@@ -199,6 +200,7 @@ class FusedOptimizer(Optimizer):
         lists = self._lists_of([i for i, p in enumerate(self._parameters) if p.grad is not None])
         # A gradient has its parameter's layout unless someone set it by hand.
         grads = [p.grad.contiguous() for p in lists.params]
+        _require_gradients(grads)
         norm, found_inf = global_norm(grads, backend="extension")
         steps = self._steps[lists.index]
         fused_adamw_ema_(
@@ -276,6 +278,10 @@ class ApexOptimizer(Optimizer):
             group["lr"] = ours["lr"]
         self._apex.step()
 
+    @property
+    def state(self):
+        return self._apex.state
+
     def state_dict(self):
         for group in self._apex.param_groups:
             for parameter in group["params"]:
@@ -302,6 +308,11 @@ class ApexOptimizer(Optimizer):
 
 
 _BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
+
+
+def _require_gradients(grads: list[torch.Tensor]) -> None:
+    if not grads:
+        raise ValueError("step: got no gradient on any parameter, wanted some; call backward on the loss first")
 
 
 def _apex_fused_adam() -> type:

@@ -1,16 +1,18 @@
-// AdamW, averages and the 16-bit copy on the CPU: one pass over memory. Blocks that fit the first-level cache go through
-// the parts one after another, each part a loop that the compiler vectorises.
+// AdamW, averages and the 16-bit copy on the CPU: one pass over memory. Small blocks, so that all arrays stream at once, go
+// through the parts one after another, each part a loop that the compiler vectorises.
 
 #include "fused_adamw_ema.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+
 namespace epg_fast {
 namespace {
 
 constexpr int64_t kGrain = 32768;
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 256;
 
 template <class Grad>
 EPG_ALWAYS_INLINE void adamw_block(float* __restrict param, const Grad* __restrict grad, float* __restrict exp_avg,
@@ -81,6 +83,11 @@ void fused_adamw_ema_cpu(TensorList params, TensorList grads, TensorList exp_avg
     float* const exp_avg_sq = data<float>(exp_avg_sqs, i);
     const void* const grad = grads[i].const_data_ptr();
     const bool is_float32 = grads[i].scalar_type() == ScalarType::Float;
+    uint16_t* const copy = copies.empty() ? nullptr : data<uint16_t>(copies, i);
+    std::array<float*, kMaxEmas> ema{};
+    for (size_t k = 0; k < averages; ++k) {
+      ema[k] = data<float>(emas, k * count + i);
+    }
     for (int64_t at = begin; at < end; at += kBlock) {
       const int64_t size = std::min(kBlock, end - at);
       if (is_float32) {
@@ -91,10 +98,10 @@ void fused_adamw_ema_cpu(TensorList params, TensorList grads, TensorList exp_avg
                        adamw, tensor_steps[i]);
       }
       for (size_t k = 0; k < averages; ++k) {
-        lerp_block(data<float>(emas, k * count + i) + at, param + at, size, static_cast<float>(weights[k]));
+        lerp_block(ema[k] + at, param + at, size, static_cast<float>(weights[k]));
       }
-      if (!copies.empty()) {
-        copy_block(data<uint16_t>(copies, i) + at, param + at, size);
+      if (copy != nullptr) {
+        copy_block(copy + at, param + at, size);
       }
     }
   };

@@ -280,6 +280,13 @@ def test_a_captured_step_follows_the_schedule(network):
     assert torch.equal(captured.weights(), eager.weights())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_without_any_gradient_is_a_mistake(network, backend):
+    run = Run(network, backend)
+    with pytest.raises(ValueError, match="got no gradient on any parameter.*call backward"):
+        run.optimizer.step()
+
+
 def test_one_decay_for_each_average(network):
     with pytest.raises(ValueError, match="got 1 decays for 2 averages"):
         Run(network, "torch").optimizer.schedule(decays=[0.9])
