@@ -26,7 +26,7 @@ part() { # name, seconds, command...
   fi
 }
 
-part build 120 "$python" setup.py build_ext --inplace
+part build 300 "$python" setup.py build_ext --inplace
 part env 60 "$python" -m epg_fast env
 part gpu 30 "$python" -c "import torch; print(torch.cuda.get_device_name(), torch.version.cuda)"
 part tests 300 "$python" -m pytest -q -n 8 --dist worksteal tests/ops tests/models tests/training/test_optimizer.py tests/test_gpu.py

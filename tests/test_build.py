@@ -105,6 +105,14 @@ def setup_file():
     return module
 
 
+def test_the_extension_is_here_if_it_can_be(setup_file):
+    """Tests of its operations skip without it: a build that went wrong must not hide behind them."""
+    if reason := setup_file.missing():
+        pytest.skip(reason)
+    available, reason = extension.extension_status()
+    assert available, reason
+
+
 @pytest.mark.parametrize(
     ("max_jobs", "cores", "gigabytes", "wanted"),
     [
