@@ -10,7 +10,7 @@ namespace epg_fast {
 namespace {
 
 // No __restrict__: `out` may be `x` or `denoised`.
-__global__ void __launch_bounds__(ElementwiseLaunch::kThreads)
+__global__ void __launch_bounds__(ElementwiseGrid::kThreads)
     euler_step_kernel(float* out, const float* x, const float* denoised, const EulerStep step, int64_t vectors,
                       int64_t size) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -33,17 +33,14 @@ void euler_step_out_cuda(Tensor out, Tensor x, Tensor denoised, double sigma, do
   if (size == 0) {
     return;
   }
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream("euler_step", device);
 
   float* const out_data = static_cast<float*>(out.mutable_data_ptr());
   const float* const x_data = static_cast<const float*>(x.const_data_ptr());
   const float* const denoised_data = static_cast<const float*>(denoised.const_data_ptr());
-  const ElementwiseLaunch launch(size, {out_data, x_data, denoised_data});
-  euler_step_kernel<<<launch.blocks, ElementwiseLaunch::kThreads, 0, stream>>>(
-      out_data, x_data, denoised_data, make_euler_step(sigma, sigma_next, lo, hi), launch.vectors, size);
-  check_launch("euler_step");
+  const ElementwiseGrid grid(size, {out_data, x_data, denoised_data});
+  const Launcher launch("euler_step", x.get_device_index());
+  launch(grid.blocks, grid.kThreads, euler_step_kernel, out_data, x_data, denoised_data,
+         make_euler_step(sigma, sigma_next, lo, hi), grid.vectors, size);
 }
 
 void euler_step_cuda(Tensor x, Tensor denoised, double sigma, double sigma_next, std::optional<double> lo,

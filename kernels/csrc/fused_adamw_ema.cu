@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int kEmas>
 void update(const AdamWEmaLists& lists, const TensorStep* tensor_steps, const DeviceScalars& scalars,
-            const AdamW& adamw, int32_t device, cudaStream_t stream) {
+            const AdamW& adamw, int32_t device, const Launcher& launch) {
   constexpr int kLists = kFixedLists + kEmas;
   const size_t count = lists.params.size();
   const auto describe = [&](size_t i, void* (&pointers)[kLists]) {
@@ -177,9 +177,8 @@ void update(const AdamWEmaLists& lists, const TensorStep* tensor_steps, const De
     return lists.grads[i].scalar_type() == ScalarType::BFloat16;
   };
   for_each_table<kLists>(lists.params, describe, [&](const TensorTable<kLists>& table) {
-    fused_adamw_ema_kernel<kEmas>
-        <<<grid_for(table.chunks(), device), kThreads, 0, stream>>>(table, tensor_steps, scalars, adamw);
-    check_launch(kOp);
+    launch(grid_for(table.chunks(), device), kThreads, fused_adamw_ema_kernel<kEmas>, table, tensor_steps, scalars,
+           adamw);
   });
 }
 
@@ -194,8 +193,7 @@ void fused_adamw_ema_cuda(TensorList params, TensorList grads, TensorList exp_av
     return;
   }
   const int32_t device = steps.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(kOp, device);
+  const Launcher launch(kOp, device);
   const auto float_data = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   const auto double_data = [](const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); };
 
@@ -204,16 +202,15 @@ void fused_adamw_ema_cuda(TensorList params, TensorList grads, TensorList exp_av
   const Tensor scratch = torch::stable::new_empty(steps, {count * kFloats}, ScalarType::Float);
   TensorStep* const tensor_steps = static_cast<TensorStep*>(scratch.mutable_data_ptr());
   constexpr int kPrepareThreads = 128;
-  adamw_prepare_kernel<<<static_cast<unsigned>((count + kPrepareThreads - 1) / kPrepareThreads), kPrepareThreads, 0,
-                         stream>>>(tensor_steps, static_cast<float*>(steps.mutable_data_ptr()), double_data(lrs),
-                                   double_data(weight_decays), float_data(found_inf), count, adamw);
-  check_launch(kOp);
+  launch((count + kPrepareThreads - 1) / kPrepareThreads, kPrepareThreads, adamw_prepare_kernel, tensor_steps,
+         static_cast<float*>(steps.mutable_data_ptr()), double_data(lrs), double_data(weight_decays),
+         float_data(found_inf), count, adamw);
 
   const DeviceScalars scalars{float_data(norm), float_data(found_inf), double_data(max_norm),
                               grad_scale ? float_data(*grad_scale) : nullptr, double_data(ema_weights)};
   static_assert(kMaxEmas == 4);
   constexpr decltype(&update<0>) updates[] = {update<0>, update<1>, update<2>, update<3>, update<4>};
-  updates[ema_weights.numel()](lists, tensor_steps, scalars, adamw, device, stream);
+  updates[ema_weights.numel()](lists, tensor_steps, scalars, adamw, device, launch);
 }
 
 }  // namespace

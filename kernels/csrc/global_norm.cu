@@ -11,25 +11,6 @@
 namespace epg_fast {
 namespace {
 
-// The sum over the block, in thread 0.
-__device__ double block_sum(double value) {
-  __shared__ double warps[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
-  }
-  if (threadIdx.x % 32 == 0) {
-    warps[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    value = threadIdx.x < kThreads / 32 ? warps[threadIdx.x] : 0.0;
-    for (int offset = 16; offset > 0; offset /= 2) {
-      value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
-    }
-  }
-  return value;
-}
-
 __device__ __forceinline__ double square(double value) { return value * value; }
 
 template <class T>
@@ -60,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     sum += table.bfloat16[row] ? sum_of_squares(static_cast<const __nv_bfloat16*>(values) + begin, size)
                                : sum_of_squares(static_cast<const float*>(values) + begin, size);
   }
-  sum = block_sum(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) {
     sums[blockIdx.x] = sum;
   }
@@ -72,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     sum += sums[i];
   }
-  sum = block_sum(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) {
     const float result = static_cast<float>(sqrt(sum));
     *norm = result;
@@ -83,9 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 void global_norm_cuda(Tensor norm, Tensor found_inf, TensorList tensors) {
   check_global_norm(norm, found_inf, tensors);
   const int32_t device = norm.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream("global_norm", device);
-
+  const Launcher launch("global_norm", device);
   const int64_t tables = static_cast<int64_t>(tensors.size()) / TensorTable<1>::kCapacity + 1;
   const int64_t blocks = grid_for(std::numeric_limits<int32_t>::max(), device);
   const Tensor sums = torch::stable::new_empty(norm, {tables * blocks}, ScalarType::Double);
@@ -97,13 +76,11 @@ void global_norm_cuda(Tensor norm, Tensor found_inf, TensorList tensors) {
   };
   for_each_table<1>(tensors, describe, [&](const TensorTable<1>& table) {
     const int grid = grid_for(table.chunks(), device);
-    global_norm_kernel<<<grid, kThreads, 0, stream>>>(table, sums_data + count);
-    check_launch("global_norm");
+    launch(grid, kThreads, global_norm_kernel, table, sums_data + count);
     count += grid;
   });
-  global_norm_final_kernel<<<1, kThreads, 0, stream>>>(sums_data, count, static_cast<float*>(norm.mutable_data_ptr()),
-                                                       static_cast<float*>(found_inf.mutable_data_ptr()));
-  check_launch("global_norm");
+  launch(1, kThreads, global_norm_final_kernel, sums_data, count, static_cast<float*>(norm.mutable_data_ptr()),
+         static_cast<float*>(found_inf.mutable_data_ptr()));
 }
 
 }  // namespace

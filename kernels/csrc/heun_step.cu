@@ -10,7 +10,7 @@ namespace epg_fast {
 namespace {
 
 // No __restrict__: `out` may be any of the inputs.
-__global__ void __launch_bounds__(ElementwiseLaunch::kThreads)
+__global__ void __launch_bounds__(ElementwiseGrid::kThreads)
     heun_step_kernel(float* out, const float* x, const float* denoised, const float* denoised_next, const HeunStep step,
                      int64_t vectors, int64_t size) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -34,19 +34,15 @@ void heun_step_out_cuda(Tensor out, Tensor x, Tensor denoised, Tensor denoised_n
   if (size == 0) {
     return;
   }
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream("heun_step", device);
 
   float* const out_data = static_cast<float*>(out.mutable_data_ptr());
   const float* const x_data = static_cast<const float*>(x.const_data_ptr());
   const float* const denoised_data = static_cast<const float*>(denoised.const_data_ptr());
   const float* const denoised_next_data = static_cast<const float*>(denoised_next.const_data_ptr());
-  const ElementwiseLaunch launch(size, {out_data, x_data, denoised_data, denoised_next_data});
-  heun_step_kernel<<<launch.blocks, ElementwiseLaunch::kThreads, 0, stream>>>(
-      out_data, x_data, denoised_data, denoised_next_data, make_heun_step(sigma, sigma_next, lo, hi), launch.vectors,
-      size);
-  check_launch("heun_step");
+  const ElementwiseGrid grid(size, {out_data, x_data, denoised_data, denoised_next_data});
+  const Launcher launch("heun_step", x.get_device_index());
+  launch(grid.blocks, grid.kThreads, heun_step_kernel, out_data, x_data, denoised_data, denoised_next_data,
+         make_heun_step(sigma, sigma_next, lo, hi), grid.vectors, size);
 }
 
 void heun_step_cuda(Tensor x, Tensor denoised, Tensor denoised_next, double sigma, double sigma_next,
