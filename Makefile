@@ -10,10 +10,12 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-# torch first and by its exact version: the extension is built against it, and a range may pull another build.
+# torch first and by its exact version: the extension is built against it, and a range may pull another build. So are the
+# headers of CUTLASS, whose package's own dependencies only its Python tools need.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep '^nvidia-cutlass==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

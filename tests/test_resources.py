@@ -15,3 +15,17 @@ def test_no_kernel_spills_on_sm_90():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "_norm_modulate_bwd_kernel" in done.stdout
+
+
+def test_kernels_have_readable_names():
+    from bench.resources import _readable
+
+    plain = "_ZN8epg_fast12_GLOBAL__N_117euler_step_kernelEPfPKfS3_NS_9EulerStepEll"
+    cutlass = "_ZN7cutlass13device_kernelIN8epg_fast23linear_gelu_bf16_kernelEEEvNT_6ParamsE"
+    literal = "_ZN8epg_fast11some_kernelIfLi128ELb1EEEvPT_S1_"
+    assert [_readable(name) for name in (plain, cutlass, literal)] == [
+        "euler_step_kernel",
+        "linear_gelu_bf16_kernel",
+        "some_kernel",
+    ]
+    assert _readable("unknown") == "unknown"
