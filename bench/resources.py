@@ -4,9 +4,10 @@
 
 Prints one row per Triton kernel and configuration (the cases that `epg_kernels.<op>.aot_cases()` describes) and one
 per CUDA kernel of the built extension: registers per thread, spills (instructions that touch local memory), bytes of
-shared memory, matrix instructions, how many of the accesses to global memory are 16 bytes wide, and how many go through
-the tensor memory accelerator (TMA). Exits with status 1 when, on sm_90, a kernel spills, is marked as a matrix kernel
-or is one of CUTLASS's and has no wgmma, or is marked as vectorized and has neither 16-byte accesses nor TMA.
+shared memory (CUTLASS's kernels get theirs at launch, which is not seen here), matrix instructions, how many of the
+accesses to global memory are 16 bytes wide, and how many go through the tensor memory accelerator (TMA). Exits with
+status 1 when, on sm_90, a kernel spills, is marked as a matrix kernel or is one of CUTLASS's and has no wgmma, or is
+marked as vectorized and has neither 16-byte accesses nor TMA.
 """
 
 import argparse

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from epg_fast.ops.extension import extension_has_gemms, extension_status
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -15,6 +17,14 @@ def test_no_kernel_spills_on_sm_90():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "_norm_modulate_bwd_kernel" in done.stdout
+    if extension_status()[0] and extension_has_gemms():
+        for name in (
+            "linear_gelu_bf16_saving",
+            "linear_gate_residual_bf16_fp32_narrow",
+            "linear_fp8_fp16",
+            "skip_linear_fp16",
+        ):
+            assert f"\n{name}_kernel " in done.stdout
 
 
 def test_kernels_have_readable_names():

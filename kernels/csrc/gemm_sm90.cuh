@@ -15,7 +15,6 @@
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include <algorithm>
 #include <array>
 #include <limits>
 
@@ -27,6 +26,7 @@ constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 using ClusterShape = cute::Shape<cute::_2, cute::_1, cute::_1>;
 using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
 using RowMajor = cutlass::layout::RowMajor;
+using Wide = cute::Shape<cute::_128, cute::_256, cute::_64>;  // a tile of 16-bit operands
 
 template <class Element>
 constexpr int kAlignment = 16 / sizeof(Element);  // values in the 16 bytes that TMA wants rows to be a multiple of
@@ -87,21 +87,6 @@ inline int hopper_multiprocessors(int32_t device) {
     count = major == 9 && minor == 0 ? multiprocessors : 0;
   }
   return count;
-}
-
-// Tiles of 16-bit operands. Nine narrow ones cover EPG-XL's width of 1584 exactly, where wide ones waste an eighth;
-// they need CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED before this file, lest they be multiplied in slices of 16 columns.
-using Wide = cute::Shape<cute::_128, cute::_256, cute::_64>;
-using Narrow = cute::Shape<cute::_128, cute::Int<176>, cute::_64>;
-
-// If every tile takes the time of its width, the rounds that the persistent clusters need decide. Not measured.
-inline bool narrow_is_faster(const Problem& problem, int32_t device) {
-  const int64_t clusters = std::max(1, hopper_multiprocessors(device) / 2);
-  const auto time = [&](int64_t width) {
-    const int64_t tiles = (problem.m + 255) / 256 * ((problem.n + width - 1) / width);
-    return (tiles + clusters - 1) / clusters * width;
-  };
-  return time(cute::size<1>(Narrow{})) < time(cute::size<1>(Wide{}));
 }
 
 template <class Kernel>

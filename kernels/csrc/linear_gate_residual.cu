@@ -1,12 +1,15 @@
 // x + gate * (h @ weight^T + bias) for Hopper: bias, gate and residual in the epilogue of the matrix product. CUTLASS
 // has no node that reads one row of a matrix per sample, so there is one here.
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // for sm90::Narrow
+// For Narrow, which CUTLASS otherwise multiplies in slices of 16 columns. It doubles the time that its headers take.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include "gemm_sm90.cuh"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cutlass/fast_math.h>
+
+#include <algorithm>
 
 namespace epg_fast {
 namespace {
@@ -153,14 +156,17 @@ using Epilogue = sm90::Compute<
 template <class Element, class TileShape, class Residual>
 using Base = sm90::Gemm<Element, TileShape, Residual, Residual, Epilogue<Element, TileShape, Residual>>;
 
+// Nine of them cover EPG-XL's width of 1584 exactly, where wide tiles waste an eighth.
+using Narrow = cute::Shape<cute::_128, cute::Int<176>, cute::_64>;
+
 // The kernels' names, by which bench.resources lists them: dtypes of the product and of the residual. Each takes half a
 // minute to compile, so float16 has one tile alone.
 using cutlass::bfloat16_t;
 using cutlass::half_t;
 struct linear_gate_residual_bf16_bf16_wide_kernel : Base<bfloat16_t, sm90::Wide, bfloat16_t> {};
-struct linear_gate_residual_bf16_bf16_narrow_kernel : Base<bfloat16_t, sm90::Narrow, bfloat16_t> {};
+struct linear_gate_residual_bf16_bf16_narrow_kernel : Base<bfloat16_t, Narrow, bfloat16_t> {};
 struct linear_gate_residual_bf16_fp32_wide_kernel : Base<bfloat16_t, sm90::Wide, float> {};
-struct linear_gate_residual_bf16_fp32_narrow_kernel : Base<bfloat16_t, sm90::Narrow, float> {};
+struct linear_gate_residual_bf16_fp32_narrow_kernel : Base<bfloat16_t, Narrow, float> {};
 struct linear_gate_residual_fp16_fp16_kernel : Base<half_t, sm90::Wide, half_t> {};
 struct linear_gate_residual_fp16_fp32_kernel : Base<half_t, sm90::Wide, float> {};
 
@@ -187,6 +193,16 @@ void launch_kernel(const Tensors& t, const sm90::Problem& problem) {
                        t.h.get_device_index());
 }
 
+// If every tile takes the time of its width, the rounds that the persistent clusters need decide. Not measured.
+bool narrow_is_faster(const sm90::Problem& problem, int32_t device) {
+  const int64_t clusters = std::max(1, sm90::hopper_multiprocessors(device) / 2);
+  const auto time = [&](int64_t width) {
+    const int64_t tiles = (problem.m + 255) / 256 * ((problem.n + width - 1) / width);
+    return (tiles + clusters - 1) / clusters * width;
+  };
+  return time(cute::size<1>(Narrow{})) < time(cute::size<1>(sm90::Wide{}));
+}
+
 void check_gate(const Tensor& gate, const Tensor& h, const sm90::Problem& problem) {
   STD_TORCH_CHECK(gate.dim() == 2 && gate.size(0) == h.size(0) && gate.size(1) == problem.n && h.dim() == 3, kOp,
                   ": wanted h [B, L, K] and gate [B, N]");
@@ -211,7 +227,7 @@ void linear_gate_residual_cuda(Tensor out, Tensor x, Tensor gate, Tensor h, Tens
   sm90::check_rows_of_result(kOp, "out", out, h, problem);
 
   const Tensors tensors{out, x, gate, h, weight, bias};
-  const bool narrow = sm90::narrow_is_faster(problem, h.get_device_index());
+  const bool narrow = narrow_is_faster(problem, h.get_device_index());
   if (dtype == ScalarType::BFloat16 && residual == dtype) {
     const auto launch = narrow ? launch_kernel<bfloat16_t, bfloat16_t, linear_gate_residual_bf16_bf16_narrow_kernel>
                                : launch_kernel<bfloat16_t, bfloat16_t, linear_gate_residual_bf16_bf16_wide_kernel>;

@@ -12,7 +12,7 @@ namespace {
 
 namespace collective = cutlass::epilogue::collective::detail;
 
-using TileShape = cute::Shape<cute::_128, cute::_256, cute::_64>;
+using TileShape = sm90::Wide;
 
 template <class Element>
 using Biased = sm90::Compute<cutlass::plus, sm90::PerColumn<TileShape, Element>, sm90::Accumulator>;

@@ -1,7 +1,6 @@
 // x @ weight[:, :D]^T + skip @ weight[:, D:]^T + bias for Hopper, as one matrix product whose K loop walks through x
 // and then through skip: the concatenation is never stored, and the sum is rounded once.
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // for sm90::Narrow
 #include "gemm_sm90.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -84,20 +83,18 @@ struct TwoProducts : Base {
   }
 };
 
-template <class Element, class TileShape>
-using Types = sm90::GemmTypes<Element, TileShape, void, Element,
-                              sm90::Compute<cutlass::plus, sm90::PerColumn<TileShape, Element>, sm90::Accumulator>>;
+template <class Element>
+using Types = sm90::GemmTypes<Element, sm90::Wide, void, Element,
+                              sm90::Compute<cutlass::plus, sm90::PerColumn<sm90::Wide, Element>, sm90::Accumulator>>;
 
-template <class Element, class TileShape>
-using Base = cutlass::gemm::kernel::GemmUniversal<
-    cute::Shape<int, int, int, int>, TwoProducts<typename Types<Element, TileShape>::CollectiveMainloop>,
-    typename Types<Element, TileShape>::CollectiveEpilogue>;
+template <class Element>
+using Base = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>,
+                                                  TwoProducts<typename Types<Element>::CollectiveMainloop>,
+                                                  typename Types<Element>::CollectiveEpilogue>;
 
-// The kernels' names, by which bench.resources lists them. Each takes half a minute to compile, so float16 has one tile
-// alone.
-struct skip_linear_bf16_wide_kernel : Base<cutlass::bfloat16_t, sm90::Wide> {};
-struct skip_linear_bf16_narrow_kernel : Base<cutlass::bfloat16_t, sm90::Narrow> {};
-struct skip_linear_fp16_kernel : Base<cutlass::half_t, sm90::Wide> {};
+// The kernels' names, by which bench.resources lists them.
+struct skip_linear_bf16_kernel : Base<cutlass::bfloat16_t> {};
+struct skip_linear_fp16_kernel : Base<cutlass::half_t> {};
 
 template <class Element, class Kernel>
 void launch_kernel(Tensor& z, const Tensor& x, const Tensor& skip, const Tensor& weight, const Tensor& bias,
@@ -143,12 +140,10 @@ void skip_linear_cuda(Tensor z, Tensor x, Tensor skip, Tensor weight, Tensor bia
   // Skip's half of the weight starts at column D.
   STD_TORCH_CHECK(x.size(2) > 0 && skip.size(2) > 0 && x.size(2) % 8 == 0 && skip.size(2) % 8 == 0, kOp,
                   ": the widths of x and skip must be multiples of 8");
-  if (dtype == ScalarType::Half) {
-    launch_kernel<cutlass::half_t, skip_linear_fp16_kernel>(z, x, skip, weight, bias, problem);
-  } else if (sm90::narrow_is_faster(problem, x.get_device_index())) {
-    launch_kernel<cutlass::bfloat16_t, skip_linear_bf16_narrow_kernel>(z, x, skip, weight, bias, problem);
+  if (dtype == ScalarType::BFloat16) {
+    launch_kernel<cutlass::bfloat16_t, skip_linear_bf16_kernel>(z, x, skip, weight, bias, problem);
   } else {
-    launch_kernel<cutlass::bfloat16_t, skip_linear_bf16_wide_kernel>(z, x, skip, weight, bias, problem);
+    launch_kernel<cutlass::half_t, skip_linear_fp16_kernel>(z, x, skip, weight, bias, problem);
   }
 }
 

@@ -66,7 +66,9 @@ def test_cuda_kernel_repeats_its_results_is_capturable_and_compiles_into_one_gra
     inputs = make_inputs((1100, 144, 264))
     assert_repeatable(CUDA, inputs, None)
     assert_compiles_into_one_graph(CUDA, inputs, None)
-    assert_capturable(CUDA, inputs, [tensor.flip(0) for tensor in inputs])
+    others = make_inputs((1100, 144, 264))
+    others[1], others[3], others[4] = others[1] * 2, others[3].flip(0), others[4] + 1
+    assert_capturable(CUDA, inputs, others)
 
 
 @needs_gemms
