@@ -5,7 +5,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+ALL_KERNELS := $(VENV)/.all_kernels
+SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 ASAN_TESTS ?= $(patsubst kernels/csrc/%.cpp,tests/ops/test_%.py,$(filter-out %/register.cpp,$(wildcard kernels/csrc/*.cpp)))
 
 .PHONY: install demo test lint resources bench asan clean
@@ -13,17 +16,26 @@ ASAN_TESTS ?= $(patsubst kernels/csrc/%.cpp,tests/ops/test_%.py,$(filter-out %/r
 install: $(INSTALLED)
 
 # torch first and by its exact version: the extension is built against it, and a range may pull another build.
-$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) $$(grep '^torch==' constraints.txt)
 	touch $@
+
+$(INSTALLED): $(VENV)/.torch $(SOURCES)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# With CUTLASS's headers the build takes minutes longer where nvcc is; its package's dependencies are its Python tools'.
+$(ALL_KERNELS): $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-deps $$(grep '^nvidia-cutlass==' constraints.txt)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $(INSTALLED) $@
 
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py runs/demo
 
 # Two processes with one thread each are faster than one with two, on networks this small.
-test: lint resources
+test: $(ALL_KERNELS) lint resources
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 lint: $(INSTALLED)

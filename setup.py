@@ -2,6 +2,7 @@
 
 EPG_BUILD_CUDA=auto|1|0 chooses CUDA as CMakeLists.txt says. Without torch, cmake or a C++ compiler the extension is
 left out, which one line says, and the package installs as pure Python; with EPG_BUILD_CUDA=1 that is an error.
+EPG_CUTLASS_DIR (a CUTLASS 4 checkout), else the installed nvidia-cutlass, has the headers for the matrix products.
 MAX_JOBS bounds the number of compilers that run at once; without it, cores and free memory do.
 """
 
@@ -18,16 +19,28 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).resolve().parent
-BYTES_PER_JOB = 2.5e9  # generous: nvcc takes 0.4e9 for the simplest kernels, several times that for templates
+BYTES_PER_JOB = 4e9  # what nvcc was seen to take for CUTLASS; a tenth of that for other kernels
 
 
 def torch_folder() -> Path | None:
     """The installed torch package, also from inside pip's isolated build, whose sys.path hides it."""
-    folders = [Path(sysconfig.get_path(key), "torch") for key in ("purelib", "platlib")]
+    folders = [Path(folder, "torch") for folder in _site_packages()]
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         folders.append(Path(spec.origin).parent)
     return next((folder for folder in folders if (folder / "include/torch/csrc/stable/library.h").is_file()), None)
+
+
+def cutlass_folder() -> Path | None:
+    """The folder of CUTLASS that holds include/: EPG_CUTLASS_DIR, else that of the installed package, if any."""
+    if chosen := os.environ.get("EPG_CUTLASS_DIR"):
+        return Path(chosen).resolve()
+    folders = [Path(folder, "cutlass_library", "source") for folder in (*_site_packages(), *sys.path)]
+    return next((folder for folder in folders if (folder / "include/cutlass/cutlass.h").is_file()), None)
+
+
+def _site_packages() -> list[str]:
+    return [sysconfig.get_path(key) for key in ("purelib", "platlib")]
 
 
 def missing() -> str | None:
@@ -93,6 +106,7 @@ class CMakeBuild(build_ext):
             configure = ["cmake", "-S", str(SOURCE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
             configure += [f"-DEPG_TORCH_DIR={torch_folder()}", f"-DEPG_OUTPUT_DIR={build}/out"]
             configure += [f"-DEPG_BUILD_CUDA={os.environ.get('EPG_BUILD_CUDA', 'auto')}"]
+            configure += [f"-DEPG_CUTLASS_DIR={cutlass_folder() or ''}"]
             for command in (configure, ["cmake", "--build", build, "--parallel", jobs]):
                 if subprocess.run(command, check=False).returncode != 0:
                     sys.exit(f"epg_fast: `{' '.join(command)}` failed, see above; EPG_BUILD_CUDA=0 builds without CUDA")

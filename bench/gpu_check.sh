@@ -3,7 +3,7 @@
 #   bench/gpu_check.sh OUTPUT_FOLDER [PART...]
 # Builds the extension in place, then runs the kernels' and the GPU tests and the microbenchmarks, first at the shapes of
 # EPG-XL, then at all; every part is bounded in time, and a part that fails does not stop the next. Exits with 1 if one
-# failed. PARTs (build, env, gpu, tests, bench_main, bench) choose some. PYTHON chooses the interpreter.
+# failed. The CUTLASS kernels are built where EPG_CUTLASS_DIR or the installed nvidia-cutlass has the headers. PARTs (build, env, gpu, tests, bench_main, bench) choose some. PYTHON chooses the interpreter.
 set -u
 out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -26,7 +26,7 @@ part() { # name, seconds, command...
   fi
 }
 
-part build 300 "$python" setup.py build_ext --inplace
+part build 500 "$python" setup.py build_ext --inplace
 part env 60 "$python" -m epg_fast env
 part gpu 30 "$python" -c "import torch; print(torch.cuda.get_device_name(), torch.version.cuda)"
 part tests 300 "$python" -m pytest -q -n 8 --dist worksteal tests/ops tests/models tests/training/test_optimizer.py tests/test_gpu.py

@@ -4,9 +4,10 @@
 
 Prints one row per Triton kernel and configuration (the cases that `epg_kernels.<op>.aot_cases()` describes) and one
 per CUDA kernel of the built extension: registers per thread, spills (instructions that touch local memory), bytes of
-shared memory, matrix instructions, how many of the accesses to global memory are 16 bytes wide, and how many go through
-the tensor memory accelerator (TMA). Exits with status 1 when, on sm_90, a kernel spills, is marked as a matrix kernel
-and has no wgmma, or is marked as vectorized and has neither 16-byte accesses nor TMA.
+shared memory (CUTLASS's kernels get theirs at launch, which is not seen here), matrix instructions, how many of the
+accesses to global memory are 16 bytes wide, and how many go through the tensor memory accelerator (TMA). Exits with
+status 1 when, on sm_90, a kernel spills, is marked as a matrix kernel or is one of CUTLASS's and has no wgmma, or is
+marked as vectorized and has neither 16-byte accesses nor TMA.
 """
 
 import argparse
@@ -148,6 +149,7 @@ def _extension_rows() -> list[Row]:
                 shared=usage["SHARED"],
                 matrix=_matrix(sass),
                 **_accesses(sass),
+                gemm="13device_kernelI" in usage["name"],  # CUTLASS's, whose kernels are matrix products
             )
         )
     return rows
@@ -190,8 +192,16 @@ def _sass_by_kernel(dump: str) -> dict[tuple[int, str], str]:
 
 
 def _readable(mangled: str) -> str:
-    match = re.search(r"[a-z][a-z_]*_kernel(?=[EI])", mangled)
-    return match[0] if match else mangled
+    """The last `x_kernel` in the name: the kernel, or the type that CUTLASS's `device_kernel` is made for.
+
+    A mangled name holds identifiers behind their lengths, and numbers that are none: of substitutions and of literals.
+    """
+    names, position = [], 0
+    while number := re.compile(r"S[0-9A-Z]*_|T[0-9]*_|L[a-z]n?\d+E|(\d+)").search(mangled, position):
+        position = number.end() + int(number[1] or 0)
+        names.append(mangled[number.end() : position])
+    kernels = [name for name in names if re.fullmatch(r"[a-z]\w*_kernel", name)]
+    return kernels[-1] if kernels else mangled
 
 
 def _matrix(sass: str) -> str:

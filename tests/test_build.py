@@ -117,7 +117,7 @@ def test_the_extension_is_here_if_it_can_be(setup_file):
     ("max_jobs", "cores", "gigabytes", "wanted"),
     [
         (None, 8, 64, 8),
-        (None, 8, 6, 2),
+        (None, 8, 10, 2),
         (None, 8, 1, 1),
         (None, 1, float("inf"), 1),
         ("", 4, 64, 4),

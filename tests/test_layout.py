@@ -23,7 +23,7 @@ def test_every_file_in_ops_is_an_operation_or_shared_by_them():
 def test_an_operation_has_its_test_its_benchmark_and_its_kernel(stem):
     assert (ROOT / f"tests/ops/test_{stem}.py").is_file()
     assert (ROOT / f"bench/ops/bench_{stem}.py").is_file()
-    kernels = (ROOT / f"kernels/epg_kernels/{stem}.py", ROOT / f"kernels/csrc/{stem}.cpp")
+    kernels = [ROOT / f"kernels/epg_kernels/{stem}.py", *(ROOT / "kernels/csrc").glob(f"{stem}.c*")]
     built_from = importlib.import_module(f"epg_fast.ops.{stem}").SPEC.built_from
     assert any(kernel.is_file() for kernel in kernels) != bool(built_from)
     assert set(built_from) <= set(OPS)
@@ -40,7 +40,8 @@ def test_an_operation_is_public_with_its_reference(stem):
 def test_every_kernel_belongs_to_an_operation():
     # A file whose name starts with an underscore holds what several kernels share.
     triton = {path.stem for path in (ROOT / "kernels/epg_kernels").glob("[!_]*.py")}
-    native = {path.stem for path in (ROOT / "kernels/csrc").iterdir()} - {"common", "launch", "register", "tensor_list"}
+    shared = {"common", "gemm_sm90", "launch", "register", "tensor_list"}
+    native = {path.stem for path in (ROOT / "kernels/csrc").iterdir()} - shared
     assert triton | native <= set(OPS)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from epg_fast.ops.extension import extension_has_gemms, extension_status
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -15,3 +17,25 @@ def test_no_kernel_spills_on_sm_90():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "_norm_modulate_bwd_kernel" in done.stdout
+    if extension_status()[0] and extension_has_gemms():
+        for name in (
+            "linear_gelu_bf16_saving",
+            "linear_gate_residual_bf16_fp32_narrow",
+            "linear_fp8_fp16",
+            "skip_linear_fp16",
+        ):
+            assert f"\n{name}_kernel " in done.stdout
+
+
+def test_kernels_have_readable_names():
+    from bench.resources import _readable
+
+    plain = "_ZN8epg_fast12_GLOBAL__N_117euler_step_kernelEPfPKfS3_NS_9EulerStepEll"
+    cutlass = "_ZN7cutlass13device_kernelIN8epg_fast23linear_gelu_bf16_kernelEEEvNT_6ParamsE"
+    literal = "_ZN8epg_fast11some_kernelIfLi128ELb1EEEvPT_S1_"
+    assert [_readable(name) for name in (plain, cutlass, literal)] == [
+        "euler_step_kernel",
+        "linear_gelu_bf16_kernel",
+        "some_kernel",
+    ]
+    assert _readable("unknown") == "unknown"

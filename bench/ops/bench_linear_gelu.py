@@ -1,4 +1,4 @@
-"""Linear + GELU: the Triton kernel against torch.compile of the reference and against eager PyTorch.
+"""Linear + GELU: the Triton and the CUDA kernel against torch.compile of the reference and against eager PyTorch.
 
 The product alone, without GELU, is what cuBLAS could reach if GELU were free.
 """
@@ -26,7 +26,7 @@ def _inputs(shape, dtype, device, seed):
     return [randn(rows, k), randn(n, k, scale=k**-0.5), randn(n)]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", [*PROVIDERS, "cuda"])
 @DIRECTIONS
 @_DTYPES
 @_SHAPES
@@ -41,6 +41,7 @@ def test_linear_gelu(measure, device, shape, dtype, direction, provider):
         dtype=dtype,
         direction=direction,
         provider=provider,
+        libraries={"cuda": functools.partial(linear_gelu, backend="cuda")},
     )
 
 

@@ -1,4 +1,4 @@
-"""Long skip: the Triton kernel against torch.compile, eager PyTorch and two cuBLAS products with no concatenation."""
+"""Long skip: the Triton and CUDA kernels against torch.compile, eager PyTorch and two cuBLAS products."""
 
 import functools
 
@@ -30,7 +30,7 @@ def _split(x, skip, weight, bias, norm_weight, norm_bias):
     return F.layer_norm(z, (columns,), norm_weight, norm_bias).view(*x.shape[:-1], columns)
 
 
-@pytest.mark.parametrize("provider", [*PROVIDERS, "split"])
+@pytest.mark.parametrize("provider", [*PROVIDERS, "cuda", "split"])
 @DIRECTIONS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @shapes(SPEC, on_cpu=((1, 66, 768, 768),))
@@ -47,5 +47,5 @@ def test_skip_linear(measure, device, shape, dtype, direction, provider):
         dtype=dtype,
         direction=direction,
         provider=provider,
-        libraries={"split": _split},
+        libraries={"split": _split, "cuda": functools.partial(skip_linear, backend="cuda")},
     )

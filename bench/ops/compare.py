@@ -1,8 +1,8 @@
 """One operation against its alternatives, measured alike: the body of every `bench_<op>.py`.
 
-Providers that any operation has: "triton" (its kernel), "compile" (torch.compile of the reference) and "eager" (the
-reference as it is). A benchmark adds the library kernels that a user would pick. The result of every provider is
-checked before it is timed: a provider that is wrong is not reported.
+Providers that any operation has: "triton" or "cuda" (its kernel), "compile" (torch.compile of the reference) and
+"eager" (the reference as it is). A benchmark adds the library kernels that a user would pick. The result of every
+provider is checked before it is timed: a provider that is wrong is not reported.
 """
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from epg_fast.ops.spec import OpSpec
-from tests.ops.kernel_checks import in_double, run
+from tests.ops.kernel_checks import gemms_run, in_double, run
 from tests.ops.tolerance import FORWARD, GRADIENT, assert_close_to_reference
 
 DIRECTIONS = pytest.mark.parametrize("direction", ["forward", "forward+backward"])
@@ -36,12 +36,13 @@ def compare(
     direction: str,
     provider: str,
     libraries: dict[str, Callable] | None = None,
+    **labels,
 ) -> None:
     """Check and time one provider in one direction.
 
-    kernel, reference: functions of the inputs; kernel is the public operation with backend="triton".
+    kernel, reference: functions of the inputs; kernel is the public operation with backend="triton", or "cuda".
     make_inputs: seed -> inputs on the device, leaves that require a gradient where one is wanted.
-    libraries: further providers, by name.
+    libraries: further providers, by name, "cuda" among them where kernel is Triton's. labels: more of the row.
     """
     function = _function(provider, kernel, reference, libraries or {})
     step = _forward if direction == "forward" else _forward_and_backward
@@ -61,6 +62,7 @@ def compare(
         dtype=str(dtype),
         direction=direction,
         provider=provider,
+        **labels,
     )
 
 
@@ -69,6 +71,10 @@ def _function(provider: str, kernel: Callable, reference: Callable, libraries: d
         if not torch.cuda.is_available():
             pytest.skip("triton: needs a CUDA device; the interpreter's speed says nothing")
         return kernel
+    if provider == "cuda":
+        if not gemms_run():
+            pytest.skip("cuda: needs a GPU of compute capability 9.0 and the extension built with CUTLASS")
+        return libraries.get("cuda", kernel)
     if provider == "compile":
         torch.compiler.reset()
         return torch.compile(reference, fullgraph=True, dynamic=False)

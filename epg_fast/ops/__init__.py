@@ -20,6 +20,8 @@ from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_fp8,
     layer_norm_modulate_ref,
 )
+from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
+from epg_fast.ops.linear_gate_residual import linear_gate_residual, linear_gate_residual_ref
 from epg_fast.ops.linear_gelu import linear_gelu, linear_gelu_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
@@ -53,6 +55,10 @@ __all__ = [
     "layer_norm_modulate",
     "layer_norm_modulate_fp8",
     "layer_norm_modulate_ref",
+    "linear_fp8",
+    "linear_fp8_ref",
+    "linear_gate_residual",
+    "linear_gate_residual_ref",
     "linear_gelu",
     "linear_gelu_ref",
     "patch_embed",

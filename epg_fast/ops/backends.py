@@ -14,6 +14,15 @@ def check_backend(op: str, backend: str, wanted: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: got backend={backend!r}, wanted one of {', '.join(wanted)}")
 
 
+def require_triton_for_cuda(op: str, part: str) -> None:
+    """Raise ValueError without Triton, for a part of the operation that backend "cuda" takes from backend "triton"."""
+    if not _HAS_TRITON:
+        raise ValueError(
+            f"{op}: got backend='cuda', whose {part} is Triton's, which is not installed; run "
+            "`pip install 'triton>=3.6'` or use backend='reference'"
+        )
+
+
 def interpreting() -> bool:
     """True when Triton kernels run on CPU tensors, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,6 +50,10 @@ def require_triton(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> No
                 f"{op}: got an empty tensor of shape {tuple(tensor.shape)}, wanted at least one value for "
                 "backend='triton'; leave out the call or use backend='reference'"
             )
+    _refuse_transforms(op)
+
+
+def _refuse_transforms(op: str) -> None:
     if not torch.compiler.is_compiling() and _transformed():
         raise ValueError(
             f"{op}: got a tensor inside torch.func.jvp or torch.func.grad, which would not see the kernel's "
@@ -64,15 +77,58 @@ def require_grid(op: str, batch: int) -> None:
         )
 
 
-def require_dtypes(op: str, allowed: tuple[torch.dtype, ...], **tensors: torch.Tensor | None) -> None:
-    """Raise ValueError for a tensor whose dtype the Triton kernel does not compute in."""
+def require_dtypes(
+    op: str, allowed: tuple[torch.dtype, ...], backend: str = "triton", **tensors: torch.Tensor | None
+) -> None:
+    """Raise ValueError for a tensor whose dtype the kernel does not compute in."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in allowed:
             wanted = ", ".join(str(dtype) for dtype in allowed)
             raise ValueError(
-                f"{op}: got {name} in {tensor.dtype}, wanted one of {wanted} for backend='triton'; convert it or use "
-                "backend='reference'"
+                f"{op}: got {name} in {tensor.dtype}, wanted one of {wanted} for backend={backend!r}; convert it or "
+                "use backend='reference'"
             )
+
+
+def require_gemm_operands(
+    op: str, width: int, operands: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
+) -> None:
+    """Raise ValueError for what the matrix products of backend "cuda" cannot read or write in rows of 16 bytes.
+
+    width: of the result, which has 16 bits per value or more. operands: contiguous, by name; the others only have to be
+    on their device. Where torch.compile traces, no address is known: the extension itself checks it.
+    """
+    device = next(iter(operands.values())).device
+    for name, tensor in (operands | others).items():
+        wanted = None
+        if tensor.device != device:
+            wanted = f"it on {device}; move it there"
+        elif tensor.numel() == 0:
+            wanted = "at least one value; leave out the call"
+        elif name in operands:
+            wanted = _wanted_of_operand(tensor)
+        if wanted is not None:
+            raise ValueError(
+                f"{op}: got {name} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}, "
+                f"wanted {wanted} or use backend='reference'"
+            )
+    if width % 8:
+        raise ValueError(
+            f"{op}: got a weight for {width} outputs, wanted a multiple of 8 for backend='cuda'; pad it or use "
+            "backend='reference'"
+        )
+    _refuse_transforms(op)
+
+
+def _wanted_of_operand(tensor: torch.Tensor) -> str | None:
+    multiple = 16 // tensor.element_size()
+    if not tensor.is_contiguous():
+        return "it contiguous for backend='cuda'; call .contiguous()"
+    if tensor.shape[-1] % multiple:
+        return f"a last dimension that is a multiple of {multiple} for backend='cuda'; pad it"
+    if not torch.compiler.is_compiling() and tensor.data_ptr() % 16:
+        return "it to start at a multiple of 16 bytes for backend='cuda'; call .clone()"
+    return None
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

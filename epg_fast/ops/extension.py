@@ -73,7 +73,9 @@ def _description() -> str:
     info = _build_info()
     if not extension_has_cuda():
         return f"CPU only, {info['compiler']}"
-    return f"CPU and CUDA for {info['cuda_architectures']}, {info['compiler']}, nvcc {info['nvcc']}"
+    gemms = "with" if extension_has_gemms() else "without"
+    architectures = info["cuda_architectures"]
+    return f"CPU and CUDA for {architectures}, {gemms} CUTLASS, {info['compiler']}, nvcc {info['nvcc']}"
 
 
 def extension_has_cuda() -> bool:
@@ -188,3 +190,29 @@ def require_no_partial_overlap(op: str, name: str, written: torch.Tensor, **read
                 f"{op}: got {name} that overlaps part of {other_name} in memory, wanted them apart or the same; "
                 f"pass {other_name}.clone()"
             )
+
+
+def extension_has_gemms() -> bool:
+    """Whether the loaded extension holds the CUTLASS matrix products, which are for compute capability 9.0."""
+    return torch._C._dispatch_has_kernel("epg_fast::linear_gelu_out")
+
+
+@torch.compiler.assume_constant_result
+def require_gemms(op: str, device: torch.device) -> None:
+    """Raise ValueError with the remedy unless the extension's matrix products can run on the device."""
+    available, reason = extension_status()
+    if not available:
+        raise ValueError(f"{op}: got backend='cuda', but the extension is {reason}; or use backend='reference'")
+    if not extension_has_gemms():
+        raise ValueError(
+            f"{op}: got backend='cuda', but the extension was built without CUTLASS, without nvcc or not for sm_90a; "
+            "put nvcc on PATH and run `pip install --no-deps nvidia-cutlass` and `EPG_BUILD_CUDA=1 "
+            "TORCH_CUDA_ARCH_LIST=9.0a pip install --force-reinstall --no-deps .` in the source tree, or use "
+            "backend='reference'"
+        )
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise ValueError(
+            f"{op}: got backend='cuda' with tensors on {found}, wanted a GPU of compute capability 9.0 (H100, H200); "
+            "use backend='reference'"
+        )

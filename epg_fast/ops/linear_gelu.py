@@ -10,7 +10,9 @@ Shapes: x: [..., K]; weight: [N, K]; bias: [N]; y: [..., N].
 Dtypes: x float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype; weight is converted to
 x's dtype, which y has. Products are accumulated, bias added and GELU evaluated in float32.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients. For 16-bit
-results the kernel takes 1 - Phi from a polynomial with a relative error of 1.5e-5.
+results the kernels take 1 - Phi from a polynomial with a relative error of 1.5e-5.
+Backend "cuda" takes bfloat16 and float16 alone, contiguous, K and N multiples of 8, and adds the bias in x's dtype; its
+backward pass is that of "triton".
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.backends import (
+    autocast_dtype,
+    check_backend,
+    interpreting,
+    require_dtypes,
+    require_gemm_operands,
+    require_triton,
+    require_triton_for_cuda,
+)
+from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.spec import OpSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,16 +43,21 @@ def linear_gelu_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
 
 @torch.library.custom_op("epg_fast::linear_gelu", mutates_args=(), device_types="cpu")
 def _forward_op(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, save_preactivation: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, save_preactivation: bool, backend: str = "triton"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, z); z is empty unless it is to be saved, without which there is no backward pass."""
-    if interpreting():
+    if interpreting() and backend == "triton":
         return _forward_triton(x, weight, bias, save_preactivation)
     z = F.linear(x, weight, bias.to(x.dtype))
     return F.gelu(z), z if save_preactivation else x.new_empty(0)
 
 
 @_forward_op.register_kernel("cuda")
+def _forward_kernel(x, weight, bias, save_preactivation, backend="triton"):
+    forward = _forward_triton if backend == "triton" else _forward_cuda
+    return forward(x, weight, bias, save_preactivation)
+
+
 def _forward_triton(x, weight, bias, save_preactivation):
     from epg_kernels.linear_gelu import linear_gelu_fwd
 
@@ -49,8 +65,15 @@ def _forward_triton(x, weight, bias, save_preactivation):
     return y, x.new_empty(0) if z is None else z
 
 
+def _forward_cuda(x, weight, bias, save_preactivation):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    z = torch.empty_like(y) if save_preactivation else None
+    torch.ops.epg_fast.linear_gelu_out(y, z, x, weight, bias.to(x.dtype).contiguous())
+    return y, x.new_empty(0) if z is None else z
+
+
 @_forward_op.register_fake
-def _(x, weight, bias, save_preactivation):
+def _(x, weight, bias, save_preactivation, backend="triton"):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, torch.empty_like(y) if save_preactivation else x.new_empty(0)
 
@@ -93,7 +116,7 @@ def _(dy, z, x, weight, bias, needed):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _ = inputs
+    x, weight, bias, *_ = inputs
     ctx.save_for_backward(output[1], x, weight, bias)
     ctx.mark_non_differentiable(output[1])
 
@@ -101,7 +124,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, _dz):
     needed = ctx.needs_input_grad[:3]
     grads = _backward_op(dy, *ctx.saved_tensors, needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -129,19 +152,32 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, backe
 
     x: [..., K]; weight: [N, K]; bias: [N]. Returns [..., N] in x's dtype, or autocast's where it is on.
     backend: "reference" (plain PyTorch), "triton" (one kernel forward; it keeps z for the backward pass only where
-    there will be one) or "auto": the reference, until the kernel has been measured to beat torch.compile on a GPU.
+    there will be one), "cuda" (the same in the C++/CUDA extension, for compute capability 9.0) or "auto": the
+    reference, until a kernel has been measured to beat torch.compile on a GPU.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("linear_gelu", backend, ("auto", "triton", "reference"))
+    check_backend("linear_gelu", backend, ("auto", "triton", "cuda", "reference"))
     _check_shapes(x, weight, bias)
     dtype = autocast_dtype(x) or x.dtype
     x, weight = x.to(dtype), weight.to(dtype)
-    if backend != "triton":
+    if backend not in ("triton", "cuda"):
         return linear_gelu_ref(x, weight, bias)
-    require_triton("linear_gelu", x, weight, bias)
-    require_dtypes("linear_gelu", _DTYPES, x=x, bias=bias)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
-    return _forward_op(x, weight, bias, needs_gradient)[0]
+    if backend == "cuda":
+        _require_cuda(x, weight, bias, needs_gradient)
+    else:
+        require_triton("linear_gelu", x, weight, bias)
+        require_dtypes("linear_gelu", _DTYPES, x=x, bias=bias)
+    return _forward_op(x, weight, bias, needs_gradient, backend)[0]
+
+
+def _require_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, needs_gradient: bool) -> None:
+    require_dtypes("linear_gelu", _DTYPES[1:], "cuda", x=x)
+    require_dtypes("linear_gelu", _DTYPES, "cuda", bias=bias)
+    require_gemm_operands("linear_gelu", weight.shape[0], {"x": x, "weight": weight}, {"bias": bias})
+    if needs_gradient:
+        require_triton_for_cuda("linear_gelu", "backward pass")
+    require_gemms("linear_gelu", x.device)
 
 
 def _check_shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:

@@ -9,6 +9,8 @@ Shapes: x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E]; bias, norm_weight, no
 Dtypes: x float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype; skip and weight are
 converted to x's dtype, z and y have it. Products are accumulated and the norm is computed in float32.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
+Backend "cuda" computes z for bfloat16 and float16 alone, contiguous, D, E and N multiples of 8, and adds the bias in
+x's dtype; its norm and its backward pass are those of "triton".
 """
 
 from collections.abc import Sequence
@@ -22,9 +24,12 @@ from epg_fast.ops.backends import (
     check_backend,
     interpreting,
     require_dtypes,
+    require_gemm_operands,
     require_grid,
     require_triton,
+    require_triton_for_cuda,
 )
+from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_ref,
@@ -59,9 +64,10 @@ def _forward_op(
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
     eps: float,
+    backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, z, mean, rstd), the last three empty without the norm."""
-    if interpreting():
+    if interpreting() and backend == "triton":
         return _forward_triton(x, skip, weight, bias, norm_weight, norm_bias, eps)
     z = skip_linear_ref(x, skip, weight, bias)
     if norm_weight is None:
@@ -70,6 +76,11 @@ def _forward_op(
 
 
 @_forward_op.register_kernel("cuda")
+def _forward_kernel(x, skip, weight, bias, norm_weight, norm_bias, eps, backend="triton"):
+    forward = _forward_triton if backend == "triton" else _forward_cuda
+    return forward(x, skip, weight, bias, norm_weight, norm_bias, eps)
+
+
 def _forward_triton(x, skip, weight, bias, norm_weight, norm_bias, eps):
     from epg_kernels.skip_linear import skip_linear_fwd
 
@@ -77,8 +88,19 @@ def _forward_triton(x, skip, weight, bias, norm_weight, norm_bias, eps):
     return y, *(x.new_empty(0) if tensor is None else tensor for tensor in saved)
 
 
+def _forward_cuda(x, skip, weight, bias, norm_weight, norm_bias, eps):
+    z = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    torch.ops.epg_fast.skip_linear_out(z, x, skip, weight, bias.to(x.dtype).contiguous())
+    if norm_weight is None:
+        return z, *(x.new_empty(0) for _ in range(3))
+    from epg_kernels.layer_norm_modulate import layer_norm_modulate_fwd
+
+    y, mean, rstd = layer_norm_modulate_fwd(z, norm_weight, norm_bias, None, None, eps)
+    return y, z, mean, rstd
+
+
 @_forward_op.register_fake
-def _(x, skip, weight, bias, norm_weight, norm_bias, eps):
+def _(x, skip, weight, bias, norm_weight, norm_bias, eps, backend="triton"):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if norm_weight is None:
         return y, *(x.new_empty(0) for _ in range(3))
@@ -144,7 +166,7 @@ def _backward(ctx, dy, *_):
     *grads, dnorm_weight, dnorm_bias = _backward_op(dy, *saved, needed)
     grads = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     has_norm = saved[4] is not None
-    return *grads, dnorm_weight if has_norm else None, dnorm_bias if has_norm else None, None
+    return *grads, dnorm_weight if has_norm else None, dnorm_bias if has_norm else None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -177,22 +199,39 @@ def skip_linear(
 
     x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E], x's columns first; bias, norm_weight, norm_bias: [N]. Returns
     [B, L, N] in x's dtype, or autocast's where it is on.
-    backend: "reference" (plain PyTorch, which stores the concatenation), "triton" (which does not) or "auto": the
-    reference, until the kernel has been measured to beat torch.compile on a GPU.
+    backend: "reference" (plain PyTorch, which stores the concatenation), "triton" (which does not), "cuda"
+    (nor does the C++/CUDA extension, for compute capability 9.0) or "auto": the reference, until a kernel has been
+    measured to beat torch.compile on a GPU.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("skip_linear", backend, ("auto", "triton", "reference"))
+    check_backend("skip_linear", backend, ("auto", "triton", "cuda", "reference"))
     _check_shapes(x, skip, weight, bias, norm_weight, norm_bias)
     dtype = autocast_dtype(x) or x.dtype
     x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
-    if backend != "triton":
+    if backend not in ("triton", "cuda"):
         return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps)
-    require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
-    require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    if backend == "cuda":
+        _require_cuda(x, skip, weight, bias, norm_weight, norm_bias)
+    else:
+        require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
+        require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     if norm_weight is not None:
         require_triton_norm("skip_linear", weight.t())
         require_grid("skip_linear", x.shape[0])
-    return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, eps)[0]
+    return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, eps, backend)[0]
+
+
+def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:
+    require_dtypes("skip_linear", _DTYPES[1:], "cuda", x=x)
+    require_dtypes("skip_linear", _DTYPES, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    operands = {"x": x, "skip": skip, "weight": weight}
+    require_gemm_operands("skip_linear", weight.shape[0], operands, {"bias": bias, **norm})
+    if norm:
+        require_triton_for_cuda("skip_linear", "norm")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*operands.values(), bias)):
+        require_triton_for_cuda("skip_linear", "backward pass")
+    require_gemms("skip_linear", x.device)
 
 
 def _check_shapes(x, skip, weight, bias, norm_weight, norm_bias) -> None:

@@ -5,17 +5,32 @@ operation with backend="triton", `reference` the same with backend="reference"; 
 float64.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
 from epg_fast.ops.backends import interpreting
+from epg_fast.ops.extension import extension_has_gemms, extension_status
 from tests.ops.tolerance import GRADIENT, assert_close_to_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
 needs_triton = pytest.mark.usefixtures("triton_installed")
+
+
+def gemms_run() -> bool:
+    """Whether the extension's matrix products, backend "cuda", are built and have a GPU to run on."""
+    hopper = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return hopper and extension_status()[0] and extension_has_gemms()
+
+
+def needs_gemms(test: Callable) -> Callable:
+    reason = "needs a GPU of compute capability 9.0 and the extension built with CUTLASS"
+    return pytest.mark.gpu(pytest.mark.skipif(not gemms_run(), reason=reason)(test))
+
 
 Inputs = Sequence[torch.Tensor | None]
 
@@ -73,6 +88,48 @@ def assert_compiles_into_one_graph(function: Callable, inputs: Inputs, grads: Se
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     _assert_same_bits(run(compiled, inputs, grads), run(function, inputs, grads))
+
+
+def assert_capturable(kernel: Callable, inputs: Inputs, others: Inputs):
+    """A CUDA graph that was captured with some inputs gives, on others, what the kernel gives on those."""
+    with torch.no_grad():
+        expected = run(kernel, others, None)[0]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(kernel, inputs, None)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run(kernel, inputs, None)[0]
+        for tensor, other in zip(inputs, others, strict=True):
+            tensor.copy_(other)
+        graph.replay()
+    _assert_same_bits((outputs, ()), (expected, ()))
+
+
+@contextlib.contextmanager
+def native_operator_on_cpu(schema: str, function: Callable) -> Iterator[None]:
+    """`function` in the place of an operator of the extension, for CPU tensors; where it is built, with its schema."""
+    name = schema.partition("(")[0]
+    extension_status()
+    with torch.library._scoped_library("epg_fast", "FRAGMENT") as library:
+        if torch._C._dispatch_has_kernel(f"epg_fast::{name}"):
+            assert str(torch._C._get_schema(f"epg_fast::{name}", "")) == f"epg_fast::{schema}"
+        else:
+            library.define(schema)
+        library.impl(name, function, "CPU")
+        yield
+
+
+def pretend_gemms_run(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Backend "cuda" of an operation passes its checks of the build and the GPU; on the CPU it runs the reference."""
+
+    @torch.compiler.assume_constant_result
+    def require_gemms(op: str, device: torch.device) -> None:
+        return None
+
+    monkeypatch.setattr(importlib.import_module(f"epg_fast.ops.{op}"), "require_gemms", require_gemms)
 
 
 def _assert_same_bits(first, second):

@@ -1,4 +1,5 @@
 import functools
+import importlib
 
 import pytest
 import torch
@@ -6,13 +7,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from epg_fast.ops import backends, extension
 from epg_fast.ops.skip_linear import SPEC, skip_linear, skip_linear_ref
 from tests.ops.kernel_checks import (
     DEVICE,
     assert_accurate,
+    assert_capturable,
     assert_compiles_into_one_graph,
     assert_repeatable,
+    native_operator_on_cpu,
+    needs_gemms,
     needs_triton,
+    pretend_gemms_run,
     randn,
     run,
     shapes_of,
@@ -27,6 +33,11 @@ DTYPES = {
 }
 SMALL = (2, 5, 40, 24)
 KERNEL = functools.partial(skip_linear, backend="triton")
+# Backend "cuda": 16-bit dtypes, all widths multiples of 8
+CUDA = functools.partial(skip_linear, backend="cuda")
+CUDA_DTYPES = {name: dtypes for name, dtypes in DTYPES.items() if name != "fp32"}
+CUDA_SHAPES = [*SPEC.shapes, (3, 17, 40, 24), (1, 5, 72, 40), (2, 130, 176, 64), (5, 258, 264, 8), (1, 1, 8, 8)]
+SCHEMA = "skip_linear_out(Tensor(a!) z, Tensor x, Tensor skip, Tensor weight, Tensor bias) -> ()"
 NORMED = pytest.mark.parametrize("normed", [True, False], ids=["norm", "no norm"])
 
 
@@ -181,7 +192,7 @@ def test_reference_gradients_are_right_in_float64(normed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, triton, reference"),
+        ({"backend": "cublas"}, "got backend='cublas', wanted one of auto, triton, cuda, reference"),
         ({"x": torch.zeros(5, 40)}, r"got x of shape \(5, 40\) and skip of shape \(2, 5, 24\), wanted \[B, L, D\] and"),
         ({"skip": torch.zeros(2, 4, 24)}, r"skip of shape \(2, 4, 24\).*with the same B and L"),
         ({"weight": torch.zeros(40, 63)}, r"got weight of shape \(40, 63\), wanted \[N, 64\].*\(40\).*skip \(24\)"),
@@ -203,6 +214,123 @@ def test_float64_is_refused_by_the_kernel_and_says_what_to_do():
     inputs = [tensor.detach().double() for tensor in make_inputs(SMALL)]
     with pytest.raises(ValueError, match="got x in torch.float64.*use backend='reference'"):
         KERNEL(*inputs)
+
+
+@needs_gemms
+@pytest.mark.usefixtures("poisoned_empty")
+@NORMED
+@pytest.mark.parametrize("dtypes", CUDA_DTYPES.values(), ids=CUDA_DTYPES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_cuda_kernel_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, normed):
+    assert_accurate(CUDA, skip_linear_ref, make_inputs(shape, dtypes, normed), make_grads(shape))
+
+
+@needs_gemms
+@pytest.mark.parametrize("width", [8, 56, 64, 72, 128, 136])
+@pytest.mark.parametrize("skip_width", [8, 64, 72])
+def test_cuda_kernel_meets_every_column_of_x_and_of_skip_once(width, skip_width):
+    tokens, n = 300, 528
+    x, skip = (torch.ones(1, tokens, size, device=DEVICE).bfloat16() for size in (width, skip_width))
+    weight = torch.cat([torch.ones(n, width), torch.full((n, skip_width), 0.25)], 1).to(DEVICE, torch.bfloat16)
+    z = CUDA(x, skip, weight, torch.arange(n, device=DEVICE).bfloat16())
+    wanted = (width + 0.25 * skip_width + torch.arange(n, device=DEVICE).bfloat16().float()).bfloat16()
+    assert torch.equal(z, wanted.expand_as(z))
+
+
+@needs_gemms
+def test_cuda_kernel_repeats_its_results_is_capturable_and_compiles_into_one_graph():
+    shape, dtypes = (5, 258, 264, 72), DTYPES["bf16"]
+    assert_repeatable(CUDA, make_inputs(shape, dtypes), make_grads(shape))
+    inputs = [tensor.detach() for tensor in make_inputs(shape, dtypes)]
+    assert_capturable(CUDA, inputs, [tensor + 1 for tensor in inputs])
+    assert_compiles_into_one_graph(CUDA, make_inputs(shape, dtypes), make_grads(shape))
+
+
+@needs_gemms
+def test_the_extension_itself_refuses_what_its_kernel_cannot_read():
+    inputs = [tensor.detach() for tensor in make_inputs((2, 5, 40, 24), DTYPES["bf16"], normed=False)]
+    good = dict(zip(("x", "skip", "weight", "bias"), inputs, strict=True))
+    good["z"] = torch.empty_like(good["x"])
+    narrow = {"x": good["x"][..., :36].contiguous(), "skip": torch.zeros(2, 5, 28, device=DEVICE).bfloat16()}
+    for change in (
+        narrow,
+        {"x": good["x"].transpose(0, 1).contiguous().transpose(0, 1)},
+        {"skip": good["skip"][:1]},
+        {"skip": good["skip"].half()},
+        {"weight": good["weight"][:, :40].contiguous()},
+        {"weight": good["weight"].cpu()},
+        {"bias": good["bias"].float()},
+        {"z": good["z"][:1]},
+    ):
+        with pytest.raises(RuntimeError, match="skip_linear"):
+            torch.ops.epg_fast.skip_linear_out(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 5, 40)}, "got x in torch.float32, wanted one of torch.bfloat16, torch.float16"),
+        ({"norm_bias": torch.zeros(40).double()}, "got norm_bias in torch.float64.*backend='cuda'"),
+        ({"skip": torch.zeros(2, 24, 5).half().transpose(1, 2)}, "got skip.*wanted it contiguous"),
+        (
+            {"x": torch.zeros(2, 5, 36).half(), "skip": torch.zeros(2, 5, 28).half()},
+            "got x.*wanted a last dimension that is a multiple of 8",
+        ),
+        ({}, "but the extension is not built"),
+    ],
+)
+def test_backend_cuda_refuses_what_its_kernel_cannot_read(monkeypatch, change, message):
+    monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built"))
+    arguments = {"x": torch.zeros(2, 5, 40).half(), "skip": torch.zeros(2, 5, 24).half()}
+    arguments |= {"weight": torch.zeros(40, 64).half(), "bias": torch.zeros(40)}
+    arguments |= {"norm_weight": torch.ones(40), "norm_bias": torch.zeros(40)}
+    with pytest.raises(ValueError, match=message):
+        CUDA(**(arguments | change))
+
+
+def test_the_norm_after_backend_cuda_asks_for_triton(monkeypatch):
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built"))
+    inputs = [tensor.detach() for tensor in make_inputs(SMALL, (torch.float16,) * 4)]
+    with pytest.raises(ValueError, match="backend='cuda', whose norm is Triton's, which is not installed"):
+        CUDA(*inputs)
+    with pytest.raises(ValueError, match="the extension is not built"):
+        CUDA(*inputs[:4])
+    with pytest.raises(ValueError, match="whose backward pass is Triton's"):
+        CUDA(inputs[0].requires_grad_(), *inputs[1:4])
+
+
+@NORMED
+def test_operator_of_backend_cuda_passes_opcheck_on_the_cpu(normed):
+    inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, normed=normed)]
+    norm = [] if normed else [None, None]
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, *norm, 1e-5, "cuda"))
+
+
+@needs_triton
+@NORMED
+@pytest.mark.skipif(DEVICE == "cuda", reason="puts Triton's interpreter behind an operator on the CPU")
+def test_launcher_of_backend_cuda_hands_the_kernel_what_it_takes(normed):
+    def kernel(z, x, skip, weight, bias):
+        assert bias.dtype == x.dtype and bias.is_contiguous()
+        z.copy_(F.linear(torch.cat([x, skip], dim=-1), weight, bias))
+
+    dtypes = (torch.float16, torch.float16, torch.float16, torch.float32)
+    inputs = [tensor.detach() for tensor in make_inputs(SMALL, dtypes, normed)]
+    inputs[3] = torch.randn(40, 2)[:, 0]
+    norm = [] if normed else [None, None]
+    module = importlib.import_module("epg_fast.ops.skip_linear")
+    with native_operator_on_cpu(SCHEMA, kernel):
+        y, z, mean, rstd = module._forward_cuda(*inputs, *norm, 1e-5)
+    torch.testing.assert_close(y, skip_linear_ref(*inputs), rtol=2e-3, atol=2e-3)
+    expected = [(2, 5, 40), (2, 5), (2, 5)] if normed else [(0,)] * 3
+    assert [tensor.shape for tensor in (z, mean, rstd)] == expected
+
+
+def test_backend_cuda_is_traced_into_one_graph(monkeypatch):
+    pretend_gemms_run(monkeypatch, "skip_linear")
+    inputs = [tensor.detach().cpu().half().requires_grad_() for tensor in make_inputs(SMALL)]
+    assert_compiles_into_one_graph(CUDA, inputs, [torch.randn(2, 5, 40)])
 
 
 def test_traffic_model_counts_each_tensor_once():

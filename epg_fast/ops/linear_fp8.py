@@ -1,0 +1,185 @@
+"""Linear layer on FP8 operands with a scale per row, optionally followed by GELU; for inference.
+
+    z = (x * x_scale) @ (weight * weight_scale)^T + bias
+    y = z, or gelu(z) = z Phi(z)                    Phi: the normal distribution function, not its tanh approximation
+
+Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022); scales per row of both operands, as
+`layer_norm_modulate_fp8` and `gate_residual_norm_modulate_fp8` return them.
+
+Shapes: x: [..., K]; x_scale: [...]; weight: [N, K]; weight_scale: [N]; bias: [N]; y: [..., N].
+Dtypes: x and weight float8_e4m3fn (`linear_fp8_ref`: any floating dtype); scales float32; y has the dtype of bias,
+bfloat16 or float16 for the backends "cuda" and, bfloat16 alone, "scaled_mm". K is a multiple of 16 and N of 8 there
+(of 16 for "scaled_mm"). The reference multiplies in float32, or in float64 where the scales have it.
+Error: at most 2x that of the reference in the same dtypes, which is the rounding of y. For that, "cuda" leaves only the
+sums of 128 products to the tensor cores, which keep fewer bits of them than float32 has, and adds these in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from epg_fast.ops.backends import check_backend, require_dtypes, require_gemm_operands
+from epg_fast.ops.extension import require_gemms
+from epg_fast.ops.layer_norm_modulate import refuse_gradient
+from epg_fast.ops.spec import OpSpec
+
+_OP = "linear_fp8"
+
+
+def linear_fp8_ref(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    gelu: bool = False,
+) -> torch.Tensor:
+    """The formula in plain PyTorch, on dequantised operands; shapes and dtypes as in the module's docstring."""
+    dtype = torch.float64 if x_scale.dtype == torch.float64 else torch.float32
+    x = x.to(dtype) * x_scale.unsqueeze(-1)
+    weight = weight.to(dtype) * weight_scale.unsqueeze(-1)
+    z = F.linear(x, weight, bias.to(dtype))
+    return (F.gelu(z) if gelu else z).to(bias.dtype)
+
+
+@torch.library.custom_op("epg_fast::linear_fp8", mutates_args=(), device_types="cpu")
+def _forward_op(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    gelu: bool,
+) -> torch.Tensor:
+    return linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu)
+
+
+@_forward_op.register_kernel("cuda")
+def _forward_cuda(x, x_scale, weight, weight_scale, bias, gelu):
+    y = bias.new_empty((*x.shape[:-1], weight.shape[0]))
+    torch.ops.epg_fast.linear_fp8_out(
+        y, x, x_scale.contiguous(), weight, weight_scale.contiguous(), bias.contiguous(), gelu
+    )
+    return y
+
+
+@_forward_op.register_fake
+def _(x, x_scale, weight, weight_scale, bias, gelu):
+    return bias.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@register_flop_formula(torch.ops.epg_fast.linear_fp8)
+def _forward_flops(x_shape, x_scale_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    rows = 1
+    for size in x_shape[:-1]:
+        rows *= size
+    return 2 * rows * weight_shape[0] * weight_shape[1]
+
+
+def linear_fp8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    gelu: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """(x * x_scale) @ (weight * weight_scale)^T + bias, then exact GELU if asked for.
+
+    x: [..., K] and weight: [N, K] in float8_e4m3fn; x_scale: [...] and weight_scale: [N] in float32; bias: [N]. Returns
+    [..., N] in the dtype of bias.
+    backend: "reference" (plain PyTorch on dequantised operands), "cuda" (one kernel of the C++/CUDA extension, for
+    compute capability 9.0), "scaled_mm" (PyTorch's FP8 product, then GELU) or "auto": the reference, until a kernel has
+    been measured on a GPU. There is no gradient.
+    Raises ValueError for shapes and dtypes that do not fit, for a tensor that requires a gradient and for a backend
+    that cannot run here.
+    """
+    check_backend(_OP, backend, ("auto", "cuda", "scaled_mm", "reference"))
+    _check(x, x_scale, weight, weight_scale, bias)
+    refuse_gradient(_OP, x_scale, weight_scale, bias)
+    if backend == "cuda":
+        require_dtypes(_OP, (torch.bfloat16, torch.float16), "cuda", bias=bias)
+        others = {"x_scale": x_scale, "weight_scale": weight_scale, "bias": bias}
+        require_gemm_operands(_OP, weight.shape[0], {"x": x, "weight": weight}, others)
+        require_gemms(_OP, x.device)
+        return _forward_op(x, x_scale, weight, weight_scale, bias, gelu)
+    if backend == "scaled_mm":
+        return _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu)
+    return linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu)
+
+
+def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
+    require_dtypes(_OP, (torch.bfloat16,), "scaled_mm", bias=bias)
+    for name, size in (("K", weight.shape[1]), ("N", weight.shape[0])):
+        if size % 16:
+            raise ValueError(
+                f"{_OP}: got {name}={size}, wanted a multiple of 16 for backend='scaled_mm'; pad it or use "
+                "backend='reference'"
+            )
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        raise ValueError(
+            f"{_OP}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU of compute capability 9.0 or more for "
+            "backend='scaled_mm'; use backend='reference'"
+        )
+    z = torch._scaled_mm(
+        x.flatten(0, -2).contiguous(),
+        weight.contiguous().t(),
+        scale_a=x_scale.reshape(-1, 1),
+        scale_b=weight_scale.reshape(1, -1),
+        bias=bias,
+        out_dtype=bias.dtype,
+    ).view(*x.shape[:-1], weight.shape[0])
+    return F.gelu(z) if gelu else z
+
+
+def _check(x, x_scale, weight, weight_scale, bias) -> None:
+    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{_OP}: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}, wanted [..., K] and "
+            "[N, K] with the same K; weight is that of a Linear, one row per output"
+        )
+    for name, tensor, shape in (
+        ("x_scale", x_scale, x.shape[:-1]),
+        ("weight_scale", weight_scale, weight.shape[:1]),
+        ("bias", bias, weight.shape[:1]),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{_OP}: got {name} of shape {tuple(tensor.shape)}, wanted {list(shape)}")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype != torch.float8_e4m3fn:
+            raise ValueError(
+                f"{_OP}: got {name} in {tensor.dtype}, wanted torch.float8_e4m3fn; quantise it row by row, as "
+                "layer_norm_modulate_fp8 does"
+            )
+    for name, tensor in (("x_scale", x_scale), ("weight_scale", weight_scale)):
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted torch.float32; convert it")
+    if not bias.is_floating_point():
+        raise ValueError(f"{_OP}: got bias in {bias.dtype}, wanted a floating dtype; convert it")
+
+
+def _bytes(shape: tuple[int, int, int], itemsize: int) -> int:
+    """Read x and weight, of one byte per value, their scales and bias, and write y, of `itemsize` bytes per value."""
+    rows, k, n = shape
+    return rows * k + n * k + 4 * (rows + n) + (rows + 1) * n * itemsize
+
+
+def _flops(shape: tuple[int, int, int]) -> int:
+    rows, k, n = shape
+    return 2 * rows * k * n
+
+
+SPEC = OpSpec(
+    name=_OP,
+    shapes=(
+        (64 * 258, 1584, 6336),
+        (64 * 258, 1584, 4752),
+        (64 * 258, 6336, 1584),
+        (64 * 258, 768, 3072),
+        (64 * 258, 1024, 4096),
+    ),
+    odd_shapes=((5, 48, 24), (129, 144, 136), (1, 16, 8), (300, 1584, 72)),
+    bytes=_bytes,
+    flops=_flops,
+)

@@ -1,0 +1,84 @@
+// act((x @ weight^T) * x_scale * weight_scale + bias) for Hopper: x and weight in float8_e4m3fn with a scale per row;
+// scales, bias and GELU in the epilogue of the matrix product.
+
+#include "gemm_sm90.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+namespace epg_fast {
+namespace {
+
+constexpr const char* kOp = "linear_fp8";
+
+// Half of the registers' accumulators are float32 sums outside the tensor cores, which keep fewer bits of a sum of FP8
+// products: hence a tile half as wide as for 16 bits.
+using TileShape = cute::Shape<cute::_128, cute::_128, cute::_128>;
+
+template <class Result>
+using Epilogue = sm90::Compute<
+    sm90::OptionalGelu,
+    sm90::Compute<cutlass::homogeneous_multiply_add, sm90::PerColumn<TileShape, float>,
+                  sm90::Compute<cutlass::multiplies, sm90::PerRow<TileShape, float>, sm90::Accumulator>,
+                  sm90::PerColumn<TileShape, Result>>>;
+
+template <class Result>
+using Base = sm90::Gemm<cutlass::float_e4m3_t, TileShape, void, Result, Epilogue<Result>>;
+
+// The kernels' names, by which bench.resources lists them: the dtype of the result.
+struct linear_fp8_bf16_kernel : Base<cutlass::bfloat16_t> {};
+struct linear_fp8_fp16_kernel : Base<cutlass::half_t> {};
+
+struct Tensors {
+  Tensor y, x, x_scale, weight, weight_scale, bias;
+};
+
+template <class Result, class Kernel>
+void launch_linear_fp8(const Tensors& t, bool gelu, const sm90::Problem& problem) {
+  const auto stride = sm90::rows_of(problem.n);
+  typename Kernel::EpilogueArguments epilogue{
+      {{{static_cast<const float*>(t.weight_scale.const_data_ptr())},
+        {{static_cast<const float*>(t.x_scale.const_data_ptr())}, {}, {}},
+        {static_cast<const Result*>(t.bias.const_data_ptr())},
+        {}},
+       {gelu}},
+      nullptr,
+      {},
+      static_cast<Result*>(t.y.mutable_data_ptr()),
+      stride};
+  sm90::launch<Kernel>(kOp, problem, sm90::operands_of<Kernel, cutlass::float_e4m3_t>(t.x, t.weight, problem), epilogue,
+                       t.x.get_device_index());
+}
+
+void check_scale(const char* name, const Tensor& scale, const Tensor& x, int64_t size) {
+  check_float32(kOp, name, scale);
+  check_contiguous(kOp, name, scale);
+  check_same_device(kOp, name, scale, "x", x);
+  STD_TORCH_CHECK(scale.numel() == size, kOp, ": ", name, " must have ", size, " values");
+}
+
+void linear_fp8_cuda(Tensor y, Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor bias, bool gelu) {
+  const sm90::Problem problem = sm90::check_linear(kOp, "x", x, weight, bias);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float8_e4m3fn, kOp, ": x must be float8_e4m3fn");
+  STD_TORCH_CHECK(bias.scalar_type() == y.scalar_type(), kOp, ": bias must have y's dtype");
+  check_scale("x_scale", x_scale, x, problem.m);
+  check_scale("weight_scale", weight_scale, x, problem.n);
+  sm90::check_rows_of_result(kOp, "y", y, x, problem);
+  const Tensors tensors{y, x, x_scale, weight, weight_scale, bias};
+  if (y.scalar_type() == ScalarType::BFloat16) {
+    launch_linear_fp8<cutlass::bfloat16_t, linear_fp8_bf16_kernel>(tensors, gelu, problem);
+  } else {
+    STD_TORCH_CHECK(y.scalar_type() == ScalarType::Half, kOp, ": y must be bfloat16 or float16");
+    launch_linear_fp8<cutlass::half_t, linear_fp8_fp16_kernel>(tensors, gelu, problem);
+  }
+}
+
+}  // namespace
+}  // namespace epg_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(epg_fast, m) {
+  m.def(
+      "linear_fp8_out(Tensor(a!) y, Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor bias, "
+      "bool gelu) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(epg_fast, CUDA, m) { m.impl("linear_fp8_out", TORCH_BOX(&epg_fast::linear_fp8_cuda)); }
