@@ -98,6 +98,7 @@ def require_gemm_operands(
     width: of the result, which has 16 bits per value or more. operands: contiguous, by name; the others only have to be
     on their device. Where torch.compile traces, no address is known: the extension itself checks it.
     """
+    _refuse_transforms(op)
     device = next(iter(operands.values())).device
     for name, tensor in (operands | others).items():
         wanted = None
@@ -117,7 +118,6 @@ def require_gemm_operands(
             f"{op}: got a weight for {width} outputs, wanted a multiple of 8 for backend='cuda'; pad it or use "
             "backend='reference'"
         )
-    _refuse_transforms(op)
 
 
 def _wanted_of_operand(tensor: torch.Tensor) -> str | None:

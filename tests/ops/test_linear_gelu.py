@@ -335,6 +335,12 @@ def test_backend_cuda_refuses_what_its_kernel_cannot_read(change, message):
         CUDA(**arguments)
 
 
+def test_backend_cuda_refuses_transforms_that_would_not_see_its_derivative():
+    x, weight, bias = cuda_arguments()
+    with pytest.raises(ValueError, match="got a tensor inside torch.func.jvp or torch.func.grad"):
+        torch.func.grad(lambda x: CUDA(x, weight, bias).sum())(x)
+
+
 def test_backend_cuda_says_how_to_build_what_it_needs(monkeypatch, tmp_path):
     monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built: run `pip install .`"))
     with pytest.raises(ValueError, match="got backend='cuda', but the extension is not built: run `pip install .`"):
