@@ -2,6 +2,7 @@
 
 EPG_BUILD_CUDA=auto|1|0 chooses CUDA as CMakeLists.txt says. Without torch, cmake or a C++ compiler the extension is
 left out, which one line says, and the package installs as pure Python; with EPG_BUILD_CUDA=1 that is an error.
+EPG_BUILD_EXTENSION=0 leaves the extension out.
 EPG_CUTLASS_DIR (a CUTLASS 4 checkout), else the installed nvidia-cutlass, has the headers for the matrix products.
 MAX_JOBS bounds the number of compilers that run at once; without it, cores and free memory do.
 """
@@ -44,6 +45,8 @@ def _site_packages() -> list[str]:
 
 
 def missing() -> str | None:
+    if os.environ.get("EPG_BUILD_EXTENSION") == "0":
+        return "EPG_BUILD_EXTENSION=0"
     if sys.platform != "linux":
         return f"found platform {sys.platform}, wanted linux"
     if torch_folder() is None:
@@ -109,7 +112,10 @@ class CMakeBuild(build_ext):
             configure += [f"-DEPG_CUTLASS_DIR={cutlass_folder() or ''}"]
             for command in (configure, ["cmake", "--build", build, "--parallel", jobs]):
                 if subprocess.run(command, check=False).returncode != 0:
-                    sys.exit(f"epg_fast: `{' '.join(command)}` failed, see above; EPG_BUILD_CUDA=0 builds without CUDA")
+                    sys.exit(
+                        f"epg_fast: `{' '.join(command)}` failed, see above; EPG_BUILD_CUDA=0 builds without CUDA, "
+                        "EPG_BUILD_EXTENSION=0 installs without the extension"
+                    )
             staged = target.with_name(f"{target.name}.{os.getpid()}")
             shutil.copy(Path(build, "out", "_extension.abi3.so"), staged)
             os.replace(staged, target)
@@ -119,6 +125,8 @@ def main() -> None:
     reason = missing()
     # pip also runs this file to read metadata, before the build requirements (cmake) are there: nothing to say then.
     building = not {"bdist_wheel", "build_ext", "editable_wheel"}.isdisjoint(sys.argv)
+    if (cuda := os.environ.get("EPG_BUILD_CUDA", "auto")) not in ("auto", "1", "0"):
+        sys.exit(f"epg_fast: found EPG_BUILD_CUDA='{cuda}', wanted auto, 1 or 0")
     if reason is not None and building:
         if os.environ.get("EPG_BUILD_CUDA") == "1":
             sys.exit(f"epg_fast: EPG_BUILD_CUDA=1, but the extension cannot be built: {reason}")

@@ -105,6 +105,18 @@ def setup_file():
     return module
 
 
+def test_the_extension_can_be_left_out(setup_file, monkeypatch):
+    monkeypatch.setenv("EPG_BUILD_EXTENSION", "0")
+    assert setup_file.missing() == "EPG_BUILD_EXTENSION=0"
+
+
+def test_a_wrong_choice_of_cuda_is_refused_without_cmake_too(setup_file, monkeypatch):
+    monkeypatch.setenv("EPG_BUILD_CUDA", "2")
+    monkeypatch.setattr(setup_file, "missing", lambda: "found no cmake")
+    with pytest.raises(SystemExit, match="found EPG_BUILD_CUDA='2', wanted auto, 1 or 0"):
+        setup_file.main()
+
+
 def test_the_extension_is_here_if_it_can_be(setup_file):
     """Tests of its operations skip without it: a build that went wrong must not hide behind them."""
     if reason := setup_file.missing():
@@ -200,7 +212,9 @@ def assert_unavailable(status, *texts):
 def test_a_file_that_is_no_library_is_not_loaded(use_library, tmp_path, content):
     library = tmp_path / "garbage.so"
     library.write_bytes(content)
-    assert_unavailable(use_library(library), "damaged", "is not a 64-bit ELF library", "pip install --force-reinstall")
+    assert_unavailable(
+        use_library(library), "damaged", "is not a 64-bit ELF library", "to rebuild it, run `pip install"
+    )
 
 
 @needs_compiler
@@ -209,7 +223,7 @@ def test_a_truncated_library_is_not_loaded(use_library, tmp_path, part):
     whole = compile_library(tmp_path / "whole.so", "int table[100000] = {1}; int f() { return table[5]; }").read_bytes()
     library = tmp_path / "truncated.so"
     library.write_bytes(whole[: int(part * len(whole))])
-    assert_unavailable(use_library(library), "damaged", f"of {len(whole)}", "pip install --force-reinstall")
+    assert_unavailable(use_library(library), "damaged", f"of {len(whole)}", "to rebuild it, run `pip install")
 
 
 @needs_compiler

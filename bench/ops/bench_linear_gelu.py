@@ -31,6 +31,8 @@ def _inputs(shape, dtype, device, seed):
 @_DTYPES
 @_SHAPES
 def test_linear_gelu(measure, device, shape, dtype, direction, provider):
+    if provider == "cuda" and dtype != torch.bfloat16:
+        pytest.skip("cuda: takes bfloat16 alone")
     compare(
         measure,
         SPEC,

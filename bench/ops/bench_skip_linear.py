@@ -37,6 +37,8 @@ def _split(x, skip, weight, bias, norm_weight, norm_bias):
 def test_skip_linear(measure, device, shape, dtype, direction, provider):
     if provider == "split" and device == "cpu" and direction != "forward":
         pytest.skip("split: LayerNorm on a CPU sums its parameters' gradients in 16 bits, which is too inaccurate")
+    if provider == "cuda" and dtype != torch.bfloat16:
+        pytest.skip("cuda: takes bfloat16 alone")
     compare(
         measure,
         SPEC,

@@ -50,10 +50,11 @@ def require_triton(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> No
                 f"{op}: got an empty tensor of shape {tuple(tensor.shape)}, wanted at least one value for "
                 "backend='triton'; leave out the call or use backend='reference'"
             )
-    _refuse_transforms(op)
+    refuse_transforms(op)
 
 
-def _refuse_transforms(op: str) -> None:
+def refuse_transforms(op: str) -> None:
+    """Raise ValueError inside torch.func.jvp and the like, which would take the kernel's derivative to be zero."""
     if not torch.compiler.is_compiling() and _transformed():
         raise ValueError(
             f"{op}: got a tensor inside torch.func.jvp or torch.func.grad, which would not see the kernel's "
@@ -98,7 +99,7 @@ def require_gemm_operands(
     width: of the result, which has 16 bits per value or more. operands: contiguous, by name; the others only have to be
     on their device. Where torch.compile traces, no address is known: the extension itself checks it.
     """
-    _refuse_transforms(op)
+    refuse_transforms(op)
     device = next(iter(operands.values())).device
     for name, tensor in (operands | others).items():
         wanted = None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from epg_fast.ops.backends import refuse_transforms
+
 # What this version of the package calls in torch.ops.epg_fast: a library built from older sources lacks some of it.
 OPERATORS = (
     "build_info",
@@ -23,9 +25,15 @@ OPERATORS = (
 # EPG_EXTENSION chooses another build of the library, such as one with AddressSanitizer.
 _CHOSEN = os.environ.get("EPG_EXTENSION")
 _LIBRARY = Path(_CHOSEN) if _CHOSEN else Path(__file__).with_name("_extension.abi3.so")
-_REBUILD = (
-    "`pip install --force-reinstall --no-deps .` in the source tree (with torch, cmake and a C++ compiler installed)"
+_SOURCE_TREE = Path(__file__).resolve().parents[2]
+_IN_PLACE = (_SOURCE_TREE / "setup.py").is_file()
+_COMMAND = (
+    f"`pip install --no-deps -e {_SOURCE_TREE}`"
+    if _IN_PLACE
+    else "`pip install --force-reinstall --no-deps .` in the source tree"
 )
+_REBUILD = f"{_COMMAND} (with torch, cmake and a C++ compiler installed)"
+_REMEDY = "correct EPG_EXTENSION, which chose it, or unset it" if _CHOSEN else f"to rebuild it, run {_REBUILD}"
 
 
 @functools.cache
@@ -38,16 +46,14 @@ def extension_status() -> tuple[bool, str]:
     try:
         damage = _damage(_LIBRARY)
         if damage:
-            return False, f"damaged: {_LIBRARY} {damage}; to rebuild it, run {_REBUILD}"
+            return False, f"damaged: {_LIBRARY} {damage}; {_REMEDY}"
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         reason = str(error.__cause__ or error).splitlines()[0]  # torch's own error names the file only
-        return False, f"cannot be loaded with torch {torch.__version__}: {reason}; to rebuild it, run {_REBUILD}"
+        return False, f"cannot be loaded with torch {torch.__version__}: {reason}; {_REMEDY}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.epg_fast, name)]
     if missing:
-        return False, (
-            f"from another version of epg_fast: {_LIBRARY} has no {', '.join(missing)}; to rebuild it, run {_REBUILD}"
-        )
+        return False, (f"from another version of epg_fast: {_LIBRARY} has no {', '.join(missing)}; {_REMEDY}")
     return True, f"{_description()}, loaded from {_LIBRARY}"
 
 
@@ -88,9 +94,19 @@ def prefers_extension(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype
 
     Not while torch.compile traces: the plain path is what the compiler fuses.
     """
-    if torch.compiler.is_compiling() or not extension_status()[0]:
-        return False
-    return all(t.device.type == "cpu" and t.dtype in dtypes and t.is_contiguous() for t in tensors)
+    return not torch.compiler.is_compiling() and extension_takes(tensors, dtypes)
+
+
+def extension_takes(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the extension is there, and the tensors are on a CPU, of these dtypes and plain in memory."""
+    tracing = torch.compiler.is_compiling()  # a negated view, which waits for its negation, is not traced
+    plain = (t.dtype in dtypes and t.is_contiguous() and (tracing or not t.is_neg()) for t in tensors)
+    return _is_available() and all(t.device.type == "cpu" for t in tensors) and all(plain)
+
+
+@torch.compiler.assume_constant_result
+def _is_available() -> bool:
+    return extension_status()[0]
 
 
 def require_one_device(op: str, x: torch.Tensor, **lists: Sequence[torch.Tensor]) -> None:
@@ -153,7 +169,8 @@ def gpus_without_code() -> list[str]:
 
 
 def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all are float32, contiguous, on the first one's device and without gradient."""
+    """Raise ValueError unless all are float32, contiguous, on the first one's device, without gradient or tangent."""
+    refuse_transforms(op)
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
@@ -170,6 +187,13 @@ def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
             raise ValueError(
                 f"{op}: got {name} on {tensor.device} and {first_name} on {first.device}, wanted one device; "
                 "move them there"
+            )
+        if (
+            torch.autograd.forward_ad._current_level >= 0
+            and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            raise ValueError(
+                f"{op}: got {name} with a tangent, which backend='extension' does not carry on; use backend='reference'"
             )
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 
 from epg_fast.ops.backends import check_backend
-from epg_fast.ops.extension import prefers_extension, require_extension, require_one_device
+from epg_fast.ops.extension import extension_takes, require_extension, require_one_device
 from epg_fast.ops.spec import OpSpec
 
 _OP = "fused_adamw_ema_"
@@ -133,16 +133,26 @@ def fused_adamw_ema_(
     flat_emas = [tensor for average in emas for tensor in average]
     _check_lengths(params, emas, ema_weights, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, copies=copies)
     written = [*params, *exp_avgs, *exp_avg_sqs, *flat_emas]
-    if backend == "auto":
-        float32 = prefers_extension([*written, steps], (torch.float32,))
-        backend = "extension" if float32 and prefers_extension(grads, _GRADS) else "reference"
     scalars = {"steps": steps, "lrs": lrs, "weight_decays": weight_decays, "norm": norm, "found_inf": found_inf}
     scalars |= {"max_norm": max_norm, "grad_scale": grad_scale}
+    if backend == "auto":
+        float32 = [*written, steps, norm, found_inf, *([] if grad_scale is None else [grad_scale])]
+        float64 = [lrs, weight_decays, ema_weights, max_norm]
+        dtypes = (
+            (float32, (torch.float32,)),
+            (float64, (torch.float64,)),
+            (grads, _GRADS),
+            (copies, (torch.bfloat16,)),
+        )
+        taken = len(emas) <= _MAX_EMAS and all(extension_takes(*tensors) for tensors in dtypes)
+        backend = "extension" if taken else "reference"
     if backend == "reference":
+        _check_shapes_and_dtypes(params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, emas=flat_emas)
         extras = {"emas": emas, "ema_weights": ema_weights, "copies": copies, "betas": betas, "eps": eps}
         return fused_adamw_ema_ref(params, grads, exp_avgs, exp_avg_sqs, **scalars, **extras)
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "emas": flat_emas}
-    require_one_device(_OP, steps, **lists, copies=copies)
+    named = {name: [tensor] for name, tensor in (scalars | {"ema_weights": ema_weights}).items() if tensor is not None}
+    require_one_device(_OP, steps, **lists, copies=copies, **named)
     _load_op(steps)
     torch.ops.epg_fast.fused_adamw_ema_(
         *map(list, lists.values()),
@@ -165,6 +175,18 @@ def fused_adamw_ema_(
 
 
 _GRADS = (torch.float32, torch.bfloat16)
+_MAX_EMAS = 4
+
+
+def _check_shapes_and_dtypes(params, **lists) -> None:
+    """What would stop the reference half-way."""
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            param = params[i % len(params)]
+            if tensor.shape != param.shape:
+                raise ValueError(f"{_OP}: got {name}[{i}] of shape {tuple(tensor.shape)}, wanted {tuple(param.shape)}")
+            if name != "grads" and tensor.dtype != param.dtype:
+                raise ValueError(f"{_OP}: got {name}[{i}] in {tensor.dtype}, wanted {param.dtype} as the parameter")
 
 
 def _check_lengths(params, emas, ema_weights, **lists) -> None:

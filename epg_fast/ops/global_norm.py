@@ -1,6 +1,8 @@
 """Global L2 norm of a list of tensors, and whether all of their values are finite: what gradient clipping needs.
 
-    norm = sqrt(sum over tensors and values of value^2)        found_inf = 0 if norm is finite, else 1
+    norm = sqrt(sum over tensors and values of value^2)        found_inf = 0 if norm^2 is finite in norm's dtype, else 1
+
+(in float32 up to a norm of 1.8e19: Adam's second moment would hold the infinity for good.)
 
 Source: gradient clipping by the global norm, Pascanu et al., "On the difficulty of training recurrent neural networks"
 (2013); `found_inf` as torch's fused optimisers take it.
@@ -29,8 +31,10 @@ def global_norm_ref(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torc
     if not tensors:
         return torch.zeros(()), torch.zeros(())
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=dtype)))
-    return norm, (~norm.isfinite()).to(dtype)
+    # On a CPU PyTorch adds up the values one after another: in float32 millions of them lose three digits.
+    summed_in = torch.float64 if tensors[0].device.type == "cpu" else dtype
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=summed_in))).to(dtype)
+    return norm, (~norm.square().isfinite()).to(dtype)
 
 
 # The schema and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.

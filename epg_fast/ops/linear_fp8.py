@@ -8,8 +8,8 @@ Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022); scales per 
 
 Shapes: x: [..., K]; x_scale: [...]; weight: [N, K]; weight_scale: [N]; bias: [N]; y: [..., N].
 Dtypes: x and weight float8_e4m3fn (`linear_fp8_ref`: any floating dtype); scales float32; y has the dtype of bias,
-bfloat16 or float16 for the backends "cuda" and, bfloat16 alone, "scaled_mm". K is a multiple of 16 and N of 8 there
-(of 16 for "scaled_mm"). The reference multiplies in float32, or in float64 where the scales have it.
+bfloat16 for the backends "cuda" and "scaled_mm". K is a multiple of 16 and N of 8 there (of 16 for "scaled_mm"). The
+reference multiplies in float32, or in float64 where the scales have it.
 Error: at most 2x that of the reference in the same dtypes, which is the rounding of y. For that, "cuda" leaves only the
 sums of 128 products to the tensor cores, which keep fewer bits of them than float32 has, and adds these in float32.
 """
@@ -99,7 +99,7 @@ def linear_fp8(
     _check(x, x_scale, weight, weight_scale, bias)
     refuse_gradient(_OP, x_scale, weight_scale, bias)
     if backend == "cuda":
-        require_dtypes(_OP, (torch.bfloat16, torch.float16), "cuda", bias=bias)
+        require_dtypes(_OP, (torch.bfloat16,), "cuda", bias=bias)
         others = {"x_scale": x_scale, "weight_scale": weight_scale, "bias": bias}
         require_gemm_operands(_OP, weight.shape[0], {"x": x, "weight": weight}, others)
         require_gemms(_OP, x.device)

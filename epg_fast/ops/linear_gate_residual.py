@@ -7,7 +7,7 @@ and the second half of the MLP.
 
 Shapes: x: [B, L, N]; gate: [B, N] or [B, 1, N]; h: [B, L, K]; weight: [N, K]; bias: [N]; out: [B, L, N].
 Dtypes: h any floating dtype, or under autocast its dtype; weight and bias are converted to h's dtype. x and gate any
-floating dtypes; out has x's dtype. Backend "cuda": h bfloat16 or float16, x and gate in h's dtype or float32 (the
+floating dtypes; out has x's dtype. Backend "cuda": h bfloat16, x and gate in h's dtype or float32 (the
 residual of a network under autocast is float32 until the first long skip), h, weight and x contiguous, K and N
 multiples of 8; products are accumulated and everything after them is computed in float32, and out is rounded once.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
@@ -113,7 +113,7 @@ def linear_gate_residual(
 
 
 def _require_cuda(x, gate, h, weight, bias) -> None:
-    require_dtypes(_OP, (torch.bfloat16, torch.float16), "cuda", h=h)
+    require_dtypes(_OP, (torch.bfloat16,), "cuda", h=h)
     require_dtypes(_OP, (h.dtype, torch.float32), "cuda", x=x, gate=gate)
     require_gemm_operands(_OP, weight.shape[0], {"h": h, "weight": weight, "x": x}, {"gate": gate, "bias": bias})
     # The kernel reads two values of a row at once.

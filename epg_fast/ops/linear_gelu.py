@@ -11,7 +11,7 @@ Dtypes: x float32, bfloat16 or float16 (float64: reference only), or under autoc
 x's dtype, which y has. Products are accumulated, bias added and GELU evaluated in float32.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients. For 16-bit
 results the kernels take 1 - Phi from a polynomial with a relative error of 1.5e-5.
-Backend "cuda" takes bfloat16 and float16 alone, contiguous, K and N multiples of 8, and adds the bias in x's dtype; its
+Backend "cuda" takes bfloat16 alone, contiguous, K and N multiples of 8, and adds the bias in x's dtype; its
 backward pass is that of "triton".
 """
 
@@ -172,7 +172,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, backe
 
 
 def _require_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, needs_gradient: bool) -> None:
-    require_dtypes("linear_gelu", _DTYPES[1:], "cuda", x=x)
+    require_dtypes("linear_gelu", (torch.bfloat16,), "cuda", x=x)
     require_dtypes("linear_gelu", _DTYPES, "cuda", bias=bias)
     require_gemm_operands("linear_gelu", weight.shape[0], {"x": x, "weight": weight}, {"bias": bias})
     if needs_gradient:

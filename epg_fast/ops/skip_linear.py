@@ -9,7 +9,7 @@ Shapes: x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E]; bias, norm_weight, no
 Dtypes: x float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype; skip and weight are
 converted to x's dtype, z and y have it. Products are accumulated and the norm is computed in float32.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
-Backend "cuda" computes z for bfloat16 and float16 alone, contiguous, D, E and N multiples of 8, and adds the bias in
+Backend "cuda" computes z for bfloat16 alone, contiguous, D, E and N multiples of 8, and adds the bias in
 x's dtype; its norm and its backward pass are those of "triton".
 """
 
@@ -222,7 +222,7 @@ def skip_linear(
 
 
 def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:
-    require_dtypes("skip_linear", _DTYPES[1:], "cuda", x=x)
+    require_dtypes("skip_linear", (torch.bfloat16,), "cuda", x=x)
     require_dtypes("skip_linear", _DTYPES, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_bias": norm_bias}
     operands = {"x": x, "skip": skip, "weight": weight}

@@ -61,22 +61,37 @@ def make_optimizer(
     `auto` is `fused` on a CPU where the extension is built, else `torch`; the log says which.
     Raises ValueError for a backend that cannot run here, saying what is missing.
     """
-    return _BACKENDS[_backend(network, config.backend)](network, config, averages)
+    return _BACKENDS[_backend(network, config.backend, averages)](network, config, averages)
 
 
-def _backend(network: torch.nn.Module, wanted: str) -> str:
+def _backend(network: torch.nn.Module, wanted: str, averages: Sequence[torch.nn.Module]) -> str:
     if wanted != "auto":
         return wanted
     device = next(network.parameters()).device
     available, reason = extension_status()
-    if device.type == "cpu" and available:
-        chosen, why = "fused", "one pass in the C++ extension"
-    elif device.type == "cpu":
-        chosen, why = "torch", f"the extension is {reason}"
+    obstacle = _fused_obstacle(network, averages) if available else f"the extension is {reason}"
+    if device.type == "cpu":
+        chosen, why = ("torch", obstacle) if obstacle else ("fused", "one pass in the C++ extension")
     else:
         chosen, why = "torch", "the fused one has not been measured on a GPU yet: --optimizer.backend fused takes it"
     log.info("optimiser: %s (%s)", chosen, why)
     return chosen
+
+
+def _fused_obstacle(network: torch.nn.Module, averages: Sequence[torch.nn.Module]) -> str | None:
+    """Why the fused update cannot run on these networks, None where it can."""
+    if len(averages) > 4:
+        return f"there are {len(averages)} averages, the fused update keeps 4 at most"
+    device = next(network.parameters()).device
+    for module in (network, *averages):
+        for name, parameter in module.named_parameters():
+            if parameter.dtype != torch.float32:
+                return f"{name} is {parameter.dtype}, the fused update takes torch.float32"
+            if not parameter.is_contiguous():
+                return f"{name} has strides {parameter.stride()}, the fused update takes contiguous parameters"
+            if parameter.device != device:
+                return f"{name} is on {parameter.device}, the fused update takes parameters on one device, {device}"
+    return None
 
 
 class Optimizer:
@@ -112,8 +127,11 @@ class Optimizer:
         are free for reuse afterwards: their values are not kept. Raises ValueError when no parameter has a gradient.
         """
         parameters = [p for group in self._adamw.param_groups for p in group["params"] if p.grad is not None]
+        _require_gradients(parameters)
+        for p in parameters:
+            if p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)  # torch's fused AdamW pairs values as they lie in memory
         grads = [p.grad for p in parameters]
-        _require_gradients(grads)
         norm, found_inf = global_norm(grads, backend="reference")
         if not found_inf:
             if grad_scale is not None:
@@ -148,8 +166,11 @@ class Optimizer:
         return self._adamw.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load what any backend's `state_dict` returned."""
+        """Load what any backend's `state_dict` returned; learning rates, decays and betas stay the configuration's."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         self._adamw.load_state_dict(state)
+        for group, ours in zip(self._adamw.param_groups, groups, strict=True):
+            group.update(ours)
 
 
 @dataclass
@@ -172,6 +193,8 @@ class FusedOptimizer(Optimizer):
     def __init__(self, network, config, averages):
         device = next(network.parameters()).device
         require_extension("optimiser 'fused'", torch.empty(0, device=device), remedy="--optimizer.backend torch")
+        if obstacle := _fused_obstacle(network, averages):
+            raise ValueError(f"optimiser 'fused': {obstacle}; choose --optimizer.backend torch")
         super().__init__(network, config, averages)
         groups = self._adamw.param_groups
         self._parameters = [p for group in groups for p in group["params"]]
@@ -198,9 +221,9 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, grad_scale=None):
         lists = self._lists_of([i for i, p in enumerate(self._parameters) if p.grad is not None])
+        _require_gradients(lists.params)
         # A gradient has its parameter's layout unless someone set it by hand.
         grads = [p.grad.contiguous() for p in lists.params]
-        _require_gradients(grads)
         norm, found_inf = global_norm(grads, backend="extension")
         steps = self._steps[lists.index]
         fused_adamw_ema_(
@@ -248,6 +271,12 @@ class FusedOptimizer(Optimizer):
             )
         return self._lists
 
+    def state_dict(self):
+        state = super().state_dict()
+        # As torch's: a parameter that was never updated has no state.
+        state["state"] = {i: values for i, values in state["state"].items() if values["step"] > 0}
+        return state
+
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self._adopt_state()
@@ -293,6 +322,7 @@ class ApexOptimizer(Optimizer):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
+        self._apex.state.clear()
         for group, ours in zip(self._apex.param_groups, self._adamw.param_groups, strict=True):
             known = [p for p in ours["params"] if p in self._adamw.state]
             steps = {int(self._adamw.state[p]["step"]) for p in known}
@@ -310,8 +340,9 @@ class ApexOptimizer(Optimizer):
 _BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
 
 
-def _require_gradients(grads: list[torch.Tensor]) -> None:
-    if not grads:
+def _require_gradients(parameters: list[torch.Tensor]) -> None:
+    """Raise ValueError if no parameter has a gradient."""
+    if not parameters:
         raise ValueError("step: got no gradient on any parameter, wanted some; call backward on the loss first")
 
 
@@ -367,7 +398,8 @@ def _pairs(network: torch.nn.Module, average: torch.nn.Module) -> tuple[list, li
 class LossScale:
     """Dynamic loss scale of fp16 training, on the device: grows slowly, halved by a gradient that is not finite.
 
-    The released configuration: 2^14 at first, times 2^(1/1000) per step. `value` is [] float32, None when switched off.
+    The released configuration: 2^14 at first, times 2^(1/1000) per step; never below 1, from where nothing is gained.
+    `value` is [] float32, None when switched off.
     """
 
     def __init__(self, device: torch.device, enabled: bool):
@@ -382,7 +414,7 @@ class LossScale:
         if self.value is not None:
             value = self.value.double()
             changed = torch.where(found_inf > 0, value * 0.5, value * 2.0**0.001)
-            self.value.copy_(changed.clamp(max=torch.finfo(torch.float32).max / 2))
+            self.value.copy_(changed.clamp(1.0, torch.finfo(torch.float32).max / 2))
 
     def state_dict(self) -> dict:
         """The scale, for a checkpoint."""

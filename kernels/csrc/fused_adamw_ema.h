@@ -41,19 +41,19 @@ EPG_HOST_DEVICE TensorStep make_tensor_step(double lr, double weight_decay, doub
 // What the gradients are multiplied by: unscaled, and clipped as torch.nn.utils.clip_grad_norm_ does.
 EPG_HOST_DEVICE float gradient_factor(float norm, double max_norm, float grad_scale) {
   const double clip = max_norm / (static_cast<double>(norm) / grad_scale + 1e-6);
-  return static_cast<float>((clip < 1.0 ? clip : 1.0) / grad_scale);
+  return static_cast<float>((clip > 1.0 ? 1.0 : clip) / grad_scale);  // NaN stays
+}
+
+// As torch.lerp: exactly `start` at weight 0 and exactly `end` at weight 1.
+EPG_HOST_DEVICE float lerp(float start, float end, float weight) {
+  return weight < 0.5f ? start + weight * (end - start) : end - (end - start) * (1.0f - weight);
 }
 
 EPG_HOST_DEVICE void adamw_step(float& param, float grad, float& exp_avg, float& exp_avg_sq, const AdamW& adamw,
                                 const TensorStep& step) {
-  exp_avg = exp_avg + (grad - exp_avg) * adamw.one_minus_beta1;
+  exp_avg = lerp(exp_avg, grad, adamw.one_minus_beta1);
   exp_avg_sq = exp_avg_sq * adamw.beta2 + grad * grad * adamw.one_minus_beta2;
   param = param * step.decay - step.step_size * exp_avg / (sqrtf(exp_avg_sq) * step.inverse_root + adamw.eps);
-}
-
-// As torch.lerp: exactly `ema` at weight 0 and exactly `param` at weight 1.
-EPG_HOST_DEVICE float lerp(float ema, float param, float weight) {
-  return weight < 0.5f ? ema + weight * (param - ema) : param - (param - ema) * (1.0f - weight);
 }
 
 struct AdamWEmaLists {

@@ -51,7 +51,7 @@ void global_norm_cpu(Tensor norm, Tensor found_inf, TensorList tensors) {
   }
   const float result = static_cast<float>(std::sqrt(sum));
   *static_cast<float*>(norm.mutable_data_ptr()) = result;
-  *static_cast<float*>(found_inf.mutable_data_ptr()) = std::isfinite(result) ? 0.0f : 1.0f;
+  *static_cast<float*>(found_inf.mutable_data_ptr()) = found_inf_of(result);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 namespace epg_fast {
 namespace {
 
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) {
     const float result = static_cast<float>(sqrt(sum));
     *norm = result;
-    *found_inf = isfinite(result) ? 0.0f : 1.0f;
+    *found_inf = found_inf_of(result);
   }
 }
 

@@ -14,40 +14,16 @@ constexpr const char* kOp = "linear_fp8";
 // products: hence a tile half as wide as for 16 bits.
 using TileShape = cute::Shape<cute::_128, cute::_128, cute::_128>;
 
-template <class Result>
+using Result = cutlass::bfloat16_t;
+
 using Epilogue = sm90::Compute<
     sm90::OptionalGelu,
     sm90::Compute<cutlass::homogeneous_multiply_add, sm90::PerColumn<TileShape, float>,
                   sm90::Compute<cutlass::multiplies, sm90::PerRow<TileShape, float>, sm90::Accumulator>,
                   sm90::PerColumn<TileShape, Result>>>;
 
-template <class Result>
-using Base = sm90::Gemm<cutlass::float_e4m3_t, TileShape, void, Result, Epilogue<Result>>;
-
-// The kernels' names, by which bench.resources lists them: the dtype of the result.
-struct linear_fp8_bf16_kernel : Base<cutlass::bfloat16_t> {};
-struct linear_fp8_fp16_kernel : Base<cutlass::half_t> {};
-
-struct Tensors {
-  Tensor y, x, x_scale, weight, weight_scale, bias;
-};
-
-template <class Result, class Kernel>
-void launch_linear_fp8(const Tensors& t, bool gelu, const sm90::Problem& problem) {
-  const auto stride = sm90::rows_of(problem.n);
-  typename Kernel::EpilogueArguments epilogue{
-      {{{static_cast<const float*>(t.weight_scale.const_data_ptr())},
-        {{static_cast<const float*>(t.x_scale.const_data_ptr())}, {}, {}},
-        {static_cast<const Result*>(t.bias.const_data_ptr())},
-        {}},
-       {gelu}},
-      nullptr,
-      {},
-      static_cast<Result*>(t.y.mutable_data_ptr()),
-      stride};
-  sm90::launch<Kernel>(kOp, problem, sm90::operands_of<Kernel, cutlass::float_e4m3_t>(t.x, t.weight, problem), epilogue,
-                       t.x.get_device_index());
-}
+// The kernel's name, by which bench.resources lists it.
+struct linear_fp8_kernel : sm90::Gemm<cutlass::float_e4m3_t, TileShape, void, Result, Epilogue> {};
 
 void check_scale(const char* name, const Tensor& scale, const Tensor& x, int64_t size) {
   check_float32(kOp, name, scale);
@@ -59,17 +35,24 @@ void check_scale(const char* name, const Tensor& scale, const Tensor& x, int64_t
 void linear_fp8_cuda(Tensor y, Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor bias, bool gelu) {
   const sm90::Problem problem = sm90::check_linear(kOp, "x", x, weight, bias);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float8_e4m3fn, kOp, ": x must be float8_e4m3fn");
-  STD_TORCH_CHECK(bias.scalar_type() == y.scalar_type(), kOp, ": bias must have y's dtype");
+  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16, kOp,
+                  ": bias and y must be bfloat16");
   check_scale("x_scale", x_scale, x, problem.m);
   check_scale("weight_scale", weight_scale, x, problem.n);
   sm90::check_rows_of_result(kOp, "y", y, x, problem);
-  const Tensors tensors{y, x, x_scale, weight, weight_scale, bias};
-  if (y.scalar_type() == ScalarType::BFloat16) {
-    launch_linear_fp8<cutlass::bfloat16_t, linear_fp8_bf16_kernel>(tensors, gelu, problem);
-  } else {
-    STD_TORCH_CHECK(y.scalar_type() == ScalarType::Half, kOp, ": y must be bfloat16 or float16");
-    launch_linear_fp8<cutlass::half_t, linear_fp8_fp16_kernel>(tensors, gelu, problem);
-  }
+  const auto stride = sm90::rows_of(problem.n);
+  linear_fp8_kernel::EpilogueArguments epilogue{{{{static_cast<const float*>(weight_scale.const_data_ptr())},
+                                                  {{static_cast<const float*>(x_scale.const_data_ptr())}, {}, {}},
+                                                  {static_cast<const Result*>(bias.const_data_ptr())},
+                                                  {}},
+                                                 {gelu}},
+                                                nullptr,
+                                                {},
+                                                static_cast<Result*>(y.mutable_data_ptr()),
+                                                stride};
+  sm90::launch<linear_fp8_kernel>(
+      kOp, problem, sm90::operands_of<linear_fp8_kernel, cutlass::float_e4m3_t>(x, weight, problem), epilogue,
+      x.get_device_index());
 }
 
 }  // namespace

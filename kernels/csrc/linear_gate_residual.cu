@@ -147,28 +147,25 @@ struct PerSample {
   }();
 };
 
-template <class Element, class TileShape, class Residual>
+using Element = cutlass::bfloat16_t;
+
+template <class TileShape, class Residual>
 using Epilogue = sm90::Compute<
     cutlass::homogeneous_multiply_add, PerSample<Element>,
     sm90::Compute<cutlass::plus, sm90::PerColumn<TileShape, Element>, sm90::Accumulator>,
     sm90::fusion::Sm90SrcFetch<Residual>>;
 
-template <class Element, class TileShape, class Residual>
-using Base = sm90::Gemm<Element, TileShape, Residual, Residual, Epilogue<Element, TileShape, Residual>>;
+template <class TileShape, class Residual>
+using Base = sm90::Gemm<Element, TileShape, Residual, Residual, Epilogue<TileShape, Residual>>;
 
 // Nine of them cover EPG-XL's width of 1584 exactly, where wide tiles waste an eighth.
 using Narrow = cute::Shape<cute::_128, cute::Int<176>, cute::_64>;
 
-// The kernels' names, by which bench.resources lists them: dtypes of the product and of the residual. Each takes half a
-// minute to compile, so float16 has one tile alone.
-using cutlass::bfloat16_t;
-using cutlass::half_t;
-struct linear_gate_residual_bf16_bf16_wide_kernel : Base<bfloat16_t, sm90::Wide, bfloat16_t> {};
-struct linear_gate_residual_bf16_bf16_narrow_kernel : Base<bfloat16_t, Narrow, bfloat16_t> {};
-struct linear_gate_residual_bf16_fp32_wide_kernel : Base<bfloat16_t, sm90::Wide, float> {};
-struct linear_gate_residual_bf16_fp32_narrow_kernel : Base<bfloat16_t, Narrow, float> {};
-struct linear_gate_residual_fp16_fp16_kernel : Base<half_t, sm90::Wide, half_t> {};
-struct linear_gate_residual_fp16_fp32_kernel : Base<half_t, sm90::Wide, float> {};
+// The kernels' names, by which bench.resources lists them: the dtype of the residual.
+struct linear_gate_residual_bf16_wide_kernel : Base<sm90::Wide, Element> {};
+struct linear_gate_residual_bf16_narrow_kernel : Base<Narrow, Element> {};
+struct linear_gate_residual_fp32_wide_kernel : Base<sm90::Wide, float> {};
+struct linear_gate_residual_fp32_narrow_kernel : Base<Narrow, float> {};
 
 constexpr const char* kOp = "linear_gate_residual";
 
@@ -176,7 +173,7 @@ struct Tensors {
   Tensor out, x, gate, h, weight, bias;
 };
 
-template <class Element, class Residual, class Kernel>
+template <class Residual, class Kernel>
 void launch_kernel(const Tensors& t, const sm90::Problem& problem) {
   const auto stride = sm90::rows_of(problem.n);
   const int rows_per_sample = static_cast<int>(problem.m / t.gate.size(0));
@@ -217,10 +214,10 @@ void check_gate(const Tensor& gate, const Tensor& h, const sm90::Problem& proble
 
 void linear_gate_residual_cuda(Tensor out, Tensor x, Tensor gate, Tensor h, Tensor weight, Tensor bias) {
   const sm90::Problem problem = sm90::check_linear(kOp, "h", h, weight, bias);
-  const ScalarType dtype = h.scalar_type(), residual = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kOp, ": h must be bfloat16 or float16");
-  STD_TORCH_CHECK(residual == dtype || residual == ScalarType::Float, kOp, ": x must be float32 or have h's dtype");
-  STD_TORCH_CHECK(bias.scalar_type() == dtype, kOp, ": bias must have h's dtype");
+  constexpr ScalarType dtype = ScalarType::BFloat16;
+  const ScalarType residual = x.scalar_type();
+  STD_TORCH_CHECK(h.scalar_type() == dtype && bias.scalar_type() == dtype, kOp, ": h and bias must be bfloat16");
+  STD_TORCH_CHECK(residual == dtype || residual == ScalarType::Float, kOp, ": x must be float32 or bfloat16");
   STD_TORCH_CHECK(out.scalar_type() == residual, kOp, ": out must have x's dtype");
   check_gate(gate, h, problem);
   sm90::check_rows_of_result(kOp, "x", x, h, problem);
@@ -228,18 +225,14 @@ void linear_gate_residual_cuda(Tensor out, Tensor x, Tensor gate, Tensor h, Tens
 
   const Tensors tensors{out, x, gate, h, weight, bias};
   const bool narrow = narrow_is_faster(problem, h.get_device_index());
-  if (dtype == ScalarType::BFloat16 && residual == dtype) {
-    const auto launch = narrow ? launch_kernel<bfloat16_t, bfloat16_t, linear_gate_residual_bf16_bf16_narrow_kernel>
-                               : launch_kernel<bfloat16_t, bfloat16_t, linear_gate_residual_bf16_bf16_wide_kernel>;
+  if (residual == dtype) {
+    const auto launch = narrow ? launch_kernel<Element, linear_gate_residual_bf16_narrow_kernel>
+                               : launch_kernel<Element, linear_gate_residual_bf16_wide_kernel>;
     launch(tensors, problem);
-  } else if (dtype == ScalarType::BFloat16) {
-    const auto launch = narrow ? launch_kernel<bfloat16_t, float, linear_gate_residual_bf16_fp32_narrow_kernel>
-                               : launch_kernel<bfloat16_t, float, linear_gate_residual_bf16_fp32_wide_kernel>;
-    launch(tensors, problem);
-  } else if (residual == dtype) {
-    launch_kernel<half_t, half_t, linear_gate_residual_fp16_fp16_kernel>(tensors, problem);
   } else {
-    launch_kernel<half_t, float, linear_gate_residual_fp16_fp32_kernel>(tensors, problem);
+    const auto launch = narrow ? launch_kernel<float, linear_gate_residual_fp32_narrow_kernel>
+                               : launch_kernel<float, linear_gate_residual_fp32_wide_kernel>;
+    launch(tensors, problem);
   }
 }
 

@@ -14,68 +14,49 @@ namespace collective = cutlass::epilogue::collective::detail;
 
 using TileShape = sm90::Wide;
 
-template <class Element>
+using Element = cutlass::bfloat16_t;
+
 using Biased = sm90::Compute<cutlass::plus, sm90::PerColumn<TileShape, Element>, sm90::Accumulator>;
 
-template <class Element>
-struct StoreTypes {
-  using Tile = collective::EpilogueDescriptor<TileShape, cutlass::epilogue::collective::EpilogueTileAuto, void, Element,
-                                              sm90::EpilogueSchedule>;
-  using Store = collective::AuxStoreDescriptor<Tile, sm90::RowMajor, Element>;
-  using Node = sm90::fusion::Sm90AuxStore<Store::Stages, typename Tile::EpilogueTile, Element, sm90::kRound,
-                                          typename Store::Stride, typename Store::SmemLayoutAtom,
-                                          typename Store::CopyOpR2S>;
-};
+using StoreTile = collective::EpilogueDescriptor<TileShape, cutlass::epilogue::collective::EpilogueTileAuto, void,
+                                                 Element, sm90::EpilogueSchedule>;
+using Store = collective::AuxStoreDescriptor<StoreTile, sm90::RowMajor, Element>;
+using StoreNode = sm90::fusion::Sm90AuxStore<Store::Stages, StoreTile::EpilogueTile, Element, sm90::kRound,
+                                             Store::Stride, Store::SmemLayoutAtom, Store::CopyOpR2S>;
+using BiasedAndStored = sm90::fusion::Sm90EVT<StoreNode, Biased>;
 
-template <class Element>
-using BiasedAndStored = sm90::fusion::Sm90EVT<typename StoreTypes<Element>::Node, Biased<Element>>;
-
-template <class Element, class Input>
+template <class Input>
 using GeluOf = sm90::Gemm<Element, TileShape, void, Element, sm90::Compute<sm90::Gelu, Input>>;
 
 // The kernels' names, by which bench.resources lists them.
-struct linear_gelu_bf16_kernel : GeluOf<cutlass::bfloat16_t, Biased<cutlass::bfloat16_t>> {};
-struct linear_gelu_fp16_kernel : GeluOf<cutlass::half_t, Biased<cutlass::half_t>> {};
-struct linear_gelu_bf16_saving_kernel : GeluOf<cutlass::bfloat16_t, BiasedAndStored<cutlass::bfloat16_t>> {};
-struct linear_gelu_fp16_saving_kernel : GeluOf<cutlass::half_t, BiasedAndStored<cutlass::half_t>> {};
-
-template <class Element, class Kernel, class SavingKernel>
-void launch_linear_gelu(Tensor& y, std::optional<Tensor>& z, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                        const sm90::Problem& problem) {
-  const auto stride = sm90::rows_of(problem.n);
-  const auto biased = [&] {
-    return typename Biased<Element>::Arguments{{static_cast<const Element*>(bias.const_data_ptr())}, {}, {}};
-  };
-  Element* const y_data = static_cast<Element*>(y.mutable_data_ptr());
-  const int32_t device = x.get_device_index();
-  if (z.has_value()) {
-    typename SavingKernel::EpilogueArguments epilogue{
-        {{biased(), {static_cast<Element*>(z->mutable_data_ptr()), stride}}, {}}, nullptr, {}, y_data, stride};
-    sm90::launch<SavingKernel>("linear_gelu", problem, sm90::operands_of<SavingKernel, Element>(x, weight, problem),
-                               epilogue, device);
-  } else {
-    typename Kernel::EpilogueArguments epilogue{{biased(), {}}, nullptr, {}, y_data, stride};
-    sm90::launch<Kernel>("linear_gelu", problem, sm90::operands_of<Kernel, Element>(x, weight, problem), epilogue,
-                         device);
-  }
-}
+struct linear_gelu_kernel : GeluOf<Biased> {};
+struct linear_gelu_saving_kernel : GeluOf<BiasedAndStored> {};
 
 void linear_gelu_cuda(Tensor y, std::optional<Tensor> z, Tensor x, Tensor weight, Tensor bias) {
   const sm90::Problem problem = sm90::check_linear("linear_gelu", "x", x, weight, bias);
-  STD_TORCH_CHECK(bias.scalar_type() == x.scalar_type() && y.scalar_type() == x.scalar_type() &&
-                      (!z.has_value() || z->scalar_type() == x.scalar_type()),
-                  "linear_gelu: bias, y and z must have x's dtype");
+  constexpr ScalarType dtype = ScalarType::BFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == dtype && bias.scalar_type() == dtype && y.scalar_type() == dtype &&
+                      (!z.has_value() || z->scalar_type() == dtype),
+                  "linear_gelu: x, bias, y and z must be bfloat16");
   sm90::check_rows_of_result("linear_gelu", "y", y, x, problem);
   if (z.has_value()) {
     sm90::check_rows_of_result("linear_gelu", "z", *z, x, problem);
   }
-  if (x.scalar_type() == ScalarType::BFloat16) {
-    launch_linear_gelu<cutlass::bfloat16_t, linear_gelu_bf16_kernel, linear_gelu_bf16_saving_kernel>(y, z, x, weight,
-                                                                                                     bias, problem);
+  const auto stride = sm90::rows_of(problem.n);
+  const Biased::Arguments biased{{static_cast<const Element*>(bias.const_data_ptr())}, {}, {}};
+  Element* const y_data = static_cast<Element*>(y.mutable_data_ptr());
+  const int32_t device = x.get_device_index();
+  if (z.has_value()) {
+    linear_gelu_saving_kernel::EpilogueArguments epilogue{
+        {{biased, {static_cast<Element*>(z->mutable_data_ptr()), stride}}, {}}, nullptr, {}, y_data, stride};
+    sm90::launch<linear_gelu_saving_kernel>(
+        "linear_gelu", problem, sm90::operands_of<linear_gelu_saving_kernel, Element>(x, weight, problem), epilogue,
+        device);
   } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "linear_gelu: x must be bfloat16 or float16");
-    launch_linear_gelu<cutlass::half_t, linear_gelu_fp16_kernel, linear_gelu_fp16_saving_kernel>(y, z, x, weight, bias,
-                                                                                                 problem);
+    linear_gelu_kernel::EpilogueArguments epilogue{{biased, {}}, nullptr, {}, y_data, stride};
+    sm90::launch<linear_gelu_kernel>("linear_gelu", problem,
+                                     sm90::operands_of<linear_gelu_kernel, Element>(x, weight, problem), epilogue,
+                                     device);
   }
 }
 

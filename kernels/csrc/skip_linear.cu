@@ -83,41 +83,36 @@ struct TwoProducts : Base {
   }
 };
 
-template <class Element>
+using Element = cutlass::bfloat16_t;
 using Types = sm90::GemmTypes<Element, sm90::Wide, void, Element,
                               sm90::Compute<cutlass::plus, sm90::PerColumn<sm90::Wide, Element>, sm90::Accumulator>>;
 
-template <class Element>
-using Base = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>,
-                                                  TwoProducts<typename Types<Element>::CollectiveMainloop>,
-                                                  typename Types<Element>::CollectiveEpilogue>;
+// The kernel's name, by which bench.resources lists it.
+struct skip_linear_kernel
+    : cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, TwoProducts<Types::CollectiveMainloop>,
+                                           Types::CollectiveEpilogue> {};
 
-// The kernels' names, by which bench.resources lists them.
-struct skip_linear_bf16_kernel : Base<cutlass::bfloat16_t> {};
-struct skip_linear_fp16_kernel : Base<cutlass::half_t> {};
-
-template <class Element, class Kernel>
 void launch_kernel(Tensor& z, const Tensor& x, const Tensor& skip, const Tensor& weight, const Tensor& bias,
                    sm90::Problem problem) {
   const int64_t first_k = x.size(2), second_k = skip.size(2);
   const auto stride = sm90::rows_of(problem.n);
   const auto weight_stride = sm90::rows_of(problem.k);
   const Element* const weight_data = static_cast<const Element*>(weight.const_data_ptr());
-  typename Kernel::MainloopArguments operands{
+  skip_linear_kernel::MainloopArguments operands{
       {static_cast<const Element*>(x.const_data_ptr()), sm90::rows_of(first_k), weight_data, weight_stride},
       {static_cast<const Element*>(skip.const_data_ptr()), sm90::rows_of(second_k), weight_data + first_k,
        weight_stride},
       static_cast<int>(first_k),
       static_cast<int>(second_k)};
-  typename Kernel::EpilogueArguments epilogue{
+  skip_linear_kernel::EpilogueArguments epilogue{
       {{static_cast<const Element*>(bias.const_data_ptr())}, {}, {}},
       nullptr,
       {},
       static_cast<Element*>(z.mutable_data_ptr()),
       stride};
-  using Mainloop = typename Kernel::CollectiveMainloop;
+  using Mainloop = skip_linear_kernel::CollectiveMainloop;
   problem.k = Mainloop::kTile * (Mainloop::tiles(operands.first_k) + Mainloop::tiles(operands.second_k));
-  sm90::launch<Kernel>(kOp, problem, operands, epilogue, x.get_device_index());
+  sm90::launch<skip_linear_kernel>(kOp, problem, operands, epilogue, x.get_device_index());
 }
 
 void skip_linear_cuda(Tensor z, Tensor x, Tensor skip, Tensor weight, Tensor bias) {
@@ -125,11 +120,9 @@ void skip_linear_cuda(Tensor z, Tensor x, Tensor skip, Tensor weight, Tensor bia
                       x.size(0) == skip.size(0) && x.size(1) == skip.size(1) &&
                       x.size(2) + skip.size(2) == weight.size(1) && bias.size(0) == weight.size(0),
                   kOp, ": wanted x [B, L, D], skip [B, L, E], weight [N, D + E] and bias [N]");
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kOp, ": x must be bfloat16 or float16");
-  STD_TORCH_CHECK(skip.scalar_type() == dtype && weight.scalar_type() == dtype && bias.scalar_type() == dtype &&
-                      z.scalar_type() == dtype,
-                  kOp, ": all tensors must have x's dtype");
+  for (const Tensor* const tensor : {&x, &skip, &weight, &bias, &z}) {
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, kOp, ": all tensors must be bfloat16");
+  }
   const sm90::Problem problem{sm90::rows(x), weight.size(0), weight.size(1)};
   sm90::check_device_and_sizes(kOp, "x", x, problem);
   sm90::check_operand(kOp, "x", x, "x", x);
@@ -140,11 +133,7 @@ void skip_linear_cuda(Tensor z, Tensor x, Tensor skip, Tensor weight, Tensor bia
   // Skip's half of the weight starts at column D.
   STD_TORCH_CHECK(x.size(2) > 0 && skip.size(2) > 0 && x.size(2) % 8 == 0 && skip.size(2) % 8 == 0, kOp,
                   ": the widths of x and skip must be multiples of 8");
-  if (dtype == ScalarType::BFloat16) {
-    launch_kernel<cutlass::bfloat16_t, skip_linear_bf16_kernel>(z, x, skip, weight, bias, problem);
-  } else {
-    launch_kernel<cutlass::half_t, skip_linear_fp16_kernel>(z, x, skip, weight, bias, problem);
-  }
+  launch_kernel(z, x, skip, weight, bias, problem);
 }
 
 }  // namespace

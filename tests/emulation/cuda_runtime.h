@@ -28,7 +28,6 @@ inline int cudaDeviceGetAttribute(int* value, int, int) {
   return cudaSuccess;
 }
 
-using std::isfinite;
 using std::min;
 
 template <class T>

@@ -8,6 +8,8 @@ from epg_fast.ops import extension
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
 
+CPU = pytest.mark.skipif(DEVICE == "cuda", reason="what holds on a CPU")
+
 AVAILABLE, REASON = extension.extension_status()
 if AVAILABLE and DEVICE == "cuda":
     AVAILABLE, REASON = extension.extension_has_cuda(), "the extension was built without CUDA"

@@ -6,7 +6,7 @@ import torch
 
 from epg_fast.ops import fused_adamw_ema_, global_norm
 from epg_fast.ops.fused_adamw_ema import SPEC
-from tests.ops.extension_checks import DEVICE, GPU, make_tensors, needs_extension
+from tests.ops.extension_checks import CPU, DEVICE, GPU, make_tensors, needs_extension
 from tests.ops.tolerance import assert_close_to_reference
 
 # Odd sizes, an empty tensor, one of no dimensions, one that spans several blocks and threads.
@@ -214,6 +214,64 @@ def test_an_average_of_weight_one_is_the_parameter_and_of_weight_zero_stays():
 
 
 @needs_extension
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.3, 0.999)])
+def test_small_betas_forget_large_gradients(betas):
+    state, exact = make_state([(50,)]), make_state([(50,)], dtype=torch.float64)
+    for scale in (1.0, 1e-6, 1e-6, 1e-6):
+        grads = [g * scale for g in make_tensors([(50,)])]
+        state.update(grads, "extension", betas=betas)
+        exact.update([g.double() for g in grads], "reference", betas=betas)
+    torch.testing.assert_close(state.exp_avgs[0].double(), exact.exp_avgs[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(state.params[0].double(), exact.params[0], rtol=1e-6, atol=1e-7)
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+def test_a_huge_finite_gradient_does_not_freeze_the_weights(backend):
+    state = make_state([(5,)])
+    state.update([torch.full((5,), 1e21, device=DEVICE)], backend)
+    assert not state.steps.any() and not state.exp_avg_sqs[0].any()
+    before = state.params[0].clone()
+    state.update(make_tensors([(5,)]), backend)
+    assert (state.params[0] != before).all()
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+def test_a_limit_that_is_nan_shows(backend):
+    state = make_state([(5,)], max_norm=math.nan)
+    state.update(make_tensors([(5,)]), backend)
+    assert state.params[0].isnan().all()
+
+
+@needs_extension
+def test_auto_takes_the_reference_for_what_the_extension_does_not_take():
+    state = make_state([(5,)], averages=4)
+    state.emas, state.ema_weights = state.emas + [[state.params[0].clone()]], torch.full((5,), 0.5, device=DEVICE)
+    state.lrs = state.lrs.float()
+    state.update(make_tensors([(5,)]), "auto")
+    assert state.steps.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"emas": [[torch.zeros(5).bfloat16()]]}, r"got emas\[0\] in torch.bfloat16, wanted torch.float32"),
+        ({"grads": [torch.ones(1)]}, r"got grads\[0\] of shape \(1,\), wanted \(5,\)"),
+    ],
+)
+def test_the_reference_stops_before_it_has_changed_anything(change, message):
+    state = make_state([(5,)])
+    before = [t.clone() for t in state.tensors()]
+    change = {
+        k: [[t.to(DEVICE) for t in x] if isinstance(x, list) else x.to(DEVICE) for x in v] for k, v in change.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        state.update(**{"grads": make_tensors([(5,)])} | change, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors(), strict=True))
+
+
+@needs_extension
 def test_every_tensor_has_its_own_step_count():
     together, apart = make_state([(5,), (6,)]), make_state([(5,), (6,)])
     grads = make_tensors([(5,), (6,)])
@@ -251,14 +309,15 @@ def test_registration():
 
 
 @needs_extension
-def test_compiled_into_one_graph_the_update_is_the_same():
+@pytest.mark.parametrize("backend", ["extension", pytest.param("auto", marks=CPU)])
+def test_compiled_into_one_graph_the_update_is_the_same(backend):
     eager, traced = make_state([(5, 3), (17,)], copies=True), make_state([(5, 3), (17,)], copies=True)
     grads = make_tensors([(5, 3), (17,)])
     scalars = dict(zip(("norm", "found_inf"), global_norm(grads), strict=True))
 
     def update(state, grads):
         arguments = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-        fused_adamw_ema_(**arguments, **scalars, grads=grads, backend="extension")
+        fused_adamw_ema_(**arguments, **scalars, grads=grads, backend=backend)
 
     update(eager, grads)
     torch.compile(update, fullgraph=True, backend="aot_eager")(traced, grads)
@@ -306,6 +365,7 @@ def test_a_wrong_tensor_is_named_and_nothing_changes(name, tensor, message):
         ({"emas": []}, "got 0 emas and 1 ema_weights, wanted one for each"),
         ({"emas": [[torch.zeros(2)]]}, r"got 1 tensors in emas\[0\] for 2 params, wanted as many"),
         ({"copies": [torch.zeros(2).bfloat16()]}, "got 1 copies for 2 params, wanted one for each"),
+        ({"norm": torch.zeros((), device="meta")}, r"got norm\[0\] on meta and others on c.*, wanted one device"),
         ({"betas": (0.9, 1.0)}, r"got betas=\(0.9, 1.0\), wanted two values in \[0, 1\)"),
     ],
 )
@@ -313,7 +373,7 @@ def test_a_wrong_argument_is_named(change, message):
     def placed(value):
         if isinstance(value, list):
             return [placed(v) for v in value]
-        return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+        return value.to(DEVICE) if isinstance(value, torch.Tensor) and not value.is_meta else value
 
     state = make_state([(2,), (3,)])
     with pytest.raises((RuntimeError, ValueError), match=message):

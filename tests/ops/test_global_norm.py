@@ -49,10 +49,20 @@ def test_the_norm_of_nothing_is_zero(backend):
 
 
 @needs_extension
-def test_squares_that_float32_cannot_hold_are_summed():
-    tensors = [torch.full((1000,), 1e30, device=DEVICE), torch.full((1000,), 1e-30, device=DEVICE)]
+@pytest.mark.parametrize(("value", "found"), [(1e-30, 0), (5e17, 0), (1e18, 1), (1e30, 1)])
+def test_squares_that_float32_cannot_hold_are_summed_and_reported(value, found):
+    """Adam keeps squares in float32: a gradient whose square overflows there must not reach it."""
+    tensors = [torch.full((1000,), value, device=DEVICE), torch.full((1,), 1e-30, device=DEVICE)]
     norm, found_inf = global_norm(tensors, backend="extension")
-    assert norm.item() == pytest.approx(1e30 * math.sqrt(1000), rel=1e-6) and found_inf.item() == 0
+    assert norm.item() == pytest.approx(value * math.sqrt(1000), rel=1e-6) and found_inf.item() == found
+    if DEVICE == "cpu":
+        norm, found_inf = global_norm(tensors, backend="reference")
+        assert norm.item() == pytest.approx(value * math.sqrt(1000), rel=1e-6) and found_inf.item() == found
+
+
+def test_the_reference_adds_up_millions_of_values():
+    tensors = [torch.full((4_000_000,), 1e-4, device=DEVICE)]
+    assert global_norm(tensors, backend="reference")[0].item() == pytest.approx(0.2, rel=1e-6)
 
 
 @needs_extension

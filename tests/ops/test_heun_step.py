@@ -261,3 +261,24 @@ def test_an_estimate_that_overlaps_a_part_of_the_state_is_refused(name):
     inputs[name] = BUFFER[2:6]
     with pytest.raises(ValueError, match=rf"got x that overlaps part of {name}.*pass {name}.clone\(\)"):
         heun_step_(**inputs, **STEP, backend="extension")
+
+
+@needs_extension
+def test_forward_mode_derivatives_are_refused_not_lost():
+    x, denoised = make_tensors([(4,), (4,)])
+    tangent = torch.ones(4, device=DEVICE)
+
+    def steps(x):
+        return (
+            lambda: euler_step(x, denoised, 2.0, 1.0, backend="extension"),
+            lambda: heun_step(x, denoised, denoised, 2.0, 1.0, backend="extension"),
+        )
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        for step in steps(dual):
+            with pytest.raises(ValueError, match="got x with a tangent.*use backend='reference'"):
+                step()
+    for place in (0, 1):
+        with pytest.raises(ValueError, match="inside torch.func.jvp or torch.func.grad"):
+            torch.func.jvp(lambda x, place=place: steps(x)[place](), (x,), (tangent,))

@@ -26,8 +26,7 @@ from tests.ops.kernel_checks import (
 DTYPES = {
     "bf16": (torch.bfloat16,) * 4,
     "bf16 with fp32 residual": (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32),
-    "fp16": (torch.float16,) * 4,
-    "fp16 with fp32 residual and gate": (torch.float32, torch.float32, torch.float16, torch.float16),
+    "bf16 with fp32 residual and gate": (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16),
 }
 FP32 = (torch.float32,) * 4
 SMALL = (3, 17, 40, 24)
@@ -164,7 +163,7 @@ def test_launcher_hands_the_kernel_what_it_takes():
         assert bias.dtype == h.dtype and bias.is_contiguous()
         out.copy_(linear_gate_residual_ref(x, gate, h, weight, bias))
 
-    x, gate, h, weight, _ = (tensor.detach().cpu() for tensor in make_inputs(SMALL, DTYPES["fp16"]))
+    x, gate, h, weight, _ = (tensor.detach().cpu() for tensor in make_inputs(SMALL, DTYPES["bf16"]))
     bias = torch.randn(24, 2)[:, 0]
     module = importlib.import_module("epg_fast.ops.linear_gate_residual")
     with native_operator_on_cpu(SCHEMA, kernel):
@@ -209,7 +208,7 @@ def arguments(dtype=torch.float32):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"h": torch.zeros(3, 17, 40)}, "got h in torch.float32, wanted one of torch.bfloat16, torch.float16"),
+        ({"h": torch.zeros(3, 17, 40).half()}, "got h in torch.float16, wanted one of torch.bfloat16 for"),
         ({"x": torch.zeros(3, 17, 24).half()}, "got x in torch.float16, wanted one of torch.bfloat16, torch.float32"),
         ({"gate": torch.zeros(3, 24).half()}, "got gate in torch.float16, wanted one of torch.bfloat16, torch.float32"),
         ({"x": torch.zeros(17, 3, 24).transpose(0, 1)}, "got x.*wanted it contiguous"),
@@ -228,7 +227,7 @@ def test_backend_cuda_refuses_what_its_kernel_cannot_read(monkeypatch, change, m
 
 def test_backend_cuda_is_traced_into_one_graph(monkeypatch):
     pretend_gemms_run(monkeypatch, "linear_gate_residual")
-    inputs = [tensor.detach().cpu().half().requires_grad_() for tensor in make_inputs(SMALL)]
+    inputs = [tensor.detach().cpu().bfloat16().requires_grad_() for tensor in make_inputs(SMALL)]
     assert_compiles_into_one_graph(CUDA, inputs, [torch.randn(3, 17, 24)])
 
 

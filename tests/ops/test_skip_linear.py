@@ -35,7 +35,7 @@ SMALL = (2, 5, 40, 24)
 KERNEL = functools.partial(skip_linear, backend="triton")
 # Backend "cuda": 16-bit dtypes, all widths multiples of 8
 CUDA = functools.partial(skip_linear, backend="cuda")
-CUDA_DTYPES = {name: dtypes for name, dtypes in DTYPES.items() if name != "fp32"}
+CUDA_DTYPES = {name: dtypes for name, dtypes in DTYPES.items() if dtypes[0] == torch.bfloat16}
 CUDA_SHAPES = [*SPEC.shapes, (3, 17, 40, 24), (1, 5, 72, 40), (2, 130, 176, 64), (5, 258, 264, 8), (1, 1, 8, 8)]
 SCHEMA = "skip_linear_out(Tensor(a!) z, Tensor x, Tensor skip, Tensor weight, Tensor bias) -> ()"
 NORMED = pytest.mark.parametrize("normed", [True, False], ids=["norm", "no norm"])
@@ -269,11 +269,11 @@ def test_the_extension_itself_refuses_what_its_kernel_cannot_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 5, 40)}, "got x in torch.float32, wanted one of torch.bfloat16, torch.float16"),
+        ({"x": torch.zeros(2, 5, 40).half()}, "got x in torch.float16, wanted one of torch.bfloat16 for"),
         ({"norm_bias": torch.zeros(40).double()}, "got norm_bias in torch.float64.*backend='cuda'"),
-        ({"skip": torch.zeros(2, 24, 5).half().transpose(1, 2)}, "got skip.*wanted it contiguous"),
+        ({"skip": torch.zeros(2, 24, 5).bfloat16().transpose(1, 2)}, "got skip.*wanted it contiguous"),
         (
-            {"x": torch.zeros(2, 5, 36).half(), "skip": torch.zeros(2, 5, 28).half()},
+            {"x": torch.zeros(2, 5, 36).bfloat16(), "skip": torch.zeros(2, 5, 28).bfloat16()},
             "got x.*wanted a last dimension that is a multiple of 8",
         ),
         ({}, "but the extension is not built"),
@@ -281,8 +281,8 @@ def test_the_extension_itself_refuses_what_its_kernel_cannot_read():
 )
 def test_backend_cuda_refuses_what_its_kernel_cannot_read(monkeypatch, change, message):
     monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built"))
-    arguments = {"x": torch.zeros(2, 5, 40).half(), "skip": torch.zeros(2, 5, 24).half()}
-    arguments |= {"weight": torch.zeros(40, 64).half(), "bias": torch.zeros(40)}
+    arguments = {"x": torch.zeros(2, 5, 40).bfloat16(), "skip": torch.zeros(2, 5, 24).bfloat16()}
+    arguments |= {"weight": torch.zeros(40, 64).bfloat16(), "bias": torch.zeros(40)}
     arguments |= {"norm_weight": torch.ones(40), "norm_bias": torch.zeros(40)}
     with pytest.raises(ValueError, match=message):
         CUDA(**(arguments | change))
@@ -291,7 +291,7 @@ def test_backend_cuda_refuses_what_its_kernel_cannot_read(monkeypatch, change, m
 def test_the_norm_after_backend_cuda_asks_for_triton(monkeypatch):
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
     monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built"))
-    inputs = [tensor.detach() for tensor in make_inputs(SMALL, (torch.float16,) * 4)]
+    inputs = [tensor.detach() for tensor in make_inputs(SMALL, (torch.bfloat16,) * 4)]
     with pytest.raises(ValueError, match="backend='cuda', whose norm is Triton's, which is not installed"):
         CUDA(*inputs)
     with pytest.raises(ValueError, match="the extension is not built"):
@@ -315,21 +315,21 @@ def test_launcher_of_backend_cuda_hands_the_kernel_what_it_takes(normed):
         assert bias.dtype == x.dtype and bias.is_contiguous()
         z.copy_(F.linear(torch.cat([x, skip], dim=-1), weight, bias))
 
-    dtypes = (torch.float16, torch.float16, torch.float16, torch.float32)
+    dtypes = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32)
     inputs = [tensor.detach() for tensor in make_inputs(SMALL, dtypes, normed)]
     inputs[3] = torch.randn(40, 2)[:, 0]
     norm = [] if normed else [None, None]
     module = importlib.import_module("epg_fast.ops.skip_linear")
     with native_operator_on_cpu(SCHEMA, kernel):
         y, z, mean, rstd = module._forward_cuda(*inputs, *norm, 1e-5)
-    torch.testing.assert_close(y, skip_linear_ref(*inputs), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(y, skip_linear_ref(*inputs), rtol=2e-2, atol=2e-2)
     expected = [(2, 5, 40), (2, 5), (2, 5)] if normed else [(0,)] * 3
     assert [tensor.shape for tensor in (z, mean, rstd)] == expected
 
 
 def test_backend_cuda_is_traced_into_one_graph(monkeypatch):
     pretend_gemms_run(monkeypatch, "skip_linear")
-    inputs = [tensor.detach().cpu().half().requires_grad_() for tensor in make_inputs(SMALL)]
+    inputs = [tensor.detach().cpu().bfloat16().requires_grad_() for tensor in make_inputs(SMALL)]
     assert_compiles_into_one_graph(CUDA, inputs, [torch.randn(2, 5, 40)])
 
 

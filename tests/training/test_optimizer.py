@@ -241,6 +241,93 @@ def test_parameters_without_a_gradient_stay_and_their_averages_follow(network):
     assert again.optimizer.state[again.network.norm.weight]["step"].item() == 3
 
 
+@needs_extension
+def test_a_skipped_update_leaves_the_averages_of_parameters_without_gradient(network):
+    def spoil(network):
+        network.blocks[0].mlp.fc1.weight.grad[0, 0] = math.nan
+        network.norm.weight.grad = None
+
+    run = Run(network, "fused")
+    run.averages[1].norm.weight.data += 1.0
+    before = run.everything()
+    assert run.update(change=spoil)[1].item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, run.everything(), strict=True))
+
+
+@needs_extension
+def test_state_can_be_loaded_into_an_optimiser_that_has_already_stepped(network):
+    source, target = Run(network, "fused"), Run(network, "fused")
+    source.update(3)
+    target.update(3)
+    target.network.load_state_dict(source.network.state_dict())
+    target.optimizer.load_state_dict(through_a_file(source.optimizer.state_dict()))
+    moments = [s["exp_avg"].clone() for s in target.optimizer.state.values()]
+    target.update()
+    assert not any(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, target.optimizer.state.values(), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_another_layout_is_taken(network, backend):
+    def transpose(network):
+        weight = network.blocks[0].mlp.fc1.weight
+        weight.grad = weight.grad.t().contiguous().t()
+
+    run, plain = Run(network, backend), Run(network, backend)
+    run.update(2, change=transpose)
+    plain.update(2)
+    torch.testing.assert_close(run.weights(), plain.weights(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loaded_state_leaves_the_configurations_learning_rate_and_decay(network, backend):
+    run = Run(network, "torch")
+    run.update()
+    state = through_a_file(run.optimizer.state_dict())
+    for group in state["param_groups"]:
+        group |= {"lr": 1.0, "peak_lr": 1.0, "weight_decay": 0.9, "betas": (0.1, 0.1)}
+    loaded, plain = Run(network, backend), Run(network, backend)
+    for other, source in ((loaded, state), (plain, through_a_file(run.optimizer.state_dict()))):
+        other.optimizer.load_state_dict(source)
+        other.update()
+    assert torch.equal(loaded.weights(), plain.weights())
+
+
+@needs_extension
+def test_parameters_that_never_had_a_gradient_have_no_state(network):
+    def drop(network):
+        network.norm.weight.grad = None
+
+    run = Run(network, "fused")
+    run.update(2, change=drop)
+    saved = through_a_file(run.optimizer.state_dict())
+    assert len(saved["state"]) == len(list(network.parameters())) - 1
+    for backend in ("torch", "apex"):
+        Run(network, backend).optimizer.load_state_dict(saved)
+
+
+def _unfit(network, kind):
+    if kind == "channels_last":
+        return network.to(memory_format=torch.channels_last)
+    return network.to(torch.float64)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("channels_last", "patch_embed.proj.weight has strides"), ("float64", "cls_token is torch.float64")],
+)
+def test_what_the_fused_update_cannot_take_is_named_and_auto_takes_torch(network, kind, message, caplog):
+    caplog.set_level("INFO", "epg_fast")
+    network = _unfit(network, kind)
+    with pytest.raises(ValueError, match=f"{message}.*--optimizer.backend torch"):
+        make_optimizer(network, OptimizerConfig(backend="fused"))
+    assert type(make_optimizer(network, OptimizerConfig())) is module.Optimizer
+    if DEVICE == "cpu":
+        assert message in caplog.text
+    with pytest.raises(ValueError, match="there are 5 averages"):
+        make_optimizer(copy.deepcopy(network), OptimizerConfig(backend="fused"), [network] * 5)
+
+
 class _NothingIsRead(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read on the host"
