@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, with the Python of this machine and no network:
 #   bench/gpu_check.sh OUTPUT_FOLDER [PART...]
-# Builds the extension in place, then runs the kernels' and the GPU tests and the microbenchmarks, first at the shapes of
+# Builds the extension in place if there is none that this GPU can run (with CUTLASS where EPG_CUTLASS_DIR or the installed
+# nvidia-cutlass has its headers), then runs the kernels' and the GPU tests and the microbenchmarks, first at the shapes of
 # EPG-XL, then at all; every part is bounded in time, and a part that fails does not stop the next. Exits with 1 if one
-# failed. The CUTLASS kernels are built where EPG_CUTLASS_DIR or the installed nvidia-cutlass has the headers. PARTs (build, env, gpu, tests, bench_main, bench) choose some. PYTHON chooses the interpreter.
+# failed. PARTs (build, env, gpu, tests, bench_main, bench) choose some. PYTHON chooses the interpreter.
 set -u
 out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -26,7 +27,10 @@ part() { # name, seconds, command...
   fi
 }
 
-part build 500 "$python" setup.py build_ext --inplace
+# With CUTLASS the build takes minutes of a GPU's time: a library built elsewhere, even with a CPU's torch, serves as well.
+usable='from epg_fast.ops.extension import extension_has_cuda, extension_status, gpus_without_code
+raise SystemExit(not (extension_status()[0] and extension_has_cuda()) or bool(gpus_without_code()))'
+part build 500 sh -c '"$0" -c "$1" || exec "$0" setup.py build_ext --inplace' "$python" "$usable"
 part env 60 "$python" -m epg_fast env
 part gpu 30 "$python" -c "import torch; print(torch.cuda.get_device_name(), torch.version.cuda)"
 part tests 300 "$python" -m pytest -q -n 8 --dist worksteal tests/ops tests/models tests/training/test_optimizer.py tests/test_gpu.py

@@ -27,8 +27,9 @@ from epg_fast.runtime import autocast
 from epg_fast.training import distributed
 from epg_fast.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
+from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
-from epg_fast.training.optimizer import LossScale, lr_factor, make_optimizer
+from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.preview import write_preview
 from epg_fast.training.stages import Stage
 

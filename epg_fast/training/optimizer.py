@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, clipping and averaged weights as one update; learning-rate factor; loss scale.
+"""AdamW with its parameter groups, clipping and averaged weights as one update; the learning-rate factor.
 
 Three backends compute the same update, and load each other's state:
     fused   one pass over memory in the C++/CUDA extension (`epg_fast.ops.fused_adamw_ema_`), nothing read on the host
@@ -393,34 +393,3 @@ def _depth_below(name: str, depth: int) -> int:
 def _pairs(network: torch.nn.Module, average: torch.nn.Module) -> tuple[list, list]:
     """Parameters of the average and of the network, place by place; buffers are left alone, as officially."""
     return list(average.parameters()), list(network.parameters())
-
-
-class LossScale:
-    """Dynamic loss scale of fp16 training, on the device: grows slowly, halved by a gradient that is not finite.
-
-    The released configuration: 2^14 at first, times 2^(1/1000) per step; never below 1, from where nothing is gained.
-    `value` is [] float32, None when switched off.
-    """
-
-    def __init__(self, device: torch.device, enabled: bool):
-        self.value = torch.full((), 2.0**14, device=device) if enabled else None
-
-    def __call__(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to call backward on."""
-        return loss if self.value is None else loss * self.value
-
-    def update(self, found_inf: torch.Tensor) -> None:
-        """Adapt to the outcome of a step."""
-        if self.value is not None:
-            value = self.value.double()
-            changed = torch.where(found_inf > 0, value * 0.5, value * 2.0**0.001)
-            self.value.copy_(changed.clamp(1.0, torch.finfo(torch.float32).max / 2))
-
-    def state_dict(self) -> dict:
-        """The scale, for a checkpoint."""
-        return {} if self.value is None else {"scale": self.value.item()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take a checkpoint's scale."""
-        if self.value is not None and "scale" in state:
-            self.value.fill_(state["scale"])

@@ -1,4 +1,4 @@
-"""One update of all weights and averages: groups, backends that agree, state that any of them resumes, loss scale."""
+"""One update of all weights and averages: groups, backends that agree, state that any of them resumes."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from epg_fast.config import OptimizerConfig
 from epg_fast.models import EPGViT
 from epg_fast.training import optimizer as module
-from epg_fast.training.optimizer import LossScale, make_optimizer
+from epg_fast.training.optimizer import make_optimizer
 from tests.ops.extension_checks import DEVICE, needs_extension
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -427,36 +427,3 @@ def test_apex_refuses_step_counts_it_cannot_hold(network):
     state["state"][0]["step"] += 1
     with pytest.raises(ValueError, match=r"updated \[2, 3\] times, apex counts one number per group"):
         Run(network, "apex").optimizer.load_state_dict(state)
-
-
-def test_the_loss_scale_is_torchs_gradient_scaler():
-    ours = LossScale(torch.device(DEVICE), enabled=True)
-    growth = {"growth_factor": 2.0**0.001, "backoff_factor": 0.5, "growth_interval": 1}
-    theirs = torch.amp.GradScaler(DEVICE, init_scale=2.0**14, **growth)
-    weight = torch.zeros(3, device=DEVICE, requires_grad=True)
-    sgd = torch.optim.SGD([weight], lr=0.0)
-    for step in range(40):
-        loss = (weight * (math.inf if step % 7 == 3 else 1.0)).sum()
-        torch.testing.assert_close(ours(loss.detach() + 1), theirs.scale(loss.detach() + 1), equal_nan=True)
-        theirs.scale(loss).backward()
-        found_inf = (~weight.grad.isfinite()).any().float()
-        theirs.step(sgd)
-        theirs.update()
-        sgd.zero_grad()
-        ours.update(found_inf)
-        assert ours.value.item() == pytest.approx(theirs.get_scale(), rel=1e-6)
-    again = LossScale(torch.device(DEVICE), enabled=True)
-    again.load_state_dict(through_a_file(ours.state_dict()))
-    assert torch.equal(again.value, ours.value)
-
-
-def test_the_loss_scale_stays_finite_and_can_be_off():
-    scale = LossScale(torch.device(DEVICE), enabled=True)
-    scale.value.fill_(torch.finfo(torch.float32).max / 2)
-    scale.update(torch.zeros((), device=DEVICE))
-    assert scale.value.isfinite()
-    off = LossScale(torch.device(DEVICE), enabled=False)
-    loss = torch.ones((), device=DEVICE)
-    assert off(loss) is loss and off.value is None and off.state_dict() == {}
-    off.update(torch.ones((), device=DEVICE))
-    off.load_state_dict({})
