@@ -141,7 +141,7 @@ def _extension_rows() -> list[Row]:
             Row(
                 kernel=_readable(usage["name"]),
                 arch=usage["arch"],
-                shape="-",
+                shape=_template_arguments(usage["name"]),
                 dtype="-",
                 num_warps="-",
                 registers=usage["REG"],
@@ -202,6 +202,12 @@ def _readable(mangled: str) -> str:
         names.append(mangled[number.end() : position])
     kernels = [name for name in names if re.fullmatch(r"[a-z]\w*_kernel", name)]
     return kernels[-1] if kernels else mangled
+
+
+def _template_arguments(mangled: str) -> str:
+    """The numbers that a kernel was made for, such as <2> for x_kernel<2>; "-" for none."""
+    match = re.search(r"_kernelI((?:Li\d+E)+)E", mangled)
+    return f"<{', '.join(re.findall('[0-9]+', match[1]))}>" if match else "-"
 
 
 def _matrix(sass: str) -> str:

@@ -28,7 +28,10 @@ def test_no_kernel_spills_on_sm_90():
 
 
 def test_kernels_have_readable_names():
-    from bench.resources import _readable
+    from bench.resources import _readable, _template_arguments
+
+    assert _template_arguments("_ZN8epg_fast11some_kernelILi3EEEvNS_5TableIXplLi5ET_EEE") == "<3>"
+    assert _template_arguments("_ZN8epg_fast11some_kernelEPfl") == "-"
 
     plain = "_ZN8epg_fast12_GLOBAL__N_117euler_step_kernelEPfPKfS3_NS_9EulerStepEll"
     cutlass = "_ZN7cutlass13device_kernelIN8epg_fast23linear_gelu_bf16_kernelEEEvNT_6ParamsE"

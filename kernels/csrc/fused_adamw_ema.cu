@@ -115,6 +115,7 @@ __device__ __forceinline__ void update_chunk(const Slice<kEmas>& s, int64_t size
   for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
     update_four<kEmas, Grad>(s, 4 * i, factor, ema_weights, adamw, step);
   }
+#pragma unroll 1  // unrolled, it takes more registers than the loop that does the work
   for (int64_t i = 4 * vectors + threadIdx.x; i < size; i += kThreads) {
     update_one<kEmas, Grad>(s, i, factor, ema_weights, adamw, step);
   }
