@@ -158,14 +158,14 @@ using Epilogue = sm90::Compute<
 template <class TileShape, class Residual>
 using Base = sm90::Gemm<Element, TileShape, Residual, Residual, Epilogue<TileShape, Residual>>;
 
-// Nine of them cover EPG-XL's width of 1584 exactly, where wide tiles waste an eighth.
+// Nine of them cover the 1584 columns of EPG-XL's decoder exactly, where wide tiles waste an eighth. Its residual is bfloat16;
+// a float32 one is the encoder's, whose 768 columns are three wide tiles.
 using Narrow = cute::Shape<cute::_128, cute::Int<176>, cute::_64>;
 
 // The kernels' names, by which bench.resources lists them: the dtype of the residual.
 struct linear_gate_residual_bf16_wide_kernel : Base<sm90::Wide, Element> {};
 struct linear_gate_residual_bf16_narrow_kernel : Base<Narrow, Element> {};
-struct linear_gate_residual_fp32_wide_kernel : Base<sm90::Wide, float> {};
-struct linear_gate_residual_fp32_narrow_kernel : Base<Narrow, float> {};
+struct linear_gate_residual_fp32_kernel : Base<sm90::Wide, float> {};
 
 constexpr const char* kOp = "linear_gate_residual";
 
@@ -224,15 +224,12 @@ void linear_gate_residual_cuda(Tensor out, Tensor x, Tensor gate, Tensor h, Tens
   sm90::check_rows_of_result(kOp, "out", out, h, problem);
 
   const Tensors tensors{out, x, gate, h, weight, bias};
-  const bool narrow = narrow_is_faster(problem, h.get_device_index());
-  if (residual == dtype) {
-    const auto launch = narrow ? launch_kernel<Element, linear_gate_residual_bf16_narrow_kernel>
-                               : launch_kernel<Element, linear_gate_residual_bf16_wide_kernel>;
-    launch(tensors, problem);
+  if (residual == ScalarType::Float) {
+    launch_kernel<float, linear_gate_residual_fp32_kernel>(tensors, problem);
+  } else if (narrow_is_faster(problem, h.get_device_index())) {
+    launch_kernel<Element, linear_gate_residual_bf16_narrow_kernel>(tensors, problem);
   } else {
-    const auto launch = narrow ? launch_kernel<float, linear_gate_residual_fp32_narrow_kernel>
-                               : launch_kernel<float, linear_gate_residual_fp32_wide_kernel>;
-    launch(tensors, problem);
+    launch_kernel<Element, linear_gate_residual_bf16_wide_kernel>(tensors, problem);
   }
 }
 
