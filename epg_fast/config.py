@@ -127,12 +127,16 @@ class DataConfig:
 
     path: str = ""
     """Folder of class folders with PNG or JPEG files."""
+    backend: Literal["auto", "dali", "pillow"] = "auto"
+    """Who decodes and augments: `auto` takes DALI when it is installed and says so. Their pixels differ slightly."""
     normalization: Literal["imagenet", "simple"] = "imagenet"
     """Pixel scaling: `imagenet` gives standard deviation 0.5, `simple` maps [0,1] to [-1,1]."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip of the centre crop."""
     workers: int = 4
-    """Decoding processes per rank; 0 decodes in the training process."""
+    """Pillow: decoding processes per rank, 0 decodes in the training process. DALI: CPU threads per rank."""
+    readers: int = 1
+    """DALI: processes per rank that read files and draw parameters of views; 0 reads in the training process."""
     max_bad_fraction: float = 0.01
     """Training stops when more than this share of the files cannot be decoded."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -12,21 +12,29 @@ The batch interface, which every loader keeps and training relies on:
   be decoded to the reason; too many of them raise `DataError`.
 """
 
+from epg_fast.data.backends import make_loader, resolve_backend
+from epg_fast.data.dataset import open_images
 from epg_fast.data.digits import prepare_digits
-from epg_fast.data.folder import DataError, ImageFolder
+from epg_fast.data.folder import ImageFolder
 from epg_fast.data.loader import PillowLoader
 from epg_fast.data.normalization import PixelNormalization
 from epg_fast.data.prepare import prepare_folder
+from epg_fast.data.source import DataError, ImageSource, decode_image
 from epg_fast.data.views import augmented_view, center_crop, training_views
 
 __all__ = [
     "DataError",
     "ImageFolder",
+    "ImageSource",
     "PillowLoader",
     "PixelNormalization",
     "augmented_view",
     "center_crop",
+    "decode_image",
+    "make_loader",
+    "open_images",
     "prepare_digits",
     "prepare_folder",
+    "resolve_backend",
     "training_views",
 ]

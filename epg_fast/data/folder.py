@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from epg_fast.data.source import ImageSource
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-# A file may carry the wrong extension, but nothing else is tried: Pillow would start Ghostscript for an EPS.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 logger = logging.getLogger("epg_fast")
 
 
-class DataError(ValueError):
-    """Too many images of a dataset cannot be decoded."""
-
-
-def too_many_bad_files(bad_files: dict[str, str], total: int, max_bad_fraction: float) -> DataError:
-    """Return the error that names the first few of `bad_files` (relative path -> reason) and what to do about them."""
-    first = "; ".join(f"{path} ({reason})" for path, reason in list(bad_files.items())[:3])
-    more = "; ..." if len(bad_files) > 3 else ""
-    return DataError(
-        f"{len(bad_files)} of {total} images ({len(bad_files) / total:.2%}) cannot be decoded, wanted at most "
-        f"{max_bad_fraction:.2%}: {first}{more}. Restore or delete these files, or allow more bad files."
-    )
-
-
-class ImageFolder:
+class ImageFolder(ImageSource):
     """The images below `root`, where each direct subfolder is one class.
 
     Attributes:
@@ -56,26 +37,10 @@ class ImageFolder:
         self.labels = [label for _, label in found]
         self._check_found()
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def load(self, i: int) -> Image.Image:
-        """Return image `i` as a fully decoded RGB image of its own size, turned upright by its EXIF orientation.
-
-        Transparency is dropped, 16-bit values keep their high byte. A file that is no complete image raises whatever
-        Pillow raises for it: mostly OSError, but SyntaxError, ValueError and others occur.
-        """
-        with Image.open(os.path.join(self._root, self.paths[i]), formats=_FORMATS) as image:
-            image.load()
-            _turn_upright(image)
-            return _to_rgb(image)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 (hexadecimal) of the relative paths and their labels; the contents are not read."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.paths, self.labels, strict=True):
-            digest.update(os.fsencode(path) + b"\0" + str(label).encode() + b"\n")
-        return digest.hexdigest()
+    def read(self, i: int) -> bytes:
+        """Return the content of file `i`."""
+        with open(os.path.join(self._root, self.paths[i]), "rb") as file:
+            return file.read()
 
     def _find_classes(self) -> list[str]:
         wanted = "wanted a folder of class folders with images"
@@ -130,9 +95,6 @@ class ImageFolder:
                 "%s: %d class folders have no images (%s); they keep their class index", self.root, len(empty), some
             )
 
-    def __repr__(self) -> str:
-        return f"ImageFolder({self._root!r}: {len(self.paths)} images, {len(self.classes)} classes)"
-
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
@@ -140,23 +102,3 @@ def _is_image(name: str) -> bool:
 
 def _unreadable(error: OSError) -> None:
     raise ValueError(f"data path: cannot read {error.filename} ({error.strerror}); fix its permissions") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # Pillow's conversion saturates 16-bit values at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        # the same colours as the direct conversion, which warns about the lost transparency
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _turn_upright(image: Image.Image) -> None:
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:
-        # cameras and editors write malformed EXIF blocks around intact pixels
-        logger.debug("ignored malformed EXIF data", exc_info=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data.folder import DataError, ImageFolder, too_many_bad_files
+from epg_fast.data.source import DataError, ImageSource, too_many_bad_files
 from epg_fast.data.views import check_augment, training_views
 
 __all__ = ["DataError", "PillowLoader"]
@@ -59,7 +59,7 @@ class PillowLoader:
 
     def __init__(
         self,
-        folder: ImageFolder,
+        folder: ImageSource,
         *,
         image_size: int,
         batch_size: int,

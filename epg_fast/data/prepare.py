@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from epg_fast.data.folder import ImageFolder, too_many_bad_files
+from epg_fast.data.folder import ImageFolder
+from epg_fast.data.source import too_many_bad_files
 from epg_fast.data.views import center_crop
 
 MANIFEST = "manifest.json"

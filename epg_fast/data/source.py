@@ -1,0 +1,107 @@
+"""Where encoded images come from: the interface of every source, and how one image is decoded with Pillow."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# A file may carry the wrong extension, but nothing else is tried: Pillow would start Ghostscript for an EPS.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+
+logger = logging.getLogger("epg_fast")
+
+
+class DataError(ValueError):
+    """Too many images of a dataset cannot be decoded."""
+
+
+def too_many_bad_files(bad_files: dict[str, str], total: int, max_bad_fraction: float) -> DataError:
+    """Return the error that names the first few of `bad_files` (relative path -> reason) and what to do about them."""
+    first = "; ".join(f"{path} ({reason})" for path, reason in list(bad_files.items())[:3])
+    more = "; ..." if len(bad_files) > 3 else ""
+    return DataError(
+        f"{len(bad_files)} of {total} images ({len(bad_files) / total:.2%}) cannot be decoded, wanted at most "
+        f"{max_bad_fraction:.2%}: {first}{more}. Restore or delete these files, or allow more bad files."
+    )
+
+
+class ImageSource(abc.ABC):
+    """A fixed list of labelled, encoded images with access to any of them.
+
+    Attributes:
+        root: the folder or file that was opened.
+        paths: names of the images, relative to `root`, with `/`.
+        labels: class index of each image.
+        classes: names of all classes; the class index is the position in this list.
+    """
+
+    root: Path
+    paths: Sequence[str]
+    labels: Sequence[int]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @abc.abstractmethod
+    def read(self, i: int) -> bytes:
+        """Return the encoded image `i`. Raises OSError if it cannot be read."""
+
+    def load(self, i: int) -> Image.Image:
+        """Return image `i`, decoded: see `decode_image`."""
+        return decode_image(self.read(i))
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hexadecimal) of the relative paths and their labels; the contents are not read."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels, strict=True):
+            digest.update(os.fsencode(path) + b"\0" + str(int(label)).encode() + b"\n")
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.root)!r}: {len(self)} images, {len(self.classes)} classes)"
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Return the Pillow image of `content` with its header read and its pixels not. Raises whatever Pillow raises."""
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Return `content` as a fully decoded RGB image of its own size, turned upright by its EXIF orientation.
+
+    Transparency is dropped, 16-bit values keep their high byte. What is no complete image raises whatever Pillow
+    raises for it: mostly OSError, but SyntaxError, ValueError and others occur.
+    """
+    with open_image(content) as image:
+        image.load()
+        _turn_upright(image)
+        return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's conversion saturates 16-bit values at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        # the same colours as the direct conversion, which warns about the lost transparency
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:
+        # cameras and editors write malformed EXIF blocks around intact pixels
+        logger.debug("ignored malformed EXIF data", exc_info=True)
