@@ -1,8 +1,12 @@
-"""Centre crop and the two augmented views of pre-training (SPEC 1), on Pillow images."""
+"""Centre crop and the two augmented views of pre-training (SPEC 1): their parameters, and how Pillow applies them.
+
+Parameters are drawn apart from their use, so that every decoder makes the same views of the same images.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
@@ -10,6 +14,56 @@ from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from epg_fast.config import AugmentConfig
 
 _CROP_TRIES = 10
+_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+
+
+class CropGeometry(NamedTuple):
+    """ADM's centre crop of an image: how often it is halved, its size then, its size after the resize, the corner."""
+
+    halvings: int
+    halved: tuple[int, int]
+    resized: tuple[int, int]
+    left: int
+    top: int
+
+
+class AugmentedView(NamedTuple):
+    """Parameters of one augmented view, in the order in which they are applied."""
+
+    box: tuple[float, float, float, float]
+    """Left, top, right and bottom of the crop in pixels of the image, not rounded: tiny images have many crops too."""
+    jitter: tuple[tuple[str, float], ...]
+    """("brightness" | "contrast" | "saturation", factor) and ("hue", turns of the hue circle), in random order."""
+    grayscale: bool
+    blur: float | None
+    """Standard deviation in pixels of the view."""
+    solarize: bool
+    flip: bool
+
+
+class ViewParameters(NamedTuple):
+    """What is drawn for one image of a training step."""
+
+    flip: bool
+    """Of the centre crop."""
+    augmented: tuple[AugmentedView, ...]
+
+
+def crop_geometry(width: int, height: int, size: int) -> CropGeometry:
+    """Return how ADM crops the central `size` x `size` pixels of a `width` x `height` image; see `center_crop`."""
+    halvings = 0
+    while min(width, height) >= 2 * size:
+        width, height, halvings = width // 2, height // 2, halvings + 1
+    resized = width, height
+    if min(resized) != size:
+        scale = size / min(resized)
+        resized = round(width * scale), round(height * scale)
+    return CropGeometry(halvings, (width, height), resized, (resized[0] - size) // 2, (resized[1] - size) // 2)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -18,15 +72,53 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     The image is halved with a BOX filter while its short side is at least twice `size`, then one BICUBIC resize brings
     the short side to `size` (smaller images are enlarged). An image of `size` x `size` is returned as it is.
     """
-    while min(image.size) >= 2 * size:
+    crop = crop_geometry(image.width, image.height, size)
+    for _ in range(crop.halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    if image.size != crop.resized:
+        image = image.resize(crop.resized, Image.Resampling.BICUBIC)
     if image.size == (size, size):
         return image
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return image.crop((crop.left, crop.top, crop.left + size, crop.top + size))
+
+
+def draw_view(width: int, height: int, rng: np.random.Generator, config: AugmentConfig, which: int) -> AugmentedView:
+    """Draw the parameters of augmented view `which` (0: the first, 1: the second) of a `width` x `height` image."""
+    return AugmentedView(
+        box=_crop_box(width, height, rng, config),
+        jitter=_draw_jitter(rng, config) if rng.random() < config.jitter_probability else (),
+        grayscale=rng.random() < config.grayscale_probability,
+        blur=_uniform(rng, *config.blur_sigma) if rng.random() < config.blur_probability[which] else None,
+        solarize=rng.random() < config.solarize_probability[which],
+        flip=rng.random() < config.flip_probability,
+    )
+
+
+def draw_parameters(
+    width: int, height: int, rng: np.random.Generator, flip_probability: float, augment: AugmentConfig | None = None
+) -> ViewParameters:
+    """Draw everything random about one `width` x `height` image of a training step.
+
+    The first draw is the flip of the centre crop, so that it is the same with and without `augment`.
+    """
+    flip = rng.random() < flip_probability
+    if augment is None:
+        return ViewParameters(flip, ())
+    return ViewParameters(flip, tuple(draw_view(width, height, rng, augment, which) for which in (0, 1)))
+
+
+def apply_view(image: Image.Image, size: int, view: AugmentedView) -> Image.Image:
+    """Return the augmented `view` of an RGB `image` as a `size` x `size` image."""
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=view.box)
+    for name, value in view.jitter:
+        image = _shift_hue(image, value) if name == "hue" else _ENHANCERS[name](image).enhance(value)
+    if view.grayscale:
+        image = image.convert("L").convert("RGB")
+    if view.blur is not None:
+        image = image.filter(ImageFilter.GaussianBlur(view.blur))
+    if view.solarize:
+        image = ImageOps.solarize(image, threshold=128)
+    return _flip(image) if view.flip else image
 
 
 def augmented_view(
@@ -35,19 +127,9 @@ def augmented_view(
     """Return augmented view `which` (0: the first, 1: the second) of an RGB `image` as a `size` x `size` image.
 
     Random resized crop, colour jitter, grayscale, Gaussian blur, solarisation and flip, in this order, with all
-    randomness from `rng`. The crop's box is not rounded to whole pixels, so that tiny images have many crops too.
+    randomness from `rng`.
     """
-    box = _crop_box(image.width, image.height, rng, config)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if rng.random() < config.jitter_probability:
-        image = _jitter(image, rng, config)
-    if rng.random() < config.grayscale_probability:
-        image = image.convert("L").convert("RGB")
-    if rng.random() < config.blur_probability[which]:
-        image = image.filter(ImageFilter.GaussianBlur(_uniform(rng, *config.blur_sigma)))
-    if rng.random() < config.solarize_probability[which]:
-        image = ImageOps.solarize(image, threshold=128)
-    return _flip(image, rng, config.flip_probability)
+    return apply_view(image, size, draw_view(image.width, image.height, rng, config, which))
 
 
 def training_views(
@@ -62,9 +144,9 @@ def training_views(
     The first is the centre crop, flipped with `flip_probability`; with `augment` the two augmented views of the whole
     image follow. The first view is the same with and without `augment`.
     """
-    views = [_flip(center_crop(image, size), rng, flip_probability)]
-    if augment is not None:
-        views += [augmented_view(image, size, rng, augment, which) for which in (0, 1)]
+    drawn = draw_parameters(image.width, image.height, rng, flip_probability, augment)
+    crop = center_crop(image, size)
+    views = [_flip(crop) if drawn.flip else crop, *(apply_view(image, size, view) for view in drawn.augmented)]
     return [np.asarray(view) for view in views]
 
 
@@ -90,8 +172,8 @@ def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def _flip(image: Image.Image, rng: np.random.Generator, probability: float) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else image
+def _flip(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def _crop_box(
@@ -112,17 +194,16 @@ def _crop_box(
     return left, top, min(left + w, width), min(top + h, height)
 
 
-def _jitter(image: Image.Image, rng: np.random.Generator, config: AugmentConfig) -> Image.Image:
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    strengths = (config.brightness, config.contrast, config.saturation)
+def _draw_jitter(rng: np.random.Generator, config: AugmentConfig) -> tuple[tuple[str, float], ...]:
+    strengths = {"brightness": config.brightness, "contrast": config.contrast, "saturation": config.saturation}
+    jitter = []
     for operation in rng.permutation(4):
-        if operation == 3:
-            image = _shift_hue(image, _uniform(rng, -config.hue, config.hue))
-        elif strengths[operation]:
-            strength = strengths[operation]
-            factor = _uniform(rng, max(0.0, 1 - strength), 1 + strength)
-            image = enhancers[operation](image).enhance(factor)
-    return image
+        name = _OPERATIONS[operation]
+        if name == "hue":
+            jitter.append((name, _uniform(rng, -config.hue, config.hue)))
+        elif strengths[name]:
+            jitter.append((name, _uniform(rng, max(0.0, 1 - strengths[name]), 1 + strengths[name])))
+    return tuple(jitter)
 
 
 def _shift_hue(image: Image.Image, turns: float) -> Image.Image:

@@ -163,10 +163,9 @@ def test_hue_turns_by_up_to_a_tenth_in_both_directions():
 
 def test_colour_jitter_comes_in_random_order_with_its_probability(monkeypatch):
     order = []
-    for name in ("Brightness", "Contrast", "Color"):
-        original = getattr(views.ImageEnhance, name)
-        monkeypatch.setattr(
-            views.ImageEnhance, name, lambda image, name=name, original=original: order.append(name) or original(image)
+    for name, original in list(views._ENHANCERS.items()):
+        monkeypatch.setitem(
+            views._ENHANCERS, name, lambda image, name=name, original=original: order.append(name) or original(image)
         )
     original_hue = views._shift_hue
     monkeypatch.setattr(views, "_shift_hue", lambda image, turns: order.append("hue") or original_hue(image, turns))
