@@ -1,7 +1,8 @@
-"""Batches of training views, decoded with Pillow by worker processes."""
+"""Batches of training views: the stream every loader shares, and the loader that decodes with Pillow."""
 
 from __future__ import annotations
 
+import abc
 import atexit
 import contextlib
 import itertools
@@ -13,14 +14,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data.source import DataError, ImageSource, too_many_bad_files
+from epg_fast.data.source import ImageSource, decode_image, too_many_bad_files
 from epg_fast.data.views import check_augment, training_views
-
-__all__ = ["DataError", "PillowLoader"]
 
 logger = logging.getLogger("epg_fast")
 
@@ -28,22 +26,22 @@ logger = logging.getLogger("epg_fast")
 _ORDER, _SAMPLE = 0, 1
 
 
-class PillowLoader:
-    """An infinite iterator over one rank's batches of an `ImageFolder`, beginning at global iteration `start`.
+class Loader(abc.ABC):
+    """An infinite iterator over one rank's batches of an `ImageSource`, beginning at global iteration `start`.
 
     Each batch is a dict: `x` uint8 [b, 3, H, W], `label` int64 [b], `index` int64 [b] and, with `augment`, `view1` and
-    `view2`, uint8 [b, 3, H, W]; b = batch_size / world_size, H = W = image_size, on the CPU.
+    `view2`, uint8 [b, 3, H, W]; b = batch_size / world_size, H = W = image_size.
 
-    An epoch is `len(folder) // batch_size` iterations over a fresh permutation; the rest of it is dropped. The
+    An epoch is `len(source) // batch_size` iterations over a fresh permutation; the rest of it is dropped. The
     permutation follows from (seed, epoch) and a sample's views from (seed, epoch, index). Rank r has positions
     [r*b, (r+1)*b) of the global batch, so that iteration i is the same for every `start`, `workers` and `world_size`.
 
-    A file that cannot be decoded is replaced by the next one of the folder that can (same random stream, that file's
+    A file that cannot be decoded is replaced by the next one of the source that can (same random stream, that file's
     label and index), logged once by name and kept in `bad_files`. `DataError` is raised once those that this rank has
-    met exceed `max_bad_fraction` of the folder.
+    met, or was told of by `add_bad_files`, exceed `max_bad_fraction` of the source.
 
     Args:
-        folder: the images.
+        source: the images.
         image_size: side of the views in pixels.
         batch_size: global batch size.
         seed: non-negative; every random draw follows from it.
@@ -51,15 +49,17 @@ class PillowLoader:
         start: first global iteration, to resume.
         flip_probability: of `x`.
         augment: the augmented views of pre-training; None for `x` alone.
-        workers: decoding processes; 0 decodes in this process.
         max_bad_fraction: see above.
 
-    Raises ValueError for arguments that cannot work, e.g. a batch larger than the folder or no multiple of world_size.
+    Raises ValueError for arguments that cannot work, e.g. a batch larger than the source or no multiple of world_size.
     """
+
+    backend: str
+    """Who decodes: "pillow" or "dali"."""
 
     def __init__(
         self,
-        folder: ImageSource,
+        source: ImageSource,
         *,
         image_size: int,
         batch_size: int,
@@ -69,74 +69,226 @@ class PillowLoader:
         start: int = 0,
         flip_probability: float = 0.5,
         augment: AugmentConfig | None = None,
-        workers: int = 2,
         max_bad_fraction: float = 0.01,
     ):
-        _check_arguments(folder, image_size, batch_size, seed, rank, world_size, start, workers)
+        _check_arguments(source, image_size, batch_size, seed, rank, world_size, start)
         if not 0 <= flip_probability <= 1:
             raise ValueError(f"flip_probability: got {flip_probability}, wanted 0 to 1")
         if not 0 <= max_bad_fraction < 1:
             raise ValueError(f"max_bad_fraction: got {max_bad_fraction}, wanted at least 0 and less than 1")
         if augment is not None:
             check_augment(augment)
-        self.folder = folder
+        self.source = source
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
         self.iteration = start
-        self.iterations_per_epoch = len(folder) // batch_size
-        self.workers = workers
+        self.iterations_per_epoch = len(source) // batch_size
+        self.flip_probability = flip_probability
+        self.augment = augment
         self.max_bad_fraction = max_bad_fraction
         self.bad_files: dict[str, str] = {}
-        self._batches = _Batches(
-            folder,
-            image_size=image_size,
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            flip_probability=flip_probability,
-            augment=augment,
-            max_bad_files=max_bad_fraction * len(folder),
-        )
-        self._stream: Iterator | None = None
+        # shared with the worker processes, which then do not try these files again
+        self._bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self._closed = False
 
-    def __iter__(self) -> PillowLoader:
+    def __iter__(self) -> Loader:
         return self
 
+    @abc.abstractmethod
     def __next__(self) -> dict[str, torch.Tensor]:
-        if self._closed:
-            raise RuntimeError("this loader is closed; make a new one with start=iteration to go on")
-        if self._stream is None:
-            self._stream = self._open()
-        batch, bad_files = next(self._stream)
-        self._report(bad_files)
-        self.iteration += 1
-        return batch
+        """Return the batch of `iteration`, which grows by one."""
 
-    def __enter__(self) -> PillowLoader:
+    def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
 
     def close(self) -> None:
-        """Stop the worker processes; closing twice does nothing."""
+        """Stop what the loader has started; closing twice does nothing."""
         self._closed = True
+
+    def add_bad_files(self, found: dict[str, str]) -> None:
+        """Skip the files `found` (path -> reason) from now on, without a log line; the batches do not change by that.
+
+        For what other ranks or an earlier part of the run have met. Raises `DataError` when it makes too many.
+        """
+        new = {path: reason for path, reason in found.items() if path not in self.bad_files}
+        if not new:
+            return
+        self.bad_files.update(new)
+        for i, path in enumerate(self.source.paths):
+            if path in new:
+                self._bad[i] = True
+        self._check_bad_files()
+
+    def _report(self, bad_files: dict[str, str]) -> None:
+        for path, reason in bad_files.items():
+            if path not in self.bad_files:
+                self.bad_files[path] = reason
+                logger.warning("cannot decode %s (%s); the next image takes its place", self.source.root / path, reason)
+        self._check_bad_files()
+
+    def _check_bad_files(self) -> None:
+        if len(self.bad_files) > self.max_bad_fraction * len(self.source):
+            self.close()
+            raise too_many_bad_files(self.bad_files, len(self.source), self.max_bad_fraction)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this loader is closed; make a new one with start=iteration to go on")
+
+
+class PillowLoader(Loader):
+    """A `Loader` that decodes and augments with Pillow, in `workers` processes, 0: in this one; batches on the CPU."""
+
+    backend = "pillow"
+
+    def __init__(self, source: ImageSource, *, workers: int = 2, **options):
+        super().__init__(source, **options)
+        self.workers = workers
+        self._stream = WorkerStream(DecodedBatches(self), self.iteration, workers)
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        self._check_open()
+        batch, bad_files = next(self._stream)
+        self._report(bad_files)
+        self.iteration += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop the worker processes; closing twice does nothing."""
+        super().close()
+        self._stream.close()
+
+
+class Batches(Dataset):
+    """Maps a global iteration to (this rank's batch, files that could not be read); lives in every worker.
+
+    A subclass says what is made of an image: `_start` allocates for a batch, `_add` takes an image, `_finish` returns.
+    """
+
+    def __init__(self, loader: Loader):
+        # not the loader itself: it holds processes
+        self.source = loader.source
+        self.image_size = loader.image_size
+        self.batch_size = loader.batch_size
+        self.seed = loader.seed
+        self.local_size = loader.batch_size // loader.world_size
+        self.offset = loader.rank * self.local_size
+        self.flip_probability = loader.flip_probability
+        self.augment = loader.augment
+        self.max_bad_files = loader.max_bad_fraction * len(loader.source)
+        self.names = ("x",) if loader.augment is None else ("x", "view1", "view2")
+        self._bad = loader._bad
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, iteration: int) -> tuple[dict | None, dict[str, str]]:
+        epoch, indices = self._indices(iteration)
+        batch = self._start()
+        used = np.empty(self.local_size, np.int64)
+        bad_files: dict[str, str] = {}
+        for position, index in enumerate(indices):
+            image, used[position] = self._load(int(index), bad_files)
+            if image is None:
+                return None, bad_files
+            rng = np.random.default_rng(_seed_sequence(self.seed, _SAMPLE, epoch, int(index)))
+            self._add(batch, position, image, rng)
+        batch = self._finish(batch)
+        batch["label"] = torch.tensor([int(self.source.labels[i]) for i in used], dtype=torch.int64)
+        batch["index"] = torch.from_numpy(used)
+        return batch, bad_files
+
+    @abc.abstractmethod
+    def _read(self, index: int):
+        """Return image `index` in the form that `_add` takes; raises anything for a bad file."""
+
+    @abc.abstractmethod
+    def _start(self): ...
+
+    @abc.abstractmethod
+    def _add(self, batch, position: int, image, rng: np.random.Generator) -> None: ...
+
+    @abc.abstractmethod
+    def _finish(self, batch) -> dict: ...
+
+    def _indices(self, iteration: int) -> tuple[int, np.ndarray]:
+        epoch, step = divmod(iteration, len(self.source) // self.batch_size)
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng(_seed_sequence(self.seed, _ORDER, epoch))
+            self._order = epoch, rng.permutation(len(self.source))
+        first = step * self.batch_size + self.offset
+        return epoch, self._order[1][first : first + self.local_size]
+
+    def _load(self, index: int, bad_files: dict[str, str]) -> tuple[object | None, int]:
+        """Return (image, its index) for `index` or the next index that decodes; no image once too many do not."""
+        for i in itertools.chain(range(index, len(self.source)), range(index)):
+            if self._bad[i]:
+                continue
+            try:
+                return self._read(i), i
+            except Exception as error:
+                # what a damaged file makes Pillow raise is no closed list
+                bad_files[self.source.paths[i]] = f"{type(error).__name__}: {error}"
+                self._bad[i] = True
+            if len(bad_files) > self.max_bad_files:
+                break
+        return None, index
+
+
+class DecodedBatches(Batches):
+    """Batches of views made with Pillow."""
+
+    def _read(self, index):
+        return decode_image(self.source.read(index))
+
+    def _start(self):
+        shape = (self.local_size, 3, self.image_size, self.image_size)
+        return {name: np.empty(shape, np.uint8) for name in self.names}
+
+    def _add(self, batch, position, image, rng):
+        views = training_views(image, self.image_size, rng, self.flip_probability, self.augment)
+        for name, view in zip(self.names, views, strict=True):
+            batch[name][position] = view.transpose(2, 0, 1)
+
+    def _finish(self, batch):
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+class WorkerStream:
+    """`batches[start]`, `batches[start + 1]`, ... made ahead by `workers` processes; 0: in this one, when asked for."""
+
+    def __init__(self, batches: Batches, start: int, workers: int):
+        if workers < 0:
+            raise ValueError(f"workers: got {workers}, wanted at least 0")
+        self._batches, self._start, self._workers = batches, start, workers
+        self._stream: Iterator | None = None
+
+    def __next__(self):
+        if self._stream is None:
+            self._stream = self._open()
+        return next(self._stream)
+
+    def close(self) -> None:
+        """Stop the processes; closing twice does nothing."""
         stream, self._stream = self._stream, None
-        if stream is not None and self.workers:
+        if stream is not None and self._workers:
             # dropping the iterator does the same, but a traceback may keep it alive
             stream._shutdown_workers()
             atexit.unregister(self._close_at_exit)
 
     def _open(self) -> Iterator:
-        iterations = itertools.count(self.iteration)
-        if self.workers == 0:
+        iterations = itertools.count(self._start)
+        if self._workers == 0:
             return map(self._batches.__getitem__, iterations)
         loader = DataLoader(
             self._batches,
             sampler=iterations,
             batch_size=None,
             collate_fn=_unchanged,
-            num_workers=self.workers,
+            num_workers=self._workers,
             multiprocessing_context="fork" if sys.platform == "linux" else None,
             # its own generator, or starting it would advance the global one
             generator=torch.Generator(),
@@ -145,81 +297,13 @@ class PillowLoader:
             stream = iter(loader)
         # multiprocessing's own hook would send the workers SIGTERM and wait for ever: stop them before.
         reference = weakref.ref(self)
-        self._close_at_exit = lambda: (loader := reference()) and loader.close()
+        self._close_at_exit = lambda: (worker_stream := reference()) and worker_stream.close()
         atexit.register(self._close_at_exit)
         return stream
 
-    def _report(self, bad_files: dict[str, str]) -> None:
-        for path, reason in bad_files.items():
-            if path not in self.bad_files:
-                self.bad_files[path] = reason
-                logger.warning("cannot decode %s (%s); the next image takes its place", self.folder.root / path, reason)
-        if len(self.bad_files) > self.max_bad_fraction * len(self.folder):
-            self.close()
-            raise too_many_bad_files(self.bad_files, len(self.folder), self.max_bad_fraction)
 
-
-class _Batches(Dataset):
-    """Maps a global iteration to (this rank's batch, files that could not be decoded); lives in every worker."""
-
-    def __init__(
-        self, folder, *, image_size, batch_size, seed, rank, world_size, flip_probability, augment, max_bad_files
-    ):
-        self.folder = folder
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.local_size = batch_size // world_size
-        self.offset = rank * self.local_size
-        self.flip_probability = flip_probability
-        self.augment = augment
-        self.max_bad_files = max_bad_files
-        self.names = ("x",) if augment is None else ("x", "view1", "view2")
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def __getitem__(self, iteration: int) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        epoch, indices = self._indices(iteration)
-        shape = (self.local_size, 3, self.image_size, self.image_size)
-        images = {name: np.empty(shape, np.uint8) for name in self.names}
-        used = np.empty(self.local_size, np.int64)
-        bad_files: dict[str, str] = {}
-        for position, index in enumerate(indices):
-            image, used[position] = self._load(int(index), bad_files)
-            if image is None:
-                return None, bad_files
-            rng = self._rng(_SAMPLE, epoch, int(index))
-            views = training_views(image, self.image_size, rng, self.flip_probability, self.augment)
-            for name, view in zip(self.names, views, strict=True):
-                images[name][position] = view.transpose(2, 0, 1)
-        batch = {name: torch.from_numpy(array) for name, array in images.items()}
-        batch["label"] = torch.tensor([self.folder.labels[i] for i in used], dtype=torch.int64)
-        batch["index"] = torch.from_numpy(used)
-        return batch, bad_files
-
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-
-    def _indices(self, iteration: int) -> tuple[int, np.ndarray]:
-        epoch, step = divmod(iteration, len(self.folder) // self.batch_size)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._rng(_ORDER, epoch).permutation(len(self.folder))
-        first = step * self.batch_size + self.offset
-        return epoch, self._order[1][first : first + self.local_size]
-
-    def _load(self, index: int, bad_files: dict[str, str]) -> tuple[Image.Image | None, int]:
-        """Return (image, its index) for `index` or the next index that decodes; no image once too many do not."""
-        for i in itertools.chain(range(index, len(self.folder)), range(index)):
-            path = self.folder.paths[i]
-            if path in bad_files:
-                continue
-            try:
-                return self.folder.load(i), i
-            except Exception as error:
-                # what a damaged file makes Pillow raise is no closed list
-                bad_files[path] = f"{type(error).__name__}: {error}"
-            if len(bad_files) > self.max_bad_files:
-                break
-        return None, index
+def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=key)
 
 
 def _unchanged(batch):
@@ -243,7 +327,7 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _check_arguments(folder, image_size, batch_size, seed, rank, world_size, start, workers) -> None:
+def _check_arguments(source, image_size, batch_size, seed, rank, world_size, start) -> None:
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} of {world_size}, wanted 0 <= rank < world_size")
     for name, value, lowest in (
@@ -251,13 +335,12 @@ def _check_arguments(folder, image_size, batch_size, seed, rank, world_size, sta
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
         ("start", start, 0),
-        ("workers", workers, 0),
     ):
         if value < lowest:
             raise ValueError(f"{name}: got {value}, wanted at least {lowest}")
     if batch_size % world_size:
         raise ValueError(f"batch_size: got {batch_size} for {world_size} ranks, wanted a multiple of {world_size}")
-    if batch_size > len(folder):
+    if batch_size > len(source):
         raise ValueError(
-            f"batch_size: got {batch_size}, wanted at most the {len(folder)} images of {folder.root}; lower it"
+            f"batch_size: got {batch_size}, wanted at most the {len(source)} images of {source.root}; lower it"
         )

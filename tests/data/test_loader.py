@@ -283,7 +283,7 @@ def test_a_parent_that_handles_sigterm_can_finish_with_its_workers(make_folder, 
 def test_close_stops_the_workers_at_once_and_can_be_repeated(make_folder):
     loader = PillowLoader(ImageFolder(make_folder(20)), image_size=16, batch_size=8, seed=0, workers=2)
     next(loader)
-    workers = list(loader._stream._workers)
+    workers = list(loader._stream._stream._workers)
     loader.close()
     assert not any(worker.is_alive() for worker in workers)
     loader.close()
