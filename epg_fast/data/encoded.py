@@ -1,0 +1,169 @@
+"""Batches of encoded images with the parameters of their views, as DALI takes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from epg_fast.data.loader import Batches
+from epg_fast.data.source import decode_image, open_image
+from epg_fast.data.views import AugmentedView, ViewParameters, crop_geometry, draw_parameters
+
+# Larger images are refused by Pillow as decompression bombs.
+_LONGEST_SHORT_SIDE = 13_377
+MAX_HALVINGS = 13
+_ORIENTATION = 0x0112
+
+_CROP = [
+    ("halvings", "i4"),
+    ("halved", "f4", (MAX_HALVINGS, 2)),
+    ("start", "f4", 2),
+    ("end", "f4", 2),
+    ("flip", "i4"),
+]
+# Colour jitter is a pass of brightness and contrast, a matrix for saturation and hue, and another such pass, so that
+# brightness and contrast come before or after the hue as they were drawn.
+_VIEW = [
+    ("start", "f4", 2),
+    ("end", "f4", 2),
+    ("jitter", "?"),
+    ("brightness0", "f4"),
+    ("contrast0", "f4"),
+    ("matrix", "f4", (3, 3)),
+    ("brightness1", "f4"),
+    ("contrast1", "f4"),
+    ("grayscale", "?"),
+    ("blur", "?"),
+    ("sigma", "f4"),
+    ("solarize", "?"),
+    ("flip", "i4"),
+]
+CROP_DTYPE, VIEW_DTYPE = np.dtype(_CROP), np.dtype(_VIEW)
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def parameters_dtype(views: int) -> np.dtype:
+    """Return the record of one image with `views` augmented views."""
+    return np.dtype([("crop", CROP_DTYPE), *((f"view{v + 1}", VIEW_DTYPE) for v in range(views))])
+
+
+class EncodedBatches(Batches):
+    """Batches as dicts: `content` uint8, the files one behind the other, `length` int64 [b], `parameters` uint8 [b, r].
+
+    The r bytes of an image are a record of `parameters_dtype`. What DALI would read differently from Pillow (CMYK, palettes, 16 bits, transparency, EXIF
+    rotation, other formats) or what may be damaged is decoded by Pillow here and travels as an uncompressed PPM file, which DALI reads exactly;
+    `pillow_only` does so with all.
+    """
+
+    def __init__(self, loader, pillow_only: bool = False):
+        super().__init__(loader)
+        self.pillow_only = pillow_only
+        self._dtype = parameters_dtype(0 if loader.augment is None else 2)
+        self._max_short_side = loader.image_size << (max_halvings(loader.image_size) + 1)
+
+    def _read(self, index: int) -> tuple[bytes, tuple[int, int]]:
+        content = self.source.read(index)
+        with open_image(content) as image:
+            size, plain = image.size, not self.pillow_only and _is_plain(image, content)
+        if min(size) >= self._max_short_side:
+            raise ValueError(f"{size[0]} x {size[1]} pixels are too many")
+        if plain:
+            return content, size
+        image = decode_image(content)
+        return to_ppm(image), image.size
+
+    def _start(self):
+        return [], np.zeros(self.local_size, self._dtype)
+
+    def _add(self, batch, position, image, rng):
+        contents, parameters = batch
+        content, (width, height) = image
+        drawn = draw_parameters(width, height, rng, self.flip_probability, self.augment)
+        contents.append(content)
+        fill_parameters(parameters[position], width, height, self.image_size, drawn)
+
+    def _finish(self, batch):
+        contents, parameters = batch
+        return {
+            "content": torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8),
+            "length": torch.tensor([len(content) for content in contents]),
+            "parameters": torch.from_numpy(parameters.view(np.uint8).reshape(len(parameters), -1)),
+        }
+
+
+def max_halvings(size: int) -> int:
+    """Return how often the centre crop to `size` pixels halves the largest image there is."""
+    return min(max(int(np.log2(_LONGEST_SHORT_SIDE / size)), 0), MAX_HALVINGS)
+
+
+def fill_parameters(record: np.void, width: int, height: int, size: int, drawn: ViewParameters) -> None:
+    """Write the views of a `width` x `height` image into `record`; boxes are (y, x), of the crop after the halvings."""
+    target, crop = record["crop"], crop_geometry(width, height, size)
+    target["halvings"] = crop.halvings
+    target["halved"] = [(max(height >> level, 1), max(width >> level, 1)) for level in range(1, MAX_HALVINGS + 1)]
+    x, y = crop.halved[0] / crop.resized[0], crop.halved[1] / crop.resized[1]
+    target["start"] = crop.top * y, crop.left * x
+    target["end"] = (crop.top + size) * y, (crop.left + size) * x
+    target["flip"] = drawn.flip
+    for which, view in enumerate(drawn.augmented, 1):
+        _fill_view(record[f"view{which}"], view)
+
+
+def to_ppm(image: Image.Image) -> bytes:
+    """Return an RGB `image` as a binary PPM file."""
+    return b"P6\n%d %d\n255\n" % image.size + image.tobytes()
+
+
+def hue_matrix(turns: float) -> np.ndarray:
+    """Return the rotation about the gray axis of RGB by `turns`: of the linear maps the one nearest to a shift in HSV."""
+    cos, sin = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)
+    same, following, preceding = (1 + 2 * cos) / 3, (1 - cos + 3**0.5 * sin) / 3, (1 - cos - 3**0.5 * sin) / 3
+    return np.array([[same, preceding, following], [following, same, preceding], [preceding, following, same]])
+
+
+def saturation_matrix(factor: float) -> np.ndarray:
+    """Return the blend with the luma, the weight of the image being `factor`."""
+    return factor * np.eye(3) + (1 - factor) * np.outer(np.ones(3), _LUMA)
+
+
+def _fill_view(target: np.void, view: AugmentedView) -> None:
+    left, top, right, bottom = view.box
+    target["start"], target["end"] = (top, left), (bottom, right)
+    target["jitter"] = bool(view.jitter)
+    factors = {"brightness0": 1.0, "contrast0": 1.0, "brightness1": 1.0, "contrast1": 1.0}
+    matrix, behind_hue = np.eye(3), 0
+    for name, value in view.jitter:
+        if name == "hue":
+            matrix, behind_hue = hue_matrix(value) @ matrix, 1
+        elif name == "saturation":
+            matrix = saturation_matrix(value) @ matrix
+        else:
+            factors[f"{name}{behind_hue}"] = value
+    for name, value in factors.items():
+        target[name] = value
+    target["matrix"] = matrix
+    target["grayscale"], target["solarize"], target["flip"] = view.grayscale, view.solarize, view.flip
+    target["blur"], target["sigma"] = view.blur is not None, view.blur or 1.0
+
+
+def _is_plain(image: Image.Image, content: bytes) -> bool:
+    """Whether DALI decodes `content` exactly as `decode_image` does, and its end says that it is complete."""
+    if image.format == "JPEG":
+        # of three channels, Adobe's marker may say that they are no YCbCr
+        plain = image.mode in ("RGB", "L") and image.info.get("adobe_transform", 1) == 1
+        complete = b"\xff\xd9" in content[-64:]
+    elif image.format == "PNG":
+        plain = [tile[3] for tile in image.tile] in (["RGB"], ["L"]) and "transparency" not in image.info
+        complete = b"IEND" in content[-12:]
+    else:
+        return False
+    return plain and complete and _is_upright(image)
+
+
+def _is_upright(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(_ORIENTATION, 1) == 1
+    except Exception:
+        # malformed EXIF data: `decode_image` knows what to do
+        return False
