@@ -1,21 +1,21 @@
-"""Batches decoded and augmented by NVIDIA DALI: on the GPU with one (nvJPEG), by its CPU operators without.
+"""Batches decoded and resized by NVIDIA DALI: on the GPU with one (nvJPEG), by its CPU operators without.
 
-The order of the images and the parameters of their views are those of `PillowLoader`; DALI only executes them. Against
-Pillow, in 8-bit levels (`tests/data/test_dali.py` checks these bounds):
+The order of the images and the parameters of their views are those of `PillowLoader`: nothing random is left to DALI.
+What follows the random resized crop is `epg_fast.ops.augment_view`: one pass of the extension on a CPU. Differences
+from Pillow in 8-bit levels (`tests/data/test_dali.py` holds them to these):
 
-    decoding                         equal
-    centre crop                      mean 0.3 (halving and bicubic resize round at other places)
-    random resized crop              mean 0.2
-    brightness, contrast, saturation at most 1
-    hue                              mean 3: a rotation about the gray axis, not a shift in HSV
-    grayscale, solarisation, flip    at most 1
-    Gaussian blur                    mean 0.6 (Pillow approximates a Gaussian by boxes)
+    decoding                          none
+    centre crop                       mean 0.3 (the resizes round at other places)
+    random resized crop               mean 0.2
+    jitter, grayscale, solarisation   none on the same crop
+    Gaussian blur                     mean 0.6 on the same crop (Pillow approximates the Gaussian by boxes)
 """
 
 from __future__ import annotations
 
 import collections
 import importlib.util
+import itertools
 import logging
 
 import numpy as np
@@ -24,10 +24,9 @@ import torch
 from epg_fast.data.encoded import EncodedBatches, max_halvings, parameters_dtype
 from epg_fast.data.loader import Loader, WorkerStream
 from epg_fast.data.source import ImageSource
+from epg_fast.ops import augment_view
 
 logger = logging.getLogger("epg_fast")
-
-_INVERTED_ABOVE_127 = [float(level if level < 128 else 255 - level) for level in range(256)]
 
 
 def dali_is_installed() -> bool:
@@ -96,6 +95,9 @@ class DaliLoader(Loader):
         encoded = self._under_way.popleft()
         self.iteration += 1
         batch = {name: _to_torch(output) for name, output in zip(self._batches.names, outputs, strict=True)}
+        records = self._records(encoded)
+        for name in self._batches.names[1:]:
+            batch[name] = _augment(batch[name], records[name])
         return batch | {"label": encoded["label"], "index": encoded["index"]}
 
     def close(self) -> None:
@@ -125,11 +127,14 @@ class DaliLoader(Loader):
             self._failure = error
             raise StopIteration from None
         self._under_way.append(encoded)
-        ends = torch.cumsum(encoded["length"], 0).tolist()
-        content = encoded["content"].numpy()
-        files = [content[end - length : end] for end, length in zip(ends, encoded["length"].tolist(), strict=True)]
-        records = encoded["parameters"].numpy().view(self._dtype).reshape(-1)
-        return [files, *(np.ascontiguousarray(column) for column in _columns(records))]
+        content, lengths = encoded["content"].numpy(), encoded["length"].tolist()
+        ends = itertools.accumulate(lengths)
+        files = [content[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        records = self._records(encoded)
+        return [files, *(np.ascontiguousarray(records[group][name]) for group, name in _inputs(self._dtype))]
+
+    def _records(self, encoded: dict) -> np.ndarray:
+        return encoded["parameters"].numpy().view(self._dtype).reshape(-1)
 
     def _next_encoded(self) -> dict:
         batch, bad_files = next(self._stream)
@@ -162,9 +167,11 @@ class DaliLoader(Loader):
         return pipeline
 
 
-def _columns(records: np.ndarray) -> list[np.ndarray]:
-    """The fields of nested records, in the order of `_names`."""
-    return [records[group][name] for group in records.dtype.names for name in records.dtype[group].names]
+def _inputs(dtype: np.dtype) -> list[tuple[str, str]]:
+    """The fields of a record that DALI takes, as (view, name)."""
+    crop, *views = dtype.names
+    names = [(crop, name) for name in ("halvings", "sizes", "start", "end", "flip")]
+    return names + [(view, name) for view in views for name in ("start", "end")]
 
 
 def _to_torch(output) -> torch.Tensor:
@@ -173,61 +180,20 @@ def _to_torch(output) -> torch.Tensor:
     return to_torch_tensor(output.as_tensor(), copy=False)
 
 
+def _augment(crops: torch.Tensor, view: np.ndarray) -> torch.Tensor:
+    """[b, H, W, 3] and the records of their views -> [b, 3, H, W]."""
+    names = ("operations", "values", "grayscale", "sigma", "solarize", "flip")
+    return augment_view(crops, **{name: torch.from_numpy(np.ascontiguousarray(view[name])) for name in names})
+
+
 def _make_pipeline(feed, dtype: np.dtype, size: int, **options):
-    """Return the pipeline from `feed`'s inputs to the views, uint8 [b, 3, size, size] each."""
+    """Return the pipeline from `feed`'s inputs to the centre crop [b, 3, size, size], the views [b, size, size, 3]."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.pipeline import do_not_convert
 
-    on_gpu = options["device_id"] is not None
-    levels = max_halvings(size)
-
-    def chw(image, flip):
-        return fn.crop_mirror_normalize(
-            image, mirror=flip, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
-        )
-
-    def centre_crop(image, p):
-        for level in range(levels):
-            if p["halvings"] > level:
-                # at half the size, bilinear without antialiasing is the mean of two by two pixels
-                image = fn.resize(image, size=p["halved"][level], interp_type=types.INTERP_LINEAR, antialias=False)
-        return resize(image, p, types.INTERP_CUBIC)
-
-    def resize(image, p, interpolation):
-        return fn.resize(
-            image,
-            size=(size, size),
-            roi_start=p["start"],
-            roi_end=p["end"],
-            interp_type=interpolation,
-            antialias=True,
-        )
-
-    def gray(image):
-        return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
-
-    def adjust(image, brightness, contrast):
-        center = fn.reductions.mean(gray(image))
-        if on_gpu:
-            center = center.cpu()
-        return fn.brightness_contrast(image, brightness=brightness, contrast=contrast, contrast_center=center)
-
-    def view(image, p):
-        image = resize(image, p, types.INTERP_LINEAR)
-        if p["jitter"]:
-            image = adjust(image, p["brightness0"], p["contrast0"])
-            image = fn.coord_transform(image, M=p["matrix"], dtype=types.UINT8)
-            image = adjust(image, p["brightness1"], p["contrast1"])
-        if p["grayscale"]:
-            luma = gray(image)
-            image = fn.cat(luma, luma, luma, axis=2)
-        if p["blur"]:
-            image = fn.gaussian_blur(image, sigma=p["sigma"])
-        if p["solarize"]:
-            image = fn.lookup_table(image, keys=list(range(256)), values=_INVERTED_ABOVE_127, dtype=types.UINT8)
-        return chw(image, p["flip"])
-
-    names = [(group, name) for group in dtype.names for name in dtype[group].names]
+    names, levels = _inputs(dtype), max_halvings(size)
+    box = np.full((2, 2), 0.25, np.float32)
+    decoder = "cpu" if options["device_id"] is None else "mixed"
 
     @do_not_convert
     def inputs():
@@ -237,15 +203,34 @@ def _make_pipeline(feed, dtype: np.dtype, size: int, **options):
             p[group][name] = column
         return content, p
 
+    def resize(image, p, interpolation):
+        box = {"roi_start": p["start"], "roi_end": p["end"]}
+        return fn.resize(image, size=(size, size), interp_type=interpolation, antialias=True, **box)
+
+    def halve(image, shape, to):
+        # Pillow's BOX filter: the mean of the two by two pixels whose centres lie in the larger one. The filter leaves
+        # the mean of pixels (j-1, j) at j; the nearest one half a pixel on is the pair wanted, for odd sizes too.
+        image = fn.filter(image, box, border="clamp", dtype=types.FLOAT)
+        image = fn.resize(image, size=to, roi_start=0.5, roi_end=shape + 0.5, interp_type=types.INTERP_NN)
+        # Pillow rounds halves up, once per direction: a quarter more on average than rounding once
+        return fn.cast(image + 0.25, dtype=types.UINT8)
+
+    def center_crop(image, p):
+        for level in range(levels):
+            if p["halvings"] > level:
+                image = halve(image, p["sizes"][level], p["sizes"][level + 1])
+        image = resize(image, p, types.INTERP_CUBIC)
+        return fn.crop_mirror_normalize(
+            image, mirror=p["flip"], dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
+        )
+
     @pipeline_def(enable_conditionals=True, **options)
     def views():
         content, p = inputs()
-        image = fn.decoders.image(
-            content, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
-        )
-        outputs = [chw(centre_crop(image, p["crop"]), p["crop"]["flip"])]
+        image = fn.decoders.image(content, device=decoder, output_type=types.RGB, adjust_orientation=False)
+        outputs = [center_crop(image, p["crop"])]
         for group in dtype.names[1:]:
-            outputs.append(view(image, p[group]))
+            outputs.append(resize(image, p[group], types.INTERP_LINEAR))
         return tuple(outputs)
 
     return views()

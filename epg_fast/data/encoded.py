@@ -17,30 +17,23 @@ _ORIENTATION = 0x0112
 
 _CROP = [
     ("halvings", "i4"),
-    ("halved", "f4", (MAX_HALVINGS, 2)),
+    ("sizes", "f4", (MAX_HALVINGS + 1, 2)),
     ("start", "f4", 2),
     ("end", "f4", 2),
     ("flip", "i4"),
 ]
-# Colour jitter is a pass of brightness and contrast, a matrix for saturation and hue, and another such pass, so that
-# brightness and contrast come before or after the hue as they were drawn.
 _VIEW = [
     ("start", "f4", 2),
     ("end", "f4", 2),
-    ("jitter", "?"),
-    ("brightness0", "f4"),
-    ("contrast0", "f4"),
-    ("matrix", "f4", (3, 3)),
-    ("brightness1", "f4"),
-    ("contrast1", "f4"),
+    ("operations", "i1", 4),
+    ("values", "f8", 4),
     ("grayscale", "?"),
-    ("blur", "?"),
-    ("sigma", "f4"),
+    ("sigma", "f8"),
     ("solarize", "?"),
-    ("flip", "i4"),
+    ("flip", "?"),
 ]
 CROP_DTYPE, VIEW_DTYPE = np.dtype(_CROP), np.dtype(_VIEW)
-_LUMA = np.array([0.299, 0.587, 0.114])
+_CODES = {"brightness": 1, "contrast": 2, "saturation": 3, "hue": 4}
 
 
 def parameters_dtype(views: int) -> np.dtype:
@@ -49,10 +42,11 @@ def parameters_dtype(views: int) -> np.dtype:
 
 
 class EncodedBatches(Batches):
-    """Batches as dicts: `content` uint8, the files one behind the other, `length` int64 [b], `parameters` uint8 [b, r].
+    """Batches of encoded images: dicts of `content`, `length` int64 [b] and `parameters` uint8 [b, r].
 
-    The r bytes of an image are a record of `parameters_dtype`. What DALI would read differently from Pillow (CMYK, palettes, 16 bits, transparency, EXIF
-    rotation, other formats) or what may be damaged is decoded by Pillow here and travels as an uncompressed PPM file, which DALI reads exactly;
+    `content` holds the files one behind the other; the r bytes of an image are a record of `parameters_dtype`.
+    What DALI would read differently from Pillow (CMYK, palettes, 16 bits, transparency, EXIF rotation, other formats)
+    or what may be damaged is decoded by Pillow here and travels as an uncompressed PPM file, which DALI reads exactly;
     `pillow_only` does so with all.
     """
 
@@ -101,7 +95,7 @@ def fill_parameters(record: np.void, width: int, height: int, size: int, drawn: 
     """Write the views of a `width` x `height` image into `record`; boxes are (y, x), of the crop after the halvings."""
     target, crop = record["crop"], crop_geometry(width, height, size)
     target["halvings"] = crop.halvings
-    target["halved"] = [(max(height >> level, 1), max(width >> level, 1)) for level in range(1, MAX_HALVINGS + 1)]
+    target["sizes"] = [(max(height >> level, 1), max(width >> level, 1)) for level in range(MAX_HALVINGS + 1)]
     x, y = crop.halved[0] / crop.resized[0], crop.halved[1] / crop.resized[1]
     target["start"] = crop.top * y, crop.left * x
     target["end"] = (crop.top + size) * y, (crop.left + size) * x
@@ -115,36 +109,13 @@ def to_ppm(image: Image.Image) -> bytes:
     return b"P6\n%d %d\n255\n" % image.size + image.tobytes()
 
 
-def hue_matrix(turns: float) -> np.ndarray:
-    """Return the rotation about the gray axis of RGB by `turns`: of the linear maps the one nearest to a shift in HSV."""
-    cos, sin = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)
-    same, following, preceding = (1 + 2 * cos) / 3, (1 - cos + 3**0.5 * sin) / 3, (1 - cos - 3**0.5 * sin) / 3
-    return np.array([[same, preceding, following], [following, same, preceding], [preceding, following, same]])
-
-
-def saturation_matrix(factor: float) -> np.ndarray:
-    """Return the blend with the luma, the weight of the image being `factor`."""
-    return factor * np.eye(3) + (1 - factor) * np.outer(np.ones(3), _LUMA)
-
-
 def _fill_view(target: np.void, view: AugmentedView) -> None:
     left, top, right, bottom = view.box
     target["start"], target["end"] = (top, left), (bottom, right)
-    target["jitter"] = bool(view.jitter)
-    factors = {"brightness0": 1.0, "contrast0": 1.0, "brightness1": 1.0, "contrast1": 1.0}
-    matrix, behind_hue = np.eye(3), 0
-    for name, value in view.jitter:
-        if name == "hue":
-            matrix, behind_hue = hue_matrix(value) @ matrix, 1
-        elif name == "saturation":
-            matrix = saturation_matrix(value) @ matrix
-        else:
-            factors[f"{name}{behind_hue}"] = value
-    for name, value in factors.items():
-        target[name] = value
-    target["matrix"] = matrix
+    for slot, (name, value) in enumerate(view.jitter):
+        target["operations"][slot], target["values"][slot] = _CODES[name], value
     target["grayscale"], target["solarize"], target["flip"] = view.grayscale, view.solarize, view.flip
-    target["blur"], target["sigma"] = view.blur is not None, view.blur or 1.0
+    target["sigma"] = view.blur or 0.0
 
 
 def _is_plain(image: Image.Image, content: bytes) -> bool:
