@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from epg_fast.config import DataConfig
-from epg_fast.data.loader import PillowLoader
+from epg_fast.data.dali import DaliLoader, dali_is_installed
+from epg_fast.data.loader import Loader, PillowLoader
 from epg_fast.data.source import ImageSource
+from epg_fast.ops import extension_status
+
+logger = logging.getLogger("epg_fast")
+
+INSTALL_DALI = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120)"
 
 
-def resolve_backend(name: str) -> str:
-    """Return the loader that `name` ("auto", "dali" or "pillow") means here, "dali" or "pillow"."""
-    return "pillow"
+def resolve_backend(name: str, device: torch.device | str = "cpu", three_views: bool = False) -> str:
+    """Return the loader that `name` ("auto", "dali" or "pillow") means for training on `device`: "dali" or "pillow".
+
+    "auto" is DALI where it is installed. On a CPU the augmented views also want the C++ extension, without which
+    Pillow is faster. One log line says why "auto" took Pillow. Raises ValueError for another name, and for "dali" when
+    it is not installed.
+    """
+    if name not in ("auto", "dali", "pillow"):
+        raise ValueError(f"data.backend: got {name!r}, wanted auto, dali or pillow")
+    if name == "pillow":
+        return "pillow"
+    if not dali_is_installed():
+        if name == "dali":
+            raise ValueError(
+                f"data.backend: got dali, which is not installed; {INSTALL_DALI}, or use --data.backend pillow"
+            )
+        logger.info("images are decoded with Pillow; DALI is faster, but not installed: %s", INSTALL_DALI)
+        return "pillow"
+    if name == "auto" and three_views and torch.device(device).type == "cpu" and not extension_status()[0]:
+        logger.info("images are decoded with Pillow, as the extension is %s", extension_status()[1])
+        return "pillow"
+    return "dali"
 
 
 def make_loader(
@@ -27,27 +54,28 @@ def make_loader(
     start: int = 0,
     three_views: bool = False,
     device: torch.device | str = "cpu",
-) -> PillowLoader:
+) -> Loader:
     """Return the loader `backend` ("dali" or "pillow") of `source`; see `epg_fast.data` for what every loader keeps.
 
     Args:
         source: the images.
         config: flips, augmentations, workers, share of bad files.
         backend: what `resolve_backend` returned.
-        image_size, batch_size, seed, rank, world_size, start: see `PillowLoader`.
+        image_size, batch_size, seed, rank, world_size, start: see `Loader`.
         three_views: also the two augmented views of pre-training.
         device: where training runs; DALI decodes there.
     """
-    return PillowLoader(
-        source,
-        image_size=image_size,
-        batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        start=start,
-        flip_probability=config.flip_probability,
-        augment=config.augment if three_views else None,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    options = {
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+        "start": start,
+        "flip_probability": config.flip_probability,
+        "augment": config.augment if three_views else None,
+        "max_bad_fraction": config.max_bad_fraction,
+    }
+    if backend == "pillow":
+        return PillowLoader(source, workers=config.workers, **options)
+    return DaliLoader(source, threads=max(config.workers, 1), readers=config.readers, device=device, **options)

@@ -1,14 +1,13 @@
-"""Batches decoded and resized by NVIDIA DALI: on the GPU with one (nvJPEG), by its CPU operators without.
+"""Batches decoded by NVIDIA DALI.
 
 The order of the images and the parameters of their views are those of `PillowLoader`: nothing random is left to DALI.
-What follows the random resized crop is `epg_fast.ops.augment_view`: one pass of the extension on a CPU. Differences
-from Pillow in 8-bit levels (`tests/data/test_dali.py` holds them to these):
 
-    decoding                          none
-    centre crop                       mean 0.3 (the resizes round at other places)
-    random resized crop               mean 0.2
-    jitter, grayscale, solarisation   none on the same crop
-    Gaussian blur                     mean 0.6 on the same crop (Pillow approximates the Gaussian by boxes)
+- On a CPU DALI decodes; the crops and what follows are `epg_fast.ops.resized_crop` and `augment_view`, one pass each of
+  the C++ extension, in Pillow's own arithmetic: DALI's resizes and colours are slower, and only similar. The batches
+  equal Pillow's but for the Gaussian blur, which Pillow approximates by boxes, and one level here and there where
+  Pillow resamples along y before x.
+- On a GPU DALI decodes (nvJPEG) and resizes there, and `augment_view` follows there: within 0.6 levels of 255 of Pillow
+  on average for crops (0.2 from 256 pixels on), when its operators are run on a CPU. It has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -24,9 +23,12 @@ import torch
 from epg_fast.data.encoded import EncodedBatches, max_halvings, parameters_dtype
 from epg_fast.data.loader import Loader, WorkerStream
 from epg_fast.data.source import ImageSource
-from epg_fast.ops import augment_view
+from epg_fast.ops import augment_view, extension_status, resized_crop
 
 logger = logging.getLogger("epg_fast")
+
+# More than any image can be halved.
+_LEVELS = 15
 
 
 def dali_is_installed() -> bool:
@@ -47,7 +49,8 @@ class DaliLoader(Loader):
         device: a CUDA device decodes and augments there; "cpu" uses DALI's CPU operators.
         prefetch: batches that DALI works on ahead.
 
-    An image that DALI cannot decode is tried with Pillow before it counts as bad. Raises ImportError without DALI.
+    An image that DALI cannot decode is tried with Pillow before it counts as bad. Raises ImportError without DALI and,
+    on a CPU, ValueError without the extension.
     """
 
     backend = "dali"
@@ -67,11 +70,18 @@ class DaliLoader(Loader):
                 "the DALI loader needs NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda130 "
                 "(or -cuda120), or use --data.backend pillow"
             )
+        self.device = torch.device(device)
+        if self.device.type == "cpu" and not extension_status()[0]:
+            raise ValueError(
+                f"the DALI loader on a CPU needs the extension, which is {extension_status()[1]}; "
+                "or use --data.backend pillow"
+            )
         if threads < 1 or prefetch < 1:
             raise ValueError(f"threads, prefetch: got {threads}, {prefetch}, wanted at least 1")
         super().__init__(source, **options)
         self.threads, self.prefetch = threads, prefetch
-        self.device = torch.device(device)
+        # here, or with the operations of the extension, which are for a CPU
+        self._dali_resizes = self.device.type != "cpu"
         self._batches = EncodedBatches(self)
         self._stream = WorkerStream(self._batches, self.iteration, readers)
         self._dtype = parameters_dtype(len(self._batches.names) - 1)
@@ -94,10 +104,7 @@ class DaliLoader(Loader):
             outputs = self._run()
         encoded = self._under_way.popleft()
         self.iteration += 1
-        batch = {name: _to_torch(output) for name, output in zip(self._batches.names, outputs, strict=True)}
-        records = self._records(encoded)
-        for name in self._batches.names[1:]:
-            batch[name] = _augment(batch[name], records[name])
+        batch = self._views(outputs, self._records(encoded))
         return batch | {"label": encoded["label"], "index": encoded["index"]}
 
     def close(self) -> None:
@@ -107,6 +114,16 @@ class DaliLoader(Loader):
         self._pipeline = None
         self._under_way.clear()
         self._again.clear()
+
+    def _views(self, outputs: tuple, records: np.ndarray) -> dict[str, torch.Tensor]:
+        names = ("crop", *self._batches.names[1:])
+        if self._dali_resizes:
+            crops = [_to_torch(output.as_tensor()) for output in outputs]
+        else:
+            images = [_to_torch(image) for image in outputs[0]]
+            crops = [_resized_crop(images, records[name], self.image_size) for name in names]
+        views = [_augment(crop, records[name]) for crop, name in zip(crops, names, strict=True)]
+        return dict(zip(self._batches.names, views, strict=True))
 
     def _run(self) -> tuple:
         try:
@@ -130,8 +147,7 @@ class DaliLoader(Loader):
         content, lengths = encoded["content"].numpy(), encoded["length"].tolist()
         ends = itertools.accumulate(lengths)
         files = [content[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        records = self._records(encoded)
-        return [files, *(np.ascontiguousarray(records[group][name]) for group, name in _inputs(self._dtype))]
+        return [files, *_boxes(self._records(encoded), self.image_size)] if self._dali_resizes else [files]
 
     def _records(self, encoded: dict) -> np.ndarray:
         return encoded["parameters"].numpy().view(self._dtype).reshape(-1)
@@ -154,8 +170,8 @@ class DaliLoader(Loader):
     def _build(self):
         pipeline = _make_pipeline(
             self._feed,
-            self._dtype,
             self.image_size,
+            crops=len(self._batches.names) if self._dali_resizes else 0,
             batch_size=self._batches.local_size,
             num_threads=self.threads,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
@@ -167,45 +183,73 @@ class DaliLoader(Loader):
         return pipeline
 
 
-def _inputs(dtype: np.dtype) -> list[tuple[str, str]]:
-    """The fields of a record that DALI takes, as (view, name)."""
-    crop, *views = dtype.names
-    names = [(crop, name) for name in ("halvings", "sizes", "start", "end", "flip")]
-    return names + [(view, name) for view in views for name in ("start", "end")]
+def _boxes(records: np.ndarray, size: int) -> list[np.ndarray]:
+    """DALI's inputs for the crops: halvings, the size before each; then start and end (y, x) of every crop."""
+    crop, *views = (records[name] for name in records.dtype.names)
+    levels = np.arange(_LEVELS)
+    inputs = [crop["halvings"].astype(np.int32), (crop["shape"][:, None, ::-1] >> levels[:, None]).astype(np.float32)]
+    pixel = crop["box"][:, 2:] / crop["resized"]
+    start = crop["offset"] * pixel
+    boxes = [(start, start + size * pixel)]
+    boxes += [(view["box"][:, :2], view["box"][:, 2:]) for view in views]
+    return inputs + [np.ascontiguousarray(edge[:, ::-1], np.float32) for box in boxes for edge in box]
 
 
-def _to_torch(output) -> torch.Tensor:
+def _to_torch(tensor) -> torch.Tensor:
     from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
-    return to_torch_tensor(output.as_tensor(), copy=False)
+    return to_torch_tensor(tensor, copy=False)
+
+
+def _tensors(records: np.ndarray, *names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(records[name])) for name in names}
+
+
+def _resized_crop(images: list[torch.Tensor], view: np.ndarray, size: int) -> torch.Tensor:
+    """Decoded images and the records of one view -> [b, H, W, 3]."""
+    batch, boxes = len(images), torch.from_numpy(np.ascontiguousarray(view["box"]))
+    if "resized" in view.dtype.names:
+        crop = _tensors(view, "halvings", "resized", "offset")
+        return resized_crop(images, crop["halvings"], boxes, crop["resized"], crop["offset"], size, "bicubic")
+    none = torch.zeros(batch, dtype=torch.int64)
+    whole = torch.full((batch, 2), size), torch.zeros(batch, 2, dtype=torch.int64)
+    return resized_crop(images, none, boxes, *whole, size, "bilinear")
 
 
 def _augment(crops: torch.Tensor, view: np.ndarray) -> torch.Tensor:
     """[b, H, W, 3] and the records of their views -> [b, 3, H, W]."""
-    names = ("operations", "values", "grayscale", "sigma", "solarize", "flip")
-    return augment_view(crops, **{name: torch.from_numpy(np.ascontiguousarray(view[name])) for name in names})
+    if "operations" in view.dtype.names:
+        return augment_view(crops, **_tensors(view, "operations", "values", "grayscale", "sigma", "solarize", "flip"))
+    batch = len(crops)
+    nothing, no = {"dtype": torch.float64}, torch.zeros(batch, dtype=torch.bool)
+    return augment_view(
+        crops,
+        torch.zeros(batch, 4, dtype=torch.int8),
+        torch.zeros(batch, 4, **nothing),
+        no,
+        torch.zeros(batch, **nothing),
+        no,
+        **_tensors(view, "flip"),
+    )
 
 
-def _make_pipeline(feed, dtype: np.dtype, size: int, **options):
-    """Return the pipeline from `feed`'s inputs to the centre crop [b, 3, size, size], the views [b, size, size, 3]."""
+def _make_pipeline(feed, size: int, crops: int, **options):
+    """Return the pipeline from `feed`'s inputs to decoded images, or to `crops` crops of them, [b, size, size, 3]."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.pipeline import do_not_convert
 
-    names, levels = _inputs(dtype), max_halvings(size)
-    box = np.full((2, 2), 0.25, np.float32)
+    levels = max_halvings(size)
     decoder = "cpu" if options["device_id"] is None else "mixed"
+    box = np.full((2, 2), 0.25, np.float32)
 
     @do_not_convert
     def inputs():
-        content, *columns = fn.external_source(source=feed, num_outputs=1 + len(names), batch=True)
-        p = {group: {} for group in dtype.names}
-        for (group, name), column in zip(names, columns, strict=True):
-            p[group][name] = column
-        return content, p
+        return fn.external_source(source=feed, num_outputs=1 + (2 + 2 * crops if crops else 0), batch=True)
 
-    def resize(image, p, interpolation):
-        box = {"roi_start": p["start"], "roi_end": p["end"]}
-        return fn.resize(image, size=(size, size), interp_type=interpolation, antialias=True, **box)
+    def resize(image, start, end, interpolation):
+        return fn.resize(
+            image, size=(size, size), roi_start=start, roi_end=end, interp_type=interpolation, antialias=True
+        )
 
     def halve(image, shape, to):
         # Pillow's BOX filter: the mean of the two by two pixels whose centres lie in the larger one. The filter leaves
@@ -215,22 +259,22 @@ def _make_pipeline(feed, dtype: np.dtype, size: int, **options):
         # Pillow rounds halves up, once per direction: a quarter more on average than rounding once
         return fn.cast(image + 0.25, dtype=types.UINT8)
 
-    def center_crop(image, p):
-        for level in range(levels):
-            if p["halvings"] > level:
-                image = halve(image, p["sizes"][level], p["sizes"][level + 1])
-        image = resize(image, p, types.INTERP_CUBIC)
-        return fn.crop_mirror_normalize(
-            image, mirror=p["flip"], dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
-        )
+    @pipeline_def(enable_conditionals=True, **options)
+    def decoded():
+        (content,) = inputs()
+        return fn.decoders.image(content, device=decoder, output_type=types.RGB, adjust_orientation=False)
 
     @pipeline_def(enable_conditionals=True, **options)
-    def views():
-        content, p = inputs()
+    def cropped():
+        content, halvings, shapes, start, end, *views = inputs()
         image = fn.decoders.image(content, device=decoder, output_type=types.RGB, adjust_orientation=False)
-        outputs = [center_crop(image, p["crop"])]
-        for group in dtype.names[1:]:
-            outputs.append(resize(image, p[group], types.INTERP_LINEAR))
+        halved = image
+        for level in range(levels):
+            if halvings > level:
+                halved = halve(halved, shapes[level], shapes[level + 1])
+        outputs = [resize(halved, start, end, types.INTERP_CUBIC)]
+        for view in range(crops - 1):
+            outputs.append(resize(image, views[2 * view], views[2 * view + 1], types.INTERP_LINEAR))
         return tuple(outputs)
 
-    return views()
+    return cropped() if crops else decoded()

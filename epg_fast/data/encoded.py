@@ -12,19 +12,19 @@ from epg_fast.data.views import AugmentedView, ViewParameters, crop_geometry, dr
 
 # Larger images are refused by Pillow as decompression bombs.
 _LONGEST_SHORT_SIDE = 13_377
-MAX_HALVINGS = 13
 _ORIENTATION = 0x0112
 
+# Boxes are (left, top, right, bottom) in pixels, of the crop after its halvings; pairs are (x, y).
 _CROP = [
-    ("halvings", "i4"),
-    ("sizes", "f4", (MAX_HALVINGS + 1, 2)),
-    ("start", "f4", 2),
-    ("end", "f4", 2),
-    ("flip", "i4"),
+    ("shape", "i8", 2),
+    ("halvings", "i8"),
+    ("box", "f8", 4),
+    ("resized", "i8", 2),
+    ("offset", "i8", 2),
+    ("flip", "?"),
 ]
 _VIEW = [
-    ("start", "f4", 2),
-    ("end", "f4", 2),
+    ("box", "f8", 4),
     ("operations", "i1", 4),
     ("values", "f8", 4),
     ("grayscale", "?"),
@@ -88,17 +88,17 @@ class EncodedBatches(Batches):
 
 def max_halvings(size: int) -> int:
     """Return how often the centre crop to `size` pixels halves the largest image there is."""
-    return min(max(int(np.log2(_LONGEST_SHORT_SIDE / size)), 0), MAX_HALVINGS)
+    return max(int(np.log2(_LONGEST_SHORT_SIDE / size)), 0)
 
 
 def fill_parameters(record: np.void, width: int, height: int, size: int, drawn: ViewParameters) -> None:
-    """Write the views of a `width` x `height` image into `record`; boxes are (y, x), of the crop after the halvings."""
+    """Write the views of a `width` x `height` image into `record`."""
     target, crop = record["crop"], crop_geometry(width, height, size)
+    target["shape"] = width, height
     target["halvings"] = crop.halvings
-    target["sizes"] = [(max(height >> level, 1), max(width >> level, 1)) for level in range(MAX_HALVINGS + 1)]
-    x, y = crop.halved[0] / crop.resized[0], crop.halved[1] / crop.resized[1]
-    target["start"] = crop.top * y, crop.left * x
-    target["end"] = (crop.top + size) * y, (crop.left + size) * x
+    target["box"] = 0, 0, *crop.halved
+    target["resized"] = crop.resized
+    target["offset"] = crop.left, crop.top
     target["flip"] = drawn.flip
     for which, view in enumerate(drawn.augmented, 1):
         _fill_view(record[f"view{which}"], view)
@@ -110,8 +110,7 @@ def to_ppm(image: Image.Image) -> bytes:
 
 
 def _fill_view(target: np.void, view: AugmentedView) -> None:
-    left, top, right, bottom = view.box
-    target["start"], target["end"] = (top, left), (bottom, right)
+    target["box"] = view.box
     for slot, (name, value) in enumerate(view.jitter):
         target["operations"][slot], target["values"][slot] = _CODES[name], value
     target["grayscale"], target["solarize"], target["flip"] = view.grayscale, view.solarize, view.flip

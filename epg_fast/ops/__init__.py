@@ -25,6 +25,7 @@ from epg_fast.ops.linear_gate_residual import linear_gate_residual, linear_gate_
 from epg_fast.ops.linear_gelu import linear_gelu, linear_gelu_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
+from epg_fast.ops.resized_crop import resized_crop, resized_crop_ref
 from epg_fast.ops.skip_linear import skip_linear, skip_linear_ref
 from epg_fast.ops.timestep_embedding import (
     timestep_condition,
@@ -67,6 +68,8 @@ __all__ = [
     "patch_loss_ref",
     "patchify",
     "philox_normal",
+    "resized_crop",
+    "resized_crop_ref",
     "skip_linear",
     "skip_linear_ref",
     "timestep_condition",

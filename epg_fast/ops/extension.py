@@ -20,6 +20,7 @@ OPERATORS = (
     "global_norm_out",
     "heun_step_",
     "heun_step_out",
+    "resized_crop_out",
 )
 
 # EPG_EXTENSION chooses another build of the library, such as one with AddressSanitizer.

@@ -30,6 +30,9 @@ STABLE_TORCH_LIBRARY(epg_fast, m) {
       "fused_adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor(f!) steps, Tensor lrs, Tensor weight_decays, Tensor ema_weights,"
       " Tensor norm, Tensor found_inf, Tensor max_norm, Tensor? grad_scale, float beta1, float beta2, float eps) -> ()");
+  m.def(
+      "resized_crop_out(Tensor(a!) out, Tensor[] images, Tensor halvings, Tensor boxes, Tensor resized, Tensor offsets,"
+      " int filter) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(epg_fast, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

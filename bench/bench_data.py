@@ -1,0 +1,157 @@
+"""Images per second of the loaders, Pillow against DALI, on the same images with the same parameters.
+
+    python -m bench.bench_data                          # 512 synthetic photographs of about 500 x 375 pixels
+    python -m bench.bench_data --images /data/imagenet/train --views 1 --threads 16 --device cuda
+
+Providers take turns for `--rounds` rounds and the medians are reported. Before that, both make the first batches and
+are compared: a loader that is wrong is not timed.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from epg_fast.config import AugmentConfig, DataConfig
+from epg_fast.data import ImageSource, Loader, make_loader, open_images
+
+# Mean difference in 8-bit levels that the first batches may have.
+_ALLOWED = 1.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", help="folder of class folders or tars; by default synthetic photographs")
+    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--views", type=int, nargs="+", default=[1, 3], choices=[1, 3])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="Pillow's processes, DALI's threads")
+    parser.add_argument("--readers", type=int, default=0, help="DALI's reading processes")
+    parser.add_argument("--device", default="cpu", help="where DALI works")
+    parser.add_argument("--seconds", type=float, default=6.0, help="per measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_images(options.images or write_photographs(Path(folder), 512))
+        rows = [row for views in options.views for row in measure(source, options, views)]
+    report = {"processor": processor(), "torch": torch.__version__, "options": vars(options), "rows": rows}
+    print(f"{processor()}, {options.threads} threads, {options.image_size} pixels, batches of {options.batch_size}")
+    for row in rows:
+        rates = ", ".join(f"{rate:.0f}" for rate in row["rounds"])
+        print(
+            f"{row['views']} view{'s' if row['views'] > 1 else ''}  {row['loader']:<6}  {row['rate']:6.0f} images/s"
+            f"  ({rates})  {row['speed_up']:.2f} x Pillow  difference {row['difference']:.2f} levels"
+        )
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    return 0
+
+
+def measure(source: ImageSource, options: argparse.Namespace, views: int) -> list[dict]:
+    """Rates of both loaders for `views` views per image."""
+    difference = compare(source, options, views)
+    rates: dict[str, list[float]] = {"pillow": [], "dali": []}
+    for _ in range(options.rounds):
+        for name, found in rates.items():
+            with loader(name, source, options, views) as batches:
+                found.append(rate(batches, options))
+    base = statistics.median(rates["pillow"])
+    return [
+        {
+            "views": views,
+            "loader": name,
+            "rate": statistics.median(found),
+            "rounds": found,
+            "speed_up": statistics.median(found) / base,
+            "difference": difference if name == "dali" else 0.0,
+        }
+        for name, found in rates.items()
+    ]
+
+
+def loader(name: str, source: ImageSource, options: argparse.Namespace, views: int) -> Loader:
+    config = DataConfig(workers=options.threads, readers=options.readers, augment=AugmentConfig())
+    return make_loader(
+        source,
+        config,
+        backend=name,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        seed=0,
+        three_views=views == 3,
+        device=options.device,
+    )
+
+
+def rate(batches: Loader, options: argparse.Namespace) -> float:
+    """Images per second once everything is under way."""
+    for _ in range(max(4, 2 * options.threads)):
+        next(batches)
+    started, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < options.seconds:
+        next(batches)["x"].sum().item()  # waits for the GPU, if there is one
+        count += options.batch_size
+    return count / elapsed
+
+
+def compare(source: ImageSource, options: argparse.Namespace, views: int) -> float:
+    """Mean difference of the first batches in 8-bit levels; raises SystemExit when it is too large."""
+    found = []
+    for name in ("pillow", "dali"):
+        with loader(name, source, options, views) as batches:
+            found.append([{k: v.cpu() for k, v in batch.items()} for batch in itertools.islice(batches, 2)])
+    differences = []
+    for pillow, dali in zip(*found, strict=True):
+        if not torch.equal(pillow["index"], dali["index"]):
+            raise SystemExit("the loaders disagree about the order of the images: nothing was timed")
+        pixels = [name for name, tensor in pillow.items() if tensor.dtype == torch.uint8]
+        differences += [(pillow[name].float() - dali[name].float()).abs().mean().item() for name in pixels]
+    if max(differences) > _ALLOWED:
+        raise SystemExit(f"the loaders' pixels differ by {max(differences):.2f} levels: nothing was timed")
+    return max(differences)
+
+
+def write_photographs(root: Path, count: int) -> Path:
+    """Write JPEG files with the spectrum, sizes and weight (about 100 kB) of ImageNet's photographs."""
+    rng = np.random.default_rng(0)
+    sizes = [(500, 375)] * 5 + [(375, 500)] * 2 + [(500, 333)] * 2 + [(640, 480), (400, 300), (800, 600)]
+    for i in range(count):
+        width, height = sizes[rng.integers(len(sizes))]
+        path = root / f"class{i % 10}" / f"{i:05d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photograph(rng, width, height)).save(path, quality=88)
+    return root
+
+
+def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Return noise with amplitudes falling as 1/frequency and correlated colours, uint8 [height, width, 3]."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    noise = rng.normal(size=(3, height, width))
+    planes = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(height, width))
+    planes /= planes.std(axis=(1, 2), keepdims=True)
+    luma, warm, cool = planes
+    pixels = 118 + 55 * luma[..., None] + 22 * np.stack([warm, 0 * warm, cool], axis=-1)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

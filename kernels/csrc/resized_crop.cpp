@@ -1,0 +1,279 @@
+// Resampling of 8-bit RGB images on the CPU, in the fixed-point arithmetic of Pillow: a pass over columns, a pass over
+// rows, each rounded to 8 bits. Both are weighted sums of contiguous lines, which the compiler vectorises.
+
+#include "common.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+namespace epg_fast {
+namespace {
+
+constexpr int kChannels = 3;
+constexpr int kBits = 22;  // 8 bits of pixel, 2 of headroom for weights beyond 1
+// Rows that are turned into lines of one column together.
+constexpr int64_t kRows = 32;
+
+enum class Filter : int64_t { kBox = 0, kBilinear = 1, kBicubic = 2 };
+
+double support_of(Filter filter) { return filter == Filter::kBox ? 0.5 : filter == Filter::kBilinear ? 1.0 : 2.0; }
+
+double weight_at(Filter filter, double x) {
+  if (filter == Filter::kBox) {
+    return x > -0.5 && x <= 0.5 ? 1.0 : 0.0;
+  }
+  x = std::abs(x);
+  if (filter == Filter::kBilinear) {
+    return x < 1.0 ? 1.0 - x : 0.0;
+  }
+  constexpr double a = -0.5;
+  if (x < 1.0) {
+    return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
+  }
+  return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
+}
+
+// For each output position the input positions it is made of, and their weights in units of 2^-kBits.
+struct Taps {
+  int64_t first = 0;  // of all inputs used
+  int64_t last = 0;   // one behind
+  std::vector<int64_t> begin;
+  std::vector<int64_t> count;
+  std::vector<int32_t> weights;
+  int64_t stride = 0;
+
+  const int32_t* of(int64_t position) const { return weights.data() + position * stride; }
+};
+
+// Outputs `offset` .. `offset + outputs` of resampling [low, high) of a line of `size` pixels to `resized` pixels.
+Taps make_taps(int64_t size, float low, float high, int64_t resized, int64_t offset, int64_t outputs, Filter filter) {
+  const double scale = static_cast<double>(high - low) / static_cast<double>(resized);
+  const double stretch = std::max(scale, 1.0);
+  const double support = support_of(filter) * stretch;
+  Taps taps;
+  taps.stride = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
+  taps.begin.resize(outputs);
+  taps.count.resize(outputs);
+  taps.weights.assign(outputs * taps.stride, 0);
+  taps.first = size;
+  std::vector<double> line(taps.stride);
+  for (int64_t i = 0; i < outputs; ++i) {
+    const double center = low + (static_cast<double>(i + offset) + 0.5) * scale;
+    const int64_t begin = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
+    const int64_t end = std::min(static_cast<int64_t>(center + support + 0.5), size);
+    const int64_t count = std::clamp<int64_t>(end - begin, 0, taps.stride);
+    double sum = 0.0;
+    for (int64_t k = 0; k < count; ++k) {
+      line[k] = weight_at(filter, (static_cast<double>(begin + k) - center + 0.5) / stretch);
+      sum += line[k];
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const double weight = (sum != 0.0 ? line[k] / sum : line[k]) * static_cast<double>(1 << kBits);
+      taps.weights[i * taps.stride + k] = static_cast<int32_t>(weight < 0.0 ? weight - 0.5 : weight + 0.5);
+    }
+    taps.begin[i] = begin;
+    taps.count[i] = count;
+    taps.first = std::min(taps.first, begin);
+    taps.last = std::max(taps.last, begin + count);
+  }
+  taps.first = std::min(taps.first, taps.last);
+  return taps;
+}
+
+// out[i] = sum over k of weights[k] * lines[k * stride + i], rounded to 8 bits; i runs over `length` bytes.
+EPG_CPU_CLONES void weighted_sum(uint8_t* out, const uint8_t* lines, int64_t stride, const int32_t* weights,
+                                 int64_t count, int64_t length) {
+  constexpr int64_t kBlock = 256;
+  int32_t sums[kBlock];
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t n = std::min(kBlock, length - start);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      sums[i] = 1 << (kBits - 1);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const uint8_t* const line = lines + k * stride + start;
+      const int32_t weight = weights[k];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        sums[i] += weight * line[i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t value = sums[i] >> kBits;
+      out[start + i] = static_cast<uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
+    }
+  }
+}
+
+struct Image {
+  const uint8_t* pixels;
+  int64_t height;
+  int64_t width;
+};
+
+void copy_pixel(uint8_t* to, const uint8_t* from) {
+  to[0] = from[0];
+  to[1] = from[1];
+  to[2] = from[2];
+}
+
+// Memory that a thread keeps: fresh memory would cost more than the resampling.
+struct Scratch {
+  std::vector<uint8_t> columns;
+  std::vector<uint8_t> sums;
+  std::vector<uint8_t> rows;
+  std::vector<uint8_t> halved[2];
+};
+
+// Rows `vertical.first` .. `vertical.last` of `image` resampled along x, as lines of `outputs` pixels in scratch.rows.
+void resample_along_x(Scratch& scratch, const Image& image, const Taps& horizontal, const Taps& vertical,
+                      int64_t outputs) {
+  const int64_t used = horizontal.last - horizontal.first;
+  constexpr int64_t kLine = kRows * kChannels;
+  scratch.columns.resize(used * kLine);
+  scratch.sums.resize(outputs * kLine);
+  scratch.rows.resize((vertical.last - vertical.first) * outputs * kChannels);
+  for (int64_t top = vertical.first; top < vertical.last; top += kRows) {
+    const int64_t rows = std::min(kRows, vertical.last - top);
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint8_t* from = image.pixels + ((top + row) * image.width + horizontal.first) * kChannels;
+      uint8_t* to = scratch.columns.data() + row * kChannels;
+      for (int64_t x = 0; x < used; ++x, from += kChannels, to += kLine) {
+        copy_pixel(to, from);
+      }
+    }
+    for (int64_t x = 0; x < outputs; ++x) {
+      weighted_sum(scratch.sums.data() + x * kLine,
+                   scratch.columns.data() + (horizontal.begin[x] - horizontal.first) * kLine, kLine, horizontal.of(x),
+                   horizontal.count[x], rows * kChannels);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint8_t* from = scratch.sums.data() + row * kChannels;
+      uint8_t* to = scratch.rows.data() + (top - vertical.first + row) * outputs * kChannels;
+      for (int64_t x = 0; x < outputs; ++x, from += kLine, to += kChannels) {
+        copy_pixel(to, from);
+      }
+    }
+  }
+}
+
+void resample(uint8_t* out, Scratch& scratch, const Image& image, const Taps& horizontal, const Taps& vertical) {
+  const int64_t width = static_cast<int64_t>(horizontal.begin.size());
+  const int64_t line = width * kChannels;
+  resample_along_x(scratch, image, horizontal, vertical, width);
+  for (size_t y = 0; y < vertical.begin.size(); ++y) {
+    weighted_sum(out + y * line, scratch.rows.data() + (vertical.begin[y] - vertical.first) * line, line,
+                 vertical.of(y), vertical.count[y], line);
+  }
+}
+
+// `halvings` times the mean over about two by two pixels; the last result is in scratch.
+Image halve(Scratch& scratch, Image image, int64_t halvings) {
+  for (int64_t i = 0; i < halvings; ++i) {
+    const int64_t height = image.height / 2;
+    const int64_t width = image.width / 2;
+    const Taps horizontal =
+        make_taps(image.width, 0.0f, static_cast<float>(image.width), width, 0, width, Filter::kBox);
+    const Taps vertical =
+        make_taps(image.height, 0.0f, static_cast<float>(image.height), height, 0, height, Filter::kBox);
+    std::vector<uint8_t>& to = scratch.halved[i % 2];
+    to.resize(height * width * kChannels);
+    resample(to.data(), scratch, image, horizontal, vertical);
+    image = {to.data(), height, width};
+  }
+  return image;
+}
+
+struct Arguments {
+  std::vector<Image> images;
+  const int64_t* halvings;
+  const double* boxes;
+  const int64_t* resized;
+  const int64_t* offsets;
+  Filter filter;
+  int64_t height;
+  int64_t width;
+  uint8_t* out;
+};
+
+void crop_one(const Arguments& a, int64_t i) {
+  static thread_local Scratch scratch;
+  const Image image = halve(scratch, a.images[i], a.halvings[i]);
+  const double* const box = a.boxes + 4 * i;
+  const auto edge = [&](int k) { return static_cast<float>(box[k]); };
+  const Taps horizontal =
+      make_taps(image.width, edge(0), edge(2), a.resized[2 * i], a.offsets[2 * i], a.width, a.filter);
+  const Taps vertical =
+      make_taps(image.height, edge(1), edge(3), a.resized[2 * i + 1], a.offsets[2 * i + 1], a.height, a.filter);
+  resample(a.out + i * a.height * a.width * kChannels, scratch, image, horizontal, vertical);
+}
+
+const void* parameter(const char* name, const Tensor& tensor, ScalarType dtype, int64_t batch, int64_t columns) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "resized_crop: ", name, " has a wrong dtype");
+  STD_TORCH_CHECK(!tensor.is_cuda() && tensor.is_contiguous(), "resized_crop: ", name,
+                  " must be contiguous and on the CPU");
+  STD_TORCH_CHECK(tensor.numel() == batch * columns, "resized_crop: ", name, " has ", tensor.numel(),
+                  " values, wanted ", batch * columns);
+  return tensor.const_data_ptr();
+}
+
+void check_image(const Arguments& a, int64_t i) {
+  const Image& image = a.images[i];
+  const std::string where = "resized_crop: image " + std::to_string(i);
+  const int64_t halvings = a.halvings[i];
+  STD_TORCH_CHECK(halvings >= 0 && halvings < 32 && (image.height >> halvings) > 0 && (image.width >> halvings) > 0,
+                  where, " of ", image.height, " x ", image.width, " pixels cannot be halved ", halvings, " times");
+  const double* const box = a.boxes + 4 * i;
+  STD_TORCH_CHECK(0.0 <= box[0] && box[0] < box[2] && box[2] <= static_cast<double>(image.width >> halvings) &&
+                      0.0 <= box[1] && box[1] < box[3] && box[3] <= static_cast<double>(image.height >> halvings),
+                  where, " has a box that is empty or not inside it");
+  const int64_t* const resized = a.resized + 2 * i;
+  const int64_t* const offset = a.offsets + 2 * i;
+  constexpr int64_t kLongest = 1 << 20;
+  STD_TORCH_CHECK(resized[0] <= kLongest && resized[1] <= kLongest && offset[0] >= 0 && offset[1] >= 0 &&
+                      offset[0] <= resized[0] - a.width && offset[1] <= resized[1] - a.height,
+                  where, " has a window that is not inside its resized box");
+}
+
+void resized_crop_cpu(Tensor out, std::vector<Tensor> images, Tensor halvings, Tensor boxes, Tensor resized,
+                      Tensor offsets, int64_t filter) {
+  const int64_t batch = static_cast<int64_t>(images.size());
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.is_contiguous() && !out.is_cuda() && out.dim() == 4 &&
+                      out.size(0) == batch && out.size(3) == kChannels,
+                  "resized_crop: out must be uint8 [batch, height, width, 3], contiguous, on the CPU");
+  STD_TORCH_CHECK(filter >= 0 && filter <= 2, "resized_crop: filter must be 0, 1 or 2, got ", filter);
+  Arguments a{{},
+              static_cast<const int64_t*>(parameter("halvings", halvings, ScalarType::Long, batch, 1)),
+              static_cast<const double*>(parameter("boxes", boxes, ScalarType::Double, batch, 4)),
+              static_cast<const int64_t*>(parameter("resized", resized, ScalarType::Long, batch, 2)),
+              static_cast<const int64_t*>(parameter("offsets", offsets, ScalarType::Long, batch, 2)),
+              static_cast<Filter>(filter),
+              out.size(1),
+              out.size(2),
+              static_cast<uint8_t*>(out.mutable_data_ptr())};
+  for (int64_t i = 0; i < batch; ++i) {
+    const Tensor& image = images[i];
+    STD_TORCH_CHECK(image.scalar_type() == ScalarType::Byte && image.is_contiguous() && !image.is_cuda() &&
+                        image.dim() == 3 && image.size(2) == kChannels,
+                    "resized_crop: images[", i, "] must be uint8 [height, width, 3], contiguous, on the CPU");
+    a.images.push_back({static_cast<const uint8_t*>(image.const_data_ptr()), image.size(0), image.size(1)});
+    check_image(a, i);
+  }
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      crop_one(a, i);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace epg_fast
+
+STABLE_TORCH_LIBRARY_IMPL(epg_fast, CPU, m) { m.impl("resized_crop_out", TORCH_BOX(&epg_fast::resized_crop_cpu)); }
