@@ -4,7 +4,7 @@ The batch interface, which every loader keeps and training relies on:
 
 - A loader is an infinite iterator over one rank's share of the global batches, starting at global iteration `start`.
 - A batch is a dict: `x` uint8 [b, 3, H, W] (centre crop, maybe flipped), `label` int64 [b], `index` int64 [b] (position
-  in the `ImageFolder`) and, for pre-training, `view1` and `view2`, uint8 [b, 3, H, W]; b = global batch / ranks.
+  in the `ImageSource`) and, for pre-training, `view1` and `view2`, uint8 [b, 3, H, W]; b = global batch / ranks.
   Tensors are contiguous and may live on any device; `PixelNormalization` turns them into network input there.
 - A batch depends on nothing but the seed, the global iteration and the position in the global batch. A run resumed at
   any iteration, with any number of workers and ranks, sees the same images in the same order.
@@ -19,13 +19,16 @@ from epg_fast.data.folder import ImageFolder
 from epg_fast.data.loader import PillowLoader
 from epg_fast.data.normalization import PixelNormalization
 from epg_fast.data.prepare import prepare_folder
+from epg_fast.data.shards import prepare_shards, verify_shards
 from epg_fast.data.source import DataError, ImageSource, decode_image
+from epg_fast.data.tars import ImageTars
 from epg_fast.data.views import augmented_view, center_crop, training_views
 
 __all__ = [
     "DataError",
     "ImageFolder",
     "ImageSource",
+    "ImageTars",
     "PillowLoader",
     "PixelNormalization",
     "augmented_view",
@@ -35,6 +38,8 @@ __all__ = [
     "open_images",
     "prepare_digits",
     "prepare_folder",
+    "prepare_shards",
     "resolve_backend",
     "training_views",
+    "verify_shards",
 ]

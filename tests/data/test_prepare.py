@@ -68,7 +68,7 @@ def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
     done = list(out.rglob("*.png"))
     assert len(done) < 300 and all(Image.open(path).convert("RGB").size == (64, 64) for path in done)
     assert not json.loads((out / "manifest.json").read_text())["complete"]
-    with pytest.raises(ValueError, match="images of size 64, wanted 32"):
+    with pytest.raises(ValueError, match="images of image_size 64, wanted 32"):
         prepare_folder(source, out, 32, workers=0)
     assert prepare_folder(source, out, 64, workers=0)["complete"]
     assert len(ImageFolder(out)) == 300
