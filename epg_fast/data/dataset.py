@@ -24,18 +24,20 @@ def open_images(path: str | os.PathLike) -> ImageSource:
     if not path.exists():
         raise ValueError(f"data path: {path} does not exist, {_WANTED}; check the spelling or prepare the data")
     if not path.is_dir():
-        if not path.name.lower().endswith((".tar", *COMPRESSED)):
+        if not _is_tar(path.name):
             raise ValueError(f"data path: {path} is a file, {_WANTED}; pass the folder instead")
         return ImageTars(path)
     with os.scandir(path) as entries:
         visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    tars = [
-        entry.name for entry in visible if not entry.is_dir() and entry.name.lower().endswith((".tar", *COMPRESSED))
-    ]
     folders = [entry.name for entry in visible if entry.is_dir()]
+    tars = [name for entry in visible if _is_tar(name := entry.name) and not entry.is_dir()]
     if tars and folders:
         raise ValueError(
             f"data path: {path} has both tars ({tars[0]}) and folders ({folders[0]}), wanted one kind; "
             f"pass {path / tars[0]} or {path / folders[0]}, or move one kind away"
         )
     return ImageTars(path) if tars else ImageFolder(path)
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith((".tar", *COMPRESSED))

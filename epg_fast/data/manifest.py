@@ -66,8 +66,8 @@ def check_counts(folder: Path, manifest: dict, classes: list[str], labels: Seque
         if found.get(name) != wanted.get(name):
             raise ValueError(
                 f"data path: {folder} has {found.get(name, 'no')} images of class {name!r}, wanted "
-                f"{wanted.get(name, 'none')} by {MANIFEST}; run prepare-data again, or delete {MANIFEST} if this change "
-                "was yours"
+                f"{wanted.get(name, 'none')} by {MANIFEST}; run prepare-data again, or delete {MANIFEST} if you "
+                "wanted this"
             )
 
 

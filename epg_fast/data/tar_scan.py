@@ -182,7 +182,7 @@ def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[st
     if any(scan.inner for scan in scans):
         if len(scans) > 1:
             raise ValueError(
-                f"data path: {_some(folder, tars)}: one of them is a tar of class tars, which is read alone; pass that file"
+                f"data path: one of {_some(folder, tars)} is a tar of class tars, which is read alone; pass that file"
             )
         classes = sorted(set(scans[0].inner))
         numbers = {name: label for label, name in enumerate(classes)}
