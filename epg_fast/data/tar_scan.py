@@ -195,7 +195,7 @@ def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[st
         logger.warning(
             "%s: no image has a .cls beside it: one class, 'all'%s",
             _some(folder, tars),
-            "" if len(tars) == 1 else " (tars whose names count up are shards; give tars of classes other names)",
+            "" if len(tars) == 1 else " (numbered tars are shards; name tars of classes otherwise)",
         )
         return ["all"], np.zeros(sum(counts), np.int64)
     classes = sorted(tar.removesuffix(".tar") for tar in tars)
@@ -219,9 +219,9 @@ def _sample_labels(path: Path, scan: _Scan) -> np.ndarray:
 
 
 def _are_numbered(stems: list[str]) -> bool:
-    """Whether the stems are one prefix and consecutive numbers, as those of shards."""
-    matches = [re.fullmatch(r"(.*?)([0-9]{1,18})", stem, re.DOTALL) for stem in stems]
-    if not all(matches) or len({match[1] for match in matches}) > 1:
+    """Whether the stems are one prefix and consecutive numbers of five digits or more, as those of shards."""
+    matches = [re.fullmatch(r"(.*?)([0-9]{5,18})", stem, re.DOTALL) for stem in stems]
+    if not all(matches) or len({(match[1], len(match[2])) for match in matches}) > 1:
         return False
     numbers = {int(match[2]) for match in matches}
     return len(numbers) == len(stems) and max(numbers) - min(numbers) == len(stems) - 1

@@ -28,7 +28,7 @@ class ImageTars(ImageSource):
     - WebDataset shards: a member `key.jpg` (or .jpeg, .png, .webp, .bmp) has `key.cls` beside it in the same tar, its
       class index in ASCII digits; other members are ignored. Classes are those of `prepare-data`'s manifest.json, else
       "0", "1", ... up to the largest label. Without any .cls a single tar, or tars whose names are one prefix with
-      consecutive numbers, are one class "all" (warned about).
+      consecutive numbers of at least five digits, are one class "all" (warned about).
     - A tar per class, as ImageNet's `n01440764.tar`, without any .cls: the class is the tar's name.
     - A tar of such tars, as `ILSVRC2012_img_train.tar`; the only tar of its folder, or passed itself.
 
