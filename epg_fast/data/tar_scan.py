@@ -120,28 +120,35 @@ def _damaged(path: Path, file, start: int, stop: int, reason: str) -> str:
 
 @dataclass
 class _Scan:
-    """What one tar holds."""
+    """What one tar holds.
+
+    Attributes:
+        names, offsets, sizes: of its images.
+        labels: from the .cls beside each image, -1 where it has none; None if the tar has no .cls.
+        inner: the class of each image, in a tar of class tars.
+        ignored: how many members are neither images nor labels.
+    """
 
     names: list[str] = field(default_factory=list)
     offsets: array = field(default_factory=lambda: array("q"))
     sizes: array = field(default_factory=lambda: array("q"))
-    labels: dict[str, int] = field(default_factory=dict)
+    labels: np.ndarray | None = None
     inner: list[str] = field(default_factory=list)
     ignored: int = 0
 
 
 def _scan(path: Path) -> _Scan:
-    scan, inner = _Scan(), []
+    scan, inner, labels = _Scan(), [], {}
     with open(path, "rb") as file:
         for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size):
             stem, extension = os.path.splitext(name)
             if extension == ".cls":
-                scan.labels[stem] = _label(os.pread(file.fileno(), min(size, 64), offset), path / name)
+                labels[stem] = _label(os.pread(file.fileno(), min(size, 64), offset), path / name)
             elif extension == ".tar":
                 inner.append((name, offset, offset + size))
             else:
                 _add(scan, name, offset, size)
-        if inner and (scan.names or scan.labels):
+        if inner and (scan.names or labels):
             raise ValueError(
                 f"data path: {path} has both tars and images or labels as members, wanted one tar of images per class, "
                 "or images; unpack it"
@@ -156,6 +163,9 @@ def _scan(path: Path) -> _Scan:
             scan.inner += [os.path.splitext(name)[0]] * (len(scan.names) - before)
             if len(scan.names) == before:
                 raise ValueError(f"data path: {path / name} has no images; remove it or get it again")
+    if labels:
+        stems = (os.path.splitext(name)[0] for name in scan.names)
+        scan.labels = np.array([labels.get(stem, -1) for stem in stems], np.int64)
     return scan
 
 
@@ -187,7 +197,7 @@ def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[st
         classes = sorted(set(scans[0].inner))
         numbers = {name: label for label, name in enumerate(classes)}
         return classes, np.array([numbers[name] for name in scans[0].inner], np.int64)
-    if any(scan.labels for scan in scans):
+    if any(scan.labels is not None for scan in scans):
         labels = np.concatenate([_sample_labels(folder / tar, scan) for tar, scan in zip(tars, scans, strict=True)])
         return [str(label) for label in range(labels.max() + 1)], labels
     counts = [len(scan.names) for scan in scans]
@@ -205,16 +215,14 @@ def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[st
 
 
 def _sample_labels(path: Path, scan: _Scan) -> np.ndarray:
-    labels = np.empty(len(scan.names), np.int64)
-    for i, name in enumerate(scan.names):
-        stem = os.path.splitext(name)[0]
-        if stem not in scan.labels:
-            raise ValueError(
-                f"data path: {path} has {name} but no {stem}.cls, wanted a label beside every image (or beside none)"
-            )
-        labels[i] = scan.labels[stem]
-    if len(scan.labels) > len(scan.names):
-        logger.warning("%s: %d .cls members have no image", path, len(scan.labels) - len(scan.names))
+    labels = np.full(len(scan.names), -1) if scan.labels is None else scan.labels
+    missing = np.flatnonzero(labels < 0)
+    if len(missing):
+        name = scan.names[missing[0]]
+        raise ValueError(
+            f"data path: {path} has {name} but no {os.path.splitext(name)[0]}.cls, wanted a label beside every image "
+            "(or beside none)"
+        )
     return labels
 
 
