@@ -234,6 +234,17 @@ def test_a_truncated_tar_is_an_error_wherever_it_was_cut(tmp_path, layout):
     assert len(open_images(cut)) == total
 
 
+def test_a_class_tar_that_was_cut_before_it_was_packed_is_an_error(tmp_path):
+    """Behind the last one lie the zeros of the outer tar's end, which are not its own."""
+    imagenet(tmp_path)
+    with tarfile.open(tmp_path / "classes" / "n03.tar") as tar:
+        last = tar.getmembers()[-1]
+    members = {path.name: path.read_bytes() for path in sorted((tmp_path / "classes").glob("*.tar"))}
+    members["n03.tar"] = members["n03.tar"][: last.offset]
+    with pytest.raises(ValueError, match="outer.tar/n03.tar is truncated"):
+        open_images(pack(tmp_path / "outer.tar", members))
+
+
 def test_a_damaged_header_and_joined_tars_do_not_shorten_the_dataset(tmp_path):
     path = pack(tmp_path / "s.tar", samples(0, 4))
     content = path.read_bytes()
@@ -287,13 +298,22 @@ def test_a_damaged_index_is_made_again_with_one_line(tmp_path, monkeypatch, capl
     good = (root / "index.npz").read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 255
-    for content in (b"", b"rubbish", good[:-30], bytes(flipped)):
+    with np.load(root / "index.npz") as file:
+        columns = dict(file)
+    wrong = []
+    for change in ({"offset": columns["offset"] + 10**6}, {"label": columns["label"] + 3}, {"version": 0}):
+        np.savez(tmp_path / "wrong.npz", **columns | change)
+        wrong.append((tmp_path / "wrong.npz").read_bytes())
+    del columns["size"]
+    np.savez(tmp_path / "wrong.npz", **columns)
+    wrong.append((tmp_path / "wrong.npz").read_bytes())
+    for content in (b"", b"rubbish", good[:-30], bytes(flipped), *wrong):
         (root / "index.npz").write_bytes(content)
         caplog.clear()
         assert len(open_images(root)) == 3
-        assert len(caplog.records) == 1 and "index.npz is damaged" in caplog.text
+        assert len(caplog.records) == 1 and "the tars are indexed again" in caplog.text
         assert (root / "index.npz").read_bytes() == good
-    assert len(scanned) == 5
+    assert len(scanned) == 9
 
 
 def test_an_index_npz_of_somebody_else_is_left_alone(tmp_path, monkeypatch, cache):
