@@ -113,7 +113,7 @@ def _damaged(path: Path, file, start: int, stop: int, reason: str) -> str:
     for magic, name in _MAGIC.items():
         if first.startswith(magic):
             return f"data path: {path} is compressed ({name}), wanted a plain tar; decompress it"
-    if "unexpected end" in reason:
+    if any(text in reason for text in ("unexpected end", "empty header", "truncated header")):
         return f"data path: {path} is truncated: it ends after {stop - start} bytes inside of a member; get it again"
     return f"data path: {path} is no tar or is damaged ({reason}); get it again"
 

@@ -134,7 +134,8 @@ def find_tars(path: Path) -> tuple[Path, list[str]]:
     names = [name for name in names if not name.startswith(".")]
     compressed = [name for name in names if name.lower().endswith(COMPRESSED)]
     if compressed:
-        raise ValueError(f"data path: {compressed[0]} in {path} is compressed, wanted plain tars; decompress it")
+        where = path / compressed[0] if path.is_dir() else path
+        raise ValueError(f"data path: {where} is compressed, wanted plain tars; decompress it")
     tars = [name for name in names if name.endswith(".tar")]
     if not tars:
         raise ValueError(f"data path: {path} is or has no tar, wanted a file ending in .tar or a folder of such files")
@@ -187,10 +188,10 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 def _index(folder: Path, tars: list[str], name: str, *, prepared: bool) -> TarIndex:
     """Return the stored index of `tars` if it fits them, else scan them and store it."""
-    beside, cached = folder / name, _cache_file(folder / name)
+    beside, cached = folder / name, _cache_files(folder / name)
     # what prepare-data or somebody else stored beside the tars is never written over
     keep = prepared
-    for path in (beside, cached):
+    for path in (beside, *cached):
         try:
             index = TarIndex.load(path)
         except FileNotFoundError:
@@ -206,7 +207,7 @@ def _index(folder: Path, tars: list[str], name: str, *, prepared: bool) -> TarIn
     else:
         logger.info("indexing the tars in %s, once", folder)
         index = scan_tars(folder, tars)
-        _store(index, [cached] if keep else [beside, cached])
+        _store(index, cached if keep else [beside, *cached])
     if prepared and index.crc32 is None:
         logger.warning("%s: %s is lost: images are not checked; run prepare-data again", folder, INDEX)
     return index
@@ -222,10 +223,10 @@ def _fits(index: TarIndex, folder: Path, tars: list[str]) -> bool:
 
 
 def _store(index: TarIndex, paths: list[Path]) -> None:
+    reason = "no home folder, and XDG_CACHE_HOME is not set"
     for path in paths:
         try:
-            if path != paths[0] or len(paths) == 1:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             index.save(path)
             return
         except OSError as error:
@@ -233,6 +234,11 @@ def _store(index: TarIndex, paths: list[Path]) -> None:
     logger.warning("the index of the tars cannot be stored (%s); the next run reads all headers again", reason)
 
 
-def _cache_file(path: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "epg_fast" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.npz"
+def _cache_files(path: Path) -> list[Path]:
+    """Return the file that stands for `path` in the user's cache, if the user has one."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        # a container may run with a user id that has no home
+        return []
+    return [cache / "epg_fast" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.npz"]

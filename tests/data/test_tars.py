@@ -189,7 +189,7 @@ def test_what_is_no_dataset_is_refused_with_a_remedy(tmp_path):
     refused(tmp_path / "text.tar", "text.tar is no tar or is damaged")
     with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "none.tar", "x.png")
-    refused(tmp_path / "z.tar.gz", "z.tar.gz", "is compressed", "decompress it")
+    refused(tmp_path / "z.tar.gz", "z.tar.gz is compressed", "decompress it")
     (tmp_path / "named.tar").write_bytes((tmp_path / "z.tar.gz").read_bytes())
     refused(tmp_path / "named.tar", "is compressed (gzip)", "decompress it")
     (tmp_path / "gz").mkdir()
@@ -232,6 +232,19 @@ def test_a_truncated_tar_is_an_error_wherever_it_was_cut(tmp_path, layout):
             open_images(cut)
     cut.write_bytes(content[: end + 512])
     assert len(open_images(cut)) == total
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_no_cut_of_a_tar_with_long_names_passes_for_complete(tmp_path, format):
+    members = {"y" * 120 + name: content for name, content in samples(0, 2).items()}
+    whole = pack(tmp_path / "s.tar", members, format).read_bytes()
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    cut = tmp_path / "cut.tar"
+    for size in range(256, end + 512, 256):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="is truncated"):
+            open_images(cut)
 
 
 def test_a_class_tar_that_was_cut_before_it_was_packed_is_an_error(tmp_path):
@@ -311,7 +324,8 @@ def test_a_damaged_index_is_made_again_with_one_line(tmp_path, monkeypatch, capl
         (root / "index.npz").write_bytes(content)
         caplog.clear()
         assert len(open_images(root)) == 3
-        assert len(caplog.records) == 1 and "the tars are indexed again" in caplog.text
+        warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(warned) == 1 and "index.npz" in warned[0] and warned[0].endswith("the tars are indexed again")
         assert (root / "index.npz").read_bytes() == good
     assert len(scanned) == 9
 
@@ -344,6 +358,24 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, mo
     assert len(open_images(root)) == len(open_images(root)) == 3
     assert len(scanned) == 2 and [path.name for path in root.iterdir()] == ["s-0.tar"]
     assert len(list(cache.iterdir())) == 1
+
+
+def test_a_user_without_a_home_can_read_tars(tmp_path, monkeypatch, caplog):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    path = pack(tmp_path / "s.tar", samples(0, 3))
+    np.savez(tmp_path / "s.tar.index.npz", theirs=np.arange(3))
+    assert len(open_images(path)) == 3 and "cannot be stored (no home folder" in caplog.text
+    (tmp_path / "s.tar.index.npz").unlink()
+    monkeypatch.setattr(tars.TarIndex, "save", full)
+    caplog.clear()
+    assert len(open_images(path)) == 3 and "No space left" in caplog.text
 
 
 def test_processes_that_index_at_once_see_the_same_images(tmp_path):
