@@ -1,9 +1,9 @@
 import io
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import threading
@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 
 from epg_fast.data import DataError, ImageFolder, ImageTars, PillowLoader, open_images, prepare_shards, tars
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -378,23 +376,26 @@ def test_a_user_without_a_home_can_read_tars(tmp_path, monkeypatch, caplog):
     assert len(open_images(path)) == 3 and "No space left" in caplog.text
 
 
+def index_with_others(root, barrier, found):
+    barrier.wait()
+    source = ImageTars(root)
+    found.put((len(source), source.fingerprint()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
 def test_processes_that_index_at_once_see_the_same_images(tmp_path):
     root = tmp_path / "shards"
     for i in range(3):
         pack(root / f"s-{i}.tar", samples(100 * i, 60))
-    program = (
-        "import sys; from epg_fast.data.tars import ImageTars; print('ready', flush=True); input();"
-        "s = ImageTars(sys.argv[1]); print(len(s), s.fingerprint(), flush=True)"
-    )
-    command = [sys.executable, "-c", program, str(root)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
-    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
-    for run in runs:
-        run.stdin.write("go\n")
-        run.stdin.flush()
-    found = {run.communicate()[0] for run in runs}
-    assert found == {f"180 {ImageTars(root).fingerprint()}\n"}
+    context = multiprocessing.get_context("fork")
+    barrier, found = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=index_with_others, args=(root, barrier, found)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    results = {found.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert results == {(180, ImageTars(root).fingerprint())} and all(process.exitcode == 0 for process in processes)
     assert sorted(path.name for path in root.iterdir()) == ["index.npz", "s-0.tar", "s-1.tar", "s-2.tar"]
 
 
