@@ -72,14 +72,21 @@ def _finetune_consistency(config: configs.ConsistencyConfig) -> None:
 
 
 def _prepare_data(config: configs.PrepareDataConfig) -> None:
-    from epg_fast.data import prepare_digits, prepare_folder
+    from epg_fast.data import prepare_digits, prepare_folder, prepare_shards, verify_shards
 
     if not config.outdir:
         raise ValueError("outdir is missing; say where to write with --outdir")
-    if config.source == "digits":
+    if config.verify:
+        print(f"{verify_shards(config.outdir)} shards in {config.outdir} are as they were written")
+    elif config.source == "digits":
         prepare_digits(config.outdir)
-    else:
+    elif config.layout == "folder":
         prepare_folder(config.source, config.outdir, config.image_size, config.workers)
+    else:
+        names = ("workers", "images_per_shard", "format", "quality", "seed")
+        prepare_shards(
+            config.source, config.outdir, config.image_size, **{name: getattr(config, name) for name in names}
+        )
 
 
 def _sample(config: configs.SampleConfig) -> None:
@@ -132,7 +139,7 @@ _JOBS: dict[str, tuple[Callable, type | None]] = {
     "env": (_env, None),
 }
 _SUMMARIES = {
-    "prepare-data": "write the embedded digits, or centre crops of your images, as a folder of class folders",
+    "prepare-data": "write centre crops of your images as tar shards or class folders, or the embedded digits",
     "pretrain": "stage 1: self-supervised pre-training of the encoder",
     "finetune-diffusion": "stage 2a: diffusion fine-tuning of encoder and decoder",
     "finetune-consistency": "stage 2b: consistency fine-tuning for one-step generation",

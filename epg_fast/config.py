@@ -126,7 +126,7 @@ class DataConfig:
     """Where images come from and how they become tensors."""
 
     path: str = ""
-    """Folder of class folders with PNG or JPEG files."""
+    """Folder of class folders with images, folder of tars (`prepare-data`, WebDataset, ImageNet's), or a tar."""
     backend: Literal["auto", "dali", "pillow"] = "auto"
     """Who decodes and augments: `auto` takes DALI when it is installed and says so. Their pixels differ slightly."""
     normalization: Literal["imagenet", "simple"] = "imagenet"
@@ -385,7 +385,8 @@ class SampleConfig:
     num: int = 64
     """Images to draw."""
     labels: str = "balanced"
-    """`balanced`, `random`, or class indices such as `3` or `0,1,2` (repeated in turn)."""
+    """`balanced`, `random`, class indices such as `3` or `0,1,2` (repeated in turn), or `frequencies:PATH`, drawn as
+    often as in the data whose manifest.json of prepare-data (or its folder) is PATH."""
     seed: int = 0
     """Image i starts from noise that depends on the seed and i only."""
     sampler: Sampler = "heun"
@@ -462,16 +463,36 @@ class EvaluateConfig:
 
 @dataclass
 class PrepareDataConfig:
-    """Write a dataset as a folder of class folders."""
+    """Write centre crops of a dataset as tar shards or as a folder of class folders."""
 
     source: str = "digits"
-    """`digits` (the handwritten digits inside scikit-learn), or a folder of class folders to centre-crop."""
+    """`digits` (the handwritten digits inside scikit-learn, always a folder), or a folder of class folders, a tar or a
+    folder of tars (WebDataset, ImageNet's) to centre-crop."""
     outdir: str = ""
-    """Folder to write; digits make train/ and test/ in it."""
+    """Folder to write; digits make train/ and test/ in it. The same command goes on after an interruption."""
+    layout: Literal["shards", "folder"] = "shards"
+    """`shards`: WebDataset tars in mixed order with checksums; `folder`: PNG files, from a folder of class folders."""
     image_size: int = 256
-    """Side of the centre crop (folders only)."""
+    """Side of the centre crop (not for digits)."""
+    format: Literal["png", "jpeg"] = "png"
+    """Shards: `png` is lossless, `jpeg` (4:4:4) is smaller and is not."""
+    quality: int = 95
+    """Shards: quality of JPEG."""
+    images_per_shard: int = 2048
+    """Shards: images per tar; each worker makes one at a time."""
+    seed: int = 0
+    """Shards: seed of the order."""
     workers: int = 4
-    """Processes (folders only)."""
+    """Processes (not for digits)."""
+    verify: bool = False
+    """Write nothing; read the shards in `outdir` and compare them with their checksums."""
+
+    def __post_init__(self):
+        _check(self, 1, math.inf, "image_size", "images_per_shard")
+        _check(self, 0, math.inf, "seed", "workers")
+        _check(self, 1, 100, "quality")
+        if self.format != "png" and self.layout == "folder":
+            raise ValueError(f"format is {self.format}: layout folder is of PNG files; take layout shards")
 
 
 @dataclass

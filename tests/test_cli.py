@@ -275,6 +275,40 @@ def test_sample_refuses_what_it_cannot_do(capsys, checkpoint, tmp_path):
     assert (out / "samples.npz").read_bytes() == content
 
 
+def test_prepare_data_writes_shards_verifies_them_and_names_the_damaged_one(capsys, digits, tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "folder"
+    command = ["prepare-data", "--source", digits / "test", "--image_size", "8", "--workers", "0", "--outdir"]
+    flags = ["--images_per_shard", "200", "--format", "jpeg", "--quality", "90", "--seed", "3"]
+    assert main([str(a) for a in [*command, out, *flags]]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["format"], manifest["quality"], manifest["seed"], len(manifest["shards"])) == ("jpeg", 90, 3, 3)
+    verify = ["prepare-data", "--verify", "true", "--outdir"]
+    assert main([*verify, str(out)]) == 0
+    assert "3 shards" in capsys.readouterr().out
+    shard = out / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    _fails(capsys, [*verify, out], "shard-000001.tar is damaged", "delete it")
+    _fails(capsys, [*verify, digits], "has no shards")
+    assert main([str(a) for a in [*command, folder, "--layout", "folder"]]) == 0
+    assert len(list(folder.rglob("*.png"))) == 450
+    _fails(capsys, [*command, folder], "layout folder, wanted shards", "--layout folder")
+    _fails(capsys, [*command, out, "--layout", "folder", "--format", "jpeg"], "layout folder is of PNG files")
+    _fails(capsys, [*command, out, "--quality", "0"], "quality is 0")
+
+
+def test_labels_of_samples_may_follow_the_frequencies_of_the_data(capsys, checkpoint, tmp_path):
+    command = ["sample", "--checkpoint", checkpoint, "--num", "6", "--steps", "2", "--outdir", tmp_path / "s"]
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0.5, 0.5]}))
+    _fails(capsys, [*command, "--labels", f"frequencies:{manifest}"], "2 classes, the model has 10")
+    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0, 0.5, 0, 0.5] + [0] * 6}))
+    assert main([str(a) for a in [*command, "--labels", f"frequencies:{manifest}"]]) == 0
+    with np.load(tmp_path / "s" / "samples.npz") as stored:
+        assert set(stored["arr_1"].tolist()) == {1, 3}
+
+
 def test_evaluate_probe_and_export(capsys, checkpoint, digits, tmp_path):
     real = ["--train", digits / "train", "--test", digits / "test"]
     out = tmp_path / "probe.json"

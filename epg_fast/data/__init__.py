@@ -20,7 +20,9 @@ from epg_fast.data.folder import ImageFolder
 from epg_fast.data.loader import Loader, PillowLoader
 from epg_fast.data.normalization import PixelNormalization
 from epg_fast.data.prepare import prepare_folder
+from epg_fast.data.shards import prepare_shards, verify_shards
 from epg_fast.data.source import DataError, ImageSource, decode_image
+from epg_fast.data.tars import ImageTars
 from epg_fast.data.views import augmented_view, center_crop, training_views
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "DataError",
     "ImageFolder",
     "ImageSource",
+    "ImageTars",
     "Loader",
     "PillowLoader",
     "PixelNormalization",
@@ -38,6 +41,8 @@ __all__ = [
     "open_images",
     "prepare_digits",
     "prepare_folder",
+    "prepare_shards",
     "resolve_backend",
     "training_views",
+    "verify_shards",
 ]

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.source import ImageSource
+from epg_fast.data.tar_scan import COMPRESSED
+from epg_fast.data.tars import ImageTars
+
+_WANTED = "wanted a folder of class folders with images, a folder of tars, or a tar"
 
 
 def open_images(path: str | os.PathLike) -> ImageSource:
-    """Return the images at `path`: a folder of class folders (`ImageFolder`). Raises ValueError for anything else."""
-    return ImageFolder(path)
+    """Return the images at `path`: a folder of class folders (`ImageFolder`), a tar or a folder of tars (`ImageTars`).
+
+    Raises ValueError for anything else, and for a folder that has both tars and folders.
+    """
+    if not os.fspath(path):
+        raise ValueError(f"data path: got an empty path, {_WANTED}; set data.path")
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"data path: {path} does not exist, {_WANTED}; check the spelling or prepare the data")
+    if not path.is_dir():
+        if not _is_tar(path.name):
+            raise ValueError(f"data path: {path} is a file, {_WANTED}; pass the folder instead")
+        return ImageTars(path)
+    with os.scandir(path) as entries:
+        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    folders = [entry.name for entry in visible if entry.is_dir()]
+    tars = [name for entry in visible if _is_tar(name := entry.name) and not entry.is_dir()]
+    if tars and folders:
+        raise ValueError(
+            f"data path: {path} has both tars ({tars[0]}) and folders ({folders[0]}), wanted one kind; "
+            f"pass {path / tars[0]} or {path / folders[0]}, or move one kind away"
+        )
+    return ImageTars(path) if tars else ImageFolder(path)
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith((".tar", *COMPRESSED))

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+from epg_fast.data.manifest import check_complete, check_counts, read_manifest
 from epg_fast.data.source import ImageSource
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -24,7 +25,8 @@ class ImageFolder(ImageSource):
 
     Images are files ending in .png, .jpg, .jpeg, .webp or .bmp in any case; hidden files and folders are ignored.
     A class folder without images keeps its index, so that labels do not shift, and is warned about.
-    Raises ValueError for a missing folder, a file, or a folder without class folders or without images.
+    Raises ValueError for a missing folder, a file, a folder without class folders or without images, and an output of
+    `prepare-data` that is not complete or has not the images that its manifest.json counts.
     """
 
     def __init__(self, root: str | os.PathLike):
@@ -36,6 +38,10 @@ class ImageFolder(ImageSource):
         self.paths = [path for path, _ in found]
         self.labels = [label for _, label in found]
         self._check_found()
+        manifest = read_manifest(self.root)
+        if manifest is not None:
+            check_complete(self.root, manifest)
+            check_counts(self.root, manifest, self.classes, self.labels)
 
     def read(self, i: int) -> bytes:
         """Return the content of file `i`."""

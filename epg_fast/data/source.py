@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # A file may carry the wrong extension, but nothing else is tried: Pillow would start Ghostscript for an EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -72,7 +72,11 @@ class ImageSource(abc.ABC):
 
 def open_image(content: bytes) -> Image.Image:
     """Return the Pillow image of `content` with its header read and its pixels not. Raises whatever Pillow raises."""
-    return Image.open(io.BytesIO(content), formats=_FORMATS)
+    try:
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        # Pillow's text has an address in memory, another one in every run
+        raise UnidentifiedImageError(f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image") from None
 
 
 def decode_image(content: bytes) -> Image.Image:

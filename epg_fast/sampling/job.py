@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
+from epg_fast.data.manifest import load_class_frequencies
 from epg_fast.models import EPGViT, from_pretrained
 from epg_fast.runtime import resolve_device
 from epg_fast.sampling.engine import sample
@@ -81,7 +82,8 @@ def _draw(config: SampleConfig, model: EPGViT, weak: EPGViT | None, labels: list
 def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
     """Labels of `num` images: `balanced` (0, 1, ..., repeated), `random` (uniform, from the seed) or a list `3,7`.
 
-    Raises ValueError for anything else and for labels outside 0..num_classes-1.
+    `frequencies:PATH` draws from the seed with the probabilities in PATH, a manifest.json of `prepare-data` or its
+    folder. Raises ValueError for anything else, labels outside 0..num_classes-1 and another number of frequencies.
     """
     if not num_classes:
         return [0] * num
@@ -89,14 +91,28 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
         return [i % num_classes for i in range(num)]
     if how == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num).tolist()
+    if how.startswith("frequencies:"):
+        return _draw_labels(how.removeprefix("frequencies:"), num, num_classes, seed)
     try:
         chosen = [int(part) for part in how.split(",")]
     except ValueError:
-        raise ValueError(f"labels {how!r}: want balanced, random, or class indices such as 3 or 0,1,2") from None
+        raise ValueError(
+            f"labels {how!r}: want balanced, random, frequencies:PATH, or class indices such as 3 or 0,1,2"
+        ) from None
     wrong = [label for label in chosen if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(f"label {wrong[0]} is out of range: the model has classes 0..{num_classes - 1}")
     return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def _draw_labels(path: str, num: int, num_classes: int, seed: int) -> list[int]:
+    frequencies = load_class_frequencies(path)
+    if len(frequencies) != num_classes:
+        raise ValueError(
+            f"labels: {path} has the frequencies of {len(frequencies)} classes, the model has {num_classes}; "
+            "pass the manifest of the data it was trained on"
+        )
+    return np.random.default_rng(seed).choice(num_classes, size=num, p=frequencies).tolist()
 
 
 def _generator(source: str, config: SampleConfig, device: torch.device) -> EPGViT:

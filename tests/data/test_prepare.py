@@ -36,7 +36,7 @@ def test_every_image_becomes_its_centre_crop(make_folder, tmp_path, workers):
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["counts"] == {"an_empty_class": 0, "class0": 7, "class1": 7, "class2": 6}
     assert manifest["complete"] and manifest["image_size"] == 16 and manifest["source"] == str(source)
-    assert manifest["bad_files"] == {}
+    assert manifest["bad_files"] == {} and manifest["class_frequencies"] == [0, 0.35, 0.35, 0.3]
 
 
 def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path):
@@ -68,7 +68,9 @@ def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
     done = list(out.rglob("*.png"))
     assert len(done) < 300 and all(Image.open(path).convert("RGB").size == (64, 64) for path in done)
     assert not json.loads((out / "manifest.json").read_text())["complete"]
-    with pytest.raises(ValueError, match="images of size 64, wanted 32"):
+    with pytest.raises(ValueError, match="prepare-data was interrupted; run it again"):
+        ImageFolder(out)
+    with pytest.raises(ValueError, match="images of image_size 64, wanted 32"):
         prepare_folder(source, out, 32, workers=0)
     assert prepare_folder(source, out, 64, workers=0)["complete"]
     assert len(ImageFolder(out)) == 300
@@ -102,10 +104,35 @@ def test_over_one_percent_of_bad_files_is_an_error_after_the_work(make_folder, t
     with pytest.raises(DataError, match=r"2 of 100 images \(2.00%\).*class2/002.png.*class2/005.png"):
         prepare_folder(source, out, 16, workers=0)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert len(manifest["bad_files"]) == 2 and not manifest["complete"] and len(ImageFolder(out)) == 98
+    assert len(manifest["bad_files"]) == 2 and not manifest["complete"] and len(list(out.rglob("*.png"))) == 98
+    with pytest.raises(ValueError, match="could not decode 2 images"):
+        ImageFolder(out)
     Image.new("RGB", (20, 20)).save(source / "class2" / "002.png")
     Image.new("RGB", (20, 20)).save(source / "class2" / "005.png")
     assert prepare_folder(source, out, 16, workers=0)["complete"]
+
+
+def test_training_on_an_output_that_lost_or_gained_files_is_refused(make_folder, tmp_path):
+    source, out = make_folder(9), tmp_path / "out"
+    prepare_folder(source, out, 16, workers=0)
+    content = (out / "class1" / "001.png").read_bytes()
+    (out / "class1" / "001.png").unlink()
+    with pytest.raises(ValueError, match="has 2 images of class 'class1', wanted 3 by manifest.json"):
+        ImageFolder(out)
+    prepare_folder(source, out, 16, workers=0)
+    assert len(ImageFolder(out)) == 9
+    (out / "class9").mkdir()
+    (out / "class9" / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="has 1 images of class 'class9', wanted none"):
+        ImageFolder(out)
+
+
+def test_somebody_elses_manifest_is_warned_about_and_ignored(make_folder, caplog):
+    source = make_folder(9)
+    for content in ('{"complete": false}', '{"one": 1}\n{"two": 2}\n', "[1]"):
+        (source / "manifest.json").write_text(content)
+        caplog.clear()
+        assert len(ImageFolder(source)) == 9 and "was not written by prepare-data" in caplog.text
 
 
 def test_two_files_that_would_share_a_name_are_an_error_before_any_work(make_folder, tmp_path):

@@ -1,0 +1,239 @@
+"""Find the images in uncompressed tars and their classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from epg_fast.data.folder import EXTENSIONS
+from epg_fast.data.tar_index import Names, TarIndex
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_BLOCK = 512
+_MOST_CLASSES = 1_000_000
+
+logger = logging.getLogger("epg_fast")
+
+
+def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
+    """Return the index of the images in `tars` (file names in `folder`), in the order of the tars and their members.
+
+    Only headers and labels are read. See `ImageTars` for the layouts. Raises ValueError for what is none of them.
+    """
+    status = [os.stat(folder / name) for name in tars]
+    scans = [_scan(folder / name) for name in tars]
+    ignored = sum(scan.ignored for scan in scans)
+    if ignored:
+        logger.info("%s: ignored %d members of the tars that are no images", folder, ignored)
+    if not any(scan.names for scan in scans):
+        raise ValueError(
+            f"data path: no images in {_some(folder, tars)}, wanted members ending in {', '.join(EXTENSIONS)}"
+        )
+    classes, labels = _classes(folder, tars, scans)
+    return TarIndex(
+        tars=list(tars),
+        tar_bytes=np.array([s.st_size for s in status], np.int64),
+        tar_mtime=np.array([s.st_mtime_ns for s in status], np.int64),
+        classes=classes,
+        names=Names([name for scan in scans for name in scan.names]),
+        shard=np.repeat(np.arange(len(tars), dtype=np.int32), [len(scan.names) for scan in scans]),
+        offset=np.concatenate([np.array(scan.offsets, np.int64) for scan in scans]),
+        size=np.concatenate([np.array(scan.sizes, np.int64) for scan in scans]),
+        label=labels,
+    )
+
+
+def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of the regular members of the tar at bytes `start` to `stop` of `file`.
+
+    `path` is its name in errors. Directories, links and hidden members are left out, `./` in names too.
+    Raises ValueError for a damaged tar and one that ends early, also where `tarfile` would take it for complete.
+    """
+    if stop == start:
+        raise ValueError(f"data path: {path} is empty, wanted a tar; get it again")
+    file.seek(start)
+    try:
+        with tarfile.TarFile(fileobj=file, mode="r") as tar:
+            while (member := tar.next()) is not None:
+                # tarfile would keep them all
+                tar.members.clear()
+                if member.isreg() and member.offset_data + member.size > stop:
+                    raise ValueError(
+                        f"data path: {path} is truncated: it ends after {stop - start} bytes inside of {member.name}; "
+                        "get it again"
+                    )
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                if not member.isreg() or any(part.startswith(".") for part in parts):
+                    continue
+                if member.issparse():
+                    raise ValueError(
+                        f"data path: {path} has the sparse member {member.name}; write it without --sparse"
+                    )
+                yield "/".join(parts), member.offset_data, member.size
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(_damaged(path, file, start, stop, str(error))) from None
+    _check_end(file, path, start, end, stop)
+
+
+def _check_end(file, path: Path, start: int, end: int, stop: int) -> None:
+    """A tar ends with blocks of zeros; without them it was cut between two members, or a header is damaged."""
+    file.seek(end)
+    block = file.read(_BLOCK)
+    if end + _BLOCK > stop or len(block) < _BLOCK:
+        raise ValueError(
+            f"data path: {path} is truncated: it ends after {stop - start} bytes without the mark of a tar's end; "
+            "get it again"
+        )
+    if any(block):
+        raise ValueError(_damaged(path, file, start, stop, f"no header at byte {end - start}"))
+    position = end + _BLOCK
+    while position < stop:
+        rest = file.read(min(1 << 20, stop - position))
+        if not rest or any(rest.strip(b"\0")):
+            raise ValueError(
+                f"data path: {path} goes on behind its end at byte {end - start}: several tars were joined; "
+                "split them, or pack their content again"
+            )
+        position += len(rest)
+
+
+def _damaged(path: Path, file, start: int, stop: int, reason: str) -> str:
+    file.seek(start)
+    first = file.read(8)
+    for magic, name in _MAGIC.items():
+        if first.startswith(magic):
+            return f"data path: {path} is compressed ({name}), wanted a plain tar; decompress it"
+    if any(text in reason for text in ("unexpected end", "empty header", "truncated header")):
+        return f"data path: {path} is truncated: it ends after {stop - start} bytes inside of a member; get it again"
+    return f"data path: {path} is no tar or is damaged ({reason}); get it again"
+
+
+@dataclass
+class _Scan:
+    """What one tar holds.
+
+    Attributes:
+        names, offsets, sizes: of its images.
+        labels: from the .cls beside each image, -1 where it has none; None if the tar has no .cls.
+        inner: the class of each image, in a tar of class tars.
+        ignored: how many members are neither images nor labels.
+    """
+
+    names: list[str] = field(default_factory=list)
+    offsets: array = field(default_factory=lambda: array("q"))
+    sizes: array = field(default_factory=lambda: array("q"))
+    labels: np.ndarray | None = None
+    inner: list[str] = field(default_factory=list)
+    ignored: int = 0
+
+
+def _scan(path: Path) -> _Scan:
+    scan, inner, labels = _Scan(), [], {}
+    with open(path, "rb") as file:
+        for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size):
+            stem, extension = os.path.splitext(name)
+            if extension == ".cls":
+                labels[stem] = _label(os.pread(file.fileno(), min(size, 64), offset), path / name)
+            elif extension == ".tar":
+                inner.append((name, offset, offset + size))
+            else:
+                _add(scan, name, offset, size)
+        if inner and (scan.names or labels):
+            raise ValueError(
+                f"data path: {path} has both tars and images or labels as members, wanted one tar of images per class, "
+                "or images; unpack it"
+            )
+        # sorted as the classes of a folder, whatever the order of packing
+        for name, start, stop in sorted(inner):
+            before = len(scan.names)
+            for member, offset, size in walk_tar(file, path / name, start, stop):
+                if member.endswith((".cls", ".tar")):
+                    raise ValueError(f"data path: {path / name} has the member {member}, wanted images; unpack {path}")
+                _add(scan, f"{name}/{member}", offset, size)
+            scan.inner += [os.path.splitext(name)[0]] * (len(scan.names) - before)
+            if len(scan.names) == before:
+                raise ValueError(f"data path: {path / name} has no images; remove it or get it again")
+    if labels:
+        stems = (os.path.splitext(name)[0] for name in scan.names)
+        scan.labels = np.array([labels.get(stem, -1) for stem in stems], np.int64)
+    return scan
+
+
+def _add(scan: _Scan, name: str, offset: int, size: int) -> None:
+    if not name.lower().endswith(EXTENSIONS):
+        scan.ignored += 1
+        return
+    scan.names.append(name)
+    scan.offsets.append(offset)
+    scan.sizes.append(size)
+
+
+def _label(content: bytes, path: Path) -> int:
+    text = content.strip()
+    if not re.fullmatch(rb"[0-9]{1,18}", text):
+        raise ValueError(f"data path: {path} holds {content[:20]!r}, wanted a class index in ASCII digits")
+    if int(text) >= _MOST_CLASSES:
+        raise ValueError(f"data path: {path} holds {int(text)}, wanted a class index below {_MOST_CLASSES}")
+    return int(text)
+
+
+def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[str], np.ndarray]:
+    """Return the class names and each image's label."""
+    if any(scan.inner for scan in scans):
+        if len(scans) > 1:
+            raise ValueError(
+                f"data path: one of {_some(folder, tars)} is a tar of class tars, which is read alone; pass that file"
+            )
+        classes = sorted(set(scans[0].inner))
+        numbers = {name: label for label, name in enumerate(classes)}
+        return classes, np.array([numbers[name] for name in scans[0].inner], np.int64)
+    if any(scan.labels is not None for scan in scans):
+        labels = np.concatenate([_sample_labels(folder / tar, scan) for tar, scan in zip(tars, scans, strict=True)])
+        return [str(label) for label in range(labels.max() + 1)], labels
+    counts = [len(scan.names) for scan in scans]
+    if len(tars) == 1 or _are_numbered([tar.removesuffix(".tar") for tar in tars]):
+        logger.warning(
+            "%s: no image has a .cls beside it: one class, 'all'%s",
+            _some(folder, tars),
+            "" if len(tars) == 1 else " (numbered tars are shards; name tars of classes otherwise)",
+        )
+        return ["all"], np.zeros(sum(counts), np.int64)
+    classes = sorted(tar.removesuffix(".tar") for tar in tars)
+    numbers = [classes.index(tar.removesuffix(".tar")) for tar in tars]
+    logger.info("%s: no image has a .cls beside it: each of the %d tars is a class", folder, len(tars))
+    return classes, np.repeat(np.array(numbers, np.int64), counts)
+
+
+def _sample_labels(path: Path, scan: _Scan) -> np.ndarray:
+    labels = np.full(len(scan.names), -1) if scan.labels is None else scan.labels
+    missing = np.flatnonzero(labels < 0)
+    if len(missing):
+        name = scan.names[missing[0]]
+        raise ValueError(
+            f"data path: {path} has {name} but no {os.path.splitext(name)[0]}.cls, wanted a label beside every image "
+            "(or beside none)"
+        )
+    return labels
+
+
+def _are_numbered(stems: list[str]) -> bool:
+    """Whether the stems are one prefix and consecutive numbers of five digits or more, as those of shards."""
+    matches = [re.fullmatch(r"(.*?)([0-9]{5,18})", stem, re.DOTALL) for stem in stems]
+    if not all(matches) or len({(match[1], len(match[2])) for match in matches}) > 1:
+        return False
+    numbers = {int(match[2]) for match in matches}
+    return len(numbers) == len(stems) and max(numbers) - min(numbers) == len(stems) - 1
+
+
+def _some(folder: Path, tars: list[str]) -> str:
+    return str(folder / tars[0]) if len(tars) == 1 else f"the {len(tars)} tars in {folder}"

@@ -1,0 +1,486 @@
+import io
+import itertools
+import logging
+import multiprocessing
+import os
+import pickle
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from epg_fast.data import DataError, ImageFolder, ImageTars, PillowLoader, open_images, prepare_shards, tars
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "epg_fast"
+
+
+def png(seed, size=(12, 10)):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pack(path, members, format=tarfile.PAX_FORMAT):
+    """Write {name: content} as the tar `path`, with Python's tarfile; a str is a link's target, None a directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type = tarfile.DIRTYPE
+            elif isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return path
+
+
+def samples(first, count, extension="png", classes=3):
+    members = {}
+    for i in range(first, first + count):
+        members[f"{i:04d}.{extension}"] = png(i)
+        members[f"{i:04d}.cls"] = str(i % classes).encode()
+    return members
+
+
+def contents(source):
+    return {path: source.read(i) for i, path in enumerate(source.paths)}
+
+
+# layouts
+
+
+def test_webdataset_shards_are_read_as_pythons_tarfile_reads_them(tmp_path):
+    root = tmp_path / "shards"
+    pack(root / "b-000001.tar", samples(10, 5, "JPEG") | {"0010.json": b'{"label": 9}'})
+    # the label may come first, or in another order, and everything may lie in folders
+    pack(
+        root / "b-000000.tar",
+        dict(reversed((samples(0, 4) | {"./deep/x y.webp": png(99), "deep/x y.cls": b" 2\n"}).items())),
+    )
+    (root / "notes.txt").write_text("not a tar")
+    source = open_images(root)
+    assert isinstance(source, ImageTars) and source.classes == ["0", "1", "2"] and source.root == root
+    expected, labels = {}, []
+    for name in ("b-000000.tar", "b-000001.tar"):
+        with tarfile.open(root / name) as tar:
+            read = {member.name.removeprefix("./"): tar.extractfile(member).read() for member in tar}
+        for member, content in read.items():
+            if not member.endswith((".cls", ".json")):
+                expected[f"{name}/{member}"] = content
+                labels.append(int(read[os.path.splitext(member)[0] + ".cls"]))
+    assert list(source.paths) == list(expected) == [source.paths[i] for i in range(len(source))]
+    assert contents(source) == expected
+    assert source.labels.dtype == np.int64 and source.labels.tolist() == labels
+    np.testing.assert_array_equal(
+        np.asarray(source.load(0)), np.asarray(Image.open(io.BytesIO(expected[source.paths[0]])).convert("RGB"))
+    )
+    with pytest.raises(IndexError):
+        source.paths[len(source)]
+    assert source.paths[-1] == list(expected)[-1]
+
+
+def test_a_single_shard_and_a_class_without_images(tmp_path):
+    path = pack(tmp_path / "one.tar", {"a.png": png(0), "a.cls": b"0", "b.png": png(1), "b.cls": b"3"})
+    source = open_images(path)
+    assert source.classes == ["0", "1", "2", "3"] and source.labels.tolist() == [0, 3]
+    assert list(source.paths) == ["one.tar/a.png", "one.tar/b.png"] and (source.root / source.paths[0]).parent == path
+
+
+def imagenet(root):
+    """The same six images as class tars, as a tar of class tars and as class folders."""
+    names = {
+        "n02": ["n02_1.JPEG", "n02_10.JPEG"],
+        "n01": ["n01_7.JPEG"],
+        "n03": ["n03_1.JPEG", "n03_2.JPEG", "n03_4.JPEG"],
+    }
+    members = {}
+    for label, (name, files) in enumerate(names.items()):
+        images = {file: png(10 * label + i) for i, file in enumerate(files)}
+        members[f"{name}.tar"] = pack(root / "classes" / f"{name}.tar", images).read_bytes()
+        for file, content in images.items():
+            (root / "folder" / name).mkdir(parents=True, exist_ok=True)
+            (root / "folder" / name / file).write_bytes(content)
+    pack(root / "nested" / "ILSVRC2012_img_train.tar", members)
+    return ImageFolder(root / "folder")
+
+
+def test_a_tar_per_class_as_imagenets(tmp_path):
+    folder, source = imagenet(tmp_path), open_images(tmp_path / "classes")
+    assert source.classes == folder.classes == ["n01", "n02", "n03"] and source.labels.tolist() == folder.labels
+    assert contents(source) == {path.replace("/", ".tar/"): content for path, content in contents(folder).items()}
+
+
+@pytest.mark.parametrize("path", ["nested", "nested/ILSVRC2012_img_train.tar"])
+def test_the_tar_of_class_tars_is_read_without_unpacking(tmp_path, path):
+    folder, source = imagenet(tmp_path), open_images(tmp_path / path)
+    assert source.classes == folder.classes and source.labels.tolist() == folder.labels
+    prefix = "ILSVRC2012_img_train.tar/"
+    assert contents(source) == {
+        prefix + path.replace("/", ".tar/"): content for path, content in contents(folder).items()
+    }
+
+
+def test_images_without_labels_are_one_class(tmp_path, caplog):
+    for i in range(3):
+        pack(tmp_path / "shards" / f"x-{i:05d}.tar", {f"{i}.png": png(i)})
+    source = open_images(tmp_path / "shards")
+    assert source.classes == ["all"] and source.labels.tolist() == [0, 0, 0]
+    assert "one class, 'all'" in caplog.text
+    assert open_images(tmp_path / "shards" / "x-00001.tar").classes == ["all"]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_odd_names(tmp_path, format):
+    names = ["d" * 90 + "/" + "x" * 120, "with space, 'quotes' and \n", "Ünïcödé/图像", "two.dots.in", "-dash"]
+    members = {}
+    for i, name in enumerate(names):
+        members |= {f"{name}.png": png(i), f"{name}.cls": str(i).encode()}
+    path = pack(tmp_path / "odd näme 1.tar", members, format)
+    for _ in range(2):
+        # the second time from the index
+        source = open_images(path)
+        assert contents(source) == {f"odd näme 1.tar/{name}.png": members[f"{name}.png"] for name in names}
+        assert source.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_hidden_members_links_and_other_files_are_ignored_and_counted(tmp_path, caplog):
+    extra = {"sub": None, "link.png": "0000.png", "._0000.png": b"", ".git/x.png": b"", "README.md": b"", "a.json": b""}
+    with caplog.at_level(logging.INFO, "epg_fast"):
+        source = open_images(pack(tmp_path / "x.tar", extra | samples(0, 2)))
+    assert list(source.paths) == ["x.tar/0000.png", "x.tar/0001.png"]
+    assert caplog.text.count("ignored 2 members") == 1
+
+
+# refused
+
+
+def test_what_is_no_dataset_is_refused_with_a_remedy(tmp_path):
+    def refused(path, *texts):
+        with pytest.raises(ValueError) as caught:
+            open_images(path)
+        for text in texts:
+            assert text in str(caught.value)
+
+    good = samples(0, 3)
+    pack(tmp_path / "unlabelled" / "s.tar", {k: v for k, v in good.items() if k != "0001.cls"})
+    refused(tmp_path / "unlabelled", "s.tar has 0001.png but no 0001.cls")
+    for content in (b"cat", b"", b"-1", b"1.0", b"9" * 30):
+        refused(pack(tmp_path / "label.tar", good | {"0002.cls": content}), "0002.cls holds", "wanted a class index")
+    refused(pack(tmp_path / "texts.tar", {"a.txt": b"x"}), "no images in", "wanted members ending in .png")
+    refused(pack(tmp_path / "none.tar", {}), "no images in")
+    (tmp_path / "zero.tar").write_bytes(b"")
+    refused(tmp_path / "zero.tar", "is empty")
+    (tmp_path / "text.tar").write_bytes(b"no tar " * 300)
+    refused(tmp_path / "text.tar", "text.tar is no tar or is damaged")
+    with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "none.tar", "x.png")
+    refused(tmp_path / "z.tar.gz", "z.tar.gz is compressed", "decompress it")
+    (tmp_path / "named.tar").write_bytes((tmp_path / "z.tar.gz").read_bytes())
+    refused(tmp_path / "named.tar", "is compressed (gzip)", "decompress it")
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "z.tar.gz").rename(tmp_path / "gz" / "z.tar.gz")
+    refused(tmp_path / "gz", "is compressed")
+    refused(tmp_path / "missing", "does not exist")
+    refused("", "empty path")
+    (tmp_path / "file.txt").write_text("x")
+    refused(tmp_path / "file.txt", "is a file", "wanted a folder of class folders")
+    pack(tmp_path / "both" / "a.tar", good)
+    (tmp_path / "both" / "cats").mkdir()
+    refused(tmp_path / "both", "both tars (a.tar) and folders (cats)", "pass")
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+        pack(tmp_path / "splits" / name, good)
+    refused(tmp_path / "splits", "of training and of other images; pass one tar")
+    refused(pack(tmp_path / "mixed.tar", good | {"n01.tar": b""}), "has both tars and images")
+    imagenet(tmp_path)
+    pack(tmp_path / "nested" / "more.tar", good)
+    refused(tmp_path / "nested", "is a tar of class tars, which is read alone; pass that file")
+
+
+@pytest.mark.parametrize("layout", ["shard", "nested"])
+def test_a_truncated_tar_is_an_error_wherever_it_was_cut(tmp_path, layout):
+    """tarfile itself takes a tar cut inside of a header, or between two members, for a complete one."""
+    imagenet(tmp_path)
+    whole = (
+        pack(tmp_path / "s.tar", samples(0, 4)) if layout == "shard" else tmp_path / "nested/ILSVRC2012_img_train.tar"
+    )
+    content = whole.read_bytes()
+    with tarfile.open(whole) as tar:
+        last = tar.getmembers()[-1]
+    total = len(open_images(whole))
+    end = last.offset_data + -(-last.size // 512) * 512
+    cut = tmp_path / "cut.tar"
+    for size in (end, end - 1, end - 512, last.offset_data + 1, last.offset_data, last.offset + 100, last.offset, 700):
+        cut.write_bytes(content[:size])
+        with pytest.raises(
+            ValueError, match=f"cut.tar.* is truncated: it ends after {size} bytes|n03.tar is truncated"
+        ):
+            open_images(cut)
+    cut.write_bytes(content[: end + 512])
+    assert len(open_images(cut)) == total
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_no_cut_of_a_tar_with_long_names_passes_for_complete(tmp_path, format):
+    members = {"y" * 120 + name: content for name, content in samples(0, 2).items()}
+    whole = pack(tmp_path / "s.tar", members, format).read_bytes()
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    cut = tmp_path / "cut.tar"
+    for size in range(256, end + 512, 256):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="is truncated"):
+            open_images(cut)
+
+
+def test_a_class_tar_that_was_cut_before_it_was_packed_is_an_error(tmp_path):
+    """Behind the last one lie the zeros of the outer tar's end, which are not its own."""
+    imagenet(tmp_path)
+    with tarfile.open(tmp_path / "classes" / "n03.tar") as tar:
+        last = tar.getmembers()[-1]
+    members = {path.name: path.read_bytes() for path in sorted((tmp_path / "classes").glob("*.tar"))}
+    members["n03.tar"] = members["n03.tar"][: last.offset]
+    with pytest.raises(ValueError, match="outer.tar/n03.tar is truncated"):
+        open_images(pack(tmp_path / "outer.tar", members))
+
+
+def test_a_damaged_header_and_joined_tars_do_not_shorten_the_dataset(tmp_path):
+    path = pack(tmp_path / "s.tar", samples(0, 4))
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[3].offset
+    path.write_bytes(content[:third] + b"\1" * 512 + content[third + 512 :])
+    with pytest.raises(ValueError, match="s.tar is no tar or is damaged"):
+        open_images(path)
+    path.write_bytes(content + pack(tmp_path / "t.tar", samples(4, 2)).read_bytes())
+    with pytest.raises(ValueError, match="several tars were joined"):
+        open_images(path)
+
+
+# the index
+
+
+def count_scans(monkeypatch):
+    scanned, scan = [], tars.scan_tars
+    monkeypatch.setattr(tars, "scan_tars", lambda *args: scanned.append(args) or scan(*args))
+    return scanned
+
+
+def test_headers_are_read_once_and_again_when_a_tar_changes(tmp_path, monkeypatch, caplog):
+    scanned = count_scans(monkeypatch)
+    root = tmp_path / "shards"
+    pack(root / "s-0.tar", samples(0, 3))
+    first = open_images(root)
+    assert contents(open_images(root)) == contents(first) and len(scanned) == 1
+    assert open_images(root).fingerprint() == first.fingerprint()
+    pack(root / "s-1.tar", samples(3, 3))
+    assert len(open_images(root)) == 6 and len(scanned) == 2
+    # same size, other content and time
+    swapped = samples(3, 3) | {"0003.cls": b"2"}
+    pack(root / "s-1.tar", swapped)
+    os.utime(root / "s-1.tar", ns=(0, 0))
+    assert open_images(root).labels.tolist()[3] == 2 and len(scanned) == 3
+    (root / "s-0.tar").unlink()
+    assert len(open_images(root)) == 3 and len(scanned) == 4
+    # a tar by itself has an index of its own
+    open_images(root / "s-1.tar")
+    open_images(root)
+    assert len(scanned) == 5
+    assert sorted(path.name for path in root.iterdir()) == ["index.npz", "s-1.tar", "s-1.tar.index.npz"]
+
+
+def test_a_damaged_index_is_made_again_with_one_line(tmp_path, monkeypatch, caplog):
+    scanned = count_scans(monkeypatch)
+    root = tmp_path / "shards"
+    pack(root / "s-0.tar", samples(0, 3))
+    open_images(root)
+    good = (root / "index.npz").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 255
+    with np.load(root / "index.npz") as file:
+        columns = dict(file)
+    wrong = []
+    for change in ({"offset": columns["offset"] + 10**6}, {"label": columns["label"] + 3}, {"version": 0}):
+        np.savez(tmp_path / "wrong.npz", **columns | change)
+        wrong.append((tmp_path / "wrong.npz").read_bytes())
+    del columns["size"]
+    np.savez(tmp_path / "wrong.npz", **columns)
+    wrong.append((tmp_path / "wrong.npz").read_bytes())
+    for content in (b"", b"rubbish", good[:-30], bytes(flipped), *wrong):
+        (root / "index.npz").write_bytes(content)
+        caplog.clear()
+        assert len(open_images(root)) == 3
+        warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(warned) == 1 and "index.npz" in warned[0] and warned[0].endswith("the tars are indexed again")
+        assert (root / "index.npz").read_bytes() == good
+    assert len(scanned) == 9
+
+
+def test_an_index_npz_of_somebody_else_is_left_alone(tmp_path, monkeypatch, cache):
+    scanned = count_scans(monkeypatch)
+    root = tmp_path / "shards"
+    pack(root / "s-0.tar", samples(0, 3))
+    np.savez(root / "index.npz", theirs=np.arange(3))
+    before = (root / "index.npz").read_bytes()
+    assert len(open_images(root)) == len(open_images(root)) == 3
+    assert (root / "index.npz").read_bytes() == before and len(scanned) == 1 and len(list(cache.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, monkeypatch, cache, caplog):
+    scanned = count_scans(monkeypatch)
+    root = tmp_path / "shards"
+    pack(root / "s-0.tar", samples(0, 3))
+    save = tars.TarIndex.save
+
+    def read_only(self, path):
+        if path.parent in broken:
+            raise PermissionError(13, "Permission denied", str(path))
+        save(self, path)
+
+    monkeypatch.setattr(tars.TarIndex, "save", read_only)
+    broken = {root, cache}
+    assert len(open_images(root)) == 3 and "cannot be stored" in caplog.text
+    broken = {root}
+    assert len(open_images(root)) == len(open_images(root)) == 3
+    assert len(scanned) == 2 and [path.name for path in root.iterdir()] == ["s-0.tar"]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_user_without_a_home_can_read_tars(tmp_path, monkeypatch, caplog):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    path = pack(tmp_path / "s.tar", samples(0, 3))
+    np.savez(tmp_path / "s.tar.index.npz", theirs=np.arange(3))
+    assert len(open_images(path)) == 3 and "cannot be stored (no home folder" in caplog.text
+    (tmp_path / "s.tar.index.npz").unlink()
+    monkeypatch.setattr(tars.TarIndex, "save", full)
+    caplog.clear()
+    assert len(open_images(path)) == 3 and "No space left" in caplog.text
+
+
+def index_with_others(root, barrier, found):
+    barrier.wait()
+    source = ImageTars(root)
+    found.put((len(source), source.fingerprint()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
+def test_processes_that_index_at_once_see_the_same_images(tmp_path):
+    root = tmp_path / "shards"
+    for i in range(3):
+        pack(root / f"s-{i}.tar", samples(100 * i, 60))
+    context = multiprocessing.get_context("fork")
+    barrier, found = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=index_with_others, args=(root, barrier, found)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    results = {found.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert results == {(180, ImageTars(root).fingerprint())} and all(process.exitcode == 0 for process in processes)
+    assert sorted(path.name for path in root.iterdir()) == ["index.npz", "s-0.tar", "s-1.tar", "s-2.tar"]
+
+
+# reading
+
+
+def test_threads_forks_and_pickles_read_the_same_with_few_descriptors(tmp_path, monkeypatch):
+    root = tmp_path / "shards"
+    for i in range(12):
+        pack(root / f"s-{i:02d}.tar", samples(10 * i, 2))
+    monkeypatch.setattr(tars, "_OPEN_TARS", 3)
+    source = ImageTars(root)
+    expected = [source.read(i) for i in range(len(source))]
+
+    def opened():
+        return sum(os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(root)) for fd in os.listdir("/proc/self/fd"))
+
+    assert opened() == 3 and len(set(expected)) == 24
+    wrong = []
+
+    def read(seed):
+        for i in np.random.default_rng(seed).integers(24, size=400).tolist():
+            if source.read(i) != expected[i]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and opened() == 3
+    again = pickle.loads(pickle.dumps(source))
+    assert [again.read(i) for i in range(24)] == expected and again.classes == source.classes
+    source, again = None, None
+    assert opened() == 0
+
+
+def test_a_tar_that_changes_after_it_was_indexed_is_an_oserror(tmp_path):
+    path = pack(tmp_path / "s.tar", samples(0, 3))
+    source = open_images(path)
+    path.write_bytes(path.read_bytes()[: int(source.index.offset[2]) + 5])
+    with pytest.raises(OSError, match="ends inside of s.tar/0002.png"):
+        source.read(2)
+    copy = pickle.loads(pickle.dumps(source))
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        copy.read(0)
+
+
+def test_a_wrong_checksum_is_a_bad_file_for_the_loader(make_folder, tmp_path):
+    prepare_shards(make_folder(40), tmp_path / "out", 16, workers=0, images_per_shard=25)
+    source = open_images(tmp_path / "out")
+    loader = PillowLoader(source, image_size=16, batch_size=8, seed=0, workers=0, max_bad_fraction=0.1)
+    assert all(next(loader)["x"].shape == (8, 3, 16, 16) for _ in range(10)) and not loader.bad_files
+    shard = tmp_path / "out" / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(source.index.offset[30]) + 40] ^= 1
+    shard.write_bytes(content)
+    source = open_images(tmp_path / "out")
+    with pytest.raises(OSError, match="checksum of shard-000001.tar/.*png .* differs"):
+        source.read(30)
+    loader = PillowLoader(source, image_size=16, batch_size=8, seed=0, workers=0, max_bad_fraction=0.1)
+    for _ in range(5):
+        assert 30 not in next(loader)["index"].tolist()
+    assert list(loader.bad_files) == [source.paths[30]] and "OSError: checksum" in loader.bad_files[source.paths[30]]
+    strict = PillowLoader(source, image_size=16, batch_size=8, seed=0, workers=0)
+    with pytest.raises(DataError, match="checksum"):
+        for _ in range(5):
+            next(strict)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tars_give_exactly_the_batches_of_the_folder_they_were_packed_from(make_folder, tmp_path, workers):
+    folder = ImageFolder(make_folder(21, size=(40, 31)))
+    for label, name in enumerate(folder.classes):
+        files = [path for path, of in zip(folder.paths, folder.labels, strict=True) if of == label]
+        pack(
+            tmp_path / "tars" / f"{name}-x.tar", {Path(path).name: (folder.root / path).read_bytes() for path in files}
+        )
+    source = open_images(tmp_path / "tars")
+    assert source.labels.tolist() == folder.labels
+
+    def batches(images, workers):
+        with PillowLoader(images, image_size=16, batch_size=6, seed=5, workers=workers) as loader:
+            return list(itertools.islice(loader, 7))
+
+    for left, right in zip(batches(source, workers), batches(folder, 0), strict=True):
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
