@@ -18,6 +18,7 @@ from epg_fast.data.digits import prepare_digits
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.loader import PillowLoader
 from epg_fast.data.normalization import PixelNormalization
+from epg_fast.data.prefetch import Prefetcher
 from epg_fast.data.prepare import prepare_folder
 from epg_fast.data.source import DataError, ImageSource, decode_image
 from epg_fast.data.views import augmented_view, center_crop, training_views
@@ -28,6 +29,7 @@ __all__ = [
     "ImageSource",
     "PillowLoader",
     "PixelNormalization",
+    "Prefetcher",
     "augmented_view",
     "center_crop",
     "decode_image",
