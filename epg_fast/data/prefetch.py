@@ -17,7 +17,7 @@ _GRACE = 2.0
 
 
 class Prefetcher:
-    """An iterator over the batches of `loader`, in its order and bit for bit, drawn and copied to `device` ahead of time.
+    """The batches of `loader`, in its order and bit for bit, drawn and copied to `device` ahead of time.
 
     One daemon thread draws; at most `depth` batches are held. On CUDA the thread copies through pinned memory on a
     stream of its own, which is also the current stream while the loader is called: what the loader puts on the device
