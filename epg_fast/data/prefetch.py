@@ -22,14 +22,12 @@ class Prefetcher:
     One daemon thread draws; at most `depth` batches are held. On CUDA the thread copies through pinned memory on a
     stream of its own, which is also the current stream while the loader is called: what the loader puts on the device
     itself passes through and is ordered behind that stream. The consumer's current stream waits for the batch it gets,
-    and its memory is not used again before that stream is done with it. On the CPU nothing is copied.
+    and memory from torch's allocator is not used again before that stream is done with it; memory of another library
+    has no such protection, so that a loader must return copies of it. On the CPU nothing is copied.
 
     The thread starts with the first batch, while the consumer waits for it, so that a loader which forks processes does
     so while nothing else runs. An exception of the loader is raised, with its traceback, where its batch would have
     come, after the batches before it, and again by every later call.
-
-    With depth=0 the calling thread draws and copies: for images so small that handing a batch over costs more than
-    drawing it. `on_stall` is not called then, since there is nobody to call it.
 
     Attributes:
         waited: seconds that the consumer has waited for batches in total.
@@ -37,11 +35,11 @@ class Prefetcher:
     Args:
         loader: see `epg_fast.data`; `close` closes it.
         device: where the batches go.
-        depth: batches to hold.
+        depth: batches to hold, at least 1.
         on_stall: called with the seconds waited so far, in the waiting thread, every `patience` seconds of one wait.
         patience: seconds.
 
-    Raises ValueError for a negative depth.
+    Raises ValueError for a depth below 1.
     """
 
     def __init__(
@@ -52,8 +50,8 @@ class Prefetcher:
         on_stall: Callable[[float], None] = lambda seconds: None,
         patience: float = 5.0,
     ):
-        if depth < 0:
-            raise ValueError(f"depth: got {depth}, wanted at least 0")
+        if depth < 1:
+            raise ValueError(f"depth: got {depth}, wanted at least 1")
         self.waited = 0.0
         self._loader, self._batches, self._device = loader, iter(loader), torch.device(device)
         self._depth, self._on_stall, self._patience = depth, on_stall, patience
@@ -72,7 +70,7 @@ class Prefetcher:
             raise RuntimeError("this prefetcher is closed; make a new one with a loader at start=iteration to go on")
         started = time.perf_counter()
         try:
-            batch, copied = self._take(started) if self._depth else self._draw()
+            batch, copied = self._take(started)
         finally:
             self.waited += time.perf_counter() - started
         if copied is not None:
@@ -127,7 +125,7 @@ class Prefetcher:
     def _run(self) -> None:
         try:
             if self._stream is not None:
-                torch.cuda.set_device(self._device)  # threads begin on device 0
+                torch.cuda.set_device(self._stream.device)  # threads begin on device 0
             while self._wait_for_room():
                 self._hand_over(self._draw())
         except BaseException as error:  # StopIteration included: whatever it is, it is the consumer's

@@ -130,9 +130,7 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         compile_blocks(stage)
     progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
-    # Images small enough to be decoded in this process are decoded sooner than a thread hands them over.
-    depth = 0 if ranks.device.type == "cpu" and config.data.workers == 0 else 2
-    batches = Prefetcher(loader, ranks.device, depth, on_stall=progress.stalled)
+    batches = Prefetcher(loader, ranks.device, on_stall=progress.stalled)
     try:
         with progress, batches:
             _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir)

@@ -58,7 +58,7 @@ def no_thread_is_left():
     assert wait_until(lambda: not prefetch_threads())
 
 
-@pytest.mark.parametrize("depth, workers", [(0, 0), (1, 0), (3, 0), (2, 2)])
+@pytest.mark.parametrize("depth, workers", [(1, 0), (3, 0), (2, 2)])
 def test_the_batches_are_those_of_the_loader_bit_for_bit(make_folder, depth, workers):
     folder = ImageFolder(make_folder(20))
     options = {"image_size": 16, "batch_size": 8, "seed": 3, "augment": AugmentConfig()}
@@ -97,7 +97,7 @@ def _explode(i):
         raise OSError("disk on fire")
 
 
-@pytest.mark.parametrize("depth", [0, 2, 8])
+@pytest.mark.parametrize("depth", [1, 2, 8])
 def test_an_error_of_the_loader_comes_at_its_place_with_its_traceback(depth):
     with Prefetcher(Loader(before=_explode), "cpu", depth) as batches:
         got = [next(batches)]
@@ -110,19 +110,17 @@ def test_an_error_of_the_loader_comes_at_its_place_with_its_traceback(depth):
             assert "_explode" in [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_a_loader_that_ends_ends_the_iteration(depth):
-    with Prefetcher(Loader(count=5), "cpu", depth) as batches:
+def test_a_loader_that_ends_ends_the_iteration():
+    with Prefetcher(Loader(count=5), "cpu") as batches:
         assert numbers(batches) == [0, 1, 2, 3, 4]
         assert list(batches) == []
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_close_ends_the_thread_and_the_loader_and_can_be_repeated(depth):
+def test_close_ends_the_thread_and_the_loader_and_can_be_repeated():
     loader = Loader()
-    batches = Prefetcher(loader, "cpu", depth)
+    batches = Prefetcher(loader, "cpu")
     next(batches)
-    assert len(prefetch_threads()) == (depth > 0)
+    assert len(prefetch_threads()) == 1
     batches.close()
     assert loader.closed == 1 and not prefetch_threads()
     batches.close()
@@ -194,9 +192,9 @@ def test_ctrl_c_is_not_delayed_by_a_loader_that_is_blocked():
         blocked.set()
 
 
-def test_a_negative_depth_is_refused():
-    with pytest.raises(ValueError, match="depth: got -1"):
-        Prefetcher(Loader(), "cpu", -1)
+def test_a_depth_that_holds_nothing_is_refused():
+    with pytest.raises(ValueError, match="depth: got 0, wanted at least 1"):
+        Prefetcher(Loader(), "cpu", 0)
 
 
 PROGRAM = """
@@ -268,7 +266,7 @@ class TestOnAGpu:
     pytestmark = gpu
 
     @pytest.mark.parametrize("on_device", [False, True])
-    @pytest.mark.parametrize("depth", [0, 1, 3])
+    @pytest.mark.parametrize("depth", [1, 3])
     def test_batches_arrive_bit_for_bit_over_a_stream_of_their_own(self, depth, on_device):
         loader = RandomLoader(on_device, count=12)
         with Prefetcher(loader, "cuda", depth) as batches:
