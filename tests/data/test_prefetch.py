@@ -178,9 +178,17 @@ def test_a_stall_is_reported_again_and_again_until_the_batch_comes():
         assert batches.waited >= seen[-1]
 
 
-def test_ctrl_c_is_not_delayed_by_a_loader_that_is_blocked():
+@pytest.fixture
+def default_sigint():
+    """A shell starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_not_delayed_by_a_loader_that_is_blocked(default_sigint):
     blocked = threading.Event()
-    with Prefetcher(Loader(before=lambda i: i == 1 and blocked.wait(60)), "cpu", 2) as batches:
+    with Prefetcher(Loader(before=lambda i: i == 1 and blocked.wait(9)), "cpu", 2) as batches:
         next(batches)
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
@@ -198,7 +206,8 @@ def test_a_depth_that_holds_nothing_is_refused():
 
 
 PROGRAM = """
-import multiprocessing, sys
+import multiprocessing, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
 loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
 batches = Prefetcher(loader, "cpu")
