@@ -19,6 +19,7 @@ from epg_fast.data.digits import prepare_digits
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.loader import Loader, PillowLoader
 from epg_fast.data.normalization import PixelNormalization
+from epg_fast.data.prefetch import Prefetcher
 from epg_fast.data.prepare import prepare_folder
 from epg_fast.data.shards import prepare_shards, verify_shards
 from epg_fast.data.source import DataError, ImageSource, decode_image
@@ -34,6 +35,7 @@ __all__ = [
     "Loader",
     "PillowLoader",
     "PixelNormalization",
+    "Prefetcher",
     "augmented_view",
     "center_crop",
     "decode_image",

@@ -7,30 +7,39 @@ updates, which lag behind by the batches whose gradient was not finite.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import logging
 import os
-import time
 from pathlib import Path
 from typing import IO
 
 import torch
 import yaml
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from epg_fast.config import RunConfig
-from epg_fast.data import ImageFolder, PillowLoader, PixelNormalization
+from epg_fast.data import (
+    DataError,
+    ImageSource,
+    PixelNormalization,
+    Prefetcher,
+    make_loader,
+    open_images,
+    resolve_backend,
+)
 from epg_fast.models import save_weights
 from epg_fast.runtime import autocast
 from epg_fast.training import distributed
+from epg_fast.training.bad_files import BadFiles, still_bad
 from epg_fast.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.preview import write_preview
+from epg_fast.training.progress import Progress
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -41,7 +50,10 @@ _FREE = (
     "compile",
     "ops",
     "optimizer.backend",
+    "data.backend",
     "data.workers",
+    "data.readers",
+    "data.max_bad_fraction",
     "data.path",
     "checkpoint_every",
     "keep_checkpoints",
@@ -53,6 +65,7 @@ _FREE = (
 _OWN = (".lock", "config.tmp")
 _STATE = ("step", "iteration", "network", "average", "optimizer", "scaler", "metrics", "data")
 _MAX_SKIPPED_IN_A_ROW = 100
+_PIXELS = "their pixels differ slightly, so that the numbers are no longer those of an uninterrupted run"
 
 
 def train(config: RunConfig, stage_class: type[Stage]) -> None:
@@ -70,66 +83,74 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     if not config.outdir:
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
-    folder = ImageFolder(config.data.path)
+    source = open_images(config.data.path)
 
     torch.manual_seed(config.seed)
     stage = stage_class(config, ranks)
     classes = getattr(stage.network, "num_classes", 0)
-    if classes and len(folder.classes) > classes:
+    if classes and len(source.classes) > classes:
         raise ValueError(
-            f"{folder.root} has {len(folder.classes)} classes, but the model has {classes}; "
-            f"pass --model.num_classes {len(folder.classes)}"
+            f"{source.root} has {len(source.classes)} classes, but the model has {classes}; "
+            f"pass --model.num_classes {len(source.classes)}"
         )
     check_run_folder(outdir, config)
-    state = RunState(config, stage, folder, ranks)
+    state = RunState(config, stage, source, ranks)
     state.resume(outdir / "checkpoints")
     if state.step >= config.steps:
         log.info("%s is complete: %d steps", outdir, state.step)
         return
-    loader = PillowLoader(
-        folder,
+    state.data_backend = choose_backend(config.data.backend, state.data_backend)
+    loader = make_loader(
+        source,
+        config.data,
+        backend=state.data_backend,
         image_size=stage.network.image_size,
         batch_size=config.batch_size,
         seed=config.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=state.iteration,
-        flip_probability=config.data.flip_probability,
-        augment=config.data.augment if stage.three_views else None,
-        workers=config.data.workers,
-        max_bad_fraction=config.data.max_bad_fraction,
+        three_views=stage.three_views,
+        device=ranks.device,
     )
+    with contextlib.closing(loader):
+        _run(config, state, loader, source, outdir)
+
+
+def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir: Path) -> None:
+    ranks, stage = state.ranks, state.stage
+    bad_files = BadFiles(state.bad_files, loader, source, config.data.max_bad_fraction, outdir, ranks)
+    decoder = _decoder(state.data_backend, config.data.workers)
+    log.info("images are decoded by %s", decoder)
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-    lock = claim_run_folder(outdir, stage_class.name, config, ranks)
+    lock = claim_run_folder(outdir, stage.name, config, ranks)
     metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
     metrics.load_state_dict(state.unfinished_metrics)
     step_module = make_step_module(stage)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         compile_blocks(stage)
-    progress = tqdm(
-        total=config.steps,
-        initial=state.step,
-        desc=stage.name,
-        disable=not ranks.main,
-        dynamic_ncols=True,
-        mininterval=0.5 if os.isatty(2) else 20,
-    )
-    with loader, progress:
-        _loop(config, state, step_module, loader, metrics, progress, outdir)
+    progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
+    batches = Prefetcher(loader, ranks.device, on_stall=progress.stalled)
+    try:
+        with progress, batches:
+            _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir)
+    except DataError as error:
+        raise bad_files.listed(error) from error
     metrics.close()
     if lock:
         lock.close()
 
 
-def _loop(config, state, step_module, loader, metrics, progress, outdir) -> None:
-    batches, skipped = iter(loader), 0
+def _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir) -> None:
+    skipped = 0
     while state.step < config.steps:
-        started = time.perf_counter()
+        waited = batches.waited
         batch = next(batches)
-        metrics.count(config.batch_size, time.perf_counter() - started)
+        metrics.count(config.batch_size, batches.waited - waited)
+        progress.data_came()
         if state.update(step_module, batch, metrics):
             skipped = 0
-            progress.update()
+            progress.step()
         else:
             skipped += 1
             if skipped >= _MAX_SKIPPED_IN_A_ROW:
@@ -139,27 +160,60 @@ def _loop(config, state, step_module, loader, metrics, progress, outdir) -> None
                 )
             continue
         last = state.step == config.steps
-        if state.step % config.log_every == 0 or last:
-            line = metrics.write(state.step, lr=state.optimizer.lr)
-            shown = {"loss": f"{line['loss']:.4g}", "img/s": f"{line['images_per_second']:.0f}"}
-            progress.set_postfix(shown | {"data wait": f"{line['data_wait']:.0%}"})
-        if state.step % config.checkpoint_every == 0 or last:
+        logs, saves = state.step % config.log_every == 0 or last, state.step % config.checkpoint_every == 0 or last
+        if logs or saves:
+            bad_files.exchange()
+        if logs:
+            progress.show(metrics.write(state.step, lr=state.optimizer.lr))
+        if saves:
             state.save(outdir, metrics)
         preview = state.stage.preview
         if preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
             metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
 
 
+def choose_backend(wanted: str, used: str | None) -> str:
+    """Return the loader, "dali" or "pillow", for `data.backend` = `wanted` in a run that has `used` so far (None: new).
+
+    `auto` keeps to what the run has used, because the pixels of the two differ slightly; another one by name is obeyed
+    with a warning. Raises ValueError if the one to keep to does not work here.
+    """
+    if used is None:
+        return resolve_backend(wanted)
+    if wanted not in ("auto", used):
+        wanted = resolve_backend(wanted)
+        log.warning("the images of this run were decoded by %s so far, now by %s as asked: %s", used, wanted, _PIXELS)
+        return wanted
+    try:
+        found, reason = resolve_backend(used), "it is not installed"
+    except (ValueError, ImportError) as error:
+        found, reason = None, str(error)
+    if found != used:
+        raise ValueError(
+            f"the images of this run were decoded by {used} so far, which does not work here: {reason}. Install it "
+            f"(pip install nvidia-dali-cuda130, or -cuda120), or go on with --data.backend pillow: {_PIXELS}"
+        )
+    return used
+
+
+def _decoder(backend: str, workers: int) -> str:
+    if backend == "dali":
+        return f"DALI ({workers} thread{'s' * (workers != 1)})"
+    return f"Pillow ({workers} process{'es' * (workers != 1)})" if workers else "Pillow (in the training process)"
+
+
 class RunState:
     """Everything a checkpoint holds, and the update that changes it."""
 
-    def __init__(self, config: RunConfig, stage: Stage, folder: ImageFolder, ranks: distributed.Ranks):
-        self.config, self.stage, self.ranks = config, stage, ranks
+    def __init__(self, config: RunConfig, stage: Stage, source: ImageSource, ranks: distributed.Ranks):
+        self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
         self.step = self.iteration = 0
         self.optimizer = make_optimizer(stage.network, config.optimizer, [stage.average])
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
-        self.data_fingerprint = folder.fingerprint()
+        self.data_fingerprint = source.fingerprint()
+        self.data_backend: str | None = None
+        self.bad_files: dict[str, str] = {}
         self.unfinished_metrics: dict = {"sums": {}, "counts": {}}
 
     def update(self, step_module: torch.nn.Module, batch: dict[str, torch.Tensor], metrics: Metrics) -> bool:
@@ -170,7 +224,7 @@ class RunState:
         # The running statistics of BatchNorm change in the forward pass already.
         buffers = [b.clone() for b in self.stage.network.buffers()]
         with autocast(self.ranks.device, config.precision):
-            result = step_module(self._to_device(batch), draws, self.step)
+            result = step_module(self._normalized(batch), draws, self.step)
         self.loss_scale(result.loss).backward()
         o = config.optimizer
         self.optimizer.schedule(
@@ -203,6 +257,8 @@ class RunState:
                 "scaler": self.loss_scale.state_dict(),
                 "metrics": metrics.state_dict(),
                 "data": self.data_fingerprint,
+                "data_backend": self.data_backend,
+                "bad_files": dict(self.bad_files),
             }
             save_checkpoint(outdir / "checkpoints", self.step, state, self.config.keep_checkpoints)
             metadata = self.stage.metadata() | {"step": self.step}
@@ -224,10 +280,12 @@ class RunState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss_scale.load_state_dict(state["scaler"])
         self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
+        # Runs from before there was a choice have neither entry.
+        self.data_backend = state.get("data_backend", "pillow")
+        self.bad_files = still_bad(state.get("bad_files", {}), self.source)
         log.info("resuming %s at step %d", folder.parent, self.step)
 
-    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
+    def _normalized(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: self.normalization.normalize(v) if v.dtype == torch.uint8 else v for k, v in batch.items()}
 
     def _global_means(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

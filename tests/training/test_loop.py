@@ -1,7 +1,10 @@
 """What happens inside the loop: 16-bit precision, gradients that are not finite, the curriculum, clipping."""
 
+import functools
 import json
+import logging
 import math
+import time
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ import torch
 from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from epg_fast.data import ImageFolder, PillowLoader
-from epg_fast.training import PretrainStage
+from epg_fast.training import PretrainStage, loop
+from epg_fast.training import progress as progress_module
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import RunState, make_step_module
+from epg_fast.training.progress import Progress
 
 
 @pytest.mark.slow
@@ -96,3 +101,76 @@ def test_the_gradient_is_clipped_after_the_given_step_only(run):
         gradient = [(s["exp_avg"] - beta * before.get(p, 0)) / (1 - beta) for p, s in state.optimizer.state.items()]
         seen.append(torch.nn.utils.get_total_norm(gradient).item())
     assert seen[0] > 0.1 and seen[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+class _SlowLoader:
+    """A loader behind a disk that takes `seconds(i)` for batch i."""
+
+    def __init__(self, loader, seconds):
+        self.loader, self.seconds = loader, seconds
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(self.seconds(self.loader.iteration))
+        return next(self.loader)
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+
+@pytest.fixture
+def train_on_a_slow_disk(tiny_run, tmp_path, monkeypatch):
+    """Return a function that trains five steps and returns the lines of metrics.jsonl; seconds(i) delays batch i."""
+
+    def train(seconds):
+        make = loop.make_loader
+        monkeypatch.setattr(loop, "make_loader", lambda *a, **k: _SlowLoader(make(*a, **k), seconds))
+        flags = ["--steps", "5", "--preview.every", "0"]
+        command = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], *flags]
+        assert main([*command, "--outdir", str(tmp_path / "run")]) == 0
+        return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    return train
+
+
+def test_a_slow_disk_shows_as_data_wait(train_on_a_slow_disk):
+    lines = train_on_a_slow_disk(lambda i: 0.5)
+    assert all(0.6 < line["data_wait"] <= 1 for line in lines[1:4])
+
+
+def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(train_on_a_slow_disk, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.2))
+    monkeypatch.setattr(progress_module, "_LONG_STALL", 0.5)
+    train_on_a_slow_disk(lambda i: 1.6 * (i == 3))
+    shown = capsys.readouterr().err
+    assert "images are decoded by Pillow (in the training process)" in shown
+    assert "data wait=1 s" in shown
+    assert shown.count("rank 0 has been waiting for data for") == 1
+    assert "digits0/train, decoded by Pillow (in the training process)" in shown.partition("waiting for data for")[2]
+
+
+def test_the_wait_is_shown_in_place_of_its_share_until_data_comes(capsys):
+    with Progress("diffusion", 10, 0, "images of /gone", Ranks(0, 1, torch.device("cpu"))) as progress:
+        progress.show({"loss": 0.5, "images_per_second": 80.0, "data_wait": 0.02})
+        capsys.readouterr()
+        progress.stalled(25.0)
+        assert "img/s=80, data wait=25 s" in capsys.readouterr().err
+        progress.data_came()
+        assert "img/s=80, data wait=2%" in capsys.readouterr().err
+        progress.data_came()
+        assert capsys.readouterr().err == ""
+
+
+def test_another_rank_that_waits_says_so_once_for_each_long_stall(monkeypatch):
+    said = []
+    monkeypatch.setattr(progress_module.log, "log", lambda level, text, *values: said.append((level, text % values)))
+    with Progress("diffusion", 10, 0, "images of /gone", Ranks(3, 4, torch.device("cpu"))) as progress:
+        for seconds in (25.0, 30.0, 35.0):
+            progress.stalled(seconds)
+        message = "rank 3 has been waiting for data for 30 s: images of /gone"
+        assert said == [(logging.ERROR, message)]  # the only level that such a rank shows
+        progress.data_came()
+        progress.stalled(30.0)
+        assert said == [(logging.ERROR, message)] * 2

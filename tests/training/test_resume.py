@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
+from epg_fast.training import loop
+from epg_fast.training.checkpoint import list_checkpoints
 
 JOBS = {
     "pretrain": ["pretrain", "--config", "digits_pretrain"],
@@ -68,8 +70,6 @@ def test_a_log_interval_cut_by_a_checkpoint_gives_the_same_means(tiny_run, tmp_p
     """Checkpoints every 10 steps, lines every 7: the unfinished interval is part of the checkpoint."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(_command("diffusion", tiny_run, whole, steps=28, log_every=7)) == 0
-    import epg_fast.training.loop as loop
-
     save = loop.RunState.save
 
     def save_then_crash(self, outdir, metrics):
@@ -91,3 +91,68 @@ def test_a_finished_run_is_left_alone(tiny_run, tmp_path, capsys):
     assert main(command) == 0
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*.pt")} == before
     assert "complete" in capsys.readouterr().err
+
+
+@pytest.fixture
+def interrupted_run(tiny_run, tmp_path):
+    """Return (command, function that changes the checkpoint) of a run that stands at step 2 of 4."""
+    run = tmp_path / "run"
+    command = _command("diffusion", tiny_run, run, steps=4, checkpoint_every=2)
+    assert main(command) == 0
+    newest, path = list_checkpoints(run / "checkpoints")
+    newest.unlink()
+
+    def change(**entries):
+        state = torch.load(path, weights_only=True) | entries
+        torch.save({name: value for name, value in state.items() if value is not None}, path)
+
+    return command, change
+
+
+def _saved(command):
+    return torch.load(list_checkpoints(Path(command[-1]) / "checkpoints")[0], weights_only=True)
+
+
+def test_a_checkpoint_names_the_decoder_and_an_old_one_means_pillow(interrupted_run, monkeypatch, capsys):
+    command, change = interrupted_run
+    assert _saved(command)["data_backend"] == "pillow"
+    change(data_backend=None, bad_files=None)  # as written before these entries existed
+    assert {"data_backend", "bad_files"}.isdisjoint(_saved(command))
+    # `auto` would mean DALI in a new run here
+    monkeypatch.setattr(loop, "resolve_backend", lambda name: {"auto": "dali"}.get(name, name))
+    capsys.readouterr()
+    assert main(command) == 0
+    saved = _saved(command)
+    assert (saved["step"], saved["data_backend"], saved["bad_files"]) == (4, "pillow", {})
+    assert capsys.readouterr().err.count("images are decoded by Pillow (in the training process)") == 1
+
+
+def _without_dali(name):
+    if name == "dali":
+        raise ValueError("DALI cannot be imported")
+    return "pillow"
+
+
+def test_a_run_does_not_change_its_decoder_unless_told_to(interrupted_run, monkeypatch, capsys):
+    command, change = interrupted_run
+    change(data_backend="dali")
+    monkeypatch.setattr(loop, "resolve_backend", _without_dali)
+    before = _lines(command[-1])
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "DALI cannot be imported" in error and "pip install nvidia-dali" in error
+    assert "--data.backend pillow" in error and "no longer those of an uninterrupted run" in error
+    assert _lines(command[-1]) == before
+    assert main([*command[:-2], "--data.backend", "pillow", *command[-2:]]) == 0
+    assert capsys.readouterr().err.count("decoded by dali so far, now by pillow as asked") == 1
+    assert _saved(command)["data_backend"] == "pillow"
+
+
+def test_the_decoder_of_a_run_is_kept_where_it_is_installed(monkeypatch):
+    said = []
+    monkeypatch.setattr(loop.log, "warning", lambda *message: said.append(message))
+    monkeypatch.setattr(loop, "resolve_backend", lambda name: "dali" if name == "auto" else name)
+    assert [loop.choose_backend(wanted, None) for wanted in ("auto", "pillow", "dali")] == ["dali", "pillow", "dali"]
+    assert [loop.choose_backend("auto", used) for used in ("pillow", "dali")] == ["pillow", "dali"]
+    assert loop.choose_backend("dali", "dali") == "dali" and not said
+    assert loop.choose_backend("dali", "pillow") == "dali" and len(said) == 1
