@@ -14,31 +14,30 @@ from epg_fast.ops import extension_status
 
 logger = logging.getLogger("epg_fast")
 
-INSTALL_DALI = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120)"
+_INSTALL = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120)"
 
 
-def resolve_backend(name: str, device: torch.device | str = "cpu", three_views: bool = False) -> str:
+def resolve_backend(name: str, device: torch.device | str = "cpu") -> str:
     """Return the loader that `name` ("auto", "dali" or "pillow") means for training on `device`: "dali" or "pillow".
 
-    "auto" is DALI where it is installed. On a CPU the augmented views also want the C++ extension, without which
-    Pillow is faster. One log line says why "auto" took Pillow. Raises ValueError for another name, and for "dali" when
-    it is not installed.
+    "auto" is DALI where it can run: where it is installed and, on a CPU, the C++ extension is built. One log line says
+    why "auto" took Pillow. Raises ValueError for another name, and for a "dali" that cannot run.
     """
     if name not in ("auto", "dali", "pillow"):
         raise ValueError(f"data.backend: got {name!r}, wanted auto, dali or pillow")
     if name == "pillow":
-        return "pillow"
+        return name
+    lacking = None
     if not dali_is_installed():
-        if name == "dali":
-            raise ValueError(
-                f"data.backend: got dali, which is not installed; {INSTALL_DALI}, or use --data.backend pillow"
-            )
-        logger.info("images are decoded with Pillow; DALI is faster, but not installed: %s", INSTALL_DALI)
-        return "pillow"
-    if name == "auto" and three_views and torch.device(device).type == "cpu" and not extension_status()[0]:
-        logger.info("images are decoded with Pillow, as the extension is %s", extension_status()[1])
-        return "pillow"
-    return "dali"
+        lacking = f"NVIDIA DALI is not installed; {_INSTALL}"
+    elif torch.device(device).type == "cpu" and not extension_status()[0]:
+        lacking = f"on a CPU it needs the extension, which is {extension_status()[1]}"
+    if lacking is None:
+        return "dali"
+    if name == "dali":
+        raise ValueError(f"data.backend: got dali, but {lacking}; or use --data.backend pillow")
+    logger.info("data.backend auto: Pillow instead of DALI, which is faster: %s", lacking)
+    return "pillow"
 
 
 def make_loader(

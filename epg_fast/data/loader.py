@@ -265,18 +265,21 @@ class WorkerStream:
             raise ValueError(f"workers: got {workers}, wanted at least 0")
         self._batches, self._start, self._workers = batches, start, workers
         self._stream: Iterator | None = None
+        self._closed = False
 
     def __next__(self):
+        if self._closed:
+            raise RuntimeError("this stream of batches is closed")
         if self._stream is None:
             self._stream = self._open()
         return next(self._stream)
 
     def close(self) -> None:
         """Stop the processes; closing twice does nothing."""
+        self._closed = True
         stream, self._stream = self._stream, None
         if stream is not None and self._workers:
-            # dropping the iterator does the same, but a traceback may keep it alive
-            stream._shutdown_workers()
+            _kill_workers(stream)
             atexit.unregister(self._close_at_exit)
 
     def _open(self) -> Iterator:
@@ -300,6 +303,16 @@ class WorkerStream:
         self._close_at_exit = lambda: (worker_stream := reference()) and worker_stream.close()
         atexit.register(self._close_at_exit)
         return stream
+
+
+def _kill_workers(stream) -> None:
+    """End the processes of a DataLoader's iterator at once, also those that wait for a disk and have SIGTERM blocked."""
+    # or the signal handler of torch would take their end for a failure
+    torch._C._remove_worker_pids(id(stream))
+    stream._worker_pids_set = False
+    for worker in stream._workers:
+        worker.kill()
+    stream._shutdown_workers()
 
 
 def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:

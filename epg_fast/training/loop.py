@@ -99,7 +99,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     if state.step >= config.steps:
         log.info("%s is complete: %d steps", outdir, state.step)
         return
-    state.data_backend = choose_backend(config.data.backend, state.data_backend)
+    state.data_backend = choose_backend(config.data.backend, state.data_backend, ranks.device)
     loader = make_loader(
         source,
         config.data,
@@ -172,20 +172,20 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
             metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
 
 
-def choose_backend(wanted: str, used: str | None) -> str:
+def choose_backend(wanted: str, used: str | None, device: torch.device | str = "cpu") -> str:
     """Return the loader, "dali" or "pillow", for `data.backend` = `wanted` in a run that has `used` so far (None: new).
 
     `auto` keeps to what the run has used, because the pixels of the two differ slightly; another one by name is obeyed
     with a warning. Raises ValueError if the one to keep to does not work here.
     """
     if used is None:
-        return resolve_backend(wanted)
+        return resolve_backend(wanted, device)
     if wanted not in ("auto", used):
-        wanted = resolve_backend(wanted)
+        wanted = resolve_backend(wanted, device)
         log.warning("the images of this run were decoded by %s so far, now by %s as asked: %s", used, wanted, _PIXELS)
         return wanted
     try:
-        found, reason = resolve_backend(used), "it is not installed"
+        found, reason = resolve_backend(used, device), "it is not installed"
     except (ValueError, ImportError) as error:
         found, reason = None, str(error)
     if found != used:
@@ -198,7 +198,7 @@ def choose_backend(wanted: str, used: str | None) -> str:
 
 def _decoder(backend: str, workers: int) -> str:
     if backend == "dali":
-        return f"DALI ({workers} thread{'s' * (workers != 1)})"
+        return f"DALI ({max(workers, 1)} thread{'s' * (workers > 1)})"
     return f"Pillow ({workers} process{'es' * (workers != 1)})" if workers else "Pillow (in the training process)"
 
 

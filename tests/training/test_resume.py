@@ -119,7 +119,7 @@ def test_a_checkpoint_names_the_decoder_and_an_old_one_means_pillow(interrupted_
     change(data_backend=None, bad_files=None)  # as written before these entries existed
     assert {"data_backend", "bad_files"}.isdisjoint(_saved(command))
     # `auto` would mean DALI in a new run here
-    monkeypatch.setattr(loop, "resolve_backend", lambda name: {"auto": "dali"}.get(name, name))
+    monkeypatch.setattr(loop, "resolve_backend", lambda name, device: {"auto": "dali"}.get(name, name))
     capsys.readouterr()
     assert main(command) == 0
     saved = _saved(command)
@@ -127,7 +127,7 @@ def test_a_checkpoint_names_the_decoder_and_an_old_one_means_pillow(interrupted_
     assert capsys.readouterr().err.count("images are decoded by Pillow (in the training process)") == 1
 
 
-def _without_dali(name):
+def _without_dali(name, device):
     if name == "dali":
         raise ValueError("DALI cannot be imported")
     return "pillow"
@@ -151,7 +151,7 @@ def test_a_run_does_not_change_its_decoder_unless_told_to(interrupted_run, monke
 def test_the_decoder_of_a_run_is_kept_where_it_is_installed(monkeypatch):
     said = []
     monkeypatch.setattr(loop.log, "warning", lambda *message: said.append(message))
-    monkeypatch.setattr(loop, "resolve_backend", lambda name: "dali" if name == "auto" else name)
+    monkeypatch.setattr(loop, "resolve_backend", lambda name, device: "dali" if name == "auto" else name)
     assert [loop.choose_backend(wanted, None) for wanted in ("auto", "pillow", "dali")] == ["dali", "pillow", "dali"]
     assert [loop.choose_backend("auto", used) for used in ("pillow", "dali")] == ["pillow", "dali"]
     assert loop.choose_backend("dali", "dali") == "dali" and not said
