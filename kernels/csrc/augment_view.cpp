@@ -17,8 +17,8 @@ namespace {
 constexpr const char* kOp = "augment_view";
 constexpr int64_t kOperations = 4;
 constexpr double kMaxSigma = 1024.0;
-// Pixels of a row that are summed up together, in registers.
-constexpr int64_t kBlock = 64;
+// Pixels whose hues are shifted together, and pixels of a row whose sums are kept in registers.
+constexpr int64_t kBlock = 64, kColumns = 128;
 
 enum Operation : int8_t { kNone, kBrightness, kContrast, kSaturation, kHue };
 
@@ -101,33 +101,50 @@ EPG_CPU_CLONES void saturate(Planes x, float factor) {
   }
 }
 
-EPG_CPU_CLONES void shift_hue(Planes x, int shift) {
+// How far a channel is below the highest one: 0 to `range`, in between for a distance of 0 to 1.
+EPG_ALWAYS_INLINE int channel(float highest, float range, float distance) {
+  float below = range * (distance > 0.0f ? distance : 0.0f);
+  below = below < range ? below : range;
+  return static_cast<int>(highest - below + 0.5f);
+}
+
+// Colours with 32 bits per channel. Conditions are numbers, 0 or 1: the compiler vectorises no branches.
+EPG_ALWAYS_INLINE void shift_hue(int* red, int* green, int* blue, int shift) {
 #pragma omp simd
-  for (int64_t i = 0; i < x.size; ++i) {
-    const int r = x.r[i], g = x.g[i], b = x.b[i];
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int r = red[i], g = green[i], b = blue[i];
     const int highest = std::max(std::max(r, g), b), lowest = std::min(std::min(r, g), b);
     const int chroma = highest - lowest, middle = r + g + b - highest - lowest;
-    const bool red = r == highest, green = g == highest;
-    const bool behind = red ? g < b : green ? b < r : r < g;
-    const float primary = red ? 0.0f : green ? 2.0f : 4.0f;
-    const float away = static_cast<float>(highest - middle) / static_cast<float>(chroma > 0 ? chroma : 1);
-    const float sixths = behind ? (primary - 1.0f) + away : (primary + 1.0f) - away;
-    float turns = sixths / 6.0f;
-    turns = turns < 0.0f ? turns + 1.0f : turns;
-    int hue = chroma > 0 ? static_cast<int>(turns * 255.0f) : 0;
-    const int saturation = static_cast<int>(chroma * 255.0f / static_cast<float>(highest > 0 ? highest : 1));
+    const int is_red = (r >= g) & (r >= b), is_green = (1 - is_red) & (g >= b), is_blue = 1 - is_red - is_green;
+    // The hue is as far from an odd sixth of the circle as the middle channel is from the highest, on this side of it.
+    const int before = (is_red & (g < b)) | (is_green & (b < r)) | (is_blue & (r < g));
+    const int side = 1 - 2 * before, odd = 2 * is_green + 4 * is_blue + side;
+    const float away = static_cast<float>(highest - middle) / static_cast<float>(std::max(chroma, 1));
+    const float sixths = static_cast<float>(odd) - static_cast<float>(side) * away;
+    const float turns = sixths / 6.0f + static_cast<float>((odd < 0) & (middle > lowest));
+    const float saturation = static_cast<int>(chroma * 255.0f / static_cast<float>(std::max(highest, 1)));
 
-    hue = (hue + shift) & 255;
+    // of a gray pixel the hue is arbitrary: its saturation is 0
+    const int hue = (static_cast<int>(turns * 255.0f) + shift) & 255;
     const float position = hue * 6.0f / 255.0f;
-    const int sector = static_cast<int>(position);
-    const float fraction = position - sector;
     const float value = highest, range = value * (saturation / 255.0f);
-    const int low = static_cast<int>(value - range + 0.5f);
-    const int between = static_cast<int>(value - range * ((sector & 1) != 0 ? fraction : 1.0f - fraction) + 0.5f);
-    const auto pick = [&](bool is_high, bool is_between) { return is_high ? highest : is_between ? between : low; };
-    x.r[i] = pick((sector == 0) | (sector >= 5), (sector == 1) | (sector == 4));
-    x.g[i] = pick((sector == 1) | (sector == 2), (sector == 0) | (sector == 3));
-    x.b[i] = pick((sector == 3) | (sector == 4), (sector == 2) | (sector == 5));
+    red[i] = channel(value, range, 2.0f - std::abs(position - 3.0f));
+    green[i] = channel(value, range, std::abs(position - 2.0f) - 1.0f);
+    blue[i] = channel(value, range, std::abs(position - 4.0f) - 1.0f);
+  }
+}
+
+EPG_CPU_CLONES void shift_hue(Planes x, int shift) {
+  for (int64_t begin = 0; begin < x.size; begin += kBlock) {
+    const int64_t size = std::min(kBlock, x.size - begin);
+    int r[kBlock] = {}, g[kBlock] = {}, b[kBlock] = {};
+    std::copy_n(x.r + begin, size, r);
+    std::copy_n(x.g + begin, size, g);
+    std::copy_n(x.b + begin, size, b);
+    shift_hue(r, g, b, shift);
+    std::copy_n(r, size, x.r + begin);
+    std::copy_n(g, size, x.g + begin);
+    std::copy_n(b, size, x.b + begin);
   }
 }
 
@@ -145,24 +162,29 @@ EPG_CPU_CLONES void invert_bright(uint8_t* values, int64_t size) {
   }
 }
 
-// sums[i] = weights[0] * x[i] + sum over k of weights[k] * (before(k)[i] + after(k)[i]), i < kBlock
+// sums[i] = weights[0] * x[i] + sum over k of weights[k] * (before(k)[i] + after(k)[i]), i < kColumns
 template <class Before, class After>
 EPG_ALWAYS_INLINE void weighted_sums(float* sums, const float* x, const float* weights, int64_t radius, Before before,
                                      After after) {
-  float parts[kBlock];
+  float parts[kColumns];
 #pragma omp simd
-  for (int64_t i = 0; i < kBlock; ++i) {
+  for (int64_t i = 0; i < kColumns; ++i) {
     parts[i] = weights[0] * x[i];
   }
   for (int64_t k = 1; k <= radius; ++k) {
     const float weight = weights[k];
     const float *const a = before(k), *const b = after(k);
+    const auto add = [&](int64_t begin) {
 #pragma omp simd
-    for (int64_t i = 0; i < kBlock; ++i) {
-      parts[i] += weight * (a[i] + b[i]);
-    }
+      for (int64_t i = begin; i < begin + kColumns / 2; ++i) {
+        parts[i] += weight * (a[i] + b[i]);
+      }
+    };
+    // Two loops: of a single one GCC would unroll the loop around it, and leave it in scalars.
+    add(0);
+    add(kColumns / 2);
   }
-  std::copy_n(parts, kBlock, sums);
+  std::copy_n(parts, kColumns, sums);
 }
 
 // row: `padded` + 2 * radius values, to hold those of one row between repeated edges; plane: height * padded values.
@@ -177,7 +199,7 @@ EPG_CPU_CLONES void blur_plane(uint8_t* values, int64_t height, int64_t width, i
       middle[i] = from[i];
     }
     std::fill(middle + width, middle + padded + radius, static_cast<float>(from[width - 1]));
-    for (int64_t i = 0; i < padded; i += kBlock) {
+    for (int64_t i = 0; i < padded; i += kColumns) {
       const float* const x = middle + i;
       weighted_sums(
           plane + y * padded + i, x, weights, radius, [=](int64_t k) { return x - k; },
@@ -185,26 +207,26 @@ EPG_CPU_CLONES void blur_plane(uint8_t* values, int64_t height, int64_t width, i
     }
   }
   for (int64_t y = 0; y < height; ++y) {
-    for (int64_t i = 0; i < padded; i += kBlock) {
-      float sums[kBlock];
+    for (int64_t i = 0; i < padded; i += kColumns) {
+      float sums[kColumns];
       const float* const column = plane + i;
       weighted_sums(
           sums, column + y * padded, weights, radius,
           [=](int64_t k) { return column + std::max<int64_t>(y - k, 0) * padded; },
           [=](int64_t k) { return column + std::min(y + k, height - 1) * padded; });
-      uint8_t rounded[kBlock];
+      uint8_t rounded[kColumns];
 #pragma omp simd
-      for (int64_t j = 0; j < kBlock; ++j) {
+      for (int64_t j = 0; j < kColumns; ++j) {
         rounded[j] = static_cast<int>(sums[j] + 0.5f);
       }
-      std::copy_n(rounded, std::min(kBlock, width - i), values + y * width + i);
+      std::copy_n(rounded, std::min(kColumns, width - i), values + y * width + i);
     }
   }
 }
 
 void blur(Planes x, int64_t height, int64_t width, double sigma, BlurBuffers& buffers) {
   const int64_t radius = static_cast<int64_t>(std::ceil(4.0 * sigma));
-  const int64_t padded = (width + kBlock - 1) / kBlock * kBlock;
+  const int64_t padded = (width + kColumns - 1) / kColumns * kColumns;
   std::vector<double> weights(radius + 1);
   double sum = 0.0;
   for (int64_t k = 0; k <= radius; ++k) {
