@@ -153,7 +153,12 @@ def _check_parameters(x, operations, values, grayscale, sigma, solarize, flip) -
     hue, factor = operations == JitterOperation.HUE, (operations > 0) & (operations < JitterOperation.HUE)
     _refuse("operations", operations, (operations < 0) | (operations > 4), "codes 0 to 4; see JitterOperation")
     _refuse("values", values, factor & ~((values >= 0) & (values <= _FLOAT32_MAX)), "a factor; clamp it to 0 or more")
-    _refuse("values", values, hue & ~(values.abs() <= _FLOAT32_MAX), "turns of the hue circle, such as -0.5 to 0.5")
+    _refuse(
+        "values",
+        values,
+        hue & ~(values.abs() <= _FLOAT32_MAX),
+        "finite turns of the hue circle; bring them to -0.5 to 0.5",
+    )
     _refuse("sigma", sigma, ~((sigma >= 0) & (sigma <= _MAX_SIGMA)), f"0 to {_MAX_SIGMA:g} pixels; 0 is no blur")
 
 
