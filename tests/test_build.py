@@ -274,7 +274,7 @@ REPORT = (
 def test_env_reports_a_library_that_registers_nothing(tmp_path):
     library = compile_library(tmp_path / "empty.so", "int f() { return 1; }")
     out = python(REPORT, EPG_EXTENSION=str(library))
-    assert f"not available (from another version of epg_fast: {library} has no build_info, euler_step_, " in out
+    assert f"not available (from another version of epg_fast: {library} has no augment_view_out, build_info, " in out
     assert out.endswith("False\n")
 
 

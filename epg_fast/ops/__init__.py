@@ -5,6 +5,7 @@ Importing this package needs neither Triton nor the compiled extension; a backen
 
 from epg_fast.ops.adaln_attention import adaln_attention, adaln_attention_ref
 from epg_fast.ops.attention import attention, attention_ref
+from epg_fast.ops.augment_view import JitterOperation, augment_view, augment_view_ref
 from epg_fast.ops.euler_step import euler_step, euler_step_, euler_step_ref
 from epg_fast.ops.extension import extension_status
 from epg_fast.ops.fused_adamw_ema import fused_adamw_ema_, fused_adamw_ema_ref
@@ -35,10 +36,13 @@ from epg_fast.ops.timestep_embedding import (
 )
 
 __all__ = [
+    "JitterOperation",
     "adaln_attention",
     "adaln_attention_ref",
     "attention",
     "attention_ref",
+    "augment_view",
+    "augment_view_ref",
     "euler_step",
     "euler_step_",
     "euler_step_ref",

@@ -13,6 +13,7 @@ from epg_fast.ops.backends import refuse_transforms
 
 # What this version of the package calls in torch.ops.epg_fast: a library built from older sources lacks some of it.
 OPERATORS = (
+    "augment_view_out",
     "build_info",
     "euler_step_",
     "euler_step_out",

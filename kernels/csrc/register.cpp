@@ -16,6 +16,9 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(epg_fast, m) {
   m.def("build_info() -> str");
   m.def(
+      "augment_view_out(Tensor(a!) out, Tensor x, Tensor operations, Tensor values, Tensor grayscale, Tensor sigma,"
+      " Tensor solarize, Tensor flip) -> ()");
+  m.def(
       "euler_step_out(Tensor(a!) out, Tensor x, Tensor denoised, float sigma, float sigma_next, float? lo, float? hi)"
       " -> ()");
   m.def("euler_step_(Tensor(a!) x, Tensor denoised, float sigma, float sigma_next, float? lo, float? hi) -> ()");
