@@ -23,6 +23,7 @@ def report() -> str:
         "safetensors",
         "scikit-learn",
         "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
         "flash-attn",
     ):
         lines[package] = _version(package)

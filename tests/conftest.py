@@ -32,6 +32,8 @@ def tiny_run(digits):
     """Flags of a training run of a few seconds: a very small network on the digits."""
     return [
         *("--config", "digits", "--data.path", f"{digits}/train", "--data.workers", "0", "--device", "cpu"),
+        # starting DALI takes longer than the run
+        *("--data.backend", "pillow"),
         *("--model.embed_dim", "32", "--model.depth", "1", "--model.num_heads", "2"),
         *("--model.decoder_embed_dim", "48", "--model.decoder_depth", "1", "--model.decoder_num_heads", "2"),
         *("--model.hidden_dim", "32", "--model.output_dim", "16", "--batch_size", "16"),
