@@ -1,4 +1,4 @@
-// The pixel part of augmented views on the CPU: each image is taken apart into the planes of the result, which stay in the
+// The pixel part of augmented views on the CPU: an image is taken apart into the planes of the result, which stay in the
 // L2 cache while every stage runs over them; images are split over PyTorch's threads.
 
 #include "common.h"
@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace epg_fast {
@@ -121,7 +123,7 @@ EPG_ALWAYS_INLINE void shift_hue(int* red, int* green, int* blue, int shift) {
     const int side = 1 - 2 * before, odd = 2 * is_green + 4 * is_blue + side;
     const float away = static_cast<float>(highest - middle) / static_cast<float>(std::max(chroma, 1));
     const float sixths = static_cast<float>(odd) - static_cast<float>(side) * away;
-    const float turns = sixths / 6.0f + static_cast<float>((odd < 0) & (middle > lowest));
+    const float turns = sixths / 6.0f + static_cast<float>(odd < 0);
     const float saturation = static_cast<int>(chroma * 255.0f / static_cast<float>(std::max(highest, 1)));
 
     // of a gray pixel the hue is arbitrary: its saturation is 0
