@@ -1,5 +1,5 @@
-// The pixel part of augmented views on the CPU: an image is taken apart into the planes of the result, which stay in the
-// L2 cache while every stage runs over them; images are split over PyTorch's threads.
+// The pixel part of augmented views on the CPU: an image is taken apart into the planes of the result, which stay in
+// the L2 cache while every stage runs over them; images are split over PyTorch's threads.
 
 #include "common.h"
 
@@ -79,10 +79,10 @@ EPG_CPU_CLONES void blend_with_constant(uint8_t* values, int64_t size, float con
 }
 
 EPG_CPU_CLONES int64_t sum_of_luma(Planes x) {
-  constexpr int64_t rows = 1 << 20;  // whose sum an int holds
+  constexpr int64_t pixels = 1 << 20;  // whose sum an int holds
   int64_t sum = 0;
-  for (int64_t begin = 0; begin < x.size; begin += rows) {
-    const int64_t end = std::min(x.size, begin + rows);
+  for (int64_t begin = 0; begin < x.size; begin += pixels) {
+    const int64_t end = std::min(x.size, begin + pixels);
     int part = 0;
 #pragma omp simd reduction(+ : part)
     for (int64_t i = begin; i < end; ++i) {
