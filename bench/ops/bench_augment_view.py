@@ -58,6 +58,8 @@ def test_augment_view(measure, device, shape, provider):
     function = _provider(provider, device)
     (few,) = _inputs((3, 64, 64, 3), device, seed=0)
     assert torch.equal(function(few, sigma=0.0).cpu(), _pillow(few.cpu(), sigma=0.0))
+    if provider == "extension":
+        assert torch.equal(function(few), augment_view_ref(few, *_parameters(len(few), SIGMA)))
     measure(
         function,
         functools.partial(_inputs, shape, device),

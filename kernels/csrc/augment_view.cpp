@@ -1,5 +1,5 @@
-// The pixel part of augmented views on the CPU: each image is taken apart into the planes of the result, which stay in the
-// L2 cache while every stage runs over them; images are split over PyTorch's threads.
+// The pixel part of augmented views on the CPU: an image is taken apart into the planes of the result, which stay in
+// the L2 cache while every stage runs over them; images are split over PyTorch's threads.
 
 #include "common.h"
 
@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace epg_fast {
@@ -77,10 +79,10 @@ EPG_CPU_CLONES void blend_with_constant(uint8_t* values, int64_t size, float con
 }
 
 EPG_CPU_CLONES int64_t sum_of_luma(Planes x) {
-  constexpr int64_t rows = 1 << 20;  // whose sum an int holds
+  constexpr int64_t pixels = 1 << 20;  // whose sum an int holds
   int64_t sum = 0;
-  for (int64_t begin = 0; begin < x.size; begin += rows) {
-    const int64_t end = std::min(x.size, begin + rows);
+  for (int64_t begin = 0; begin < x.size; begin += pixels) {
+    const int64_t end = std::min(x.size, begin + pixels);
     int part = 0;
 #pragma omp simd reduction(+ : part)
     for (int64_t i = begin; i < end; ++i) {
@@ -121,7 +123,7 @@ EPG_ALWAYS_INLINE void shift_hue(int* red, int* green, int* blue, int shift) {
     const int side = 1 - 2 * before, odd = 2 * is_green + 4 * is_blue + side;
     const float away = static_cast<float>(highest - middle) / static_cast<float>(std::max(chroma, 1));
     const float sixths = static_cast<float>(odd) - static_cast<float>(side) * away;
-    const float turns = sixths / 6.0f + static_cast<float>((odd < 0) & (middle > lowest));
+    const float turns = sixths / 6.0f + static_cast<float>(odd < 0);
     const float saturation = static_cast<int>(chroma * 255.0f / static_cast<float>(std::max(highest, 1)));
 
     // of a gray pixel the hue is arbitrary: its saturation is 0

@@ -100,6 +100,14 @@ def test_the_operations_are_applied_in_the_order_they_have(backend):
 
 
 @BACKENDS
+def test_contrast_of_an_image_of_millions_of_pixels(backend):
+    image = np.full((1500, 1450, 3), 255, np.uint8)
+    image[1000:] = np.random.default_rng(8).integers(0, 20, (500, 1450, 3))
+    view = PLAIN._replace(jitter=(("contrast", 0.3),))
+    np.testing.assert_array_equal(augment([image], [view], backend)[0], pillow(image, view))
+
+
+@BACKENDS
 @pytest.mark.parametrize("shift", [1, 21, 127, 128, 254])
 def test_hue_is_a_shift_in_hsv_for_any_colour(shift, backend):
     """A twentieth of all colours for each shift, the corners and edges of the cube among them."""
