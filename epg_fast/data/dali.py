@@ -22,7 +22,7 @@ import torch
 
 from epg_fast.data.encoded import EncodedBatches, max_halvings, parameters_dtype
 from epg_fast.data.loader import Loader, WorkerStream
-from epg_fast.data.source import ImageSource
+from epg_fast.data.source import DataError, ImageSource
 from epg_fast.ops import augment_view, extension_status, resized_crop
 
 logger = logging.getLogger("epg_fast")
@@ -90,6 +90,7 @@ class DaliLoader(Loader):
         self._under_way: collections.deque[dict] = collections.deque()
         self._again: collections.deque[dict] = collections.deque()
         self._failure: Exception | None = None
+        self._has_failed = False
 
     def __next__(self) -> dict[str, torch.Tensor]:
         self._check_open()
@@ -98,8 +99,7 @@ class DaliLoader(Loader):
         try:
             outputs = self._run()
         except RuntimeError as error:
-            logger.debug("DALI failed", exc_info=error)
-            self._replace_oldest()
+            self._replace_oldest(error)
             self._pipeline = self._build()
             outputs = self._run()
         encoded = self._under_way.popleft()
@@ -126,23 +126,20 @@ class DaliLoader(Loader):
         return dict(zip(self._batches.names, views, strict=True))
 
     def _run(self) -> tuple:
+        stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
         try:
-            return self._pipeline.run()
+            return self._pipeline.run(stream)
         except StopIteration:
             # the batches before a failure of the stream have all been handed out
-            self._pipeline = None
-            failure, self._failure = self._failure, None
+            failure = self._failure
+            self.close()
             raise failure from None
 
     def _feed(self) -> list:
         """Return DALI's inputs for the next batch; DALI calls this ahead of `run`."""
-        if self._failure is not None:
+        encoded = self._again.popleft() if self._again else self._next_encoded()
+        if encoded is None:
             raise StopIteration
-        try:
-            encoded = self._again.popleft() if self._again else self._next_encoded()
-        except Exception as error:
-            self._failure = error
-            raise StopIteration from None
         self._under_way.append(encoded)
         content, lengths = encoded["content"].numpy(), encoded["length"].tolist()
         ends = itertools.accumulate(lengths)
@@ -152,18 +149,39 @@ class DaliLoader(Loader):
     def _records(self, encoded: dict) -> np.ndarray:
         return encoded["parameters"].numpy().view(self._dtype).reshape(-1)
 
-    def _next_encoded(self) -> dict:
-        batch, bad_files = next(self._stream)
-        self._report(bad_files)
+    def _next_encoded(self) -> dict | None:
+        """Return the next batch of the stream, None when it has failed: raised once the batches before are out."""
+        if self._failure is not None:
+            return None
+        try:
+            batch, bad_files = next(self._stream)
+            self._report(bad_files)
+        except Exception as error:
+            self._failure = error
+            return None
         return batch
 
-    def _replace_oldest(self) -> None:
+    def _replace_oldest(self, error: RuntimeError) -> None:
         """Decode the oldest batch under way with Pillow, which says which of its files are bad; keep the others."""
         if not self._under_way:
-            raise RuntimeError("DALI failed before it had a batch")
+            raise error
+        if not self._has_failed:
+            reason = next(
+                (line for line in str(error).splitlines() if "rror" in line and "Critical" not in line), error
+            )
+            logger.warning(
+                "DALI could not decode a batch (%s); Pillow decodes its %d files, and such batches from now on",
+                reason,
+                self._batches.local_size,
+            )
+        self._has_failed = True
         batches = EncodedBatches(self, pillow_only=True)
         replaced, bad_files = batches[self.iteration]
-        self._report(bad_files)
+        try:
+            self._report(bad_files)
+        except DataError:
+            self.close()
+            raise
         self._again = collections.deque([replaced, *list(self._under_way)[1:], *self._again])
         self._under_way.clear()
 

@@ -13,6 +13,8 @@ from epg_fast.data.views import AugmentedView, ViewParameters, crop_geometry, dr
 # Larger images are refused by Pillow as decompression bombs.
 _LONGEST_SHORT_SIDE = 13_377
 _ORIENTATION = 0x0112
+# Chunks and keywords that may hold one.
+_PNG_ORIENTATION = (b"eXIf", b"iTXt", b"Raw profile type")
 
 # Boxes are (left, top, right, bottom) in pixels, of the crop after its halvings; pairs are (x, y).
 _CROP = [
@@ -122,13 +124,12 @@ def _is_plain(image: Image.Image, content: bytes) -> bool:
     if image.format == "JPEG":
         # of three channels, Adobe's marker may say that they are no YCbCr
         plain = image.mode in ("RGB", "L") and image.info.get("adobe_transform", 1) == 1
-        complete = b"\xff\xd9" in content[-64:]
-    elif image.format == "PNG":
+        return plain and b"\xff\xd9" in content[-64:] and _is_upright(image)
+    if image.format == "PNG":
         plain = [tile[3] for tile in image.tile] in (["RGB"], ["L"]) and "transparency" not in image.info
-        complete = b"IEND" in content[-12:]
-    else:
-        return False
-    return plain and complete and _is_upright(image)
+        # Pillow would decode the whole image to look for its orientation
+        return plain and b"IEND" in content[-12:] and not any(name in content for name in _PNG_ORIENTATION)
+    return False
 
 
 def _is_upright(image: Image.Image) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data.source import ImageSource, decode_image, too_many_bad_files
+from epg_fast.data.source import DataError, ImageSource, decode_image, too_many_bad_files
 from epg_fast.data.views import check_augment, training_views
 
 logger = logging.getLogger("epg_fast")
@@ -133,7 +133,6 @@ class Loader(abc.ABC):
 
     def _check_bad_files(self) -> None:
         if len(self.bad_files) > self.max_bad_fraction * len(self.source):
-            self.close()
             raise too_many_bad_files(self.bad_files, len(self.source), self.max_bad_fraction)
 
     def _check_open(self) -> None:
@@ -154,7 +153,11 @@ class PillowLoader(Loader):
     def __next__(self) -> dict[str, torch.Tensor]:
         self._check_open()
         batch, bad_files = next(self._stream)
-        self._report(bad_files)
+        try:
+            self._report(bad_files)
+        except DataError:
+            self.close()
+            raise
         self.iteration += 1
         return batch
 
@@ -306,7 +309,7 @@ class WorkerStream:
 
 
 def _kill_workers(stream) -> None:
-    """End the processes of a DataLoader's iterator at once, also those that wait for a disk and have SIGTERM blocked."""
+    """End the processes of a DataLoader's iterator at once, also those that wait for a disk with SIGTERM blocked."""
     # or the signal handler of torch would take their end for a failure
     torch._C._remove_worker_pids(id(stream))
     stream._worker_pids_set = False

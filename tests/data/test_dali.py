@@ -1,0 +1,492 @@
+import io
+import itertools
+import logging
+import math
+import random
+import struct
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from epg_fast.config import AugmentConfig, DataConfig
+from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, backends, make_loader, resolve_backend
+from epg_fast.data.dali import dali_is_installed
+from epg_fast.data.encoded import EncodedBatches, parameters_dtype
+from epg_fast.ops import extension_status
+
+pytestmark = pytest.mark.skipif(
+    not (dali_is_installed() and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
+)
+
+# Nothing happens to the image: tests switch on what they look at.
+OFF = AugmentConfig(
+    crop_area=(1.0, 1.0),
+    crop_ratio=(1.0, 1.0),
+    jitter_probability=0.0,
+    brightness=0.0,
+    contrast=0.0,
+    saturation=0.0,
+    hue=0.0,
+    grayscale_probability=0.0,
+    blur_probability=(0.0, 0.0),
+    solarize_probability=(0.0, 0.0),
+    flip_probability=0.0,
+)
+JITTER = replace(OFF, jitter_probability=1.0)
+CROP = replace(OFF, crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
+
+
+def photograph(width, height, seed=0):
+    """Smooth colours with edges and some noise: what resizing and blurring treat differently from plain noise."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    pixels = np.asarray(coarse).astype(int) + rng.normal(0, 6, (height, width, 1)).round().astype(int)
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = (250, 30, 60)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """24 JPEG and PNG files in three classes: landscapes, portraits, squares, small and large ones."""
+    root = tmp_path_factory.mktemp("photographs")
+    sizes = [(100, 75), (75, 100), (64, 64), (200, 131), (333, 251), (40, 30), (31, 200), (150, 75)]
+    for i in range(24):
+        path = root / f"class{i % 3}" / f"{i:03d}{'.png' if i % 4 == 3 else '.jpg'}"
+        path.parent.mkdir(exist_ok=True)
+        photograph(*sizes[i % len(sizes)], seed=i).save(path)
+    return ImageFolder(root)
+
+
+def batches(folder, count, loader=DaliLoader, dali_resizes=False, **options):
+    options = {"image_size": 32, "batch_size": 8, "seed": 3, **options}
+    defaults = {"threads": 2, "readers": 0} if loader is DaliLoader else {"workers": 0}
+    with loader(folder, **defaults | options) as stream:
+        if dali_resizes:
+            stream._dali_resizes = True  # as on a GPU, here with DALI's CPU operators
+        return list(itertools.islice(stream, count))
+
+
+def difference(folder, dali_resizes=False, count=3, **options):
+    """Return per kind of view the absolute differences between DALI and Pillow in 8-bit levels."""
+    found = batches(folder, count, dali_resizes=dali_resizes, **options)
+    expected = batches(folder, count, PillowLoader, **options)
+    assert all(torch.equal(a["index"], b["index"]) for a, b in zip(found, expected, strict=True))
+    names = [name for name, tensor in found[0].items() if tensor.dtype == torch.uint8]
+    return {
+        name: torch.cat([(a[name].int() - b[name].int()).abs() for a, b in zip(found, expected, strict=True)])
+        for name in names
+    }
+
+
+def assert_same(left, right):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), key
+
+
+# views
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 300])
+def test_the_centre_crop_equals_pillows(photographs, size):
+    levels = difference(photographs, image_size=size)["x"]
+    # Pillow 13 resamples some images along y first: a level for each rounding
+    same = (levels == 0).flatten(1).all(1)
+    assert same.float().mean() >= 0.5 and levels.max() <= 3 and levels.float().mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        replace(JITTER, brightness=0.4),
+        replace(JITTER, contrast=0.4),
+        replace(JITTER, saturation=0.2),
+        replace(JITTER, hue=0.1),
+        replace(JITTER, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+        replace(OFF, grayscale_probability=1.0),
+        replace(OFF, solarize_probability=(1.0, 1.0)),
+        replace(OFF, flip_probability=1.0),
+    ],
+    ids=["brightness", "contrast", "saturation", "hue", "all four", "grayscale", "solarize", "flip"],
+)
+def test_colours_and_flips_equal_pillows_on_an_image_that_is_not_resized(make_folder, augment):
+    folder = ImageFolder(make_folder(16, size=(32, 32)))
+    for name, levels in difference(folder, count=2, augment=augment).items():
+        assert levels.max() == 0, name
+
+
+def test_the_random_resized_crop_equals_pillows_to_a_level(photographs):
+    for name, levels in difference(photographs, augment=CROP).items():
+        # one level where Pillow resamples along y first
+        assert levels.max() <= 1 and levels.float().mean() < 0.15, name
+
+
+def test_the_blur_is_a_gaussian_where_pillow_approximates_it(photographs):
+    augment = replace(OFF, blur_probability=(1.0, 1.0))
+    levels = difference(photographs, image_size=64, augment=augment)["view1"].float()
+    assert 0 < levels.mean() < 0.8
+
+
+def test_all_of_it_together_is_close_to_pillow(photographs):
+    differences = difference(photographs, image_size=64, augment=AugmentConfig())
+    assert differences["x"].float().mean() < 0.1
+    for name in ("view1", "view2"):
+        # a level from the blur, at most doubled by what follows; solarisation turns a few pixels round
+        assert differences[name].float().mean() < 1.0
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 300])
+def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
+    """What a GPU runs, with DALI's CPU operators."""
+    differences = difference(photographs, dali_resizes=True, image_size=size, augment=CROP)
+    assert 0 < differences["x"].float().mean() < 1.0
+    for name in ("view1", "view2"):
+        assert 0 < differences[name].float().mean() < 0.5
+
+
+def test_drawn_parameters_have_the_distributions_of_the_definition(photographs):
+    """The records that DALI executes against SPEC 1 written out with Python's random module."""
+    loader = DaliLoader(
+        photographs, image_size=32, batch_size=24, seed=5, threads=1, readers=0, augment=AugmentConfig()
+    )
+    encoded = EncodedBatches(loader)
+    records = [encoded[i][0]["parameters"].numpy().view(parameters_dtype(2)).reshape(-1) for i in range(60)]
+    records = np.concatenate(records)
+    shapes = records["crop"]["shape"]
+
+    def reference(width, height):
+        for _ in range(10):
+            area = width * height * random.uniform(0.08, 1)
+            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= width and h <= height:
+                x, y = random.uniform(0, width - w), random.uniform(0, height - h)
+                return w * h / (width * height), w / h, x / (width - w or 1), y / (height - h or 1)
+        return None
+
+    random.seed(1)
+    drawn = [found for w, h in shapes.tolist() * 2 if (found := reference(w, h))]
+    for view in ("view1", "view2"):
+        left, top, right, bottom = records[view]["box"].T
+        w, h, (width, height) = right - left, bottom - top, shapes.T
+        kept = (w < width) & (h < height)
+        measured = (w * h / (width * height), w / h, left / (width - w + ~kept), top / (height - h + ~kept))
+        for ours, theirs in zip(measured, zip(*drawn, strict=True), strict=True):
+            assert stats.ks_2samp(ours[kept], theirs).pvalue > 1e-3
+        operations, values = records[view]["operations"], records[view]["values"]
+        for code, (low, high) in {1: (0.6, 1.4), 2: (0.6, 1.4), 3: (0.8, 1.2), 4: (-0.1, 0.1)}.items():
+            found = values[operations == code]
+            assert stats.binomtest(len(found), len(records), 0.8).pvalue > 1e-3
+            assert stats.kstest(found, "uniform", (low, high - low)).pvalue > 1e-3
+        sigma = records[view]["sigma"]
+        assert stats.kstest(sigma[sigma > 0], "uniform", (0.1, 1.9)).pvalue > 1e-3
+    for name, probability in (("grayscale", 0.2), ("flip", 0.5)):
+        assert stats.binomtest(int(records["view1"][name].sum()), len(records), probability).pvalue > 1e-3
+    assert (records["view1"]["sigma"] > 0).all() and not records["view1"]["solarize"].any()
+    assert stats.binomtest(int((records["view2"]["sigma"] > 0).sum()), len(records), 0.1).pvalue > 1e-3
+    assert stats.binomtest(int(records["view2"]["solarize"].sum()), len(records), 0.2).pvalue > 1e-3
+
+
+# the stream
+
+
+def test_a_batch_has_the_documented_tensors(photographs):
+    for augment, names in ((None, {"x"}), (AugmentConfig(), {"x", "view1", "view2"})):
+        (batch,) = batches(photographs, 1, augment=augment)
+        assert batch.keys() == names | {"label", "index"}
+        for name in names:
+            assert batch[name].dtype == torch.uint8 and batch[name].shape == (8, 3, 32, 32)
+            assert batch[name].is_contiguous()
+        for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
+            assert label == photographs.labels[index]
+
+
+@pytest.mark.parametrize("dali_resizes", [False, True])
+@pytest.mark.parametrize("options", [{"threads": 1, "readers": 0}, {"threads": 3, "readers": 1}, {"readers": 2}])
+def test_resuming_anywhere_with_other_threads_and_readers_continues_bit_for_bit(photographs, options, dali_resizes):
+    common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
+    whole = batches(photographs, 8, **common)
+    for start in (0, 1, 4):
+        assert_same(batches(photographs, 8 - start, start=start, **options, **common), whole[start:])
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_an_epoch_over_the_shards_has_every_image_once(photographs, shards):
+    found = [batches(photographs, 6, rank=rank, world_size=shards) for rank in range(shards)]
+    for epoch in (slice(0, 3), slice(3, 6)):
+        indices = torch.cat([batch["index"] for shard in found for batch in shard[epoch]])
+        assert sorted(indices.tolist()) == list(range(24))
+    joined = [
+        {key: torch.cat([share[key] for share in shares]) for key in shares[0]} for shares in zip(*found, strict=True)
+    ]
+    assert_same(joined, batches(photographs, 6))
+
+
+def test_global_random_states_are_neither_used_nor_touched(photographs):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = batches(photographs, 2, augment=AugmentConfig())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    torch.manual_seed(2)
+    assert_same(batches(photographs, 2, augment=AugmentConfig()), first)
+
+
+def test_a_batch_is_not_overwritten_by_those_after_it(photographs):
+    with DaliLoader(photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0) as loader:
+        first = next(loader)
+        copies = {name: tensor.clone() for name, tensor in first.items()}
+        for _ in range(8):
+            next(loader)
+        assert_same([first], [copies])
+
+
+# unusual and damaged files
+
+
+def encode(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def turned(image):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(image, "JPEG", exif=exif)
+
+
+def sixteen_bits():
+    values = np.linspace(0, 65535, 48 * 60).astype(np.uint16).reshape(48, 60)
+    return encode(Image.fromarray(values), "PNG")
+
+
+def with_transparent_colour(image):
+    content = encode(image, "PNG")
+    data = b"tRNS" + struct.pack(">HHH", 1, 2, 3)
+    chunk = struct.pack(">I", 6) + data + struct.pack(">I", zlib.crc32(data))
+    return content[:33] + chunk + content[33:]
+
+
+UNUSUAL = {
+    "cmyk.jpg": lambda i: encode(i.convert("CMYK"), "JPEG"),
+    "gray.jpg": lambda i: encode(i.convert("L"), "JPEG"),
+    "gray.png": lambda i: encode(i.convert("L"), "PNG"),
+    "bits.png": lambda i: encode(i.convert("1"), "PNG"),
+    "palette.png": lambda i: encode(i.quantize(32), "PNG"),
+    "transparent.png": lambda i: encode(i.convert("RGBA").resize((70, 50)), "PNG"),
+    "colour_key.png": with_transparent_colour,
+    "sixteen.png": lambda i: sixteen_bits(),
+    "turned.jpg": turned,
+    "progressive.jpg": lambda i: encode(i, "JPEG", progressive=True),
+    "full_chroma.jpg": lambda i: encode(i, "JPEG", subsampling=0),
+    "rgb.jpg": lambda i: encode(i, "JPEG", keep_rgb=True),
+    "webp.webp": lambda i: encode(i, "WEBP"),
+    "bmp.bmp": lambda i: encode(i, "BMP"),
+    "is_a_jpeg.png": lambda i: encode(i, "JPEG"),
+    "trailing.jpg": lambda i: encode(i, "JPEG") + b"more" * 50,
+    "tiny.png": lambda i: encode(i.resize((1, 1)), "PNG"),
+    "thin.jpg": lambda i: encode(i.resize((3, 300)), "JPEG"),
+    "large.jpg": lambda i: encode(i.resize((1600, 1200)), "JPEG"),
+}
+BAD = {
+    "empty.jpg": lambda i: b"",
+    "text.png": lambda i: b"this is no image",
+    "cut.jpg": lambda i: encode(i, "JPEG")[:-200],
+    "cut.png": lambda i: encode(i, "PNG")[:-200],
+    "header_only.jpg": lambda i: encode(i, "JPEG")[:300],
+    "damaged_inside.png": lambda i: damaged(encode(i, "PNG")),
+}
+
+
+def damaged(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes(200) + content[middle + 200 :]
+
+
+def write_all(root, files):
+    (root / "a").mkdir(parents=True)
+    for i, (name, make) in enumerate(files.items()):
+        (root / "a" / name).write_bytes(make(photograph(90, 70, seed=i)))
+    return ImageFolder(root)
+
+
+@pytest.mark.parametrize("dali_resizes", [False, True])
+def test_unusual_files_are_read_as_pillow_reads_them(tmp_path, dali_resizes):
+    folder = write_all(tmp_path / "images", UNUSUAL)
+    count = len(folder)
+    levels = difference(folder, dali_resizes, count=1, batch_size=count, flip_probability=0.0)["x"].float()
+    (batch,) = batches(folder, 1, batch_size=count)
+    worst = {folder.paths[i]: value for i, value in zip(batch["index"], levels.mean((1, 2, 3)).tolist(), strict=True)}
+    assert all(value < (2.0 if dali_resizes else 0.1) for value in worst.values()), worst
+
+
+@pytest.mark.parametrize("readers", [0, 1])
+def test_bad_files_are_replaced_as_with_pillow_named_once_and_skipped(tmp_path, caplog, readers):
+    folder = write_all(tmp_path / "images", UNUSUAL | BAD)
+    options = {"batch_size": 5, "max_bad_fraction": 0.5, "augment": AugmentConfig(), "flip_probability": 0.0}
+    expected = batches(folder, 12, PillowLoader, **options)
+    caplog.clear()
+    with (
+        caplog.at_level(logging.WARNING, "epg_fast"),
+        DaliLoader(folder, image_size=32, seed=3, threads=2, readers=readers, **options) as loader,
+    ):
+        found = list(itertools.islice(loader, 12))
+        bad_files = dict(loader.bad_files)
+    assert bad_files.keys() == {f"a/{name}" for name in BAD}
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum(message.startswith("cannot decode") for message in messages) == len(BAD)
+    # of the files whose ends are whole
+    assert sum("Pillow decodes its 5 files" in message for message in messages) == 1
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a["index"], b["index"]) and torch.equal(a["label"], b["label"])
+        assert (a["x"].int() - b["x"].int()).abs().float().mean() < 0.1
+
+
+def test_a_file_that_only_dali_cannot_decode_is_decoded_by_pillow(photographs, monkeypatch, caplog):
+    """Whatever makes DALI fail: here a file that is called plain, but of a format that DALI does not know."""
+    gif = encode(photograph(64, 48), "GIF")
+    content = {i: photographs.read(i) for i in range(len(photographs))} | {5: gif}
+    monkeypatch.setattr(photographs, "read", content.__getitem__, raising=False)
+    expected = batches(photographs, 6, PillowLoader)
+    monkeypatch.setattr("epg_fast.data.encoded._is_plain", lambda image, content: True)
+    with DaliLoader(photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0) as loader:
+        found = list(itertools.islice(loader, 6))
+        assert not loader.bad_files
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a["index"], b["index"])
+        assert (a["x"].int() - b["x"].int()).abs().float().mean() < 0.1
+
+
+def test_batches_before_too_many_bad_files_are_still_handed_out(tmp_path):
+    folder = write_all(tmp_path / "images", {f"{i:02d}.jpg": UNUSUAL["full_chroma.jpg"] for i in range(40)})
+    good = batches(folder, 5)
+    (folder.root / folder.paths[int(good[3]["index"][0])]).write_bytes(b"")
+    with DaliLoader(folder, image_size=32, batch_size=8, seed=3, threads=1, readers=0) as loader:
+        assert_same([next(loader) for _ in range(3)], good[:3])
+        with pytest.raises(DataError, match="1 of 40 images"):
+            next(loader)
+        with pytest.raises(RuntimeError, match="closed"):
+            next(loader)
+
+
+def test_files_that_are_known_to_be_bad_are_skipped_without_a_word(photographs, caplog):
+    known = {photographs.paths[4]: "found by another rank"}
+    with DaliLoader(
+        photographs, image_size=32, batch_size=8, seed=3, threads=1, readers=0, max_bad_fraction=0.1
+    ) as loader:
+        loader.add_bad_files(known)
+        found = torch.cat([next(loader)["index"] for _ in range(3)]).tolist()
+        assert sorted(found) == sorted([5, *(i for i in range(24) if i != 4)])
+        assert loader.bad_files == known and not caplog.records
+        with pytest.raises(DataError):
+            loader.add_bad_files(dict.fromkeys(photographs.paths[:3], ""))
+
+
+# choosing and refusing
+
+
+def test_auto_takes_dali_where_it_can_run_and_says_why_not(monkeypatch, caplog):
+    assert resolve_backend("auto") == "dali" and resolve_backend("pillow") == "pillow"
+    with pytest.raises(ValueError, match="got 'dalli', wanted auto, dali or pillow"):
+        resolve_backend("dalli")
+    with caplog.at_level(logging.INFO, "epg_fast"), monkeypatch.context() as without:
+        without.setattr(backends, "extension_status", lambda: (False, "not built: no compiler"))
+        assert resolve_backend("auto") == "pillow" and "not built: no compiler" in caplog.text
+        assert resolve_backend("auto", "cuda") == "dali"
+        with pytest.raises(ValueError, match="needs the extension, which is not built.*--data.backend pillow"):
+            resolve_backend("dali")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "epg_fast"), monkeypatch.context() as without:
+        without.setattr(backends, "dali_is_installed", lambda: False)
+        assert resolve_backend("auto", "cuda") == "pillow" and "pip install nvidia-dali" in caplog.text
+        with pytest.raises(ValueError, match="not installed; pip install nvidia-dali-cuda130.*--data.backend pillow"):
+            resolve_backend("dali", "cuda")
+
+
+@pytest.mark.parametrize("backend, kind", [("dali", DaliLoader), ("pillow", PillowLoader)])
+def test_make_loader_passes_every_setting_on(photographs, backend, kind):
+    config = DataConfig(workers=3, readers=2, flip_probability=0.25, max_bad_fraction=0.2)
+    loader = make_loader(
+        photographs,
+        config,
+        backend=backend,
+        image_size=16,
+        batch_size=8,
+        seed=7,
+        rank=1,
+        world_size=2,
+        start=5,
+        three_views=True,
+    )
+    assert type(loader) is kind and loader.backend == backend
+    found = loader.image_size, loader.batch_size, loader.seed, loader.rank, loader.world_size, loader.iteration
+    assert found == (16, 8, 7, 1, 2, 5)
+    assert loader.flip_probability == 0.25 and loader.max_bad_fraction == 0.2 and loader.augment is config.augment
+    if backend == "dali":
+        assert loader.threads == 3 and loader._stream._workers == 2
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"threads": 0}, "threads, prefetch: got 0, 2"),
+        ({"prefetch": 0}, "threads, prefetch: got 2, 0"),
+        ({"readers": -1}, "workers: got -1"),
+        ({"batch_size": 25}, "got 25, wanted at most the 24 images"),
+        ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_at_once(photographs, options, message):
+    with pytest.raises(ValueError, match=message):
+        DaliLoader(photographs, **{"image_size": 16, "batch_size": 8, "seed": 0, "threads": 2, **options})
+
+
+def test_close_ends_the_readers_at_once_and_can_be_repeated(photographs):
+    loader = DaliLoader(photographs, image_size=16, batch_size=8, seed=0, threads=1, readers=2)
+    next(loader)
+    readers = list(loader._stream._stream._workers)
+    loader.close()
+    assert not any(reader.is_alive() for reader in readers)
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_gpu_makes_nearly_the_same_views_there(photographs, size):
+    options = {"image_size": size, "augment": AugmentConfig()}
+    expected = batches(photographs, 3, **options)
+    found = batches(photographs, 3, device="cuda", **options)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a["index"].cpu(), b["index"])
+        for name in ("x", "view1", "view2"):
+            assert a[name].is_cuda and a[name].is_contiguous()
+            # nvJPEG's own inverse cosine transform and chroma upsampling come on top of the resizes
+            assert (a[name].cpu().int() - b[name].int()).abs().float().mean() < 3.0, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_too_a_resumed_stream_is_the_same_bit_for_bit_and_bad_files_are_replaced(tmp_path):
+    folder = write_all(tmp_path / "images", UNUSUAL | BAD)
+    options = {"batch_size": 5, "max_bad_fraction": 0.5, "augment": AugmentConfig(), "device": "cuda"}
+    whole = batches(folder, 8, **options)
+    assert_same(batches(folder, 5, start=3, threads=4, readers=2, **options), whole[3:])
+    assert [b["index"].tolist() for b in whole] == [
+        b["index"].tolist() for b in batches(folder, 8, PillowLoader, batch_size=5, max_bad_fraction=0.5)
+    ]
