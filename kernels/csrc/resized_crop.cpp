@@ -206,8 +206,7 @@ struct Arguments {
 void crop_one(const Arguments& a, int64_t i) {
   static thread_local Scratch scratch;
   const Image image = halve(scratch, a.images[i], a.halvings[i]);
-  const double* const box = a.boxes + 4 * i;
-  const auto edge = [&](int k) { return static_cast<float>(box[k]); };
+  const auto edge = [&](int k) { return static_cast<float>(a.boxes[4 * i + k]); };
   const Taps horizontal =
       make_taps(image.width, edge(0), edge(2), a.resized[2 * i], a.offsets[2 * i], a.width, a.filter);
   const Taps vertical =
@@ -227,18 +226,23 @@ const void* parameter(const char* name, const Tensor& tensor, ScalarType dtype, 
 void check_image(const Arguments& a, int64_t i) {
   const Image& image = a.images[i];
   const std::string where = "resized_crop: image " + std::to_string(i);
+  constexpr int64_t kLongestInput = 1 << 24;  // beyond, float32 skips pixels
+  STD_TORCH_CHECK(image.height <= kLongestInput && image.width <= kLongestInput, where, " of ", image.height, " x ",
+                  image.width, " pixels is longer than ", kLongestInput);
   const int64_t halvings = a.halvings[i];
   STD_TORCH_CHECK(halvings >= 0 && halvings < 32 && (image.height >> halvings) > 0 && (image.width >> halvings) > 0,
                   where, " of ", image.height, " x ", image.width, " pixels cannot be halved ", halvings, " times");
-  const double* const box = a.boxes + 4 * i;
-  STD_TORCH_CHECK(0.0 <= box[0] && box[0] < box[2] && box[2] <= static_cast<double>(image.width >> halvings) &&
-                      0.0 <= box[1] && box[1] < box[3] && box[3] <= static_cast<double>(image.height >> halvings),
+  const auto edge = [&](int k) { return static_cast<float>(a.boxes[4 * i + k]); };
+  STD_TORCH_CHECK(0.0f <= edge(0) && edge(0) < edge(2) && edge(2) <= static_cast<float>(image.width >> halvings) &&
+                      0.0f <= edge(1) && edge(1) < edge(3) && edge(3) <= static_cast<float>(image.height >> halvings),
                   where, " has a box that is empty or not inside it");
   const int64_t* const resized = a.resized + 2 * i;
   const int64_t* const offset = a.offsets + 2 * i;
   constexpr int64_t kLongest = 1 << 20;
-  STD_TORCH_CHECK(resized[0] <= kLongest && resized[1] <= kLongest && offset[0] >= 0 && offset[1] >= 0 &&
-                      offset[0] <= resized[0] - a.width && offset[1] <= resized[1] - a.height,
+  const auto fits = [&](int k, int64_t size) {
+    return 1 <= resized[k] && resized[k] <= kLongest && 0 <= offset[k] && offset[k] <= resized[k] - size;
+  };
+  STD_TORCH_CHECK(fits(0, a.width) && fits(1, a.height),
                   where, " has a window that is not inside its resized box");
 }
 
@@ -246,7 +250,7 @@ void resized_crop_cpu(Tensor out, std::vector<Tensor> images, Tensor halvings, T
                       Tensor offsets, int64_t filter) {
   const int64_t batch = static_cast<int64_t>(images.size());
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.is_contiguous() && !out.is_cuda() && out.dim() == 4 &&
-                      out.size(0) == batch && out.size(3) == kChannels,
+                      out.size(0) == batch && out.size(1) > 0 && out.size(2) > 0 && out.size(3) == kChannels,
                   "resized_crop: out must be uint8 [batch, height, width, 3], contiguous, on the CPU");
   STD_TORCH_CHECK(filter >= 0 && filter <= 2, "resized_crop: filter must be 0, 1 or 2, got ", filter);
   Arguments a{{},
@@ -263,6 +267,10 @@ void resized_crop_cpu(Tensor out, std::vector<Tensor> images, Tensor halvings, T
     STD_TORCH_CHECK(image.scalar_type() == ScalarType::Byte && image.is_contiguous() && !image.is_cuda() &&
                         image.dim() == 3 && image.size(2) == kChannels,
                     "resized_crop: images[", i, "] must be uint8 [height, width, 3], contiguous, on the CPU");
+    const uintptr_t first = reinterpret_cast<uintptr_t>(image.const_data_ptr());
+    const uintptr_t written = reinterpret_cast<uintptr_t>(a.out);
+    STD_TORCH_CHECK(written + out.numel() <= first || first + image.numel() <= written,
+                    "resized_crop: out is written and must not overlap images[", i, "]");
     a.images.push_back({static_cast<const uint8_t*>(image.const_data_ptr()), image.size(0), image.size(1)});
     check_image(a, i);
   }

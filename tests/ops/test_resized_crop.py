@@ -1,0 +1,485 @@
+import math
+import threading
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from epg_fast.data.views import center_crop, crop_geometry
+from epg_fast.ops import extension
+from epg_fast.ops.resized_crop import FILTERS, SPEC, resized_crop
+from tests.ops.extension_checks import DEVICE
+
+AVAILABLE, REASON = extension.extension_status()
+needs_extension = pytest.mark.skipif(not AVAILABLE, reason=f"extension: {REASON}")
+BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("extension", marks=needs_extension)])
+EACH_FILTER = pytest.mark.parametrize("filter", FILTERS)
+SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0}
+
+
+class Crop(NamedTuple):
+    image: np.ndarray
+    halvings: int
+    box: tuple[float, float, float, float]
+    resized: tuple[int, int]
+    offset: tuple[int, int]
+
+
+def whole(image, resized, offset=(0, 0)):
+    return Crop(image, 0, (0, 0, image.shape[1], image.shape[0]), resized, offset)
+
+
+def run(crops, size, filter, backend):
+    """The crops [B, size, size, 3], and a check that the inputs stay as they were."""
+    images = [torch.from_numpy(crop.image.copy()) for crop in crops]
+    images = [image.to(DEVICE) for image in images] if backend == "reference" else images
+    parameters = parameters_of(crops)
+    before = [tensor.clone() for tensor in (*images, *parameters.values())]
+    out = resized_crop(images, **parameters, size=size, filter=filter, backend=backend)
+    assert all(map(torch.equal, before, (*images, *parameters.values())))
+    assert out.is_contiguous() and out.dtype == torch.uint8 and out.shape == (len(crops), size, size, 3)
+    return out.cpu().numpy()
+
+
+def parameters_of(crops):
+    def tensor(name, dtype, columns):
+        return torch.tensor([getattr(crop, name) for crop in crops], dtype=dtype).view(-1, *columns)
+
+    return {
+        "halvings": tensor("halvings", torch.int64, ()),
+        "boxes": tensor("box", torch.float64, (4,)),
+        "resized": tensor("resized", torch.int64, (2,)),
+        "offsets": tensor("offset", torch.int64, (2,)),
+    }
+
+
+def kernel(filter, x):
+    x = np.abs(x)
+    if filter == "bilinear":
+        return np.maximum(1 - x, 0)
+    near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def weights(length, low, high, resized, filter):
+    """int64 [resized, length], in units of 2^-22."""
+    low, high = np.float32(low), np.float32(high)
+    scale = float(high - low) / resized
+    stretch, pixels = max(scale, 1.0), np.arange(length)
+    centers = (float(low) + (np.arange(resized) + 0.5) * scale)[:, None]
+    begin, end = (np.trunc(centers + sign * SUPPORT[filter] * stretch + 0.5) for sign in (-1, 1))
+    distances = (pixels - centers + 0.5) / stretch
+    values = (distances > -0.5) & (distances <= 0.5) if filter == "box" else kernel(filter, distances)
+    values = np.where((pixels >= begin) & (pixels < end), values, 0.0)
+    # added up one after the other
+    values = values / np.cumsum(values, 1)[:, -1:]
+    return np.trunc(values * 2**22 + np.copysign(0.5, values)).astype(np.int64)
+
+
+def resample(image, box, resized, filter, order="xy"):
+    """All of the resized box, [h, w, 3]: the two passes of Pillow in integers, each rounded, in either order."""
+    for direction in order:
+        axis, i = (1, 0) if direction == "x" else (0, 1)
+        matrix = weights(image.shape[axis], box[i], box[i + 2], resized[i], filter)
+        sums = np.moveaxis(np.tensordot(matrix, image.astype(np.int64), (1, axis)), 0, axis)
+        image = np.clip((sums + 2**21) >> 22, 0, 255).astype(np.uint8)
+    return image
+
+
+def pillow_goes_along_x_first(shape, resized):
+    """Version 13 does not where the image gets lower, and loses more than twice as many rows as columns."""
+    lost_x, lost_y = shape[1] - resized[0], shape[0] - resized[1]
+    return lost_y <= max(0, 2 * lost_x)
+
+
+def resize(image, box, resized, filter):
+    """The resized box along x first, which is Pillow's wherever Pillow has this order."""
+    wanted = resample(image, box, resized, filter)
+    pillows = np.asarray(Image.fromarray(image).resize(resized, Image.Resampling[filter.upper()], box=box))
+    if not np.array_equal(pillows, wanted):
+        assert not pillow_goes_along_x_first(image.shape, resized), (image.shape, box, resized)
+        np.testing.assert_array_equal(pillows, resample(image, box, resized, filter, "yx"))
+        # no sum of these filters leaves 0..255, so that only roundings differ
+        assert filter == "bicubic" or np.abs(pillows.astype(int) - wanted).max() <= 1
+    return wanted
+
+
+def expected(crop, size, filter):
+    image = crop.image
+    for _ in range(crop.halvings):
+        height, width = image.shape[:2]
+        image = resize(image, (0, 0, width, height), (width // 2, height // 2), "box")
+    left, top = crop.offset
+    return resize(image, crop.box, crop.resized, filter)[top : top + size, left : left + size]
+
+
+def check(crops, size, filter, backend):
+    for actual, crop in zip(run(crops, size, filter, backend), crops, strict=True):
+        np.testing.assert_array_equal(actual, expected(crop, size, filter), err_msg=str(crop[1:]))
+
+
+def make_image(rng, height, width):
+    """Noise, noise of extremes (bicubic sums leave 0..255, box sums end in a half), or something smooth."""
+    kind = rng.integers(3)
+    if kind == 0:
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if kind == 1:
+        return rng.choice([0, 1, 254, 255], (height, width, 3)).astype(np.uint8)
+    y, x = np.mgrid[:height, :width]
+    waves = [128 + 127 * np.sin(rng.random() * 6 + x * rng.random() / 3 + y * rng.random() / 3) for _ in range(3)]
+    return np.stack(waves, -1).astype(np.uint8)
+
+
+def make_span(rng, length):
+    """Fractional or whole pixels, often up to a border."""
+    low, high = sorted(rng.random(2) * length)
+    kind = rng.integers(5)
+    if kind == 0:
+        low, high = math.floor(low), math.ceil(high)
+    return 0.0 if kind == 1 else float(low), float(length) if kind in (1, 2) else float(high)
+
+
+def make_crop(rng, size, longest=90, halvings=0):
+    least = 1 << halvings
+    height, width = (int(side) for side in rng.integers(least, least + longest, 2))
+    spans = [make_span(rng, side >> halvings) for side in (width, height)]
+    resized = tuple(int(size + extra) for extra in rng.integers(0, 40, 2))
+    offset = tuple(int(rng.integers(0, side - size + 1)) for side in resized)
+    box = (spans[0][0], spans[1][0], spans[0][1], spans[1][1])
+    return Crop(make_image(rng, height, width), halvings, box, resized, offset)
+
+
+@BACKENDS
+@EACH_FILTER
+@pytest.mark.parametrize("size", [1, 7, 16, 33])
+def test_windows_of_resized_boxes_are_pillows_bit_for_bit(size, filter, backend):
+    """Images of 90 different sizes in one call, enlarged and shrunk."""
+    rng = np.random.default_rng(size)
+    check([make_crop(rng, size) for _ in range(90)], size, filter, backend)
+
+
+@BACKENDS
+@EACH_FILTER
+@pytest.mark.parametrize("halvings", range(6))
+def test_halvings_are_pillows_box_filter_one_after_the_other(halvings, filter, backend):
+    rng = np.random.default_rng(halvings)
+    check([make_crop(rng, 5, longest=150, halvings=halvings) for _ in range(12)], 5, filter, backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("sides", [(2, 3), (3, 2), (5, 7), (64, 65), (127, 255), (95, 33), (97, 31)], ids=str)
+def test_a_halving_of_odd_sides_is_the_box_filter_between_the_borders(sides, backend):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (*sides, 3), dtype=np.uint8)
+    box = (0, 0, sides[1] // 2, sides[0] // 2)
+    size = min(box[2:])
+    check([Crop(image, 1, box, box[2:], (0, box[3] - size))], size, "bicubic", backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("size", [16, 32, 100])
+@pytest.mark.parametrize(
+    "sides", [(375, 500), (500, 375), (200, 200), (97, 130), (130, 97), (33, 32), (16, 64), (150, 80), (7, 9)], ids=str
+)
+def test_a_centre_crop_is_pillows(sides, size, backend):
+    """Landscapes, squares, portraits up to 1 : 2, enlarged too: Pillow goes along x first in all of them."""
+    image = make_image(np.random.default_rng(sum(sides)), *sides)
+    geometry = crop_geometry(sides[1], sides[0], size)
+    crop = Crop(image, geometry.halvings, (0, 0, *geometry.halved), geometry.resized, (geometry.left, geometry.top))
+    actual = run([crop], size, "bicubic", backend)[0]
+    np.testing.assert_array_equal(actual, np.asarray(center_crop(Image.fromarray(image), size)))
+
+
+@BACKENDS
+@EACH_FILTER
+def test_an_image_of_one_pixel_is_one_colour(filter, backend):
+    image = np.array([[[0, 77, 255]]], dtype=np.uint8)
+    boxes = [(0, 0, 1, 1), (0.2, 0.9, 0.3, 1), (0, 0, 1e-3, 1e-3), (0.999, 0.999, 1, 1)]
+    crops = [Crop(image, 0, box, (size, 4), (size - 4, 0)) for box in boxes for size in (4, 9)]
+    assert (run(crops, 4, filter, backend) == image[0, 0]).all()
+    check(crops, 4, filter, backend)
+
+
+@BACKENDS
+@EACH_FILTER
+def test_resizing_to_the_same_size_changes_nothing(filter, backend):
+    image = make_image(np.random.default_rng(3), 21, 40)
+    actual = run([whole(image, (40, 21), (11, 5))], 16, filter, backend)[0]
+    np.testing.assert_array_equal(actual, image[5:21, 11:27])
+
+
+@BACKENDS
+@EACH_FILTER
+@pytest.mark.parametrize("width", [1e-3, 1e-5, 0.4])
+def test_narrow_boxes_at_every_border_are_pillows(width, filter, backend):
+    rng = np.random.default_rng(4)
+    image = rng.choice([0, 255], (9, 13, 3)).astype(np.uint8)
+    spans = [[(low * (side - width), low * (side - width) + width) for low in (0, 0.5, 1)] for side in (13, 9)]
+    boxes = [(x[0], y[0], min(x[1], 13), min(y[1], 9)) for x in spans[0] for y in spans[1]]
+    boxes += [(0, 4, 13, 4 + width), (4, 0, 4 + width, 9)]
+    check([Crop(image, 0, box, resized, (0, 0)) for box in boxes for resized in ((5, 5), (8, 300))], 5, filter, backend)
+
+
+@BACKENDS
+@EACH_FILTER
+@pytest.mark.parametrize("sides", [(1, 100_000), (100_000, 1), (2, 70_001)], ids=str)
+def test_very_long_images_are_pillows(sides, filter, backend):
+    """Sums of 100,000 weights, of a white image too."""
+    rng = np.random.default_rng(5)
+    noise, white = rng.choice([0, 255], (*sides, 3)).astype(np.uint8), np.full((*sides, 3), 255, dtype=np.uint8)
+    boxes = [(0, 0, sides[1], sides[0]), (sides[1] * 0.7, sides[0] * 0.7, sides[1], sides[0])]
+    crops = [Crop(image, 0, box, (n, n), (0, 0)) for image in (noise, white) for box in boxes for n in (1, 3)]
+    check(crops, 1, filter, backend)
+
+
+@BACKENDS
+def test_sums_beyond_the_levels_are_clipped_between_the_passes(backend):
+    y, x = np.mgrid[:12, :12]
+    image = np.repeat(((y // 3 + x // 3) % 2 * 255).astype(np.uint8)[..., None], 3, -1)
+    crop = whole(image, (31, 31))
+    check([crop], 31, "bicubic", backend)
+    unclipped = np.einsum("yi,xj,ijc->yxc", *[weights(12, 0, 12, 31, "bicubic") / 2**22] * 2, image)
+    assert unclipped.min() < -20 and unclipped.max() > 275
+
+
+@needs_extension
+@EACH_FILTER
+@pytest.mark.parametrize("shape", SPEC.odd_shapes, ids=str)
+def test_the_extension_is_the_reference_bit_for_bit(shape, filter):
+    batch, height, width, size = shape
+    rng = np.random.default_rng(6)
+    crops = [whole(make_image(rng, height, width), (size, size)) for _ in range(batch)]
+    crops += [make_crop(rng, size, longest=200, halvings=int(rng.integers(3))) for _ in range(40)]
+    np.testing.assert_array_equal(run(crops, size, filter, "extension"), run(crops, size, filter, "reference"))
+
+
+@needs_extension
+def test_the_number_of_threads_changes_no_bit():
+    rng = np.random.default_rng(7)
+    crops = [make_crop(rng, 20, longest=120, halvings=i % 3) for i in range(23)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(crops, 20, "bicubic", "extension"))
+    finally:
+        torch.set_num_threads(before)
+    assert (results[0] == results[1]).all() and (results[0] == results[2]).all()
+    check(crops, 20, "bicubic", "extension")
+
+
+def in_a_new_thread(function):
+    """The result in a thread that has never cropped, and so keeps no memory of an image before."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+@needs_extension
+@EACH_FILTER
+@pytest.mark.parametrize("halvings", [0, 1, 2, 3])
+def test_a_crop_does_not_depend_on_the_ones_before_it(halvings, filter):
+    """A thread keeps memory: a large image before a small one and the reverse, also within one call."""
+    rng = np.random.default_rng(8)
+    large = Crop(make_image(rng, 401, 299), halvings, (0, 0, 25.3, 40), (70, 64), (1, 0))
+    small = Crop(make_image(rng, 17, 19), halvings, (0, 0.5, 2, 1.6), (65, 64), (0, 0))
+    alone = [in_a_new_thread(lambda crop=crop: run([crop], 64, filter, "extension")) for crop in (large, small)]
+    for crops, wanted in (((large, small), alone), ((small, large), alone[::-1])):
+        one_by_one = in_a_new_thread(lambda crops=crops: [run([crop], 64, filter, "extension") for crop in crops])
+        together = in_a_new_thread(lambda crops=crops: run(crops, 64, filter, "extension"))
+        np.testing.assert_array_equal(np.concatenate(one_by_one), np.concatenate(wanted))
+        np.testing.assert_array_equal(together, np.concatenate(wanted))
+    check([large, small], 64, filter, "extension")
+
+
+IMAGE = torch.zeros(6, 8, 3, dtype=torch.uint8)
+
+
+def arguments(batch=2, **change):
+    parameters = parameters_of([Crop(None, 1, (0, 0, 4, 3), (6, 5), (2, 1))] * batch)
+    return {"images": [IMAGE] * batch} | parameters | {"size": 4, "filter": "bicubic"} | change
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("extension", marks=needs_extension)])
+def test_a_batch_of_nothing_gives_nothing(backend):
+    out = resized_crop(**arguments(0), backend=backend)
+    assert out.shape == (0, 4, 4, 3) and out.dtype == torch.uint8
+
+
+@needs_extension
+def test_auto_takes_the_extension_for_contiguous_images_only():
+    with mock.patch("epg_fast.ops.resized_crop.resized_crop_ref", side_effect=AssertionError):
+        resized_crop(**arguments())
+    rng = np.random.default_rng(9)
+    image = torch.from_numpy(rng.integers(0, 256, (16, 12, 3), dtype=np.uint8))[::2, :8].transpose(0, 1)
+    turned = resized_crop(**arguments(images=[image] * 2, boxes=torch.tensor([[0, 0, 4, 4.0]] * 2).double()))
+    plain = [image.contiguous()] * 2
+    boxes = torch.tensor([[0, 0, 4, 4.0]] * 2).double()
+    assert torch.equal(turned, resized_crop(**arguments(images=plain, boxes=boxes), backend="extension"))
+
+
+def operator_arguments(out=None, filter=2, **change):
+    inputs = arguments(**change)
+    del inputs["size"], inputs["filter"]
+    out = torch.full((len(inputs["images"]), 4, 4, 3), 7, dtype=torch.uint8) if out is None else out
+    return out, *inputs.values(), filter
+
+
+@needs_extension
+def test_operator_passes_opcheck():
+    resized_crop(**arguments(), backend="extension")
+    torch.library.opcheck(torch.ops.epg_fast.resized_crop_out.default, operator_arguments())
+
+
+@needs_extension
+def test_parameters_may_be_views():
+    inputs = arguments()
+    views = {name: inputs[name].repeat_interleave(2, 0)[::2] for name in ("halvings", "boxes", "resized", "offsets")}
+    assert not any(view.is_contiguous() for view in views.values())
+    image = torch.from_numpy(make_image(np.random.default_rng(10), 6, 8))
+    actual = resized_crop(**(inputs | views | {"images": [image] * 2}), backend="extension")
+    assert torch.equal(actual, resized_crop(**(inputs | {"images": [image] * 2}), backend="extension"))
+
+
+def second(name, dtype, *values):
+    """This parameter with these values for the second image."""
+    return {name: torch.stack([arguments()[name][0].to(dtype), torch.tensor(values, dtype=dtype).squeeze()])}
+
+
+def box(*values):
+    return second("boxes", torch.float64, *values)
+
+
+def integers(name, *values):
+    return second(name, torch.int64, *values)
+
+
+HALVINGS = r"got halvings\[1\]=.* for 8 x 6 pixels, wanted at least 0 and a pixel left", "image 1 .*cannot be halved"
+BOX = r"got boxes\[1\]=.*wanted left < right and top < bottom within 4 x 3", "image 1 has a box that is empty or not"
+WINDOW = r"got a window of 4 pixels at offsets\[1\]=.*, wanted it within resized\[1\]=", "image 1 has a window that is"
+SMALLEST, LARGEST = -(2**63), 2**63 - 1
+# Equal numbers once they are float32.
+NEARLY = 3 - 1e-9
+WRONG_VALUES = [
+    *((integers("halvings", n), *HALVINGS) for n in (-1, 3, 31, 32, 64, SMALLEST, LARGEST)),
+    *((box(*edges), *BOX) for edges in ((-1e-6, 0, 4, 3), (0, -1, 4, 3), (0, 0, 4.001, 3), (0, 0, 4, 3.1))),
+    *((box(*edges), *BOX) for edges in ((2, 0, 2, 3), (3, 0, 2, 3), (0, 2, 4, 1), (0, NEARLY, 4, 3), (0, 0, 0, 0))),
+    *((box(*[v if k == i else e for k, e in enumerate((0, 0, 4, 3))]), *BOX) for i in range(4) for v in (math.nan,)),
+    *((box(*edges), *BOX) for edges in ((-math.inf, 0, 4, 3), (0, 0, math.inf, 3), (0, 0, 4, 1e300))),
+    *((integers("offsets", *offset), *WINDOW) for offset in ((-1, 0), (0, -1), (3, 0), (0, 2), (SMALLEST, 0))),
+    *((integers("offsets", *offset), *WINDOW) for offset in ((LARGEST, 0), (0, LARGEST))),
+    *((integers("resized", *sides), *WINDOW) for sides in ((5, 5), (6, 4), (0, 5), (6, -6), (SMALLEST, 5))),
+    *((integers("resized", *sides), *WINDOW) for sides in ((6, SMALLEST), (2**20 + 1, 5), (6, LARGEST))),
+]
+TRANSPOSED = torch.zeros(8, 6, 3, dtype=torch.uint8).transpose(0, 1)
+WRONG_TENSORS = [
+    (
+        {"images": [IMAGE, IMAGE.float()]},
+        r"images\[1\] torch.float32 \[6, 8, 3\], wanted",
+        r"images\[1\] must be uint8",
+    ),
+    (
+        {"images": [IMAGE, IMAGE[0]]},
+        r"got images\[1\] torch.uint8 \[8, 3\], wanted torch.uint8",
+        r"images\[1\] must be",
+    ),
+    ({"images": [IMAGE.repeat(1, 1, 2)] * 2}, r"images\[0\] torch.uint8 \[6, 8, 6\]", r"images\[0\] must be uint8"),
+    ({"images": [IMAGE[:0]] * 2}, r"halvings\[0\]=1 for 8 x 0 pixels", "image 0 of 0 x 8 pixels cannot be halved"),
+    ({"images": [IMAGE] * 3}, r"got halvings torch.int64 \[2\] .*\[3\] on the CPU, for 3 images", "must be uint8"),
+    (
+        {"halvings": torch.ones(2)},
+        r"halvings torch.float32 \[2\] on cpu, wanted torch.int64",
+        "halvings has a wrong dt",
+    ),
+    ({"halvings": torch.tensor(1)}, r"got halvings torch.int64 \[\]", "halvings has 1 values, wanted 2"),
+    ({"boxes": torch.zeros(2, 4)}, "got boxes torch.float32", "boxes has a wrong dtype"),
+    ({"boxes": torch.zeros(2, 3).double()}, r"boxes torch.float64 \[2, 3\]", "boxes has 6 values, wanted 8"),
+    ({"resized": torch.zeros(2, 2)}, "got resized torch.float32", "resized has a wrong dtype"),
+    ({"resized": torch.zeros(1, 2).long()}, r"got resized torch.int64 \[1, 2\]", "resized has 2 values, wanted 4"),
+    ({"offsets": torch.zeros(2, 2).int()}, "got offsets torch.int32", "offsets has a wrong dtype"),
+    ({"offsets": torch.zeros(2, 3).long()}, r"got offsets torch.int64 \[2, 3\]", "offsets has 6 values, wanted 4"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "extension"])
+@pytest.mark.parametrize(("change", "message", "_"), WRONG_VALUES + WRONG_TENSORS)
+def test_a_mistake_is_answered_with_what_was_wanted(change, message, _, backend):
+    with pytest.raises(ValueError, match=f"resized_crop: .*{message}"):
+        resized_crop(**arguments(**change), backend=backend)
+
+
+@needs_extension
+@pytest.mark.parametrize(("change", "_", "message"), WRONG_VALUES + WRONG_TENSORS)
+def test_operator_refuses_what_it_cannot_compute(change, _, message):
+    out = torch.full((2, 4, 4, 3), 7, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=f"resized_crop: .*{message}"):
+        torch.ops.epg_fast.resized_crop_out(*operator_arguments(out, **change))
+    assert (out == 7).all()
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 4, 4, 3), torch.int8), ((2, 4, 4, 4), torch.uint8), ((1, 4, 4, 3), torch.uint8), ((2, 48), torch.uint8)]
+    + [((2, 0, 4, 3), torch.uint8), ((2, 4, 0, 3), torch.uint8)],
+    ids=str,
+)
+def test_operator_refuses_a_result_of_another_shape_or_dtype(shape, dtype):
+    with pytest.raises(RuntimeError, match=r"out must be uint8 \[batch, height, width, 3\]"):
+        torch.ops.epg_fast.resized_crop_out(*operator_arguments(torch.zeros(shape, dtype=dtype)))
+
+
+@needs_extension
+def test_operator_refuses_other_filters_strided_tensors_and_results_over_an_image():
+    def refused(message, *positional, **change):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.epg_fast.resized_crop_out(*operator_arguments(*positional, **change))
+
+    for filter in (-1, 3, LARGEST):
+        refused(f"filter must be 0, 1 or 2, got {filter}", filter=filter)
+    refused(r"images\[0\] must be .*contiguous", images=[TRANSPOSED] * 2)
+    refused("out must be .*contiguous", torch.zeros(2, 4, 3, 4, dtype=torch.uint8).transpose(2, 3))
+    refused("boxes must be contiguous", boxes=torch.tensor([[0, 0, 4, 3.0]] * 4).double()[::2])
+    memory = torch.zeros(200, dtype=torch.uint8)
+    refused(r"out .*overlap images\[1\]", memory[:96].view(2, 4, 4, 3), images=[IMAGE, memory[40:184].view(6, 8, 3)])
+
+
+def test_sizes_filters_and_backends_that_do_not_exist_are_refused():
+    for change, message in (
+        ({"size": 0}, "got size=0, wanted at least 1"),
+        ({"size": -3}, "got size=-3, wanted at least 1"),
+        ({"filter": "lanczos"}, "got filter='lanczos', wanted one of box, bilinear, bicubic"),
+        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, extension, reference"),
+        ({"boxes": torch.zeros(2, 4, dtype=torch.float64, device="meta")}, r"got boxes torch.float64 \[2, 4\] on meta"),
+    ):
+        with pytest.raises(ValueError, match=f"resized_crop: .*{message}"):
+            resized_crop(**arguments(**change))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "extension"])
+def test_images_whose_pixels_float32_cannot_count_are_refused(backend):
+    image = torch.zeros(1, 2**24 + 1, 3, dtype=torch.uint8)
+    inputs = arguments(1, images=[image], halvings=torch.tensor([0]), boxes=torch.tensor([[0, 0, 4, 1]]).double())
+    with pytest.raises(ValueError, match=r"got images\[0\] of 16777217 x 1 pixels, wanted at most 16777216 a side"):
+        resized_crop(**inputs, backend=backend)
+
+
+@needs_extension
+def test_operator_refuses_images_whose_pixels_float32_cannot_count():
+    image = torch.zeros(1, 2**24 + 3, 3, dtype=torch.uint8)
+    edge = torch.tensor([[2**24 + 2.5, 0, 2**24 + 3, 1]], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="image 0 of 1 x 16777219 pixels is longer than 16777216"):
+        inputs = {"images": [image], "halvings": torch.tensor([0]), "boxes": edge}
+        torch.ops.epg_fast.resized_crop_out(*operator_arguments(batch=1, **inputs))
+
+
+@needs_extension
+def test_the_extension_says_how_it_wants_images():
+    for image in (TRANSPOSED, IMAGE.to("meta")):
+        with pytest.raises(ValueError, match=r"got images\[0\] on .*wanted it contiguous on the CPU for backend='ext"):
+            resized_crop(**arguments(images=[image] * 2), backend="extension")
