@@ -60,7 +60,7 @@ def test_bad_files_are_listed_in_the_run_folder_and_known_to_the_resumed_run(tin
     run, flags = tmp_path / "run", {"steps": 5, "checkpoint_every": 3}
     assert main(_command(tiny_run, dataset, run, **flags)) == 0
     assert sorted(bad) == [path for path, _ in _listed(run)] == sorted(_saved(run))
-    assert all("cannot identify image file" in reason for _, reason in _listed(run))
+    assert all("not a PNG, JPEG" in reason for _, reason in _listed(run))
     assert str(run / "bad_files.txt") in capsys.readouterr().err
 
     # one of them is restored before the run goes on from step 3: it belongs to the dataset again

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
+from epg_fast.data.dali import dali_is_installed
+from epg_fast.ops import extension_status
 from epg_fast.training import loop
 from epg_fast.training.checkpoint import list_checkpoints
 
@@ -44,14 +46,18 @@ def _assert_same_run(got, want):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_kill_9_and_resume_is_bit_identical(job, tiny_run, tmp_path):
+@pytest.mark.parametrize("job, decoder", [*((job, "pillow") for job in JOBS), ("pretrain", "dali")])
+def test_kill_9_and_resume_is_bit_identical(job, decoder, tiny_run, tmp_path):
+    if decoder == "dali" and not (dali_is_installed() and extension_status()[0]):
+        pytest.skip("needs NVIDIA DALI and the extension")
+    tiny_run = [*tiny_run, "--data.backend", decoder]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     # Workers on in the killed run only: they must not matter either.
     command = [sys.executable, "-m", "epg_fast"]
     assert subprocess.run([*command, *_command(job, tiny_run, whole, steps=34)], capture_output=True).returncode == 0
+    workers = {"data.workers": 1, "data.readers": 2}
     process = subprocess.Popen(
-        [*command, *_command(job, tiny_run, killed, steps=34, **{"data.workers": 1})], stderr=subprocess.DEVNULL
+        [*command, *_command(job, tiny_run, killed, steps=34, **workers)], stderr=subprocess.DEVNULL
     )
     deadline = time.time() + 120
     while len(_lines(killed)) < 16 and time.time() < deadline and process.poll() is None:
@@ -95,10 +101,11 @@ def test_a_finished_run_is_left_alone(tiny_run, tmp_path, capsys):
 
 @pytest.fixture
 def interrupted_run(tiny_run, tmp_path):
-    """Return (command, function that changes the checkpoint) of a run that stands at step 2 of 4."""
+    """Return (command, function that changes the checkpoint) of a run that stands at step 2 of 4, made with Pillow."""
     run = tmp_path / "run"
     command = _command("diffusion", tiny_run, run, steps=4, checkpoint_every=2)
     assert main(command) == 0
+    command[command.index("--data.backend") + 1] = "auto"
     newest, path = list_checkpoints(run / "checkpoints")
     newest.unlink()
 
