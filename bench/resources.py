@@ -133,6 +133,9 @@ def _extension_rows() -> list[Row]:
     if not libraries:
         print("the extension is not built here: no CUDA kernels to report")
         return []
+    if not _tool("cuobjdump", "-res-usage", str(libraries[0])):
+        print("the extension was built for the CPU alone: no CUDA kernels to report")
+        return []
     rows = []
     sass_by_kernel = _sass_by_kernel(_tool("cuobjdump", "-sass", str(libraries[0])))
     for usage in _usage(str(libraries[0])):
@@ -160,6 +163,9 @@ def _tool(name: str, *arguments: str) -> str:
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    # a library built for the CPU alone
+    if done.returncode != 0 and "does not contain device code" in done.stdout + done.stderr:
+        return ""
     if done.returncode != 0:
         raise RuntimeError(f"{name} {' '.join(arguments)} failed: {done.stderr.strip()}")
     return done.stdout + done.stderr

@@ -95,6 +95,8 @@ class DaliLoader(Loader):
     def __next__(self) -> dict[str, torch.Tensor]:
         self._check_open()
         if self._pipeline is None:
+            # processes are forked before DALI has threads
+            self._stream.start()
             self._pipeline = self._build()
         try:
             outputs = self._run()

@@ -271,11 +271,15 @@ class WorkerStream:
         self._closed = False
 
     def __next__(self):
+        self.start()
+        return next(self._stream)
+
+    def start(self) -> None:
+        """Start the processes, unless they run."""
         if self._closed:
             raise RuntimeError("this stream of batches is closed")
         if self._stream is None:
             self._stream = self._open()
-        return next(self._stream)
 
     def close(self) -> None:
         """Stop the processes; closing twice does nothing."""
