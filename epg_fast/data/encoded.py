@@ -81,9 +81,15 @@ class EncodedBatches(Batches):
 
     def _finish(self, batch):
         contents, parameters = batch
+        lengths = [len(content) for content in contents]
+        joined = torch.empty(sum(lengths), dtype=torch.uint8)
+        memory, end = memoryview(joined.numpy()), 0
+        for content in contents:
+            memory[end : end + len(content)] = content
+            end += len(content)
         return {
-            "content": torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8),
-            "length": torch.tensor([len(content) for content in contents]),
+            "content": joined,
+            "length": torch.tensor(lengths),
             "parameters": torch.from_numpy(parameters.view(np.uint8).reshape(len(parameters), -1)),
         }
 
