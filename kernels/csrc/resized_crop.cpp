@@ -20,6 +20,8 @@ constexpr int kBits = 22;  // 8 bits of pixel, 2 of headroom for weights beyond 
 // Rows that are turned into lines of one column together.
 constexpr int64_t kRows = 32;
 constexpr int64_t kPadding = 4;
+// Columns of a tile that is copied while its lines stay in the L1 cache.
+constexpr int64_t kColumns = 64;
 
 enum class Filter : int64_t { kBox = 0, kBilinear = 1, kBicubic = 2 };
 
@@ -120,14 +122,26 @@ struct Image {
   int64_t width;
 };
 
-// `count` pixels, each `to_step` bytes behind the last. All but the last are copied with the byte behind them, which is
-// faster: to the place of a pixel that is yet to be copied, or to kPadding.
-EPG_ALWAYS_INLINE void copy_pixels(uint8_t* to, int64_t to_step, const uint8_t* from, int64_t from_step,
-                                   int64_t count) {
-  for (int64_t i = 0; i + 1 < count; ++i, to += to_step, from += from_step) {
-    std::memcpy(to, from, kChannels + 1);
+// Pixels are so many bytes apart along x and along y.
+struct Steps {
+  int64_t x;
+  int64_t y;
+};
+
+// All but the last pixel of a row of a tile are copied with the byte behind them, which is faster: it goes to the place
+// of a pixel that is yet to be copied, or to kPadding.
+void copy_pixels(uint8_t* to, Steps to_steps, const uint8_t* from, Steps from_steps, int64_t rows, int64_t columns) {
+  for (int64_t left = 0; left < columns; left += kColumns) {
+    const int64_t last = std::min(left + kColumns, columns) - 1;
+    for (int64_t y = 0; y < rows; ++y) {
+      uint8_t* const to_row = to + y * to_steps.y;
+      const uint8_t* const from_row = from + y * from_steps.y;
+      for (int64_t x = left; x < last; ++x) {
+        std::memcpy(to_row + x * to_steps.x, from_row + x * from_steps.x, kChannels + 1);
+      }
+      std::memcpy(to_row + last * to_steps.x, from_row + last * from_steps.x, kChannels);
+    }
   }
-  std::memcpy(to, from, kChannels);
 }
 
 // Memory that a thread keeps: fresh memory would cost more than the resampling.
@@ -148,19 +162,16 @@ void resample_along_x(Scratch& scratch, const Image& image, const Taps& horizont
   scratch.rows.resize((vertical.last - vertical.first) * outputs * kChannels);
   for (int64_t top = vertical.first; top < vertical.last; top += kRows) {
     const int64_t rows = std::min(kRows, vertical.last - top);
-    for (int64_t row = 0; row < rows; ++row) {
-      const uint8_t* const from = image.pixels + ((top + row) * image.width + horizontal.first) * kChannels;
-      copy_pixels(scratch.columns.data() + row * kChannels, kLine, from, kChannels, used);
-    }
+    copy_pixels(scratch.columns.data(), {kLine, kChannels},
+                image.pixels + (top * image.width + horizontal.first) * kChannels,
+                {kChannels, image.width * kChannels}, rows, used);
     for (int64_t x = 0; x < outputs; ++x) {
       weighted_sum(scratch.sums.data() + x * kLine,
                    scratch.columns.data() + (horizontal.begin[x] - horizontal.first) * kLine, kLine, horizontal.of(x),
                    horizontal.count[x], rows * kChannels);
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      uint8_t* const to = scratch.rows.data() + (top - vertical.first + row) * outputs * kChannels;
-      copy_pixels(to, kChannels, scratch.sums.data() + row * kChannels, kLine, outputs);
-    }
+    copy_pixels(scratch.rows.data() + (top - vertical.first) * outputs * kChannels, {kChannels, outputs * kChannels},
+                scratch.sums.data(), {kLine, kChannels}, rows, outputs);
   }
 }
 
