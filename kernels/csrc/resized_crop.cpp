@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,9 @@ constexpr int kChannels = 3;
 constexpr int kBits = 22;  // 8 bits of pixel, 2 of headroom for weights beyond 1
 // Rows that are turned into lines of one column together.
 constexpr int64_t kRows = 32;
+constexpr int64_t kPadding = 4;
+// Columns of a tile that is copied while its lines stay in the L1 cache.
+constexpr int64_t kColumns = 64;
 
 enum class Filter : int64_t { kBox = 0, kBilinear = 1, kBicubic = 2 };
 
@@ -118,10 +122,26 @@ struct Image {
   int64_t width;
 };
 
-void copy_pixel(uint8_t* to, const uint8_t* from) {
-  to[0] = from[0];
-  to[1] = from[1];
-  to[2] = from[2];
+// Pixels are so many bytes apart along x and along y.
+struct Steps {
+  int64_t x;
+  int64_t y;
+};
+
+// All but the last pixel of a row of a tile are copied with the byte behind them, which is faster: it goes to the place
+// of a pixel that is yet to be copied, or to kPadding.
+void copy_pixels(uint8_t* to, Steps to_steps, const uint8_t* from, Steps from_steps, int64_t rows, int64_t columns) {
+  for (int64_t left = 0; left < columns; left += kColumns) {
+    const int64_t last = std::min(left + kColumns, columns) - 1;
+    for (int64_t y = 0; y < rows; ++y) {
+      uint8_t* const to_row = to + y * to_steps.y;
+      const uint8_t* const from_row = from + y * from_steps.y;
+      for (int64_t x = left; x < last; ++x) {
+        std::memcpy(to_row + x * to_steps.x, from_row + x * from_steps.x, kChannels + 1);
+      }
+      std::memcpy(to_row + last * to_steps.x, from_row + last * from_steps.x, kChannels);
+    }
+  }
 }
 
 // Memory that a thread keeps: fresh memory would cost more than the resampling.
@@ -136,31 +156,22 @@ struct Scratch {
 void resample_along_x(Scratch& scratch, const Image& image, const Taps& horizontal, const Taps& vertical,
                       int64_t outputs) {
   const int64_t used = horizontal.last - horizontal.first;
-  constexpr int64_t kLine = kRows * kChannels;
+  constexpr int64_t kLine = kRows * kChannels + kPadding;
   scratch.columns.resize(used * kLine);
   scratch.sums.resize(outputs * kLine);
   scratch.rows.resize((vertical.last - vertical.first) * outputs * kChannels);
   for (int64_t top = vertical.first; top < vertical.last; top += kRows) {
     const int64_t rows = std::min(kRows, vertical.last - top);
-    for (int64_t row = 0; row < rows; ++row) {
-      const uint8_t* from = image.pixels + ((top + row) * image.width + horizontal.first) * kChannels;
-      uint8_t* to = scratch.columns.data() + row * kChannels;
-      for (int64_t x = 0; x < used; ++x, from += kChannels, to += kLine) {
-        copy_pixel(to, from);
-      }
-    }
+    copy_pixels(scratch.columns.data(), {kLine, kChannels},
+                image.pixels + (top * image.width + horizontal.first) * kChannels,
+                {kChannels, image.width * kChannels}, rows, used);
     for (int64_t x = 0; x < outputs; ++x) {
       weighted_sum(scratch.sums.data() + x * kLine,
                    scratch.columns.data() + (horizontal.begin[x] - horizontal.first) * kLine, kLine, horizontal.of(x),
                    horizontal.count[x], rows * kChannels);
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      const uint8_t* from = scratch.sums.data() + row * kChannels;
-      uint8_t* to = scratch.rows.data() + (top - vertical.first + row) * outputs * kChannels;
-      for (int64_t x = 0; x < outputs; ++x, from += kLine, to += kChannels) {
-        copy_pixel(to, from);
-      }
-    }
+    copy_pixels(scratch.rows.data() + (top - vertical.first) * outputs * kChannels, {kChannels, outputs * kChannels},
+                scratch.sums.data(), {kLine, kChannels}, rows, outputs);
   }
 }
 
@@ -171,6 +182,13 @@ void resample(uint8_t* out, Scratch& scratch, const Image& image, const Taps& ho
   for (size_t y = 0; y < vertical.begin.size(); ++y) {
     weighted_sum(out + y * line, scratch.rows.data() + (vertical.begin[y] - vertical.first) * line, line,
                  vertical.of(y), vertical.count[y], line);
+  }
+}
+
+void copy_window(uint8_t* out, const Image& image, int64_t left, int64_t top, int64_t height, int64_t width) {
+  for (int64_t y = 0; y < height; ++y) {
+    std::memcpy(out + y * width * kChannels, image.pixels + ((top + y) * image.width + left) * kChannels,
+                width * kChannels);
   }
 }
 
@@ -203,15 +221,25 @@ struct Arguments {
   uint8_t* out;
 };
 
+// Resampling by whole pixels of scale 1 has weights of 1 and 0: the window is copied.
 void crop_one(const Arguments& a, int64_t i) {
   static thread_local Scratch scratch;
   const Image image = halve(scratch, a.images[i], a.halvings[i]);
   const auto edge = [&](int k) { return static_cast<float>(a.boxes[4 * i + k]); };
-  const Taps horizontal =
-      make_taps(image.width, edge(0), edge(2), a.resized[2 * i], a.offsets[2 * i], a.width, a.filter);
-  const Taps vertical =
-      make_taps(image.height, edge(1), edge(3), a.resized[2 * i + 1], a.offsets[2 * i + 1], a.height, a.filter);
-  resample(a.out + i * a.height * a.width * kChannels, scratch, image, horizontal, vertical);
+  const int64_t* const resized = a.resized + 2 * i;
+  const int64_t* const offset = a.offsets + 2 * i;
+  uint8_t* const out = a.out + i * a.height * a.width * kChannels;
+  const auto is_copy = [&](int k) {
+    return edge(k) == std::floor(edge(k)) && edge(k + 2) - edge(k) == static_cast<float>(resized[k]);
+  };
+  if (is_copy(0) && is_copy(1)) {
+    copy_window(out, image, static_cast<int64_t>(edge(0)) + offset[0], static_cast<int64_t>(edge(1)) + offset[1],
+                a.height, a.width);
+    return;
+  }
+  const Taps horizontal = make_taps(image.width, edge(0), edge(2), resized[0], offset[0], a.width, a.filter);
+  const Taps vertical = make_taps(image.height, edge(1), edge(3), resized[1], offset[1], a.height, a.filter);
+  resample(out, scratch, image, horizontal, vertical);
 }
 
 const void* parameter(const char* name, const Tensor& tensor, ScalarType dtype, int64_t batch, int64_t columns) {

@@ -207,8 +207,12 @@ def test_an_image_of_one_pixel_is_one_colour(filter, backend):
 @EACH_FILTER
 def test_resizing_to_the_same_size_changes_nothing(filter, backend):
     image = make_image(np.random.default_rng(3), 21, 40)
-    actual = run([whole(image, (40, 21), (11, 5))], 16, filter, backend)[0]
-    np.testing.assert_array_equal(actual, image[5:21, 11:27])
+    crops = [whole(image, (40, 21), (11, 5)), Crop(image, 0, (7, 3, 37, 21), (30, 18), (4, 2))]
+    for actual in run(crops, 16, filter, backend):
+        np.testing.assert_array_equal(actual, image[5:21, 11:27])
+    # the same scale along one of the directions, or not by whole pixels
+    boxes = [(7, 3, 37, 20.5), (7, 3, 36, 21), (6.5, 3, 36.5, 21), (7, 2.25, 37, 20.25), (7.1, 3, 37.1, 21)]
+    check([Crop(image, 0, box, (30, 18), (4, 2)) for box in boxes], 16, filter, backend)
 
 
 @BACKENDS
