@@ -4,8 +4,8 @@ The order of the images and the parameters of their views are those of `PillowLo
 
 - On a CPU DALI decodes; the crops and what follows are `epg_fast.ops.resized_crop` and `augment_view`, one pass each of
   the C++ extension, in Pillow's own arithmetic: DALI's resizes and colours are slower, and only similar. The batches
-  equal Pillow's but for the Gaussian blur, which Pillow approximates by boxes, and one level here and there where
-  Pillow resamples along y before x.
+  equal Pillow's but for the Gaussian blur, which Pillow approximates by boxes, and a level here and there in portraits
+  whose height shrinks much more than their width, which Pillow from version 13 on resamples along y first.
 - On a GPU DALI decodes (nvJPEG) and resizes there, and `augment_view` follows there: within 0.6 levels of 255 of Pillow
   on average for crops (0.2 from 256 pixels on), when its operators are run on a CPU. It has not been run on a GPU.
 """
@@ -187,6 +187,11 @@ class DaliLoader(Loader):
         self._again = collections.deque([replaced, *list(self._under_way)[1:], *self._again])
         self._under_way.clear()
 
+    def _device_id(self) -> int | None:
+        if self.device.type == "cpu":
+            return None
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
     def _build(self):
         pipeline = _make_pipeline(
             self._feed,
@@ -194,7 +199,7 @@ class DaliLoader(Loader):
             crops=len(self._batches.names) if self._dali_resizes else 0,
             batch_size=self._batches.local_size,
             num_threads=self.threads,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+            device_id=self._device_id(),
             prefetch_queue_depth=self.prefetch,
             # nothing random is left to DALI
             seed=0,
