@@ -7,29 +7,27 @@ import logging
 import torch
 
 from epg_fast.config import DataConfig
-from epg_fast.data.dali import DaliLoader, dali_is_installed
+from epg_fast.data.dali import DaliLoader, dali_status
 from epg_fast.data.loader import Loader, PillowLoader
 from epg_fast.data.source import ImageSource
 from epg_fast.ops import extension_status
 
 logger = logging.getLogger("epg_fast")
 
-_INSTALL = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120)"
-
 
 def resolve_backend(name: str, device: torch.device | str = "cpu") -> str:
     """Return the loader that `name` ("auto", "dali" or "pillow") means for training on `device`: "dali" or "pillow".
 
-    "auto" is DALI where it can run: where it is installed and, on a CPU, the C++ extension is built. One log line says
-    why "auto" took Pillow. Raises ValueError for another name, and for a "dali" that cannot run.
+    "auto" is DALI where it can run: where it can be imported and, on a CPU, the C++ extension is built. One log line
+    says why "auto" took Pillow. Raises ValueError for another name, and for a "dali" that cannot run.
     """
     if name not in ("auto", "dali", "pillow"):
         raise ValueError(f"data.backend: got {name!r}, wanted auto, dali or pillow")
     if name == "pillow":
         return name
     lacking = None
-    if not dali_is_installed():
-        lacking = f"NVIDIA DALI is not installed; {_INSTALL}"
+    if not dali_status()[0]:
+        lacking = f"NVIDIA DALI is {dali_status()[1]}"
     elif torch.device(device).type == "cpu" and not extension_status()[0]:
         lacking = f"on a CPU it needs the extension, which is {extension_status()[1]}"
     if lacking is None:

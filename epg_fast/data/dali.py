@@ -4,8 +4,8 @@ The order of the images and the parameters of their views are those of `PillowLo
 
 - On a CPU DALI decodes; the crops and what follows are `epg_fast.ops.resized_crop` and `augment_view`, one pass each of
   the C++ extension, in Pillow's own arithmetic: DALI's resizes and colours are slower, and only similar. The batches
-  equal Pillow's but for the Gaussian blur, which Pillow approximates by boxes, and a level here and there in portraits
-  whose height shrinks much more than their width, which Pillow from version 13 on resamples along y first.
+  equal Pillow's but for the Gaussian blur, which Pillow approximates by boxes, and a few levels here and there in
+  portraits whose height shrinks much more than their width: Pillow from version 13 on resamples them along y first.
 - On a GPU DALI decodes (nvJPEG) and resizes there, and `augment_view` follows there: within 0.6 levels of 255 of Pillow
   on average for crops (0.2 from 256 pixels on), when its operators are run on a CPU. It has not been run on a GPU.
 """
@@ -13,7 +13,7 @@ The order of the images and the parameters of their views are those of `PillowLo
 from __future__ import annotations
 
 import collections
-import importlib.util
+import functools
 import itertools
 import logging
 
@@ -31,12 +31,19 @@ logger = logging.getLogger("epg_fast")
 _LEVELS = 15
 
 
-def dali_is_installed() -> bool:
-    """Whether `nvidia.dali` can be imported; it is not imported."""
+@functools.cache
+def dali_status() -> tuple[bool, str]:
+    """Import NVIDIA DALI if it is there; return (whether it is, its version or one line that says why it is not)."""
+    install = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120)"
     try:
-        return importlib.util.find_spec("nvidia.dali") is not None
+        import nvidia.dali
     except ModuleNotFoundError:
-        return False
+        return False, f"not installed; {install}"
+    except Exception as error:
+        # a library that is missing, of another version, for another machine
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return False, f"installed, but cannot be imported ({reason}); install it anew: {install}"
+    return True, nvidia.dali.__version__
 
 
 class DaliLoader(Loader):
@@ -65,10 +72,9 @@ class DaliLoader(Loader):
         prefetch: int = 2,
         **options,
     ):
-        if not dali_is_installed():
+        if not dali_status()[0]:
             raise ImportError(
-                "the DALI loader needs NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda130 "
-                "(or -cuda120), or use --data.backend pillow"
+                f"the DALI loader needs NVIDIA DALI, which is {dali_status()[1]}, or use --data.backend pillow"
             )
         self.device = torch.device(device)
         if self.device.type == "cpu" and not extension_status()[0]:
@@ -217,7 +223,7 @@ def _boxes(records: np.ndarray, size: int) -> list[np.ndarray]:
     start = crop["offset"] * pixel
     boxes = [(start, start + size * pixel)]
     boxes += [(view["box"][:, :2], view["box"][:, 2:]) for view in views]
-    return inputs + [np.ascontiguousarray(edge[:, ::-1], np.float32) for box in boxes for edge in box]
+    return inputs + [edge[:, ::-1].astype(np.float32, order="C") for box in boxes for edge in box]
 
 
 def _to_torch(tensor) -> torch.Tensor:
@@ -227,12 +233,12 @@ def _to_torch(tensor) -> torch.Tensor:
 
 
 def _tensors(records: np.ndarray, *names: str) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.ascontiguousarray(records[name])) for name in names}
+    return {name: torch.from_numpy(records[name].copy()) for name in names}
 
 
 def _resized_crop(images: list[torch.Tensor], view: np.ndarray, size: int) -> torch.Tensor:
     """Decoded images and the records of one view -> [b, H, W, 3]."""
-    batch, boxes = len(images), torch.from_numpy(np.ascontiguousarray(view["box"]))
+    batch, boxes = len(images), torch.from_numpy(view["box"].copy())
     if "resized" in view.dtype.names:
         crop = _tensors(view, "halvings", "resized", "offset")
         return resized_crop(images, crop["halvings"], boxes, crop["resized"], crop["offset"], size, "bicubic")

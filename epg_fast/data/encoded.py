@@ -8,7 +8,7 @@ from PIL import Image
 
 from epg_fast.data.loader import Batches
 from epg_fast.data.source import decode_image, open_image
-from epg_fast.data.views import AugmentedView, ViewParameters, crop_geometry, draw_parameters
+from epg_fast.data.views import AugmentedView, ViewParameters, check_shape, crop_geometry, draw_parameters
 
 # Larger images are refused by Pillow as decompression bombs.
 _LONGEST_SHORT_SIDE = 13_377
@@ -59,9 +59,10 @@ class EncodedBatches(Batches):
         self._max_short_side = loader.image_size << (max_halvings(loader.image_size) + 1)
 
     def _read(self, index: int) -> tuple[bytes, tuple[int, int]]:
-        content = self.source.read(index)
+        content = self._content(index)
         with open_image(content) as image:
             size, plain = image.size, not self.pillow_only and _is_plain(image, content)
+        check_shape(*size, self.image_size)
         if min(size) >= self._max_short_side:
             raise ValueError(f"{size[0]} x {size[1]} pixels are too many")
         if plain:

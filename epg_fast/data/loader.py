@@ -5,10 +5,15 @@ from __future__ import annotations
 import abc
 import atexit
 import contextlib
+import errno
+import functools
 import itertools
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -17,13 +22,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data.source import DataError, ImageSource, decode_image, too_many_bad_files
-from epg_fast.data.views import check_augment, training_views
+from epg_fast.data.pool import exit_with_parent
+from epg_fast.data.source import DataError, ImageSource, decode_image, printable, too_many_bad_files
+from epg_fast.data.views import check_augment, check_shape, training_views
 
 logger = logging.getLogger("epg_fast")
 
 # The two kinds of random streams of a seed, as the first element of numpy's spawn key.
 _ORDER, _SAMPLE = 0, 1
+# Seconds to wait for a disk that does not answer, and what it answers then.
+_PATIENCE = 600.0
+_AWAY = {errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENXIO}
+
+
+class _DiskError(OSError):
+    """No file of the dataset can be read."""
 
 
 class Loader(abc.ABC):
@@ -128,7 +141,8 @@ class Loader(abc.ABC):
         for path, reason in bad_files.items():
             if path not in self.bad_files:
                 self.bad_files[path] = reason
-                logger.warning("cannot decode %s (%s); the next image takes its place", self.source.root / path, reason)
+                name = printable(str(self.source.root / path))
+                logger.warning("cannot decode %s (%s); the next image takes its place", name, reason)
         self._check_bad_files()
 
     def _check_bad_files(self) -> None:
@@ -188,7 +202,17 @@ class Batches(Dataset):
         self._bad = loader._bad
         self._order: tuple[int, np.ndarray] | None = None
 
-    def __getitem__(self, iteration: int) -> tuple[dict | None, dict[str, str]]:
+    def __getitem__(self, iteration: int) -> tuple[dict | None, dict[str, str]] | Exception:
+        if torch.utils.data.get_worker_info() is None:
+            return self._batch(iteration)
+        try:
+            batch, bad_files = self._batch(iteration)
+            # here and not on the way to the parent, which would wait for ever for a batch that found no room
+            return batch and {name: tensor.share_memory_() for name, tensor in batch.items()}, bad_files
+        except (OSError, RuntimeError) as error:
+            return error
+
+    def _batch(self, iteration: int) -> tuple[dict | None, dict[str, str]]:
         epoch, indices = self._indices(iteration)
         batch = self._start()
         used = np.empty(self.local_size, np.int64)
@@ -203,6 +227,27 @@ class Batches(Dataset):
         batch["label"] = torch.tensor([int(self.source.labels[i]) for i in used], dtype=torch.int64)
         batch["index"] = torch.from_numpy(used)
         return batch, bad_files
+
+    def _content(self, index: int) -> bytes:
+        """Return the encoded image, waiting for a disk that is away. Raises OSError if only this file is."""
+        started, pause = time.monotonic(), 0.1
+        while True:
+            try:
+                return self.source.read(index)
+            except OSError as error:
+                if not self._is_away(error):
+                    raise
+                waited, reason = time.monotonic() - started, error
+            if waited > _PATIENCE:
+                raise _DiskError(
+                    f"{self.source.root} could not be read for {waited:.0f} s ({reason}); is the disk there? "
+                    "The same command resumes"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def _is_away(self, error: OSError) -> bool:
+        return error.errno in _AWAY or (isinstance(error, FileNotFoundError) and not self.source.root.exists())
 
     @abc.abstractmethod
     def _read(self, index: int):
@@ -232,6 +277,8 @@ class Batches(Dataset):
                 continue
             try:
                 return self._read(i), i
+            except _DiskError:
+                raise
             except Exception as error:
                 # what a damaged file makes Pillow raise is no closed list
                 bad_files[self.source.paths[i]] = f"{type(error).__name__}: {error}"
@@ -245,7 +292,9 @@ class DecodedBatches(Batches):
     """Batches of views made with Pillow."""
 
     def _read(self, index):
-        return decode_image(self.source.read(index))
+        image = decode_image(self._content(index))
+        check_shape(*image.size, self.image_size)
+        return image
 
     def _start(self):
         shape = (self.local_size, 3, self.image_size, self.image_size)
@@ -272,7 +321,23 @@ class WorkerStream:
 
     def __next__(self):
         self.start()
-        return next(self._stream)
+        try:
+            item = next(self._stream)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            item = RuntimeError(
+                f"a process that reads images was killed, often for want of memory ({str(error).splitlines()[0]}); "
+                "use fewer --data.workers or --data.readers. The same command resumes"
+            )
+        if not isinstance(item, Exception):
+            return item
+        if "shared memory" in str(item):
+            raise RuntimeError(
+                f"no room in shared memory, /dev/shm ({str(item).splitlines()[0]}): enlarge it (docker run "
+                "--shm-size=16g), or use fewer --data.workers or --data.readers. The same command resumes"
+            )
+        raise item
 
     def start(self) -> None:
         """Start the processes, unless they run."""
@@ -286,8 +351,8 @@ class WorkerStream:
         self._closed = True
         stream, self._stream = self._stream, None
         if stream is not None and self._workers:
-            _kill_workers(stream)
-            atexit.unregister(self._close_at_exit)
+            self._finalizer()
+            atexit.unregister(self._finalizer)
 
     def _open(self) -> Iterator:
         iterations = itertools.count(self._start)
@@ -298,6 +363,7 @@ class WorkerStream:
             sampler=iterations,
             batch_size=None,
             collate_fn=_unchanged,
+            worker_init_fn=functools.partial(_start_worker, os.getpid()),
             num_workers=self._workers,
             multiprocessing_context="fork" if sys.platform == "linux" else None,
             # its own generator, or starting it would advance the global one
@@ -305,10 +371,9 @@ class WorkerStream:
         )
         with _signals_blocked():
             stream = iter(loader)
-        # multiprocessing's own hook would send the workers SIGTERM and wait for ever: stop them before.
-        reference = weakref.ref(self)
-        self._close_at_exit = lambda: (worker_stream := reference()) and worker_stream.close()
-        atexit.register(self._close_at_exit)
+        # also when nobody closes it; and before multiprocessing's own hook, which would send SIGTERM and wait for ever
+        self._finalizer = weakref.finalize(self, _kill_workers, stream)
+        atexit.register(self._finalizer)
         return stream
 
 
@@ -324,6 +389,11 @@ def _kill_workers(stream) -> None:
 
 def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=key)
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    # torch looks after the parent between batches only, and a disk may take its time
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def _unchanged(batch):

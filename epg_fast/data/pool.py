@@ -60,10 +60,11 @@ def _start_worker(task: Callable, parent: int, stop) -> None:
     _task, _stop = task, stop
     # the parent ends the pool on Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _exit_with_parent(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
+    """End this process once its parent, process `parent`, is gone; for a thread of its own."""
     # a worker of concurrent.futures would wait for ever after the parent was killed
     while os.getppid() == parent:
         time.sleep(1)

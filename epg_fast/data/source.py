@@ -25,12 +25,18 @@ class DataError(ValueError):
 
 def too_many_bad_files(bad_files: dict[str, str], total: int, max_bad_fraction: float) -> DataError:
     """Return the error that names the first few of `bad_files` (relative path -> reason) and what to do about them."""
-    first = "; ".join(f"{path} ({reason})" for path, reason in list(bad_files.items())[:3])
+    first = "; ".join(f"{printable(path)} ({reason})" for path, reason in list(bad_files.items())[:3])
     more = "; ..." if len(bad_files) > 3 else ""
     return DataError(
         f"{len(bad_files)} of {total} images ({len(bad_files) / total:.2%}) cannot be decoded, wanted at most "
-        f"{max_bad_fraction:.2%}: {first}{more}. Restore or delete these files, or allow more bad files."
+        f"{max_bad_fraction:.2%}: {first}{more}. Restore or delete these files, or let "
+        "training allow more of them with --data.max_bad_fraction."
     )
+
+
+def printable(path: str) -> str:
+    """Return `path` on one line: names of files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
 
 
 class ImageSource(abc.ABC):

@@ -14,6 +14,10 @@ from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from epg_fast.config import AugmentConfig
 
 _CROP_TRIES = 10
+# What `augment_view` takes.
+_LARGEST_BLUR = 1024
+# Of the long side after the resize: more is no picture, and memory without bound.
+_LONGEST_RESIZED = 1 << 16
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _ENHANCERS = {
     "brightness": ImageEnhance.Brightness,
@@ -150,9 +154,16 @@ def training_views(
     return [np.asarray(view) for view in views]
 
 
+def check_shape(width: int, height: int, size: int) -> None:
+    """Raise ValueError for an image so narrow that its centre crop to `size` would need a huge one."""
+    resized = crop_geometry(width, height, size).resized
+    if max(resized) > _LONGEST_RESIZED:
+        raise ValueError(f"{width} x {height} pixels are too narrow: the centre crop resizes to {max(resized)} pixels")
+
+
 def check_augment(config: AugmentConfig) -> None:
     """Raise ValueError for ranges and probabilities that have no meaning."""
-    ranges = {"crop_area": (0, 1), "crop_ratio": (0, math.inf), "blur_sigma": (0, math.inf)}
+    ranges = {"crop_area": (0, 1), "crop_ratio": (0, math.inf), "blur_sigma": (0, _LARGEST_BLUR)}
     for name, (lowest, highest) in ranges.items():
         low, high = getattr(config, name)
         positive = low > 0 or name == "blur_sigma"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from epg_fast.data import DataError, ImageSource
-from epg_fast.data.source import too_many_bad_files
+from epg_fast.data.source import printable, too_many_bad_files
 from epg_fast.training.distributed import Ranks
 
 log = logging.getLogger("epg_fast")
@@ -50,7 +50,7 @@ class BadFiles:
         new = {path: reason for path, reason in own.items() if path not in self.known}
         if not self._any(bool(new)):
             return
-        for part in self._gather(new):
+        for part in self._ranks.gather_objects(new):
             for path, reason in part.items():
                 self.known.setdefault(path, reason)
         if self._ranks.main and self._write(self.known):
@@ -71,18 +71,12 @@ class BadFiles:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def _gather(self, mine: dict[str, str]) -> list[dict[str, str]]:
-        if self._ranks.world_size == 1:
-            return [mine]
-        parts = [None] * self._ranks.world_size
-        dist.all_gather_object(parts, mine)
-        return parts
-
     def _write(self, found: dict[str, str]) -> bool:
         temporary = self.path.with_name(f".bad_files.tmp{self._ranks.rank}")
         try:
             with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as f:
-                f.writelines(f"{path}\t{' '.join(reason.split())}\n" for path, reason in sorted(found.items()))
+                for path, reason in sorted(found.items()):
+                    f.write(f"{printable(path)}\t{' '.join(reason.split())}\n")
             os.replace(temporary, self.path)
         except OSError as error:
             log.warning("could not write %s (%s)", self.path, error)

@@ -33,6 +33,14 @@ class Ranks:
         dist.all_gather(parts, keys.detach().contiguous())
         return torch.cat(parts)
 
+    def gather_objects(self, value) -> list:
+        """The picklable `value` of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:

@@ -100,6 +100,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         log.info("%s is complete: %d steps", outdir, state.step)
         return
     state.data_backend = choose_backend(config.data.backend, state.data_backend, ranks.device)
+    check_one_backend(state.data_backend, ranks)
     loader = make_loader(
         source,
         config.data,
@@ -194,6 +195,17 @@ def choose_backend(wanted: str, used: str | None, device: torch.device | str = "
             f"(pip install nvidia-dali-cuda130, or -cuda120), or go on with --data.backend pillow: {_PIXELS}"
         )
     return used
+
+
+def check_one_backend(backend: str, ranks: distributed.Ranks) -> None:
+    """Raise ValueError, on every rank, when the machines of a run would decode differently."""
+    chosen = ranks.gather_objects(backend)
+    for rank, other in enumerate(chosen):
+        if other != chosen[0]:
+            raise ValueError(
+                f"rank {rank} decodes images with {other}, rank 0 with {chosen[0]}: `epg-fast env` on both machines "
+                "says what is missing; install it, or pass --data.backend pillow"
+            )
 
 
 def _decoder(backend: str, workers: int) -> str:

@@ -15,12 +15,12 @@ from scipy import stats
 
 from epg_fast.config import AugmentConfig, DataConfig
 from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, backends, make_loader, resolve_backend
-from epg_fast.data.dali import dali_is_installed
+from epg_fast.data.dali import dali_status
 from epg_fast.data.encoded import EncodedBatches, parameters_dtype
 from epg_fast.ops import extension_status
 
 pytestmark = pytest.mark.skipif(
-    not (dali_is_installed() and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
+    not (dali_status()[0] and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
 )
 
 # Nothing happens to the image: tests switch on what they look at.
@@ -217,16 +217,18 @@ def test_resuming_anywhere_with_other_threads_and_readers_continues_bit_for_bit(
         assert_same(batches(photographs, 8 - start, start=start, **options, **common), whole[start:])
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_an_epoch_over_the_shards_has_every_image_once(photographs, shards):
-    found = [batches(photographs, 6, rank=rank, world_size=shards) for rank in range(shards)]
+@pytest.mark.parametrize("dali_resizes", [False, True])
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_an_epoch_over_the_shards_has_every_image_once(photographs, shards, dali_resizes):
+    common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
+    found = [batches(photographs, 6, rank=rank, world_size=shards, **common) for rank in range(shards)]
     for epoch in (slice(0, 3), slice(3, 6)):
         indices = torch.cat([batch["index"] for shard in found for batch in shard[epoch]])
         assert sorted(indices.tolist()) == list(range(24))
     joined = [
         {key: torch.cat([share[key] for share in shares]) for key in shares[0]} for shares in zip(*found, strict=True)
     ]
-    assert_same(joined, batches(photographs, 6))
+    assert_same(joined, batches(photographs, 6, **common))
 
 
 def test_global_random_states_are_neither_used_nor_touched(photographs):
@@ -302,6 +304,7 @@ BAD = {
     "text.png": lambda i: b"this is no image",
     "cut.jpg": lambda i: encode(i, "JPEG")[:-200],
     "cut.png": lambda i: encode(i, "PNG")[:-200],
+    "narrow.png": lambda i: encode(Image.new("RGB", (9000, 2)), "PNG"),
     "header_only.jpg": lambda i: encode(i, "JPEG")[:300],
     "damaged_inside.png": lambda i: damaged(encode(i, "PNG")),
 }
@@ -406,7 +409,7 @@ def test_auto_takes_dali_where_it_can_run_and_says_why_not(monkeypatch, caplog):
             resolve_backend("dali")
     caplog.clear()
     with caplog.at_level(logging.INFO, "epg_fast"), monkeypatch.context() as without:
-        without.setattr(backends, "dali_is_installed", lambda: False)
+        without.setattr(backends, "dali_status", lambda: (False, "not installed; pip install nvidia-dali-cuda130"))
         assert resolve_backend("auto", "cuda") == "pillow" and "pip install nvidia-dali" in caplog.text
         with pytest.raises(ValueError, match="not installed; pip install nvidia-dali-cuda130.*--data.backend pillow"):
             resolve_backend("dali", "cuda")

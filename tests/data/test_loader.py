@@ -1,17 +1,22 @@
+import errno
 import itertools
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from epg_fast.config import AugmentConfig
 from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, training_views
+from epg_fast.data import loader as loader_module
 
 
 def batches(folder, count, **options):
@@ -200,26 +205,95 @@ def test_more_than_one_percent_of_damaged_files_stops_with_their_names(make_fold
             next(loader)
 
 
-def test_a_folder_that_vanished_stops_after_a_few_files(make_folder):
-    root = make_folder(300)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_goes_away_is_waited_for_and_changes_nothing(make_folder, workers):
+    root = make_folder(60)
+    folder = ImageFolder(root)
+    expected = batches(folder, 6)
+    root.rename(root.with_name("elsewhere"))
+    timer = threading.Timer(0.5, lambda: root.with_name("elsewhere").rename(root))
+    timer.start()
+    assert_same(batches(folder, 6, workers=workers), expected)
+    timer.join()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_stays_away_stops_training_with_one_line(make_folder, monkeypatch, workers):
+    root = make_folder(60)
     folder = ImageFolder(root)
     root.rename(root.with_name("elsewhere"))
-    loader = PillowLoader(folder, image_size=16, batch_size=300, seed=0, workers=0)
-    with pytest.raises(DataError, match="4 of 300 images"):
+    monkeypatch.setattr(loader_module, "_PATIENCE", 0.2)
+    with PillowLoader(folder, image_size=16, batch_size=60, seed=0, workers=workers) as loader:
+        with pytest.raises(
+            OSError, match="could not be read for . s .*is the disk there.*same command resumes"
+        ) as error:
+            next(loader)
+        assert "\n" not in str(error.value) and not loader.bad_files
+
+
+def test_a_passing_error_of_a_network_disk_makes_no_file_bad(make_folder, monkeypatch):
+    folder = ImageFolder(make_folder(20))
+    expected = batches(folder, 4)
+    read, failures = folder.read, iter([errno.ESTALE, errno.ETIMEDOUT])
+
+    def unsteady(i):
+        for number in failures:
+            raise OSError(number, os.strerror(number))
+        return read(i)
+
+    monkeypatch.setattr(folder, "read", unsteady)
+    assert_same(batches(folder, 4), expected)
+
+
+def test_an_image_too_narrow_to_crop_is_a_bad_file(make_folder):
+    folder = ImageFolder(make_folder(20))
+    Image.new("RGB", (1, 9000)).save(folder.root / folder.paths[7])
+    with PillowLoader(folder, image_size=64, batch_size=20, seed=0, workers=0, max_bad_fraction=0.1) as loader:
         next(loader)
+        assert list(loader.bad_files) == [folder.paths[7]] and "too narrow" in loader.bad_files[folder.paths[7]]
 
 
 # processes
 
 
+def test_a_reader_that_is_killed_stops_training_with_a_remedy(make_folder):
+    with PillowLoader(ImageFolder(make_folder(20)), image_size=16, batch_size=8, seed=0, workers=1) as loader:
+        next(loader)
+        os.kill(loader._stream._stream._workers[0].pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="killed, often for want of memory.*fewer --data.workers") as error:
+            for _ in range(20):
+                next(loader)
+        assert "\n" not in str(error.value)
+
+
+def test_full_shared_memory_stops_training_with_a_remedy(make_folder, monkeypatch):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda tensor: tensor)
+    with PillowLoader(ImageFolder(make_folder(20)), image_size=16, batch_size=8, seed=0, workers=1) as loader:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # forked into the worker
+        with pytest.raises(RuntimeError, match="no room in shared memory, /dev/shm.*--shm-size"):
+            next(loader)
+
+
 PROGRAM = """
-import multiprocessing, signal, sys, time
+import gc, multiprocessing, os, signal, sys, time
 from epg_fast.data import ImageFolder, PillowLoader
 loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
 next(loader)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 if sys.argv[2] == "exit":
     sys.exit()
+if sys.argv[2] == "dropped":
+    loader.itself = loader  # a cycle: only the garbage collector ends it
+    del loader
+    gc.collect()
+    sys.exit()
+if sys.argv[2] == "hung":
+    for path in loader.source.paths:  # opening a pipe that nobody writes to hangs as a dead disk does
+        os.remove(loader.source.root / path)
+        os.mkfifo(loader.source.root / path)
 if sys.argv[2] == "finish":
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -254,18 +328,21 @@ def worker_pids(program):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 def test_no_worker_outlives_its_parent_however_that_ends(make_folder, wait_until_gone):
-    root = make_folder(20)
-    programs = {mode: start_program(root, mode) for mode in ("exit", "ctrl-c", "kill")}
+    modes = ("exit", "dropped", "ctrl-c", "kill", "hung")
+    programs = {mode: start_program(make_folder(20, name=mode), mode) for mode in modes}
     workers = {mode: worker_pids(program) for mode, program in programs.items()}
     os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
     programs["kill"].kill()
+    time.sleep(0.5)
+    programs["hung"].kill()
     for program in programs.values():
         program.wait(10)
         program.stdout.close()
     assert programs["exit"].returncode == 0
-    assert not wait_until_gone(workers["exit"] + workers["ctrl-c"], 1)
-    # of a parent that could not say goodbye, workers learn within five seconds
-    assert not wait_until_gone(workers["kill"], 12)
+    assert programs["dropped"].returncode == 0
+    assert not wait_until_gone(workers["exit"] + workers["dropped"] + workers["ctrl-c"], 1)
+    # of a parent that could not say goodbye, workers learn within a second, also while they wait for a disk
+    assert not wait_until_gone(workers["kill"] + workers["hung"], 5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
-from epg_fast.data.dali import dali_is_installed
+from epg_fast.data.dali import dali_status
 from epg_fast.ops import extension_status
 from epg_fast.training import loop
 from epg_fast.training.checkpoint import list_checkpoints
@@ -48,7 +48,7 @@ def _assert_same_run(got, want):
 
 @pytest.mark.parametrize("job, decoder", [*((job, "pillow") for job in JOBS), ("pretrain", "dali")])
 def test_kill_9_and_resume_is_bit_identical(job, decoder, tiny_run, tmp_path):
-    if decoder == "dali" and not (dali_is_installed() and extension_status()[0]):
+    if decoder == "dali" and not (dali_status()[0] and extension_status()[0]):
         pytest.skip("needs NVIDIA DALI and the extension")
     tiny_run = [*tiny_run, "--data.backend", decoder]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
