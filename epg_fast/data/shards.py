@@ -17,12 +17,12 @@ import numpy as np
 from epg_fast.data import pool
 from epg_fast.data.dataset import open_images
 from epg_fast.data.files import open_atomically
-from epg_fast.data.manifest import check_complete, count_classes, read_manifest, write_manifest
+from epg_fast.data.manifest import MANIFEST, check_complete, count_classes, read_manifest, write_manifest
 from epg_fast.data.prepare import check_arguments, encode_crop, finish_manifest, start_manifest
 from epg_fast.data.source import ImageSource
 from epg_fast.data.tar_index import INDEX, Names, TarIndex
 from epg_fast.data.tar_scan import walk_tar
-from epg_fast.data.tars import check_shards, find_tars
+from epg_fast.data.tars import check_index, check_shards, find_tars
 
 _BLOCK = 512
 
@@ -98,7 +98,8 @@ def prepare_shards(
 def verify_shards(outdir: str | os.PathLike) -> int:
     """Read all shards that `prepare_shards` wrote to `outdir`, compare their SHA-256 and return how many there are.
 
-    Raises ValueError for the first that is missing or differs, and for an `outdir` that is none or is not complete.
+    Raises ValueError for the first that is missing or differs, for an `outdir` that is none or is not complete, and for
+    an index.npz that is missing, damaged or does not fit.
     """
     outdir = Path(outdir)
     manifest = read_manifest(outdir)
@@ -106,14 +107,13 @@ def verify_shards(outdir: str | os.PathLike) -> int:
         raise ValueError(f"outdir: {outdir} has no shards of prepare-data, wanted a folder with their manifest.json")
     check_complete(outdir, manifest)
     check_shards(outdir, find_tars(outdir)[1], manifest)
+    _check_index_file(outdir, manifest)
     for shard in manifest["shards"]:
         if _sha256(outdir / shard["name"]) != shard["sha256"]:
             raise ValueError(
                 f"{outdir / shard['name']} is damaged: its SHA-256 is not the one in manifest.json; "
                 "delete it and run prepare-data again"
             )
-    if len(TarIndex.load(outdir / INDEX)) != sum(manifest["counts"].values()):
-        raise ValueError(f"{outdir / INDEX} does not fit manifest.json; delete it and run prepare-data again")
     return len(manifest["shards"])
 
 
@@ -188,10 +188,28 @@ def _finished(outdir: Path, images: ImageSource) -> dict | None:
         return None
     try:
         check_shards(outdir, find_tars(outdir)[1], manifest)
-        index = TarIndex.load(outdir / INDEX)
+        _check_index_file(outdir, manifest)
     except (OSError, ValueError):
         return None
-    return manifest if index.crc32 is not None and len(index) == sum(manifest["counts"].values()) else None
+    return manifest
+
+
+def _check_index_file(outdir: Path, manifest: dict) -> None:
+    """Raise ValueError, with what to do, unless index.npz of `prepare_shards` is there, whole and fits `manifest`."""
+    path = outdir / INDEX
+    again = "run prepare-data again, it makes this file anew"
+    try:
+        index = TarIndex.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {again}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {again}") from None
+    if index.crc32 is None:
+        raise ValueError(f"{path} has no checksums, so it is not that of prepare-data; {again}")
+    shards = [(shard["name"], shard["bytes"]) for shard in manifest["shards"]]
+    if shards != list(zip(index.tars, index.tar_bytes.tolist(), strict=True)):
+        raise ValueError(f"{path} is of other shards than those in {MANIFEST}; {again}")
+    check_index(outdir, manifest, index)
 
 
 def _make_shard(images: ImageSource, order: np.ndarray, outdir: Path, settings: dict, number: int) -> _Shard:

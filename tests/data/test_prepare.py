@@ -135,6 +135,24 @@ def test_somebody_elses_manifest_is_warned_about_and_ignored(make_folder, caplog
         assert len(ImageFolder(source)) == 9 and "was not written by prepare-data" in caplog.text
 
 
+def test_a_manifest_that_was_cut_off_is_refused_with_a_remedy(make_folder, tmp_path):
+    source, out = make_folder(9), tmp_path / "out"
+    prepare_folder(source, out, 16, workers=0)
+    text = (out / "manifest.json").read_text()
+    for size in (0, 1, 20, 300, len(text) - 3):
+        (out / "manifest.json").write_text(text[:size])
+        for use in (ImageFolder, lambda out: prepare_folder(source, out, 16, workers=0)):
+            with pytest.raises(
+                ValueError, match="manifest.json is damaged: it is no JSON.*; restore it, or prepare the"
+            ):
+                use(out)
+    (out / "manifest.json").write_text(text.replace("true", "1"))
+    with pytest.raises(ValueError, match="is damaged: it has complete 1, wanted bool; restore it"):
+        ImageFolder(out)
+    (out / "manifest.json").write_text(text)
+    assert len(ImageFolder(out)) == 9
+
+
 def test_two_files_that_would_share_a_name_are_an_error_before_any_work(make_folder, tmp_path):
     source, out = make_folder(6), tmp_path / "out"
     Image.new("RGB", (20, 20)).save(source / "class0" / "000.jpg")
