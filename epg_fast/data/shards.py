@@ -18,7 +18,7 @@ from epg_fast.data import pool
 from epg_fast.data.dataset import open_images
 from epg_fast.data.files import open_atomically
 from epg_fast.data.manifest import MANIFEST, check_complete, count_classes, read_manifest, write_manifest
-from epg_fast.data.prepare import check_arguments, encode_crop, finish_manifest, start_manifest
+from epg_fast.data.prepare import check_arguments, claim_outdir, encode_crop, finish_manifest, start_manifest
 from epg_fast.data.source import ImageSource
 from epg_fast.data.tar_index import INDEX, Names, TarIndex
 from epg_fast.data.tar_scan import walk_tar
@@ -61,8 +61,8 @@ def prepare_shards(
         quality: of JPEG, 1 to 100.
         seed: of the order.
 
-    Raises ValueError for an `outdir` that is or lies in `source`, has other files, or is of other images or arguments;
-    and (`DataError`, after the work) if over 1% of the files are bad.
+    Raises ValueError for an `outdir` that is or lies in `source`, has other files, or is of other images or arguments,
+    or in which another process is at work; and (`DataError`, after the work) if over 1% of the files are bad.
     """
     source, outdir = Path(source), Path(outdir)
     check_arguments(source, outdir, image_size, workers)
@@ -74,13 +74,18 @@ def prepare_shards(
         logger.info("%s already holds these shards", outdir)
         return finished
 
-    outdir.mkdir(parents=True, exist_ok=True)
+    with claim_outdir(outdir, source, manifest, settings):
+        _write_shards(images, outdir, manifest, settings, workers)
+    return manifest
+
+
+def _write_shards(images: ImageSource, outdir: Path, manifest: dict, settings: dict, workers: int) -> None:
     for leftover in outdir.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     write_manifest(outdir, manifest)
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.random.default_rng(settings["seed"]).permutation(len(images))
     task = functools.partial(_make_shard, images, order, outdir, settings)
-    count = -(-len(images) // images_per_shard)
+    count = -(-len(images) // settings["images_per_shard"])
     shards = list(pool.run(task, list(range(count)), workers, total=count, chunk=1, unit="shard"))
 
     index = _index(outdir, shards, images)
@@ -92,7 +97,6 @@ def prepare_shards(
         {"name": s.name, "bytes": s.bytes, "images": len(s.images), "sha256": s.sha256} for s in shards
     ]
     finish_manifest(outdir, manifest, len(images))
-    return manifest
 
 
 def verify_shards(outdir: str | os.PathLike) -> int:

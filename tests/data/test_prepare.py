@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from epg_fast.data import DataError, ImageFolder, center_crop, prepare, prepare_folder
+from epg_fast.data import (
+    DataError,
+    ImageFolder,
+    center_crop,
+    open_images,
+    prepare,
+    prepare_folder,
+    prepare_shards,
+    shards,
+)
 
 
 def snapshot(root):
@@ -74,6 +84,38 @@ def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
         prepare_folder(source, out, 32, workers=0)
     assert prepare_folder(source, out, 64, workers=0)["complete"]
     assert len(ImageFolder(out)) == 300
+
+
+def prepare_slowly(prepare_images, source, out, started, go):
+    def wait(image, image_size, **options):
+        started.set()
+        assert go.wait(60)
+        return encode(image, image_size, **options)
+
+    encode, prepare.encode_crop, shards.encode_crop = prepare.encode_crop, wait, wait
+    prepare_images(source, out, 16, workers=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts a process by fork")
+@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
+def test_a_second_run_in_one_outdir_is_refused_and_leaves_the_first_alone(make_folder, tmp_path, prepare_images):
+    source, out = make_folder(6), tmp_path / "out"
+    context = multiprocessing.get_context("fork")
+    started, go = context.Event(), context.Event()
+    first = context.Process(target=prepare_slowly, args=(prepare_images, source, out, started, go))
+    first.start()
+    try:
+        assert started.wait(60)
+        before = snapshot(out)
+        with pytest.raises(ValueError, match=f"another prepare-data is writing to {out}; wait for it"):
+            prepare_images(source, out, 16, workers=0)
+        assert snapshot(out) == before
+    finally:
+        go.set()
+        first.join()
+    assert first.exitcode == 0 and len(open_images(out)) == 6
+    (out / "manifest.json").write_text((out / "manifest.json").read_text().replace("true", "false"))
+    assert prepare_images(source, out, 16, workers=0)["complete"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_crumbs(tmp_path, monkeypatch):

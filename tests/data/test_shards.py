@@ -46,7 +46,7 @@ def test_shards_hold_the_centre_crops_in_mixed_order(make_folder, tmp_path, work
     out = tmp_path / "out"
     manifest = prepare_shards(folder.root, out, 16, workers=workers, images_per_shard=20, seed=1)
     assert sorted(path.name for path in out.iterdir()) == [
-        "index.npz", "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"
+        ".lock", "index.npz", "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"
     ]  # fmt: skip
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["complete"] and manifest["image_size"] == 16 and manifest["format"] == "png"
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_no_half_shard_and_ends_the_workers(make_folder, tmp_
     monkeypatch.setattr(shards._TarWriter, "finish", full)
     with pytest.raises(OSError, match="No space left"):
         prepare_shards(source, out, 16, workers=2, images_per_shard=20)
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json"]
 
 
 # bad files
