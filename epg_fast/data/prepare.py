@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from epg_fast.data import pool
+from epg_fast.data.dataset import holds_tars
 from epg_fast.data.files import write_atomically
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.manifest import MANIFEST, count_classes, read_manifest, write_manifest
@@ -46,6 +47,11 @@ def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_s
     """
     source, outdir = Path(source), Path(outdir)
     check_arguments(source, outdir, image_size, workers)
+    if holds_tars(source):
+        kind = "is a folder of tars" if source.is_dir() else "is a file"
+        raise ValueError(
+            f"source: {source} {kind}, wanted a folder of class folders; unpack it, or use --layout shards"
+        )
     folder = ImageFolder(source)
     targets = _target_names(folder)
     settings = {"layout": "folder", "image_size": image_size}

@@ -203,6 +203,20 @@ def test_two_files_that_would_share_a_name_are_an_error_before_any_work(make_fol
     assert not out.exists()
 
 
+def test_tars_as_the_source_of_a_folder_point_to_shards(make_folder, tmp_path):
+    source, tars = make_folder(6), tmp_path / "tars"
+    prepare_shards(source, tars, 16, workers=0)
+    for path, kind in ((tars, "is a folder of tars"), (tars / "shard-000000.tar", "is a file")):
+        with pytest.raises(ValueError, match=f"source: {path} {kind}, wanted .*; unpack it, or use --layout shards"):
+            prepare_folder(path, tmp_path / "out", 16, workers=0)
+    with pytest.raises(ValueError, match="missing does not exist"):
+        prepare_folder(tmp_path / "missing", tmp_path / "out", 16, workers=0)
+    assert not (tmp_path / "out").exists()
+    # a tar beside class folders is left out, as ever
+    (source / "more.tar").write_bytes(b"")
+    assert prepare_folder(source, tmp_path / "out", 16, workers=0)["complete"]
+
+
 def test_outdirs_that_could_do_harm_are_refused(make_folder, tmp_path):
     source = make_folder(6)
     before = snapshot(source)
