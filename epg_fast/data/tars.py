@@ -41,7 +41,7 @@ class ImageTars(ImageSource):
     - A tar of such tars, as `ILSVRC2012_img_train.tar`; the only tar of its folder, or passed itself.
 
     Class names are sorted; images are in the order of the sorted tars and of their members. Hidden members, links and
-    members that are no images are ignored.
+    members that are no images are ignored. Of members with one name in one tar the last counts, as when unpacking.
 
     Attributes:
         root: the folder of the tars.
