@@ -17,10 +17,10 @@ import numpy as np
 from epg_fast.data import pool
 from epg_fast.data.dataset import open_images
 from epg_fast.data.files import open_atomically
-from epg_fast.data.manifest import MANIFEST, check_complete, count_classes, read_manifest, write_manifest
+from epg_fast.data.manifest import MANIFEST, check_complete, count_classes, lost_manifest, read_manifest, write_manifest
 from epg_fast.data.prepare import check_arguments, claim_outdir, encode_crop, finish_manifest, start_manifest
 from epg_fast.data.source import ImageSource
-from epg_fast.data.tar_index import INDEX, Names, TarIndex
+from epg_fast.data.tar_index import INDEX, Names, TarIndex, has_checksums
 from epg_fast.data.tar_scan import walk_tar
 from epg_fast.data.tars import check_index, check_shards, find_tars
 
@@ -108,6 +108,8 @@ def verify_shards(outdir: str | os.PathLike) -> int:
     outdir = Path(outdir)
     manifest = read_manifest(outdir)
     if manifest is None or manifest.get("layout") != "shards":
+        if has_checksums(outdir / INDEX):
+            raise lost_manifest(outdir, "is missing, or not that of shards")
         raise ValueError(f"outdir: {outdir} has no shards of prepare-data, wanted a folder with their manifest.json")
     check_complete(outdir, manifest)
     check_shards(outdir, find_tars(outdir)[1], manifest)

@@ -281,7 +281,9 @@ def test_a_manifest_that_was_cut_edited_or_deleted_is_refused_with_a_remedy(make
             with pytest.raises(ValueError) as caught:
                 use(out)
             message = str(caught.value)
-            assert "\n" not in message and all(text in message for text in texts if use is open_images), message
+            # --verify has a shorter word for a manifest that it cannot use, but the same remedy
+            assert "\n" not in message and texts[-1] in message, message
+            assert use is verify_shards or all(text in message for text in texts), message
 
     again, restore = "run prepare-data again, it makes only what is missing", "restore it, or prepare the images again"
     names = good["classes"]
