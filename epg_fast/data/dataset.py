@@ -39,5 +39,14 @@ def open_images(path: str | os.PathLike) -> ImageSource:
     return ImageTars(path) if tars else ImageFolder(path)
 
 
+def holds_tars(path: Path) -> bool:
+    """Whether `open_images` takes `path` for a tar or a folder of tars, which may be compressed."""
+    if not path.is_dir():
+        return path.is_file() and _is_tar(path.name)
+    with os.scandir(path) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return any(_is_tar(entry.name) for entry in visible) and not any(entry.is_dir() for entry in visible)
+
+
 def _is_tar(name: str) -> bool:
     return name.lower().endswith((".tar", *COMPRESSED))

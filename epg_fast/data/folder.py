@@ -24,6 +24,7 @@ class ImageFolder(ImageSource):
         classes: names of all class folders, sorted; the class index is the position in this list.
 
     Images are files ending in .png, .jpg, .jpeg, .webp or .bmp in any case; hidden files and folders are ignored.
+    Links to folders are followed, but those that lead back to a folder above them, with a warning.
     A class folder without images keeps its index, so that labels do not shift, and is warned about.
     Raises ValueError for a missing folder, a file, a folder without class folders or without images, and an output of
     `prepare-data` that is not complete or has not the images that its manifest.json counts.
@@ -32,11 +33,19 @@ class ImageFolder(ImageSource):
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
         self._root = os.fspath(root)
+        self._loops: list[str] = []
         self.classes = self._find_classes()
         found = [(path, label) for label, name in enumerate(self.classes) for path in self._find_images(name)]
         found.sort()
         self.paths = [path for path, _ in found]
         self.labels = [label for _, label in found]
+        if self._loops:
+            logger.warning(
+                "%s: %d links lead back to a folder above them and are not followed (%s)",
+                self.root,
+                len(self._loops),
+                self._loops[0],
+            )
         self._check_found()
         manifest = read_manifest(self.root)
         if manifest is not None:
@@ -57,7 +66,9 @@ class ImageFolder(ImageSource):
         if not self.root.is_dir():
             raise ValueError(f"data path: {self.root} is a file, {wanted}; pass the folder instead")
         visible = [entry for entry in os.scandir(self._root) if not entry.name.startswith(".")]
-        classes = sorted(entry.name for entry in visible if entry.is_dir())
+        folders = sorted(entry.name for entry in visible if entry.is_dir())
+        self._above = frozenset(map(_identity, (self.root, *self.root.resolve().parents)))
+        classes = [name for name in folders if not self._is_loop(name, self._above)]
         loose = sum(_is_image(entry.name) for entry in visible if not entry.is_dir())
         if not visible:
             raise ValueError(f"data path: {self.root} is empty, {wanted}; prepare the data first")
@@ -74,11 +85,27 @@ class ImageFolder(ImageSource):
 
     def _find_images(self, name: str) -> list[str]:
         found = []
-        for folder, subfolders, files in os.walk(os.path.join(self._root, name), onerror=_unreadable, followlinks=True):
-            subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
+        top = os.path.join(self._root, name)
+        # for each folder to come, those on the way to it: a link to one of them would be walked round and round
+        above = {top: self._above | {_identity(top)}}
+        for folder, subfolders, files in os.walk(top, onerror=_unreadable, followlinks=True):
             prefix = os.path.relpath(folder, self._root).replace(os.sep, "/")
+            parents = above.pop(folder)
+            subfolders[:] = [
+                subfolder
+                for subfolder in subfolders
+                if not subfolder.startswith(".") and not self._is_loop(f"{prefix}/{subfolder}", parents)
+            ]
+            for path in (os.path.join(folder, subfolder) for subfolder in subfolders):
+                above[path] = parents | {_identity(path)}
             found += [f"{prefix}/{file}" for file in files if _is_image(file)]
         return found
+
+    def _is_loop(self, path: str, above: frozenset[tuple[int, int]]) -> bool:
+        loop = _identity(os.path.join(self._root, path)) in above
+        if loop:
+            self._loops.append(path)
+        return loop
 
     def _check_found(self) -> None:
         if not self.paths:
@@ -104,6 +131,11 @@ class ImageFolder(ImageSource):
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _unreadable(error: OSError) -> None:

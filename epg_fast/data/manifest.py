@@ -15,22 +15,56 @@ from epg_fast.data.files import write_atomically
 
 MANIFEST = "manifest.json"
 _KEYS = {"complete": bool, "image_size": int, "source_fingerprint": str, "classes": list, "counts": dict}
+_RESTORE = "restore it, or prepare the images again in a new outdir"
 
 logger = logging.getLogger("epg_fast")
 
 
+class UnreadableManifest(ValueError):
+    """A manifest.json that is no JSON, as one that was cut off."""
+
+
 def read_manifest(folder: Path) -> dict | None:
-    """Return the manifest of `folder`, or None if it has none. A foreign manifest.json is warned about and ignored."""
+    """Return the manifest of `folder`, or None if it has none.
+
+    A manifest.json of another program (JSON without `source_fingerprint`, or several lines of JSON) is warned about
+    and ignored. Raises `UnreadableManifest`, and ValueError for one of `prepare-data` with values of other types.
+    """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except ValueError as error:
+        # behind one whole value more of them: no file of prepare-data is like this, however it is damaged
         manifest = None
-    if not isinstance(manifest, dict) or any(not isinstance(manifest.get(key), kind) for key, kind in _KEYS.items()):
-        logger.warning("%s was not written by prepare-data (or is damaged) and is ignored", folder / MANIFEST)
+        if not getattr(error, "msg", "").startswith("Extra data"):
+            raise UnreadableManifest(
+                f"data path: {path} is damaged: it is no JSON ({error}), wanted the file that prepare-data wrote; "
+                f"{_RESTORE}; move it away if it is of another program"
+            ) from None
+    if not isinstance(manifest, dict) or "source_fingerprint" not in manifest:
+        logger.warning("%s was not written by prepare-data and is ignored", path)
         return None
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            found = f"{key} {manifest[key]!r:.40}" if key in manifest else f"no {key}"
+            raise ValueError(f"data path: {path} is damaged: it has {found}, wanted {kind.__name__}; {_RESTORE}")
+    names, counts = manifest["classes"], manifest["counts"].values()
+    # a bool is an int
+    if not all(isinstance(name, str) for name in names) or not all(type(count) is int for count in counts):
+        raise ValueError(f"data path: {path} is damaged: wanted names as classes and numbers as counts; {_RESTORE}")
+    if not isinstance(manifest.setdefault("bad_files", {}), dict):
+        raise ValueError(f"data path: {path} is damaged: bad_files are not named with reasons; {_RESTORE}")
     return manifest
+
+
+def lost_manifest(folder: Path, reason: str) -> ValueError:
+    """Return the error for shards of `prepare-data` without the manifest.json that belongs to them."""
+    return ValueError(
+        f"data path: {folder} has shards of prepare-data, but its {MANIFEST} {reason}; {_RESTORE} "
+        f"(without {MANIFEST} and index.npz the tars are read as those of any program, with classes 0, 1, ...)"
+    )
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -49,7 +83,7 @@ def check_complete(folder: Path, manifest: dict) -> None:
     """Raise ValueError if `prepare-data` did not finish `folder`."""
     if manifest["complete"]:
         return
-    bad = len(manifest.get("bad_files", ()))
+    bad = len(manifest["bad_files"])
     if bad:
         raise ValueError(
             f"data path: {folder} is not complete: prepare-data could not decode {bad} images (see {MANIFEST}); "
@@ -62,11 +96,12 @@ def check_counts(folder: Path, manifest: dict, classes: list[str], labels: Seque
     """Raise ValueError unless `folder` holds the classes and numbers of images that its manifest names."""
     found = count_classes(classes, labels)["counts"]
     wanted = {name: manifest["counts"].get(name, 0) for name in manifest["classes"]}
+    files = f"{MANIFEST} and index.npz" if manifest.get("layout") == "shards" else MANIFEST
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):
             raise ValueError(
                 f"data path: {folder} has {found.get(name, 'no')} images of class {name!r}, wanted "
-                f"{wanted.get(name, 'none')} by {MANIFEST}; run prepare-data again, or delete {MANIFEST} if you "
+                f"{wanted.get(name, 'none')} by {MANIFEST}; run prepare-data again, or delete {files} if you "
                 "wanted this"
             )
 

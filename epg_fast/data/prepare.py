@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import io
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from epg_fast.data import pool
+from epg_fast.data.dataset import holds_tars
 from epg_fast.data.files import write_atomically
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.manifest import MANIFEST, count_classes, read_manifest, write_manifest
@@ -18,6 +23,8 @@ from epg_fast.data.views import center_crop
 
 MAX_BAD_FRACTION = 0.01
 _CHUNK = 16
+
+logger = logging.getLogger("epg_fast")
 
 
 def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_size: int, workers: int = 4) -> dict:
@@ -34,14 +41,27 @@ def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_s
         image_size: side of the crops in pixels.
         workers: processes; 0 works in this one.
 
-    Raises ValueError for an `outdir` that is or lies in `source`, has other files, another size or another source, for
-    two source files that would get the same name, and (`DataError`, after the work) if over 1% of the files are bad.
+    Raises ValueError for an `outdir` that is or lies in `source`, has other files, another size or another source, or
+    in which another process is at work, for two source files that would get the same name, and (`DataError`, after the
+    work) if over 1% of the files are bad.
     """
     source, outdir = Path(source), Path(outdir)
     check_arguments(source, outdir, image_size, workers)
+    if holds_tars(source):
+        kind = "is a folder of tars" if source.is_dir() else "is a file"
+        raise ValueError(
+            f"source: {source} {kind}, wanted a folder of class folders; unpack it, or use --layout shards"
+        )
     folder = ImageFolder(source)
     targets = _target_names(folder)
-    manifest = start_manifest(source, outdir, folder, {"layout": "folder", "image_size": image_size})
+    settings = {"layout": "folder", "image_size": image_size}
+    manifest = start_manifest(source, outdir, folder, settings)
+    with claim_outdir(outdir, source, manifest, settings):
+        _write_crops(folder, targets, outdir, manifest, workers)
+    return manifest
+
+
+def _write_crops(folder: ImageFolder, targets: list[str], outdir: Path, manifest: dict, workers: int) -> None:
     # empty classes get a folder as well: class indices must not shift
     for name in {os.path.dirname(target) for target in targets} | set(folder.classes):
         (outdir / name).mkdir(parents=True, exist_ok=True)
@@ -50,7 +70,7 @@ def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_s
     write_manifest(outdir, manifest)
 
     missing = [i for i, target in enumerate(targets) if not (outdir / target).exists()]
-    crop = functools.partial(_crop_file, folder, targets, outdir, image_size)
+    crop = functools.partial(_crop_file, folder, targets, outdir, manifest["image_size"])
     for i, reason in pool.run(crop, missing, workers, total=len(targets), chunk=_CHUNK, unit="img"):
         if reason is not None:
             manifest["bad_files"][folder.paths[i]] = reason
@@ -59,7 +79,27 @@ def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_s
     ]
     manifest |= count_classes(folder.classes, labels)
     finish_manifest(outdir, manifest, len(folder))
-    return manifest
+
+
+@contextlib.contextmanager
+def claim_outdir(outdir: Path, source: Path, manifest: dict, settings: dict) -> Iterator[None]:
+    """Create `outdir`, for the images of `start_manifest`, and lock it by a hidden file in it.
+
+    Raises ValueError when another process has the lock, or has written other images since `start_manifest`.
+    """
+    outdir.mkdir(parents=True, exist_ok=True)
+    with open(outdir / ".lock", "a") as lock:
+        try:
+            # lockf, not flock: workers would inherit the latter and hold it when this process has been killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"outdir: another prepare-data is writing to {outdir}; wait for it, stop it or choose another outdir"
+            ) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): do not start prepare-data there twice", outdir, error)
+        _check_outdir(outdir, source, manifest["source_fingerprint"], settings)
+        yield
 
 
 def check_arguments(source: Path, outdir: Path, image_size: int, workers: int) -> None:

@@ -17,12 +17,12 @@ import numpy as np
 from epg_fast.data import pool
 from epg_fast.data.dataset import open_images
 from epg_fast.data.files import open_atomically
-from epg_fast.data.manifest import check_complete, count_classes, read_manifest, write_manifest
-from epg_fast.data.prepare import check_arguments, encode_crop, finish_manifest, start_manifest
+from epg_fast.data.manifest import MANIFEST, check_complete, count_classes, lost_manifest, read_manifest, write_manifest
+from epg_fast.data.prepare import check_arguments, claim_outdir, encode_crop, finish_manifest, start_manifest
 from epg_fast.data.source import ImageSource
-from epg_fast.data.tar_index import INDEX, Names, TarIndex
+from epg_fast.data.tar_index import INDEX, Names, TarIndex, has_checksums
 from epg_fast.data.tar_scan import walk_tar
-from epg_fast.data.tars import check_shards, find_tars
+from epg_fast.data.tars import check_index, check_shards, find_tars
 
 _BLOCK = 512
 
@@ -61,8 +61,8 @@ def prepare_shards(
         quality: of JPEG, 1 to 100.
         seed: of the order.
 
-    Raises ValueError for an `outdir` that is or lies in `source`, has other files, or is of other images or arguments;
-    and (`DataError`, after the work) if over 1% of the files are bad.
+    Raises ValueError for an `outdir` that is or lies in `source`, has other files, or is of other images or arguments,
+    or in which another process is at work; and (`DataError`, after the work) if over 1% of the files are bad.
     """
     source, outdir = Path(source), Path(outdir)
     check_arguments(source, outdir, image_size, workers)
@@ -74,13 +74,18 @@ def prepare_shards(
         logger.info("%s already holds these shards", outdir)
         return finished
 
-    outdir.mkdir(parents=True, exist_ok=True)
+    with claim_outdir(outdir, source, manifest, settings):
+        _write_shards(images, outdir, manifest, settings, workers)
+    return manifest
+
+
+def _write_shards(images: ImageSource, outdir: Path, manifest: dict, settings: dict, workers: int) -> None:
     for leftover in outdir.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     write_manifest(outdir, manifest)
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.random.default_rng(settings["seed"]).permutation(len(images))
     task = functools.partial(_make_shard, images, order, outdir, settings)
-    count = -(-len(images) // images_per_shard)
+    count = -(-len(images) // settings["images_per_shard"])
     shards = list(pool.run(task, list(range(count)), workers, total=count, chunk=1, unit="shard"))
 
     index = _index(outdir, shards, images)
@@ -92,28 +97,29 @@ def prepare_shards(
         {"name": s.name, "bytes": s.bytes, "images": len(s.images), "sha256": s.sha256} for s in shards
     ]
     finish_manifest(outdir, manifest, len(images))
-    return manifest
 
 
 def verify_shards(outdir: str | os.PathLike) -> int:
     """Read all shards that `prepare_shards` wrote to `outdir`, compare their SHA-256 and return how many there are.
 
-    Raises ValueError for the first that is missing or differs, and for an `outdir` that is none or is not complete.
+    Raises ValueError for the first that is missing or differs, for an `outdir` that is none or is not complete, and for
+    an index.npz that is missing, damaged or does not fit.
     """
     outdir = Path(outdir)
     manifest = read_manifest(outdir)
     if manifest is None or manifest.get("layout") != "shards":
+        if has_checksums(outdir / INDEX):
+            raise lost_manifest(outdir, "is missing, or not that of shards")
         raise ValueError(f"outdir: {outdir} has no shards of prepare-data, wanted a folder with their manifest.json")
     check_complete(outdir, manifest)
     check_shards(outdir, find_tars(outdir)[1], manifest)
+    _check_index_file(outdir, manifest)
     for shard in manifest["shards"]:
         if _sha256(outdir / shard["name"]) != shard["sha256"]:
             raise ValueError(
                 f"{outdir / shard['name']} is damaged: its SHA-256 is not the one in manifest.json; "
                 "delete it and run prepare-data again"
             )
-    if len(TarIndex.load(outdir / INDEX)) != sum(manifest["counts"].values()):
-        raise ValueError(f"{outdir / INDEX} does not fit manifest.json; delete it and run prepare-data again")
     return len(manifest["shards"])
 
 
@@ -188,10 +194,28 @@ def _finished(outdir: Path, images: ImageSource) -> dict | None:
         return None
     try:
         check_shards(outdir, find_tars(outdir)[1], manifest)
-        index = TarIndex.load(outdir / INDEX)
+        _check_index_file(outdir, manifest)
     except (OSError, ValueError):
         return None
-    return manifest if index.crc32 is not None and len(index) == sum(manifest["counts"].values()) else None
+    return manifest
+
+
+def _check_index_file(outdir: Path, manifest: dict) -> None:
+    """Raise ValueError, with what to do, unless index.npz of `prepare_shards` is there, whole and fits `manifest`."""
+    path = outdir / INDEX
+    again = "run prepare-data again, it makes this file anew"
+    try:
+        index = TarIndex.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {again}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {again}") from None
+    if index.crc32 is None:
+        raise ValueError(f"{path} has no checksums, so it is not that of prepare-data; {again}")
+    shards = [(shard["name"], shard["bytes"]) for shard in manifest["shards"]]
+    if shards != list(zip(index.tars, index.tar_bytes.tolist(), strict=True)):
+        raise ValueError(f"{path} is of other shards than those in {MANIFEST}; {again}")
+    check_index(outdir, manifest, index)
 
 
 def _make_shard(images: ImageSource, order: np.ndarray, outdir: Path, settings: dict, number: int) -> _Shard:

@@ -15,11 +15,21 @@ from epg_fast.data.files import open_atomically
 
 INDEX = "index.npz"
 _VERSION = 1
+_ZIP = b"PK\3\4"
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64, "crc32": np.uint32}
 
 
 class ForeignIndex(ValueError):
     """A readable .npz that is no index of ours."""
+
+
+def has_checksums(path: Path) -> bool:
+    """Whether `path` is an index that `prepare-data` wrote, as far as the names of its columns tell."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return {"version.npy", "tar_bytes.npy", "crc32.npy"} <= set(file.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
 
 
 class Names(Sequence[str]):
@@ -89,6 +99,10 @@ class TarIndex:
     def load(cls, path: Path) -> TarIndex:
         """Return the index in `path`. Raises FileNotFoundError, `ForeignIndex` or, if it is damaged, ValueError."""
         try:
+            with open(path, "rb") as file:
+                if file.read(len(_ZIP)) != _ZIP:
+                    # NumPy would speak of pickles
+                    raise ValueError("not an .npz file")
             # the sums in the zip archive are checked on the way
             with np.load(path, allow_pickle=False) as file:
                 columns = dict(file)

@@ -34,6 +34,13 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
     ignored = sum(scan.ignored for scan in scans)
     if ignored:
         logger.info("%s: ignored %d members of the tars that are no images", folder, ignored)
+    superseded = sum(scan.superseded for scan in scans)
+    if superseded:
+        logger.warning(
+            "%s: left out %d members whose names come again in the same tar: the last one counts, as when unpacking",
+            folder,
+            superseded,
+        )
     if not any(scan.names for scan in scans):
         raise ValueError(
             f"data path: no images in {_some(folder, tars)}, wanted members ending in {', '.join(EXTENSIONS)}"
@@ -127,6 +134,7 @@ class _Scan:
         labels: from the .cls beside each image, -1 where it has none; None if the tar has no .cls.
         inner: the class of each image, in a tar of class tars.
         ignored: how many members are neither images nor labels.
+        superseded: how many images and inner tars have a later member of the same name.
     """
 
     names: list[str] = field(default_factory=list)
@@ -135,17 +143,19 @@ class _Scan:
     labels: np.ndarray | None = None
     inner: list[str] = field(default_factory=list)
     ignored: int = 0
+    superseded: int = 0
 
 
 def _scan(path: Path) -> _Scan:
-    scan, inner, labels = _Scan(), [], {}
+    scan, inner, labels = _Scan(), {}, {}
     with open(path, "rb") as file:
         for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size):
             stem, extension = os.path.splitext(name)
             if extension == ".cls":
                 labels[stem] = _label(os.pread(file.fileno(), min(size, 64), offset), path / name)
             elif extension == ".tar":
-                inner.append((name, offset, offset + size))
+                scan.superseded += name in inner
+                inner[name] = offset, offset + size
             else:
                 _add(scan, name, offset, size)
         if inner and (scan.names or labels):
@@ -154,7 +164,7 @@ def _scan(path: Path) -> _Scan:
                 "or images; unpack it"
             )
         # sorted as the classes of a folder, whatever the order of packing
-        for name, start, stop in sorted(inner):
+        for name, (start, stop) in sorted(inner.items()):
             before = len(scan.names)
             for member, offset, size in walk_tar(file, path / name, start, stop):
                 if member.endswith((".cls", ".tar")):
@@ -163,6 +173,7 @@ def _scan(path: Path) -> _Scan:
             scan.inner += [os.path.splitext(name)[0]] * (len(scan.names) - before)
             if len(scan.names) == before:
                 raise ValueError(f"data path: {path / name} has no images; remove it or get it again")
+    _drop_superseded(scan)
     if labels:
         stems = (os.path.splitext(name)[0] for name in scan.names)
         scan.labels = np.array([labels.get(stem, -1) for stem in stems], np.int64)
@@ -176,6 +187,20 @@ def _add(scan: _Scan, name: str, offset: int, size: int) -> None:
     scan.names.append(name)
     scan.offsets.append(offset)
     scan.sizes.append(size)
+
+
+def _drop_superseded(scan: _Scan) -> None:
+    """Leave the last of the images with one name: `tar --append` adds new versions behind the old."""
+    last = {name: i for i, name in enumerate(scan.names)}
+    count = len(scan.names) - len(last)
+    if not count:
+        return
+    kept = sorted(last.values())
+    scan.superseded += count
+    scan.names = [scan.names[i] for i in kept]
+    scan.offsets = array("q", [scan.offsets[i] for i in kept])
+    scan.sizes = array("q", [scan.sizes[i] for i in kept])
+    scan.inner = [scan.inner[i] for i in kept] if scan.inner else []
 
 
 def _label(content: bytes, path: Path) -> int:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from epg_fast.data.manifest import check_complete, check_counts, read_manifest
+from epg_fast.data.manifest import (
+    MANIFEST,
+    UnreadableManifest,
+    check_complete,
+    check_counts,
+    lost_manifest,
+    read_manifest,
+)
 from epg_fast.data.source import ImageSource
-from epg_fast.data.tar_index import INDEX, ForeignIndex, TarIndex
+from epg_fast.data.tar_index import INDEX, ForeignIndex, TarIndex, has_checksums
 from epg_fast.data.tar_scan import COMPRESSED, scan_tars
 
 _OPEN_TARS = 128
+_AGAIN = "run prepare-data again, it makes only what is missing"
 
 logger = logging.getLogger("epg_fast")
 
@@ -33,7 +41,7 @@ class ImageTars(ImageSource):
     - A tar of such tars, as `ILSVRC2012_img_train.tar`; the only tar of its folder, or passed itself.
 
     Class names are sorted; images are in the order of the sorted tars and of their members. Hidden members, links and
-    members that are no images are ignored.
+    members that are no images are ignored. Of members with one name in one tar the last counts, as when unpacking.
 
     Attributes:
         root: the folder of the tars.
@@ -47,25 +55,22 @@ class ImageTars(ImageSource):
     times of the tars are the same. Objects may be used by threads, forked and pickled.
 
     Raises ValueError for compressed, truncated or damaged tars, missing labels, a mixture of layouts, and a folder of
-    `prepare-data` that is not complete or not as its manifest.json says.
+    `prepare-data` that is not complete or not as its manifest.json says, or has lost it. A folder is that of
+    `prepare-data` if manifest.json says so, or index.npz has checksums; a manifest.json that cannot be read is taken
+    for that of `prepare-data` beside tars named shard-000000.tar, ..., and else ignored with a warning.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.root, tars = find_tars(Path(path))
         single = not Path(path).is_dir()
-        manifest = None if single else read_manifest(self.root)
-        if manifest is not None and manifest.get("layout") != "shards":
-            manifest = None
-        if manifest is not None:
-            check_complete(self.root, manifest)
-            check_shards(self.root, tars, manifest)
+        manifest = None if single else _checked_manifest(self.root, tars)
         name = f"{tars[0]}.{INDEX}" if single else INDEX
         self.index = _index(self.root, tars, name, prepared=manifest is not None)
         self.labels = self.index.label
         self.classes = self.index.classes
         if manifest is not None:
-            self.classes = _manifest_classes(self.root, manifest, self.labels)
-            check_counts(self.root, manifest, self.classes, self.labels)
+            check_index(self.root, manifest, self.index)
+            self.classes = list(manifest["classes"])
         self.paths = _Paths(self.index)
         self._open_files()
 
@@ -149,29 +154,73 @@ def find_tars(path: Path) -> tuple[Path, list[str]]:
 
 def check_shards(folder: Path, tars: list[str], manifest: dict) -> None:
     """Raise ValueError unless `tars` are the shards that the manifest names, with the same sizes."""
-    again = "run prepare-data again, it makes only what is missing"
-    shards = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
+    listed = manifest.get("shards")
+    if not isinstance(listed, list) or not all(_is_shard(shard) for shard in listed):
+        found = "no shards" if listed is None else f"shards {listed!r:.40}"
+        raise ValueError(
+            f"data path: {folder / MANIFEST} has {found}, wanted a list with name, bytes and sha256 of each; {_AGAIN}"
+        )
+    shards = {shard["name"]: shard["bytes"] for shard in listed}
     for name, size in shards.items():
         if name not in tars:
-            raise ValueError(f"data path: {folder} lacks {name}, which its manifest.json names; {again}")
+            raise ValueError(f"data path: {folder} lacks {name}, which its manifest.json names; {_AGAIN}")
         found = os.stat(folder / name).st_size
         if found != size:
             raise ValueError(
-                f"data path: {folder / name} has {found} bytes, wanted {size} by manifest.json; delete it and {again}"
+                f"data path: {folder / name} has {found} bytes, wanted {size} by manifest.json; delete it and {_AGAIN}"
             )
     for name in tars:
         if name not in shards:
             raise ValueError(f"data path: {folder} has {name}, which its manifest.json does not name; move it away")
 
 
-def _manifest_classes(folder: Path, manifest: dict, labels: np.ndarray) -> list[str]:
-    classes = list(manifest["classes"])
-    if labels.max() >= len(classes):
+def check_index(folder: Path, manifest: dict, index: TarIndex) -> None:
+    """Raise ValueError unless `index` has the classes and the numbers of images that the manifest names."""
+    classes, labels = manifest["classes"], index.label
+    # without checksums the index comes from the .cls, which hold no names
+    if index.crc32 is not None and index.classes != classes:
+        pairs = itertools.zip_longest(index.classes, classes)
+        i, (found, wanted) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f"data path: {folder}: class {i} is {found!r} by {INDEX}, but {wanted!r} by {MANIFEST}; {_AGAIN}"
+        )
+    if labels.max(initial=-1) >= len(classes):
         raise ValueError(
             f"data path: {folder} has the label {labels.max()}, wanted less than the {len(classes)} classes of its "
-            "manifest.json; run prepare-data again"
+            f"{MANIFEST}; {_AGAIN}"
         )
-    return classes
+    check_counts(folder, manifest, classes, labels)
+
+
+def _checked_manifest(folder: Path, tars: list[str]) -> dict | None:
+    """Return the manifest of `prepare-data`, None if `tars` are not its own.
+
+    Raises ValueError if they are and it does not say that they are complete.
+    """
+    prepared = has_checksums(folder / INDEX)
+    try:
+        manifest = read_manifest(folder)
+    except UnreadableManifest as error:
+        if prepared or any(re.fullmatch(r"shard-[0-9]{6,}\.tar", name) for name in tars):
+            raise
+        logger.warning("%s; ignored, as the tars are not named as those of prepare-data", error)
+        return None
+    if manifest is None:
+        if prepared:
+            raise lost_manifest(folder, "is of another program" if (folder / MANIFEST).exists() else "is missing")
+        return None
+    layout = manifest.get("layout")
+    if layout != "shards":
+        raise lost_manifest(folder, f"says layout {layout!r}, wanted 'shards'")
+    check_complete(folder, manifest)
+    check_shards(folder, tars, manifest)
+    return manifest
+
+
+def _is_shard(shard) -> bool:
+    return isinstance(shard, dict) and all(
+        type(shard.get(key)) is kind for key, kind in (("name", str), ("bytes", int), ("sha256", str))
+    )
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:

@@ -66,6 +66,32 @@ def test_symbolic_links_are_followed(make_folder, tmp_path):
     assert ImageFolder(tmp_path / "linked").paths == ["a/000.png", "a/003.png", "b/deeper/001.png", "b/deeper/004.png"]
 
 
+def test_links_back_to_a_folder_above_are_not_followed(make_folder, tmp_path, caplog):
+    root = make_folder(3)
+    for link, target in (
+        ("class0/loop", "."),
+        ("class0/again", "."),
+        ("class1/root", "../.."),
+        ("class1/up", ".."),
+        ("class2/over", "../class0"),
+        ("everything", "."),
+    ):
+        (root / link).symlink_to(target)
+    caplog.clear()
+    folder = ImageFolder(root)
+    assert folder.classes == ["class0", "class1", "class2"]
+    assert folder.paths == ["class0/000.png", "class1/001.png", "class2/002.png", "class2/over/000.png"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "7 links lead back to a folder above them and are not followed (everything)" in caplog.text
+    # through links alone: the class is found again as the real subfolder of its parent
+    (tmp_path / "far" / "class").mkdir(parents=True)
+    (root / "class0" / "000.png").rename(tmp_path / "far" / "class" / "x.png")
+    (tmp_path / "far" / "class" / "up").symlink_to("..")
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "a").symlink_to(tmp_path / "far" / "class")
+    assert ImageFolder(tmp_path / "near").paths == ["a/x.png"]
+
+
 def test_mistaken_paths_are_named_with_a_remedy(tmp_path, make_folder):
     file = tmp_path / "file"
     file.write_text("x")

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from epg_fast.data import DataError, ImageFolder, center_crop, prepare, prepare_folder
+from epg_fast.data import (
+    DataError,
+    ImageFolder,
+    center_crop,
+    open_images,
+    prepare,
+    prepare_folder,
+    prepare_shards,
+    shards,
+)
 
 
 def snapshot(root):
@@ -76,6 +86,38 @@ def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
     assert len(ImageFolder(out)) == 300
 
 
+def prepare_slowly(prepare_images, source, out, started, go):
+    def wait(image, image_size, **options):
+        started.set()
+        assert go.wait(60)
+        return encode(image, image_size, **options)
+
+    encode, prepare.encode_crop, shards.encode_crop = prepare.encode_crop, wait, wait
+    prepare_images(source, out, 16, workers=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts a process by fork")
+@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
+def test_a_second_run_in_one_outdir_is_refused_and_leaves_the_first_alone(make_folder, tmp_path, prepare_images):
+    source, out = make_folder(6), tmp_path / "out"
+    context = multiprocessing.get_context("fork")
+    started, go = context.Event(), context.Event()
+    first = context.Process(target=prepare_slowly, args=(prepare_images, source, out, started, go))
+    first.start()
+    try:
+        assert started.wait(60)
+        before = snapshot(out)
+        with pytest.raises(ValueError, match=f"another prepare-data is writing to {out}; wait for it"):
+            prepare_images(source, out, 16, workers=0)
+        assert snapshot(out) == before
+    finally:
+        go.set()
+        first.join()
+    assert first.exitcode == 0 and len(open_images(out)) == 6
+    (out / "manifest.json").write_text((out / "manifest.json").read_text().replace("true", "false"))
+    assert prepare_images(source, out, 16, workers=0)["complete"]
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_crumbs(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -135,12 +177,44 @@ def test_somebody_elses_manifest_is_warned_about_and_ignored(make_folder, caplog
         assert len(ImageFolder(source)) == 9 and "was not written by prepare-data" in caplog.text
 
 
+def test_a_manifest_that_was_cut_off_is_refused_with_a_remedy(make_folder, tmp_path):
+    source, out = make_folder(9), tmp_path / "out"
+    prepare_folder(source, out, 16, workers=0)
+    text = (out / "manifest.json").read_text()
+    for size in (0, 1, 20, 300, len(text) - 3):
+        (out / "manifest.json").write_text(text[:size])
+        for use in (ImageFolder, lambda out: prepare_folder(source, out, 16, workers=0)):
+            with pytest.raises(
+                ValueError, match="manifest.json is damaged: it is no JSON.*; restore it, or prepare the"
+            ):
+                use(out)
+    (out / "manifest.json").write_text(text.replace("true", "1"))
+    with pytest.raises(ValueError, match="is damaged: it has complete 1, wanted bool; restore it"):
+        ImageFolder(out)
+    (out / "manifest.json").write_text(text)
+    assert len(ImageFolder(out)) == 9
+
+
 def test_two_files_that_would_share_a_name_are_an_error_before_any_work(make_folder, tmp_path):
     source, out = make_folder(6), tmp_path / "out"
     Image.new("RGB", (20, 20)).save(source / "class0" / "000.jpg")
     with pytest.raises(ValueError, match="class0/000.jpg and class0/000.png would both become class0/000.png"):
         prepare_folder(source, out, 16, workers=0)
     assert not out.exists()
+
+
+def test_tars_as_the_source_of_a_folder_point_to_shards(make_folder, tmp_path):
+    source, tars = make_folder(6), tmp_path / "tars"
+    prepare_shards(source, tars, 16, workers=0)
+    for path, kind in ((tars, "is a folder of tars"), (tars / "shard-000000.tar", "is a file")):
+        with pytest.raises(ValueError, match=f"source: {path} {kind}, wanted .*; unpack it, or use --layout shards"):
+            prepare_folder(path, tmp_path / "out", 16, workers=0)
+    with pytest.raises(ValueError, match="missing does not exist"):
+        prepare_folder(tmp_path / "missing", tmp_path / "out", 16, workers=0)
+    assert not (tmp_path / "out").exists()
+    # a tar beside class folders is left out, as ever
+    (source / "more.tar").write_bytes(b"")
+    assert prepare_folder(source, tmp_path / "out", 16, workers=0)["complete"]
 
 
 def test_outdirs_that_could_do_harm_are_refused(make_folder, tmp_path):

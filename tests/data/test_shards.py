@@ -25,6 +25,7 @@ from epg_fast.data import (
     shards,
     verify_shards,
 )
+from epg_fast.data.tar_index import TarIndex
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def test_shards_hold_the_centre_crops_in_mixed_order(make_folder, tmp_path, work
     out = tmp_path / "out"
     manifest = prepare_shards(folder.root, out, 16, workers=workers, images_per_shard=20, seed=1)
     assert sorted(path.name for path in out.iterdir()) == [
-        "index.npz", "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"
+        ".lock", "index.npz", "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"
     ]  # fmt: skip
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["complete"] and manifest["image_size"] == 16 and manifest["format"] == "png"
@@ -197,7 +198,7 @@ def test_a_full_disk_leaves_no_half_shard_and_ends_the_workers(make_folder, tmp_
     monkeypatch.setattr(shards._TarWriter, "finish", full)
     with pytest.raises(OSError, match="No space left"):
         prepare_shards(source, out, 16, workers=2, images_per_shard=20)
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "manifest.json"]
 
 
 # bad files
@@ -262,6 +263,91 @@ def test_shards_that_were_lost_or_changed_are_refused(make_folder, tmp_path, cap
     assert lost.index.crc32 is None and lost.classes == ["class0", "class1", "class2"] and len(lost) == 30
     assert "images are not checked; run prepare-data again" in caplog.text
     assert (out / "index.npz").read_bytes() == index[:-9]
+
+
+def test_a_manifest_that_was_cut_edited_or_deleted_is_refused_with_a_remedy(make_folder, tmp_path, caplog):
+    source, out = make_folder(9), tmp_path / "out"
+    prepare_shards(source, out, 16, workers=0, images_per_shard=5)
+    before = snapshot(out)
+    text = (out / "manifest.json").read_text()
+    good = json.loads(text)
+
+    def refused(content, *texts):
+        if content is None:
+            (out / "manifest.json").unlink()
+        else:
+            (out / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        for use in (open_images, verify_shards):
+            with pytest.raises(ValueError) as caught:
+                use(out)
+            message = str(caught.value)
+            # --verify has a shorter word for a manifest that it cannot use, but the same remedy
+            assert "\n" not in message and texts[-1] in message, message
+            assert use is verify_shards or all(text in message for text in texts), message
+
+    again, restore = "run prepare-data again, it makes only what is missing", "restore it, or prepare the images again"
+    names = good["classes"]
+    for content, found in (
+        (good | {"classes": names[::-1]}, "class 0 is 'class0' by index.npz, but 'class2' by manifest.json"),
+        (good | {"classes": [*names, "more"]}, "class 3 is None by index.npz, but 'more' by manifest.json"),
+        ({key: value for key, value in good.items() if key != "shards"}, "has no shards, wanted a list with name"),
+        (good | {"shards": None}, "has no shards"),
+        (good | {"shards": [{"name": "shard-000000.tar"}]}, "has shards [{'name': 'shard-000000.tar'}]"),
+        (good | {"counts": good["counts"] | {"class0": 4, "class1": 2}}, "has 3 images of class 'class0', wanted 4"),
+        (good | {"complete": False}, "is not complete: prepare-data was interrupted; run it again"),
+    ):
+        refused(content, found, again if "again" not in found and "images of class" not in found else "again")
+        # what the remedy promises
+        prepare_shards(source, out, 16, workers=0, images_per_shard=5)
+        assert snapshot(out) == before
+    refused('{"complete": false, "lay', "manifest.json is damaged: it is no JSON", restore)
+    refused(text[:300], "is damaged: it is no JSON", restore)
+    refused("", "is damaged: it is no JSON", restore)
+    refused(good | {"layout": "shardz"}, "its manifest.json says layout 'shardz', wanted 'shards'", restore)
+    refused(good | {"counts": None}, "is damaged: it has counts None, wanted dict", restore)
+    refused(good | {"complete": "yes"}, "is damaged: it has complete 'yes', wanted bool", restore)
+    refused(good | {"classes": [["class0"]]}, "wanted names as classes", restore)
+    refused(good | {"bad_files": None}, "bad_files are not named", restore)
+    refused({"shards": []}, "its manifest.json is of another program", restore)
+    refused(None, "has shards of prepare-data, but its manifest.json is missing", restore)
+    # neither is left to tell: WebDataset shards like any other, unless something that cannot be read is beside them
+    (out / "index.npz").unlink()
+    assert open_images(out).classes == ["0", "1", "2"] and open_images(out / "shard-000001.tar").index.crc32 is None
+    refused(text[:300], "is damaged: it is no JSON", restore)
+    for path in out.glob("shard-*.tar"):
+        path.rename(out / path.name.replace("shard", "theirs"))
+    caplog.clear()
+    assert len(open_images(out)) == 9 and "ignored, as the tars are not named as those of prepare-data" in caplog.text
+
+
+def test_verify_says_in_one_line_what_is_wrong_with_the_index(make_folder, tmp_path):
+    source, out = make_folder(9), tmp_path / "out"
+    prepare_shards(source, out, 16, workers=0, images_per_shard=5)
+    before, index = snapshot(out), out / "index.npz"
+    other = TarIndex.load(index)
+    other.crc32 = None
+    other.save(tmp_path / "other.npz")
+    np.save(tmp_path / "theirs.npy", np.arange(3))
+    for content, found in (
+        (None, "is missing"),
+        (b"", "is damaged"),
+        (b"rubbish" * 50, "is damaged (not an .npz file)"),
+        (before["index.npz"][:-9], "is damaged"),
+        ((tmp_path / "theirs.npy").read_bytes(), "is damaged (not an .npz file)"),
+        ((tmp_path / "other.npz").read_bytes(), "has no checksums"),
+    ):
+        index.unlink()
+        if content is not None:
+            index.write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            verify_shards(out)
+        message = str(caught.value)
+        assert message.startswith(f"{index} {found}") and message.endswith(
+            "; run prepare-data again, it makes this file anew"
+        )
+        assert "\n" not in message and "pickle" not in message
+        prepare_shards(source, out, 16, workers=0, images_per_shard=5)
+        assert snapshot(out) == before and verify_shards(out) == 2
 
 
 def test_shards_that_were_copied_keep_their_checksums(make_folder, tmp_path):

@@ -164,6 +164,46 @@ def test_hidden_members_links_and_other_files_are_ignored_and_counted(tmp_path, 
     assert caplog.text.count("ignored 2 members") == 1
 
 
+def test_the_last_of_the_members_with_one_name_counts(tmp_path, caplog):
+    def append(path, members):
+        with tarfile.open(path, "a") as tar:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    def unpacked(path):
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "unpacked" / path.stem, filter="data")
+        files = sorted((tmp_path / "unpacked" / path.stem).iterdir())
+        return {f"{path.name}/{file.name}": file.read_bytes() for file in files if file.suffix in (".png", ".tar")}
+
+    path = pack(tmp_path / "x.tar", samples(0, 4))
+    append(path, {"./0001.png": png(50), "0001.cls": b"0", "0003.png": png(51)})
+    append(path, {"0001.png": png(52)})
+    source = open_images(path)
+    assert list(source.paths) == ["x.tar/0000.png", "x.tar/0002.png", "x.tar/0003.png", "x.tar/0001.png"]
+    assert contents(source) == unpacked(path) and source.labels.tolist() == [0, 2, 0, 0]
+    assert caplog.text.count("left out 3 members whose names come again") == 1
+    # the same names in two tars are two images
+    caplog.clear()
+    for i in range(2):
+        pack(tmp_path / "two" / f"s-{i}.tar", samples(0, 2))
+    assert len(open_images(tmp_path / "two")) == 4 and "left out" not in caplog.text
+    # a tar of class tars, with a new version of one of them that has a new version of an image
+    images = [{f"{name}_{i}.png": png(60 + i) for i in range(3)} for name in ("a", "b")]
+    inner = [pack(tmp_path / "inner" / f"{i}.tar", members) for i, members in enumerate(images)]
+    outer = pack(tmp_path / "outer.tar", {"a.tar": inner[0].read_bytes(), "b.tar": inner[1].read_bytes()})
+    append(inner[0], {"a_0.png": png(70), "a_7.png": png(71)})
+    append(outer, {"a.tar": inner[0].read_bytes()})
+    source = open_images(outer)
+    wanted = unpacked(inner[0]) | unpacked(inner[1])
+    assert contents(source) == {f"outer.tar/{path[-7]}.tar/{path[-7:]}": wanted[path] for path in wanted}
+    assert source.classes == ["a", "b"] and source.labels.tolist() == [0] * 4 + [1] * 3
+    assert "left out 2 members" in caplog.text
+
+
 # refused
 
 
