@@ -34,9 +34,10 @@ $(ALL_KERNELS): $(VENV)/.torch $(SOURCES)
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py runs/demo
 
-# Two processes with one thread each are faster than one with two, on networks this small.
+# Two processes with one thread each are faster than one with two, on networks this small. The deselected test is `resources`.
 test: $(ALL_KERNELS) lint resources
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
+	  --deselect tests/test_resources.py::test_no_kernel_spills_on_sm_90
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
