@@ -371,17 +371,24 @@ class WorkerStream:
         )
         with _signals_blocked():
             stream = iter(loader)
+        _forget_workers(stream)
         # also when nobody closes it; and before multiprocessing's own hook, which would send SIGTERM and wait for ever
         self._finalizer = weakref.finalize(self, _kill_workers, stream)
         atexit.register(self._finalizer)
         return stream
 
 
-def _kill_workers(stream) -> None:
-    """End the processes of a DataLoader's iterator at once, also those that wait for a disk with SIGTERM blocked."""
-    # or the signal handler of torch would take their end for a failure
+def _forget_workers(stream) -> None:
+    """Take the processes from torch's signal handler, which raises wherever the main thread is when one ends.
+
+    `__next__` of the iterator notices within seconds as well.
+    """
     torch._C._remove_worker_pids(id(stream))
     stream._worker_pids_set = False
+
+
+def _kill_workers(stream) -> None:
+    """End the processes of a DataLoader's iterator at once, also those that wait for a disk with SIGTERM blocked."""
     for worker in stream._workers:
         worker.kill()
     stream._shutdown_workers()
