@@ -36,11 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="Pillow's processes, DALI's threads")
     parser.add_argument("--readers", type=int, default=0, help="DALI's reading processes")
+    parser.add_argument("--torch_threads", type=int, default=1, help="as torchrun sets it; more compete with DALI's")
     parser.add_argument("--device", default="cpu", help="where DALI works")
     parser.add_argument("--seconds", type=float, default=6.0, help="per measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.torch_threads)
     with tempfile.TemporaryDirectory() as folder:
         source = open_images(options.images or write_photographs(Path(folder), 512))
         rows = [row for views in options.views for row in measure(source, options, views)]
