@@ -107,8 +107,7 @@ class Prefetcher:
 
     def _take(self, started: float) -> tuple[Batch, torch.cuda.Event | None]:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="epg-prefetch", daemon=True)
-            self._thread.start()
+            self._start()
         while True:
             with self._changed:
                 if self._changed.wait_for(lambda: self._ready or self._error or self._closed, self._patience):
@@ -122,7 +121,20 @@ class Prefetcher:
             raise self._error
         raise RuntimeError("this prefetcher was closed while it was waited for")
 
-    def _run(self) -> None:
+    def _start(self) -> None:
+        threads, started = torch.get_num_threads(), threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="epg-prefetch", daemon=True)
+        self._thread.start()
+        started.wait()
+        # what the thread has set for itself is also what threads begin with
+        torch.set_num_threads(threads)
+
+    def _run(self, started: threading.Event) -> None:
+        # a second team of OpenMP threads would fight with the training's for the cores
+        torch.set_num_threads(1)
+        # the first call in a thread takes over what any thread has set last: now, before the other sets it back
+        torch.get_num_threads()
+        started.set()
         try:
             if self._stream is not None:
                 torch.cuda.set_device(self._stream.device)  # threads begin on device 0

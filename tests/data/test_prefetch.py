@@ -301,3 +301,24 @@ class TestOnAGpu:
         with Prefetcher(RandomLoader(count=6), "cuda") as batches, torch.cuda.stream(torch.cuda.Stream()):
             for i, batch in enumerate(batches):
                 assert torch.equal(batch["x"].cpu(), random_batch(i))
+
+
+def test_the_drawing_thread_has_one_openmp_thread_and_the_consumer_keeps_its_own():
+    class Counting:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return {"threads": torch.tensor(torch.get_num_threads())}
+
+        def close(self):
+            pass
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Prefetcher(Counting(), "cpu") as batches:
+            assert next(batches)["threads"] == 1 and torch.get_num_threads() == 2
+            assert next(batches)["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
