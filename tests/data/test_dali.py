@@ -18,25 +18,12 @@ from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, back
 from epg_fast.data.dali import dali_status
 from epg_fast.data.encoded import EncodedBatches, parameters_dtype
 from epg_fast.ops import extension_status
+from tests.data.augmentation import OFF
 
 pytestmark = pytest.mark.skipif(
     not (dali_status()[0] and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
 )
 
-# Nothing happens to the image: tests switch on what they look at.
-OFF = AugmentConfig(
-    crop_area=(1.0, 1.0),
-    crop_ratio=(1.0, 1.0),
-    jitter_probability=0.0,
-    brightness=0.0,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    grayscale_probability=0.0,
-    blur_probability=(0.0, 0.0),
-    solarize_probability=(0.0, 0.0),
-    flip_probability=0.0,
-)
 JITTER = replace(OFF, jitter_probability=1.0)
 CROP = replace(OFF, crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
 

@@ -10,21 +10,7 @@ from scipy import stats
 
 from epg_fast.config import AugmentConfig
 from epg_fast.data import augmented_view, center_crop, training_views, views
-
-# Nothing happens to the image: tests switch on what they look at.
-OFF = AugmentConfig(
-    crop_area=(1.0, 1.0),
-    crop_ratio=(1.0, 1.0),
-    jitter_probability=0.0,
-    brightness=0.0,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    grayscale_probability=0.0,
-    blur_probability=(0.0, 0.0),
-    solarize_probability=(0.0, 0.0),
-    flip_probability=0.0,
-)
+from tests.data.augmentation import OFF
 
 
 def noise(width, height, seed=0):
