@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from epg_fast.data.encoded import EncodedBatches, max_halvings, parameters_dtype
-from epg_fast.data.loader import Loader, WorkerStream
+from epg_fast.data.loader import Loader
 from epg_fast.data.source import DataError, ImageSource
+from epg_fast.data.workers import WorkerStream
 from epg_fast.ops import augment_view, extension_status, resized_crop
 
 logger = logging.getLogger("epg_fast")

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import abc
-import atexit
-import contextlib
 import errno
-import functools
 import itertools
 import logging
-import os
-import signal
-import sys
-import threading
 import time
-import weakref
-from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data.pool import exit_with_parent
 from epg_fast.data.source import DataError, ImageSource, decode_image, printable, too_many_bad_files
 from epg_fast.data.views import check_augment, check_shape, training_views
+from epg_fast.data.workers import WorkerStream
 
 logger = logging.getLogger("epg_fast")
 
@@ -181,7 +171,7 @@ class PillowLoader(Loader):
         self._stream.close()
 
 
-class Batches(Dataset):
+class Batches(abc.ABC):
     """Maps a global iteration to (this rank's batch, files that could not be read); lives in every worker.
 
     A subclass says what is made of an image: `_start` allocates for a batch, `_add` takes an image, `_finish` returns.
@@ -202,17 +192,7 @@ class Batches(Dataset):
         self._bad = loader._bad
         self._order: tuple[int, np.ndarray] | None = None
 
-    def __getitem__(self, iteration: int) -> tuple[dict | None, dict[str, str]] | Exception:
-        if torch.utils.data.get_worker_info() is None:
-            return self._batch(iteration)
-        try:
-            batch, bad_files = self._batch(iteration)
-            # here and not on the way to the parent, which would wait for ever for a batch that found no room
-            return batch and {name: tensor.share_memory_() for name, tensor in batch.items()}, bad_files
-        except (OSError, RuntimeError) as error:
-            return error
-
-    def _batch(self, iteration: int) -> tuple[dict | None, dict[str, str]]:
+    def __getitem__(self, iteration: int) -> tuple[dict | None, dict[str, str]]:
         epoch, indices = self._indices(iteration)
         batch = self._start()
         used = np.empty(self.local_size, np.int64)
@@ -309,119 +289,8 @@ class DecodedBatches(Batches):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-class WorkerStream:
-    """`batches[start]`, `batches[start + 1]`, ... made ahead by `workers` processes; 0: in this one, when asked for."""
-
-    def __init__(self, batches: Batches, start: int, workers: int):
-        if workers < 0:
-            raise ValueError(f"workers: got {workers}, wanted at least 0")
-        self._batches, self._start, self._workers = batches, start, workers
-        self._stream: Iterator | None = None
-        self._closed = False
-
-    def __next__(self):
-        self.start()
-        try:
-            item = next(self._stream)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
-                raise
-            item = RuntimeError(
-                f"a process that reads images was killed, often for want of memory ({str(error).splitlines()[0]}); "
-                "use fewer --data.workers or --data.readers. The same command resumes"
-            )
-        if not isinstance(item, Exception):
-            return item
-        if "shared memory" in str(item):
-            raise RuntimeError(
-                f"no room in shared memory, /dev/shm ({str(item).splitlines()[0]}): enlarge it (docker run "
-                "--shm-size=16g), or use fewer --data.workers or --data.readers. The same command resumes"
-            )
-        raise item
-
-    def start(self) -> None:
-        """Start the processes, unless they run."""
-        if self._closed:
-            raise RuntimeError("this stream of batches is closed")
-        if self._stream is None:
-            self._stream = self._open()
-
-    def close(self) -> None:
-        """Stop the processes; closing twice does nothing."""
-        self._closed = True
-        stream, self._stream = self._stream, None
-        if stream is not None and self._workers:
-            self._finalizer()
-            atexit.unregister(self._finalizer)
-
-    def _open(self) -> Iterator:
-        iterations = itertools.count(self._start)
-        if self._workers == 0:
-            return map(self._batches.__getitem__, iterations)
-        loader = DataLoader(
-            self._batches,
-            sampler=iterations,
-            batch_size=None,
-            collate_fn=_unchanged,
-            worker_init_fn=functools.partial(_start_worker, os.getpid()),
-            num_workers=self._workers,
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
-            # its own generator, or starting it would advance the global one
-            generator=torch.Generator(),
-        )
-        with _signals_blocked():
-            stream = iter(loader)
-        _forget_workers(stream)
-        # also when nobody closes it; and before multiprocessing's own hook, which would send SIGTERM and wait for ever
-        self._finalizer = weakref.finalize(self, _kill_workers, stream)
-        atexit.register(self._finalizer)
-        return stream
-
-
-def _forget_workers(stream) -> None:
-    """Take the processes from torch's signal handler, which raises wherever the main thread is when one ends.
-
-    `__next__` of the iterator notices within seconds as well.
-    """
-    torch._C._remove_worker_pids(id(stream))
-    stream._worker_pids_set = False
-
-
-def _kill_workers(stream) -> None:
-    """End the processes of a DataLoader's iterator at once, also those that wait for a disk with SIGTERM blocked."""
-    for worker in stream._workers:
-        worker.kill()
-    stream._shutdown_workers()
-
-
 def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=key)
-
-
-def _start_worker(parent: int, worker: int) -> None:
-    # torch looks after the parent between batches only, and a disk may take its time
-    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _unchanged(batch):
-    return batch
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGTERM for the processes started inside, for their whole life.
-
-    Ctrl-C and a scheduler's SIGTERM reach the whole process group, but it is the parent that decides what to finish
-    first; workers end by its close(), or on their own within seconds of its death.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _check_arguments(source, image_size, batch_size, seed, rank, world_size, start) -> None:

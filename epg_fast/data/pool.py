@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -35,6 +36,8 @@ def run(task: Callable[[int], T], items: list[int], workers: int, *, total: int,
     if workers == 0 or not items:
         yield from bar(map(task, items))
         return
+    # a process gets a copy of everything: what is garbage here must not be destroyed there
+    gc.collect()
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     stop = context.Event()
     # each worker gets `task` once, not with every item: it holds the list of all files
@@ -58,6 +61,7 @@ def check_stopped() -> None:
 def _start_worker(task: Callable, parent: int, stop) -> None:
     global _task, _stop
     _task, _stop = task, stop
+    gc.freeze()
     # the parent ends the pool on Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()

@@ -422,7 +422,7 @@ def test_make_loader_passes_every_setting_on(photographs, backend, kind):
     assert found == (16, 8, 7, 1, 2, 5)
     assert loader.flip_probability == 0.25 and loader.max_bad_fraction == 0.2 and loader.augment is config.augment
     if backend == "dali":
-        assert loader.threads == 3 and loader._stream._workers == 2
+        assert loader.threads == 3 and loader._stream.workers == 2
     loader.close()
 
 
@@ -444,7 +444,7 @@ def test_arguments_that_cannot_work_are_refused_at_once(photographs, options, me
 def test_close_ends_the_readers_at_once_and_can_be_repeated(photographs):
     loader = DaliLoader(photographs, image_size=16, batch_size=8, seed=0, threads=1, readers=2)
     next(loader)
-    readers = list(loader._stream._stream._workers)
+    readers = list(loader._stream.processes)
     loader.close()
     assert not any(reader.is_alive() for reader in readers)
     loader.close()

@@ -134,7 +134,7 @@ def test_close_does_not_wait_for_a_loader_that_is_blocked(monkeypatch):
     loader = Loader(before=lambda i: i == 2 and (reached.set(), blocked.wait(60)))
     batches = Prefetcher(loader, "cpu", 2)
     next(batches)
-    assert reached.wait(5)
+    assert reached.wait(60)
     started = time.monotonic()
     batches.close()
     assert time.monotonic() - started < 2 and loader.closed == 1
@@ -239,10 +239,10 @@ def test_no_worker_outlives_its_parent_however_that_ends(make_folder, wait_until
     os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
     programs["kill"].kill()
     for program in programs.values():
-        program.wait(10)
+        program.wait(60)
         program.stdout.close()
     assert programs["exit"].returncode == 0
-    assert not wait_until_gone(workers["exit"] + workers["ctrl-c"], 1)
+    assert not wait_until_gone(workers["exit"] + workers["ctrl-c"], 20)
     # of a parent that could not say goodbye, workers learn within five seconds
     assert not wait_until_gone(workers["kill"], 12)
 

@@ -74,7 +74,7 @@ def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.kill()
     run.wait()
-    assert len(workers) == 2 and not wait_until_gone(workers, 5)
+    assert len(workers) == 2 and not wait_until_gone(workers, 20)
     done = list(out.rglob("*.png"))
     assert len(done) < 300 and all(Image.open(path).convert("RGB").size == (64, 64) for path in done)
     assert not json.loads((out / "manifest.json").read_text())["complete"]

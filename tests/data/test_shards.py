@@ -141,7 +141,7 @@ def test_a_killed_run_is_continued_and_gives_the_same_bytes(make_folder, tmp_pat
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.send_signal(signal.SIGKILL)
     run.wait()
-    assert len(workers) == 2 and not wait_until_gone(workers, 5)
+    assert len(workers) == 2 and not wait_until_gone(workers, 20)
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
     assert 3 <= len(done) < 12
     with pytest.raises(ValueError, match="prepare-data was interrupted; run it again"):

@@ -1,0 +1,176 @@
+"""Items made ahead by worker processes and handed out in order."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+import torch
+import torch.multiprocessing  # noqa: F401  tensors go through pipes as handles of shared memory
+
+from epg_fast.data.pool import exit_with_parent
+
+# Items that a process may have in hand or ready.
+_AHEAD = 2
+# Seconds between two looks at whether a process that is silent still lives.
+_LOOK = 5.0
+
+
+class Items(Protocol):
+    def __getitem__(self, number: int) -> Any: ...
+
+
+@dataclasses.dataclass
+class _Failure:
+    error: Exception
+    traceback: str
+
+
+class WorkerStream:
+    """`items[start]`, `items[start + 1]`, ... made ahead by `workers` processes; 0: in this one, when asked for.
+
+    torch's DataLoader is not used: it notices a killed process late or, by a signal handler, anywhere in the main
+    thread, and its processes may run the destructors of what the parent was about to collect.
+
+    What making an item raises, `next` raises in its place. RuntimeError says when a process was killed and when shared
+    memory is full.
+    """
+
+    def __init__(self, items: Items, start: int, workers: int):
+        if workers < 0:
+            raise ValueError(f"workers: got {workers}, wanted at least 0")
+        self.workers = workers
+        self.processes: list[BaseProcess] = []
+        self._items, self._next = items, start
+        self._connections: list[Connection] = []
+        self._closed = False
+
+    def __next__(self):
+        self.start()
+        item = self._receive(self._next) if self.workers else self._items[self._next]
+        if isinstance(item, _Failure):
+            # what the other processes have ready comes later in the stream
+            self.close()
+            if "shared memory" in str(item.error):
+                raise RuntimeError(
+                    f"no room in shared memory, /dev/shm ({str(item.error).splitlines()[0]}): enlarge it (docker run "
+                    "--shm-size=16g), or use fewer --data.workers or --data.readers. The same command resumes"
+                ) from item.error
+            raise item.error from RuntimeError(item.traceback)
+        self._next += 1
+        return item
+
+    def start(self) -> None:
+        """Start the processes, unless they run."""
+        if self._closed:
+            raise RuntimeError("this stream of batches is closed")
+        if self.processes or not self.workers:
+            return
+        # A process gets a copy of everything: what is garbage here must not be destroyed there. DALI would crash.
+        gc.collect()
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        # also when nobody closes it; and before multiprocessing's own hook, which would send SIGTERM and wait for ever
+        self._finalizer = weakref.finalize(self, _end, self.processes, self._connections)
+        atexit.register(self._finalizer)
+        try:
+            with _signals_blocked():
+                for _ in range(self.workers):
+                    self._start_process(context)
+        except OSError:
+            self.close()
+            raise
+        for number in range(self._next, self._next + _AHEAD * self.workers):
+            self._connections[number % self.workers].send(number)
+
+    def close(self) -> None:
+        """End the processes; closing twice does nothing."""
+        self._closed = True
+        if self.processes:
+            self._finalizer()
+            atexit.unregister(self._finalizer)
+
+    def _start_process(self, context) -> None:
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(self._items, there, os.getpid()), daemon=True)
+        process.start()
+        # at once, or the next process would hold it open after this one's death
+        there.close()
+        self.processes.append(process)
+        self._connections.append(here)
+
+    def _receive(self, number: int):
+        process, connection = self.processes[number % self.workers], self._connections[number % self.workers]
+        try:
+            while not connection.poll(_LOOK):
+                if not process.is_alive():
+                    raise EOFError
+            item = connection.recv()
+            connection.send(number + _AHEAD * self.workers)
+        except (EOFError, OSError) as error:
+            process.join(1)
+            if process.is_alive():
+                raise
+            raise RuntimeError(
+                f"a process that reads images was killed (exit code {process.exitcode}), often for want of memory; "
+                "use fewer --data.workers or --data.readers. The same command resumes"
+            ) from error
+        return item
+
+
+def _work(items: Items, connection: Connection, parent: int) -> None:
+    """Answer every number with its item, or with the failure to make it."""
+    gc.freeze()
+    torch.set_num_threads(1)
+    # the pipe does not tell when the parent is killed, other processes have it open; and a disk may take its time
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            number = connection.recv()
+            try:
+                connection.send(items[number])
+            except (OSError, RuntimeError) as error:
+                connection.send(_Failure(error, traceback.format_exc()))
+            except Exception:
+                # as text: of other exceptions nobody knows whether they can be sent
+                text = traceback.format_exc()
+                connection.send(_Failure(RuntimeError(f"a process that reads images failed:\n{text}"), text))
+
+
+def _end(processes: list[BaseProcess], connections: list[Connection]) -> None:
+    """End processes at once, also those that wait for a disk with SIGTERM blocked."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(5)
+    for connection in connections:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM for the processes started inside, for their whole life.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group, but it is the parent that decides what to finish
+    first; workers end by its close(), or on their own within seconds of its death.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -1,0 +1,167 @@
+"""Items made ahead by processes: their order, their failures, their end."""
+
+import gc
+import os
+import signal
+import sys
+import time
+import weakref
+
+import pytest
+import torch
+
+from epg_fast.data.pool import run
+from epg_fast.data.workers import WorkerStream
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+
+
+class Squares:
+    """Items that say who made them."""
+
+    def __getitem__(self, number):
+        time.sleep(0.02 * (number % 3))
+        return torch.tensor(number**2), os.getpid()
+
+
+class Raises:
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, number):
+        if number == 3:
+            raise self.error
+        return number
+
+
+@pytest.fixture
+def open_stream():
+    streams = []
+
+    def open_one(*arguments):
+        streams.append(WorkerStream(*arguments))
+        return streams[-1]
+
+    yield open_one
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_items_come_in_order_from_any_start(open_stream, workers):
+    stream = open_stream(Squares(), 5, workers)
+    items = [next(stream) for _ in range(12)]
+    assert [int(item) for item, _ in items] == [number**2 for number in range(5, 17)]
+    assert len({pid for _, pid in items} - {os.getpid()}) == workers
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "error, raised, message",
+    [
+        (FileNotFoundError(2, "No such file or directory", "x.png"), FileNotFoundError, "x.png"),
+        (RuntimeError("twelve"), RuntimeError, "^twelve$"),
+        # arrives as text
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+            RuntimeError,
+            "reads images failed(?s:.*)UnicodeDecodeError",
+        ),
+    ],
+)
+def test_a_failure_is_raised_in_its_place_and_ends_the_stream(open_stream, workers, error, raised, message):
+    stream = open_stream(Raises(error), 1, workers)
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(raised, match=message) as caught:
+        next(stream)
+    assert "in __getitem__" in str(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(stream)
+    assert not any(process.is_alive() for process in stream.processes)
+
+
+@linux
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_killed_process_is_noticed_at_once(open_stream, pause):
+    stream = open_stream(Squares(), 0, 2)
+    next(stream)
+    os.kill(stream.processes[1].pid, signal.SIGKILL)
+    time.sleep(pause)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"killed \(exit code -9\), often for want of memory.*--data.workers"):
+        for _ in range(10):
+            next(stream)
+    assert time.monotonic() - started < 3
+
+
+@linux
+def test_a_killed_process_is_noticed_when_its_pipe_is_open_elsewhere(open_stream, monkeypatch):
+    monkeypatch.setattr("epg_fast.data.workers._LOOK", 0.2)
+    # as a process that was forked meanwhile has it
+    monkeypatch.setattr("multiprocessing.connection.Connection.close", lambda connection: None)
+    stream = open_stream(Squares(), 0, 1)
+    next(stream)
+    os.kill(stream.processes[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="killed"):
+        for _ in range(10):
+            next(stream)
+    monkeypatch.undo()
+
+
+def garbage(path):
+    """A cycle whose destructor writes down the process that runs it."""
+
+    class Node:
+        def __del__(self):
+            with open(path, "a") as file:
+                file.write(f"{os.getpid()}\n")
+
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+
+
+class Collects:
+    def __getitem__(self, number):
+        gc.collect()
+        return number
+
+
+def collect(number):
+    gc.collect()
+    return number
+
+
+@linux
+@pytest.mark.parametrize("who", ["stream", "pool"])
+def test_no_process_destroys_what_its_parent_left_behind(open_stream, tmp_path, who):
+    """DALI's pipelines crash when they are."""
+    gc.disable()
+    try:
+        node = garbage(tmp_path / "destroyed")
+        if who == "stream":
+            assert next(open_stream(Collects(), 0, 1)) == 0
+        else:
+            assert list(run(collect, [0, 1], 1, total=2, chunk=1, unit="item")) == [0, 1]
+        gc.collect()
+    finally:
+        gc.enable()
+    assert node() is None
+    assert (tmp_path / "destroyed").read_text().split() == [str(os.getpid())]
+
+
+@linux
+def test_a_process_that_cannot_be_started_leaves_none_behind(open_stream, monkeypatch):
+    real, started = os.fork, []
+
+    def fork():
+        if len(started) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(None)
+        return real()
+
+    monkeypatch.setattr("os.fork", fork)
+    stream = open_stream(Squares(), 0, 3)
+    with pytest.raises(BlockingIOError):
+        next(stream)
+    assert len(stream.processes) == 2 and not any(process.is_alive() for process in stream.processes)
