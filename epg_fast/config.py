@@ -240,6 +240,9 @@ class RunConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints of multiples of this step stay for good, their weights also as milestones/step_<step>.safetensors;
+    0: none."""
     tensorboard: bool = True
     """Write TensorBoard events when tensorboard is installed."""
     wandb: str | None = None
@@ -247,7 +250,11 @@ class RunConfig:
 
     def __post_init__(self):
         _check(self, 1, math.inf, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
-        _check(self, 0, math.inf, "seed")
+        _check(self, 0, math.inf, "seed", "keep_every")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
+            )
 
 
 @dataclass

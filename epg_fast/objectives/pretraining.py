@@ -38,9 +38,10 @@ def pretraining_loss(
     """
     factor = shift(x.shape[-1])
     device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)
-    index = torch.as_tensor(index, device=device)
+    if not isinstance(index, torch.Tensor):
+        index = torch.full((), index, device=device)  # a copy from the host would wait for the device
     t, r = schedule.sigma(index, dtype), schedule.sigma(index + 1, dtype)
-    clean = schedule.sigma(torch.tensor(schedule.num_scales - 1, device=device), dtype)
+    clean = schedule.sigma(torch.full_like(index, schedule.num_scales - 1), dtype)
     noised = Denoiser(online, schedule)  # only its input scaling is used
 
     def network_input(*views_and_sigmas):

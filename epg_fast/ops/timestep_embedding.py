@@ -39,7 +39,7 @@ def timestep_embedding_ref(
         t = 250 * t.log()
     half = dim // 2
     exponent = torch.arange(half, device=t.device, dtype=acc_dtype) / half
-    base = torch.tensor(max_period, device=t.device, dtype=acc_dtype)
+    base = torch.full((), max_period, device=t.device, dtype=acc_dtype)
     phase = t[:, None] * torch.pow(base, -exponent)[None]
     return F.pad(torch.cat([phase.cos(), phase.sin()], dim=-1), (0, dim % 2)).to(dtype or acc_dtype)
 

@@ -6,6 +6,9 @@ import logging
 import os
 import pickle
 import re
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,8 +21,52 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; the earlier ones are untouched."""
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Write folder/step_<step>.pt through a temporary name, fsync and rename, then remove all but the newest `keep`.
+class BackgroundWriter:
+    """Runs one writing job at a time in a thread, so that training goes on meanwhile."""
+
+    def __init__(self):
+        # Not a daemon: a process that ends, by an exception too, first finishes what it writes.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="epg-checkpoint")
+        self._job: Future | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Wait for the job before, raise what it raised, and start this one."""
+        self.wait()
+        self._job = self._executor.submit(job)
+
+    def check(self) -> None:
+        """Raise what the last job raised, if it has ended."""
+        if self._job is not None and self._job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the last job and raise what it raised, once."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+
+def copy_to_host(state):
+    """A nested state with a copy of every tensor in host memory; tensors that share memory share the copy."""
+    copies: dict[tuple, torch.Tensor] = {}
+
+    def copy(value):
+        if isinstance(value, torch.Tensor):
+            key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, dict):
+            return {name: copy(part) for name, part in value.items()}
+        return [copy(part) for part in value] if isinstance(value, list) else value
+
+    return copy(state)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int, keep_every: int = 0) -> Path:
+    """Write folder/step_<step>.pt through a temporary name, fsync and rename, then remove old ones.
+
+    The newest `keep` stay, and those of every `keep_every`-th step (0: none).
 
     Raises CheckpointError when the disk does not take it; what was there before stays usable.
     """
@@ -42,8 +89,14 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
             f"could not write {path}: {reason}; {left}. If the disk is full, free some space; the same command goes on"
         ) from None
     for old in list_checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
+        if not is_milestone(int(_NAME.fullmatch(old.name)[1]), keep_every):
+            old.unlink(missing_ok=True)
     return path
+
+
+def is_milestone(step: int, keep_every: int) -> bool:
+    """Whether the checkpoint of `step` stays for good."""
+    return keep_every > 0 and step % keep_every == 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -62,11 +115,20 @@ def load_newest(folder: Path, wanted: tuple[str, ...] = ()) -> dict | None:
     files = list_checkpoints(folder)
     for path in files:
         try:
+            _verify(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict) or any(name not in state for name in wanted):
                 raise ValueError("not a checkpoint of a training run")
             return state
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except (
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            RuntimeError,
+            EOFError,
+            OSError,
+            ValueError,
+            KeyError,
+        ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason[:160])
     if files:
@@ -74,6 +136,14 @@ def load_newest(folder: Path, wanted: tuple[str, ...] = ()) -> dict | None:
             f"none of the {len(files)} checkpoints in {folder} can be read; remove the folder to start anew"
         )
     return None
+
+
+def _verify(path: Path) -> None:
+    """Raise ValueError if a byte of the file has changed since it was written; torch.load does not look."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} does not match")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,11 @@ import torch.distributed as dist
 
 from epg_fast.models.blocks import BatchNorm1d
 from epg_fast.runtime import resolve_device
+
+# How long a rank waits for the others: twice as long as a loader waits for its disk.
+_TIMEOUT = datetime.timedelta(minutes=20)
+# What gloo and NCCL say when a rank is gone or silent.
+_LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|timeout|NCCL", re.IGNORECASE)
 
 
 @dataclass
@@ -54,8 +61,18 @@ def start(device: str) -> Ranks:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
     return Ranks(int(os.environ.get("RANK", 0)), world_size, place)
+
+
+def explained(error: RuntimeError, ranks: Ranks) -> RuntimeError:
+    """Return `error`, or one that says so when it means that another rank is gone."""
+    if ranks.world_size == 1 or not _LOST.search(str(error)):
+        return error
+    return RuntimeError(
+        f"rank {ranks.rank} has lost another of the {ranks.world_size} ranks, whose own message says why "
+        f"({str(error).splitlines()[0]}); the same command resumes from the last checkpoint"
+    )
 
 
 def stop() -> None:

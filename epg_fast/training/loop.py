@@ -3,6 +3,9 @@
 Every random draw, the order of the data included, is a function of (seed, iteration), so a run that was killed and
 started again continues with the same numbers as if it had never stopped. `iteration` counts batches; `step` counts
 updates, which lag behind by the batches whose gradient was not finite.
+
+The host never waits for the device between two lines of metrics: whether an update is made is decided there, and the
+host, which takes it for made, learns of it one iteration later; on every device alike, so that the numbers are too.
 """
 
 from __future__ import annotations
@@ -33,13 +36,21 @@ from epg_fast.models import save_weights
 from epg_fast.runtime import autocast
 from epg_fast.training import distributed
 from epg_fast.training.bad_files import BadFiles, still_bad
-from epg_fast.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from epg_fast.training.checkpoint import (
+    BackgroundWriter,
+    copy_to_host,
+    is_milestone,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+)
 from epg_fast.training.draws import Draws
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.preview import write_preview
 from epg_fast.training.progress import Progress
+from epg_fast.training.signals import StopSignals
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -57,6 +68,7 @@ _FREE = (
     "data.path",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
     "tensorboard",
     "wandb",
     "outdir",
@@ -75,7 +87,10 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
     full, RuntimeError when the gradient stays non-finite.
     """
     ranks = distributed.start(config.device)
-    _train(config, stage_class, ranks)
+    try:
+        _train(config, stage_class, ranks)
+    except RuntimeError as error:
+        raise distributed.explained(error, ranks) from error
     distributed.stop()
 
 
@@ -126,51 +141,67 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
     lock = claim_run_folder(outdir, stage.name, config, ranks)
     metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
-    metrics.load_state_dict(state.unfinished_metrics)
+    metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         compile_blocks(stage)
     progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
-    batches = Prefetcher(loader, ranks.device, on_stall=progress.stalled)
+    signals = StopSignals()
+
+    def stalled(seconds: float) -> None:
+        progress.stalled(seconds)
+        if signals.asked and ranks.world_size == 1:
+            raise _StopWaiting
+
+    batches = Prefetcher(loader, ranks.device, on_stall=stalled)
     try:
-        with progress, batches:
-            _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir)
+        with signals, progress, batches:
+            _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals)
     except DataError as error:
         raise bad_files.listed(error) from error
+    finally:
+        state.writer.wait()
+    ranks.barrier()
     metrics.close()
     if lock:
         lock.close()
 
 
-def _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir) -> None:
-    skipped = 0
-    while state.step < config.steps:
+def _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals) -> None:
+    done = state.step  # a step that is reached again, because its update was skipped, is saved once
+    stop = False
+    while state.step < config.steps and not stop:
         waited = batches.waited
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except _StopWaiting:
+            state.save(outdir, metrics)
+            break
         metrics.count(config.batch_size, batches.waited - waited)
         progress.data_came()
-        if state.update(step_module, batch, metrics):
-            skipped = 0
-            progress.step()
-        else:
-            skipped += 1
-            if skipped >= _MAX_SKIPPED_IN_A_ROW:
-                raise RuntimeError(
-                    f"the gradient was not finite for {skipped} batches in a row at step {state.step}; "
-                    "training diverged: lower --optimizer.lr or change --precision"
-                )
-            continue
-        last = state.step == config.steps
-        logs, saves = state.step % config.log_every == 0 or last, state.step % config.checkpoint_every == 0 or last
+        stop = state.update(step_module, batch, metrics, bool(signals.asked))
+        if state.step % config.log_every == 0 or state.step == config.steps:
+            stop = state.settle() or stop
+        progress.reach(state.step)
+        last, new, done = state.step == config.steps, state.step > done, max(done, state.step)
+        logs = new and (state.step % config.log_every == 0 or last)
+        saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
         if logs or saves:
             bad_files.exchange()
         if logs:
             progress.show(metrics.write(state.step, lr=state.optimizer.lr))
         if saves:
             state.save(outdir, metrics)
+        state.writer.check()
         preview = state.stage.preview
-        if preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
+        if new and preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
             metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
+    if state.step < config.steps:
+        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.step)
+
+
+class _StopWaiting(Exception):
+    """The run is to end, and no batch comes that it could end after."""
 
 
 def choose_backend(wanted: str, used: str | None, device: torch.device | str = "cpu") -> str:
@@ -226,13 +257,21 @@ class RunState:
         self.data_fingerprint = source.fingerprint()
         self.data_backend: str | None = None
         self.bad_files: dict[str, str] = {}
-        self.unfinished_metrics: dict = {"sums": {}, "counts": {}}
+        self.unfinished_metrics: dict = {}
+        self.writer = BackgroundWriter()
+        self._pending: _Outcome | None = None
+        self._skipped = 0
 
-    def update(self, step_module: torch.nn.Module, batch: dict[str, torch.Tensor], metrics: Metrics) -> bool:
-        """Forward, backward, update; False, with nothing changed but `iteration`, if the gradient is not finite."""
-        config, count = self.config, batch["x"].shape[0]
+    def update(
+        self, step_module: torch.nn.Module, batch: dict[str, torch.Tensor], metrics: Metrics, stop=False
+    ) -> bool:
+        """Forward, backward, update; then `settle` the update before this one. Returns whether to end.
+
+        Where the gradient is not finite, nothing changes but `iteration`. `stop`: this rank has been asked to end;
+        all ranks learn of it at the same step.
+        """
+        config, count, before = self.config, batch["x"].shape[0], self._pending
         draws = Draws(config.seed, self.iteration, self.ranks.rank * count, count, self.ranks.device)
-        self.iteration += 1
         # The running statistics of BatchNorm change in the forward pass already.
         buffers = [b.clone() for b in self.stage.network.buffers()]
         with autocast(self.ranks.device, config.precision):
@@ -247,22 +286,46 @@ class RunState:
         norm, found_inf = self.optimizer.step(self.loss_scale.value)
         self.optimizer.zero_grad()
         self.loss_scale.update(found_inf)
-        finite = not found_inf
-        if finite:
-            self.step += 1
-            metrics.add(grad_norm=norm, **self._global_means({"loss": result.loss} | result.terms))
-        else:
-            for buffer, before in zip(self.stage.network.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            log.warning("step %d: the gradient is not finite, batch %d is skipped", self.step, self.iteration - 1)
-        return finite
+        for buffer, old in zip(self.stage.network.buffers(), buffers, strict=True):
+            buffer.copy_(torch.where(found_inf > 0, old, buffer))
+        names, values, stop = self._reduced({"loss": result.loss} | result.terms, stop)
+        metrics.add(("grad_norm", *names), torch.cat([norm.float().reshape(1), values]), found_inf <= 0)
+        self._pending = _Outcome(self.iteration, torch.stack([found_inf.float(), stop]))
+        self.iteration += 1
+        self.step += 1
+        return before is not None and self._settle(before)
+
+    def settle(self) -> bool:
+        """Correct `step` if the newest update turns out to have been skipped. Returns whether to end.
+
+        Raises RuntimeError when too many in a row were.
+        """
+        outcome, self._pending = self._pending, None
+        return outcome is not None and self._settle(outcome)
+
+    def _settle(self, outcome: _Outcome) -> bool:
+        skipped, stop = outcome.read()
+        self._skipped = self._skipped + 1 if skipped else 0
+        if skipped:
+            self.step -= 1
+            log.warning("step %d: the gradient is not finite, batch %d is skipped", self.step, outcome.iteration)
+        if self._skipped >= _MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"the gradient was not finite for {self._skipped} batches in a row at step {self.step}; "
+                "training diverged: lower --optimizer.lr or change --precision"
+            )
+        return stop
 
     def save(self, outdir: Path, metrics: Metrics) -> None:
-        """Checkpoint and model.safetensors, written by the main rank."""
-        if self.ranks.main:
-            state = {
+        """Checkpoint and model.safetensors of this very moment, written by the main rank while training goes on."""
+        if not self.ranks.main:
+            return
+        step, state = (
+            self.step,
+            {
                 "step": self.step,
                 "iteration": self.iteration,
+                "pending": self._pending and self._pending.state(),
                 "network": self.stage.network.state_dict(),
                 "average": self.stage.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -271,11 +334,20 @@ class RunState:
                 "data": self.data_fingerprint,
                 "data_backend": self.data_backend,
                 "bad_files": dict(self.bad_files),
-            }
-            save_checkpoint(outdir / "checkpoints", self.step, state, self.config.keep_checkpoints)
-            metadata = self.stage.metadata() | {"step": self.step}
-            save_weights(outdir / "model.safetensors", self.stage.exported.state_dict(), metadata)
-        self.ranks.barrier()
+            },
+        )
+        self.writer.wait()  # before the copy: one at a time in memory
+        state, weights = copy_to_host([state, self.stage.exported.state_dict()])
+        metadata = self.stage.metadata() | {"step": step}
+
+        def write():
+            save_checkpoint(outdir / "checkpoints", step, state, self.config.keep_checkpoints, self.config.keep_every)
+            save_weights(outdir / "model.safetensors", weights, metadata)
+            if is_milestone(step, self.config.keep_every):
+                (outdir / "milestones").mkdir(exist_ok=True)
+                save_weights(outdir / "milestones" / f"step_{step:09d}.safetensors", weights, metadata)
+
+        self.writer.submit(write)
 
     def resume(self, folder: Path) -> None:
         """Load the newest readable checkpoint of `folder`, if there is one."""
@@ -292,6 +364,8 @@ class RunState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss_scale.load_state_dict(state["scaler"])
         self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
+        if state.get("pending"):
+            self._pending = _Outcome(*state["pending"])
         # Runs from before there was a choice have neither entry.
         self.data_backend = state.get("data_backend", "pillow")
         self.bad_files = still_bad(state.get("bad_files", {}), self.source)
@@ -300,13 +374,40 @@ class RunState:
     def _normalized(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: self.normalization.normalize(v) if v.dtype == torch.uint8 else v for k, v in batch.items()}
 
-    def _global_means(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _reduced(self, values: dict[str, torch.Tensor], stop: bool) -> tuple[tuple, torch.Tensor, torch.Tensor]:
+        """Return (names, means over all ranks [n], whether any rank is to stop [])."""
         values = {k: v for k, v in values.items() if v.is_floating_point()}
         means = torch.stack([v.detach().float().mean() for v in values.values()])
+        stop = torch.full_like(means[0], float(stop))
         if self.ranks.world_size > 1:
-            torch.distributed.all_reduce(means)
-            means /= self.ranks.world_size
-        return dict(zip(values, means.unbind(), strict=True))
+            both = torch.cat([means, stop.reshape(1)])
+            torch.distributed.all_reduce(both)
+            means, stop = both[:-1] / self.ranks.world_size, both[-1]
+        return tuple(values), means, stop
+
+
+class _Outcome:
+    """What the device has decided about one update, on its way to the host."""
+
+    def __init__(self, iteration: int, flags: torch.Tensor):
+        """flags: [2], whether the gradient was not finite and whether to end."""
+        self.iteration = iteration
+        self._copied = None
+        if flags.is_cuda:
+            flags = torch.empty(flags.shape, pin_memory=True).copy_(flags, non_blocking=True)
+            self._copied = torch.cuda.current_stream().record_event()
+        self._flags = flags
+
+    def read(self) -> tuple[bool, bool]:
+        """Wait for the device if need be: (the update was skipped, the run is to end)."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        skipped, stop = self._flags.tolist()
+        return skipped > 0, stop > 0
+
+    def state(self) -> list:
+        """For a checkpoint: what the constructor takes; a wish to end is not kept."""
+        return [self.iteration, torch.tensor([float(self.read()[0]), 0.0])]
 
 
 def make_step_module(stage: Stage) -> torch.nn.Module:

@@ -17,7 +17,9 @@ class Metrics:
     """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes."""
 
     def __init__(self, outdir: Path, enabled: bool, step: int, tensorboard: bool, wandb: str | None, config: dict):
-        self.enabled, self._sums, self._counts = enabled, {}, {}
+        self.enabled = enabled
+        # Names of the values of an update -> (their sums [n], how many updates []); another stage has another group.
+        self._groups: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         self._tensorboard = self._wandb = None
         if not enabled:
@@ -29,11 +31,14 @@ class Metrics:
         if wandb:
             self._wandb = _wandb_run(wandb, outdir, config)
 
-    def add(self, **values: torch.Tensor) -> None:
-        """Add one update's scalars to the running means; they are read only when a line is written."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def add(self, names: tuple[str, ...], values: torch.Tensor, counts: torch.Tensor) -> None:
+        """Add one update's scalars [len(names)] to the running means where `counts` [] is 1; nothing where it is 0.
+
+        Nothing is read from the device before a line is written.
+        """
+        sums, total = self._groups.get(names, (0.0, 0.0))
+        counts = counts.double()
+        self._groups[names] = (sums + torch.where(counts > 0, values.double(), 0.0), total + counts)
 
     def count(self, images: int, waited: float) -> None:
         """Count images consumed and seconds spent waiting for data, for the rates of the next line."""
@@ -43,9 +48,9 @@ class Metrics:
     def write(self, step: int, **extra: float) -> dict:
         """Write the means since the last line under `step` and start anew; returns the line."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        line = {"step": step} | {k: float(v) / self._counts[k] for k, v in self._sums.items()} | extra
+        line = {"step": step} | self._means() | extra
         line |= {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
-        self._sums, self._counts = {}, {}
+        self._groups = {}
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         if self.enabled:
             with open(self._path, "a") as f:
@@ -64,14 +69,23 @@ class Metrics:
 
     def state_dict(self) -> dict:
         """The unfinished interval, so that a resumed run writes the same means."""
-        return {
-            "sums": {k: torch.as_tensor(v, dtype=torch.float64) for k, v in self._sums.items()},
-            "counts": dict(self._counts),
+        return {"groups": [[list(names), sums, counts] for names, (sums, counts) in self._groups.items()]}
+
+    def load_state_dict(self, state: dict, device: torch.device | str = "cpu") -> None:
+        """Continue an interval."""
+        self._groups = {
+            tuple(names): (sums.to(device), counts.to(device)) for names, sums, counts in state.get("groups", [])
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue an interval."""
-        self._sums, self._counts = {k: v.item() for k, v in state["sums"].items()}, dict(state["counts"])
+    def _means(self) -> dict[str, float]:
+        totals: dict[str, list[float]] = {}
+        for names, (sums, counts) in self._groups.items():
+            count = counts.item()
+            for name, value in zip(names, sums.tolist(), strict=True):
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += value
+                total[1] += count
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
     def close(self) -> None:
         """Flush and close the writers."""

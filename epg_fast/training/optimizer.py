@@ -1,9 +1,10 @@
 """AdamW with its parameter groups, clipping and averaged weights as one update; the learning-rate factor.
 
 Three backends compute the same update, and load each other's state:
-    fused   one pass over memory in the C++/CUDA extension (`epg_fast.ops.fused_adamw_ema_`), nothing read on the host
+    fused   one pass over memory in the C++/CUDA extension (`epg_fast.ops.fused_adamw_ema_`)
     torch   torch.optim.AdamW(fused=True), torch.nn.utils' clipping and one foreach call per average
     apex    NVIDIA's FusedAdam in place of torch's AdamW, where that package is installed
+The first two read nothing on the host; apex has no other way to skip an update.
 """
 
 from __future__ import annotations
@@ -133,18 +134,20 @@ class Optimizer:
                 p.grad = torch.empty_like(p).copy_(p.grad)  # torch's fused AdamW pairs values as they lie in memory
         grads = [p.grad for p in parameters]
         norm, found_inf = global_norm(grads, backend="reference")
-        if not found_inf:
-            if grad_scale is not None:
-                torch._foreach_div_(grads, grad_scale)
-                norm = norm / grad_scale
-            if self._max_norm < math.inf:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
-            self._adamw_step()
-            for (averages, sources), decay in zip(self._averages, self._decays, strict=True):
-                torch._foreach_lerp_(averages, sources, 1 - decay)
+        if grad_scale is not None:
+            torch._foreach_div_(grads, grad_scale)
+            norm = norm / grad_scale
+        if self._max_norm < math.inf:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+        self._adamw_step(found_inf)
+        for (averages, sources), decay in zip(self._averages, self._decays, strict=True):
+            weight = torch.where(found_inf > 0, 0.0, torch.full_like(found_inf, 1 - decay, dtype=torch.float64))
+            torch._foreach_lerp_(averages, sources, [weight.to(average.dtype) for average in averages])
         return norm, found_inf
 
-    def _adamw_step(self) -> None:
+    def _adamw_step(self, found_inf: torch.Tensor) -> None:
+        # torch's own protocol with its gradient scaler: where this is 1, the kernel changes nothing
+        self._adamw.found_inf = found_inf
         self._adamw.step()
 
     def zero_grad(self) -> None:
@@ -162,8 +165,10 @@ class Optimizer:
         return self._adamw.state
 
     def state_dict(self) -> dict:
-        """State in the layout of torch.optim.AdamW, whatever the backend."""
-        return self._adamw.state_dict()
+        """State in the layout of torch.optim.AdamW, whatever the backend; none for a parameter never updated."""
+        state = self._adamw.state_dict()
+        state["state"] = {i: values for i, values in state["state"].items() if values["step"] > 0}
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Load what any backend's `state_dict` returned; learning rates, decays and betas stay the configuration's."""
@@ -271,12 +276,6 @@ class FusedOptimizer(Optimizer):
             )
         return self._lists
 
-    def state_dict(self):
-        state = super().state_dict()
-        # As torch's: a parameter that was never updated has no state.
-        state["state"] = {i: values for i, values in state["state"].items() if values["step"] > 0}
-        return state
-
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self._adopt_state()
@@ -302,10 +301,11 @@ class ApexOptimizer(Optimizer):
         groups = [dict(group) for group in self._adamw.param_groups]
         self._apex = fused_adam(groups, betas=config.betas, eps=config.eps, adam_w_mode=True)
 
-    def _adamw_step(self):
+    def _adamw_step(self, found_inf):
         for group, ours in zip(self._apex.param_groups, self._adamw.param_groups, strict=True):
             group["lr"] = ours["lr"]
-        self._apex.step()
+        if not found_inf:  # read on the host: FusedAdam knows no other way
+            self._apex.step()
 
     @property
     def state(self):

@@ -43,9 +43,9 @@ class Progress:
     def __exit__(self, *exception) -> None:
         self._line.close()
 
-    def step(self) -> None:
-        """Count an update."""
-        self._line.update()
+    def reach(self, step: int) -> None:
+        """Show `step` updates; that can be one less than before, when the last turns out to have been skipped."""
+        self._line.update(step - self._line.n)
 
     def show(self, metrics: dict) -> None:
         """Show a line of metrics.jsonl."""

@@ -4,11 +4,18 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from epg_fast.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from epg_fast.training.checkpoint import (
+    BackgroundWriter,
+    copy_to_host,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+)
 
 
 def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
@@ -19,13 +26,46 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
     assert load_newest(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage"])
+def test_milestones_stay(tmp_path):
+    for step in range(10, 60, 10):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=1, keep_every=20)
+    assert [f.name for f in list_checkpoints(tmp_path)] == [f"step_{step:09d}.pt" for step in (50, 40, 20)]
+
+
+def test_the_writer_hands_back_what_its_job_raised_once():
+    writer, done = BackgroundWriter(), []
+    writer.submit(lambda: (time.sleep(0.2), done.append(1)))
+    writer.check()
+    writer.submit(lambda: 1 / 0)  # after the first
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()
+    writer.wait()
+    writer.submit(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        while True:
+            writer.check()
+            time.sleep(0.01)
+
+
+def test_the_copy_is_apart_from_what_it_was_made_of_and_tied_within():
+    x = torch.ones(3)
+    copy = copy_to_host({"x": x, "again": [x[:], {"part": x[1:]}], "step": 3})
+    x += 1
+    assert copy["x"].tolist() == [1, 1, 1] and copy["again"][0] is copy["x"] and copy["step"] == 3
+    assert copy["again"][1]["part"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "one bit"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caplog):
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"step": step, "x": torch.randn(1000)}, keep=2)
+        save_checkpoint(tmp_path, step, {"step": step, "x": torch.full((1000,), 12345.0)}, keep=2)
     newest = tmp_path / "step_000000002.pt"
     content = newest.read_bytes()
-    newest.write_bytes({"truncate": content[: len(content) // 2], "empty": b"", "garbage": b"x" * 999}[damage])
+    flipped = bytearray(content)
+    flipped[content.index(marker := torch.full((8,), 12345.0).numpy().tobytes()) + len(marker) // 2] ^= 1
+    damaged = {"truncate": content[: len(content) // 2], "empty": b"", "garbage": b"x" * 999, "one bit": flipped}
+    newest.write_bytes(damaged[damage])
     with caplog.at_level("WARNING", logger="epg_fast"):
         import logging
 

@@ -5,18 +5,24 @@ import json
 import logging
 import math
 import time
+import typing
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from epg_fast.__main__ import main
-from epg_fast.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from epg_fast.config import DataConfig, ModelConfig, OptimizerConfig
 from epg_fast.data import ImageFolder, PillowLoader
-from epg_fast.training import PretrainStage, loop
+from epg_fast.ops import extension_status
+from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
 from epg_fast.training import progress as progress_module
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import RunState, make_step_module
+from epg_fast.training.metrics import Metrics
 from epg_fast.training.progress import Progress
+
+needs_extension = pytest.mark.skipif(not extension_status()[0], reason="the extension is not built")
 
 
 @pytest.mark.slow
@@ -35,27 +41,36 @@ def test_16_bit_training_stays_finite_and_learns(job, precision, tiny_run, tmp_p
 
 
 class _Silent:
-    def add(self, **values):
+    def add(self, *values):
         self.values = values
 
 
 @pytest.fixture
 def run(digits):
-    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "hidden_dim": 32, "output_dim": 16}
-    config = PretrainConfig(
-        outdir="unused",
-        model=ModelConfig("digits_32", **sizes),
-        data=DataConfig(f"{digits}/train", normalization="simple"),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0),
-        batch_size=8,
-        precision="fp32",
-    )
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    stage = PretrainStage(config, ranks)
-    folder = ImageFolder(config.data.path)
-    state = RunState(config, stage, folder, ranks)
-    loader = PillowLoader(folder, image_size=32, batch_size=8, seed=0, augment=config.data.augment, workers=0)
-    return state, make_step_module(stage), iter(loader)
+    """Return a function: optimiser's backend, job -> (RunState, its module, batches)."""
+
+    def make(backend="auto", job="pretrain"):
+        stage_class = {"pretrain": PretrainStage, "diffusion": DiffusionStage, "consistency": ConsistencyStage}[job]
+        sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+        if job == "pretrain":
+            sizes |= {"hidden_dim": 32, "output_dim": 16}
+        config = typing.get_type_hints(stage_class)["config"](
+            outdir="unused",
+            model=ModelConfig("digits_32", **sizes),
+            data=DataConfig(f"{digits}/train", normalization="simple"),
+            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend),
+            batch_size=8,
+            precision="fp32",
+        )
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        stage = stage_class(config, ranks)
+        folder = ImageFolder(config.data.path)
+        state = RunState(config, stage, folder, ranks)
+        augment = config.data.augment if stage.three_views else None
+        loader = PillowLoader(folder, image_size=32, batch_size=8, seed=0, augment=augment, workers=0)
+        return state, make_step_module(stage), iter(loader)
+
+    return make
 
 
 def _everything(state):
@@ -64,24 +79,56 @@ def _everything(state):
     return [t.clone() for t in tensors]
 
 
-def test_a_step_with_a_non_finite_gradient_is_skipped_whole(run):
-    state, step_module, batches = run
-    assert state.update(step_module, next(batches), _Silent())
-    before = _everything(state)
-    batch = next(batches)
+def with_nan(batch):
     batch = {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in batch.items()}
     batch["x"][0, 0, 0, 0] = float("nan")
-    assert not state.update(step_module, batch, _Silent())
+    return batch
+
+
+@pytest.mark.parametrize("backend", [pytest.param("fused", marks=needs_extension), "torch"])
+def test_a_step_with_a_non_finite_gradient_is_skipped_whole(run, backend):
+    state, step_module, batches = run(backend)
+    state.update(step_module, next(batches), _Silent())
+    before = _everything(state)
+    state.update(step_module, with_nan(next(batches)), _Silent())
     assert all(torch.equal(a, b) for a, b in zip(before, _everything(state), strict=True))
-    assert (state.step, state.iteration) == (1, 2)
-    assert state.update(step_module, next(batches), _Silent())
+    # the host learns of it with the next batch, or when it asks
+    assert (state.step, state.iteration) == (2, 2)
+    state.update(step_module, next(batches), _Silent())
     assert (state.step, state.iteration) == (2, 3)
+    state.update(step_module, with_nan(next(batches)), _Silent())
+    state.settle()
+    assert (state.step, state.iteration) == (2, 4)
+
+
+class _NothingIsRead(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: values read, and tensors copied there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.lift_fresh.default,
+        ), f"{func} in an update"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("job", ["pretrain", "diffusion", "consistency"])
+def test_an_update_makes_nobody_wait(job, run, digits):
+    state, step_module, batches = run("torch", job)
+    batches = [next(batches) for _ in range(3)]
+    metrics = Metrics(None, False, 0, False, None, {})
+    state.update(step_module, batches[0], metrics)
+    with _NothingIsRead():
+        for batch in batches[1:]:
+            state.update(step_module, batch, metrics)
+    assert state.step == 3
 
 
 def test_the_target_network_is_averaged_but_not_its_batch_norm(run):
-    state, step_module, batches = run
+    state, step_module, batches = run()
     before = {k: v.clone() for k, v in state.stage.average.state_dict().items()}
-    assert state.update(step_module, next(batches), _Silent())
+    state.update(step_module, next(batches), _Silent())
     online, target = state.stage.network.state_dict(), state.stage.average.state_dict()
     for name in before:
         if "running" in name or "tracked" in name:
@@ -92,7 +139,7 @@ def test_the_target_network_is_averaged_but_not_its_batch_norm(run):
 
 
 def test_the_gradient_is_clipped_after_the_given_step_only(run):
-    state, step_module, batches = run
+    state, step_module, batches = run()
     state.config.optimizer.clip_norm, state.config.optimizer.clip_after = 1e-3, 1
     beta, seen = state.config.optimizer.betas[0], []
     for _ in range(2):

@@ -334,15 +334,15 @@ class _NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@needs_extension
-def test_the_fused_update_reads_nothing_on_the_host(network):
-    run = Run(network, "fused")
+@pytest.mark.parametrize("backend", [pytest.param("fused", marks=needs_extension), "torch"])
+def test_an_update_reads_nothing_on_the_host(network, backend):
+    run = Run(network, backend)
     run.update()
     with _NothingIsRead():
         run.update(2)
         run.update(scale=torch.tensor(4.0, device=DEVICE))
     with pytest.raises(AssertionError, match="read on the host"), _NothingIsRead():
-        Run(network, "torch").update()
+        run.update()[1].item()
 
 
 @needs_extension

@@ -1,6 +1,5 @@
 """A killed run, started again, continues with the same numbers as if it had never stopped."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,41 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
 from epg_fast.data.dali import dali_status
 from epg_fast.ops import extension_status
 from epg_fast.training import loop
 from epg_fast.training.checkpoint import list_checkpoints
-
-JOBS = {
-    "pretrain": ["pretrain", "--config", "digits_pretrain"],
-    "diffusion": ["finetune-diffusion", "--config", "digits_diffusion", "--preview.every", "0"],
-    "consistency": ["finetune-consistency", "--config", "digits_consistency", "--preview.every", "0"],
-}
-TIMINGS = ("images_per_second", "data_wait")
-
-
-def _command(job, tiny_run, outdir, **extra):
-    # Dropout must draw the same masks again.
-    dropout = [] if job == "pretrain" else ["--dropout", "0.5"]
-    flags = [word for name, value in extra.items() for word in (f"--{name}", str(value))]
-    name, *recipe = JOBS[job]
-    return [name, *tiny_run[:2], *recipe, *tiny_run[2:], *dropout, *flags, "--outdir", str(outdir)]
-
-
-def _lines(outdir):
-    path = Path(outdir) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
-def _assert_same_run(got, want):
-    assert _lines(got) == _lines(want)
-    got, want = load_file(got / "model.safetensors"), load_file(want / "model.safetensors")
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
+from tests.training.runs import assert_same_run, run_command, run_lines
 
 
 @pytest.mark.parametrize("job, decoder", [("pretrain", "dali"), ("diffusion", "pillow"), ("consistency", "pillow")])
@@ -53,29 +24,29 @@ def test_kill_9_and_resume_is_bit_identical(job, decoder, tiny_run, tmp_path):
     tiny_run = [*tiny_run, "--data.backend", decoder]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     # Workers on in the killed run only: they must not matter either.
-    command = [sys.executable, "-m", "epg_fast"]
-    assert subprocess.run([*command, *_command(job, tiny_run, whole, steps=34)], capture_output=True).returncode == 0
+    program = [sys.executable, "-m", "epg_fast"]
+    assert subprocess.run([*program, *run_command(job, tiny_run, whole, steps=34)], capture_output=True).returncode == 0
     workers = {"data.workers": 1, "data.readers": 2}
     process = subprocess.Popen(
-        [*command, *_command(job, tiny_run, killed, steps=34, **workers)], stderr=subprocess.DEVNULL
+        [*program, *run_command(job, tiny_run, killed, steps=34, **workers)], stderr=subprocess.DEVNULL
     )
     deadline = time.time() + 120
-    while len(_lines(killed)) < 16 and time.time() < deadline and process.poll() is None:
+    while len(run_lines(killed)) < 16 and time.time() < deadline and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = len(_lines(killed))
+    reached = len(run_lines(killed))
     assert 16 <= reached < 34, f"the run was at step {reached} when it was killed"
-    done = subprocess.run([*command, *_command(job, tiny_run, killed, steps=34)], capture_output=True, text=True)
+    done = subprocess.run([*program, *run_command(job, tiny_run, killed, steps=34)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stderr
-    _assert_same_run(killed, whole)
+    assert_same_run(killed, whole)
 
 
 def test_a_log_interval_cut_by_a_checkpoint_gives_the_same_means(tiny_run, tmp_path, monkeypatch):
     """Checkpoints every 10 steps, lines every 7: the unfinished interval is part of the checkpoint."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(_command("diffusion", tiny_run, whole, steps=28, log_every=7)) == 0
+    assert main(run_command("diffusion", tiny_run, whole, steps=28, log_every=7)) == 0
     save = loop.RunState.save
 
     def save_then_crash(self, outdir, metrics):
@@ -84,14 +55,14 @@ def test_a_log_interval_cut_by_a_checkpoint_gives_the_same_means(tiny_run, tmp_p
             raise RuntimeError("crash")
 
     monkeypatch.setattr(loop.RunState, "save", save_then_crash)
-    assert main(_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 1
+    assert main(run_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 1
     monkeypatch.undo()
-    assert main(_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 0
-    _assert_same_run(cut, whole)
+    assert main(run_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 0
+    assert_same_run(cut, whole)
 
 
 def test_a_finished_run_is_left_alone(tiny_run, tmp_path, capsys):
-    command = _command("diffusion", tiny_run, tmp_path / "run", steps=3)
+    command = run_command("diffusion", tiny_run, tmp_path / "run", steps=3)
     assert main(command) == 0
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*.pt")}
     assert main(command) == 0
@@ -103,7 +74,7 @@ def test_a_finished_run_is_left_alone(tiny_run, tmp_path, capsys):
 def interrupted_run(tiny_run, tmp_path):
     """Return (command, function that changes the checkpoint) of a run that stands at step 2 of 4, made with Pillow."""
     run = tmp_path / "run"
-    command = _command("diffusion", tiny_run, run, steps=4, checkpoint_every=2)
+    command = run_command("diffusion", tiny_run, run, steps=4, checkpoint_every=2)
     assert main(command) == 0
     command[command.index("--data.backend") + 1] = "auto"
     newest, path = list_checkpoints(run / "checkpoints")
@@ -144,12 +115,12 @@ def test_a_run_does_not_change_its_decoder_unless_told_to(interrupted_run, monke
     command, change = interrupted_run
     change(data_backend="dali")
     monkeypatch.setattr(loop, "resolve_backend", _without_dali)
-    before = _lines(command[-1])
+    before = run_lines(command[-1])
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "DALI cannot be imported" in error and "pip install nvidia-dali" in error
     assert "--data.backend pillow" in error and "no longer those of an uninterrupted run" in error
-    assert _lines(command[-1]) == before
+    assert run_lines(command[-1]) == before
     assert main([*command[:-2], "--data.backend", "pillow", *command[-2:]]) == 0
     assert capsys.readouterr().err.count("decoded by dali so far, now by pillow as asked") == 1
     assert _saved(command)["data_backend"] == "pillow"

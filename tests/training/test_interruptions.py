@@ -1,0 +1,197 @@
+"""Runs that are asked to end, wait for a disk, lose a rank, skip an update or cannot save."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from epg_fast.__main__ import main
+from epg_fast.training import checkpoint, loop
+from epg_fast.training.checkpoint import CheckpointError, list_checkpoints
+from tests.training.runs import assert_same_run, run_command, run_lines
+
+
+@pytest.fixture
+def before_update(monkeypatch):
+    """Return a function that has `act(state, batch)` called before every update."""
+    update = loop.RunState.update
+
+    def have_called(act):
+        def act_and_update(self, step_module, batch, *arguments):
+            act(self, batch)
+            return update(self, step_module, batch, *arguments)
+
+        monkeypatch.setattr(loop.RunState, "update", act_and_update)
+
+    return have_called
+
+
+def saved_steps(run):
+    return [int(path.stem.removeprefix("step_")) for path in list_checkpoints(run / "checkpoints")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_and_the_run_goes_on_bit_for_bit(number, tiny_run, tmp_path, before_update, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(run_command("pretrain", tiny_run, whole, steps=20, log_every=7)) == 0
+    handler = signal.getsignal(number)
+    # the ranks agree in the update after, and learn of it one later: at step 14, which is logged too
+    before_update(lambda state, batch: state.iteration == 11 and os.kill(os.getpid(), number))
+    assert main(run_command("pretrain", tiny_run, stopped, steps=20, log_every=7)) == 0
+    assert signal.getsignal(number) == handler
+    assert f"{number.name}: stopped at step 14" in capsys.readouterr().err
+    assert saved_steps(stopped) == [14, 10]
+    before_update(lambda state, batch: None)
+    assert main(run_command("pretrain", tiny_run, stopped, steps=20, log_every=7)) == 0
+    assert_same_run(stopped, whole)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tiny_run, tmp_path, before_update, capsys):
+    before_update(lambda state, batch: state.iteration == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=4)) == 0
+    assert "stopped" not in capsys.readouterr().err
+    assert saved_steps(tmp_path / "run") == [4] and len(run_lines(tmp_path / "run")) == 4
+
+
+def test_a_run_that_waits_for_data_saves_and_ends(tiny_run, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(run_command("diffusion", tiny_run, whole, steps=8)) == 0
+    make, hangs = loop.make_loader, threading.Event()
+
+    class Hanging:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if self.loader.iteration == 5:
+                hangs.wait(60)
+            return next(self.loader)
+
+        def __getattr__(self, name):
+            return getattr(self.loader, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "make_loader", lambda *a, **k: Hanging(make(*a, **k)))
+        patched.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.1))
+        timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        assert main(run_command("diffusion", tiny_run, stopped, steps=8)) == 0
+    hangs.set()
+    assert saved_steps(stopped) == [5]
+    assert main(run_command("diffusion", tiny_run, stopped, steps=8)) == 0
+    assert_same_run(stopped, whole)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_skipped_update_at_a_checkpoint_is_resumed_as_such(precision, tiny_run, tmp_path, before_update, monkeypatch):
+    """When step 10 is saved, after iteration 10, the host does not know yet that its update was skipped."""
+
+    def spoil(state, batch):
+        if state.iteration in (3, 10, 20):
+            batch["x"] = batch["x"].float() / 255
+            batch["x"][0, 0, 0, 0] = float("nan")
+
+    before_update(spoil)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = {"steps": 20, "precision": precision, "log_every": 4}
+    assert main(run_command("pretrain", tiny_run, whole, **flags)) == 0
+    assert [line["step"] for line in run_lines(whole)] == [4, 8, 12, 16, 20]
+    save = loop.RunState.save
+
+    def save_then_crash(self, outdir, metrics):
+        save(self, outdir, metrics)
+        if self.step == 10:
+            raise RuntimeError("crash")
+
+    monkeypatch.setattr(loop.RunState, "save", save_then_crash)
+    assert main(run_command("pretrain", tiny_run, killed, **flags)) == 1
+    assert torch.load(list_checkpoints(killed / "checkpoints")[0], weights_only=True)["pending"][0] == 10
+    monkeypatch.setattr(loop.RunState, "save", save)
+    assert main(run_command("pretrain", tiny_run, killed, **flags)) == 0
+    assert_same_run(killed, whole)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, tmp_path, before_update, monkeypatch):
+    reached, saw = threading.Event(), []
+    before_update(lambda state, batch: state.iteration == 15 and reached.set())
+
+    def save_slowly(folder, step, *arguments):
+        if step == 10:
+            saw.append(reached.wait(60))
+        return checkpoint.save_checkpoint(folder, step, *arguments)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_slowly)
+    assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=20)) == 0
+    assert saw == [True] and saved_steps(tmp_path / "run") == [20, 10]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_one_before(tiny_run, tmp_path, monkeypatch, capsys):
+    def fail_at_10(folder, step, *arguments):
+        if step == 10:
+            raise CheckpointError("could not write it: disk full; the previous checkpoint is intact")
+        return checkpoint.save_checkpoint(folder, step, *arguments)
+
+    monkeypatch.setattr(loop, "save_checkpoint", fail_at_10)
+    run = tmp_path / "run"
+    assert main(run_command("diffusion", tiny_run, run, steps=100000, checkpoint_every=5)) == 1
+    assert "disk full" in capsys.readouterr().err
+    assert saved_steps(run) == [5] and len(run_lines(run)) < 1000
+
+
+def test_milestones_keep_their_weights(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    flags = {"steps": 8, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_every": 4}
+    assert main(run_command("diffusion", tiny_run, run, **flags)) == 0
+    assert saved_steps(run) == [8, 4]
+    kept = [load_file(run / "milestones" / f"step_00000000{step}.safetensors") for step in (4, 8)]
+    newest = load_file(run / "model.safetensors")
+    assert all(torch.equal(kept[1][name], newest[name]) for name in newest)
+    assert not all(torch.equal(kept[0][name], newest[name]) for name in newest)
+
+
+def start_ranks(command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "epg_fast"]
+    return subprocess.Popen([*launch, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def one_rank_of(process, run, lines):
+    """Pid of the second rank once there are `lines` lines of metrics."""
+    deadline = time.time() + 120
+    while len(run_lines(run)) < lines:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return max(int(pid) for pid in ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
+def test_ranks_stop_together_and_a_run_outlives_them(tiny_run, tmp_path):
+    """SIGTERM to one of two ranks, kill -9 of one of two, then on with a single one."""
+    run = tmp_path / "run"
+    command = run_command("pretrain", tiny_run, run, steps=300)
+    process = start_ranks(command)
+    os.kill(one_rank_of(process, run, 12), signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    stopped = saved_steps(run)[0]
+    assert stopped % 10 and stopped == len(run_lines(run)) and f"stopped at step {stopped}" in said
+
+    process = start_ranks(command)
+    os.kill(one_rank_of(process, run, stopped + 15), signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"resuming {run} at step {stopped}" in said
+
+    assert main([*command[:-2], "--steps", "300", *command[-2:]]) == 0
+    assert [line["step"] for line in run_lines(run)] == list(range(1, 301))
