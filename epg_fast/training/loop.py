@@ -435,12 +435,16 @@ class _StepModule(torch.nn.Module):
         return self._loss(batch, draws, step)
 
 
-def compile_blocks(stage: Stage) -> None:
-    """torch.compile every transformer block in place: fast to compile, since all blocks of a kind share the graph."""
+def compile_blocks(stage: Stage, **options) -> None:
+    """torch.compile every transformer block in place: fast to compile, since all blocks of a kind share the graph.
+
+    The shapes are static: a stage has a handful of them (pre-training three), and code for any batch size is slower.
+    options: further arguments of torch.compile.
+    """
     networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
     for network in filter(None, networks):
         for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
-            block.compile()
+            block.compile(dynamic=False, **options)
 
 
 def check_run_folder(outdir: Path, config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from epg_fast.ops import extension_status
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
 from epg_fast.training import progress as progress_module
 from epg_fast.training.distributed import Ranks
-from epg_fast.training.loop import RunState, make_step_module
+from epg_fast.training.loop import RunState, compile_blocks, make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.progress import Progress
 
@@ -123,6 +123,26 @@ def test_an_update_makes_nobody_wait(job, run, digits):
         for batch in batches[1:]:
             state.update(step_module, batch, metrics)
     assert state.step == 3
+
+
+@pytest.mark.parametrize("job", ["pretrain", "diffusion", "consistency"])
+def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, run):
+    state, step_module, batches = run(job=job)
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_blocks(state.stage, backend="eager", fullgraph=True)
+    metrics = Metrics(None, False, 0, False, None, {})
+    state.update(step_module, next(batches), metrics)
+    graphs = counters["stats"]["unique_graphs"]
+    # pre-training: three batches, two of them without gradient; fine-tuning: an encoder block and decoder blocks with
+    # and without a skip, for consistency also without gradient
+    assert graphs == {"pretrain": 3, "diffusion": 3, "consistency": 6}[job]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            state.update(step_module, next(batches), metrics)
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch.compiler.reset()
 
 
 def test_the_target_network_is_averaged_but_not_its_batch_norm(run):
