@@ -183,7 +183,8 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
         if state.step % config.log_every == 0 or state.step == config.steps:
             stop = state.settle() or stop
         progress.reach(state.step)
-        last, new, done = state.step == config.steps, state.step > done, max(done, state.step)
+        last, new = state.step == config.steps, state.step > done
+        done = max(done, state.step)
         logs = new and (state.step % config.log_every == 0 or last)
         saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
         if logs or saves:
@@ -263,7 +264,7 @@ class RunState:
         self._skipped = 0
 
     def update(
-        self, step_module: torch.nn.Module, batch: dict[str, torch.Tensor], metrics: Metrics, stop=False
+        self, step_module: torch.nn.Module, batch: dict[str, torch.Tensor], metrics: Metrics, stop: bool = False
     ) -> bool:
         """Forward, backward, update; then `settle` the update before this one. Returns whether to end.
 
@@ -320,22 +321,20 @@ class RunState:
         """Checkpoint and model.safetensors of this very moment, written by the main rank while training goes on."""
         if not self.ranks.main:
             return
-        step, state = (
-            self.step,
-            {
-                "step": self.step,
-                "iteration": self.iteration,
-                "pending": self._pending and self._pending.state(),
-                "network": self.stage.network.state_dict(),
-                "average": self.stage.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.loss_scale.state_dict(),
-                "metrics": metrics.state_dict(),
-                "data": self.data_fingerprint,
-                "data_backend": self.data_backend,
-                "bad_files": dict(self.bad_files),
-            },
-        )
+        step = self.step
+        state = {
+            "step": step,
+            "iteration": self.iteration,
+            "pending": self._pending and self._pending.state(),
+            "network": self.stage.network.state_dict(),
+            "average": self.stage.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.loss_scale.state_dict(),
+            "metrics": metrics.state_dict(),
+            "data": self.data_fingerprint,
+            "data_backend": self.data_backend,
+            "bad_files": dict(self.bad_files),
+        }
         self.writer.wait()  # before the copy: one at a time in memory
         state, weights = copy_to_host([state, self.stage.exported.state_dict()])
         metadata = self.stage.metadata() | {"step": step}
