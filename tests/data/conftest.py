@@ -1,3 +1,8 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -40,3 +45,31 @@ def wait_until_gone():
         return [pid for pid in pids if is_running(pid)]
 
     return wait
+
+
+@pytest.fixture
+def start_python():
+    """Return a function that starts a program, code and arguments, in a session of its own; all end with the test."""
+    programs = []
+
+    def start(code, *arguments):
+        # a shell may have started the tests with SIGINT ignored
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
+        programs.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+                cwd=Path(__file__).parents[2],
+            )
+        )
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+        program.wait()
+        program.stdout.close()

@@ -3,11 +3,9 @@ import itertools
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,17 +308,6 @@ while True:
 """
 
 
-def start_program(root, mode):
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(root), mode],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        cwd=Path(__file__).parents[2],
-    )
-
-
 def worker_pids(program):
     workers = [int(pid) for pid in program.stdout.readline().split()]
     assert len(workers) == 2
@@ -328,9 +315,9 @@ def worker_pids(program):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-def test_no_worker_outlives_its_parent_however_that_ends(make_folder, wait_until_gone):
+def test_no_worker_outlives_its_parent_however_that_ends(make_folder, start_python, wait_until_gone):
     modes = ("exit", "dropped", "ctrl-c", "kill", "hung")
-    programs = {mode: start_program(make_folder(20, name=mode), mode) for mode in modes}
+    programs = {mode: start_python(PROGRAM, make_folder(20, name=mode), mode) for mode in modes}
     workers = {mode: worker_pids(program) for mode, program in programs.items()}
     os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
     programs["kill"].kill()
@@ -338,7 +325,6 @@ def test_no_worker_outlives_its_parent_however_that_ends(make_folder, wait_until
     programs["hung"].kill()
     for program in programs.values():
         program.wait(60)
-        program.stdout.close()
     assert programs["exit"].returncode == 0
     assert programs["dropped"].returncode == 0
     assert not wait_until_gone(workers["exit"] + workers["dropped"] + workers["ctrl-c"], 20)
@@ -347,14 +333,13 @@ def test_no_worker_outlives_its_parent_however_that_ends(make_folder, wait_until
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
-def test_a_parent_that_handles_sigterm_can_finish_with_its_workers(make_folder, wait_until_gone):
-    program = start_program(make_folder(20), "finish")
+def test_a_parent_that_handles_sigterm_can_finish_with_its_workers(make_folder, start_python, wait_until_gone):
+    program = start_python(PROGRAM, make_folder(20), "finish")
     workers = worker_pids(program)
     assert program.stdout.readline() == "ready\n"
     os.killpg(program.pid, signal.SIGTERM)
     assert program.stdout.readline() == "saved\n"
     assert program.wait(60) == 0
-    program.stdout.close()
     assert not wait_until_gone(workers, 20)
 
 

@@ -1,13 +1,11 @@
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -206,8 +204,7 @@ def test_a_depth_that_holds_nothing_is_refused():
 
 
 PROGRAM = """
-import multiprocessing, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import multiprocessing, sys
 from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
 loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
 batches = Prefetcher(loader, "cpu")
@@ -221,26 +218,15 @@ while True:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-def test_no_worker_outlives_its_parent_however_that_ends(make_folder, wait_until_gone):
+def test_no_worker_outlives_its_parent_however_that_ends(make_folder, start_python, wait_until_gone):
     root = make_folder(20)
-    programs = {
-        mode: subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(root), mode],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-            cwd=Path(__file__).parents[2],
-        )
-        for mode in ("exit", "ctrl-c", "kill")
-    }
+    programs = {mode: start_python(PROGRAM, root, mode) for mode in ("exit", "ctrl-c", "kill")}
     workers = {mode: [int(pid) for pid in program.stdout.readline().split()] for mode, program in programs.items()}
     assert all(len(pids) == 2 for pids in workers.values())
     os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
     programs["kill"].kill()
     for program in programs.values():
         program.wait(60)
-        program.stdout.close()
     assert programs["exit"].returncode == 0
     assert not wait_until_gone(workers["exit"] + workers["ctrl-c"], 20)
     # of a parent that could not say goodbye, workers learn within five seconds
