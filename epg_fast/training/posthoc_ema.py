@@ -9,8 +9,8 @@ tensor with a value that float16 cannot hold (beyond 65504) stays float32.
 
 The averages themselves are float32, as the stage's own. Late in a long run an update adds less than half a unit in the
 last place, and is lost, where the weight is nearer to its average than about t / (gamma + 1) * 6e-8 of its value.
-Weights that tremble lose less. Simulated for 600 000 steps, weights of about 1 that drift by about 0.01 ended 2.5e-3 off
-(sigma_rel 0.10) and 1.3e-3 (0.05) without any noise, 1e-3 and 1e-4 with noise of 1e-3 in each step.
+Weights that tremble lose less. Simulated for 600 000 steps, weights of about 1 that drift by about 0.01 ended off by
+2.5e-3 (sigma_rel 0.10) and 1.3e-3 (0.05) without any noise, by 1e-3 and 1e-4 with noise of 1e-3 in each step.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from safetensors import SafetensorError, safe_open
 from epg_fast.models import save_weights
 from epg_fast.training.posthoc_ema import FOLDER, list_snapshots, snapshot_step
 from epg_fast.training.power_ema import Fit, fit_profile, gamma_of
-
-log = logging.getLogger("epg_fast")
 
 # Root mean square of float16's rounding error, relative to a power of two: the spacing 2^-10 over the root of 12.
 _ROUNDING = 2**-10 * 12**-0.5

@@ -1,6 +1,7 @@
 """Averages of any length after training: tracked, written, resumed, reconstructed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,8 +305,6 @@ def test_more_widths_than_the_fused_optimiser_keeps_are_refused_by_it(capsys, di
 @pytest.fixture
 def damaged(synthetic, tmp_path):
     """A copy of the synthetic run, and its snapshots."""
-    import shutil
-
     shutil.copytree(synthetic[0], tmp_path / "run")
     return tmp_path / "run", list_snapshots(tmp_path / "run" / "posthoc_ema")
 
