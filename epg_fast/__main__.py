@@ -122,6 +122,14 @@ def _export(config: configs.ExportConfig) -> None:
         print(path)
 
 
+def _reconstruct_ema(config: configs.ReconstructEmaConfig) -> None:
+    from epg_fast.training.reconstruct import reconstruct_file
+
+    if not config.run or not config.output or config.sigma_rel is None:
+        raise ValueError("reconstruct-ema: --run, --sigma_rel and --output are needed")
+    print(reconstruct_file(config.run, config.output, config.sigma_rel, config.step, config.max_residual))
+
+
 def _env(config: None) -> None:
     from epg_fast.environment import report
 
@@ -136,6 +144,7 @@ _JOBS: dict[str, tuple[Callable, type | None]] = {
     "sample": (_sample, configs.SampleConfig),
     "evaluate": (_evaluate, configs.EvaluateConfig),
     "export": (_export, configs.ExportConfig),
+    "reconstruct-ema": (_reconstruct_ema, configs.ReconstructEmaConfig),
     "env": (_env, None),
 }
 _SUMMARIES = {
@@ -146,6 +155,7 @@ _SUMMARIES = {
     "sample": "draw images from a trained model",
     "evaluate": "judge samples against real images, or probe an encoder",
     "export": "write weights as safetensors or as official .pth files",
+    "reconstruct-ema": "write the weights averaged over any length, from a run's snapshots of tracked averages",
     "env": "versions, devices, extension: paste this into bug reports",
 }
 

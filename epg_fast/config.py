@@ -34,6 +34,12 @@ def _check_interval(config, name: str) -> None:
         raise ValueError(f"{name} is ({low}, {high}), want low <= high")
 
 
+def _check_sigma_rel(value: float) -> None:
+    # 12^-1/2 is the width of the uniform average (gamma = 0).
+    if not 0 < value < 12**-0.5:
+        raise ValueError(f"sigma_rel is {value}, want more than 0 and less than {12**-0.5:.4f} (all steps alike)")
+
+
 @dataclass
 class ModelConfig:
     """A preset of `epg_fast/configs/models` and what to change in it; `null` keeps the preset's value."""
@@ -183,6 +189,23 @@ class OptimizerConfig:
 
 
 @dataclass
+class PosthocEmaConfig:
+    """Averages of the weights from which others, of any length, are made after training (`reconstruct-ema`)."""
+
+    sigma_rel: list[float] | None = None
+    """Widths of power-function averages to track, relative to the steps made; EDM2 has [0.05,0.10]; `null`: none."""
+    every: int = 10_000
+    """Steps between their snapshots in posthoc_ema/ (2 bytes per weight and width); the last step has one, too."""
+
+    def __post_init__(self):
+        _check(self, 1, math.inf, "every")
+        for value in self.sigma_rel or ():
+            _check_sigma_rel(value)
+        if self.sigma_rel is not None and len(set(self.sigma_rel)) < max(len(self.sigma_rel), 1):
+            raise ValueError(f"sigma_rel is {self.sigma_rel}, want widths that differ, or null for none")
+
+
+@dataclass
 class PreviewConfig:
     """The grid of samples that training draws from the EMA weights."""
 
@@ -220,6 +243,8 @@ class RunConfig:
     """Images."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser."""
+    posthoc_ema: PosthocEmaConfig = field(default_factory=PosthocEmaConfig)
+    """Averages for `reconstruct-ema`."""
     steps: int = 1_000_000
     """Updates to make."""
     batch_size: int = 1024
@@ -512,3 +537,25 @@ class ExportConfig:
     """File (.safetensors) or folder (official: nnet.pth and nnet_ema.pth) to write."""
     format: Literal["safetensors", "official"] = "safetensors"
     """`safetensors` holds the preset inside; `official` is what the released code loads."""
+
+
+@dataclass
+class ReconstructEmaConfig:
+    """Write the weights averaged over any length of a run that was trained with `posthoc_ema.sigma_rel`."""
+
+    run: str = ""
+    """Run folder with posthoc_ema/."""
+    sigma_rel: float | None = None
+    """Width of the average relative to `step`: more than 0, less than 0.2887."""
+    step: int | None = None
+    """Step at which the average ends, one of the snapshots'; `null`: the last."""
+    output: str = ""
+    """File (.safetensors) to write; it is used like a run's model.safetensors."""
+    max_residual: float = 0.05
+    """Refuse when the snapshots represent the average worse than this (relative L2 distance of the profiles)."""
+
+    def __post_init__(self):
+        if self.sigma_rel is not None:
+            _check_sigma_rel(self.sigma_rel)
+        _check(self, 1, math.inf, "step")
+        _check(self, 0, 1, "max_residual")

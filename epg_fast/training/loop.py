@@ -48,6 +48,7 @@ from epg_fast.training.draws import Draws
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
+from epg_fast.training.posthoc_ema import PosthocEma
 from epg_fast.training.preview import write_preview
 from epg_fast.training.progress import Progress
 from epg_fast.training.signals import StopSignals
@@ -66,6 +67,7 @@ _FREE = (
     "data.readers",
     "data.max_bad_fraction",
     "data.path",
+    "posthoc_ema.every",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
@@ -140,6 +142,7 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
     log.info("images are decoded by %s", decoder)
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
     lock = claim_run_folder(outdir, stage.name, config, ranks)
+    state.posthoc_ema.discard_after(state.step)
     metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
     metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
@@ -187,6 +190,9 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
         done = max(done, state.step)
         logs = new and (state.step % config.log_every == 0 or last)
         saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
+        if new:
+            # Before the checkpoint: a run that goes on from it does not come by this step again.
+            state.posthoc_ema.write_if_due(state.step)
         if logs or saves:
             bad_files.exchange()
         if logs:
@@ -252,7 +258,9 @@ class RunState:
     def __init__(self, config: RunConfig, stage: Stage, source: ImageSource, ranks: distributed.Ranks):
         self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
         self.step = self.iteration = 0
-        self.optimizer = make_optimizer(stage.network, config.optimizer, [stage.average])
+        self.posthoc_ema = PosthocEma(config, stage)
+        averages = [stage.average, *self.posthoc_ema.averages]
+        self.optimizer = make_optimizer(stage.network, config.optimizer, averages)
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
         self.data_fingerprint = source.fingerprint()
@@ -282,7 +290,7 @@ class RunState:
         self.optimizer.schedule(
             lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
             o.clip_norm if self.step >= o.clip_after else None,
-            [self.stage.average_decay(self.step)],
+            [self.stage.average_decay(self.step), *self.posthoc_ema.decays(self.step)],
         )
         norm, found_inf = self.optimizer.step(self.loss_scale.value)
         self.optimizer.zero_grad()
@@ -328,6 +336,7 @@ class RunState:
             "pending": self._pending and self._pending.state(),
             "network": self.stage.network.state_dict(),
             "average": self.stage.average.state_dict(),
+            "posthoc_ema": self.posthoc_ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.loss_scale.state_dict(),
             "metrics": metrics.state_dict(),
@@ -360,6 +369,7 @@ class RunState:
             )
         self.stage.network.load_state_dict(state["network"])
         self.stage.average.load_state_dict(state["average"])
+        self.posthoc_ema.load_state_dict(state.get("posthoc_ema", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss_scale.load_state_dict(state["scaler"])
         self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
