@@ -234,6 +234,8 @@ class RunConfig:
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; `auto` compiles on a GPU only."""
+    activation_checkpointing: bool = False
+    """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory."""
     log_every: int = 100
     """Steps per line of metrics.jsonl."""
     checkpoint_every: int = 5_000
@@ -372,6 +374,28 @@ class ConsistencyConfig(RunConfig):
         _check(self, 1, math.inf, "stage_length")
         _check(self, 0, 1, "label_dropout", "ema", "dropout")
         _check_positive(self, "q", "huber_c", "temperature")
+
+
+@dataclass
+class DryRunConfig:
+    """Flags of training jobs that describe a run instead of starting one."""
+
+    dry_run: bool = False
+    """Print parameters, FLOPs, expected memory and time, and stop: no data, GPU or run folder is touched."""
+    gpus: int | None = None
+    """Dry run: number of GPUs; `null` takes torchrun's, or 8."""
+    gpu: str | None = None
+    """Dry run: whose nominal peak to reckon with, e.g. `H100`; `null` takes this machine's, or `H200`."""
+    utilization: float = 0.6
+    """Dry run: share of the nominal peak to assume."""
+
+    def __post_init__(self):
+        _check(self, 1, math.inf, "gpus")
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization is {self.utilization}, want more than 0 and at most 1")
+        given = [name for name in ("gpus", "gpu") if getattr(self, name) is not None]
+        if given and not self.dry_run:
+            raise ValueError(f"{given[0]} is for --dry_run; torchrun --nproc-per-node starts training on several GPUs")
 
 
 @dataclass

@@ -30,11 +30,14 @@ from epg_fast.data import (
     resolve_backend,
 )
 from epg_fast.models import save_weights
+from epg_fast.objectives import Loss
 from epg_fast.runtime import autocast
 from epg_fast.training import distributed
 from epg_fast.training.bad_files import BadFiles, still_bad
 from epg_fast.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
+from epg_fast.training.hardware import Utilization
+from epg_fast.training.levels import sums_by_level
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
@@ -48,6 +51,7 @@ log = logging.getLogger("epg_fast")
 _FREE = (
     "device",
     "compile",
+    "activation_checkpointing",
     "ops",
     "optimizer.backend",
     "data.backend",
@@ -125,8 +129,9 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
     log.info("images are decoded by %s", decoder)
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
     lock = claim_run_folder(outdir, stage.name, config, ranks)
-    metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
-    metrics.load_state_dict(state.unfinished_metrics)
+    writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
+    metrics = Metrics(outdir, ranks.main, state.step, *writers, Utilization(stage))
+    metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         compile_blocks(stage)
@@ -250,7 +255,7 @@ class RunState:
         finite = not found_inf
         if finite:
             self.step += 1
-            metrics.add(grad_norm=norm, **self._global_means({"loss": result.loss} | result.terms))
+            metrics.add(grad_norm=norm, **self._global_means(result))
         else:
             for buffer, before in zip(self.stage.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -300,13 +305,16 @@ class RunState:
     def _normalized(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: self.normalization.normalize(v) if v.dtype == torch.uint8 else v for k, v in batch.items()}
 
-    def _global_means(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        values = {k: v for k, v in values.items() if v.is_floating_point()}
+    def _global_means(self, loss: Loss) -> dict[str, torch.Tensor]:
+        """Means of the loss and its terms; of one of them the sums and counts by noise level, [2, LEVELS]."""
+        values = {k: v for k, v in ({"loss": loss.loss} | loss.terms).items() if v.is_floating_point()}
         means = torch.stack([v.detach().float().mean() for v in values.values()])
+        levels = sums_by_level(loss.terms[self.stage.by_level], loss.level)
         if self.ranks.world_size > 1:
-            torch.distributed.all_reduce(means)
-            means /= self.ranks.world_size
-        return dict(zip(values, means.unbind(), strict=True))
+            both = torch.cat([means, levels.flatten()])
+            torch.distributed.all_reduce(both)
+            means, levels = both[: len(means)] / self.ranks.world_size, both[len(means) :].view_as(levels)
+        return dict(zip(values, means.unbind(), strict=True)) | {f"{self.stage.by_level}_by_level": levels}
 
 
 def make_step_module(stage: Stage) -> torch.nn.Module:

@@ -1,4 +1,9 @@
-"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and (optionally) Weights & Biases."""
+"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and (optionally) Weights & Biases.
+
+A line has `step` (updates made), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
+(`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
+are left out), `images_per_second`, `data_wait` (share of the time), and on a GPU `peak_memory_gib` and `mfu`.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,30 @@ from pathlib import Path
 
 import torch
 
+from epg_fast.training.hardware import Utilization
+from epg_fast.training.levels import means_by_level
+
 log = logging.getLogger("epg_fast")
 
 
 class Metrics:
-    """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes."""
+    """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes.
 
-    def __init__(self, outdir: Path, enabled: bool, step: int, tensorboard: bool, wandb: str | None, config: dict):
-        self.enabled, self._sums, self._counts = enabled, {}, {}
+    step: updates made before. utilization: figures of the GPU to add to each line, if any.
+    """
+
+    def __init__(
+        self,
+        outdir: Path,
+        enabled: bool,
+        step: int,
+        tensorboard: bool,
+        wandb: str | None,
+        config: dict,
+        utilization: Utilization | None = None,
+    ):
+        self.enabled, self._sums, self._counts, self._levels = enabled, {}, {}, {}
+        self._utilization, self._written = utilization, step
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         self._tensorboard = self._wandb = None
         if not enabled:
@@ -30,8 +51,14 @@ class Metrics:
             self._wandb = _wandb_run(wandb, outdir, config)
 
     def add(self, **values: torch.Tensor) -> None:
-        """Add one update's scalars to the running means; they are read only when a line is written."""
+        """Add one update's scalars, and sums and counts by noise level [2, LEVELS], to the running means.
+
+        They are read only when a line is written.
+        """
         for name, value in values.items():
+            if value.ndim:
+                self._levels[name] = value.double() + self._levels.get(name, 0.0)
+                continue
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
@@ -44,8 +71,12 @@ class Metrics:
         """Write the means since the last line under `step` and start anew; returns the line."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         line = {"step": step} | {k: float(v) / self._counts[k] for k, v in self._sums.items()} | extra
+        for name, sums in self._levels.items():
+            line |= means_by_level(name, sums)
         line |= {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
-        self._sums, self._counts = {}, {}
+        if self._utilization:
+            line |= self._utilization.figures(self._written, step, line["images_per_second"])
+        self._sums, self._counts, self._levels, self._written = {}, {}, {}, step
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         if self.enabled:
             with open(self._path, "a") as f:
@@ -67,11 +98,14 @@ class Metrics:
         return {
             "sums": {k: torch.as_tensor(v, dtype=torch.float64) for k, v in self._sums.items()},
             "counts": dict(self._counts),
+            "levels": {k: v.cpu() for k, v in self._levels.items()},
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue an interval."""
+    def load_state_dict(self, state: dict, device: torch.device | str = "cpu") -> None:
+        """Continue an interval, on `device`."""
         self._sums, self._counts = {k: v.item() for k, v in state["sums"].items()}, dict(state["counts"])
+        # Runs from before levels were counted have none.
+        self._levels = {k: v.to(device) for k, v in state.get("levels", {}).items()}
 
     def close(self) -> None:
         """Flush and close the writers."""
