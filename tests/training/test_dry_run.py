@@ -1,5 +1,7 @@
 """`--dry_run`: what a run would be, before anything is started; every shipped recipe."""
 
+import resource
+
 import pytest
 import torch
 
@@ -29,6 +31,12 @@ RUNS = {
 }
 
 
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Skip the count of activations, which takes seconds and is tested beside this."""
+    monkeypatch.setattr(dry_run, "activation_bytes", lambda *_: Activations(2**40, 2**39))
+
+
 def _command(run):
     words, flag, rest = RUNS[run][0].partition(" --")
     job, *recipes = words.split()
@@ -44,12 +52,17 @@ def test_every_recipe_is_part_of_a_run():
     assert set().union(*(_recipe_names(_command(run)) for run in RUNS)) == shipped
 
 
+def test_a_real_size_takes_no_memory(capsys):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main([*_command("G/16"), "--dry_run"]) == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB; the weights alone are 5.4e6
+    assert "activations        67.8" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("run", RUNS)
-def test_every_recipe_is_described(run, tmp_path, monkeypatch, capsys):
+def test_every_recipe_is_described(run, tmp_path, monkeypatch, uncounted, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if run != "G/16":  # counting takes seconds, and is tested beside it
-        monkeypatch.setattr(dry_run, "activation_bytes", lambda *_: Activations(2**40, 2**39))
     _, parameters, steps = RUNS[run]
     assert main([*_command(run), "--dry_run"]) == 0
     out = capsys.readouterr().out
@@ -65,7 +78,7 @@ def _config(job="finetune-diffusion", **fields):
     return make_config(job, **({"batch_size": 16, "steps": 10} | fields))
 
 
-def test_gpus_come_from_the_flag_then_torchrun_then_eight(monkeypatch, capsys):
+def test_gpus_come_from_the_flag_then_torchrun_then_eight(monkeypatch, uncounted):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     say = lambda **options: describe(_config(), training.DiffusionStage, DryRunConfig(dry_run=True, **options))  # noqa: E731
     assert "8 GPUs x 2 (assumed" in say()
@@ -74,7 +87,7 @@ def test_gpus_come_from_the_flag_then_torchrun_then_eight(monkeypatch, capsys):
     assert "1 GPU x 16 (--gpus)" in say(gpus=1) and "gradient buckets" not in say(gpus=1)
 
 
-def test_the_gpu_is_the_named_one_then_this_machines_then_an_h200():
+def test_the_gpu_is_the_named_one_then_this_machines_then_an_h200(uncounted):
     say = lambda **options: describe(_config(), training.DiffusionStage, DryRunConfig(dry_run=True, **options))  # noqa: E731
     assert "8 x H200 at" in say() and "8 x L40S at an assumed 25%" in say(gpu="l40s", utilization=0.25)
     with device_of("NVIDIA B200"):
