@@ -6,7 +6,7 @@ The command line (`epg_fast.__main__`) builds its flags from these dataclasses; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 Sampler = Literal["heun", "euler", "onestep", "euler_sde", "euler_ancestral", "edm_sde"]
@@ -393,7 +393,7 @@ class DryRunConfig:
         _check(self, 1, math.inf, "gpus")
         if not 0 < self.utilization <= 1:
             raise ValueError(f"utilization is {self.utilization}, want more than 0 and at most 1")
-        given = [name for name in ("gpus", "gpu") if getattr(self, name) is not None]
+        given = [f.name for f in fields(self) if f.name != "dry_run" and getattr(self, f.name) != f.default]
         if given and not self.dry_run:
             raise ValueError(f"{given[0]} is for --dry_run; torchrun --nproc-per-node starts training on several GPUs")
 

@@ -56,16 +56,14 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     gpus, origin = _gpus(options)
     check_batch(config.batch_size, gpus)
     gpu, why = _gpu(options)
+    images = config.batch_size // gpus
     stage = planned_stage(config, stage_class, gpus)
     last = step_flops(stage, config.steps - 1)
     memory = memory_per_gpu(stage, gpus)
     rows = [
         ("model", _model(stage)),
         ("parameters", _parameters(stage)),
-        (
-            "batch",
-            f"{config.batch_size} images = {gpus} GPU{'s' * (gpus > 1)} x {config.batch_size // gpus} ({origin})",
-        ),
+        ("batch", f"{config.batch_size} images = {gpus} GPU{'s' * (gpus > 1)} x {images} ({origin})"),
         ("steps", f"{config.steps:,} = {config.steps * config.batch_size:,} images"),
         ("FLOPs per image", _per_image(last)),
         ("FLOPs per step", f"{_si(last.total * config.batch_size)}FLOP{_from_step(stage)}"),

@@ -133,6 +133,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(capsys):
     )
     _fails(capsys, ["--dry_run", "--gpu", "H20"], "'H20'", "did you mean 'H200'", "RTX 4090")
     _fails(capsys, ["--gpus", "8"], "gpus is for --dry_run", "torchrun --nproc-per-node")
+    _fails(capsys, ["--utilization", "0.5"], "utilization is for --dry_run")
     _fails(capsys, ["--dry_run", "--utilization", "60"], "utilization is 60")
     _fails(capsys, ["--dry_run", "--model.num_heads", "5"], "768", "5")
     _fails(capsys, ["--dry_runn"], "did you mean 'dry_run'")
