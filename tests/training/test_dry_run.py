@@ -1,6 +1,7 @@
 """`--dry_run`: what a run would be, before anything is started; every shipped recipe."""
 
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_a_real_size_takes_no_memory(capsys):
     assert main([*_command("G/16"), "--dry_run"]) == 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB; the weights alone are 5.4e6
     assert "activations        67.8" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    command, _, shown = readme.partition("$ epg-fast ")[2].partition("\n```")[0].partition("\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.strip() == shown.strip()
 
 
 @pytest.mark.parametrize("run", RUNS)
