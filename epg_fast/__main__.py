@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(2, f"unknown job {name!r}{_nearest(name, _JOBS)}; jobs: {', '.join(_JOBS)}")
     job, config_class = _JOBS[name]
     try:
-        return job(_parse(name, config_class, rest)) or 0
+        config, options = _parse(name, config_class, rest)
+        return _dry_run(name, config, options) if options and options.dry_run else job(config) or 0
     except (ValueError, ImportError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
@@ -51,6 +52,19 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(
             130, "interrupted; the same command resumes from the last checkpoint" if training else "interrupted"
         )
+
+
+def _dry_run(name: str, config: configs.RunConfig, options: configs.DryRunConfig) -> int:
+    from epg_fast import training
+    from epg_fast.training.dry_run import describe
+
+    stages = {
+        stage.name: stage for stage in (training.PretrainStage, training.DiffusionStage, training.ConsistencyStage)
+    }
+    text = describe(config, stages[name], options)
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+    return 0
 
 
 def _pretrain(config: configs.PretrainConfig) -> None:
@@ -161,11 +175,14 @@ _SUMMARIES = {
 
 
 def _parse(name: str, config_class: type | None, argv: list[str]):
-    """The job's configuration. Raises ValueError with one line for whatever is wrong with the flags or files."""
+    """(the job's configuration, DryRunConfig of a training job), None for what the job does not have.
+
+    Raises ValueError with one line for whatever is wrong with the flags or files.
+    """
     if config_class is None:
         if argv:
             raise ValueError(f"{name} takes no arguments, got {' '.join(argv)}")
-        return None
+        return None, None
 
     from argparse import ArgumentError
 
@@ -178,12 +195,24 @@ def _parse(name: str, config_class: type | None, argv: list[str]):
         action="config",
         help="YAML file, or name of a shipped recipe; may be repeated, later ones win, flags win over all.",
     )
-    parser.add_class_arguments(config_class, nested_key=None, as_group=False)
+    parts = [config_class, *([configs.DryRunConfig] if issubclass(config_class, configs.RunConfig) else [])]
+    for part in parts:
+        parser.add_class_arguments(part, nested_key=None, as_group=False)
     try:
-        values = parser.instantiate(parser.parse_args(_configs_first(argv, config_class)))
+        values = parser.instantiate(parser.parse_args(_configs_first(_switched_on(argv), config_class)))
     except ArgumentError as error:
-        raise ValueError(_one_line(str(error), config_class)) from None
-    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+        raise ValueError(_one_line(str(error), [name for part in parts for name in _field_names(part)])) from None
+    made = [part(**{field.name: values[field.name] for field in dataclasses.fields(part)}) for part in parts]
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def _switched_on(argv: list[str]) -> list[str]:
+    """`--dry_run` and `--dry-run` may stand without `true`."""
+    words = []
+    for i, word in enumerate(argv):
+        alone = word in ("--dry_run", "--dry-run") and argv[i + 1 : i + 2] not in (["true"], ["false"])
+        words += ["--dry_run", "true"] if alone else [word.replace("--dry-run", "--dry_run")]
+    return words
 
 
 def _configs_first(argv: list[str], config_class: type) -> list[str]:
@@ -225,7 +254,7 @@ def _check_yaml(path: str, config_class: type) -> None:
             raise ValueError(f"config {path}: {key} is a group, got {value!r}; write its fields indented under it")
 
 
-def _one_line(message: str, config_class: type) -> str:
+def _one_line(message: str, names: list[str]) -> str:
     """jsonargparse's message in one line, with the nearest valid name behind a key that does not exist."""
     message = " ".join(message.split())
     for pattern in (
@@ -235,7 +264,7 @@ def _one_line(message: str, config_class: type) -> str:
     ):
         match = re.search(pattern, message)
         if match:
-            return message + _nearest(".".join(match.groups()), _field_names(config_class))
+            return message + _nearest(".".join(match.groups()), names)
     return message
 
 

@@ -6,7 +6,7 @@ The command line (`epg_fast.__main__`) builds its flags from these dataclasses; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 Sampler = Literal["heun", "euler", "onestep", "euler_sde", "euler_ancestral", "edm_sde"]
@@ -259,6 +259,8 @@ class RunConfig:
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; `auto` compiles on a GPU only."""
+    activation_checkpointing: bool = False
+    """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory."""
     log_every: int = 100
     """Steps per line of metrics.jsonl."""
     checkpoint_every: int = 5_000
@@ -404,6 +406,28 @@ class ConsistencyConfig(RunConfig):
         _check(self, 1, math.inf, "stage_length")
         _check(self, 0, 1, "label_dropout", "ema", "dropout")
         _check_positive(self, "q", "huber_c", "temperature")
+
+
+@dataclass
+class DryRunConfig:
+    """Flags of training jobs that describe a run instead of starting one."""
+
+    dry_run: bool = False
+    """Print parameters, FLOPs, expected memory and time, and stop: no data, GPU or run folder is touched."""
+    gpus: int | None = None
+    """Dry run: number of GPUs; `null` takes torchrun's, or 8."""
+    gpu: str | None = None
+    """Dry run: whose nominal peak to reckon with, e.g. `H100`; `null` takes this machine's, or `H200`."""
+    utilization: float = 0.6
+    """Dry run: share of the nominal peak to assume."""
+
+    def __post_init__(self):
+        _check(self, 1, math.inf, "gpus")
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization is {self.utilization}, want more than 0 and at most 1")
+        given = [f.name for f in fields(self) if f.name != "dry_run" and getattr(self, f.name) != f.default]
+        if given and not self.dry_run:
+            raise ValueError(f"{given[0]} is for --dry_run; torchrun --nproc-per-node starts training on several GPUs")
 
 
 @dataclass

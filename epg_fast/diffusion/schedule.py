@@ -51,6 +51,11 @@ class NoiseSchedule:
         grid = self.sigmas(sigma.device)
         return (sigma.to(torch.float32)[..., None] - grid).abs().argmin(dim=-1)
 
+    def place(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Where unshifted levels lie on the grid, from 0 (sigma_max) to 1 (sigma_min): `sigma`'s inverse over K-1."""
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return (high - sigma.to(torch.float64) ** (1 / self.rho)) / (high - low)
+
     def weight(self, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Weight of the denoising loss, 1 / (sigma(i) - sigma(i+1)) (SPEC 5): the shape of `index`."""
         step = self.sigma(index, torch.float64) - self.sigma(index + 1, torch.float64)

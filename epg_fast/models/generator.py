@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from epg_fast.models.blocks import DecoderBlock, LayerNorm, is_plain
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.ops.backends import autocast_dtype
+
+# The latter is a parameter's type where only shapes are computed with.
+_PLAIN_PARAMETERS = (nn.Parameter, FakeTensor)
 
 
 def _is_plain_modulation(module: nn.Module) -> bool:
@@ -18,7 +22,8 @@ def _is_plain_modulation(module: nn.Module) -> bool:
         and len(module) == 2
         and is_plain(module[0], nn.SiLU)
         and is_plain(module[1], nn.Linear)
-        and type(module[1].weight) is type(module[1].bias) is nn.Parameter
+        and type(module[1].weight) in _PLAIN_PARAMETERS
+        and type(module[1].bias) in _PLAIN_PARAMETERS
     )
 
 

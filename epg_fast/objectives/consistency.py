@@ -40,7 +40,8 @@ def consistency_loss(
     Terms: `consistency`, and `perceptual` when it counts.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    t, r = (level.to(dtype) * shift(x.shape[-1]) for level in (t, r))
+    level = schedule.place(t)
+    t, r = (sigma.to(dtype) * shift(x.shape[-1]) for sigma in (t, r))
     gap = t - r
     weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
     distance = _distance_in_patches if makes_patches(network) else _distance
@@ -50,7 +51,7 @@ def consistency_loss(
     if with_image:
         terms["perceptual"] = _perceptual_loss(perceptual, prediction, x, schedule, temperature, gather)
         per_sample = per_sample + terms["perceptual"]
-    return Loss(per_sample.mean(), per_sample, terms)
+    return Loss(per_sample.mean(), per_sample, terms, level)
 
 
 def _distance_in_patches(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image):

@@ -41,4 +41,5 @@ def denoising_loss(
         else:
             squared_error = (denoiser(noised, level, y) - x).square().flatten(1).mean(dim=1)
             per_sample = squared_error * weight
-    return Loss(per_sample.mean(), per_sample, {"index": index, "squared_error": squared_error})
+    terms = {"index": index, "squared_error": squared_error}
+    return Loss(per_sample.mean(), per_sample, terms, index / (schedule.num_scales - 1))

@@ -65,4 +65,5 @@ def pretraining_loss(
     contrastive = contrastive + info_nce(projection2, key1, contrastive_temperature, gather)
     consistency = info_nce(feature_t, feature_r, temperature, gather)
     per_sample = contrastive + consistency
-    return Loss(per_sample.mean(), per_sample, {"contrastive": contrastive, "consistency": consistency})
+    terms = {"contrastive": contrastive, "consistency": consistency}
+    return Loss(per_sample.mean(), per_sample, terms, index / (schedule.num_scales - 1))

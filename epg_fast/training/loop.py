@@ -33,6 +33,7 @@ from epg_fast.data import (
     resolve_backend,
 )
 from epg_fast.models import save_weights
+from epg_fast.objectives import Loss
 from epg_fast.runtime import autocast
 from epg_fast.training import distributed
 from epg_fast.training.bad_files import BadFiles, still_bad
@@ -45,6 +46,8 @@ from epg_fast.training.checkpoint import (
     save_checkpoint,
 )
 from epg_fast.training.draws import Draws
+from epg_fast.training.hardware import Utilization
+from epg_fast.training.levels import names_by_level, sums_by_level
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
@@ -60,6 +63,7 @@ log = logging.getLogger("epg_fast")
 _FREE = (
     "device",
     "compile",
+    "activation_checkpointing",
     "ops",
     "optimizer.backend",
     "data.backend",
@@ -143,7 +147,8 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
     lock = claim_run_folder(outdir, stage.name, config, ranks)
     state.posthoc_ema.discard_after(state.step)
-    metrics = Metrics(outdir, ranks.main, state.step, config.tensorboard, config.wandb, dataclasses.asdict(config))
+    writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
+    metrics = Metrics(outdir, ranks.main, state.step, *writers, Utilization(stage))
     metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
@@ -297,8 +302,7 @@ class RunState:
         self.loss_scale.update(found_inf)
         for buffer, old in zip(self.stage.network.buffers(), buffers, strict=True):
             buffer.copy_(torch.where(found_inf > 0, old, buffer))
-        names, values, stop = self._reduced({"loss": result.loss} | result.terms, stop)
-        metrics.add(("grad_norm", *names), torch.cat([norm.float().reshape(1), values]), found_inf <= 0)
+        stop = self._report(result, norm, found_inf, stop, metrics)
         self._pending = _Outcome(self.iteration, torch.stack([found_inf.float(), stop]))
         self.iteration += 1
         self.step += 1
@@ -383,16 +387,22 @@ class RunState:
     def _normalized(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: self.normalization.normalize(v) if v.dtype == torch.uint8 else v for k, v in batch.items()}
 
-    def _reduced(self, values: dict[str, torch.Tensor], stop: bool) -> tuple[tuple, torch.Tensor, torch.Tensor]:
-        """Return (names, means over all ranks [n], whether any rank is to stop [])."""
-        values = {k: v for k, v in values.items() if v.is_floating_point()}
-        means = torch.stack([v.detach().float().mean() for v in values.values()])
-        stop = torch.full_like(means[0], float(stop))
+    def _report(self, result: Loss, norm, found_inf, stop: bool, metrics: Metrics) -> torch.Tensor:
+        """Add an update to the metrics, as means over all ranks; returns whether any rank is to end, []."""
+        terms = {k: v for k, v in ({"loss": result.loss} | result.terms).items() if v.is_floating_point()}
+        means = torch.stack([v.detach().float().mean() for v in terms.values()])
+        levels = sums_by_level(result.terms[self.stage.by_level], result.level)
+        stop = torch.full_like(means[:1], float(stop))
         if self.ranks.world_size > 1:
-            both = torch.cat([means, stop.reshape(1)])
-            torch.distributed.all_reduce(both)
-            means, stop = both[:-1] / self.ranks.world_size, both[-1]
-        return tuple(values), means, stop
+            everything = torch.cat([means, levels.flatten(), stop])
+            torch.distributed.all_reduce(everything)
+            means, levels, stop = everything.split([len(means), levels.numel(), 1])
+            means, levels = means / self.ranks.world_size, levels.view(2, -1)
+        names = ("grad_norm", *terms, *names_by_level(self.stage.by_level))
+        means = torch.cat([norm.float().reshape(1), means])
+        counts = torch.cat([torch.ones_like(means), levels[1]])
+        metrics.add(names, torch.cat([means, levels[0]]), counts, found_inf <= 0)
+        return stop[0]
 
 
 class _Outcome:

@@ -1,4 +1,9 @@
-"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and (optionally) Weights & Biases."""
+"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and (optionally) Weights & Biases.
+
+A line has `step` (updates made), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
+(`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
+are left out), `images_per_second`, `data_wait` (share of the time), and on a GPU `peak_memory_gib` and `mfu`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,31 @@ from pathlib import Path
 
 import torch
 
+from epg_fast.training.hardware import Utilization
+
 log = logging.getLogger("epg_fast")
 
 
 class Metrics:
-    """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes."""
+    """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes.
 
-    def __init__(self, outdir: Path, enabled: bool, step: int, tensorboard: bool, wandb: str | None, config: dict):
+    step: updates made before. utilization: figures of the GPU to add to each line, if any.
+    """
+
+    def __init__(
+        self,
+        outdir: Path,
+        enabled: bool,
+        step: int,
+        tensorboard: bool,
+        wandb: str | None,
+        config: dict,
+        utilization: Utilization | None = None,
+    ):
         self.enabled = enabled
-        # Names of the values of an update -> (their sums [n], how many updates []); another stage has another group.
-        self._groups: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        # Names of the values of an update -> their sums and counts [2, n]; another part of a run has another group.
+        self._groups: dict[tuple[str, ...], torch.Tensor] = {}
+        self._utilization, self._written = utilization, step
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         self._tensorboard = self._wandb = None
         if not enabled:
@@ -31,14 +51,13 @@ class Metrics:
         if wandb:
             self._wandb = _wandb_run(wandb, outdir, config)
 
-    def add(self, names: tuple[str, ...], values: torch.Tensor, counts: torch.Tensor) -> None:
-        """Add one update's scalars [len(names)] to the running means where `counts` [] is 1; nothing where it is 0.
+    def add(self, names: tuple[str, ...], sums: torch.Tensor, counts: torch.Tensor, made: torch.Tensor) -> None:
+        """Add an update's sums and counts, [len(names)] each, to the means of the line, if it was `made` (bool []).
 
         Nothing is read from the device before a line is written.
         """
-        sums, total = self._groups.get(names, (0.0, 0.0))
-        counts = counts.double()
-        self._groups[names] = (sums + torch.where(counts > 0, values.double(), 0.0), total + counts)
+        both = torch.where(made, torch.stack([sums, counts]).double(), 0.0)
+        self._groups[names] = self._groups[names] + both if names in self._groups else both
 
     def count(self, images: int, waited: float) -> None:
         """Count images consumed and seconds spent waiting for data, for the rates of the next line."""
@@ -50,7 +69,9 @@ class Metrics:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         line = {"step": step} | self._means() | extra
         line |= {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
-        self._groups = {}
+        if self._utilization:
+            line |= self._utilization.figures(self._written, step, line["images_per_second"])
+        self._groups, self._written = {}, step
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         if self.enabled:
             with open(self._path, "a") as f:
@@ -69,23 +90,21 @@ class Metrics:
 
     def state_dict(self) -> dict:
         """The unfinished interval, so that a resumed run writes the same means."""
-        return {"groups": [[list(names), sums, counts] for names, (sums, counts) in self._groups.items()]}
+        return {"groups": [[list(names), both] for names, both in self._groups.items()]}
 
     def load_state_dict(self, state: dict, device: torch.device | str = "cpu") -> None:
-        """Continue an interval."""
-        self._groups = {
-            tuple(names): (sums.to(device), counts.to(device)) for names, sums, counts in state.get("groups", [])
-        }
+        """Continue an interval, on `device`."""
+        # Runs from before there were groups begin their interval anew.
+        self._groups = {tuple(names): both.to(device) for names, both in state.get("groups", [])}
 
     def _means(self) -> dict[str, float]:
         totals: dict[str, list[float]] = {}
-        for names, (sums, counts) in self._groups.items():
-            count = counts.item()
-            for name, value in zip(names, sums.tolist(), strict=True):
+        for names, both in self._groups.items():
+            for name, value, count in zip(names, *both.tolist(), strict=True):
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += value
                 total[1] += count
-        return {name: total / count for name, (total, count) in totals.items() if count}
+        return {name: value / count for name, (value, count) in totals.items() if count}
 
     def close(self) -> None:
         """Flush and close the writers."""

@@ -54,6 +54,10 @@ class Progress:
             "img/s": f"{metrics['images_per_second']:.0f}",
             "data wait": f"{metrics['data_wait']:.0%}",
         }
+        if "mfu" in metrics:
+            self._figures["MFU"] = f"{metrics['mfu']:.1%}"
+        if "peak_memory_gib" in metrics:
+            self._figures["peak"] = f"{metrics['peak_memory_gib']:.1f} GiB"
         self._line.set_postfix(self._figures)
 
     def stalled(self, seconds: float) -> None:

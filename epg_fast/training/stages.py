@@ -27,6 +27,8 @@ class Stage:
     three_views = False
     preview = None
     parameterization: str | None = None
+    by_level: str
+    """Term of the loss that is also logged by noise level."""
 
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
         self.config, self.ranks = config, ranks
@@ -75,10 +77,12 @@ class PretrainStage(Stage):
 
     name = "pretrain"
     three_views = True
+    by_level = "consistency"  # the contrastive term is always at the cleanest level
     config: PretrainConfig
 
     def __init__(self, config: PretrainConfig, ranks: Ranks):
-        super().__init__(config, encoder_from_config(network_config(config)), ranks)
+        arguments = network_config(config, use_checkpoint=config.activation_checkpointing)
+        super().__init__(config, encoder_from_config(arguments), ranks)
 
     @property
     def exported(self):
@@ -109,7 +113,8 @@ class _FineTuning(Stage):
     config: DiffusionConfig | ConsistencyConfig
 
     def __init__(self, config, ranks):
-        network = generator_from_config(network_config(config, drop=config.dropout))
+        arguments = network_config(config, drop=config.dropout, use_checkpoint=config.activation_checkpointing)
+        network = generator_from_config(arguments)
         if config.init_from:
             _initialize(network, config.init_from, self.parameterization, config.noise.sigma_data)
         # A decoder deeper than the encoder has blocks without a skip: nothing reaches these parameters, and gradient
@@ -128,6 +133,7 @@ class DiffusionStage(_FineTuning):
     """Stage 2a."""
 
     name = "finetune-diffusion"
+    by_level = "squared_error"
     config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig, ranks: Ranks):
@@ -152,6 +158,7 @@ class ConsistencyStage(_FineTuning):
     """Stage 2b, with an optional frozen encoder for the auxiliary contrastive term."""
 
     name = "finetune-consistency"
+    by_level = "consistency"
     parameterization = "edm"
     config: ConsistencyConfig
 

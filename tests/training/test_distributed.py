@@ -75,5 +75,7 @@ def test_torchrun_trains_and_logs_the_same_losses(tiny_run, tmp_path):
     )
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
-        for name in ("loss", "contrastive", "consistency", "grad_norm"):
+        levels = [name for name in a if name.startswith("consistency_by_level/")]
+        assert len(levels) == 1 and levels[0] in b  # one noise level for the whole batch
+        for name in ("loss", "contrastive", "consistency", "grad_norm", *levels):
             assert b[name] == pytest.approx(a[name], rel=2e-3)

@@ -1,0 +1,241 @@
+"""`--dry_run`: size, work, memory and time of a training job, from its configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from epg_fast.config import DryRunConfig, RunConfig
+from epg_fast.models import encoder_from_config
+from epg_fast.training.activations import Activations, activation_bytes
+from epg_fast.training.distributed import Ranks
+from epg_fast.training.flops import StepFlops, step_flops
+from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
+from epg_fast.training.stages import Stage, network_config
+
+_GIB = 2**30
+
+
+@dataclass
+class _Planned(Ranks):
+    """A rank among others that are not there."""
+
+    def gather(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys if self.world_size == 1 else keys.repeat(self.world_size, 1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: int
+    """Of the trained network and of a frozen one, with their buffers."""
+    gradients: int
+    buckets: int
+    """Second copy of the gradients in which DistributedDataParallel sums them; none on one GPU."""
+    moments: int
+    """AdamW's two."""
+    averages: int
+    activations: Activations
+
+    def total(self, checkpointing: bool) -> int:
+        """All of them, with or without activation checkpointing."""
+        kept = self.activations.checkpointed if checkpointing else self.activations.plain
+        return self.weights + self.gradients + self.buckets + self.moments + self.averages + kept
+
+
+def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig) -> str:
+    """A summary of the job, for people. Networks are made without memory; no data and no run folder is touched.
+
+    Raises ValueError for a model that cannot be, for a batch that does not divide over the GPUs and for an unknown GPU.
+    """
+    gpus, origin = _gpus(options)
+    check_batch(config.batch_size, gpus)
+    gpu, why = _gpu(options)
+    images = config.batch_size // gpus
+    stage = planned_stage(config, stage_class, gpus)
+    last = step_flops(stage, config.steps - 1)
+    memory = memory_per_gpu(stage, gpus)
+    rows = [
+        ("model", _model(stage)),
+        ("parameters", _parameters(stage)),
+        ("batch", f"{config.batch_size} images = {gpus} GPU{'s' * (gpus > 1)} x {images} ({origin})"),
+        ("steps", f"{config.steps:,} = {config.steps * config.batch_size:,} images"),
+        ("FLOPs per image", _per_image(last)),
+        ("FLOPs per step", f"{_si(last.total * config.batch_size)}FLOP{_from_step(stage)}"),
+        ("memory per GPU", "an estimate, in GiB"),
+        *_memory_rows(memory, config),
+        ("duration", _duration(stage, gpus, gpu, options.utilization)),
+        ("", why),
+        *_inputs(config),
+    ]
+    lines = [f"{name:<19}{text}" for name, text in rows]
+    return "\n".join([f"epg-fast {stage.name}: dry run; no data, GPU or run folder is touched", "", *lines])
+
+
+def check_batch(batch_size: int, gpus: int) -> None:
+    """Raise ValueError for a global batch that is not the same number of images on every GPU."""
+    if batch_size % gpus:
+        below = batch_size // gpus * gpus
+        choices = " or ".join(f"--batch_size {size}" for size in (below, below + gpus) if size)
+        divisors = [n for n in range(1, gpus) if batch_size % n == 0]
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over {gpus} GPUs; take {choices}, or {divisors[-1]} of the GPUs"
+        )
+
+
+def planned_stage(config: RunConfig, stage_class: type[Stage], gpus: int) -> Stage:
+    """The stage on the meta device, without the files it would load: a perceptual encoder is the preset's own."""
+    perceptual = getattr(config, "perceptual", None)
+    absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
+    meta = torch.device("meta")
+    with meta:
+        plain = dataclasses.replace(config, ops="auto", **absent)
+        stage = stage_class(plain, _Planned(0, gpus, meta))
+        if perceptual:
+            stage.perceptual = encoder_from_config(network_config(config)).eval().requires_grad_(False)
+    return stage
+
+
+def total_flops(stage: Stage) -> int:
+    """Operations of the whole run, those that activation checkpointing repeats included."""
+    config = stage.config
+    first, last = (step_flops(stage, step) for step in (0, config.steps - 1))
+    early = min(config.steps, config.first_stage) if first != last else 0
+    per_image = early * (first.total + first.recomputed) + (config.steps - early) * (last.total + last.recomputed)
+    return per_image * config.batch_size
+
+
+def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
+    """What one GPU holds; only the activations depend on how many GPUs there are."""
+    perceptual = getattr(stage, "perceptual", None)
+    trained = sum(_bytes(p) for p in stage.network.parameters() if p.requires_grad)
+    return Memory(
+        weights=_size(stage.network) + (0 if perceptual is None else _size(perceptual)),
+        gradients=trained,
+        buckets=trained if gpus > 1 else 0,
+        moments=2 * trained,
+        averages=_size(stage.average) * (1 + len(stage.config.posthoc_ema.sigma_rel or ())),
+        activations=activation_bytes(stage, stage.config.batch_size // gpus, stage.config.steps - 1),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _size(network: torch.nn.Module) -> int:
+    return sum(_bytes(t) for t in (*network.parameters(), *network.buffers()))
+
+
+def _gpus(options: DryRunConfig) -> tuple[int, str]:
+    if options.gpus is not None:
+        return options.gpus, "--gpus"
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]), "torchrun's"
+    return 8, "assumed; --gpus says how many"
+
+
+def _gpu(options: DryRunConfig) -> tuple[Gpu, str]:
+    names = f"--gpu takes {', '.join(gpu.name for gpu in GPUS)}"
+    if options.gpu:
+        return gpu_named(options.gpu), names
+    here = gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
+    return (here, f"the GPU of this machine; {names}") if here else (gpu_named("H200"), names)
+
+
+def _model(stage: Stage) -> str:
+    network = stage.network
+    shape = f"{network.image_size} x {network.image_size} pixels in patches of {network.patch_size}"
+    return f"{stage.config.model.preset}, {shape}: {network.extras + network.num_patches} tokens"
+
+
+def _parameters(stage: Stage) -> str:
+    encoder = ("patch_embed.", "pos_embed", "cls_token", "blocks.", "norm.")
+    named = dict(stage.network.named_parameters())
+    total = sum(p.numel() for p in named.values())
+    trunk = sum(p.numel() for name, p in named.items() if name.startswith(encoder))
+    rest = "projection head" if stage.name == "pretrain" else "decoder and class embedding"
+    return f"{total / 1e6:.1f} M (encoder {trunk / 1e6:.1f} M, {rest} {(total - trunk) / 1e6:.1f} M)"
+
+
+def _per_image(flops: StepFlops) -> str:
+    parts = [f"forward {_si(flops.forward)}", f"backward {_si(flops.backward)}"]
+    if flops.without_gradient:
+        parts.append(f"without gradient {_si(flops.without_gradient)}")
+    if flops.recomputed:
+        parts.append(f"and {_si(flops.recomputed)} again for activation checkpointing")
+    return f"{_si(flops.total)}FLOP ({', '.join(part.strip() for part in parts)})"
+
+
+def _from_step(stage: Stage) -> str:
+    if step_flops(stage, 0) == step_flops(stage, stage.config.steps - 1):
+        return ""
+    return f" from step {stage.config.first_stage:,} on, less before"
+
+
+def _memory_rows(memory: Memory, config: RunConfig) -> list[tuple[str, str]]:
+    saved, on = memory.activations, config.activation_checkpointing
+    kept, otherwise = (saved.checkpointed, saved.plain) if on else (saved.plain, saved.checkpointed)
+    switch = f"with --activation_checkpointing {'false' if on else 'true'}"
+    parts = [
+        ("weights", memory.weights, "float32"),
+        ("gradients", memory.gradients, "float32"),
+        ("gradient buckets", memory.buckets, "a second copy, for the sum over GPUs"),
+        ("AdamW moments", memory.moments, "float32"),
+        ("average", memory.averages, "float32"),
+        ("activations", kept, f"{otherwise / _GIB:.1f} {switch}"),
+        ("sum", memory.total(on), f"{memory.total(not on) / _GIB:.1f} {switch}"),
+    ]
+    rows = [(f"  {name}", f"{size / _GIB:6.1f}   {text}") for name, size, text in parts if size]
+    notes = (
+        "Activations: what autograd keeps of plain PyTorch, 16-bit copies of weights included,",
+        "counted on shapes; torch.compile and fused kernels keep other tensors. Not counted:",
+        "workspaces, fragmentation, batches in flight, NCCL, the CUDA context.",
+    )
+    return [*rows, *(("", note) for note in notes)]
+
+
+def _duration(stage: Stage, gpus: int, gpu: Gpu, utilization: float) -> str:
+    peak, dtype = gpu.peak(stage.config.precision)
+    hours = total_flops(stage) / (gpus * peak * utilization) / 3600
+    return (
+        f"{_time(hours)} on {gpus} x {gpu.name} at an assumed {utilization:.0%} of the nominal {dtype} peak "
+        f"of {peak / 1e12:.4g} TFLOP/s; nothing measured"
+    )
+
+
+def _inputs(config: RunConfig) -> list[tuple[str, str]]:
+    rows = []
+    for name, value, remedy in (
+        ("data.path", config.data.path, "epg-fast prepare-data"),
+        ("init_from", getattr(config, "init_from", ""), "the run folder of the stage before"),
+        ("perceptual", getattr(config, "perceptual", ""), "the run folder of stage 1"),
+    ):
+        if value and not Path(value).exists():
+            rows.append(("missing", f"{name} {value}: {remedy} makes it"))
+        elif not value and name == "data.path":
+            rows.append(("missing", "data.path: say with --data.path where the images are"))
+        elif value is None:
+            without = "weights start fresh" if name == "init_from" else "no auxiliary loss"
+            rows.append(("not given", f"{name}: {without}"))
+    if not config.outdir:
+        rows.append(("missing", "outdir: name a run folder with --outdir"))
+    return rows
+
+
+def _si(number: float) -> str:
+    for exponent, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if number >= 10**exponent:
+            return f"{number / 10**exponent:.3g} {prefix}"
+    return f"{number:.3g} "
+
+
+def _time(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.2g} minutes"

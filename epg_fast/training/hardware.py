@@ -1,0 +1,97 @@
+"""Nominal peaks of GPUs, and what a run makes of them: MFU and peak memory."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from dataclasses import dataclass
+
+import torch
+
+from epg_fast.training.flops import step_flops
+from epg_fast.training.stages import Stage
+
+log = logging.getLogger("epg_fast")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Nominal dense peaks of matrix products in TFLOP/s; `device` matches torch.cuda.get_device_name."""
+
+    name: str
+    device: str
+    bf16: float
+    """bf16 and fp16, summed in float32."""
+    tf32: float
+    fp32: float
+    """Without tensor cores."""
+
+    def peak(self, precision: str) -> tuple[float, str]:
+        """(FLOP/s of products under `precision`, the format meant); float32 follows set_float32_matmul_precision."""
+        if precision != "fp32":
+            return self.bf16 * 1e12, precision
+        if torch.get_float32_matmul_precision() == "highest":
+            return self.fp32 * 1e12, "fp32"
+        return self.tf32 * 1e12, "tf32"
+
+
+# NVIDIA's datasheets, which give figures with 2:4 sparsity where one is halved here: A100 (2021), H100 (2023: SXM and
+# PCIe), H200 (2024: SXM), L40S (2023), HGX B200 (2025: an eighth of the board); its Ada whitepaper (2023) for the
+# RTX 4090. A device of another name (NVL, Laptop, MIG) has other peaks, and is not here.
+GPUS = (
+    Gpu("A100", r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe", 312, 156, 19.5),
+    Gpu("H100", r"NVIDIA H100 80GB HBM3", 1979 / 2, 989 / 2, 67),
+    Gpu("H100 PCIe", r"NVIDIA H100 PCIe", 1513 / 2, 756 / 2, 51),
+    Gpu("H200", r"NVIDIA H200", 1979 / 2, 989 / 2, 67),
+    Gpu("L40S", r"NVIDIA L40S", 362.05, 183, 91.6),
+    Gpu("RTX 4090", r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
+    Gpu("B200", r"NVIDIA B200", 4500 / 2, 2250 / 2, 75),
+)
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU that the table calls `name`, in any case. Raises ValueError for another one."""
+    known = {gpu.name.lower(): gpu for gpu in GPUS}
+    if name.lower() not in known:
+        nearest = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f" (did you mean {known[nearest[0]].name!r}?)" if nearest else ""
+        raise ValueError(f"gpu {name!r}: its nominal peak is not known{hint}; known: {', '.join(g.name for g in GPUS)}")
+    return known[name.lower()]
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The table's entry for `device`; None for a CPU, and for a GPU, or a part of one, that is not in it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu for gpu in GPUS if re.fullmatch(gpu.device, name)), None)
+
+
+class Utilization:
+    """Figures of a line of metrics.jsonl that only a GPU has: `peak_memory_gib`, and `mfu` if its peak is known."""
+
+    def __init__(self, stage: Stage):
+        self._stage, self._device, self._peak = stage, stage.ranks.device, None
+        gpu = gpu_of(self._device)
+        if gpu:
+            self._peak = gpu.peak(stage.config.precision)[0] * stage.ranks.world_size
+        elif self._device.type == "cuda":
+            name = torch.cuda.get_device_name(self._device)
+            log.info("MFU is not logged: the nominal peak of %s is not known", name)
+
+    def figures(self, first: int, last: int, images_per_second: float) -> dict[str, float]:
+        """Of the updates first..last-1 at a rate of images of the global batch.
+
+        mfu: operations the method needs over those that all GPUs could do nominally; left out where the updates differ
+        in their operations. peak_memory_gib: most memory allocated on this rank's GPU since the last call.
+        """
+        figures = {}
+        if self._peak and last > first:
+            start, end = (step_flops(self._stage, step).total for step in (first, last - 1))
+            if start == end:
+                figures["mfu"] = end * images_per_second / self._peak
+        if self._device.type == "cuda":
+            figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return figures
