@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -60,9 +61,18 @@ class WorkerStream:
 
     def __next__(self):
         self.start()
-        item = self._receive(self._next) if self.workers else self._items[self._next]
+        if not self.workers:
+            item = self._items[self._next]
+            self._next += 1
+            return item
+        try:
+            item = self._receive(self._next)
+            self._next += 1
+        except BaseException:
+            # interrupted anywhere: what comes through the pipes next may belong to another place in the stream
+            self.close()
+            raise
         if isinstance(item, _Failure):
-            # what the other processes have ready comes later in the stream
             self.close()
             if "shared memory" in str(item.error):
                 raise RuntimeError(
@@ -70,7 +80,6 @@ class WorkerStream:
                     "--shm-size=16g), or use fewer --data.workers or --data.readers. The same command resumes"
                 ) from item.error
             raise item.error from RuntimeError(item.traceback)
-        self._next += 1
         return item
 
     def start(self) -> None:
@@ -89,11 +98,11 @@ class WorkerStream:
             with _signals_blocked():
                 for _ in range(self.workers):
                     self._start_process(context)
-        except OSError:
+            for number in range(self._next, self._next + _AHEAD * self.workers):
+                self._connections[number % self.workers].send(number)
+        except BaseException:
             self.close()
             raise
-        for number in range(self._next, self._next + _AHEAD * self.workers):
-            self._connections[number % self.workers].send(number)
 
     def close(self) -> None:
         """End the processes; closing twice does nothing."""
@@ -120,6 +129,8 @@ class WorkerStream:
             item = connection.recv()
             connection.send(number + _AHEAD * self.workers)
         except (EOFError, OSError) as error:
+            if self._closed:
+                raise RuntimeError("this stream of batches was closed while it was waited for") from error
             process.join(1)
             if process.is_alive():
                 raise
@@ -141,12 +152,18 @@ def _work(items: Items, connection: Connection, parent: int) -> None:
             number = connection.recv()
             try:
                 connection.send(items[number])
-            except (OSError, RuntimeError) as error:
-                connection.send(_Failure(error, traceback.format_exc()))
-            except Exception:
-                # as text: of other exceptions nobody knows whether they can be sent
-                text = traceback.format_exc()
-                connection.send(_Failure(RuntimeError(f"a process that reads images failed:\n{text}"), text))
+            except Exception as error:
+                connection.send(_failure(error, traceback.format_exc()))
+
+
+def _failure(error: Exception, text: str) -> _Failure:
+    """What can be sent of an exception: itself, if a copy can be made of it, or as text."""
+    try:
+        if isinstance(error, (OSError, RuntimeError)):
+            return _Failure(pickle.loads(pickle.dumps(error)), text)
+    except Exception:
+        pass
+    return _Failure(RuntimeError(f"a process that reads images failed:\n{text}"), text)
 
 
 def _end(processes: list[BaseProcess], connections: list[Connection]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -105,11 +107,25 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: f.name, reverse=True)
 
 
-def load_newest(folder: Path, wanted: tuple[str, ...] = ()) -> dict | None:
+def set_aside(paths: list[Path]) -> None:
+    """Rename checkpoints that cannot be read, so that they take no place among the newest: to <name>.damaged."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f"{path.name}.damaged"))
+
+
+def remove_temporaries(outdir: Path) -> None:
+    """Remove what a killed run was writing."""
+    for folder, name in (("checkpoints", "step_*.pt"), ("milestones", "step_*.safetensors"), ("", "model.safetensors")):
+        for path in (outdir / folder).glob(f".{name}.tmp*"):
+            path.unlink(missing_ok=True)
+
+
+def load_newest(folder: Path, wanted: tuple[str, ...] = (), unreadable: list[Path] | None = None) -> dict | None:
     """State of the newest checkpoint that can be read, or None when there is none.
 
-    A file that is unreadable or lacks one of the `wanted` entries is reported and the one before it is used; raises
-    ValueError when there are files and none will do.
+    A file that is unreadable or lacks one of the `wanted` entries is reported, appended to `unreadable`, and the one
+    before it is used; raises ValueError when there are files and none will do.
     Nothing in a file is executed: only tensors and plain values are accepted.
     """
     files = list_checkpoints(folder)
@@ -123,6 +139,8 @@ def load_newest(folder: Path, wanted: tuple[str, ...] = ()) -> dict | None:
         except (
             pickle.UnpicklingError,
             zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
             RuntimeError,
             EOFError,
             OSError,
@@ -131,6 +149,8 @@ def load_newest(folder: Path, wanted: tuple[str, ...] = ()) -> dict | None:
         ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason[:160])
+            if unreadable is not None:
+                unreadable.append(path)
     if files:
         raise ValueError(
             f"none of the {len(files)} checkpoints in {folder} can be read; remove the folder to start anew"
@@ -141,7 +161,9 @@ def load_newest(folder: Path, wanted: tuple[str, ...] = ()) -> dict | None:
 def _verify(path: Path) -> None:
     """Raise ValueError if a byte of the file has changed since it was written; torch.load does not look."""
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
+        # torch.save sets neither; an entry that looks like a folder would be read as memory never written
+        odd = [entry for entry in archive.infolist() if entry.compress_type or entry.external_attr]
+        damaged = odd[0].filename if odd else archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} does not match")
 

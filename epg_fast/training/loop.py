@@ -43,7 +43,9 @@ from epg_fast.training.checkpoint import (
     is_milestone,
     list_checkpoints,
     load_newest,
+    remove_temporaries,
     save_checkpoint,
+    set_aside,
 )
 from epg_fast.training.draws import Draws
 from epg_fast.training.hardware import Utilization
@@ -146,6 +148,9 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
     log.info("images are decoded by %s", decoder)
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
     lock = claim_run_folder(outdir, stage.name, config, ranks)
+    if ranks.main:
+        set_aside(state.unreadable)
+        remove_temporaries(outdir)
     state.posthoc_ema.discard_after(state.step)
     writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
     metrics = Metrics(outdir, ranks.main, state.step, *writers, Utilization(stage))
@@ -162,15 +167,18 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
             raise _StopWaiting
 
     batches = Prefetcher(loader, ranks.device, on_stall=stalled)
-    try:
-        with signals, progress, batches:
-            _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals)
-    except DataError as error:
-        raise bad_files.listed(error) from error
-    finally:
-        state.writer.wait()
-    ranks.barrier()
-    metrics.close()
+    with signals:  # until everything is written
+        try:
+            with progress, batches:
+                _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals)
+        except DataError as error:
+            raise bad_files.listed(error) from error
+        finally:
+            state.writer.wait()
+        ranks.barrier()
+        metrics.close()
+    if state.step < config.steps:
+        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.step)
     if lock:
         lock.close()
 
@@ -208,8 +216,6 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
         preview = state.stage.preview
         if new and preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
             metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
-    if state.step < config.steps:
-        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.step)
 
 
 class _StopWaiting(Exception):
@@ -272,6 +278,7 @@ class RunState:
         self.data_backend: str | None = None
         self.bad_files: dict[str, str] = {}
         self.unfinished_metrics: dict = {}
+        self.unreadable: list[Path] = []
         self.writer = BackgroundWriter()
         self._pending: _Outcome | None = None
         self._skipped = 0
@@ -353,17 +360,18 @@ class RunState:
         metadata = self.stage.metadata() | {"step": step}
 
         def write():
-            save_checkpoint(outdir / "checkpoints", step, state, self.config.keep_checkpoints, self.config.keep_every)
-            save_weights(outdir / "model.safetensors", weights, metadata)
+            # The checkpoint last: a run that goes on from it does not come by this step again.
             if is_milestone(step, self.config.keep_every):
                 (outdir / "milestones").mkdir(exist_ok=True)
                 save_weights(outdir / "milestones" / f"step_{step:09d}.safetensors", weights, metadata)
+            save_weights(outdir / "model.safetensors", weights, metadata)
+            save_checkpoint(outdir / "checkpoints", step, state, self.config.keep_checkpoints, self.config.keep_every)
 
         self.writer.submit(write)
 
     def resume(self, folder: Path) -> None:
         """Load the newest readable checkpoint of `folder`, if there is one."""
-        state = load_newest(folder, _STATE)
+        state = load_newest(folder, _STATE, self.unreadable)
         if state is None:
             return
         if state["data"] != self.data_fingerprint:

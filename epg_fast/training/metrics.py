@@ -74,8 +74,12 @@ class Metrics:
         self._groups, self._written = {}, step
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         if self.enabled:
-            with open(self._path, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            try:
+                with open(self._path, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+            except OSError as error:
+                remedy = "if the disk is full, free some space; the same command goes on"
+                raise OSError(f"could not write {self._path} ({error}); {remedy}") from None
             for name, value in line.items():
                 if self._tensorboard and name != "step":
                     self._tensorboard.add_scalar(name, value, step)

@@ -3,9 +3,9 @@
 `epg_fast.training.reconstruct` makes averages of other lengths from the snapshots; `power_ema` has the formulas.
 
 A snapshot, posthoc_ema/step_<step>.safetensors, holds `<sigma_rel>/<parameter>` for every tracked width,
-`buffers/<name>` as the network had them, and the stage's metadata with `step` and `sigma_rel`. Parameters are float16:
-half of float32's disk space and an eighth of bfloat16's error, at most 2^-11 of a value (3e-8 for values below 6e-5). A
-tensor with a value that float16 cannot hold (beyond 65504) stays float32.
+`buffers/<name>` as the network had them, and the stage's metadata with `step`, `sigma_rel` and each tensor's `crc32`.
+Parameters are float16: half of float32's disk space and an eighth of bfloat16's error, at most 2^-11 of a value (3e-8
+for values below 6e-5). A tensor with a value that float16 cannot hold (beyond 65504) stays float32.
 
 The averages themselves are float32, as the stage's own. Late in a long run an update adds less than half a unit in the
 last place, and is lost, where the weight is nearer to its average than about t / (gamma + 1) * 6e-8 of its value.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import zlib
 from pathlib import Path
 
 import torch
@@ -83,6 +84,7 @@ class PosthocEma:
         tensors |= {f"buffers/{name}": b for name, b in network.state_dict().items() if name not in parameters}
         self._folder.mkdir(exist_ok=True)
         metadata = self._stage.metadata() | {"step": step, "sigma_rel": self.sigma_rel}
+        metadata["crc32"] = {name: checksum(tensor) for name, tensor in tensors.items()}
         save_weights(self._folder / f"step_{step:09d}.safetensors", tensors, metadata)
 
     def discard_after(self, step: int) -> None:
@@ -107,6 +109,11 @@ def list_snapshots(folder: Path) -> list[Path]:
 def snapshot_step(path: Path) -> int:
     """Step in a snapshot's name."""
     return int(_NAME.fullmatch(path.name)[1])
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor's bytes; safetensors files have none."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _narrow(parameter: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from epg_fast.models import save_weights
-from epg_fast.training.posthoc_ema import FOLDER, list_snapshots, snapshot_step
+from epg_fast.training.posthoc_ema import FOLDER, checksum, list_snapshots, snapshot_step
 from epg_fast.training.power_ema import Fit, fit_profile, gamma_of
 
 # Root mean square of float16's rounding error, relative to a power of two: the spacing 2^-10 over the root of 12.
@@ -91,7 +91,8 @@ def reconstruct(
         )
     state = _combine(snapshots, tracked, fit.weights.reshape(len(snapshots), len(tracked)))
     made = {"tracked": tracked, "snapshots": len(snapshots), "residual": fit.residual, "rounding": fit.gain * _ROUNDING}
-    return state, snapshots[-1].metadata | {"step": step, "sigma_rel": sigma_rel, "posthoc_ema": made}
+    metadata = {name: value for name, value in snapshots[-1].metadata.items() if name != "crc32"}
+    return state, metadata | {"step": step, "sigma_rel": sigma_rel, "posthoc_ema": made}
 
 
 def _up_to(step: int, snapshots: list[_Snapshot]) -> list[_Snapshot]:
@@ -127,12 +128,19 @@ def _combine(snapshots: list[_Snapshot], tracked: list[float], weights: np.ndarr
             for name in names:
                 for sigma_rel, weight in zip(tracked, row, strict=True):
                     if weight:
-                        state[name].add_(f.get_tensor(f"{sigma_rel}/{name}").float(), alpha=float(weight))
+                        state[name].add_(_read(f, snapshot, f"{sigma_rel}/{name}").float(), alpha=float(weight))
     with _opened(snapshots[-1].path) as f:
         for name in snapshots[0].shapes:
             if name.startswith("buffers/"):
-                state[name.removeprefix("buffers/")] = f.get_tensor(name).clone()
+                state[name.removeprefix("buffers/")] = _read(f, snapshots[-1], name).clone()
     return state
+
+
+def _read(file, snapshot: _Snapshot, name: str) -> torch.Tensor:
+    tensor = file.get_tensor(name)
+    if checksum(tensor) != snapshot.metadata.get("crc32", {}).get(name):
+        raise ValueError(f"the checksum of {name} does not match")
+    return tensor
 
 
 def _read_headers(folder: Path) -> list[_Snapshot]:
@@ -160,7 +168,7 @@ def _read_header(path: Path) -> _Snapshot:
 
 
 def _check_same_run(one: _Snapshot, other: _Snapshot) -> None:
-    for key in sorted((one.metadata.keys() | other.metadata.keys()) - {"step"}):
+    for key in sorted((one.metadata.keys() | other.metadata.keys()) - {"step", "crc32"}):
         a, b = one.metadata.get(key), other.metadata.get(key)
         if a != b:
             raise ValueError(

@@ -80,6 +80,44 @@ def test_a_failure_is_raised_in_its_place_and_ends_the_stream(open_stream, worke
     assert not any(process.is_alive() for process in stream.processes)
 
 
+class _NoCopy(OSError):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def test_an_error_that_no_copy_can_be_made_of_arrives_as_text(open_stream):
+    stream = open_stream(Raises(_NoCopy("one", "two")), 2, 2)
+    assert next(stream) == 2
+    with pytest.raises(RuntimeError, match="(?s)failed:.*_NoCopy: one and two"):
+        next(stream)
+
+
+def test_an_interrupted_stream_ends_and_hands_out_nothing_of_another_place(open_stream):
+    """As after Ctrl-C in a notebook."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for delay in (0.001, 0.005, 0.02, 0.05):
+            stream, items = open_stream(Squares(), 0, 2), []
+            items.append(next(stream)[0])
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    items.append(next(stream)[0])
+            assert [int(item) for item in items] == [number**2 for number in range(len(items))]
+            try:
+                assert int(next(stream)[0]) == len(items) ** 2  # interrupted between two items
+            except RuntimeError as error:
+                assert "closed" in str(error)
+            stream.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 @linux
 @pytest.mark.parametrize("pause", [0.0, 0.3])
 def test_a_killed_process_is_noticed_at_once(open_stream, pause):

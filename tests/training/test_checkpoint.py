@@ -77,6 +77,22 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damag
         load_newest(tmp_path)
 
 
+def test_no_bit_of_the_table_of_contents_can_change(tmp_path):
+    """Some make torch.load return memory that was never written, and zlib fail."""
+    path = save_checkpoint(tmp_path, 1, {"step": 1, "x": torch.arange(64.0)}, keep=1)
+    content = path.read_bytes()
+    entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1)
+    for start, length in ((10, 2), (38, 4)):  # compression method, external attributes
+        for bit in range(8 * length):
+            changed = bytearray(content)
+            changed[entry + start + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match="none of the 1"):
+                load_newest(tmp_path)
+    path.write_bytes(content)
+    assert load_newest(tmp_path)["x"][63] == 63
+
+
 def test_a_pickle_with_code_is_not_executed(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
+from epg_fast.models import load_weights
 from epg_fast.training import checkpoint, loop
 from epg_fast.training.checkpoint import CheckpointError, list_checkpoints
 from tests.training.runs import assert_same_run, run_command, run_lines
@@ -59,6 +60,57 @@ def test_a_signal_in_the_last_step_changes_nothing(tiny_run, tmp_path, before_up
     assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=4)) == 0
     assert "stopped" not in capsys.readouterr().err
     assert saved_steps(tmp_path / "run") == [4] and len(run_lines(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize("steps", [20, 10])
+def test_more_signals_while_it_saves_change_nothing(steps, tiny_run, tmp_path, before_update, monkeypatch, capsys):
+    """Of a run that is stopped at step 7, and of one that is just ending."""
+    before_update(lambda state, batch: state.iteration == 5 and steps == 20 and os.kill(os.getpid(), signal.SIGTERM))
+
+    def save_slowly(*arguments):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        return checkpoint.save_checkpoint(*arguments)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_slowly)
+    assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=steps, checkpoint_every=100)) == 0
+    assert saved_steps(tmp_path / "run") == [7 if steps == 20 else 10]
+
+
+def test_a_run_that_dies_between_weights_and_checkpoint_is_not_complete(tiny_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    command = run_command("diffusion", tiny_run, run, steps=20, keep_every=10)
+    weights, left = loop.save_weights, []
+
+    def die_at_20(path, state, metadata):
+        if metadata["step"] == 20 and path.name == "model.safetensors":
+            raise OSError("no room")
+        weights(path, state, metadata)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save_weights", die_at_20)
+        assert main(command) == 1
+    assert saved_steps(run) == [10]
+    for path in (run / "checkpoints" / ".step_000000020.pt.tmp7", run / ".model.safetensors.tmp7"):
+        path.write_bytes(b"left behind by a killed run")
+        left.append(path)
+    assert main(command) == 0
+    assert saved_steps(run) == [20, 10] and not any(path.exists() for path in left)
+    assert load_weights(run)[1]["step"] == 20
+
+
+def test_damaged_checkpoints_take_no_place_among_the_newest(tiny_run, tmp_path, before_update):
+    run = tmp_path / "run"
+    command = run_command("diffusion", tiny_run, run, steps=40, keep_checkpoints=2)
+    before_update(lambda state, batch: state.iteration == 31 and os.kill(os.getpid(), signal.SIGTERM))
+    assert main(command) == 0
+    assert saved_steps(run) == [33, 30]
+    (run / "checkpoints" / "step_000000033.pt").write_bytes(b"damaged")
+    before_update(lambda state, batch: state.iteration == 30 and os.kill(os.getpid(), signal.SIGTERM))
+    assert main(command) == 0
+    assert saved_steps(run) == [32, 30]
+    assert (run / "checkpoints" / "step_000000033.pt.damaged").exists()
 
 
 def test_a_run_that_waits_for_data_saves_and_ends(tiny_run, tmp_path, monkeypatch):

@@ -341,6 +341,14 @@ def test_a_truncated_snapshot_is_named(capsys, damaged, tmp_path, keep):
     assert main([str(a) for a in _command(run, tmp_path)]) == 0
 
 
+def test_a_snapshot_with_one_bit_changed_is_named(capsys, damaged, tmp_path):
+    run, snapshots = damaged
+    content = bytearray(snapshots[7].read_bytes())
+    content[-9] ^= 1
+    snapshots[7].write_bytes(content)
+    _fails(capsys, _command(run, tmp_path), "step_000000160.safetensors: not a readable snapshot (the checksum of")
+
+
 def test_snapshots_of_another_model_or_run_are_named(capsys, damaged, tmp_path):
     run, snapshots = damaged
     tensors, metadata = load_weights(snapshots[3])
