@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from epg_fast.training.state import RunState
+
 JOBS = {
     "pretrain": ["pretrain", "--config", "digits_pretrain"],
     "diffusion": ["finetune-diffusion", "--config", "digits_diffusion", "--preview.every", "0"],
@@ -33,3 +35,15 @@ def assert_same_run(got, want):
     got, want = load_file(got / "model.safetensors"), load_file(want / "model.safetensors")
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def crash_after_save(monkeypatch, step):
+    """Let a run end with an exception when it has saved `step`."""
+    save = RunState.save
+
+    def save_then_crash(self, outdir, metrics):
+        save(self, outdir, metrics)
+        if self.step == step:
+            raise RuntimeError("crash")
+
+    monkeypatch.setattr(RunState, "save", save_then_crash)

@@ -119,7 +119,7 @@ def test_the_duration_is_all_operations_over_the_assumed_rate():
 def test_memory_is_that_of_the_tensors_of_a_real_run(job, digits, tmp_path):
     from epg_fast.data import ImageFolder
     from epg_fast.training.distributed import Ranks
-    from epg_fast.training.loop import RunState
+    from epg_fast.training.state import RunState
 
     stage_class, config = (
         getattr(training, JOBS[job] + "Stage"),

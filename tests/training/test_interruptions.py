@@ -15,22 +15,23 @@ from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
 from epg_fast.models import load_weights
-from epg_fast.training import checkpoint, loop
+from epg_fast.training import checkpoint, loop, state
 from epg_fast.training.checkpoint import CheckpointError, list_checkpoints
-from tests.training.runs import assert_same_run, run_command, run_lines
+from epg_fast.training.state import RunState
+from tests.training.runs import assert_same_run, crash_after_save, run_command, run_lines
 
 
 @pytest.fixture
 def before_update(monkeypatch):
     """Return a function that has `act(state, batch)` called before every update."""
-    update = loop.RunState.update
+    update = RunState.update
 
     def have_called(act):
         def act_and_update(self, step_module, batch, *arguments):
             act(self, batch)
             return update(self, step_module, batch, *arguments)
 
-        monkeypatch.setattr(loop.RunState, "update", act_and_update)
+        monkeypatch.setattr(RunState, "update", act_and_update)
 
     return have_called
 
@@ -73,7 +74,7 @@ def test_more_signals_while_it_saves_change_nothing(steps, tiny_run, tmp_path, b
             time.sleep(0.2)
         return checkpoint.save_checkpoint(*arguments)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_slowly)
+    monkeypatch.setattr(state, "save_checkpoint", save_slowly)
     assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=steps, checkpoint_every=100)) == 0
     assert saved_steps(tmp_path / "run") == [7 if steps == 20 else 10]
 
@@ -81,7 +82,7 @@ def test_more_signals_while_it_saves_change_nothing(steps, tiny_run, tmp_path, b
 def test_a_run_that_dies_between_weights_and_checkpoint_is_not_complete(tiny_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
     command = run_command("diffusion", tiny_run, run, steps=20, keep_every=10)
-    weights, left = loop.save_weights, []
+    weights, left = state.save_weights, []
 
     def die_at_20(path, state, metadata):
         if metadata["step"] == 20 and path.name == "model.safetensors":
@@ -89,7 +90,7 @@ def test_a_run_that_dies_between_weights_and_checkpoint_is_not_complete(tiny_run
         weights(path, state, metadata)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "save_weights", die_at_20)
+        patched.setattr(state, "save_weights", die_at_20)
         assert main(command) == 1
     assert saved_steps(run) == [10]
     for path in (run / "checkpoints" / ".step_000000020.pt.tmp7", run / ".model.safetensors.tmp7"):
@@ -159,17 +160,10 @@ def test_a_skipped_update_at_a_checkpoint_is_resumed_as_such(precision, tiny_run
     flags = {"steps": 20, "precision": precision, "log_every": 4}
     assert main(run_command("pretrain", tiny_run, whole, **flags)) == 0
     assert [line["step"] for line in run_lines(whole)] == [4, 8, 12, 16, 20]
-    save = loop.RunState.save
-
-    def save_then_crash(self, outdir, metrics):
-        save(self, outdir, metrics)
-        if self.step == 10:
-            raise RuntimeError("crash")
-
-    monkeypatch.setattr(loop.RunState, "save", save_then_crash)
-    assert main(run_command("pretrain", tiny_run, killed, **flags)) == 1
+    with monkeypatch.context() as patched:
+        crash_after_save(patched, 10)
+        assert main(run_command("pretrain", tiny_run, killed, **flags)) == 1
     assert torch.load(list_checkpoints(killed / "checkpoints")[0], weights_only=True)["pending"][0] == 10
-    monkeypatch.setattr(loop.RunState, "save", save)
     assert main(run_command("pretrain", tiny_run, killed, **flags)) == 0
     assert_same_run(killed, whole)
 
@@ -183,7 +177,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, tmp_path, befo
             saw.append(reached.wait(60))
         return checkpoint.save_checkpoint(folder, step, *arguments)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_slowly)
+    monkeypatch.setattr(state, "save_checkpoint", save_slowly)
     assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=20)) == 0
     assert saw == [True] and saved_steps(tmp_path / "run") == [20, 10]
 
@@ -194,7 +188,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_one_before(ti
             raise CheckpointError("could not write it: disk full; the previous checkpoint is intact")
         return checkpoint.save_checkpoint(folder, step, *arguments)
 
-    monkeypatch.setattr(loop, "save_checkpoint", fail_at_10)
+    monkeypatch.setattr(state, "save_checkpoint", fail_at_10)
     run = tmp_path / "run"
     assert main(run_command("diffusion", tiny_run, run, steps=100000, checkpoint_every=5)) == 1
     assert "disk full" in capsys.readouterr().err

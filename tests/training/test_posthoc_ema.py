@@ -18,12 +18,14 @@ from epg_fast.config import DataConfig, DiffusionConfig, ModelConfig, OptimizerC
 from epg_fast.data import ImageFolder, PillowLoader
 from epg_fast.models import from_pretrained, load_weights, save_weights
 from epg_fast.ops import extension_status
-from epg_fast.training import DiffusionStage, loop
+from epg_fast.training import DiffusionStage
 from epg_fast.training.distributed import Ranks
-from epg_fast.training.loop import RunState, make_step_module
+from epg_fast.training.loop import make_step_module
 from epg_fast.training.posthoc_ema import PosthocEma, list_snapshots
 from epg_fast.training.power_ema import gamma_of
 from epg_fast.training.reconstruct import reconstruct
+from epg_fast.training.state import RunState
+from tests.training.runs import crash_after_save
 
 WIDTHS = [0.05, 0.10]
 needs_extension = pytest.mark.skipif(not extension_status()[0], reason="the extension is not built")
@@ -106,19 +108,8 @@ def test_kill_9_and_resume_gives_the_same_snapshots(diffusion, tmp_path):
         assert about_a == about_b and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def _crash_after_save(monkeypatch, step):
-    save = loop.RunState.save
-
-    def save_then_crash(self, outdir, metrics):
-        save(self, outdir, metrics)
-        if self.step == step:
-            raise RuntimeError("crash")
-
-    monkeypatch.setattr(loop.RunState, "save", save_then_crash)
-
-
 def test_a_snapshot_at_the_step_of_the_checkpoint_is_not_lost(diffusion, tmp_path, monkeypatch):
-    _crash_after_save(monkeypatch, 10)
+    crash_after_save(monkeypatch, 10)
     run = [*diffusion, "--steps", "12", "--posthoc_ema.every", "10", "--outdir", str(tmp_path / "run")]
     assert main(run) == 1
     (first,) = list_snapshots(tmp_path / "run" / "posthoc_ema")
@@ -131,7 +122,7 @@ def test_a_snapshot_at_the_step_of_the_checkpoint_is_not_lost(diffusion, tmp_pat
 
 def test_a_run_from_before_the_option_goes_on_without_it(diffusion, tmp_path, monkeypatch, capsys):
     run = [*diffusion[:-2], "--steps", "12", "--outdir", str(tmp_path / "run")]
-    _crash_after_save(monkeypatch, 10)
+    crash_after_save(monkeypatch, 10)
     assert main(run) == 1
     monkeypatch.undo()
     config = tmp_path / "run" / "config.yaml"

@@ -14,7 +14,7 @@ from epg_fast.data.dali import dali_status
 from epg_fast.ops import extension_status
 from epg_fast.training import loop
 from epg_fast.training.checkpoint import list_checkpoints
-from tests.training.runs import assert_same_run, run_command, run_lines
+from tests.training.runs import assert_same_run, crash_after_save, run_command, run_lines
 
 
 @pytest.mark.parametrize("job, decoder", [("pretrain", "dali"), ("diffusion", "pillow"), ("consistency", "pillow")])
@@ -47,14 +47,7 @@ def test_a_log_interval_cut_by_a_checkpoint_gives_the_same_means(tiny_run, tmp_p
     """Checkpoints every 10 steps, lines every 7: the unfinished interval is part of the checkpoint."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(run_command("diffusion", tiny_run, whole, steps=28, log_every=7)) == 0
-    save = loop.RunState.save
-
-    def save_then_crash(self, outdir, metrics):
-        save(self, outdir, metrics)
-        if self.step == 10:
-            raise RuntimeError("crash")
-
-    monkeypatch.setattr(loop.RunState, "save", save_then_crash)
+    crash_after_save(monkeypatch, 10)
     assert main(run_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 1
     monkeypatch.undo()
     assert main(run_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 0
