@@ -34,7 +34,8 @@ def _check_interval(config, name: str) -> None:
         raise ValueError(f"{name} is ({low}, {high}), want low <= high")
 
 
-def _check_sigma_rel(value: float) -> None:
+def check_sigma_rel(value: float) -> None:
+    """Raise ValueError for a relative width that no power-function average has."""
     # 12^-1/2 is the width of the uniform average (gamma = 0).
     if not 0 < value < 12**-0.5:
         raise ValueError(f"sigma_rel is {value}, want more than 0 and less than {12**-0.5:.4f} (all steps alike)")
@@ -200,7 +201,7 @@ class PosthocEmaConfig:
     def __post_init__(self):
         _check(self, 1, math.inf, "every")
         for value in self.sigma_rel or ():
-            _check_sigma_rel(value)
+            check_sigma_rel(value)
         if self.sigma_rel is not None and len(set(self.sigma_rel)) < max(len(self.sigma_rel), 1):
             raise ValueError(f"sigma_rel is {self.sigma_rel}, want widths that differ, or null for none")
 
@@ -580,6 +581,6 @@ class ReconstructEmaConfig:
 
     def __post_init__(self):
         if self.sigma_rel is not None:
-            _check_sigma_rel(self.sigma_rel)
+            check_sigma_rel(self.sigma_rel)
         _check(self, 1, math.inf, "step")
         _check(self, 0, 1, "max_residual")

@@ -6,9 +6,17 @@ import pytest
 import torch
 
 import epg_fast
+from epg_fast import training
 from epg_fast.__main__ import main
+from epg_fast.config import DataConfig, OptimizerConfig
+from epg_fast.data import ImageFolder
 from epg_fast.models import EPGViT
+from epg_fast.training.distributed import Ranks
+from epg_fast.training.loop import compile_blocks, make_step_module
+from epg_fast.training.metrics import Metrics
+from epg_fast.training.state import RunState
 from tests.golden_data import Case, names
+from tests.training.stages import JOBS, make_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +66,29 @@ def test_compiled_training_learns_and_resumes(job, precision, tiny_run, tmp_path
     assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
     again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert again[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("job", JOBS)
+def test_the_host_waits_for_nothing_in_an_update(job, precision, digits):
+    """torch raises where the host waits for the device; blocks are compiled, as training on a GPU has them."""
+    place, device = ImageFolder(f"{digits}/train"), torch.device("cuda", 0)
+    fields = {"data": DataConfig(str(place.root)), "optimizer": OptimizerConfig(backend="torch"), "batch_size": 8}
+    config, ranks = make_config(job, precision=precision, **fields), Ranks(0, 1, device)
+    state = RunState(config, getattr(training, JOBS[job] + "Stage")(config, ranks), place, ranks)
+    step_module, metrics = make_step_module(state.stage), Metrics(None, False, 0, False, None, {})
+    compile_blocks(state.stage)
+    batch = {
+        name: torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device=device) for name in ("x", "view1", "view2")
+    }
+    batch["label"] = torch.arange(8, device=device)
+    for _ in range(2):
+        state.update(step_module, batch, metrics)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            state.update(step_module, batch, metrics)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    state.settle()
+    assert state.iteration == 5

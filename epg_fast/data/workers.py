@@ -178,15 +178,15 @@ def _end(processes: list[BaseProcess], connections: list[Connection]) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGTERM for the processes started inside, for their whole life.
+    """Block SIGINT, SIGTERM and SIGUSR1 for the processes started inside, for their whole life.
 
-    Ctrl-C and a scheduler's SIGTERM reach the whole process group, but it is the parent that decides what to finish
+    Ctrl-C and a scheduler's signals reach the whole process group, but it is the parent that decides what to finish
     first; workers end by its close(), or on their own within seconds of its death.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         yield
     finally:

@@ -159,7 +159,7 @@ def load_newest(folder: Path, wanted: tuple[str, ...] = (), unreadable: list[Pat
 
 
 def _verify(path: Path) -> None:
-    """Raise ValueError if a byte of the file has changed since it was written; torch.load does not look."""
+    """Raise ValueError if an entry is not what was written, or not stored as torch.save does; torch.load would not."""
     with zipfile.ZipFile(path) as archive:
         # torch.save sets neither; an entry that looks like a folder would be read as memory never written
         odd = [entry for entry in archive.infolist() if entry.compress_type or entry.external_attr]

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from epg_fast.config import check_sigma_rel
+
 # Directions of the profiles' span that are smaller than this, relatively, are rounding errors of the inner products.
 _SMALLEST_EIGENVALUE = 1e-12
 
@@ -32,8 +34,7 @@ def gamma_of(sigma_rel: float) -> float:
     The positive root of gamma^3 + 7 gamma^2 + (16 - s) gamma + (12 - s) with s = sigma_rel^-2. Raises ValueError
     unless 0 < sigma_rel < 12^(-1/2), the width at gamma = 0.
     """
-    if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"sigma_rel is {sigma_rel}, want more than 0 and less than {12**-0.5:.4f} (all steps alike)")
+    check_sigma_rel(sigma_rel)
     s = sigma_rel**-2
     gamma = float(np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max())
     # one Newton step takes away what the eigenvalue solver leaves

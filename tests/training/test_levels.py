@@ -88,6 +88,13 @@ def test_a_skipped_update_leaves_no_trace(tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_a_line_that_cannot_be_written_is_named(tmp_path):
+    metrics = _metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match="could not write .*metrics.jsonl.*the same command goes on"):
+        metrics.write(1)
+
+
 def test_parts_of_a_run_with_other_values_share_a_line(tmp_path):
     metrics = _metrics(tmp_path)
     for names, value in ((("loss",), 1.0), (("loss", "perceptual"), 2.0), (("loss",), 3.0)):
