@@ -254,6 +254,9 @@ class RunConfig:
     """Every random draw follows from this, the step and the sample."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU when there is one and says so."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """What several GPUs hold: `ddp` a copy of everything each; `fsdp` a part each of weights, gradients, moments and
+    averages, for memory; each block's weights are then sent round twice a step, and gradients once as with ddp."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
     ops: Literal["auto", "triton", "reference"] = "auto"

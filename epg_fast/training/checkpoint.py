@@ -1,4 +1,4 @@
-"""Checkpoints: one file per step, written atomically, newest readable one resumed."""
+"""Checkpoints: one file per step, or a folder (`sharded_checkpoint`), written atomically, newest readable one resumed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import torch
 
+from epg_fast.training.sharding import local
+
 log = logging.getLogger("epg_fast")
-_NAME = re.compile(r"step_(\d+)\.pt")
+_NAME = re.compile(r"step_(\d+)(\.pt)?")
 
 
 class CheckpointError(OSError):
@@ -47,13 +50,22 @@ class BackgroundWriter:
         if job is not None:
             job.result()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the last job has ended with an exception that `wait` will raise."""
+        return self._job is not None and self._job.done() and self._job.exception() is not None
+
 
 def copy_to_host(state):
-    """A nested state with a copy of every tensor in host memory; tensors that share memory share the copy."""
+    """A nested state with a copy of every tensor in host memory; tensors that share memory share the copy.
+
+    Of a sharded tensor the copy holds this rank's part.
+    """
     copies: dict[tuple, torch.Tensor] = {}
 
     def copy(value):
         if isinstance(value, torch.Tensor):
+            value = local(value)
             key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
             if key not in copies:
                 copies[key] = value.detach().to("cpu", copy=True)
@@ -81,19 +93,38 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int, keep_every:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        _sync_folder(folder)
+        sync_folder(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        earlier = list_checkpoints(folder)
-        left = f"the previous checkpoint {earlier[0].name} is intact" if earlier else "there is no earlier checkpoint"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"could not write {path}: {reason}; {left}. If the disk is full, free some space; the same command goes on"
-        ) from None
-    for old in list_checkpoints(folder)[keep:]:
-        if not is_milestone(int(_NAME.fullmatch(old.name)[1]), keep_every):
-            old.unlink(missing_ok=True)
+        raise explained(folder, path, reason) from None
+    remove_old(folder, keep, keep_every)
     return path
+
+
+def explained(folder: Path, path: Path, reason: str) -> CheckpointError:
+    """The error that says what is left when `path` could not be written to `folder`."""
+    earlier = list_checkpoints(folder)
+    left = f"the previous checkpoint {earlier[0].name} is intact" if earlier else "there is no earlier checkpoint"
+    return CheckpointError(
+        f"could not write {path}: {reason}; {left}. If the disk is full, free some space; the same command goes on"
+    )
+
+
+def remove_old(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the milestones."""
+    for old in list_checkpoints(folder)[keep:]:
+        if not is_milestone(_step(old), keep_every):
+            remove_checkpoint(old)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a file or a folder; what a kill leaves of a folder does not count as a checkpoint."""
+    if path.is_dir():
+        path = path.rename(path.with_name(f".{path.name}.tmp-old"))
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_milestone(step: int, keep_every: int) -> bool:
@@ -102,60 +133,90 @@ def is_milestone(step: int, keep_every: int) -> bool:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder, newest first."""
+    """Checkpoints of a folder, files and folders, newest first."""
     found = [f for f in folder.iterdir() if _NAME.fullmatch(f.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda f: f.name, reverse=True)
+    return sorted(found, key=lambda f: (_step(f), f.name), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def set_aside(paths: list[Path]) -> None:
     """Rename checkpoints that cannot be read, so that they take no place among the newest: to <name>.damaged."""
     for path in paths:
         with contextlib.suppress(OSError):
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            aside = path.with_name(f"{path.name}.damaged")
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def remove_temporaries(outdir: Path) -> None:
     """Remove what a killed run was writing."""
-    for folder, name in (("checkpoints", "step_*.pt"), ("milestones", "step_*.safetensors"), ("", "model.safetensors")):
+    for folder, name in (("checkpoints", "step_*"), ("milestones", "step_*.safetensors"), ("", "model.safetensors")):
         for path in (outdir / folder).glob(f".{name}.tmp*"):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
-def load_newest(folder: Path, wanted: tuple[str, ...] = (), unreadable: list[Path] | None = None) -> dict | None:
+def read_checkpoint(path: Path) -> dict:
+    """State in a file, its checksums verified. Nothing in it is executed: only tensors and plain values are accepted."""
+    _verify(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_newest(
+    folder: Path,
+    wanted: tuple[str, ...] = (),
+    unreadable: list[Path] | None = None,
+    read: Callable[[Path], dict] = read_checkpoint,
+    everyone: Callable[[object], list] = lambda value: [value],
+) -> dict | None:
     """State of the newest checkpoint that can be read, or None when there is none.
 
-    A file that is unreadable or lacks one of the `wanted` entries is reported, appended to `unreadable`, and the one
-    before it is used; raises ValueError when there are files and none will do.
-    Nothing in a file is executed: only tensors and plain values are accepted.
+    One that is unreadable or lacks one of the `wanted` entries is reported, appended to `unreadable`, and the one
+    before it is used; raises ValueError when there are checkpoints and none will do.
+    read: makes the state of a checkpoint, or raises. everyone: value of this rank -> values of all ranks, which use
+    what all of them can read.
     """
-    files = list_checkpoints(folder)
+    files = everyone(list_checkpoints(folder))[0]
     for path in files:
-        try:
-            _verify(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or any(name not in state for name in wanted):
-                raise ValueError("not a checkpoint of a training run")
+        state, reason = _tried(path, wanted, read)
+        reason = next(filter(None, everyone(reason)), None)
+        if reason is None:
             return state
-        except (
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-            EOFError,
-            OSError,
-            ValueError,
-            KeyError,
-        ) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason[:160])
-            if unreadable is not None:
-                unreadable.append(path)
+        log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason)
+        if unreadable is not None:
+            unreadable.append(path)
     if files:
         raise ValueError(
             f"none of the {len(files)} checkpoints in {folder} can be read; remove the folder to start anew"
         )
     return None
+
+
+def _tried(path: Path, wanted: tuple[str, ...], read: Callable[[Path], dict]) -> tuple[dict | None, str | None]:
+    """(state, None), or (None, why it cannot be read)."""
+    try:
+        state = read(path)
+        if not isinstance(state, dict) or any(name not in state for name in wanted):
+            raise ValueError("not a checkpoint of a training run")
+        return state, None
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:
+        return None, (str(error).splitlines()[0] if str(error) else type(error).__name__)[:160]
 
 
 def _verify(path: Path) -> None:
@@ -168,7 +229,8 @@ def _verify(path: Path) -> None:
         raise ValueError(f"the checksum of {damaged} does not match")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

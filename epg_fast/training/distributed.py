@@ -14,7 +14,7 @@ from epg_fast.models.blocks import BatchNorm1d
 from epg_fast.runtime import resolve_device
 
 # How long a rank waits for the others: twice as long as a loader waits for its disk.
-_TIMEOUT = datetime.timedelta(minutes=20)
+TIMEOUT = datetime.timedelta(minutes=20)
 # What gloo and NCCL say when a rank is gone or silent.
 _LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|timeout|NCCL", re.IGNORECASE)
 
@@ -54,14 +54,21 @@ class Ranks:
             dist.barrier()
 
 
-def start(device: str) -> Ranks:
-    """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or be the only rank."""
+def start(device: str, parallelism: str = "ddp") -> Ranks:
+    """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or be the only rank.
+
+    parallelism: "fsdp" needs a process group for a single rank, too.
+    """
     place = resolve_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    if not dist.is_initialized():
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        if world_size > 1:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        elif parallelism == "fsdp":
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(int(os.environ.get("RANK", 0)), world_size, place)
 
 

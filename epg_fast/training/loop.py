@@ -50,7 +50,7 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
     Raises ValueError for what the user can mend (data, configuration, checkpoints), CheckpointError when the disk is
     full, RuntimeError when the gradient stays non-finite.
     """
-    ranks = distributed.start(config.device)
+    ranks = distributed.start(config.device, config.parallelism)
     try:
         _train(config, stage_class, ranks)
     except RuntimeError as error:
@@ -168,9 +168,10 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
             progress.show(metrics.write(state.step, lr=state.optimizer.lr))
         if saves:
             state.save(outdir, metrics)
-        state.writer.check()
+        state.check_saved(together=logs or saves)
         preview = state.stage.preview
-        if new and preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
+        draws = state.ranks.main or state.stage.sharding  # weights that all ranks hold a part of take all of them
+        if new and preview and preview.every and draws and (state.step % preview.every == 0 or last):
             metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
 
 
@@ -222,6 +223,8 @@ def _decoder(backend: str, workers: int) -> str:
 def make_step_module(stage: Stage) -> torch.nn.Module:
     """Module whose forward pass is the stage's loss; it averages gradients and BatchNorm statistics over the ranks."""
     module = _StepModule(stage)
+    if stage.sharding:
+        return stage.sharding.running(module)
     if stage.ranks.world_size == 1:
         return module
     distributed.synchronize_batch_norm(stage.network)
@@ -253,4 +256,8 @@ def compile_blocks(stage: Stage, **options) -> None:
     networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
     for network in filter(None, networks):
         for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
-            block.compile(dynamic=False, **options)
+            if stage.sharding:
+                # what puts the weights together before the block stays outside
+                block.forward = torch.compile(block.forward, dynamic=False, **options)
+            else:
+                block.compile(dynamic=False, **options)

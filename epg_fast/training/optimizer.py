@@ -5,6 +5,9 @@ Three backends compute the same update, and load each other's state:
     torch   torch.optim.AdamW(fused=True), torch.nn.utils' clipping and one foreach call per average
     apex    NVIDIA's FusedAdam in place of torch's AdamW, where that package is installed
 The first two read nothing on the host; apex has no other way to skip an update.
+
+Of sharded parameters (`epg_fast.training.sharding`) a rank updates its parts and their averages; only the sum of
+squares of the gradients and whether one is not finite are exchanged. apex does not take them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from epg_fast.config import OptimizerConfig
 from epg_fast.ops import extension_status, fused_adamw_ema_, global_norm
 from epg_fast.ops.extension import require_extension
+from epg_fast.training.sharding import is_sharded, local
 
 log = logging.getLogger("epg_fast")
 
@@ -99,8 +103,17 @@ class Optimizer:
     """The `torch` backend, and what the others share: the groups, the pairs to average, the state in torch's layout."""
 
     def __init__(self, network: torch.nn.Module, config: OptimizerConfig, averages: Sequence[torch.nn.Module]):
-        self._adamw = torch.optim.AdamW(_groups(network, config), betas=config.betas, eps=config.eps, fused=True)
-        self._averages = [_pairs(network, average) for average in averages]
+        own = {p: torch.nn.Parameter(local(p), p.requires_grad) if is_sharded(p) else p for p in network.parameters()}
+        self._shards = [(parameter, part) for parameter, part in own.items() if is_sharded(parameter)]
+        groups = _groups(network, config)
+        for group in groups:
+            group["params"] = [own[parameter] for parameter in group["params"]]
+        self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+        # Buffers are left alone, as officially.
+        self._averages = [([local(p) for p in average.parameters()], list(own.values())) for average in averages]
+        names = {own[parameter]: name for name, parameter in network.named_parameters()}
+        self.names = [names[p] for group in groups for p in group["params"]]
+        """Names of the parameters by their index in `state_dict`."""
         self._max_norm = math.inf
         self._decays = [0.0] * len(averages)
         self._lr = config.lr
@@ -127,13 +140,14 @@ class Optimizer:
         gradient is not finite, found_inf is 1 and nothing has changed, averages and step counts included. The gradients
         are free for reuse afterwards: their values are not kept. Raises ValueError when no parameter has a gradient.
         """
+        self._take_gradients()
         parameters = [p for group in self._adamw.param_groups for p in group["params"] if p.grad is not None]
         _require_gradients(parameters)
         for p in parameters:
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)  # torch's fused AdamW pairs values as they lie in memory
         grads = [p.grad for p in parameters]
-        norm, found_inf = global_norm(grads, backend="reference")
+        norm, found_inf = self._over_ranks(*global_norm(grads, backend="reference"))
         if grad_scale is not None:
             torch._foreach_div_(grads, grad_scale)
             norm = norm / grad_scale
@@ -150,9 +164,25 @@ class Optimizer:
         self._adamw.found_inf = found_inf
         self._adamw.step()
 
+    def _take_gradients(self) -> None:
+        """Give the parts of sharded parameters their gradients; the rest works on plain tensors, without DTensor."""
+        for parameter, part in self._shards:
+            part.grad = None if parameter.grad is None else local(parameter.grad)
+
+    def _over_ranks(self, norm: torch.Tensor, found_inf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The global norm and found_inf, both [], from those of this rank's gradients if they are sharded."""
+        if not self._shards:
+            return norm, found_inf
+        sums = torch.stack([norm.double().square(), found_inf.double()])
+        torch.distributed.all_reduce(sums)
+        norm = sums[0].sqrt().to(norm.dtype)
+        return norm, ((sums[1] > 0) | ~norm.square().isfinite()).to(found_inf.dtype)
+
     def zero_grad(self) -> None:
         """Let go of all gradients."""
         self._adamw.zero_grad(set_to_none=True)
+        for parameter, _ in self._shards:
+            parameter.grad = None
 
     @property
     def param_groups(self) -> list[dict]:
@@ -225,11 +255,12 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, grad_scale=None):
+        self._take_gradients()
         lists = self._lists_of([i for i, p in enumerate(self._parameters) if p.grad is not None])
         _require_gradients(lists.params)
         # A gradient has its parameter's layout unless someone set it by hand.
         grads = [p.grad.contiguous() for p in lists.params]
-        norm, found_inf = global_norm(grads, backend="extension")
+        norm, found_inf = self._over_ranks(*global_norm(grads, backend="extension"))
         steps = self._steps[lists.index]
         fused_adamw_ema_(
             lists.params,
@@ -296,6 +327,8 @@ class ApexOptimizer(Optimizer):
     """The `apex` backend: NVIDIA's FusedAdam does AdamW's part."""
 
     def __init__(self, network, config, averages):
+        if any(map(is_sharded, network.parameters())):
+            raise ValueError("optimiser 'apex': does not take sharded parameters; choose --optimizer.backend torch")
         fused_adam = _apex_fused_adam()
         super().__init__(network, config, averages)
         groups = [dict(group) for group in self._adamw.param_groups]
@@ -388,8 +421,3 @@ def _depth_below(name: str, depth: int) -> int:
     if block:
         return depth - int(block[1])
     return depth + 1 if re.match(r"patch_embed\.|pos_embed|cls_token|class_embed\.", name) else 0
-
-
-def _pairs(network: torch.nn.Module, average: torch.nn.Module) -> tuple[list, list]:
-    """Parameters of the average and of the network, place by place; buffers are left alone, as officially."""
-    return list(average.parameters()), list(network.parameters())

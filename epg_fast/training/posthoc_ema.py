@@ -26,6 +26,7 @@ import torch
 from epg_fast.config import RunConfig
 from epg_fast.models import save_weights
 from epg_fast.training.power_ema import gamma_of, power_decay
+from epg_fast.training.sharding import local, whole
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -58,27 +59,33 @@ class PosthocEma:
         return {str(s): {n: p.detach() for n, p in average.named_parameters()} for s, average in pairs}
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Load what `state_dict` returned. Raises ValueError for other widths."""
+        """Load what `state_dict` returned, of sharded averages this rank's parts. Raises ValueError for other widths."""
         own = self.state_dict()
         if own.keys() != state.keys():
             raise ValueError(f"the checkpoint has averages of sigma_rel {list(state)}, wanted {list(own)}")
         for sigma_rel, parameters in own.items():
             for name, parameter in parameters.items():
-                parameter.copy_(state[sigma_rel][name])
+                local(parameter).copy_(state[sigma_rel][name])
 
     def write_if_due(self, step: int) -> None:
-        """Write the snapshot of `step` if it is a multiple of `posthoc_ema.every` or the last; main rank only.
+        """Write the snapshot of `step` if it is a multiple of `posthoc_ema.every` or the last.
+
+        The main rank writes; all ranks call this, since sharded averages are put together from all.
 
         Raises OSError when the disk does not take it; the earlier ones are untouched.
         """
         due = step % self._every == 0 or step == self._steps
-        if not (self.averages and due and self._stage.ranks.main):
+        main = self._stage.ranks.main
+        if not (self.averages and due and (main or self._stage.sharding)):
             return
-        tensors = {
-            f"{sigma_rel}/{name}": _narrow(parameter)
-            for sigma_rel, parameters in self.state_dict().items()
-            for name, parameter in parameters.items()
-        }
+        tensors = {}
+        for sigma_rel, parameters in self.state_dict().items():
+            for name, parameter in parameters.items():
+                full = whole(parameter)
+                if main:
+                    tensors[f"{sigma_rel}/{name}"] = _narrow(full).cpu()
+        if not main:
+            return
         network = self._stage.network
         parameters = {name for name, _ in network.named_parameters()}
         tensors |= {f"buffers/{name}": b for name, b in network.state_dict().items() if name not in parameters}

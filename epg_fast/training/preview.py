@@ -19,7 +19,8 @@ log = logging.getLogger("epg_fast")
 def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     """Sample from the averaged weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
 
-    A disk that does not take it is reported, and None returned: a missing picture must not end a run.
+    A disk that does not take it is reported, and None returned: a missing picture must not end a run. Sharded weights
+    take all ranks, which all sample the same; the main rank alone writes, the others return None.
 
     The same labels and noise every time, so that grids of different steps can be compared.
     """
@@ -37,6 +38,8 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
         noise_schedule=stage.config.noise,
         precision=stage.config.precision,
     )
+    if not stage.ranks.main:
+        return None
     if not images.isfinite().all():
         log.warning("step %d: some preview samples are not finite and are shown black", step)
     path = outdir / "previews" / f"step_{step:09d}.png"

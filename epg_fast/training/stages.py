@@ -29,12 +29,16 @@ class Stage:
     parameterization: str | None = None
     by_level: str
     """Term of the loss that is also logged by noise level."""
+    sharding = None
+    """A `sharding.Sharding` once the networks are split over the ranks."""
 
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
         self.config, self.ranks = config, ranks
         if config.ops == "triton":
             require_triton("--ops triton", torch.empty(1, device=ranks.device))
-        self.network = network.use_ops(config.ops).to(ranks.device).train()
+        self.network = network.use_ops(config.ops).train()
+        if config.parallelism == "ddp":
+            self.network.to(ranks.device)  # sharded networks come to it part by part
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
 
     @property

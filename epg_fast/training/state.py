@@ -21,6 +21,8 @@ from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.posthoc_ema import PosthocEma
+from epg_fast.training.sharded_checkpoint import read_any, save_sharded
+from epg_fast.training.sharding import load_parts, shard_stage
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -36,6 +38,8 @@ class RunState:
         self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
         self.step = self.iteration = 0
         self.posthoc_ema = PosthocEma(config, stage)
+        if config.parallelism == "fsdp":
+            shard_stage(stage, self.posthoc_ema.averages)
         averages = [stage.average, *self.posthoc_ema.averages]
         self.optimizer = make_optimizer(stage.network, config.optimizer, averages)
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
@@ -103,8 +107,13 @@ class RunState:
         return stop
 
     def save(self, outdir: Path, metrics: Metrics) -> None:
-        """Checkpoint and model.safetensors of this very moment, written by the main rank while training goes on."""
-        if not self.ranks.main:
+        """Checkpoint and model.safetensors of this very moment, written while training goes on.
+
+        The main rank writes, or all ranks where the networks are sharded. What fails is raised by the next `save`, by
+        `check_saved` or by `writer.wait`.
+        """
+        sharding = self.stage.sharding
+        if not (self.ranks.main or sharding):
             return
         step = self.step
         state = {
@@ -124,20 +133,47 @@ class RunState:
         self.writer.wait()  # before the copy: one at a time in memory
         state, weights = copy_to_host([state, self.stage.exported.state_dict()])
         metadata = self.stage.metadata() | {"step": step}
+        folder, kept = outdir / "checkpoints", (self.config.keep_checkpoints, self.config.keep_every)
 
+        # The checkpoint last: a run that goes on from it does not come by this step again.
         def write():
-            # The checkpoint last: a run that goes on from it does not come by this step again.
+            write_weights(weights)
+            save_checkpoint(folder, step, state, *kept)
+
+        def write_with_all_ranks():
+            gathered = sharding.gather(weights, likes)
+            save_sharded(
+                folder, step, state, sharding, likes, self.optimizer.names, *kept, lambda: write_weights(gathered)
+            )
+
+        def write_weights(weights):
             if is_milestone(step, self.config.keep_every):
                 (outdir / "milestones").mkdir(exist_ok=True)
                 save_weights(outdir / "milestones" / f"step_{step:09d}.safetensors", weights, metadata)
             save_weights(outdir / "model.safetensors", weights, metadata)
-            save_checkpoint(outdir / "checkpoints", step, state, self.config.keep_checkpoints, self.config.keep_every)
 
-        self.writer.submit(write)
+        likes = self.stage.network.state_dict()
+        self.writer.submit(write_with_all_ranks if sharding else write)
+
+    def check_saved(self, together: bool) -> None:
+        """Raise what the last `save` failed with, if it has ended.
+
+        together: whether all ranks are at this point at the same step, where those that all write raise it together.
+        """
+        if not self.stage.sharding:
+            self.writer.check()
+        elif together and any(self.ranks.gather_objects(self.writer.failed)):
+            self.writer.wait()
 
     def resume(self, folder: Path) -> None:
-        """Load the newest readable checkpoint of `folder`, if there is one."""
-        state = load_newest(folder, _STATE, self.unreadable)
+        """Load the newest checkpoint of `folder` that all ranks can read, if there is one."""
+        stage, share = self.stage, (self.ranks.rank, self.ranks.world_size)
+        likes = stage.network.state_dict()
+
+        def read(path):
+            return read_any(path, stage.sharding, likes, self.optimizer.names, share)
+
+        state = load_newest(folder, _STATE, self.unreadable, read, self.ranks.gather_objects)
         if state is None:
             return
         if state["data"] != self.data_fingerprint:
@@ -145,10 +181,11 @@ class RunState:
                 f"{self.config.data.path} is not the dataset that {folder.parent} was trained on (files or labels "
                 "differ); restore it, or choose another --outdir"
             )
-        self.stage.network.load_state_dict(state["network"])
-        self.stage.average.load_state_dict(state["average"])
+        load_parts(stage.network, state["network"])
+        load_parts(stage.average, state["average"])
         self.posthoc_ema.load_state_dict(state.get("posthoc_ema", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # a folder has none; they are the configuration's anyway
+        self.optimizer.load_state_dict({"param_groups": groups} | state["optimizer"])
         self.loss_scale.load_state_dict(state["scaler"])
         self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
         if state.get("pending"):
