@@ -15,7 +15,7 @@ from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, ModelConfig, OptimizerConfig
 from epg_fast.data import ImageFolder, PillowLoader
 from epg_fast.ops import extension_status
-from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
+from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, distributed, loop
 from epg_fast.training import progress as progress_module
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import compile_blocks, make_step_module
@@ -48,9 +48,9 @@ class _Silent:
 
 @pytest.fixture
 def run(digits):
-    """Return a function: optimiser's backend, job -> (RunState, its module, batches)."""
+    """Return a function: optimiser's backend, job, parallelism -> (RunState, its module, batches)."""
 
-    def make(backend="auto", job="pretrain"):
+    def make(backend="auto", job="pretrain", parallelism="ddp"):
         stage_class = {"pretrain": PretrainStage, "diffusion": DiffusionStage, "consistency": ConsistencyStage}[job]
         sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         if job == "pretrain":
@@ -62,8 +62,9 @@ def run(digits):
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend),
             batch_size=8,
             precision="fp32",
+            parallelism=parallelism,
         )
-        ranks = Ranks(0, 1, torch.device("cpu"))
+        ranks = distributed.start("cpu", parallelism)
         stage = stage_class(config, ranks)
         folder = ImageFolder(config.data.path)
         state = RunState(config, stage, folder, ranks)
@@ -71,7 +72,8 @@ def run(digits):
         loader = PillowLoader(folder, image_size=32, batch_size=8, seed=0, augment=augment, workers=0)
         return state, make_step_module(stage), iter(loader)
 
-    return make
+    yield make
+    distributed.stop()
 
 
 def _everything(state):
@@ -114,9 +116,12 @@ class _NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("job", ["pretrain", "diffusion", "consistency"])
-def test_an_update_makes_nobody_wait(job, run, digits):
-    state, step_module, batches = run("torch", job)
+PLAIN_AND_SHARDED = [("pretrain", "ddp"), ("diffusion", "ddp"), ("consistency", "ddp"), ("diffusion", "fsdp")]
+
+
+@pytest.mark.parametrize("job, parallelism", PLAIN_AND_SHARDED)
+def test_an_update_makes_nobody_wait(job, parallelism, run):
+    state, step_module, batches = run("torch", job, parallelism)
     batches = [next(batches) for _ in range(3)]
     metrics = Metrics(None, False, 0, False, None, {})
     state.update(step_module, batches[0], metrics)
@@ -126,9 +131,9 @@ def test_an_update_makes_nobody_wait(job, run, digits):
     assert state.step == 3
 
 
-@pytest.mark.parametrize("job", ["pretrain", "diffusion", "consistency"])
-def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, run):
-    state, step_module, batches = run(job=job)
+@pytest.mark.parametrize("job, parallelism", PLAIN_AND_SHARDED)
+def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, parallelism, run):
+    state, step_module, batches = run("auto", job, parallelism)
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
