@@ -256,7 +256,7 @@ class RunConfig:
     """Where to train; `auto` takes a GPU when there is one and says so."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """What several GPUs hold: `ddp` a copy of everything each; `fsdp` a part each of weights, gradients, moments and
-    averages, for memory; each block's weights are then sent round twice a step, and gradients once as with ddp."""
+    averages, which saves memory and sends each block's weights round for every forward and backward pass."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
     ops: Literal["auto", "triton", "reference"] = "auto"

@@ -1,4 +1,7 @@
-"""Checkpoints: one file per step, or a folder (`sharded_checkpoint`), written atomically, newest readable one resumed."""
+"""Checkpoints: one file per step, written atomically, newest readable one resumed.
+
+`sharded_checkpoint` writes folders of the same names; here they are listed, removed and set aside as files are.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +166,7 @@ def remove_temporaries(outdir: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """State in a file, its checksums verified. Nothing in it is executed: only tensors and plain values are accepted."""
+    """State in a file, verified by its checksums. Only tensors and plain values are accepted; nothing is executed."""
     _verify(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 

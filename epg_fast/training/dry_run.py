@@ -40,12 +40,15 @@ class Memory:
     moments: int
     """AdamW's two."""
     averages: int
+    gathered: int
+    """With sharding, what is whole for a time: see `_gathered`."""
     activations: Activations
 
     def total(self, checkpointing: bool) -> int:
         """All of them, with or without activation checkpointing."""
         kept = self.activations.checkpointed if checkpointing else self.activations.plain
-        return self.weights + self.gradients + self.buckets + self.moments + self.averages + kept
+        held = self.weights + self.gradients + self.buckets + self.moments + self.averages
+        return held + self.gathered + kept
 
 
 def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig) -> str:
@@ -111,25 +114,41 @@ def total_flops(stage: Stage) -> int:
 
 
 def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
-    """What one GPU holds; only the activations depend on how many GPUs there are."""
-    perceptual = getattr(stage, "perceptual", None)
-    trained = sum(_bytes(p) for p in stage.network.parameters() if p.requires_grad)
+    """What one GPU holds, the first if the parts are uneven.
+
+    With `ddp` only the activations depend on how many GPUs there are.
+    """
+    perceptual, sharded = getattr(stage, "perceptual", None), stage.config.parallelism == "fsdp"
+    parts = gpus if sharded else 1
+    trained = sum(_bytes(p, parts) for p in stage.network.parameters() if p.requires_grad)
     return Memory(
-        weights=_size(stage.network) + (0 if perceptual is None else _size(perceptual)),
+        weights=_size(stage.network, parts) + (0 if perceptual is None else _size(perceptual)),
         gradients=trained,
-        buckets=trained if gpus > 1 else 0,
+        buckets=trained if gpus > 1 and not sharded else 0,
         moments=2 * trained,
-        averages=_size(stage.average) * (1 + len(stage.config.posthoc_ema.sigma_rel or ())),
+        averages=_size(stage.average, parts) * (1 + len(stage.config.posthoc_ema.sigma_rel or ())),
+        gathered=_gathered(stage) if sharded else 0,
         activations=activation_bytes(stage, stage.config.batch_size // gpus, stage.config.steps - 1),
     )
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _gathered(stage: Stage) -> int:
+    """Weights and gradients outside the blocks, and of two blocks: one that is computed and one that comes or goes."""
+    blocks = [*stage.network.blocks, *getattr(stage.network, "decoder_blocks", ())]
+    sizes = [sum(map(_bytes, block.parameters())) for block in blocks]
+    outside = sum(map(_bytes, stage.network.parameters())) - sum(sizes)
+    return 2 * (outside + 2 * max(sizes))
 
 
-def _size(network: torch.nn.Module) -> int:
-    return sum(_bytes(t) for t in (*network.parameters(), *network.buffers()))
+def _bytes(tensor: torch.Tensor, parts: int = 1) -> int:
+    """Bytes of the first of `parts` along the first axis."""
+    if parts == 1:
+        return tensor.numel() * tensor.element_size()
+    return -(-tensor.shape[0] // parts) * tensor[0].numel() * tensor.element_size()
+
+
+def _size(network: torch.nn.Module, parts: int = 1) -> int:
+    return sum(_bytes(p, parts) for p in network.parameters()) + sum(map(_bytes, network.buffers()))
 
 
 def _gpus(options: DryRunConfig) -> tuple[int, str]:
@@ -182,12 +201,14 @@ def _memory_rows(memory: Memory, config: RunConfig) -> list[tuple[str, str]]:
     saved, on = memory.activations, config.activation_checkpointing
     kept, otherwise = (saved.checkpointed, saved.plain) if on else (saved.plain, saved.checkpointed)
     switch = f"with --activation_checkpointing {'false' if on else 'true'}"
+    float32 = "float32" + ", this GPU's part" * (config.parallelism == "fsdp")
     parts = [
-        ("weights", memory.weights, "float32"),
-        ("gradients", memory.gradients, "float32"),
+        ("weights", memory.weights, float32),
+        ("gradients", memory.gradients, float32),
         ("gradient buckets", memory.buckets, "a second copy, for the sum over GPUs"),
-        ("AdamW moments", memory.moments, "float32"),
-        ("average", memory.averages, "float32"),
+        ("AdamW moments", memory.moments, float32),
+        ("average", memory.averages, float32),
+        ("whole for a time", memory.gathered, "weights and gradients outside the blocks and of two blocks"),
         ("activations", kept, f"{otherwise / _GIB:.1f} {switch}"),
         ("sum", memory.total(on), f"{memory.total(not on) / _GIB:.1f} {switch}"),
     ]

@@ -59,7 +59,10 @@ class PosthocEma:
         return {str(s): {n: p.detach() for n, p in average.named_parameters()} for s, average in pairs}
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Load what `state_dict` returned, of sharded averages this rank's parts. Raises ValueError for other widths."""
+        """Load what `state_dict` returned, of sharded averages this rank's parts.
+
+        Raises ValueError for other widths.
+        """
         own = self.state_dict()
         if own.keys() != state.keys():
             raise ValueError(f"the checkpoint has averages of sigma_rel {list(state)}, wanted {list(own)}")

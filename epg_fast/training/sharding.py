@@ -11,6 +11,7 @@ A tensor that is split here is a DTensor; its part in this rank's memory is a pl
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -148,9 +149,12 @@ def shard_stage(stage: Stage, averages: Sequence[torch.nn.Module] = ()) -> None:
             # No backward pass would let go of what an update makes stale.
             fully_shard(network, mesh=mesh, reshard_after_forward=True)
     root = fully_shard(_Root(stage.network, stage.average), mesh=mesh)
-    # By default a block fetches what ran before it, which for the first block is another forward pass's last.
-    for before, block in zip([root, *blocks], blocks, strict=False):
-        block.set_modules_to_backward_prefetch([before])
+    # By default a module fetches what ran before it, which may belong to a pass without gradient.
+    chain = [root, *blocks]
+    for i, module in enumerate(chain):
+        module.set_modules_to_backward_prefetch([chain[i - 1]])
+    # Nothing writes to what a block returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     stage.sharding = Sharding(root, dist.new_group(backend="gloo", timeout=distributed.TIMEOUT))
 
 

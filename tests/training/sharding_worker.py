@@ -1,4 +1,7 @@
-"""What test_sharding looks at: runs with one rank and with two. One process imports everything, each rank is a fork of it."""
+"""What test_sharding looks at: runs with one rank and with two.
+
+One process imports everything, and each rank is a fork of it.
+"""
 
 import contextlib
 import dataclasses
@@ -169,7 +172,7 @@ def accumulate(rank, config, job, interference):
         torch.manual_seed(0)
         stage = training.DiffusionStage(config, ranks)
         network = stage.network
-        stage.loss = lambda x, *_: network.encode(x, x[:, 0, 0, 0]).square().sum()
+        stage.loss = lambda x, *_, network=network: network.encode(x, x[:, 0, 0, 0]).square().sum()
         shard_stage(stage)
         step_module, x = loop.make_step_module(stage), torch.full((2, 3, 32, 32), rank + 1.0)
         with without_gradient_sync(step_module) if alone else contextlib.nullcontext():

@@ -1,5 +1,6 @@
 """`--dry_run`: what a run would be, before anything is started; every shipped recipe."""
 
+import dataclasses
 import resource
 from pathlib import Path
 
@@ -113,6 +114,23 @@ def test_the_duration_is_all_operations_over_the_assumed_rate():
     text = describe(config, training.ConsistencyStage, DryRunConfig(dry_run=True, gpus=1))
     assert "from step 4 on, less before" in text and "again for activation checkpointing" in text
     assert "with --activation_checkpointing false" in text
+
+
+def test_sharded_memory_is_divided_and_says_what_is_whole_for_a_time(uncounted):
+    config = _config("pretrain", posthoc_ema=PosthocEmaConfig([0.1]))
+    plain = memory_per_gpu(planned_stage(config, training.PretrainStage, 1), 1)
+    sharded = dataclasses.replace(config, parallelism="fsdp")
+    stage = planned_stage(sharded, training.PretrainStage, 3)
+    split = memory_per_gpu(stage, 3)
+    parts = sum(p.chunk(3)[0].numel() * 4 for p in stage.network.parameters())
+    assert parts == split.gradients == split.moments // 2 and plain.gradients / 3 < parts < plain.gradients / 2
+    buffers = split.weights - parts
+    assert buffers == plain.weights - plain.gradients and split.averages == 2 * split.weights and split.buckets == 0
+    block = sum(p.numel() * 4 for p in stage.network.blocks[0].parameters())
+    assert split.gathered == 2 * (plain.gradients - 2 * block + 2 * block)  # of two blocks in all
+    assert split.total(True) == sum((parts, split.weights, 2 * parts, split.averages, split.gathered)) + 2**39
+    text = describe(sharded, training.PretrainStage, DryRunConfig(dry_run=True, gpus=4))
+    assert "whole for a time" in text and "float32, this GPU's part" in text and "gradient buckets" not in text
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -88,11 +88,14 @@ def test_two_sharded_ranks_train_as_one_plain_rank(job, runs):
     """
     assert_close_runs(runs / f"{job}-2", runs / f"{job}-1", job)
     kinds = [path.name for path in list_checkpoints(runs / f"{job}-2/checkpoints")]
-    assert kinds == {
-        "pretrain": ["step_000000004", "step_000000002"],
-        "diffusion": ["step_000000004", "step_000000003"],
-        "consistency": ["step_000000004", "step_000000002.pt"],
-    }[job]
+    assert (
+        kinds
+        == {
+            "pretrain": ["step_000000004", "step_000000002"],
+            "diffusion": ["step_000000004", "step_000000003"],
+            "consistency": ["step_000000004", "step_000000002.pt"],
+        }[job]
+    )
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
