@@ -250,6 +250,9 @@ class RunConfig:
     """Updates to make."""
     batch_size: int = 1024
     """Global batch size, split over the ranks."""
+    gradient_accumulation: int = 1
+    """Parts in which each rank's batch goes through the networks, for less memory; the gradient is that of the whole
+    batch, contrastive negatives and BatchNorm statistics included. Pre-training runs its three views once more."""
     seed: int = 0
     """Every random draw follows from this, the step and the sample."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -277,7 +280,8 @@ class RunConfig:
     """Weights & Biases project to log to, when wandb is installed."""
 
     def __post_init__(self):
-        _check(self, 1, math.inf, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        _check(self, 1, math.inf, "steps", "batch_size", "gradient_accumulation")
+        _check(self, 1, math.inf, "log_every", "checkpoint_every", "keep_checkpoints")
         _check(self, 0, math.inf, "seed", "keep_every")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(

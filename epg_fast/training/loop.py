@@ -28,6 +28,7 @@ from epg_fast.data import (
     resolve_backend,
 )
 from epg_fast.training import distributed
+from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.hardware import Utilization
@@ -72,6 +73,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
             f"{source.root} has {len(source.classes)} classes, but the model has {classes}; "
             f"pass --model.num_classes {len(source.classes)}"
         )
+    check_parts(config, ranks.world_size)
     check_run_folder(outdir, config)
     state = RunState(config, stage, source, ranks)
     state.resume(outdir / "checkpoints")
@@ -220,7 +222,7 @@ def _decoder(backend: str, workers: int) -> str:
 
 
 def make_step_module(stage: Stage) -> torch.nn.Module:
-    """Module whose forward pass is the stage's loss; it averages gradients and BatchNorm statistics over the ranks."""
+    """Module that calls the stage's method it is given; it averages gradients and BatchNorm statistics over ranks."""
     module = _StepModule(stage)
     if stage.ranks.world_size == 1:
         return module
@@ -233,15 +235,14 @@ def make_step_module(stage: Stage) -> torch.nn.Module:
 
 
 class _StepModule(torch.nn.Module):
-    """The stage's loss as a forward pass, so that DistributedDataParallel sees one forward per backward."""
+    """The stage's computations as a forward pass, so that DistributedDataParallel sees one forward per backward."""
 
     def __init__(self, stage: Stage):
         super().__init__()
         self.network = stage.network
-        self._loss = stage.loss
 
-    def forward(self, batch, draws, step):
-        return self._loss(batch, draws, step)
+    def forward(self, compute, *arguments):
+        return compute(*arguments)
 
 
 def compile_blocks(stage: Stage, **options) -> None:

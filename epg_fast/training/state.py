@@ -11,8 +11,8 @@ from epg_fast.config import RunConfig
 from epg_fast.data import ImageSource, PixelNormalization
 from epg_fast.models import save_weights
 from epg_fast.objectives import Loss
-from epg_fast.runtime import autocast
 from epg_fast.training import distributed
+from epg_fast.training.accumulation import Gradients
 from epg_fast.training.bad_files import still_bad
 from epg_fast.training.checkpoint import BackgroundWriter, copy_to_host, is_milestone, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
@@ -61,9 +61,8 @@ class RunState:
         draws = Draws(config.seed, self.iteration, self.ranks.rank * count, count, self.ranks.device)
         # The running statistics of BatchNorm change in the forward pass already.
         buffers = [b.clone() for b in self.stage.network.buffers()]
-        with autocast(self.ranks.device, config.precision):
-            result = step_module(self._normalized(batch), draws, self.step)
-        self.loss_scale(result.loss).backward()
+        gradients = Gradients(self.stage, step_module, self.normalization, self.loss_scale)
+        result = gradients(batch, draws, self.step)
         o = config.optimizer
         self.optimizer.schedule(
             lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
@@ -157,9 +156,6 @@ class RunState:
         self.data_backend = state.get("data_backend", "pillow")
         self.bad_files = still_bad(state.get("bad_files", {}), self.source)
         log.info("resuming %s at step %d", folder.parent, self.step)
-
-    def _normalized(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {k: self.normalization.normalize(v) if v.dtype == torch.uint8 else v for k, v in batch.items()}
 
     def _report(self, result: Loss, norm, found_inf, stop: bool, metrics: Metrics) -> torch.Tensor:
         """Add an update to the metrics, as means over all ranks; returns whether any rank is to end, []."""
