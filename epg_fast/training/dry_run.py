@@ -12,6 +12,7 @@ import torch
 
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.models import encoder_from_config
+from epg_fast.training.accumulation import check_parts
 from epg_fast.training.activations import Activations, activation_bytes
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.flops import StepFlops, step_flops
@@ -56,15 +57,15 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     """
     gpus, origin = _gpus(options)
     check_batch(config.batch_size, gpus)
+    check_parts(config, gpus)
     gpu, why = _gpu(options)
-    images = config.batch_size // gpus
     stage = planned_stage(config, stage_class, gpus)
     last = step_flops(stage, config.steps - 1)
     memory = memory_per_gpu(stage, gpus)
     rows = [
         ("model", _model(stage)),
         ("parameters", _parameters(stage)),
-        ("batch", f"{config.batch_size} images = {gpus} GPU{'s' * (gpus > 1)} x {images} ({origin})"),
+        ("batch", f"{config.batch_size} images = {_share(config, gpus)} ({origin})"),
         ("steps", f"{config.steps:,} = {config.steps * config.batch_size:,} images"),
         ("FLOPs per image", _per_image(last)),
         ("FLOPs per step", f"{_si(last.total * config.batch_size)}FLOP{_from_step(stage)}"),
@@ -121,7 +122,7 @@ def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
         buckets=trained if gpus > 1 else 0,
         moments=2 * trained,
         averages=_size(stage.average) * (1 + len(stage.config.posthoc_ema.sigma_rel or ())),
-        activations=activation_bytes(stage, stage.config.batch_size // gpus, stage.config.steps - 1),
+        activations=activation_bytes(stage, _part(stage.config, gpus), stage.config.steps - 1),
     )
 
 
@@ -131,6 +132,16 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _size(network: torch.nn.Module) -> int:
     return sum(_bytes(t) for t in (*network.parameters(), *network.buffers()))
+
+
+def _part(config: RunConfig, gpus: int) -> int:
+    """Images that go through the network together."""
+    return config.batch_size // gpus // config.gradient_accumulation
+
+
+def _share(config: RunConfig, gpus: int) -> str:
+    parts = f" in {config.gradient_accumulation} parts" if config.gradient_accumulation > 1 else ""
+    return f"{gpus} GPU{'s' * (gpus > 1)} x {config.batch_size // gpus}{parts}"
 
 
 def _gpus(options: DryRunConfig) -> tuple[int, str]:
@@ -169,7 +180,7 @@ def _per_image(flops: StepFlops) -> str:
     if flops.without_gradient:
         parts.append(f"without gradient {_si(flops.without_gradient)}")
     if flops.recomputed:
-        parts.append(f"and {_si(flops.recomputed)} again for activation checkpointing")
+        parts.append(f"and {_si(flops.recomputed)} again for less memory")
     return f"{_si(flops.total)}FLOP ({', '.join(part.strip() for part in parts)})"
 
 

@@ -2,8 +2,8 @@
 
 Products with weights and the two of attention count, a multiplication and an addition as two operations, as
 torch.utils.flop_counter counts them; norms, softmax and element-wise work do not. Counted is what the method needs: a
-product per gradient in the backward pass, and nothing twice. What activation checkpointing computes again stands apart;
-the scores that attention kernels compute again in their backward pass stand nowhere. That is the convention of MFU
+product per gradient in the backward pass, and nothing twice. What is computed again for less memory stands apart; the
+scores that attention kernels compute again in their backward pass stand nowhere. That is the convention of MFU
 (Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B).
 """
 
@@ -49,7 +49,7 @@ class StepFlops:
     without_gradient: int
     """Forward passes of targets and frozen networks."""
     recomputed: int
-    """What activation checkpointing adds to `total`; 0 without it."""
+    """What activation checkpointing and pre-training's gradient accumulation add to `total`; 0 without them."""
 
     @property
     def total(self) -> int:
@@ -69,7 +69,8 @@ def _pretrain(stage: Stage, step: int) -> StepFlops:
     similarity = 2 * _similarity(stage, network.projection_head[-1].out_features)
     similarity += _similarity(stage, network.embed_dim)
     without = 1 * _trunk(network).forward + 2 * head.forward + 2 * (_trunk(target).forward + _head(target).forward)
-    return _step(network, 3 * trunk + 2 * head, similarity, without)
+    again = 3 * trunk.forward if stage.config.gradient_accumulation > 1 else 0
+    return _step(network, 3 * trunk + 2 * head, similarity, without, again)
 
 
 def _diffusion(stage: Stage, step: int) -> StepFlops:
@@ -92,12 +93,12 @@ def _consistency(stage: Stage, step: int) -> StepFlops:
 _STEPS = {"pretrain": _pretrain, "finetune-diffusion": _diffusion, "finetune-consistency": _consistency}
 
 
-def _step(network: ViTEncoder, trained: _Pass, similarity: int, without_gradient: int) -> StepFlops:
+def _step(network: ViTEncoder, trained: _Pass, similarity: int, without_gradient: int, again: int = 0) -> StepFlops:
     return StepFlops(
         forward=trained.forward + similarity,
         backward=trained.weights + trained.inputs + similarity,  # only the queries get a gradient
         without_gradient=without_gradient,
-        recomputed=trained.recomputed if network.use_checkpoint else 0,
+        recomputed=again + (trained.recomputed if network.use_checkpoint else 0),
     )
 
 

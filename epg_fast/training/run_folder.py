@@ -22,6 +22,7 @@ _FREE = (
     "device",
     "compile",
     "activation_checkpointing",
+    "gradient_accumulation",
     "ops",
     "optimizer.backend",
     "data.backend",

@@ -85,7 +85,7 @@ def test_the_loss_scale_reaches_every_part(jobs):
 
 def test_a_batch_that_does_not_divide_into_parts_is_refused(tiny_run, tmp_path, capsys):
     flags = [*tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--gradient_accumulation", "3"]
-    assert main(["finetune-diffusion", *flags, "--batch_size", "16", "--outdir", str(tmp_path / "run")]) == 1
+    assert main(["finetune-diffusion", *flags, "--batch_size", "16", "--outdir", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
     assert "batch_size 16 does not divide over 1 rank with 3 parts each" in message and "--batch_size 18" in message
     assert not (tmp_path / "run").exists()
@@ -95,6 +95,7 @@ def test_a_batch_that_does_not_divide_into_parts_is_refused(tiny_run, tmp_path, 
 def test_torchrun_trains_and_logs_the_same_losses(tiny_run, tmp_path):
     for ranks in (1, 2):
         flags = [*tiny_run[:2], "--config", "digits_pretrain", *tiny_run[2:], "--steps", "6"]
+        flags += ["--gradient_accumulation", str(ranks)]
         _torchrun(ranks, "-m", "epg_fast", "pretrain", *flags, "--outdir", tmp_path / str(ranks))
     one, two = (
         [json.loads(line) for line in (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()]

@@ -98,6 +98,21 @@ def test_gpus_come_from_the_flag_then_torchrun_then_eight(monkeypatch, uncounted
     assert "1 GPU x 16 (--gpus)" in say(gpus=1) and "gradient buckets" not in say(gpus=1)
 
 
+def test_parts_are_shown_and_their_images_are_what_is_kept(monkeypatch):
+    kept = []
+
+    def count(stage, images, step):
+        kept.append(images)
+        return Activations(0, 0)
+
+    monkeypatch.setattr(dry_run, "activation_bytes", count)
+    config, options = _config(gradient_accumulation=4), DryRunConfig(dry_run=True, gpus=2)
+    assert "16 images = 2 GPUs x 8 in 4 parts (--gpus)" in describe(config, training.DiffusionStage, options)
+    assert kept == [2]
+    with pytest.raises(ValueError, match="16 does not divide over 2 ranks with 5 parts each .* --batch_size 20"):
+        describe(_config(gradient_accumulation=5), training.DiffusionStage, options)
+
+
 def test_the_gpu_is_the_named_one_then_this_machines_then_an_h200(uncounted):
     say = lambda **options: describe(_config(), training.DiffusionStage, DryRunConfig(dry_run=True, **options))  # noqa: E731
     assert "8 x H200 at" in say() and "8 x L40S at an assumed 25%" in say(gpu="l40s", utilization=0.25)
@@ -111,7 +126,7 @@ def test_the_duration_is_all_operations_over_the_assumed_rate():
     each = [step_flops(stage, step) for step in range(10)]
     assert total_flops(stage) == 16 * sum(flops.total + flops.recomputed for flops in each)
     text = describe(config, training.ConsistencyStage, DryRunConfig(dry_run=True, gpus=1))
-    assert "from step 4 on, less before" in text and "again for activation checkpointing" in text
+    assert "from step 4 on, less before" in text and "again for less memory" in text
     assert "with --activation_checkpointing false" in text
 
 

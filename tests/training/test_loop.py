@@ -50,7 +50,7 @@ class _Silent:
 def run(digits):
     """Return a function: optimiser's backend, job -> (RunState, its module, batches)."""
 
-    def make(backend="auto", job="pretrain"):
+    def make(backend="auto", job="pretrain", parts=1):
         stage_class = {"pretrain": PretrainStage, "diffusion": DiffusionStage, "consistency": ConsistencyStage}[job]
         sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         if job == "pretrain":
@@ -61,6 +61,7 @@ def run(digits):
             data=DataConfig(f"{digits}/train", normalization="simple"),
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend),
             batch_size=8,
+            gradient_accumulation=parts,
             precision="fp32",
         )
         ranks = Ranks(0, 1, torch.device("cpu"))
@@ -114,9 +115,10 @@ class _NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("job", ["pretrain", "diffusion", "consistency"])
-def test_an_update_makes_nobody_wait(job, run, digits):
-    state, step_module, batches = run("torch", job)
+def test_an_update_makes_nobody_wait(job, parts, run):
+    state, step_module, batches = run("torch", job, parts)
     batches = [next(batches) for _ in range(3)]
     metrics = Metrics(None, False, 0, False, None, {})
     state.update(step_module, batches[0], metrics)
@@ -126,9 +128,10 @@ def test_an_update_makes_nobody_wait(job, run, digits):
     assert state.step == 3
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("job", ["pretrain", "diffusion", "consistency"])
-def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, run):
-    state, step_module, batches = run(job=job)
+def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, parts, run):
+    state, step_module, batches = run(job=job, parts=parts)
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -137,8 +140,8 @@ def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, run):
     state.update(step_module, next(batches), metrics)
     graphs = counters["stats"]["unique_graphs"]
     # pre-training: three batches, two of them without gradient; fine-tuning: an encoder block and decoder blocks with
-    # and without a skip, for consistency also without gradient
-    assert graphs == {"pretrain": 3, "diffusion": 3, "consistency": 6}[job]
+    # and without a skip, for consistency also without gradient; in parts, pre-training's three views come twice
+    assert graphs == {"pretrain": 3 if parts == 1 else 4, "diffusion": 3, "consistency": 6}[job]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             state.update(step_module, next(batches), metrics)
