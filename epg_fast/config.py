@@ -263,8 +263,9 @@ class RunConfig:
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; `auto` compiles on a GPU only."""
-    activation_checkpointing: bool = False
-    """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory."""
+    activation_checkpointing: bool | float = False
+    """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory. A number
+    between 0 and 1 is the share of the blocks, evenly spread."""
     log_every: int = 100
     """Steps per line of metrics.jsonl."""
     checkpoint_every: int = 5_000
@@ -283,6 +284,7 @@ class RunConfig:
         _check(self, 1, math.inf, "steps", "batch_size", "gradient_accumulation")
         _check(self, 1, math.inf, "log_every", "checkpoint_every", "keep_checkpoints")
         _check(self, 0, math.inf, "seed", "keep_every")
+        _check(self, 0, 1, "activation_checkpointing")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"

@@ -44,9 +44,8 @@ class Memory:
     averages: int
     activations: Activations
 
-    def total(self, checkpointing: bool) -> int:
-        """All of them, with or without activation checkpointing."""
-        kept = self.activations.checkpointed if checkpointing else self.activations.plain
+    def total(self, kept: int) -> int:
+        """All of them, with one of the `activations`."""
         return self.weights + self.gradients + self.buckets + self.moments + self.averages + kept
 
 
@@ -192,7 +191,7 @@ def _from_step(stage: Stage) -> str:
 
 def _memory_rows(memory: Memory, config: RunConfig) -> list[tuple[str, str]]:
     saved, on = memory.activations, config.activation_checkpointing
-    kept, otherwise = (saved.checkpointed, saved.plain) if on else (saved.plain, saved.checkpointed)
+    kept, otherwise = saved.chosen, saved.plain if on else saved.checkpointed
     switch = f"with --activation_checkpointing {'false' if on else 'true'}"
     parts = [
         ("weights", memory.weights, "float32"),
@@ -201,7 +200,7 @@ def _memory_rows(memory: Memory, config: RunConfig) -> list[tuple[str, str]]:
         ("AdamW moments", memory.moments, "float32"),
         ("average", memory.averages, "float32"),
         ("activations", kept, f"{otherwise / _GIB:.1f} {switch}"),
-        ("sum", memory.total(on), f"{memory.total(not on) / _GIB:.1f} {switch}"),
+        ("sum", memory.total(kept), f"{memory.total(otherwise) / _GIB:.1f} {switch}"),
     ]
     rows = [(f"  {name}", f"{size / _GIB:6.1f}   {text}") for name, size, text in parts if size]
     notes = (

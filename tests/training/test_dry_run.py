@@ -35,7 +35,7 @@ RUNS = {
 @pytest.fixture
 def uncounted(monkeypatch):
     """Skip the count of activations, which takes seconds and is tested beside this."""
-    monkeypatch.setattr(dry_run, "activation_bytes", lambda *_: Activations(2**40, 2**39))
+    monkeypatch.setattr(dry_run, "activation_bytes", lambda *_: Activations(2**40, 2**39, 2**40))
 
 
 def _command(run):
@@ -103,7 +103,7 @@ def test_parts_are_shown_and_their_images_are_what_is_kept(monkeypatch):
 
     def count(stage, images, step):
         kept.append(images)
-        return Activations(0, 0)
+        return Activations(0, 0, 0)
 
     monkeypatch.setattr(dry_run, "activation_bytes", count)
     config, options = _config(gradient_accumulation=4), DryRunConfig(dry_run=True, gpus=2)

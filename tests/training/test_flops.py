@@ -40,6 +40,8 @@ def test_activation_checkpointing_adds_the_forward_pass_of_the_blocks(job):
     plain = step_flops(make_stage(job, make_config(job, batch_size=2)), 0)
     assert (checkpointed.total, plain.recomputed) == (plain.total, 0)
     assert 0.5 * plain.forward < checkpointed.recomputed < plain.forward
+    half = _assert_counted(job, activation_checkpointing=0.5)
+    assert 0.2 * checkpointed.recomputed < half.recomputed < 0.7 * checkpointed.recomputed
 
 
 @pytest.mark.parametrize("job", JOBS)
