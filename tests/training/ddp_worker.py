@@ -38,10 +38,16 @@ def gradients(config, stage_class, step):
         torch.distributed.all_reduce(loss)
     found = {f"grad.{n}": p.grad for n, p in stage.network.named_parameters() if p.grad is not None}
     found |= {f"buffer.{n}": b for n, b in stage.network.named_buffers()}
+    if ranks.world_size > 1:  # the gradients lie in the buckets that were summed, each like its parameter
+        assert all(p.grad._base is not None and p.grad.stride() == p.stride() for p in _trained(stage))
     if ranks.main:
         torch.save({"loss": loss} | found, sys.argv[2])
     del step_module, result  # before the process group they use
     distributed.stop()
+
+
+def _trained(stage):
+    return [p for p in stage.network.parameters() if p.grad is not None]
 
 
 if __name__ == "__main__":
