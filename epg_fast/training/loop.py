@@ -176,8 +176,9 @@ def _draw_missing_preview(state, outdir):
 
 
 def _something_is_due(state, config) -> bool:
-    preview = state.stage.preview
-    every = (config.log_every, config.checkpoint_every, config.posthoc_ema.every, preview.every if preview else 0)
+    preview, snapshots = state.stage.preview, config.posthoc_ema
+    every = [config.log_every, config.checkpoint_every, snapshots.every if snapshots.sigma_rel else 0]
+    every.append(preview.every if preview else 0)
     return state.step == config.steps or any(n and state.step % n == 0 for n in every)
 
 

@@ -136,6 +136,28 @@ def test_memory_is_that_of_the_tensors_of_a_real_run(job, digits, tmp_path):
     assert memory.gradients == memory.moments // 2 == size(trained) and memory.in_host_memory == 0
 
 
+@pytest.mark.parametrize("job, on_gpu", [("finetune-diffusion", 0), ("pretrain", 1)])
+def test_offloaded_averages_are_counted_in_host_memory(job, on_gpu, digits, uncounted):
+    from epg_fast.data import ImageFolder
+    from epg_fast.training.distributed import Ranks
+    from epg_fast.training.state import RunState
+
+    stage_class, config = (
+        getattr(training, JOBS[job] + "Stage"),
+        _config(job, posthoc_ema=PosthocEmaConfig([0.05, 0.1]), offload_ema=True),
+    )
+    memory = memory_per_gpu(planned_stage(config, stage_class, 2), 2)
+    stage = stage_class(config, Ranks(0, 1, torch.device("cpu")))
+    state = RunState(config, stage, ImageFolder(f"{digits}/train"), stage.ranks)
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    one = size([*stage.network.parameters(), *stage.network.buffers()])
+    assert memory.averages == on_gpu * one and len(state.optimizer._averages) == on_gpu
+    staging = state.host_averages._staging
+    assert size(staging) <= memory.in_host_memory - (3 - on_gpu) * one < 2 * size(staging)
+    rows = describe(config, stage_class, DryRunConfig(dry_run=True))
+    assert "in host memory" in rows and ("  average " in rows) == bool(on_gpu)
+
+
 def _fails(capsys, flags, *expected):
     assert main(["finetune-diffusion", "--config", "imagenet256_diffusion", *flags]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
