@@ -58,7 +58,9 @@ class PosthocEma:
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """sigma_rel -> parameters of its average; the tensors are the live ones."""
-        pairs = zip(self.sigma_rel, self.averages, strict=bool(self.averages))
+        if not self.averages:  # none are tracked, or another rank has them
+            return {}
+        pairs = zip(self.sigma_rel, self.averages, strict=True)
         return {str(s): {n: p.detach() for n, p in average.named_parameters()} for s, average in pairs}
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -81,9 +81,8 @@ class RunLock:
         self.outdir, self.ranks = outdir, ranks
         self._file: IO | None = None
         if ranks.main and (outdir / "config.yaml").exists():
-            with contextlib.suppress(
-                OSError
-            ):  # a folder that one can only read: its run is complete, or claimed in vain
+            # A folder that one can only read is that of a complete run, or will be claimed in vain.
+            with contextlib.suppress(OSError):
                 self.take()
         ranks.barrier()
 
