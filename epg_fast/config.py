@@ -266,6 +266,9 @@ class RunConfig:
     activation_checkpointing: bool | float = False
     """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory. A number
     between 0 and 1 is the share of the blocks, evenly spread."""
+    offload_ema: bool = False
+    """Keep the averages of the weights in the first rank's host memory: less GPU memory. Pre-training's target network
+    stays on the GPU."""
     log_every: int = 100
     """Steps per line of metrics.jsonl."""
     checkpoint_every: int = 5_000
@@ -324,6 +327,11 @@ class PretrainConfig(RunConfig):
         _check_positive(self, "contrastive_temperature", "temperature")
         if not min(self.temperature_range) > 0:
             raise ValueError(f"temperature_range is {self.temperature_range}, want positive numbers")
+        if self.offload_ema and not self.posthoc_ema.sigma_rel:
+            raise ValueError(
+                "offload_ema: pre-training calls its average, the target network, in every step, so that it stays on "
+                "the device; leave the flag out, or track others with --posthoc_ema.sigma_rel, which are offloaded"
+            )
 
 
 @dataclass

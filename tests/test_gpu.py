@@ -92,3 +92,35 @@ def test_the_host_waits_for_nothing_in_an_update(job, precision, digits):
         torch.cuda.set_sync_debug_mode("default")
     state.settle()
     assert state.iteration == 5
+
+
+def test_averages_in_host_memory_follow_every_update_and_nobody_waits(digits):
+    """An average beside them is updated on the device, without a wait that would hide a copy that comes too late."""
+    place, device = ImageFolder(f"{digits}/train"), torch.device("cuda", 0)
+    fields = {
+        "data": DataConfig(str(place.root)),
+        "optimizer": OptimizerConfig(lr=1e-2, warmup_steps=0, backend="torch"),
+    }
+    model = {"embed_dim": 512, "decoder_embed_dim": 512}  # so that copies take their time
+    config = make_config("finetune-diffusion", model, batch_size=8, ema=0.5, offload_ema=True, **fields)
+    ranks = Ranks(0, 1, device)
+    state = RunState(config, training.DiffusionStage(config, ranks), place, ranks)
+    step_module, metrics = make_step_module(state.stage), Metrics(None, False, 0, False, None, {})
+    weights = [p.detach() for p in state.stage.network.parameters()]
+    want = [w.clone() for w in weights]
+    images = torch.randint(256, (2, 8, 3, 32, 32), device=device) / 255
+    images[1, 0, 0, 0, 0] = float("nan")
+    torch.cuda.synchronize()
+    for i in range(30):
+        torch.cuda.set_sync_debug_mode("error" if i > 2 else "default")
+        try:
+            skipped = i % 7 == 5
+            state.update(step_module, {"x": images[int(skipped)], "label": torch.arange(8, device=device)}, metrics)
+            if not skipped:
+                torch._foreach_lerp_(want, weights, 0.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    state.host_averages.wait()
+    got = list(state.stage.average.parameters())
+    assert not any(p.is_cuda for p in got) and state.made == 26
+    torch.testing.assert_close([p.data for p in got], [w.cpu() for w in want], rtol=1e-5, atol=1e-6)

@@ -37,16 +37,17 @@ class Memory:
     weights: int
     """Of the trained network and of a frozen one, with their buffers."""
     gradients: int
-    buckets: int
-    """Second copy of the gradients in which DistributedDataParallel sums them; none on one GPU."""
+    """On several GPUs DistributedDataParallel sums them where they are."""
     moments: int
     """AdamW's two."""
     averages: int
+    in_host_memory: int
+    """Not on the GPU: averages of `offload_ema` and the pinned copy of the weights that they are updated from."""
     activations: Activations
 
     def total(self, kept: int) -> int:
-        """All of them, with one of the `activations`."""
-        return self.weights + self.gradients + self.buckets + self.moments + self.averages + kept
+        """All that is on the GPU, with one of the `activations`."""
+        return self.weights + self.gradients + self.moments + self.averages + kept
 
 
 def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig) -> str:
@@ -95,10 +96,11 @@ def planned_stage(config: RunConfig, stage_class: type[Stage], gpus: int) -> Sta
     absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
     meta = torch.device("meta")
     with meta:
-        plain = dataclasses.replace(config, ops="auto", **absent)
+        plain = dataclasses.replace(config, ops="auto", offload_ema=False, **absent)
         stage = stage_class(plain, _Planned(0, gpus, meta))
         if perceptual:
             stage.perceptual = encoder_from_config(network_config(config)).eval().requires_grad_(False)
+    plain.offload_ema = config.offload_ema
     return stage
 
 
@@ -115,12 +117,16 @@ def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
     """What one GPU holds; only the activations depend on how many GPUs there are."""
     perceptual = getattr(stage, "perceptual", None)
     trained = sum(_bytes(p) for p in stage.network.parameters() if p.requires_grad)
+    averages = 1 + len(stage.config.posthoc_ema.sigma_rel or ())
+    offloaded = averages - stage.calls_average if stage.config.offload_ema else 0
+    # torch's allocator of pinned memory rounds up to powers of two
+    pinned = sum(1 << (_bytes(p) - 1).bit_length() for p in stage.network.parameters())
     return Memory(
         weights=_size(stage.network) + (0 if perceptual is None else _size(perceptual)),
         gradients=trained,
-        buckets=trained if gpus > 1 else 0,
         moments=2 * trained,
-        averages=_size(stage.average) * (1 + len(stage.config.posthoc_ema.sigma_rel or ())),
+        averages=_size(stage.average) * (averages - offloaded),
+        in_host_memory=_size(stage.average) * offloaded + (pinned if offloaded else 0),
         activations=activation_bytes(stage, _part(stage.config, gpus), stage.config.steps - 1),
     )
 
@@ -196,11 +202,11 @@ def _memory_rows(memory: Memory, config: RunConfig) -> list[tuple[str, str]]:
     parts = [
         ("weights", memory.weights, "float32"),
         ("gradients", memory.gradients, "float32"),
-        ("gradient buckets", memory.buckets, "a second copy, for the sum over GPUs"),
         ("AdamW moments", memory.moments, "float32"),
         ("average", memory.averages, "float32"),
         ("activations", kept, f"{otherwise / _GIB:.1f} {switch}"),
         ("sum", memory.total(kept), f"{memory.total(otherwise) / _GIB:.1f} {switch}"),
+        ("in host memory", memory.in_host_memory, "averages and a pinned copy of the weights, of rank 0"),
     ]
     rows = [(f"  {name}", f"{size / _GIB:6.1f}   {text}") for name, size, text in parts if size]
     notes = (

@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from epg_fast.config import RunConfig
 from epg_fast.data import (
     DataError,
-    ImageSource,
     Prefetcher,
     make_loader,
     open_images,
@@ -33,9 +32,9 @@ from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics
-from epg_fast.training.preview import write_preview
+from epg_fast.training.preview import preview_is_due, preview_path, write_preview
 from epg_fast.training.progress import Progress
-from epg_fast.training.run_folder import check_run_folder, claim_run_folder
+from epg_fast.training.run_folder import RunLock, check_run_folder, claim_run_folder
 from epg_fast.training.signals import StopSignals
 from epg_fast.training.stages import Stage
 from epg_fast.training.state import RunState
@@ -74,12 +73,19 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
             f"pass --model.num_classes {len(source.classes)}"
         )
     check_parts(config, ranks.world_size)
-    check_run_folder(outdir, config)
-    state = RunState(config, stage, source, ranks)
-    state.resume(outdir / "checkpoints")
-    if state.step >= config.steps:
-        log.info("%s is complete: %d steps", outdir, state.step)
-        return
+    with RunLock(outdir, ranks) as lock:
+        check_run_folder(outdir, config)
+        state = RunState(config, stage, source, ranks)
+        state.resume(outdir / "checkpoints")
+        if state.step >= config.steps:
+            _draw_missing_preview(state, outdir)
+            log.info("%s is complete: %d steps", outdir, state.step)
+        else:
+            _go_on(config, state, lock)
+
+
+def _go_on(config: RunConfig, state: RunState, lock: RunLock) -> None:
+    ranks, stage, source = state.ranks, state.stage, state.source
     state.data_backend = choose_backend(config.data.backend, state.data_backend, ranks.device)
     check_one_backend(state.data_backend, ranks)
     loader = make_loader(
@@ -96,26 +102,27 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         device=ranks.device,
     )
     with contextlib.closing(loader):
-        _run(config, state, loader, source, outdir)
+        _run(config, state, loader, lock)
 
 
-def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir: Path) -> None:
-    ranks, stage = state.ranks, state.stage
+def _run(config: RunConfig, state: RunState, loader, lock: RunLock) -> None:
+    ranks, stage, source, outdir = state.ranks, state.stage, state.source, lock.outdir
     bad_files = BadFiles(state.bad_files, loader, source, config.data.max_bad_fraction, outdir, ranks)
     decoder = _decoder(state.data_backend, config.data.workers)
     log.info("images are decoded by %s", decoder)
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-    lock = claim_run_folder(outdir, stage.name, config, ranks)
+    claim_run_folder(stage.name, config, lock)
     if ranks.main:
         set_aside(state.unreadable)
         remove_temporaries(outdir)
-    state.posthoc_ema.discard_after(state.step)
+    state.posthoc_ema.discard_after(state.made)
     writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
-    metrics = Metrics(outdir, ranks.main, state.step, *writers, Utilization(stage))
+    metrics = Metrics(outdir, ranks.main, state.made, *writers, Utilization(stage))
     metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         compile_blocks(stage)
+    metrics.add_image("samples", _draw_missing_preview(state, outdir), state.made)
     progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
     signals = StopSignals()
 
@@ -136,13 +143,11 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
         ranks.barrier()
         metrics.close()
     if state.step < config.steps:
-        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.step)
-    if lock:
-        lock.close()
+        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.made)
 
 
 def _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals) -> None:
-    done = state.step  # a step that is reached again, because its update was skipped, is saved once
+    done = state.made  # a step that is reached again, because the update after it was skipped, is written once
     stop = False
     while state.step < config.steps and not stop:
         waited = batches.waited
@@ -157,23 +162,45 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
         if state.step % config.log_every == 0 or state.step == config.steps:
             stop = state.settle() or stop
         progress.reach(state.step)
-        last, new = state.step == config.steps, state.step > done
-        done = max(done, state.step)
-        logs = new and (state.step % config.log_every == 0 or last)
-        saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
-        if new:
-            # Before the checkpoint: a run that goes on from it does not come by this step again.
-            state.posthoc_ema.write_if_due(state.step)
-        if logs or saves:
-            bad_files.exchange()
-        if logs:
-            progress.show(metrics.write(state.step, lr=state.optimizer.lr))
-        if saves:
-            state.save(outdir, metrics)
         state.writer.check()
-        preview = state.stage.preview
-        if new and preview and preview.every and state.ranks.main and (state.step % preview.every == 0 or last):
-            metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
+        if stop or _something_is_due(state, config):
+            # `step` can be one too high still: then nothing is due but what a signal asks for
+            new = done < state.made == state.step
+            _write_what_is_due(config, state, metrics, progress, bad_files, outdir, new, stop)
+            done = max(done, state.made)
+
+
+def _draw_missing_preview(state, outdir):
+    """The preview of the step to go on from, if one was due and the run was killed before it was written."""
+    if state.made and preview_is_due(state.stage, state.made) and not preview_path(outdir, state.made).exists():
+        return write_preview(state.stage, outdir, state.made)
+    return None
+
+
+def _something_is_due(state, config) -> bool:
+    preview, snapshots = state.stage.preview, config.posthoc_ema
+    every = [config.log_every, config.checkpoint_every, snapshots.every if snapshots.sigma_rel else 0]
+    every.append(preview.every if preview else 0)
+    return state.step == config.steps or any(n and state.step % n == 0 for n in every)
+
+
+def _write_what_is_due(config, state, metrics, progress, bad_files, outdir, new: bool, stop: bool) -> None:
+    """At a step that is `new`, or where the run is to `stop`."""
+    last = state.step == config.steps
+    logs = new and (state.step % config.log_every == 0 or last)
+    saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
+    if logs or saves:
+        bad_files.exchange()
+    if logs:
+        progress.show(metrics.write(state.step, lr=state.optimizer.lr))
+    # Before the checkpoint, or with it: a run that goes on from it does not come by this step again.
+    if saves:
+        state.save(outdir, metrics)
+    elif new and state.posthoc_ema.is_due(state.step):
+        state.save_snapshot()
+    if new and preview_is_due(state.stage, state.step):
+        state.host_averages.wait()
+        metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
 
 
 class _StopWaiting(Exception):
@@ -231,6 +258,7 @@ def make_step_module(stage: Stage) -> torch.nn.Module:
         module,
         device_ids=[stage.ranks.device] if stage.ranks.device.type == "cuda" else None,
         broadcast_buffers=False,
+        gradient_as_bucket_view=True,  # without a second copy of the gradients
     )
 
 

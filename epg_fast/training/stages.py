@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import asdict
 
@@ -17,6 +16,7 @@ from epg_fast.ops.backends import require_triton
 from epg_fast.training.accumulation import Gradients, Part, merged, nothing_of
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
+from epg_fast.training.host_average import follower
 
 log = logging.getLogger("epg_fast")
 
@@ -30,17 +30,20 @@ class Stage:
     parameterization: str | None = None
     by_level: str
     """Term of the loss that is also logged by noise level."""
+    calls_average = False
+    """Whether the loss calls `average`, which then stays on the device whatever `offload_ema` says."""
 
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
         self.config, self.ranks = config, ranks
         if config.ops == "triton":
             require_triton("--ops triton", torch.empty(1, device=ranks.device))
         self.network = network.use_ops(config.ops).to(ranks.device).train()
-        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.average = follower(self.network, ranks, config.offload_ema and not self.calls_average)
+        """None on the ranks that keep no average in host memory."""
 
     @property
-    def exported(self) -> torch.nn.Module:
-        """The network whose weights are written to model.safetensors."""
+    def exported(self) -> torch.nn.Module | None:
+        """The network whose weights are written to model.safetensors; the main rank has it."""
         return self.average
 
     def average_decay(self, step: int) -> float:
@@ -81,7 +84,7 @@ class PretrainStage(Stage):
     """Stage 1. `average` is the target network: eval mode, parameters averaged, BatchNorm buffers left at 0 and 1."""
 
     name = "pretrain"
-    three_views = True
+    three_views = calls_average = True
     by_level = "consistency"  # the contrastive term is always at the cleanest level
     config: PretrainConfig
 

@@ -16,6 +16,7 @@ from epg_fast.training.accumulation import Gradients
 from epg_fast.training.bad_files import still_bad
 from epg_fast.training.checkpoint import BackgroundWriter, copy_to_host, is_milestone, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
+from epg_fast.training.host_average import HostAverages
 from epg_fast.training.levels import names_by_level, sums_by_level
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
@@ -36,8 +37,11 @@ class RunState:
         self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
         self.step = self.iteration = 0
         self.posthoc_ema = PosthocEma(config, stage)
-        averages = [stage.average, *self.posthoc_ema.averages]
-        self.optimizer = make_optimizer(stage.network, config.optimizer, averages)
+        averages = [average for average in (stage.average, *self.posthoc_ema.averages) if average is not None]
+        # The first so many are updated with the weights, on their device.
+        self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)
+        self.optimizer = make_optimizer(stage.network, config.optimizer, averages[: self._on_device])
+        self.host_averages = HostAverages(stage.network, averages[self._on_device :])
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
         self.data_fingerprint = source.fingerprint()
@@ -63,13 +67,15 @@ class RunState:
         buffers = [b.clone() for b in self.stage.network.buffers()]
         gradients = Gradients(self.stage, step_module, self.normalization, self.loss_scale)
         result = gradients(batch, draws, self.step)
-        o = config.optimizer
+        o, decays = config.optimizer, [self.stage.average_decay(self.step), *self.posthoc_ema.decays(self.step)]
         self.optimizer.schedule(
             lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
             o.clip_norm if self.step >= o.clip_after else None,
-            [self.stage.average_decay(self.step), *self.posthoc_ema.decays(self.step)],
+            decays[: self._on_device],
         )
+        self.host_averages.before_update()
         norm, found_inf = self.optimizer.step(self.loss_scale.value)
+        self.host_averages.after_update(decays[self._on_device :], found_inf)
         self.optimizer.zero_grad()
         self.loss_scale.update(found_inf)
         for buffer, old in zip(self.stage.network.buffers(), buffers, strict=True):
@@ -79,6 +85,11 @@ class RunState:
         self.iteration += 1
         self.step += 1
         return before is not None and self._settle(before)
+
+    @property
+    def made(self) -> int:
+        """Updates made: `step`, less one if the newest update was skipped; waits for the device to know."""
+        return self.step - (self._pending is not None and self._pending.read()[0])
 
     def settle(self) -> bool:
         """Correct `step` if the newest update turns out to have been skipped. Returns whether to end.
@@ -102,12 +113,15 @@ class RunState:
         return stop
 
     def save(self, outdir: Path, metrics: Metrics) -> None:
-        """Checkpoint and model.safetensors of this very moment, written by the main rank while training goes on."""
+        """Checkpoint and model.safetensors of this very moment, written by the main rank while training goes on.
+
+        A snapshot of the post-hoc averages, if one is due, is written before them.
+        """
         if not self.ranks.main:
             return
-        step = self.step
+        step = self.made
         state = {
-            "step": step,
+            "step": self.step,  # as the host has it, which follows from "pending"
             "iteration": self.iteration,
             "pending": self._pending and self._pending.state(),
             "network": self.stage.network.state_dict(),
@@ -120,12 +134,16 @@ class RunState:
             "data_backend": self.data_backend,
             "bad_files": dict(self.bad_files),
         }
+        snapshot = self.posthoc_ema.snapshot() if self.posthoc_ema.is_due(step) else None
+        self.host_averages.wait()
         self.writer.wait()  # before the copy: one at a time in memory
-        state, weights = copy_to_host([state, self.stage.exported.state_dict()])
+        state, weights, snapshot = copy_to_host([state, self.stage.exported.state_dict(), snapshot])
         metadata = self.stage.metadata() | {"step": step}
 
         def write():
             # The checkpoint last: a run that goes on from it does not come by this step again.
+            if snapshot is not None:
+                self.posthoc_ema.write(step, snapshot)
             if is_milestone(step, self.config.keep_every):
                 (outdir / "milestones").mkdir(exist_ok=True)
                 save_weights(outdir / "milestones" / f"step_{step:09d}.safetensors", weights, metadata)
@@ -133,6 +151,13 @@ class RunState:
             save_checkpoint(outdir / "checkpoints", step, state, self.config.keep_checkpoints, self.config.keep_every)
 
         self.writer.submit(write)
+
+    def save_snapshot(self) -> None:
+        """Snapshot of the post-hoc averages of this very moment, written while training goes on."""
+        self.host_averages.wait()
+        self.writer.wait()
+        step, snapshot = self.made, copy_to_host(self.posthoc_ema.snapshot())
+        self.writer.submit(lambda: self.posthoc_ema.write(step, snapshot))
 
     def resume(self, folder: Path) -> None:
         """Load the newest readable checkpoint of `folder`, if there is one."""
@@ -145,7 +170,8 @@ class RunState:
                 "differ); restore it, or choose another --outdir"
             )
         self.stage.network.load_state_dict(state["network"])
-        self.stage.average.load_state_dict(state["average"])
+        if self.stage.average is not None:
+            self.stage.average.load_state_dict(state["average"])
         self.posthoc_ema.load_state_dict(state.get("posthoc_ema", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss_scale.load_state_dict(state["scaler"])
@@ -155,7 +181,7 @@ class RunState:
         # Runs from before there was a choice have neither entry.
         self.data_backend = state.get("data_backend", "pillow")
         self.bad_files = still_bad(state.get("bad_files", {}), self.source)
-        log.info("resuming %s at step %d", folder.parent, self.step)
+        log.info("resuming %s at step %d", folder.parent, self.made)
 
     def _report(self, result: Loss, norm, found_inf, stop: bool, metrics: Metrics) -> torch.Tensor:
         """Add an update to the metrics, as means over all ranks; returns whether any rank is to end, []."""

@@ -41,7 +41,13 @@ def gradients(config, stage_name, step, ranks, scaled=False):
         torch.distributed.all_reduce(values)
     found = {f"grad.{n}": p.grad for n, p in stage.network.named_parameters() if p.grad is not None}
     found |= {f"buffer.{n}": b for n, b in stage.network.named_buffers()}
+    if ranks.world_size > 1:  # the gradients lie in the buckets that were summed, each like its parameter
+        assert all(p.grad._base is not None and p.grad.stride() == p.stride() for p in _trained(stage))
     return {"loss": values[0], "level": values[1]} | found
+
+
+def _trained(stage):
+    return [p for p in stage.network.parameters() if p.grad is not None]
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_gpus_come_from_the_flag_then_torchrun_then_eight(monkeypatch, uncounted
     assert "8 GPUs x 2 (assumed" in say()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "4 GPUs x 4 (torchrun's)" in say()
-    assert "1 GPU x 16 (--gpus)" in say(gpus=1) and "gradient buckets" not in say(gpus=1)
+    assert "1 GPU x 16 (--gpus)" in say(gpus=1)
 
 
 def test_parts_are_shown_and_their_images_are_what_is_kept(monkeypatch):
@@ -148,7 +148,29 @@ def test_memory_is_that_of_the_tensors_of_a_real_run(job, digits, tmp_path):
     averages = [stage.average, *state.posthoc_ema.averages]
     assert memory.averages == sum(size([*average.parameters(), *average.buffers()]) for average in averages)
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
-    assert memory.gradients == memory.buckets == memory.moments // 2 == size(trained)
+    assert memory.gradients == memory.moments // 2 == size(trained) and memory.in_host_memory == 0
+
+
+@pytest.mark.parametrize("job, on_gpu", [("finetune-diffusion", 0), ("pretrain", 1)])
+def test_offloaded_averages_are_counted_in_host_memory(job, on_gpu, digits, uncounted):
+    from epg_fast.data import ImageFolder
+    from epg_fast.training.distributed import Ranks
+    from epg_fast.training.state import RunState
+
+    stage_class, config = (
+        getattr(training, JOBS[job] + "Stage"),
+        _config(job, posthoc_ema=PosthocEmaConfig([0.05, 0.1]), offload_ema=True),
+    )
+    memory = memory_per_gpu(planned_stage(config, stage_class, 2), 2)
+    stage = stage_class(config, Ranks(0, 1, torch.device("cpu")))
+    state = RunState(config, stage, ImageFolder(f"{digits}/train"), stage.ranks)
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    one = size([*stage.network.parameters(), *stage.network.buffers()])
+    assert memory.averages == on_gpu * one and len(state.optimizer._averages) == on_gpu
+    staging = state.host_averages._staging
+    assert size(staging) <= memory.in_host_memory - (3 - on_gpu) * one < 2 * size(staging)
+    rows = describe(config, stage_class, DryRunConfig(dry_run=True))
+    assert "in host memory" in rows and ("  average " in rows) == bool(on_gpu)
 
 
 def _fails(capsys, flags, *expected):
