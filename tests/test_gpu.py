@@ -11,8 +11,9 @@ from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, OptimizerConfig
 from epg_fast.data import ImageFolder
 from epg_fast.models import EPGViT
+from epg_fast.training.compilation import compile_blocks
 from epg_fast.training.distributed import Ranks
-from epg_fast.training.loop import compile_blocks, make_step_module
+from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
 from tests.golden_data import Case, names
@@ -57,7 +58,7 @@ def test_the_same_noise_gives_the_same_images_as_on_the_cpu():
 @pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion", "finetune-consistency"])
 def test_compiled_training_learns_and_resumes(job, precision, tiny_run, tmp_path):
     recipe = {"pretrain": "digits_pretrain", "finetune-diffusion": "digits_diffusion"}.get(job, "digits_consistency")
-    flags = [*tiny_run[:2], "--config", recipe, *tiny_run[2:], "--device", "cuda", "--compile", "on"]
+    flags = [*tiny_run[:2], "--config", recipe, *tiny_run[2:], "--device", "cuda", "--compile", "blocks"]
     flags += ["--precision", precision, "--steps", "60", *([] if job == "pretrain" else ["--preview.every", "30"])]
     assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -30,6 +30,8 @@ from epg_fast.data import (
 from epg_fast.training import distributed
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
+from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
+from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.preview import write_preview
@@ -63,6 +65,9 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
     source = open_images(config.data.path)
+    check_compilation(config, ranks)
+    if config.fp8:
+        require_fp8(ranks.device)
 
     torch.manual_seed(config.seed)
     stage = stage_class(config, ranks)
@@ -74,6 +79,8 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         )
     check_run_folder(outdir, config)
     state = RunState(config, stage, source, ranks)
+    if config.fp8:
+        log.info(use_fp8(stage.network))  # after the averages were made of it, which stay in 16 bits
     state.resume(outdir / "checkpoints")
     if state.step >= config.steps:
         log.info("%s is complete: %d steps", outdir, state.step)
@@ -112,8 +119,7 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
     metrics = Metrics(outdir, ranks.main, state.step, *writers, Utilization(stage))
     metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
-    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
-        compile_blocks(stage)
+    compile_stage(stage)
     progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
     signals = StopSignals()
 
@@ -151,6 +157,7 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
             break
         metrics.count(config.batch_size, batches.waited - waited)
         progress.data_came()
+        begin_step(config)
         stop = state.update(step_module, batch, metrics, bool(signals.asked))
         if state.step % config.log_every == 0 or state.step == config.steps:
             stop = state.settle() or stop
@@ -242,15 +249,3 @@ class _StepModule(torch.nn.Module):
 
     def forward(self, batch, draws, step):
         return self._loss(batch, draws, step)
-
-
-def compile_blocks(stage: Stage, **options) -> None:
-    """torch.compile every transformer block in place: fast to compile, since all blocks of a kind share the graph.
-
-    The shapes are static: a stage has a handful of them (pre-training three), and code for any batch size is slower.
-    options: further arguments of torch.compile.
-    """
-    networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
-    for network in filter(None, networks):
-        for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
-            block.compile(dynamic=False, **options)

@@ -21,6 +21,7 @@ log = logging.getLogger("epg_fast")
 _FREE = (
     "device",
     "compile",
+    "cuda_graphs",
     "activation_checkpointing",
     "ops",
     "optimizer.backend",
