@@ -9,12 +9,16 @@ keeps to it: what it logs are copies, and it lets go of the gradients. Optimiser
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn as nn
 
 from epg_fast.config import RunConfig
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.stages import Stage
+
+log = logging.getLogger("epg_fast")
 
 
 def check_compilation(config: RunConfig, ranks: Ranks) -> None:
@@ -37,6 +41,8 @@ def compile_stage(stage: Stage) -> None:
         compile_networks(stage, mode="reduce-overhead" if config.cuda_graphs else None)
     elif config.compile == "blocks" or (config.compile == "auto" and stage.ranks.device.type == "cuda"):
         compile_blocks(stage)
+    elif config.fp8:
+        log.warning("fp8 without torch.compile rounds in kernels of its own, which can cost more than FP8 saves")
 
 
 def begin_step(config: RunConfig) -> None:
