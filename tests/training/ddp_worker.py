@@ -7,11 +7,13 @@ import torch
 from epg_fast.data import ImageFolder, PillowLoader, PixelNormalization
 from epg_fast.training import distributed
 from epg_fast.training.draws import Draws
+from epg_fast.training.fp8 import use_fp8
 from epg_fast.training.loop import make_step_module
 
 
 def gradients(config, stage_class, step):
-    """{"loss": ..., "grad.<name>": ..., "buffer.<name>": ...} of the whole global batch."""
+    """{"loss": ..., "grad.<name>": ..., "buffer.<name>": ...} of the whole global batch; of diffusion, the gradients
+    with its linears in FP8 as well, "fp8.<name>"."""
     ranks = distributed.start("cpu")
     torch.manual_seed(0)
     stage = stage_class(config, ranks)
@@ -38,6 +40,11 @@ def gradients(config, stage_class, step):
         torch.distributed.all_reduce(loss)
     found = {f"grad.{n}": p.grad for n, p in stage.network.named_parameters() if p.grad is not None}
     found |= {f"buffer.{n}": b for n, b in stage.network.named_buffers()}
+    if stage_class.name == "finetune-diffusion":
+        use_fp8(stage.network, "reference")
+        stage.network.zero_grad()
+        step_module(batch, Draws(0, 0, ranks.rank * count, count, ranks.device), step).loss.backward()
+        found |= {f"fp8.{n}": p.grad for n, p in stage.network.named_parameters() if p.grad is not None}
     if ranks.main:
         torch.save({"loss": loss} | found, sys.argv[2])
     del step_module, result  # before the process group they use

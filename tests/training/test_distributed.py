@@ -59,7 +59,8 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_ranks(job, digits, tm
     for name, want in one.items():
         if want.is_floating_point():
             error = (two[name] - want).norm() / want.norm().clamp_min(1e-6)
-            assert error < 2e-4, f"{name}: relative error {error:.1e}"
+            # a value near a tie may be rounded to the other side in FP8
+            assert error < (2e-2 if name.startswith("fp8.") else 2e-4), f"{name}: relative error {error:.1e}"
         else:
             assert torch.equal(two[name], want)
 
