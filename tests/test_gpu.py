@@ -86,11 +86,10 @@ def _lines(job, tiny_run, outdir, *flags):
 
 
 @needs_fp8
-@pytest.mark.parametrize("compiled", ["blocks", "network"])
 @pytest.mark.parametrize("job", JOBS)
-def test_training_in_fp8_follows_16_bits(job, compiled, tiny_run, tmp_path):
-    plain = _lines(job, tiny_run, tmp_path / "bf16", "--compile", compiled)
-    lines = _lines(job, tiny_run, tmp_path / "fp8", "--compile", compiled, "--fp8", "rowwise")
+def test_training_in_fp8_follows_16_bits(job, tiny_run, tmp_path):
+    plain = _lines(job, tiny_run, tmp_path / "bf16", "--compile", "off")
+    lines = _lines(job, tiny_run, tmp_path / "fp8", "--compile", "blocks", "--fp8", "rowwise")
     assert sum(line["loss"] for line in lines[-6:]) < sum(line["loss"] for line in lines[:6])
     for part in (slice(0, 8), slice(16, 24)):
         want = sum(line["loss"] for line in plain[part])
@@ -125,17 +124,22 @@ def test_fp8_products_of_the_gpu_are_those_of_float32_on_rounded_operands(job):
     assert torch.cosine_similarity(results[0][1], results[1][1], dim=0) > (0.9 if job == "pretrain" else 0.99)
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("job", JOBS)
-def test_cuda_graphs_give_the_losses_of_compiled_networks(job, checkpointing, tiny_run, tmp_path, recwarn):
+@pytest.mark.parametrize("job, checkpointing", [*((job, "false") for job in JOBS), ("finetune-diffusion", "true")])
+def test_cuda_graphs_give_the_losses_of_compiled_networks(job, checkpointing, tiny_run, tmp_path, monkeypatch, recwarn):
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    recorded, new_graph = [], CUDAGraphTreeManager.new_graph_id
+    monkeypatch.setattr(CUDAGraphTreeManager, "new_graph_id", lambda self: recorded.append(self) or new_graph(self))
     flags = ["--compile", "network", "--activation_checkpointing", checkpointing]
     want = _lines(job, tiny_run, tmp_path / "compiled", *flags)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     got = _lines(job, tiny_run, tmp_path / "graphs", *flags, "--cuda_graphs", "true")
     for a, b in zip(got, want, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=0.02
-        )
-    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.02)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+    # pre-training has seven passes forward and three backward; none is recorded in every step
+    assert 2 <= len(recorded) <= 12
     assert not any("fast path of CUDAGraphs" in str(warning.message) for warning in recwarn)
 
 

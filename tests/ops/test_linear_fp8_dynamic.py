@@ -9,7 +9,7 @@ HAS_FP8 = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def scaled_mm(*inputs):
-    """PyTorch's product; torch's CPU build has had it with a scale per row since 2.12 or so."""
+    """PyTorch's product, which torch 2.11 has on a GPU only."""
     try:
         return linear_fp8_dynamic(*inputs)
     except NotImplementedError:
