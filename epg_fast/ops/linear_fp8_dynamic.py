@@ -16,11 +16,11 @@ Shapes: x: [..., K]; weight: [N, K]; bias: [N] or None; y: [..., N]. K and N are
 Dtypes: x, weight and bias in any floating dtype; the products take x, and give y and dx, in `dtype`, bfloat16 for the
 backend "scaled_mm"; gradients have the dtypes of what they belong to. "reference" multiplies in float32, or in float64
 where x and weight are that.
-Error: against float64 products of the quantised operands, the rounding of y, of the bias and of the sum; q itself is off
-by at most 2^-4 of a value, unless that is more than 2^14 times smaller than its row's largest.
+Error: against float64 products of the quantised operands, the rounding of y, of the bias and of the sum; q itself is
+off by at most 2^-4 of a value, unless that is more than 2^14 times smaller than its row's largest.
 
-A row whose largest value is below 1e-30 counts as zero. Where x, weight or dy is not finite, neither is what is computed
-from it.
+A row whose largest value is below 1e-30 counts as zero. Where x, weight or dy is not finite, neither is what is
+computed from it.
 """
 
 import torch
