@@ -44,14 +44,17 @@ def require_fp8(device: torch.device) -> None:
 
 
 def _refusal(device: torch.device) -> str | None:
-    """What PyTorch says to a small product of this kind; None if it gives the result."""
-    x, weight = (torch.ones(16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    """What PyTorch says to small products of both directions; None if they are right."""
+    here = f"{torch.cuda.get_device_name(device)}, where torch {torch.__version__}"
+    x = torch.ones(256, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
     try:
-        linear_fp8_dynamic(x, weight)
+        y = linear_fp8_dynamic(x, torch.ones(48, 64, device=device))
+        dx = torch.autograd.grad(y.sum(), x)[0]
+        # A library without code for the architecture may leave the result as it was.
+        right = bool((y == 64).all() and (dx == 48).all())
     except (RuntimeError, NotImplementedError) as error:
-        name = torch.cuda.get_device_name(device)
-        return f"{name}, where torch {torch.__version__} refuses: {str(error).splitlines()[0]}"
-    return None
+        return f"{here} refuses: {str(error).splitlines()[0]}"
+    return None if right else f"{here} multiplies wrongly"
 
 
 def use_fp8(network: nn.Module, backend: str = "scaled_mm") -> str:

@@ -86,7 +86,7 @@ def test_a_block_in_fp8_is_one_graph():
     x = torch.randn(2, 18, 32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = network.blocks[0](x)
-        network.blocks[0].compile(fullgraph=True, backend="eager")
+        network.blocks[0].compile(fullgraph=True, backend="aot_eager")
         got = network.blocks[0](x)
     gradients = [torch.autograd.grad(y.sum(), [x, network.blocks[0].mlp.fc1.weight]) for y in (want, got)]
     assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -130,21 +130,31 @@ def test_fp8_is_refused_before_anything_is_written(tiny_run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("capability, said", [((8, 0), "of compute capability 8.0"), ((9, 0), "refuses: not here")])
-def test_a_gpu_without_fp8_is_refused_with_its_name(monkeypatch, capability, said):
-    def refuse(x, weight):
-        raise RuntimeError("not here\nand why")
+def refuse(x, weight):
+    raise RuntimeError("not here\nand why")
 
+
+@pytest.mark.parametrize(
+    "capability, product, said",
+    [
+        ((8, 0), linear_fp8_dynamic_ref, "of compute capability 8.0"),
+        ((9, 0), refuse, "refuses: not here"),
+        ((9, 0), lambda x, weight: 0 * linear_fp8_dynamic_ref(x, weight), "multiplies wrongly"),
+        ((9, 0), linear_fp8_dynamic_ref, None),
+    ],
+)
+def test_a_gpu_that_does_not_multiply_fp8_is_refused_with_its_name(monkeypatch, capability, product, said):
     cpu = torch.device("cpu")
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *size, device, **kw: ones(*size, device=cpu, **kw))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
-    monkeypatch.setattr(fp8, "linear_fp8_dynamic", refuse)
+    monkeypatch.setattr(fp8, "linear_fp8_dynamic", product)
+    if said is None:
+        assert require_fp8(torch.device("cuda", 0)) is None
+        return
     with pytest.raises(ValueError, match=f"fp8: got NVIDIA Something.*{said}.*leave out --fp8"):
         require_fp8(torch.device("cuda", 0))
-    monkeypatch.setattr(fp8, "linear_fp8_dynamic", linear_fp8_dynamic_ref)
-    assert capability < (8, 9) or require_fp8(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize(
