@@ -261,8 +261,13 @@ class RunConfig:
     """Autocast dtype; fp16 scales the loss dynamically."""
     ops: Literal["auto", "triton", "reference"] = "auto"
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the transformer blocks; `auto` compiles on a GPU only."""
+    fp8: Literal["rowwise"] | None = None
+    """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
+    on GPUs that have it; needs precision bf16."""
+    compile: Literal["auto", "off", "blocks", "network"] = "auto"
+    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: blocks on a GPU only."""
+    cuda_graphs: bool = False
+    """Experimental: launch the networks as CUDA graphs; one GPU, compile network."""
     activation_checkpointing: bool | float = False
     """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory. A number
     between 0 and 1 is the share of the blocks, evenly spread."""
@@ -292,6 +297,19 @@ class RunConfig:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
             )
+        self._check_engine()
+
+    def _check_engine(self):
+        if self.compile == "on":
+            raise ValueError("compile is on, which is now called blocks; want auto, off, blocks or network")
+        if self.cuda_graphs and self.compile != "network":
+            raise ValueError(f"cuda_graphs: got compile {self.compile}, want network: add --compile network")
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError(
+                f"fp8: got precision {self.precision}, want bf16: PyTorch's FP8 product with a scale per row gives that"
+            )
+        if self.fp8 and self.ops == "triton":
+            raise ValueError("fp8: got ops triton, whose fused operations take weights in 16 bits; want ops auto")
 
 
 @dataclass

@@ -73,6 +73,7 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
         *_memory_rows(memory, config),
         ("duration", _duration(stage, gpus, gpu, options.utilization)),
         ("", why),
+        *([("", "FP8 is left out of the reckoning: time and memory are those of 16 bits")] if config.fp8 else []),
         *_inputs(config),
     ]
     lines = [f"{name:<19}{text}" for name, text in rows]

@@ -30,6 +30,8 @@ from epg_fast.training import distributed
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
+from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
+from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.preview import preview_is_due, preview_path, write_preview
@@ -63,6 +65,9 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
     source = open_images(config.data.path)
+    check_compilation(config, ranks)
+    if config.fp8:
+        require_fp8(ranks.device)
 
     torch.manual_seed(config.seed)
     stage = stage_class(config, ranks)
@@ -76,6 +81,8 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     with RunLock(outdir, ranks) as lock:
         check_run_folder(outdir, config)
         state = RunState(config, stage, source, ranks)
+        if config.fp8:
+            log.info(use_fp8(stage.network))  # after the averages were made of it, which stay in 16 bits
         state.resume(outdir / "checkpoints")
         if state.step >= config.steps:
             _draw_missing_preview(state, outdir)
@@ -120,8 +127,7 @@ def _run(config: RunConfig, state: RunState, loader, lock: RunLock) -> None:
     metrics = Metrics(outdir, ranks.main, state.made, *writers, Utilization(stage))
     metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
-    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
-        compile_blocks(stage)
+    compile_stage(stage)
     metrics.add_image("samples", _draw_missing_preview(state, outdir), state.made)
     progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
     signals = StopSignals()
@@ -158,6 +164,7 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
             break
         metrics.count(config.batch_size, batches.waited - waited)
         progress.data_came()
+        begin_step(config)
         stop = state.update(step_module, batch, metrics, bool(signals.asked))
         if state.step % config.log_every == 0 or state.step == config.steps:
             stop = state.settle() or stop
@@ -271,15 +278,3 @@ class _StepModule(torch.nn.Module):
 
     def forward(self, compute, *arguments):
         return compute(*arguments)
-
-
-def compile_blocks(stage: Stage, **options) -> None:
-    """torch.compile every transformer block in place: fast to compile, since all blocks of a kind share the graph.
-
-    The shapes are static: a stage has a handful of them (pre-training three), and code for any batch size is slower.
-    options: further arguments of torch.compile.
-    """
-    networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
-    for network in filter(None, networks):
-        for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
-            block.compile(dynamic=False, **options)

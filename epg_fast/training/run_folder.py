@@ -22,6 +22,7 @@ log = logging.getLogger("epg_fast")
 _FREE = (
     "device",
     "compile",
+    "cuda_graphs",
     "activation_checkpointing",
     "gradient_accumulation",
     "offload_ema",

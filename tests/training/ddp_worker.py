@@ -10,12 +10,14 @@ from epg_fast.data import ImageFolder, PillowLoader, PixelNormalization
 from epg_fast.training import distributed
 from epg_fast.training.accumulation import Gradients
 from epg_fast.training.draws import Draws
+from epg_fast.training.fp8 import use_fp8
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.loss_scale import LossScale
 
 
 def gradients(config, stage_name, step, ranks, scaled=False):
-    """{"loss": ..., "grad.<name>": ..., "buffer.<name>": ...} of the whole global batch, as rank 0 has them."""
+    """{"loss": ..., "grad.<name>": ..., "buffer.<name>": ...} of the whole global batch, as rank 0 has them; of
+    diffusion, the gradients with its linears in FP8 as well, "fp8.<name>"."""
     torch.manual_seed(0)
     stage = getattr(training, stage_name)(config, ranks)
     for p in stage.network.parameters():  # zero-initialised layers would hide most gradients
@@ -34,7 +36,8 @@ def gradients(config, stage_name, step, ranks, scaled=False):
     step_module = make_step_module(stage)  # its gradient hooks live as long as it does
     scale = LossScale(ranks.device, enabled=scaled)
     compute = Gradients(stage, step_module, PixelNormalization(config.data.normalization), scale)
-    result = compute(next(iter(loader)), Draws(0, 0, ranks.rank * count, count, ranks.device), step)
+    batch, draws = next(iter(loader)), Draws(0, 0, ranks.rank * count, count, ranks.device)
+    result = compute(batch, draws, step)
     assert len(result.per_sample) == count and all(len(term) == count for term in result.terms.values())
     values = torch.stack([result.loss.detach(), result.level.double().mean()]) / ranks.world_size
     if ranks.world_size > 1:
@@ -43,6 +46,12 @@ def gradients(config, stage_name, step, ranks, scaled=False):
     found |= {f"buffer.{n}": b for n, b in stage.network.named_buffers()}
     if ranks.world_size > 1:  # the gradients lie in the buckets that were summed, each like its parameter
         assert all(p.grad._base is not None and p.grad.stride() == p.stride() for p in _trained(stage))
+    if stage_name == "DiffusionStage":
+        found = {name: value.clone() for name, value in found.items()}
+        use_fp8(stage.network, "reference")
+        stage.network.zero_grad()
+        compute(batch, draws, step)
+        found |= {f"fp8.{n}": p.grad for n, p in stage.network.named_parameters() if p.grad is not None}
     return {"loss": values[0], "level": values[1]} | found
 
 

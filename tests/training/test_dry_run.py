@@ -120,6 +120,14 @@ def test_the_gpu_is_the_named_one_then_this_machines_then_an_h200(uncounted):
         assert "8 x B200 at" in say() and "the GPU of this machine" in say()
 
 
+def test_fp8_changes_no_figure_and_says_so(uncounted):
+    options, note = DryRunConfig(dry_run=True, gpus=1), "FP8 is left out of the reckoning"
+    plain, fp8 = (
+        describe(_config(precision="bf16", fp8=f), training.DiffusionStage, options) for f in (None, "rowwise")
+    )
+    assert [line for line in fp8.splitlines() if note not in line] == plain.splitlines() and note in fp8
+
+
 def test_the_duration_is_all_operations_over_the_assumed_rate():
     config = _config("finetune-consistency", delta=0, first_stage=4, stage_length=4, activation_checkpointing=True)
     stage = planned_stage(config, training.ConsistencyStage, 1)
