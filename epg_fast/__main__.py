@@ -265,6 +265,8 @@ def _one_line(message: str, names: list[str]) -> str:
         match = re.search(pattern, message)
         if match:
             return message + _nearest(".".join(match.groups()), names)
+    if re.search(r'key "compile".*Got value: (on|True)$', message):
+        message += "; on is called blocks now"
     return message
 
 

@@ -250,6 +250,9 @@ class RunConfig:
     """Updates to make."""
     batch_size: int = 1024
     """Global batch size, split over the ranks."""
+    gradient_accumulation: int = 1
+    """Parts in which each rank's batch goes through the networks, for less memory; the gradient is that of the whole
+    batch, contrastive negatives and BatchNorm statistics included. Pre-training runs its three views once more."""
     seed: int = 0
     """Every random draw follows from this, the step and the sample."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -261,10 +264,19 @@ class RunConfig:
     """Autocast dtype; fp16 scales the loss dynamically."""
     ops: Literal["auto", "triton", "reference"] = "auto"
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the transformer blocks; `auto` compiles on a GPU only."""
-    activation_checkpointing: bool = False
-    """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory."""
+    fp8: Literal["rowwise"] | None = None
+    """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
+    on GPUs that have it; needs precision bf16."""
+    compile: Literal["auto", "off", "blocks", "network"] = "auto"
+    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: blocks on a GPU only."""
+    cuda_graphs: bool = False
+    """Experimental: launch the networks as CUDA graphs; one GPU, compile network."""
+    activation_checkpointing: bool | float = False
+    """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory. A number
+    between 0 and 1 is the share of the blocks, evenly spread."""
+    offload_ema: bool = False
+    """Keep the averages of the weights in the first rank's host memory: less GPU memory. Pre-training's target network
+    stays on the GPU."""
     log_every: int = 100
     """Steps per line of metrics.jsonl."""
     checkpoint_every: int = 5_000
@@ -280,12 +292,31 @@ class RunConfig:
     """Weights & Biases project to log to, when wandb is installed."""
 
     def __post_init__(self):
-        _check(self, 1, math.inf, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        _check(self, 1, math.inf, "steps", "batch_size", "gradient_accumulation")
+        _check(self, 1, math.inf, "log_every", "checkpoint_every", "keep_checkpoints")
         _check(self, 0, math.inf, "seed", "keep_every")
+        _check(self, 0, 1, "activation_checkpointing")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
             )
+        self._check_engine()
+
+    def _check_engine(self):
+        if self.compile == "on":
+            raise ValueError("compile is on, which is now called blocks; want auto, off, blocks or network")
+        if self.cuda_graphs and self.compile != "network":
+            raise ValueError(f"cuda_graphs: got compile {self.compile}, want network: add --compile network")
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError(
+                f"fp8: got precision {self.precision}, want bf16: PyTorch's FP8 product with a scale per row gives that"
+            )
+        refused = {"offload_ema": self.offload_ema, "fp8": self.fp8, "compile network": self.compile == "network"}
+        for name, wanted in refused.items():
+            if wanted and self.parallelism == "fsdp":
+                raise ValueError(f"{name}: got parallelism fsdp, want ddp: sharded networks do not take it")
+        if self.fp8 and self.ops == "triton":
+            raise ValueError("fp8: got ops triton, whose fused operations take weights in 16 bits; want ops auto")
 
 
 @dataclass
@@ -321,6 +352,11 @@ class PretrainConfig(RunConfig):
         _check_positive(self, "contrastive_temperature", "temperature")
         if not min(self.temperature_range) > 0:
             raise ValueError(f"temperature_range is {self.temperature_range}, want positive numbers")
+        if self.offload_ema and not self.posthoc_ema.sigma_rel:
+            raise ValueError(
+                "offload_ema: pre-training calls its average, the target network, in every step, so that it stays on "
+                "the device; leave the flag out, or track others with --posthoc_ema.sigma_rel, which are offloaded"
+            )
 
 
 @dataclass

@@ -14,6 +14,8 @@ import yaml
 from PIL import Image
 
 from epg_fast.__main__ import main
+from epg_fast.training import loop
+from epg_fast.training.state import RunState
 
 
 def _fails(capsys, arguments, *expected, code=2):
@@ -99,19 +101,36 @@ def test_a_run_folder_of_another_configuration_is_refused_and_left_alone(capsys,
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_two_processes_cannot_train_in_the_same_folder(capsys, diffusion, tmp_path):
+def test_two_processes_cannot_train_in_the_same_folder(capsys, diffusion, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    command = [*diffusion, "--steps", "2", "--outdir", out]
+    command = [*diffusion, "--steps", "2", "--checkpoint_every", "1", "--outdir", out]
     assert main([str(a) for a in command]) == 0
     (out / "checkpoints" / "step_000000002.pt").unlink()
+    resumed = []
+    monkeypatch.setattr(RunState, "resume", lambda *arguments: resumed.append(1))
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
     code += "print('held', flush=True); input()"
     arguments = [sys.executable, "-c", code, str(out / ".lock")]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         _fails(capsys, command, "another process is training in")
+        assert not resumed  # the other one, if it is just ending, leaves a newer state
         other.communicate("\n")
+    monkeypatch.undo()
     assert main([str(a) for a in command]) == 0
+
+
+def test_a_run_that_came_and_went_during_the_start_is_not_started_anew(capsys, diffusion, tmp_path, monkeypatch):
+    checkpoints, make = tmp_path / "run" / "checkpoints", loop.make_loader
+
+    def make_loader(*arguments, **options):  # after the state is read
+        checkpoints.mkdir(parents=True)
+        (checkpoints / "step_000000002.pt").touch()
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(loop, "make_loader", make_loader)
+    _fails(capsys, [*diffusion, "--steps", "2", "--outdir", tmp_path / "run"], "meanwhile; give the same command again")
+    assert [path.name for path in checkpoints.iterdir()] == ["step_000000002.pt"]
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ class WorkerStream:
     torch's DataLoader is not used: it notices a killed process late or, by a signal handler, anywhere in the main
     thread, and its processes may run the destructors of what the parent was about to collect.
 
-    What making an item raises, `next` raises in its place. RuntimeError says when a process was killed and when shared
-    memory is full.
+    What making an item raises, `next` raises in its place. RuntimeError says when a process was killed or ended, and
+    when shared memory is full.
     """
 
     def __init__(self, items: Items, start: int, workers: int):
@@ -134,9 +134,11 @@ class WorkerStream:
             process.join(1)
             if process.is_alive():
                 raise
+            how = "was killed (exit code {}), often for want of memory; use fewer --data.workers or --data.readers"
+            if process.exitcode >= 0:
+                how = "ended by itself (exit code {}): a library that it called did that"
             raise RuntimeError(
-                f"a process that reads images was killed (exit code {process.exitcode}), often for want of memory; "
-                "use fewer --data.workers or --data.readers. The same command resumes"
+                f"a process that reads images {how.format(process.exitcode)}. The same command resumes"
             ) from error
         return item
 
@@ -152,11 +154,11 @@ def _work(items: Items, connection: Connection, parent: int) -> None:
             number = connection.recv()
             try:
                 connection.send(items[number])
-            except Exception as error:
+            except BaseException as error:  # SystemExit, too: a library's, which would look like a process killed
                 connection.send(_failure(error, traceback.format_exc()))
 
 
-def _failure(error: Exception, text: str) -> _Failure:
+def _failure(error: BaseException, text: str) -> _Failure:
     """What can be sent of an exception: itself, if a copy can be made of it, or as text."""
     try:
         if isinstance(error, (OSError, RuntimeError)):

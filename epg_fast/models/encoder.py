@@ -31,10 +31,16 @@ _OFFICIAL_UNUSED = {
 }
 
 
+def is_recomputed(index: int, share: float) -> bool:
+    """Whether block `index` is among the evenly spread `share` of blocks; the decoder's count after the encoder's."""
+    return math.floor((index + 1) * share) > math.floor(index * share)
+
+
 class ViTEncoder(nn.Module):
     """Trunk: sequence [class tokens, time token, patches] + position embedding, blocks, final LayerNorm.
 
-    `use_ops` chooses how the operations of `epg_fast.ops` are computed.
+    `use_ops` chooses how the operations of `epg_fast.ops` are computed. use_checkpoint: the share of the blocks, evenly
+    spread, whose activations are computed again in the backward pass instead of being kept; True: all of them.
     Raises ValueError when the image size is not a multiple of the patch size, or for official arguments whose feature
     the released models do not use.
     """
@@ -71,6 +77,10 @@ class ViTEncoder(nn.Module):
             if value != _OFFICIAL_UNUSED[name]:
                 raise ValueError(f"{type(self).__name__}: {name}={value!r} is not supported; leave it out")
         self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_channels
+        if not 0 <= use_checkpoint <= 1:
+            raise ValueError(
+                f"use_checkpoint is {use_checkpoint}, want a share of the blocks from 0 to 1, or a boolean"
+            )
         self.embed_dim, self.tokens, self.extras = embed_dim, tokens, tokens + 1
         self.num_patches = (image_size // patch_size) ** 2
         self.use_checkpoint = use_checkpoint
@@ -133,8 +143,8 @@ class ViTEncoder(nn.Module):
         dtype = self.cls_token.dtype
         return timestep_condition(t, self.embed_dim, label, dtype=dtype, backend=self.ops)
 
-    def _run(self, block: nn.Module, *args: torch.Tensor | None):
-        if self.use_checkpoint and torch.is_grad_enabled():
+    def _run(self, index: int, block: nn.Module, *args: torch.Tensor | None):
+        if torch.is_grad_enabled() and is_recomputed(index, self.use_checkpoint):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
@@ -142,12 +152,12 @@ class ViTEncoder(nn.Module):
         """Tokens [B, L, E] -> (output of every block, normalised output of the last)."""
         outputs, branch = [], None
         if self.ops != "triton":
-            for block in self.blocks:
-                x = self._run(block, x)
+            for i, block in enumerate(self.blocks):
+                x = self._run(i, block, x)
                 outputs.append(x)
             return outputs, self.norm(x)
-        for block in self.blocks:
-            entered, x, branch = self._run(block, x, branch, True)
+        for i, block in enumerate(self.blocks):
+            entered, x, branch = self._run(i, block, x, branch, True)
             outputs.append(entered)
         last, normalised = fused_residual_norm(self.norm, x, branch)
         return [*outputs[1:], last], normalised
@@ -155,11 +165,11 @@ class ViTEncoder(nn.Module):
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, E] -> normalised first class token [B, E] after the last block."""
         branch = None
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.ops == "triton":
-                _, x, branch = self._run(block, x, branch, True)
+                _, x, branch = self._run(i, block, x, branch, True)
             else:
-                x = self._run(block, x)
+                x = self._run(i, block, x)
         x = x[:, :1]
         return self.norm(x if branch is None else x + branch[:, :1])[:, 0]
 

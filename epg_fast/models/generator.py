@@ -140,8 +140,8 @@ class EPGViT(ViTEncoder):
             x = self.encoder_to_decoder(x)
         cond = (time if label is None else time + label)[:, None]
         modulations = self._modulations(condition) or [None] * len(self.decoder_blocks)
-        for block, modulation in zip(self.decoder_blocks, modulations, strict=True):
-            x = self._run(block, x, cond, skips.pop() if skips else None, modulation)
+        for i, (block, modulation) in enumerate(zip(self.decoder_blocks, modulations, strict=True), len(self.blocks)):
+            x = self._run(i, block, x, cond, skips.pop() if skips else None, modulation)
         tokens = self.out(self.out_norm(x[:, self.extras :]))
         return tokens if patches else self.unpatchify(tokens)
 

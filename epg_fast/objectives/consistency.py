@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import makes_patches, spread
-from epg_fast.objectives.contrastive import info_nce
+from epg_fast.objectives.contrastive import Gather, info_nce, own_keys
 from epg_fast.objectives.loss import Loss
 from epg_fast.objectives.seeding import dropout_from
 
@@ -27,7 +25,8 @@ def consistency_loss(
     perceptual: torch.nn.Module | None = None,
     temperature: float = 0.1,
     dropout_seed: int | None = None,
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    keys: tuple[torch.Tensor, torch.Tensor] | None = None,
+    gather: Gather = own_keys,
 ) -> Loss:
     """Weighted pseudo-Huber distance of D(x + t n, t) and D(x + r n, r), plus a contrastive term in a frozen encoder.
 
@@ -37,6 +36,8 @@ def consistency_loss(
     stage: e(s); at 0 the target is x itself and `perceptual` is ignored.
     perceptual: frozen RCMViT in eval mode, or None. dropout_seed: both passes draw their dropout from it, so that they
     share the mask; the global random state is left as it was.
+    keys: what `perceptual_keys` makes of x [B,P], and of the images of the global batch [G,P]; None computes the former
+    and takes the latter from `gather`, which works while the network runs.
     Terms: `consistency`, and `perceptual` when it counts.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -46,12 +47,22 @@ def consistency_loss(
     weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
     distance = _distance_in_patches if makes_patches(network) else _distance
     denoiser, with_image = Denoiser(network, schedule, "edm"), perceptual is not None and stage > 0
+    if with_image:
+        own, everyone = keys or (perceptual_keys(perceptual, x, schedule), None)
+        wait = gather(own) if everyone is None else lambda: everyone
     per_sample, prediction = distance(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image)
     terms = {"consistency": per_sample}
     if with_image:
-        terms["perceptual"] = _perceptual_loss(perceptual, prediction, x, schedule, temperature, gather)
+        queries = perceptual(*_clean_input(perceptual, prediction, schedule))[0]
+        terms["perceptual"] = info_nce(queries, own, temperature, wait())
         per_sample = per_sample + terms["perceptual"]
     return Loss(per_sample.mean(), per_sample, terms, level)
+
+
+@torch.no_grad()
+def perceptual_keys(encoder: torch.nn.Module, x: torch.Tensor, schedule: NoiseSchedule) -> torch.Tensor:
+    """The frozen encoder's projections [B,P] of clean images [B,C,H,W], that the estimates' are to be near to."""
+    return encoder(*_clean_input(encoder, x, schedule))[0]
 
 
 def _distance_in_patches(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image):
@@ -78,11 +89,8 @@ def _distance(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed,
     return weight * distance / (distance.detach() + huber_c**2).sqrt(), prediction
 
 
-def _perceptual_loss(encoder, prediction, x, schedule, temperature, gather):
-    """NCE(h(y_t, t0), h(x, t0)) at t0 = sigma_min * H/64, without added noise; the gradient reaches `prediction`."""
-    clean = torch.full((x.shape[0],), schedule.sigma_min * shift(x.shape[-1]), device=x.device, dtype=prediction.dtype)
-    scaled = Denoiser(encoder, schedule)  # only its input scaling is used
-    with torch.no_grad():
-        keys = encoder(*scaled.network_input(x, clean))[0]
-    queries = encoder(*scaled.network_input(prediction, clean))[0]
-    return info_nce(queries, keys, temperature, gather)
+def _clean_input(encoder, images, schedule):
+    """What the frozen encoder takes: images [B,C,H,W] at t0 = sigma_min * H/64, without added noise."""
+    dtype, level = torch.promote_types(images.dtype, torch.float32), schedule.sigma_min * shift(images.shape[-1])
+    clean = torch.full((len(images),), level, dtype=dtype, device=images.device)
+    return Denoiser(encoder, schedule).network_input(images, clean)  # only its input scaling is used

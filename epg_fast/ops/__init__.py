@@ -22,6 +22,7 @@ from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_ref,
 )
 from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
+from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
 from epg_fast.ops.linear_gate_residual import linear_gate_residual, linear_gate_residual_ref
 from epg_fast.ops.linear_gelu import linear_gelu, linear_gelu_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal
@@ -61,6 +62,8 @@ __all__ = [
     "layer_norm_modulate_fp8",
     "layer_norm_modulate_ref",
     "linear_fp8",
+    "linear_fp8_dynamic",
+    "linear_fp8_dynamic_ref",
     "linear_fp8_ref",
     "linear_gate_residual",
     "linear_gate_residual_ref",

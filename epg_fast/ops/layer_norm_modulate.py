@@ -23,6 +23,7 @@ from epg_fast.ops.spec import OpSpec
 
 _MAX_TRITON_WIDTH = 4096
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+_FP8_TINY = 1e-30  # the scale of a smaller row would leave float32's normal numbers
 
 
 def layer_norm_modulate_ref(
@@ -55,9 +56,12 @@ def layer_norm_modulate_fp8_ref(
 
 
 def quantize_rows_ref(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [B, L, D] as float8_e4m3fn and a scale per row [B, L], of which it is the product."""
+    """y [..., D] as float8_e4m3fn and a scale per row [...], of which it is the product; a row below 1e-30 is zero.
+
+    Rows with values that are not finite have NaN in them.
+    """
     largest = y.abs().amax(-1)
-    row_scale = torch.where(largest > 0, largest / _FP8_MAX, 1.0)
+    row_scale = torch.where(largest > _FP8_TINY, largest / _FP8_MAX, 1.0)
     return (y / row_scale.unsqueeze(-1)).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), row_scale
 
 

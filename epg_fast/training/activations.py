@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from epg_fast.models.encoder import is_recomputed
 from epg_fast.runtime import autocast
 from epg_fast.training.stages import Stage
 
@@ -43,7 +44,9 @@ class Activations:
     plain: int
     """Saved for the backward pass without checkpointing."""
     checkpointed: int
-    """Saved with it, and what the largest block saves when it is computed again."""
+    """Saved with it in all blocks, and what the largest block saves when it is computed again."""
+    chosen: int
+    """Saved with it in as many blocks as the run's configuration says."""
 
 
 class _NoDraws:
@@ -75,17 +78,21 @@ def activation_bytes(stage: Stage, images: int, step: int) -> Activations:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks:
             network.to_empty(device="cpu")
-        plain, blocks = _saved(stage, networks, images, step, checkpoint=False)
-        checkpointed, _ = _saved(stage, networks, images, step, checkpoint=True)
-    return Activations(plain, checkpointed + max(blocks, default=0))
+        plain, blocks = _saved(stage, networks, images, step, share=0)
+        kept = {0: plain}
+        for share in (1, stage.network.use_checkpoint):
+            if share not in kept:
+                again = [size for i, size in blocks if is_recomputed(i, share)]
+                kept[share] = _saved(stage, networks, images, step, share)[0] + max(again, default=0)
+    return Activations(plain, kept[1], kept[stage.network.use_checkpoint])
 
 
-def _saved(stage: Stage, networks: list, images: int, step: int, checkpoint: bool) -> tuple[int, list[int]]:
-    """Bytes saved by one forward pass, and what each block without checkpointing adds to them."""
+def _saved(stage: Stage, networks: list, images: int, step: int, share: float) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes saved by one forward pass, and (index, what it adds to them) of the blocks, if none is computed again."""
     network, found = stage.network, []
-    wanted, network.use_checkpoint = network.use_checkpoint, checkpoint
+    wanted, network.use_checkpoint = network.use_checkpoint, share
     saved = SavedTensors(*networks)
-    hooks = [] if checkpoint else _on_blocks(network, saved, found)
+    hooks = [] if share else _on_blocks(network, saved, found)
     size = network.image_size
     batch = {name: torch.empty(images, 3, size, size) for name in ("x", "view1", "view2")}
     batch["label"] = torch.empty(images, dtype=torch.int64)
@@ -97,10 +104,10 @@ def _saved(stage: Stage, networks: list, images: int, step: int, checkpoint: boo
     return saved.bytes, found
 
 
-def _on_blocks(network: torch.nn.Module, saved: SavedTensors, found: list[int]) -> list:
-    """Hooks that append to `found` what each block adds to `saved`."""
+def _on_blocks(network: torch.nn.Module, saved: SavedTensors, found: list[tuple[int, int]]) -> list:
+    """Hooks that append to `found` each block's index and what it adds to `saved`."""
     before, hooks = [], []
-    for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
+    for i, block in enumerate([*network.blocks, *getattr(network, "decoder_blocks", ())]):
         hooks.append(block.register_forward_pre_hook(lambda *_: before.append(saved.bytes)))
-        hooks.append(block.register_forward_hook(lambda *_: found.append(saved.bytes - before.pop())))
+        hooks.append(block.register_forward_hook(lambda *_, i=i: found.append((i, saved.bytes - before.pop()))))
     return hooks

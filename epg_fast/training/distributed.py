@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,19 @@ class Ranks:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
-    def gather(self, keys: torch.Tensor) -> torch.Tensor:
-        """[B, P] of this rank -> [world_size * B, P] in rank order, without gradient."""
+    def gather(self, keys: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start to gather [B, P] of this rank; the result waits for [world_size * B, P] in rank order, no gradient."""
+        keys = keys.detach().contiguous()
         if self.world_size == 1:
-            return keys
+            return lambda: keys
         parts = [torch.empty_like(keys) for _ in range(self.world_size)]
-        dist.all_gather(parts, keys.detach().contiguous())
-        return torch.cat(parts)
+        work = dist.all_gather(parts, keys, async_op=True)
+
+        def wait() -> torch.Tensor:
+            work.wait()
+            return torch.cat(parts)
+
+        return wait
 
     def gather_objects(self, value) -> list:
         """The picklable `value` of every rank, in rank order."""

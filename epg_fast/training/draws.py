@@ -20,6 +20,10 @@ class Draws:
     def __init__(self, seed: int, iteration: int, start: int, count: int, device: torch.device):
         self.seed, self.iteration, self.start, self.count, self.device = seed, iteration, start, count, device
 
+    def part(self, start: int, count: int) -> Draws:
+        """Draws of `count` of these samples, from the `start`-th on."""
+        return Draws(self.seed, self.iteration, self.start + start, count, self.device)
+
     def normal(self, stream: str, *shape: int) -> torch.Tensor:
         """Standard normal [count, *shape], float32."""
         return self._chunked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.models import encoder_from_config
+from epg_fast.training.accumulation import check_parts
 from epg_fast.training.activations import Activations, activation_bytes
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.flops import StepFlops, step_flops
@@ -24,8 +26,8 @@ _GIB = 2**30
 class _Planned(Ranks):
     """A rank among others that are not there."""
 
-    def gather(self, keys: torch.Tensor) -> torch.Tensor:
-        return keys if self.world_size == 1 else keys.repeat(self.world_size, 1)
+    def gather(self, keys: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: keys if self.world_size == 1 else keys.repeat(self.world_size, 1)
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,19 @@ class Memory:
     weights: int
     """Of the trained network and of a frozen one, with their buffers."""
     gradients: int
-    buckets: int
-    """Second copy of the gradients in which DistributedDataParallel sums them; none on one GPU."""
+    """On several GPUs DistributedDataParallel sums them where they are."""
     moments: int
     """AdamW's two."""
     averages: int
     gathered: int
     """With sharding, what is whole for a time: see `_gathered`."""
+    in_host_memory: int
+    """Not on the GPU: averages of `offload_ema` and the pinned copy of the weights that they are updated from."""
     activations: Activations
 
-    def total(self, checkpointing: bool) -> int:
-        """All of them, with or without activation checkpointing."""
-        kept = self.activations.checkpointed if checkpointing else self.activations.plain
-        held = self.weights + self.gradients + self.buckets + self.moments + self.averages
-        return held + self.gathered + kept
+    def total(self, kept: int) -> int:
+        """All that is on the GPU, with one of the `activations`."""
+        return self.weights + self.gradients + self.moments + self.averages + self.gathered + kept
 
 
 def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig) -> str:
@@ -58,15 +59,15 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     """
     gpus, origin = _gpus(options)
     check_batch(config.batch_size, gpus)
+    check_parts(config, gpus)
     gpu, why = _gpu(options)
-    images = config.batch_size // gpus
     stage = planned_stage(config, stage_class, gpus)
     last = step_flops(stage, config.steps - 1)
     memory = memory_per_gpu(stage, gpus)
     rows = [
         ("model", _model(stage)),
         ("parameters", _parameters(stage)),
-        ("batch", f"{config.batch_size} images = {gpus} GPU{'s' * (gpus > 1)} x {images} ({origin})"),
+        ("batch", f"{config.batch_size} images = {_share(config, gpus)} ({origin})"),
         ("steps", f"{config.steps:,} = {config.steps * config.batch_size:,} images"),
         ("FLOPs per image", _per_image(last)),
         ("FLOPs per step", f"{_si(last.total * config.batch_size)}FLOP{_from_step(stage)}"),
@@ -74,6 +75,7 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
         *_memory_rows(memory, config),
         ("duration", _duration(stage, gpus, gpu, options.utilization)),
         ("", why),
+        *([("", "FP8 is left out of the reckoning: time and memory are those of 16 bits")] if config.fp8 else []),
         *_inputs(config),
     ]
     lines = [f"{name:<19}{text}" for name, text in rows]
@@ -97,10 +99,11 @@ def planned_stage(config: RunConfig, stage_class: type[Stage], gpus: int) -> Sta
     absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
     meta = torch.device("meta")
     with meta:
-        plain = dataclasses.replace(config, ops="auto", **absent)
+        plain = dataclasses.replace(config, ops="auto", offload_ema=False, **absent)
         stage = stage_class(plain, _Planned(0, gpus, meta))
         if perceptual:
             stage.perceptual = encoder_from_config(network_config(config)).eval().requires_grad_(False)
+    plain.offload_ema = config.offload_ema
     return stage
 
 
@@ -121,14 +124,18 @@ def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
     perceptual, sharded = getattr(stage, "perceptual", None), stage.config.parallelism == "fsdp"
     parts = gpus if sharded else 1
     trained = sum(_bytes(p, parts) for p in stage.network.parameters() if p.requires_grad)
+    averages = 1 + len(stage.config.posthoc_ema.sigma_rel or ())
+    offloaded = averages - stage.calls_average if stage.config.offload_ema else 0
+    # torch's allocator of pinned memory rounds up to powers of two
+    pinned = sum(1 << (_bytes(p) - 1).bit_length() for p in stage.network.parameters())
     return Memory(
         weights=_size(stage.network, parts) + (0 if perceptual is None else _size(perceptual)),
         gradients=trained,
-        buckets=trained if gpus > 1 and not sharded else 0,
         moments=2 * trained,
-        averages=_size(stage.average, parts) * (1 + len(stage.config.posthoc_ema.sigma_rel or ())),
+        averages=_size(stage.average, parts) * (averages - offloaded),
         gathered=_gathered(stage) if sharded else 0,
-        activations=activation_bytes(stage, stage.config.batch_size // gpus, stage.config.steps - 1),
+        in_host_memory=_size(stage.average) * offloaded + (pinned if offloaded else 0),
+        activations=activation_bytes(stage, _part(stage.config, gpus), stage.config.steps - 1),
     )
 
 
@@ -149,6 +156,16 @@ def _bytes(tensor: torch.Tensor, parts: int = 1) -> int:
 
 def _size(network: torch.nn.Module, parts: int = 1) -> int:
     return sum(_bytes(p, parts) for p in network.parameters()) + sum(map(_bytes, network.buffers()))
+
+
+def _part(config: RunConfig, gpus: int) -> int:
+    """Images that go through the network together."""
+    return config.batch_size // gpus // config.gradient_accumulation
+
+
+def _share(config: RunConfig, gpus: int) -> str:
+    parts = f" in {config.gradient_accumulation} parts" if config.gradient_accumulation > 1 else ""
+    return f"{gpus} GPU{'s' * (gpus > 1)} x {config.batch_size // gpus}{parts}"
 
 
 def _gpus(options: DryRunConfig) -> tuple[int, str]:
@@ -187,7 +204,7 @@ def _per_image(flops: StepFlops) -> str:
     if flops.without_gradient:
         parts.append(f"without gradient {_si(flops.without_gradient)}")
     if flops.recomputed:
-        parts.append(f"and {_si(flops.recomputed)} again for activation checkpointing")
+        parts.append(f"and {_si(flops.recomputed)} again for less memory")
     return f"{_si(flops.total)}FLOP ({', '.join(part.strip() for part in parts)})"
 
 
@@ -199,18 +216,18 @@ def _from_step(stage: Stage) -> str:
 
 def _memory_rows(memory: Memory, config: RunConfig) -> list[tuple[str, str]]:
     saved, on = memory.activations, config.activation_checkpointing
-    kept, otherwise = (saved.checkpointed, saved.plain) if on else (saved.plain, saved.checkpointed)
+    kept, otherwise = saved.chosen, saved.plain if on else saved.checkpointed
     switch = f"with --activation_checkpointing {'false' if on else 'true'}"
     float32 = "float32" + ", this GPU's part" * (config.parallelism == "fsdp")
     parts = [
         ("weights", memory.weights, float32),
         ("gradients", memory.gradients, float32),
-        ("gradient buckets", memory.buckets, "a second copy, for the sum over GPUs"),
         ("AdamW moments", memory.moments, float32),
         ("average", memory.averages, float32),
         ("whole for a time", memory.gathered, "weights and gradients outside the blocks and of two blocks"),
         ("activations", kept, f"{otherwise / _GIB:.1f} {switch}"),
-        ("sum", memory.total(on), f"{memory.total(not on) / _GIB:.1f} {switch}"),
+        ("sum", memory.total(kept), f"{memory.total(otherwise) / _GIB:.1f} {switch}"),
+        ("in host memory", memory.in_host_memory, "averages and a pinned copy of the weights, of rank 0"),
     ]
     rows = [(f"  {name}", f"{size / _GIB:6.1f}   {text}") for name, size, text in parts if size]
     notes = (

@@ -2,8 +2,8 @@
 
 Products with weights and the two of attention count, a multiplication and an addition as two operations, as
 torch.utils.flop_counter counts them; norms, softmax and element-wise work do not. Counted is what the method needs: a
-product per gradient in the backward pass, and nothing twice. What activation checkpointing computes again stands apart;
-the scores that attention kernels compute again in their backward pass stand nowhere. That is the convention of MFU
+product per gradient in the backward pass, and nothing twice. What is computed again for less memory stands apart; the
+scores that attention kernels compute again in their backward pass stand nowhere. That is the convention of MFU
 (Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B).
 """
 
@@ -16,7 +16,7 @@ import torch.nn as nn
 from epg_fast.diffusion import consistency_stage
 from epg_fast.models import EPGViT, RCMViT
 from epg_fast.models.blocks import Attention, Block, DecoderBlock
-from epg_fast.models.encoder import ViTEncoder
+from epg_fast.models.encoder import ViTEncoder, is_recomputed
 from epg_fast.training.stages import Stage
 
 
@@ -49,7 +49,7 @@ class StepFlops:
     without_gradient: int
     """Forward passes of targets and frozen networks."""
     recomputed: int
-    """What activation checkpointing adds to `total`; 0 without it."""
+    """What activation checkpointing and pre-training's gradient accumulation add to `total`; 0 without them."""
 
     @property
     def total(self) -> int:
@@ -69,7 +69,8 @@ def _pretrain(stage: Stage, step: int) -> StepFlops:
     similarity = 2 * _similarity(stage, network.projection_head[-1].out_features)
     similarity += _similarity(stage, network.embed_dim)
     without = 1 * _trunk(network).forward + 2 * head.forward + 2 * (_trunk(target).forward + _head(target).forward)
-    return _step(network, 3 * trunk + 2 * head, similarity, without)
+    again = 3 * trunk.forward if stage.config.gradient_accumulation > 1 else 0
+    return _step(network, 3 * trunk + 2 * head, similarity, without, again)
 
 
 def _diffusion(stage: Stage, step: int) -> StepFlops:
@@ -92,12 +93,12 @@ def _consistency(stage: Stage, step: int) -> StepFlops:
 _STEPS = {"pretrain": _pretrain, "finetune-diffusion": _diffusion, "finetune-consistency": _consistency}
 
 
-def _step(network: ViTEncoder, trained: _Pass, similarity: int, without_gradient: int) -> StepFlops:
+def _step(network: ViTEncoder, trained: _Pass, similarity: int, without_gradient: int, again: int = 0) -> StepFlops:
     return StepFlops(
         forward=trained.forward + similarity,
         backward=trained.weights + trained.inputs + similarity,  # only the queries get a gradient
         without_gradient=without_gradient,
-        recomputed=trained.recomputed if network.use_checkpoint else 0,
+        recomputed=again + trained.recomputed,
     )
 
 
@@ -112,7 +113,7 @@ def _generator(network: EPGViT) -> _Pass:
     if network.encoder_to_decoder is not None:
         total += _linear(network.encoder_to_decoder, length)
     for j, block in enumerate(network.decoder_blocks):
-        total += _block(block, length, has_skip=j < depth)
+        total += _block(block, length, has_skip=j < depth, again=is_recomputed(depth + j, network.use_checkpoint))
         modulation = _linear(block.adaLN_modulation[-1], 1)
         # The time embedding has no parameter: without a class embedding the condition needs no gradient.
         total += modulation if network.num_classes else _Pass(modulation.forward, modulation.weights)
@@ -123,8 +124,8 @@ def _trunk(network: ViTEncoder, image_gradient: bool = False) -> _Pass:
     length, weight = network.extras + network.num_patches, network.patch_embed.proj.weight
     product = 2 * network.num_patches * weight.numel()
     total = _Pass(product, product, product if image_gradient else 0)
-    for block in network.blocks:
-        total += _block(block, length, has_skip=False)
+    for i, block in enumerate(network.blocks):
+        total += _block(block, length, has_skip=False, again=is_recomputed(i, network.use_checkpoint))
     return total
 
 
@@ -136,7 +137,7 @@ def _head(network: RCMViT) -> _Pass:
     return total
 
 
-def _block(block: Block | DecoderBlock, length: int, has_skip: bool) -> _Pass:
+def _block(block: Block | DecoderBlock, length: int, has_skip: bool, again: bool) -> _Pass:
     attention = _linear(block.attn.qkv, length) + _attention(block.attn, length) + _linear(block.attn.proj, length)
     total = attention + _linear(block.mlp.fc1, length)
     if has_skip:
@@ -144,8 +145,8 @@ def _block(block: Block | DecoderBlock, length: int, has_skip: bool) -> _Pass:
     last = _linear(block.mlp.fc2, length)
     # Checkpointing stops once it has what the backward pass needs, and that of an encoder block's last sum is nothing;
     # the gate of a decoder block needs the product's result.
-    again = total.forward + (last.forward if isinstance(block, DecoderBlock) else 0)
-    return total + last + _Pass(recomputed=again)
+    recomputed = total.forward + (last.forward if isinstance(block, DecoderBlock) else 0)
+    return total + last + _Pass(recomputed=recomputed if again else 0)
 
 
 def _linear(module: nn.Linear, tokens: int) -> _Pass:

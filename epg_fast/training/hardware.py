@@ -69,7 +69,11 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 class Utilization:
-    """Figures of a line of metrics.jsonl that only a GPU has: `peak_memory_gib`, and `mfu` if its peak is known."""
+    """Figures of a line of metrics.jsonl that only a GPU has: `peak_memory_gib`, and `mfu` if its peak is known.
+
+    Products in FP8 count against the peak of 16 bits, too: a run's mfu says how much faster it is than others, and
+    what share of its products is in FP8 differs between networks.
+    """
 
     def __init__(self, stage: Stage):
         self._stage, self._device, self._peak = stage, stage.ranks.device, None

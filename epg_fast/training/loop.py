@@ -21,20 +21,22 @@ from torch.nn.parallel import DistributedDataParallel
 from epg_fast.config import RunConfig
 from epg_fast.data import (
     DataError,
-    ImageSource,
     Prefetcher,
     make_loader,
     open_images,
     resolve_backend,
 )
 from epg_fast.training import distributed
+from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
+from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
+from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics
-from epg_fast.training.preview import write_preview
+from epg_fast.training.preview import preview_is_due, preview_path, write_preview
 from epg_fast.training.progress import Progress
-from epg_fast.training.run_folder import check_run_folder, claim_run_folder
+from epg_fast.training.run_folder import RunLock, check_run_folder, claim_run_folder
 from epg_fast.training.signals import StopSignals
 from epg_fast.training.stages import Stage
 from epg_fast.training.state import RunState
@@ -63,6 +65,9 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
     source = open_images(config.data.path)
+    check_compilation(config, ranks)
+    if config.fp8:
+        require_fp8(ranks.device)
 
     torch.manual_seed(config.seed)
     stage = stage_class(config, ranks)
@@ -72,12 +77,22 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
             f"{source.root} has {len(source.classes)} classes, but the model has {classes}; "
             f"pass --model.num_classes {len(source.classes)}"
         )
-    check_run_folder(outdir, config)
-    state = RunState(config, stage, source, ranks)
-    state.resume(outdir / "checkpoints")
-    if state.step >= config.steps:
-        log.info("%s is complete: %d steps", outdir, state.step)
-        return
+    check_parts(config, ranks.world_size)
+    with RunLock(outdir, ranks) as lock:
+        check_run_folder(outdir, config)
+        state = RunState(config, stage, source, ranks)
+        if config.fp8:
+            log.info(use_fp8(stage.network))  # after the averages were made of it, which stay in 16 bits
+        state.resume(outdir / "checkpoints")
+        if state.step >= config.steps:
+            _draw_missing_preview(state, outdir)
+            log.info("%s is complete: %d steps", outdir, state.step)
+        else:
+            _go_on(config, state, lock)
+
+
+def _go_on(config: RunConfig, state: RunState, lock: RunLock) -> None:
+    ranks, stage, source = state.ranks, state.stage, state.source
     state.data_backend = choose_backend(config.data.backend, state.data_backend, ranks.device)
     check_one_backend(state.data_backend, ranks)
     loader = make_loader(
@@ -94,26 +109,26 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         device=ranks.device,
     )
     with contextlib.closing(loader):
-        _run(config, state, loader, source, outdir)
+        _run(config, state, loader, lock)
 
 
-def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir: Path) -> None:
-    ranks, stage = state.ranks, state.stage
+def _run(config: RunConfig, state: RunState, loader, lock: RunLock) -> None:
+    ranks, stage, source, outdir = state.ranks, state.stage, state.source, lock.outdir
     bad_files = BadFiles(state.bad_files, loader, source, config.data.max_bad_fraction, outdir, ranks)
     decoder = _decoder(state.data_backend, config.data.workers)
     log.info("images are decoded by %s", decoder)
     # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-    lock = claim_run_folder(outdir, stage.name, config, ranks)
+    claim_run_folder(stage.name, config, lock)
     if ranks.main:
         set_aside(state.unreadable)
         remove_temporaries(outdir)
-    state.posthoc_ema.discard_after(state.step)
+    state.posthoc_ema.discard_after(state.made)
     writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
-    metrics = Metrics(outdir, ranks.main, state.step, *writers, Utilization(stage))
+    metrics = Metrics(outdir, ranks.main, state.made, *writers, Utilization(stage))
     metrics.load_state_dict(state.unfinished_metrics, ranks.device)
     step_module = make_step_module(stage)
-    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
-        compile_blocks(stage)
+    compile_stage(stage)
+    metrics.add_image("samples", _draw_missing_preview(state, outdir), state.made)
     progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
     signals = StopSignals()
 
@@ -134,13 +149,11 @@ def _run(config: RunConfig, state: RunState, loader, source: ImageSource, outdir
         ranks.barrier()
         metrics.close()
     if state.step < config.steps:
-        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.step)
-    if lock:
-        lock.close()
+        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.made)
 
 
 def _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals) -> None:
-    done = state.step  # a step that is reached again, because its update was skipped, is saved once
+    done = state.made  # a step that is reached again, because the update after it was skipped, is written once
     stop = False
     while state.step < config.steps and not stop:
         waited = batches.waited
@@ -151,28 +164,53 @@ def _loop(config, state, step_module, batches, metrics, progress, bad_files, out
             break
         metrics.count(config.batch_size, batches.waited - waited)
         progress.data_came()
+        begin_step(config)
         stop = state.update(step_module, batch, metrics, bool(signals.asked))
         if state.step % config.log_every == 0 or state.step == config.steps:
             stop = state.settle() or stop
         progress.reach(state.step)
-        last, new = state.step == config.steps, state.step > done
-        done = max(done, state.step)
-        logs = new and (state.step % config.log_every == 0 or last)
-        saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
-        if new:
-            # Before the checkpoint: a run that goes on from it does not come by this step again.
-            state.posthoc_ema.write_if_due(state.step)
-        if logs or saves:
-            bad_files.exchange()
-        if logs:
-            progress.show(metrics.write(state.step, lr=state.optimizer.lr))
-        if saves:
-            state.save(outdir, metrics)
-        state.check_saved(together=logs or saves)
-        preview = state.stage.preview
-        draws = state.ranks.main or state.stage.sharding  # weights that all ranks hold a part of take all of them
-        if new and preview and preview.every and draws and (state.step % preview.every == 0 or last):
-            metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
+        state.check_saved()
+        if stop or _something_is_due(state, config):
+            # `step` can be one too high still: then nothing is due but what a signal asks for
+            new = done < state.made == state.step
+            _write_what_is_due(config, state, metrics, progress, bad_files, outdir, new, stop)
+            done = max(done, state.made)
+
+
+def _draw_missing_preview(state, outdir):
+    """The preview of the step to go on from, if one was due and the run was killed before it was written."""
+    if state.made and preview_is_due(state.stage, state.made):
+        missing = not preview_path(outdir, state.made).exists()
+        if state.ranks.gather_objects(missing)[0] if state.stage.sharding else missing:
+            return write_preview(state.stage, outdir, state.made)
+    return None
+
+
+def _something_is_due(state, config) -> bool:
+    preview, snapshots = state.stage.preview, config.posthoc_ema
+    every = [config.log_every, config.checkpoint_every, snapshots.every if snapshots.sigma_rel else 0]
+    every.append(preview.every if preview else 0)
+    return state.step == config.steps or any(n and state.step % n == 0 for n in every)
+
+
+def _write_what_is_due(config, state, metrics, progress, bad_files, outdir, new: bool, stop: bool) -> None:
+    """At a step that is `new`, or where the run is to `stop`."""
+    last = state.step == config.steps
+    logs = new and (state.step % config.log_every == 0 or last)
+    saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
+    if logs or saves:
+        bad_files.exchange()
+        state.check_saved(together=True)
+    if logs:
+        progress.show(metrics.write(state.step, lr=state.optimizer.lr))
+    # Before the checkpoint, or with it: a run that goes on from it does not come by this step again.
+    if saves:
+        state.save(outdir, metrics)
+    elif new and state.posthoc_ema.is_due(state.step):
+        state.save_snapshot()
+    if new and preview_is_due(state.stage, state.step):
+        state.host_averages.wait()
+        metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
 
 
 class _StopWaiting(Exception):
@@ -221,7 +259,7 @@ def _decoder(backend: str, workers: int) -> str:
 
 
 def make_step_module(stage: Stage) -> torch.nn.Module:
-    """Module whose forward pass is the stage's loss; it averages gradients and BatchNorm statistics over the ranks."""
+    """Module that calls the stage's method it is given; it averages gradients and BatchNorm statistics over ranks."""
     module = _StepModule(stage)
     if stage.sharding:
         return stage.sharding.running(module)
@@ -232,32 +270,16 @@ def make_step_module(stage: Stage) -> torch.nn.Module:
         module,
         device_ids=[stage.ranks.device] if stage.ranks.device.type == "cuda" else None,
         broadcast_buffers=False,
+        gradient_as_bucket_view=True,  # without a second copy of the gradients
     )
 
 
 class _StepModule(torch.nn.Module):
-    """The stage's loss as a forward pass, so that DistributedDataParallel sees one forward per backward."""
+    """The stage's computations as a forward pass, so that DistributedDataParallel sees one forward per backward."""
 
     def __init__(self, stage: Stage):
         super().__init__()
         self.network = stage.network
-        self._loss = stage.loss
 
-    def forward(self, batch, draws, step):
-        return self._loss(batch, draws, step)
-
-
-def compile_blocks(stage: Stage, **options) -> None:
-    """torch.compile every transformer block in place: fast to compile, since all blocks of a kind share the graph.
-
-    The shapes are static: a stage has a handful of them (pre-training three), and code for any batch size is slower.
-    options: further arguments of torch.compile.
-    """
-    networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
-    for network in filter(None, networks):
-        for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
-            if stage.sharding:
-                # what puts the weights together before the block stays outside
-                block.forward = torch.compile(block.forward, dynamic=False, **options)
-            else:
-                block.compile(dynamic=False, **options)
+    def forward(self, compute, *arguments):
+        return compute(*arguments)

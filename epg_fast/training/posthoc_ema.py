@@ -15,7 +15,6 @@ Weights that tremble lose less. Simulated for 600 000 steps, weights of about 1 
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import zlib
@@ -25,8 +24,9 @@ import torch
 
 from epg_fast.config import RunConfig
 from epg_fast.models import save_weights
+from epg_fast.training.host_average import follower
 from epg_fast.training.power_ema import gamma_of, power_decay
-from epg_fast.training.sharding import local, whole
+from epg_fast.training.sharding import local
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -35,16 +35,20 @@ _NAME = re.compile(r"step_(\d+)\.safetensors")
 
 
 class PosthocEma:
-    """The tracked averages of a run: `averages` are the optimiser's to update, with `decays`.
+    """The tracked averages of a run: `averages` are for others to update, with `decays`.
+
+    With `offload_ema` the main rank alone has them, in host memory.
 
     Args:
-        config: `posthoc_ema.sigma_rel` None tracks nothing, and then every method does nothing but `discard_after`.
+        config: `posthoc_ema.sigma_rel` None tracks nothing, and then nothing is due.
         stage: its network is followed, from the values it has now.
     """
 
     def __init__(self, config: RunConfig, stage: Stage):
         self.sigma_rel = list(config.posthoc_ema.sigma_rel or ())
-        self.averages = [copy.deepcopy(stage.network).eval().requires_grad_(False) for _ in self.sigma_rel]
+        self.averages = [
+            average for _ in self.sigma_rel if (average := follower(stage.network, stage.ranks, config.offload_ema))
+        ]
         self._stage, self._every, self._steps = stage, config.posthoc_ema.every, config.steps
         self._gammas = [gamma_of(s) for s in self.sigma_rel]
         self._folder = Path(config.outdir) / FOLDER
@@ -55,6 +59,8 @@ class PosthocEma:
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """sigma_rel -> parameters of its average; the tensors are the live ones."""
+        if not self.averages:  # none are tracked, or another rank has them
+            return {}
         pairs = zip(self.sigma_rel, self.averages, strict=True)
         return {str(s): {n: p.detach() for n, p in average.named_parameters()} for s, average in pairs}
 
@@ -63,35 +69,35 @@ class PosthocEma:
 
         Raises ValueError for other widths.
         """
-        own = self.state_dict()
-        if own.keys() != state.keys():
-            raise ValueError(f"the checkpoint has averages of sigma_rel {list(state)}, wanted {list(own)}")
-        for sigma_rel, parameters in own.items():
+        own = [str(sigma_rel) for sigma_rel in self.sigma_rel]
+        if set(own) != state.keys():
+            raise ValueError(f"the checkpoint has averages of sigma_rel {list(state)}, wanted {own}")
+        for sigma_rel, parameters in self.state_dict().items():
             for name, parameter in parameters.items():
                 local(parameter).copy_(state[sigma_rel][name])
 
-    def write_if_due(self, step: int) -> None:
-        """Write the snapshot of `step` if it is a multiple of `posthoc_ema.every` or the last.
+    def is_due(self, step: int) -> bool:
+        """Whether this rank has a part in a snapshot at `step`: a multiple of `posthoc_ema.every`, or the last."""
+        due = step % self._every == 0 or step == self._steps
+        return bool(self.averages and due and (self._stage.ranks.main or self._stage.sharding))
 
-        The main rank writes; all ranks call this, since sharded averages are put together from all.
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """What `write` takes; the tensors are the live ones."""
+        tensors = {
+            f"{sigma_rel}/{name}": parameter
+            for sigma_rel, parameters in self.state_dict().items()
+            for name, parameter in parameters.items()
+        }
+        network = self._stage.network
+        parameters = {name for name, _ in network.named_parameters()}
+        return tensors | {f"buffers/{name}": b for name, b in network.state_dict().items() if name not in parameters}
+
+    def write(self, step: int, snapshot: dict[str, torch.Tensor]) -> None:
+        """Write a `snapshot` of `step`, copied to host memory; in any thread.
 
         Raises OSError when the disk does not take it; the earlier ones are untouched.
         """
-        due = step % self._every == 0 or step == self._steps
-        main = self._stage.ranks.main
-        if not (self.averages and due and (main or self._stage.sharding)):
-            return
-        tensors = {}
-        for sigma_rel, parameters in self.state_dict().items():
-            for name, parameter in parameters.items():
-                full = whole(parameter)
-                if main:
-                    tensors[f"{sigma_rel}/{name}"] = _narrow(full).cpu()
-        if not main:
-            return
-        network = self._stage.network
-        parameters = {name for name, _ in network.named_parameters()}
-        tensors |= {f"buffers/{name}": b for name, b in network.state_dict().items() if name not in parameters}
+        tensors = {n: tensor if n.startswith("buffers/") else _narrow(tensor) for n, tensor in snapshot.items()}
         self._folder.mkdir(exist_ok=True)
         metadata = self._stage.metadata() | {"step": step, "sigma_rel": self.sigma_rel}
         metadata["crc32"] = {name: checksum(tensor) for name, tensor in tensors.items()}

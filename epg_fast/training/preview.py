@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
@@ -16,33 +17,48 @@ from epg_fast.training.stages import Stage
 log = logging.getLogger("epg_fast")
 
 
+def preview_is_due(stage: Stage, step: int) -> bool:
+    """Whether this rank is to draw a preview at `step`: a multiple of `preview.every`, or the last."""
+    p, draws = stage.preview, stage.ranks.main or stage.sharding
+    return bool(p and p.every and draws) and (step % p.every == 0 or step == stage.config.steps)
+
+
+def preview_path(outdir: Path, step: int) -> Path:
+    """Where the preview of `step` is."""
+    return outdir / "previews" / f"step_{step:09d}.png"
+
+
 def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     """Sample from the averaged weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
 
     A disk that does not take it is reported, and None returned: a missing picture must not end a run. Sharded weights
     take all ranks, which all sample the same; the main rank alone writes, the others return None.
 
-    The same labels and noise every time, so that grids of different steps can be compared.
+    The same labels and noise every time, so that grids of different steps can be compared. An average in host memory
+    is copied to the device for as long as it takes.
     """
-    p = stage.preview
-    labels = torch.arange(p.num) % max(stage.average.num_classes, 1)
+    p, network = stage.preview, stage.average
+    if stage.config.offload_ema:
+        network = copy.deepcopy(network).to(stage.ranks.device)
+    labels = torch.arange(p.num) % max(network.num_classes, 1)
     images = sample(
-        stage.average,
-        labels if stage.average.num_classes else p.num,
+        network,
+        labels if network.num_classes else p.num,
         sampler=p.sampler,
         steps=p.steps,
-        guidance=p.guidance if stage.average.num_classes else 1.0,
+        guidance=p.guidance if network.num_classes else 1.0,
         interval=tuple(p.interval),
         parameterization=stage.parameterization,
         normalization=stage.config.data.normalization,
         noise_schedule=stage.config.noise,
         precision=stage.config.precision,
     )
+    del network
     if not stage.ranks.main:
         return None
     if not images.isfinite().all():
         log.warning("step %d: some preview samples are not finite and are shown black", step)
-    path = outdir / "previews" / f"step_{step:09d}.png"
+    path = preview_path(outdir, step)
     try:
         path.parent.mkdir(exist_ok=True)
         save_grid(images.nan_to_num(0.0), path)

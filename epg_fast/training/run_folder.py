@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import logging
@@ -22,7 +23,10 @@ _FREE = (
     "device",
     "compile",
     "parallelism",
+    "cuda_graphs",
     "activation_checkpointing",
+    "gradient_accumulation",
+    "offload_ema",
     "ops",
     "optimizer.backend",
     "data.backend",
@@ -67,31 +71,67 @@ def check_run_folder(outdir: Path, config: RunConfig) -> None:
         raise ValueError(f"{outdir} is not empty and not a run folder (no config.yaml); choose another --outdir")
 
 
-def claim_run_folder(outdir: Path, stage: str, config: RunConfig, ranks: distributed.Ranks) -> IO | None:
-    """Create the run folder with its config.yaml, which `--config` reads again, and lock it until the result is closed.
+class RunLock:
+    """Lets one process at a time train in a run folder, until the `with` block ends; the main rank holds it for all.
+
+    A folder that is a run's already is locked at once: a process that is just ending may still write its state, which
+    is to be read afterwards. One that is not there is left alone until `claim_run_folder`.
 
     Raises ValueError when another process is training there.
     """
-    ranks.barrier()  # all ranks have checked the folder
-    lock = None
-    if ranks.main:
-        outdir.mkdir(parents=True, exist_ok=True)
-        lock = open(outdir / ".lock", "w")  # noqa: SIM115 (held for the whole run)
+
+    def __init__(self, outdir: Path, ranks: distributed.Ranks):
+        self.outdir, self.ranks = outdir, ranks
+        self._file: IO | None = None
+        if ranks.main and (outdir / "config.yaml").exists():
+            # A folder that one can only read is that of a complete run, or will be claimed in vain.
+            with contextlib.suppress(OSError):
+                self.take()
+        ranks.barrier()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def take(self) -> bool:
+        """Lock the folder; returns whether it was not yet."""
+        if self._file is not None:
+            return False
+        file = open(self.outdir / ".lock", "a")  # noqa: SIM115 (held until the end)
         try:
             # lockf, not flock: decoding processes would inherit the latter and hold it when this one has been killed.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process is training in {outdir}; stop it or choose another --outdir") from None
+            file.close()
+            raise ValueError(
+                f"another process is training in {self.outdir}; stop it or choose another --outdir"
+            ) from None
         except OSError as error:
-            log.warning("%s cannot be locked (%s): do not start this run twice", outdir, error)
-        temporary = outdir / "config.tmp"
+            log.warning("%s cannot be locked (%s): do not start this run twice", self.outdir, error)
+        self._file = file
+        return True
+
+
+def claim_run_folder(stage: str, config: RunConfig, lock: RunLock) -> None:
+    """Create the run folder of `lock`, and its config.yaml, which `--config` reads again.
+
+    Raises ValueError when another process is training there, or has been since the folder was looked at.
+    """
+    lock.ranks.barrier()  # all ranks have checked the folder
+    if lock.ranks.main:
+        lock.outdir.mkdir(parents=True, exist_ok=True)
+        if lock.take() and list_checkpoints(lock.outdir / "checkpoints"):
+            raise ValueError(f"another process has trained in {lock.outdir} meanwhile; give the same command again")
+        temporary = lock.outdir / "config.tmp"
         with open(temporary, "w") as f:
             f.write(f"# epg-fast {stage}\n{yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)}")
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, outdir / "config.yaml")
-    ranks.barrier()
-    return lock
+        os.replace(temporary, lock.outdir / "config.yaml")
+    lock.ranks.barrier()
 
 
 def _plain(value):

@@ -94,10 +94,10 @@ def save_sharded(
         sync_folder(folder)
 
     try:
-        _together(sharding, begin if rank == 0 else None)
-        _together(sharding, write_tensors)
-        parts = _together(sharding, lambda: {f.name: _checksum(f) for f in _own_files(temporary, rank)})
-        _together(sharding, (lambda: finish(parts)) if rank == 0 else None)
+        together(sharding, begin if rank == 0 else None)
+        together(sharding, write_tensors)
+        parts = together(sharding, lambda: {f.name: _checksum(f) for f in _own_files(temporary, rank)})
+        together(sharding, (lambda: finish(parts)) if rank == 0 else None)
     except CheckpointError as error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -106,7 +106,7 @@ def save_sharded(
         remove_old(folder, keep, keep_every)
 
 
-def _together(sharding: Sharding, act: Callable | None) -> list:
+def together(sharding: Sharding, act: Callable | None) -> list:
     """What `act` returned on every rank (None: nothing to do); CheckpointError on all if it failed on one."""
     value = error = None
     try:
@@ -155,7 +155,7 @@ def _read_folder(path, sharding, likes, names, share) -> dict:
     except CheckpointException as error:
         raise ValueError(_reason(next(iter(error.failures.values()), (error, None))[0])) from None
     parts = {name: t.to_local() if is_sharded(t) else t for name, t in wanted.items()}
-    return _put_together(parts, rest, names)
+    return _puttogether(parts, rest, names)
 
 
 def _plain_reader() -> type:
@@ -243,7 +243,7 @@ def _names(rest: dict, likes: Likes) -> Iterator[str]:
     yield from (f"optimizer/{moment}/{name}" for moment in _MOMENTS for name in rest["optimizer"])
 
 
-def _put_together(tensors: dict[str, torch.Tensor], rest: dict, names: list[str]) -> dict:
+def _puttogether(tensors: dict[str, torch.Tensor], rest: dict, names: list[str]) -> dict:
     """The state that `_taken_apart` was given, but for the optimiser's groups."""
     index = {name: i for i, name in enumerate(names)}
     moments = {
@@ -264,7 +264,7 @@ def _put_together(tensors: dict[str, torch.Tensor], rest: dict, names: list[str]
 def _split(state: dict, likes: Likes, names: list[str]) -> dict:
     """This rank's parts of a state of whole tensors."""
     tensors, rest = _taken_apart(state, names)
-    return _put_together({name: part_of(t, likes[_like(name)]) for name, t in tensors.items()}, rest, names)
+    return _puttogether({name: part_of(t, likes[_like(name)]) for name, t in tensors.items()}, rest, names)
 
 
 def _reason(error: BaseException) -> str:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from epg_fast.training import distributed
-from epg_fast.training.stages import Stage
+
+if TYPE_CHECKING:
+    from epg_fast.training.stages import Stage
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -87,8 +90,14 @@ class Sharding:
         layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
         return DTensor.from_local(part, self._mesh, like.placements, **layout)
 
-    def gather(self, parts: dict[str, torch.Tensor], likes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        """Tensors put together in the main rank's host memory from all ranks' parts there; None on the others."""
+    def gather(self, parts: dict | None, likes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """Tensors put together in the main rank's host memory from all ranks' parts there; None on the others.
+
+        parts: None gives None. A name's end, after any slash, is that of the tensor in `likes` that it is split as.
+        """
+        if parts is None:
+            return None
+        likes = {name: likes[name.rpartition("/")[2]] for name in parts}
         rank, ranks = dist.get_rank(self.group), range(dist.get_world_size(self.group))
         found = {}
         for name, part in parts.items():
@@ -153,6 +162,11 @@ def shard_stage(stage: Stage, averages: Sequence[torch.nn.Module] = ()) -> None:
     chain = [root, *blocks]
     for i, module in enumerate(chain):
         module.set_modules_to_backward_prefetch([chain[i - 1]])
+    # FSDP takes what runs first for the root, which must not be the average for a preview; now parameters move no more.
+    with torch.no_grad():
+        root.run = lambda: None
+        root()
+    root.reshard()
     # Nothing writes to what a block returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     stage.sharding = Sharding(root, dist.new_group(backend="gloo", timeout=distributed.TIMEOUT))

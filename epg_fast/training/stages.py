@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import asdict
 
@@ -12,10 +11,12 @@ from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, 
 from epg_fast.diffusion import NoiseSchedule, consistency_r, consistency_stage, curriculum_scales
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
-from epg_fast.objectives import Loss, consistency_loss, denoising_loss, pretraining_loss
+from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
 from epg_fast.ops.backends import require_triton
+from epg_fast.training.accumulation import Gradients, Part, merged, nothing_of
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
+from epg_fast.training.host_average import follower
 
 log = logging.getLogger("epg_fast")
 
@@ -29,6 +30,8 @@ class Stage:
     parameterization: str | None = None
     by_level: str
     """Term of the loss that is also logged by noise level."""
+    calls_average = False
+    """Whether the loss calls `average`, which then stays on the device whatever `offload_ema` says."""
     sharding = None
     """A `sharding.Sharding` once the networks are split over the ranks."""
 
@@ -39,11 +42,12 @@ class Stage:
         self.network = network.use_ops(config.ops).train()
         if config.parallelism == "ddp":
             self.network.to(ranks.device)  # sharded networks come to it part by part
-        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.average = follower(self.network, ranks, config.offload_ema and not self.calls_average)
+        """None on the ranks that keep no average in host memory."""
 
     @property
-    def exported(self) -> torch.nn.Module:
-        """The network whose weights are written to model.safetensors."""
+    def exported(self) -> torch.nn.Module | None:
+        """The network whose weights are written to model.safetensors; the main rank has it."""
         return self.average
 
     def average_decay(self, step: int) -> float:
@@ -52,6 +56,10 @@ class Stage:
 
     def loss(self, batch: dict[str, torch.Tensor], draws: Draws, step: int) -> Loss:
         """Loss of this rank's batch (normalised images, labels) at `step`."""
+        raise NotImplementedError
+
+    def accumulate(self, gradients: Gradients, parts: list[Part], step: int) -> Loss:
+        """Add the gradient of the mean loss over `parts` at `step`, and return the loss of all their samples."""
         raise NotImplementedError
 
     def metadata(self) -> dict:
@@ -80,7 +88,7 @@ class PretrainStage(Stage):
     """Stage 1. `average` is the target network: eval mode, parameters averaged, BatchNorm buffers left at 0 and 1."""
 
     name = "pretrain"
-    three_views = True
+    three_views = calls_average = True
     by_level = "consistency"  # the contrastive term is always at the cleanest level
     config: PretrainConfig
 
@@ -96,21 +104,57 @@ class PretrainStage(Stage):
         return self.config.target_ema
 
     def loss(self, batch, draws, step):
+        objective = self._objective(draws, step)
+        return objective.loss(*_views(batch, draws), self.ranks.gather)
+
+    def accumulate(self, gradients, parts, step):
+        """The encoders run part by part; the losses and the projection head see the features of all samples.
+
+        Features come without their graphs first, then once more, part by part, with the gradients that they got.
+        """
+        objective = self._objective(parts[0].draws, step)
+
+        def keys_and_features(batch, draws):
+            views = _views(batch, draws)
+            return (*objective.keys(*views), torch.stack(objective.features(*views)))
+
+        with torch.no_grad():
+            found = [gradients.forward(keys_and_features, part.batch, part.draws) for part in parts]
+        *keys, features = (torch.cat(values, dim=-2) for values in zip(*found, strict=True))
+        features.requires_grad_()
+        with gradients.averaged(now=False):
+            everyone = [wait() for wait in [self.ranks.gather(key) for key in keys]]
+            loss = gradients.forward(objective.losses, features, keys, everyone)
+            gradients.backward(loss.loss)
+
+        def again(batch, draws):
+            return torch.stack(objective.features(*_views(batch, draws)))
+
+        for part, wanted in zip(parts, features.grad.chunk(len(parts), dim=-2), strict=True):
+            last = part is parts[-1]
+            with gradients.averaged(now=last):
+                found = gradients.forward(again, part.batch, part.draws)
+                if last:
+                    found = found + nothing_of(self.network.projection_head)
+                found.backward(wanted)
+        return loss
+
+    def _objective(self, draws: Draws, step: int) -> PretrainingObjective:
         c = self.config
         schedule = self._schedule(curriculum_scales(step, c.steps, c.start_scales, c.end_scales))
-        return pretraining_loss(
+        return PretrainingObjective(
             self.network,
             self.average,
-            batch["x"],
-            batch["view1"],
-            batch["view2"],
-            draws.normal("noise", *batch["x"].shape[1:]),
             draws.integer("index", schedule.num_scales - 1),
             schedule,
             contrastive_temperature=c.contrastive_temperature,
             temperature=c.temperature if c.temperature_schedule == "constant" else tuple(c.temperature_range),
-            gather=self.ranks.gather,
         )
+
+
+def _views(batch: dict[str, torch.Tensor], draws: Draws) -> tuple[torch.Tensor, ...]:
+    """x, view 1, view 2 and the noise that they share."""
+    return batch["x"], batch["view1"], batch["view2"], draws.normal("noise", *batch["x"].shape[1:])
 
 
 class _FineTuning(Stage):
@@ -128,6 +172,19 @@ class _FineTuning(Stage):
             block.skip_norm.requires_grad_(False)
         super().__init__(config, network, ranks)
         self.preview = config.preview
+
+    def accumulate(self, gradients, parts, step):
+        losses = []
+        for part, keys in zip(parts, self._keys(gradients, parts, step), strict=True):
+            with gradients.averaged(now=part is parts[-1]):
+                loss = gradients.forward(self.loss, part.batch, part.draws, step, *keys)
+                gradients.backward(loss.loss / len(parts))
+            losses.append(loss)
+        return merged(losses)
+
+    def _keys(self, gradients: Gradients, parts: list[Part], step: int) -> list[tuple]:
+        """Per part, what `loss` needs to know of all samples."""
+        return [()] * len(parts)
 
     def average_decay(self, step):
         return min(self.config.ema, step / (step + 10)) if self.config.ema_warmup else self.config.ema
@@ -170,7 +227,7 @@ class ConsistencyStage(_FineTuning):
         super().__init__(config, ranks)
         self.perceptual = _frozen_encoder(config, ranks) if config.perceptual else None
 
-    def loss(self, batch, draws, step):
+    def loss(self, batch, draws, step, keys=None):
         c = self.config
         stage = consistency_stage(step, c.first_stage, c.stage_length, c.delta)
         t = torch.exp(c.p_mean + c.p_std * draws.normal("level")).clamp_min(c.noise.sigma_min)
@@ -187,8 +244,19 @@ class ConsistencyStage(_FineTuning):
             perceptual=self.perceptual,
             temperature=c.temperature,
             dropout_seed=draws.per_rank_seed("dropout"),
+            keys=keys,
             gather=self.ranks.gather,
         )
+
+    def _keys(self, gradients, parts, step):
+        c = self.config
+        if self.perceptual is None or not consistency_stage(step, c.first_stage, c.stage_length, c.delta):
+            return super()._keys(gradients, parts, step)
+        with torch.no_grad():
+            images = (part.batch["x"] for part in parts)
+            own = [gradients.forward(perceptual_keys, self.perceptual, x, self._schedule()) for x in images]
+        everyone = self.ranks.gather(torch.cat(own))()
+        return [((keys, everyone),) for keys in own]
 
 
 def network_config(config: RunConfig, **extra) -> dict:

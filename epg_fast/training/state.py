@@ -11,17 +11,18 @@ from epg_fast.config import RunConfig
 from epg_fast.data import ImageSource, PixelNormalization
 from epg_fast.models import save_weights
 from epg_fast.objectives import Loss
-from epg_fast.runtime import autocast
 from epg_fast.training import distributed
+from epg_fast.training.accumulation import Gradients
 from epg_fast.training.bad_files import still_bad
 from epg_fast.training.checkpoint import BackgroundWriter, copy_to_host, is_milestone, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
+from epg_fast.training.host_average import HostAverages
 from epg_fast.training.levels import names_by_level, sums_by_level
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.posthoc_ema import PosthocEma
-from epg_fast.training.sharded_checkpoint import read_any, save_sharded
+from epg_fast.training.sharded_checkpoint import read_any, save_sharded, together
 from epg_fast.training.sharding import load_parts, shard_stage
 from epg_fast.training.stages import Stage
 
@@ -40,8 +41,11 @@ class RunState:
         self.posthoc_ema = PosthocEma(config, stage)
         if config.parallelism == "fsdp":
             shard_stage(stage, self.posthoc_ema.averages)
-        averages = [stage.average, *self.posthoc_ema.averages]
-        self.optimizer = make_optimizer(stage.network, config.optimizer, averages)
+        averages = [average for average in (stage.average, *self.posthoc_ema.averages) if average is not None]
+        # The first so many are updated with the weights, on their device.
+        self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)
+        self.optimizer = make_optimizer(stage.network, config.optimizer, averages[: self._on_device])
+        self.host_averages = HostAverages(stage.network, averages[self._on_device :])
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
         self.data_fingerprint = source.fingerprint()
@@ -65,16 +69,17 @@ class RunState:
         draws = Draws(config.seed, self.iteration, self.ranks.rank * count, count, self.ranks.device)
         # The running statistics of BatchNorm change in the forward pass already.
         buffers = [b.clone() for b in self.stage.network.buffers()]
-        with autocast(self.ranks.device, config.precision):
-            result = step_module(self._normalized(batch), draws, self.step)
-        self.loss_scale(result.loss).backward()
-        o = config.optimizer
+        gradients = Gradients(self.stage, step_module, self.normalization, self.loss_scale)
+        result = gradients(batch, draws, self.step)
+        o, decays = config.optimizer, [self.stage.average_decay(self.step), *self.posthoc_ema.decays(self.step)]
         self.optimizer.schedule(
             lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
             o.clip_norm if self.step >= o.clip_after else None,
-            [self.stage.average_decay(self.step), *self.posthoc_ema.decays(self.step)],
+            decays[: self._on_device],
         )
+        self.host_averages.before_update()
         norm, found_inf = self.optimizer.step(self.loss_scale.value)
+        self.host_averages.after_update(decays[self._on_device :], found_inf)
         self.optimizer.zero_grad()
         self.loss_scale.update(found_inf)
         for buffer, old in zip(self.stage.network.buffers(), buffers, strict=True):
@@ -84,6 +89,11 @@ class RunState:
         self.iteration += 1
         self.step += 1
         return before is not None and self._settle(before)
+
+    @property
+    def made(self) -> int:
+        """Updates made: `step`, less one if the newest update was skipped; waits for the device to know."""
+        return self.step - (self._pending is not None and self._pending.read()[0])
 
     def settle(self) -> bool:
         """Correct `step` if the newest update turns out to have been skipped. Returns whether to end.
@@ -109,15 +119,15 @@ class RunState:
     def save(self, outdir: Path, metrics: Metrics) -> None:
         """Checkpoint and model.safetensors of this very moment, written while training goes on.
 
-        The main rank writes, or all ranks where the networks are sharded. What fails is raised by the next `save`, by
-        `check_saved` or by `writer.wait`.
+        The main rank writes, or all ranks where the networks are sharded. A snapshot of the post-hoc averages, if one
+        is due, is written before them. What fails is raised by the next `save`, `check_saved` or `writer.wait`.
         """
         sharding = self.stage.sharding
         if not (self.ranks.main or sharding):
             return
-        step = self.step
+        step = self.made
         state = {
-            "step": step,
+            "step": self.step,  # as the host has it, which follows from "pending"
             "iteration": self.iteration,
             "pending": self._pending and self._pending.state(),
             "network": self.stage.network.state_dict(),
@@ -130,23 +140,27 @@ class RunState:
             "data_backend": self.data_backend,
             "bad_files": dict(self.bad_files),
         }
+        snapshot = self.posthoc_ema.snapshot() if self.posthoc_ema.is_due(step) else None
+        self.host_averages.wait()
         self.writer.wait()  # before the copy: one at a time in memory
-        state, weights = copy_to_host([state, self.stage.exported.state_dict()])
+        state, weights, snapshot = copy_to_host([state, self.stage.exported.state_dict(), snapshot])
         metadata = self.stage.metadata() | {"step": step}
         folder, kept = outdir / "checkpoints", (self.config.keep_checkpoints, self.config.keep_every)
 
         # The checkpoint last: a run that goes on from it does not come by this step again.
         def write():
-            write_weights(weights)
+            write_others(snapshot, weights)
             save_checkpoint(folder, step, state, *kept)
 
         def write_with_all_ranks():
-            gathered = sharding.gather(weights, likes)
+            gathered = [sharding.gather(parts, likes) for parts in (snapshot, weights)]
             save_sharded(
-                folder, step, state, sharding, likes, self.optimizer.names, *kept, lambda: write_weights(gathered)
+                folder, step, state, sharding, likes, self.optimizer.names, *kept, lambda: write_others(*gathered)
             )
 
-        def write_weights(weights):
+        def write_others(snapshot, weights):
+            if snapshot is not None:
+                self.posthoc_ema.write(step, snapshot)
             if is_milestone(step, self.config.keep_every):
                 (outdir / "milestones").mkdir(exist_ok=True)
                 save_weights(outdir / "milestones" / f"step_{step:09d}.safetensors", weights, metadata)
@@ -155,15 +169,28 @@ class RunState:
         likes = self.stage.network.state_dict()
         self.writer.submit(write_with_all_ranks if sharding else write)
 
-    def check_saved(self, together: bool) -> None:
-        """Raise what the last `save` failed with, if it has ended.
+    def check_saved(self, together: bool = False) -> None:
+        """Raise what the last `save` or `save_snapshot` failed with, if it has ended.
 
-        together: whether all ranks are at this point at the same step, where those that all write raise it together.
+        together: whether all ranks are at this point at the same step, where ranks that all write raise it together.
         """
         if not self.stage.sharding:
             self.writer.check()
         elif together and any(self.ranks.gather_objects(self.writer.failed)):
             self.writer.wait()
+
+    def save_snapshot(self) -> None:
+        """Snapshot of the post-hoc averages of this very moment, written while training goes on."""
+        self.host_averages.wait()
+        self.writer.wait()
+        step, snapshot = self.made, copy_to_host(self.posthoc_ema.snapshot())
+        sharding, likes = self.stage.sharding, self.stage.network.state_dict()
+
+        def write_with_all_ranks():
+            gathered = sharding.gather(snapshot, likes)
+            together(sharding, (lambda: self.posthoc_ema.write(step, gathered)) if self.ranks.main else None)
+
+        self.writer.submit(write_with_all_ranks if sharding else lambda: self.posthoc_ema.write(step, snapshot))
 
     def resume(self, folder: Path) -> None:
         """Load the newest checkpoint of `folder` that all ranks can read, if there is one."""
@@ -182,7 +209,8 @@ class RunState:
                 "differ); restore it, or choose another --outdir"
             )
         load_parts(stage.network, state["network"])
-        load_parts(stage.average, state["average"])
+        if stage.average is not None:
+            load_parts(stage.average, state["average"])
         self.posthoc_ema.load_state_dict(state.get("posthoc_ema", {}))
         groups = self.optimizer.state_dict()["param_groups"]  # a folder has none; they are the configuration's anyway
         self.optimizer.load_state_dict({"param_groups": groups} | state["optimizer"])
@@ -193,10 +221,7 @@ class RunState:
         # Runs from before there was a choice have neither entry.
         self.data_backend = state.get("data_backend", "pillow")
         self.bad_files = still_bad(state.get("bad_files", {}), self.source)
-        log.info("resuming %s at step %d", folder.parent, self.step)
-
-    def _normalized(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {k: self.normalization.normalize(v) if v.dtype == torch.uint8 else v for k, v in batch.items()}
+        log.info("resuming %s at step %d", folder.parent, self.made)
 
     def _report(self, result: Loss, norm, found_inf, stop: bool, metrics: Metrics) -> torch.Tensor:
         """Add an update to the metrics, as means over all ranks; returns whether any rank is to end, []."""

@@ -106,7 +106,7 @@ def _norm_modulate_fwd_kernel(
         out = out * factor + tl.load(shift + batch * stride_shift + columns, mask=inside, other=0.0).to(acc_dtype)
     if row_scale is not None:
         largest = tl.max(tl.abs(tl.where(live, out, 0.0)), 1, keep_dims=True)
-        step = tl.where(largest > 0, largest / FP8_MAX, 1.0)
+        step = tl.where(largest > 1e-30, largest / FP8_MAX, 1.0)  # the step stays a normal number
         tl.store(row_scale + row, step, mask=exists)
         out /= step
         out = tl.where(out == out, tl.minimum(tl.maximum(out, -FP8_MAX), FP8_MAX), out)  # NaN stays

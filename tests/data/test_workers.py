@@ -67,6 +67,7 @@ def test_items_come_in_order_from_any_start(open_stream, workers):
             RuntimeError,
             "reads images failed(?s:.*)UnicodeDecodeError",
         ),
+        (SystemExit(3), RuntimeError, "reads images failed(?s:.*)SystemExit: 3"),
     ],
 )
 def test_a_failure_is_raised_in_its_place_and_ends_the_stream(open_stream, workers, error, raised, message):
@@ -130,6 +131,17 @@ def test_a_killed_process_is_noticed_at_once(open_stream, pause):
         for _ in range(10):
             next(stream)
     assert time.monotonic() - started < 3
+
+
+class Exits:
+    def __getitem__(self, number):
+        os._exit(3)
+
+
+@linux
+def test_a_process_that_a_library_ends_was_not_killed(open_stream):
+    with pytest.raises(RuntimeError, match=r"ended by itself \(exit code 3\): a library"):
+        next(open_stream(Exits(), 0, 1))
 
 
 @linux

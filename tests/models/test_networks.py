@@ -42,16 +42,26 @@ def test_dropout_acts_on_decoder_attention_only_and_in_training_only():
     ]
 
 
-def test_activation_checkpointing_changes_no_number():
+@pytest.mark.parametrize(("share", "calls"), [(True, [2, 2, 2, 2]), (0.5, [1, 2, 1, 2]), (False, [1, 1, 1, 1])])
+def test_activation_checkpointing_changes_no_number(share, calls):
     x, t, y = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
-    plain, saved = EPGViT(**SIZES, **DECODER), EPGViT(**SIZES, **DECODER, use_checkpoint=True)
+    plain, saved = EPGViT(**SIZES, **DECODER), EPGViT(**SIZES, **DECODER, use_checkpoint=share)
     for p in plain.parameters():
         torch.nn.init.normal_(p, std=0.1)
     saved.load_state_dict(plain.state_dict())
+    made = [0] * 4
+    for i, block in enumerate([*saved.blocks, *saved.decoder_blocks]):
+        block.mlp.fc1.register_forward_hook(lambda *_, i=i: made.__setitem__(i, made[i] + 1))
     for model in (plain, saved):
         model(x, t, y).square().sum().backward()
+    assert made == calls
     for p, q in zip(plain.parameters(), saved.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def test_a_share_of_blocks_to_compute_again_is_at_most_all_of_them():
+    with pytest.raises(ValueError, match="use_checkpoint is 1.5, want a share of the blocks from 0 to 1"):
+        EPGViT(**SIZES, **DECODER, use_checkpoint=1.5)
 
 
 def test_an_unconditional_model_takes_no_labels():

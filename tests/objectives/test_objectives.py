@@ -36,7 +36,7 @@ def test_pretraining_takes_three_trunk_passes():
     target.requires_grad_(False).eval()
     counted = _Counting(online), _Counting(target)
     pretraining_loss(online, target, *_images(4), 3, NoiseSchedule(20)).loss.backward()
-    assert counted[0].passes == [(12, True), (4, False)] and counted[1].passes == [(8, False)]
+    assert counted[0].passes == [(4, False), (12, True)] and counted[1].passes == [(8, False)]
 
 
 def test_consistency_shares_the_dropout_mask_and_leaves_the_global_random_state():
@@ -90,7 +90,7 @@ def test_contrastive_loss_is_cross_entropy_over_cosine_similarities():
     logits = torch.nn.functional.normalize(u, dim=-1) @ keys.T / 0.3
     want = torch.nn.functional.cross_entropy(logits, torch.arange(5), reduction="none")
     others = torch.nn.functional.normalize(others, dim=-1)
-    torch.testing.assert_close(info_nce(u, v, 0.3, lambda keys: torch.cat([keys, others])), want)
+    torch.testing.assert_close(info_nce(u, v, 0.3, torch.cat([v, others])), want)
 
 
 def test_interpolated_temperature_changes_the_consistency_term_only():

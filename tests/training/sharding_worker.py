@@ -53,15 +53,18 @@ def main(data, folder):
 
     plain = {"parallelism": "ddp"}
     on_ranks(1, [run(f"{job}-1", job, **plain, spoil=job == "pretrain") for job in JOBS])
+    parts = {"gradient_accumulation": 2}
     recompute = {"activation_checkpointing": True}  # the blocks' weights are put together once more
-    on_ranks(2, [run("pretrain-2", "pretrain", spoil=True), run("diffusion-2", "diffusion", **recompute, stop_at=1)])
+    on_ranks(
+        2, [run("pretrain-2", "pretrain", **parts, spoil=True), run("diffusion-2", "diffusion", **recompute, stop_at=1)]
+    )
     shutil.copytree(folder / "diffusion-2", folder / "stopped")
     shutil.copytree(folder / "pretrain-2", folder / "damaged")
     flip_a_bit(folder / "damaged/checkpoints/step_000000004/__1_0.distcp")
     second = [
-        run("damaged", "pretrain"),
+        run("damaged", "pretrain", **parts),
         run("diffusion-2", "diffusion", **recompute),
-        run(copied("consistency-1", "consistency-2"), "consistency"),
+        run(copied("consistency-1", "consistency-2"), "consistency", **parts),
         (accumulate, *make_config(data, folder, "accumulate", "diffusion")),
         run("full", "diffusion", full_at=3, steps=100),
     ]
@@ -172,13 +175,16 @@ def accumulate(rank, config, job, interference):
         torch.manual_seed(0)
         stage = training.DiffusionStage(config, ranks)
         network = stage.network
-        stage.loss = lambda x, *_, network=network: network.encode(x, x[:, 0, 0, 0]).square().sum()
         shard_stage(stage)
+
+        def loss(x, network=network):
+            return network.encode(x, x[:, 0, 0, 0]).square().sum()
+
         step_module, x = loop.make_step_module(stage), torch.full((2, 3, 32, 32), rank + 1.0)
         with without_gradient_sync(step_module) if alone else contextlib.nullcontext():
-            step_module(x, None, 0).backward()
+            step_module(loss, x).backward()
         assert (network.pos_embed.grad is None) == alone
-        step_module(2 * x, None, 0).backward()
+        step_module(loss, 2 * x).backward()
         found.append({n: whole(p.grad) for n, p in network.named_parameters() if p.grad is not None})
     apex = dataclasses.replace(config.optimizer, backend="apex")
     try:

@@ -6,9 +6,13 @@ import torch
 
 from epg_fast import config as configs
 from epg_fast import training
+from epg_fast.data import PixelNormalization
 from epg_fast.models import encoder_from_config
+from epg_fast.training.accumulation import Gradients
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
+from epg_fast.training.loop import make_step_module
+from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.stages import network_config
 
 JOBS = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
@@ -34,10 +38,20 @@ def make_stage(job, config, perceptual=True):
 
 def loss_of(stage, images=4, step=0):
     """The loss of a random batch."""
+    return stage.loss(_batch(stage, images), Draws(0, 0, 0, images, torch.device("cpu")), step)
+
+
+def backward_of(stage, images=4, step=0):
+    """Add the gradient of a random batch, in the parts that the configuration asks for, and return the loss."""
+    scale = LossScale(torch.device("cpu"), enabled=False)
+    compute = Gradients(stage, make_step_module(stage), PixelNormalization("simple"), scale)
+    return compute(_batch(stage, images), Draws(0, 0, 0, images, torch.device("cpu")), step)
+
+
+def _batch(stage, images):
     size = stage.network.image_size
     batch = {name: torch.randn(images, 3, size, size) for name in ("x", "view1", "view2")}
-    batch["label"] = torch.arange(images) % 10
-    return stage.loss(batch, Draws(0, 0, 0, images, torch.device("cpu")), step)
+    return batch | {"label": torch.arange(images) % 10}
 
 
 def device_of(name):

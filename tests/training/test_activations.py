@@ -43,6 +43,23 @@ def test_the_estimate_is_what_autograd_saves(job, size):
     assert estimate.plain == _kept(job, make_config(job, **fields), images)
     checkpointed = _kept(job, make_config(job, **fields, activation_checkpointing=True), images)
     assert checkpointed < estimate.checkpointed < 0.7 * estimate.plain
+    assert estimate.chosen == estimate.plain
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_share_of_the_blocks_is_counted_as_such(job):
+    """Two blocks in pre-training and five in the generators: of the former a share of 0.4 is none."""
+
+    def estimate(share):
+        return _estimate(job, make_config(job, batch_size=4, activation_checkpointing=share), 4)
+
+    some, every = estimate(0.4), estimate(True)
+    assert every.chosen == every.checkpointed < every.plain
+    kept = _kept(job, make_config(job, batch_size=4, activation_checkpointing=0.4), 4)
+    if job == "pretrain":
+        assert kept == some.chosen == some.plain
+    else:
+        assert every.plain > kept and kept < some.chosen < kept + every.plain / 3
 
 
 def test_activations_grow_with_the_images_of_a_gpu():

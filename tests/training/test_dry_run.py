@@ -36,7 +36,7 @@ RUNS = {
 @pytest.fixture
 def uncounted(monkeypatch):
     """Skip the count of activations, which takes seconds and is tested beside this."""
-    monkeypatch.setattr(dry_run, "activation_bytes", lambda *_: Activations(2**40, 2**39))
+    monkeypatch.setattr(dry_run, "activation_bytes", lambda *_: Activations(2**40, 2**39, 2**40))
 
 
 def _command(run):
@@ -96,7 +96,22 @@ def test_gpus_come_from_the_flag_then_torchrun_then_eight(monkeypatch, uncounted
     assert "8 GPUs x 2 (assumed" in say()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "4 GPUs x 4 (torchrun's)" in say()
-    assert "1 GPU x 16 (--gpus)" in say(gpus=1) and "gradient buckets" not in say(gpus=1)
+    assert "1 GPU x 16 (--gpus)" in say(gpus=1)
+
+
+def test_parts_are_shown_and_their_images_are_what_is_kept(monkeypatch):
+    kept = []
+
+    def count(stage, images, step):
+        kept.append(images)
+        return Activations(0, 0, 0)
+
+    monkeypatch.setattr(dry_run, "activation_bytes", count)
+    config, options = _config(gradient_accumulation=4), DryRunConfig(dry_run=True, gpus=2)
+    assert "16 images = 2 GPUs x 8 in 4 parts (--gpus)" in describe(config, training.DiffusionStage, options)
+    assert kept == [2]
+    with pytest.raises(ValueError, match="16 does not divide over 2 ranks with 5 parts each .* --batch_size 20"):
+        describe(_config(gradient_accumulation=5), training.DiffusionStage, options)
 
 
 def test_the_gpu_is_the_named_one_then_this_machines_then_an_h200(uncounted):
@@ -106,13 +121,21 @@ def test_the_gpu_is_the_named_one_then_this_machines_then_an_h200(uncounted):
         assert "8 x B200 at" in say() and "the GPU of this machine" in say()
 
 
+def test_fp8_changes_no_figure_and_says_so(uncounted):
+    options, note = DryRunConfig(dry_run=True, gpus=1), "FP8 is left out of the reckoning"
+    plain, fp8 = (
+        describe(_config(precision="bf16", fp8=f), training.DiffusionStage, options) for f in (None, "rowwise")
+    )
+    assert [line for line in fp8.splitlines() if note not in line] == plain.splitlines() and note in fp8
+
+
 def test_the_duration_is_all_operations_over_the_assumed_rate():
     config = _config("finetune-consistency", delta=0, first_stage=4, stage_length=4, activation_checkpointing=True)
     stage = planned_stage(config, training.ConsistencyStage, 1)
     each = [step_flops(stage, step) for step in range(10)]
     assert total_flops(stage) == 16 * sum(flops.total + flops.recomputed for flops in each)
     text = describe(config, training.ConsistencyStage, DryRunConfig(dry_run=True, gpus=1))
-    assert "from step 4 on, less before" in text and "again for activation checkpointing" in text
+    assert "from step 4 on, less before" in text and "again for less memory" in text
     assert "with --activation_checkpointing false" in text
 
 
@@ -151,7 +174,29 @@ def test_memory_is_that_of_the_tensors_of_a_real_run(job, digits, tmp_path):
     averages = [stage.average, *state.posthoc_ema.averages]
     assert memory.averages == sum(size([*average.parameters(), *average.buffers()]) for average in averages)
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
-    assert memory.gradients == memory.buckets == memory.moments // 2 == size(trained)
+    assert memory.gradients == memory.moments // 2 == size(trained) and memory.in_host_memory == 0
+
+
+@pytest.mark.parametrize("job, on_gpu", [("finetune-diffusion", 0), ("pretrain", 1)])
+def test_offloaded_averages_are_counted_in_host_memory(job, on_gpu, digits, uncounted):
+    from epg_fast.data import ImageFolder
+    from epg_fast.training.distributed import Ranks
+    from epg_fast.training.state import RunState
+
+    stage_class, config = (
+        getattr(training, JOBS[job] + "Stage"),
+        _config(job, posthoc_ema=PosthocEmaConfig([0.05, 0.1]), offload_ema=True),
+    )
+    memory = memory_per_gpu(planned_stage(config, stage_class, 2), 2)
+    stage = stage_class(config, Ranks(0, 1, torch.device("cpu")))
+    state = RunState(config, stage, ImageFolder(f"{digits}/train"), stage.ranks)
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    one = size([*stage.network.parameters(), *stage.network.buffers()])
+    assert memory.averages == on_gpu * one and len(state.optimizer._averages) == on_gpu
+    staging = state.host_averages._staging
+    assert size(staging) <= memory.in_host_memory - (3 - on_gpu) * one < 2 * size(staging)
+    rows = describe(config, stage_class, DryRunConfig(dry_run=True))
+    assert "in host memory" in rows and ("  average " in rows) == bool(on_gpu)
 
 
 def _fails(capsys, flags, *expected):

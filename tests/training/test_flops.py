@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast.training.flops import step_flops
-from tests.training.stages import JOBS, loss_of, make_config, make_stage
+from tests.training.stages import JOBS, backward_of, loss_of, make_config, make_stage
 
 
 def _counted(stage, images, step):
@@ -40,6 +40,21 @@ def test_activation_checkpointing_adds_the_forward_pass_of_the_blocks(job):
     plain = step_flops(make_stage(job, make_config(job, batch_size=2)), 0)
     assert (checkpointed.total, plain.recomputed) == (plain.total, 0)
     assert 0.5 * plain.forward < checkpointed.recomputed < plain.forward
+    half = _assert_counted(job, activation_checkpointing=0.5)
+    assert 0.2 * checkpointed.recomputed < half.recomputed < 0.7 * checkpointed.recomputed
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_parts_add_the_three_views_of_pretraining_only(job):
+    config = make_config(job, ops="reference", batch_size=4, gradient_accumulation=2)
+    stage = make_stage(job, config)
+    flops = step_flops(stage, 0)
+    with FlopCounterMode(display=False) as counter:
+        backward_of(stage, images=4)
+    assert counter.get_total_flops() / 4 == flops.total + flops.recomputed
+    whole = step_flops(make_stage(job, make_config(job, batch_size=4)), 0)
+    assert flops.total == whole.total and whole.recomputed == 0
+    assert (flops.recomputed > 0.9 * flops.forward) if job == "pretrain" else flops.recomputed == 0
 
 
 @pytest.mark.parametrize(

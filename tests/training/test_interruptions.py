@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
 from epg_fast.models import load_weights
-from epg_fast.training import checkpoint, loop, state
+from epg_fast.training import checkpoint, loop, preview, state
 from epg_fast.training.checkpoint import CheckpointError, list_checkpoints
 from epg_fast.training.state import RunState
 from tests.training.runs import assert_same_run, crash_after_save, run_command, run_lines
@@ -148,7 +148,7 @@ def test_a_run_that_waits_for_data_saves_and_ends(tiny_run, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_skipped_update_at_a_checkpoint_is_resumed_as_such(precision, tiny_run, tmp_path, before_update, monkeypatch):
-    """When step 10 is saved, after iteration 10, the host does not know yet that its update was skipped."""
+    """After iteration 10 the host does not know yet that its update was skipped: what it saves has ten updates."""
 
     def spoil(state, batch):
         if state.iteration in (3, 10, 20):
@@ -163,9 +163,31 @@ def test_a_skipped_update_at_a_checkpoint_is_resumed_as_such(precision, tiny_run
     with monkeypatch.context() as patched:
         crash_after_save(patched, 10)
         assert main(run_command("pretrain", tiny_run, killed, **flags)) == 1
-    assert torch.load(list_checkpoints(killed / "checkpoints")[0], weights_only=True)["pending"][0] == 10
+    assert saved_steps(killed) == [10]
+    saved = torch.load(list_checkpoints(killed / "checkpoints")[0], weights_only=True)
+    assert saved["iteration"] == 12 and saved["optimizer"]["state"][0]["step"] == 10
     assert main(run_command("pretrain", tiny_run, killed, **flags)) == 0
     assert_same_run(killed, whole)
+
+
+def test_a_stop_right_after_a_skipped_update_is_named_after_the_updates_made(tiny_run, tmp_path, before_update):
+    def spoil(stop, state, batch):
+        if state.iteration == 13:
+            batch["x"] = torch.full(batch["x"].shape, float("nan"))
+        if stop and state.iteration == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    before_update(functools.partial(spoil, False))
+    assert main(run_command("diffusion", tiny_run, whole, steps=20, log_every=6)) == 0
+    before_update(functools.partial(spoil, True))
+    assert main(run_command("diffusion", tiny_run, stopped, steps=20, log_every=6)) == 0
+    assert saved_steps(stopped) == [13, 10] and load_weights(stopped)[1]["step"] == 13
+    # as the host of the run that was not stopped has it at this point
+    assert torch.load(list_checkpoints(stopped / "checkpoints")[0], weights_only=True)["step"] == 14
+    before_update(lambda state, batch: None)
+    assert main(run_command("diffusion", tiny_run, stopped, steps=20, log_every=6)) == 0
+    assert_same_run(stopped, whole)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, tmp_path, before_update, monkeypatch):
@@ -206,6 +228,27 @@ def test_milestones_keep_their_weights(tiny_run, tmp_path):
     assert not all(torch.equal(kept[0][name], newest[name]) for name in newest)
 
 
+def test_a_preview_in_which_the_run_was_killed_is_drawn_by_the_next(tiny_run, tmp_path, monkeypatch):
+    """Also that of the last step, after which nothing is left to train."""
+    flags = {"steps": 4, "checkpoint_every": 2, "preview.every": 2, "preview.num": 1, "preview.steps": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(run_command("diffusion", tiny_run, whole, **flags)) == 0
+    for step in (2, 4):
+
+        def die(stage, outdir, at, step=step):
+            if at == step:
+                raise RuntimeError("killed")
+            return preview.write_preview(stage, outdir, at)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "write_preview", die)
+            assert main(run_command("diffusion", tiny_run, killed, **flags)) == 1
+        assert saved_steps(killed)[0] == step
+    assert main(run_command("diffusion", tiny_run, killed, **flags)) == 0
+    for name in ("step_000000002.png", "step_000000004.png"):
+        assert (killed / "previews" / name).read_bytes() == (whole / "previews" / name).read_bytes()
+
+
 def start_ranks(command):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "epg_fast"]
     return subprocess.Popen([*launch, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -224,9 +267,10 @@ def one_rank_of(process, run, lines):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 def test_ranks_stop_together_and_a_run_outlives_them(tiny_run, tmp_path):
-    """SIGTERM to one of two ranks, kill -9 of one of two, then on with a single one."""
+    """SIGTERM to one of two ranks, kill -9 of one of two, then on with a single one; averages in host memory."""
     run = tmp_path / "run"
-    command = run_command("pretrain", tiny_run, run, steps=300)
+    options = {"offload_ema": "true", "posthoc_ema.sigma_rel": "[0.1]"}
+    command = run_command("diffusion", tiny_run, run, steps=300, **options)
     process = start_ranks(command)
     os.kill(one_rank_of(process, run, 12), signal.SIGTERM)
     _, said = process.communicate(timeout=120)

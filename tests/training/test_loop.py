@@ -17,8 +17,9 @@ from epg_fast.data import ImageFolder, PillowLoader
 from epg_fast.ops import extension_status
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, distributed, loop
 from epg_fast.training import progress as progress_module
+from epg_fast.training.compilation import compile_blocks
 from epg_fast.training.distributed import Ranks
-from epg_fast.training.loop import compile_blocks, make_step_module
+from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.progress import Progress
 from epg_fast.training.state import RunState
@@ -48,9 +49,9 @@ class _Silent:
 
 @pytest.fixture
 def run(digits):
-    """Return a function: optimiser's backend, job, parallelism -> (RunState, its module, batches)."""
+    """Return a function: optimiser's backend, job, parts, parallelism -> (RunState, its module, batches)."""
 
-    def make(backend="auto", job="pretrain", parallelism="ddp"):
+    def make(backend="auto", job="pretrain", parts=1, parallelism="ddp"):
         stage_class = {"pretrain": PretrainStage, "diffusion": DiffusionStage, "consistency": ConsistencyStage}[job]
         sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         if job == "pretrain":
@@ -61,6 +62,7 @@ def run(digits):
             data=DataConfig(f"{digits}/train", normalization="simple"),
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend),
             batch_size=8,
+            gradient_accumulation=parts,
             precision="fp32",
             parallelism=parallelism,
         )
@@ -116,12 +118,12 @@ class _NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-PLAIN_AND_SHARDED = [("pretrain", "ddp"), ("diffusion", "ddp"), ("consistency", "ddp"), ("diffusion", "fsdp")]
+PLAIN = [(job, parts, "ddp") for job in ("pretrain", "diffusion", "consistency") for parts in (1, 2)]
 
 
-@pytest.mark.parametrize("job, parallelism", PLAIN_AND_SHARDED)
-def test_an_update_makes_nobody_wait(job, parallelism, run):
-    state, step_module, batches = run("torch", job, parallelism)
+@pytest.mark.parametrize("job, parts, parallelism", [*PLAIN, ("diffusion", 1, "fsdp"), ("pretrain", 2, "fsdp")])
+def test_an_update_makes_nobody_wait(job, parts, parallelism, run):
+    state, step_module, batches = run("torch", job, parts, parallelism)
     batches = [next(batches) for _ in range(3)]
     metrics = Metrics(None, False, 0, False, None, {})
     state.update(step_module, batches[0], metrics)
@@ -131,9 +133,9 @@ def test_an_update_makes_nobody_wait(job, parallelism, run):
     assert state.step == 3
 
 
-@pytest.mark.parametrize("job, parallelism", PLAIN_AND_SHARDED)
-def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, parallelism, run):
-    state, step_module, batches = run("auto", job, parallelism)
+@pytest.mark.parametrize("job, parts, parallelism", [*PLAIN, ("diffusion", 1, "fsdp")])
+def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, parts, parallelism, run):
+    state, step_module, batches = run("auto", job, parts, parallelism)
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -142,8 +144,8 @@ def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, paralle
     state.update(step_module, next(batches), metrics)
     graphs = counters["stats"]["unique_graphs"]
     # pre-training: three batches, two of them without gradient; fine-tuning: an encoder block and decoder blocks with
-    # and without a skip, for consistency also without gradient
-    assert graphs == {"pretrain": 3, "diffusion": 3, "consistency": 6}[job]
+    # and without a skip, for consistency also without gradient; in parts, pre-training's three views come twice
+    assert graphs == {"pretrain": 3 if parts == 1 else 4, "diffusion": 3, "consistency": 6}[job]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             state.update(step_module, next(batches), metrics)

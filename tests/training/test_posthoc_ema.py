@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -120,6 +121,50 @@ def test_a_snapshot_at_the_step_of_the_checkpoint_is_not_lost(diffusion, tmp_pat
     assert first.stat().st_mtime_ns == written
 
 
+def test_training_goes_on_while_a_snapshot_is_written(diffusion, tmp_path, monkeypatch):
+    """Its averages are those of its step all the same."""
+    reached, saw, write, update = threading.Event(), [], PosthocEma.write, RunState.update
+    command = [*diffusion, "--steps", "7", "--posthoc_ema.every", "3", "--outdir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+
+    def update_and_tell(state, *arguments):
+        if state.iteration == 5:
+            reached.set()
+        return update(state, *arguments)
+
+    def write_slowly(averages, step, snapshot):
+        saw.append((step, reached.wait(60)))
+        write(averages, step, snapshot)
+
+    monkeypatch.setattr(RunState, "update", update_and_tell)
+    monkeypatch.setattr(PosthocEma, "write", write_slowly)
+    assert main([*command, str(tmp_path / "slow")]) == 0
+    assert saw == [(3, True), (6, True), (7, True)]
+    for one, two in zip(*(list_snapshots(tmp_path / run / "posthoc_ema") for run in ("whole", "slow")), strict=True):
+        (a, about_a), (b, about_b) = load_weights(one), load_weights(two)
+        assert about_a == about_b and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("fails", [3, 4])
+def test_no_checkpoint_passes_a_snapshot_that_could_not_be_written(fails, diffusion, tmp_path, monkeypatch, capsys):
+    """Checkpoints are due at 2, 4 and 6: with the snapshot of 4, after that of 3."""
+    write, run = PosthocEma.write, tmp_path / "run"
+
+    def fail(averages, step, snapshot):
+        if step == fails:
+            raise OSError(f"could not write step {step}: disk full")
+        write(averages, step, snapshot)
+
+    command = [*diffusion, "--steps", "6", "--posthoc_ema.every", "1", "--checkpoint_every", "2", "--outdir", str(run)]
+    with monkeypatch.context() as patched:
+        patched.setattr(PosthocEma, "write", fail)
+        assert main(command) == 1
+    assert f"could not write step {fails}: disk full" in capsys.readouterr().err
+    assert [f.name for f in (run / "checkpoints").iterdir()] == ["step_000000002.pt"]
+    assert main(command) == 0
+    assert [f.name[5:14] for f in list_snapshots(run / "posthoc_ema")] == [f"{step:09d}" for step in range(1, 7)]
+
+
 def test_a_run_from_before_the_option_goes_on_without_it(diffusion, tmp_path, monkeypatch, capsys):
     run = [*diffusion[:-2], "--steps", "12", "--outdir", str(tmp_path / "run")]
     crash_after_save(monkeypatch, 10)
@@ -178,7 +223,8 @@ def _synthetic_run(folder, every, widths=WIDTHS, stage=None):
             for average, decay in zip(tracker.averages, tracker.decays(step), strict=True):
                 average.weight.lerp_(weights, 1 - decay)
                 average.huge.lerp_(stage.network.huge, 1 - decay)
-        tracker.write_if_due(step + 1)
+        if tracker.is_due(step + 1):
+            tracker.write(step + 1, tracker.snapshot())
     return trajectory
 
 

@@ -18,14 +18,14 @@ from tests.training.runs import assert_same_run, crash_after_save, run_command, 
 
 
 @pytest.mark.parametrize("job, decoder", [("pretrain", "dali"), ("diffusion", "pillow"), ("consistency", "pillow")])
-def test_kill_9_and_resume_is_bit_identical(job, decoder, tiny_run, tmp_path):
+def test_kill_9_and_resume_is_bit_identical(job, decoder, tiny_run, tmp_path, capsys):
     if decoder == "dali" and not (dali_status()[0] and extension_status()[0]):
         pytest.skip("needs NVIDIA DALI and the extension")
     tiny_run = [*tiny_run, "--data.backend", decoder]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     # Workers on in the killed run only: they must not matter either.
     program = [sys.executable, "-m", "epg_fast"]
-    assert subprocess.run([*program, *run_command(job, tiny_run, whole, steps=34)], capture_output=True).returncode == 0
+    assert main(run_command(job, tiny_run, whole, steps=34)) == 0
     workers = {"data.workers": 1, "data.readers": 2}
     process = subprocess.Popen(
         [*program, *run_command(job, tiny_run, killed, steps=34, **workers)], stderr=subprocess.DEVNULL
@@ -37,9 +37,8 @@ def test_kill_9_and_resume_is_bit_identical(job, decoder, tiny_run, tmp_path):
     process.wait()
     reached = len(run_lines(killed))
     assert 16 <= reached < 34, f"the run was at step {reached} when it was killed"
-    done = subprocess.run([*program, *run_command(job, tiny_run, killed, steps=34)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stderr
+    assert main(run_command(job, tiny_run, killed, steps=34)) == 0
+    assert "resuming" in capsys.readouterr().err
     assert_same_run(killed, whole)
 
 

@@ -54,25 +54,25 @@ def whole_state(run, job):
     return state
 
 
-def assert_close(got, want, path=""):
+def assert_close(got, want, path="", tolerance=5e-5):
     if isinstance(want, torch.Tensor):
         error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-6)
-        assert got.shape == want.shape and error < 5e-5, f"{path}: relative error {error:.1e}"
+        assert got.shape == want.shape and error < tolerance, f"{path}: relative error {error:.1e}"
     elif isinstance(want, dict):
         assert got.keys() == want.keys(), path
         for name in want:
-            assert_close(got[name], want[name], f"{path}/{name}")
+            assert_close(got[name], want[name], f"{path}/{name}", tolerance)
     elif isinstance(want, list):
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
-            assert_close(a, b, f"{path}/{i}")
+            assert_close(a, b, f"{path}/{i}", tolerance)
     else:
         assert got == want, path
 
 
 def assert_close_runs(got, want, job):
     assert_close(whole_state(got, job), whole_state(want, job))
-    for name in ("model.safetensors", "posthoc_ema/step_000000004.safetensors"):
-        assert_close(load_file(got / name), load_file(want / name))
+    for name, tolerance in (("model", 5e-5), ("posthoc_ema/step_000000004", 1e-3)):  # the latter are float16
+        assert_close(*(load_file(run / f"{name}.safetensors") for run in (got, want)), name, tolerance)
     lines, wanted = run_lines(got), run_lines(want)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] == [line["step"] for line in wanted]
     for a, b in zip(lines, wanted, strict=True):
@@ -83,7 +83,8 @@ def assert_close_runs(got, want, job):
 def test_two_sharded_ranks_train_as_one_plain_rank(job, runs):
     """Weights, averages, moments, statistics of BatchNorm, gradient norms; the updates after the first are clipped.
 
-    One of pre-training's updates is skipped. Diffusion computes activations again, and was ended by a signal at step 3
+    One of pre-training's updates is skipped, and its gradients are accumulated over two parts, as those of consistency
+    training. Diffusion computes activations again, and was ended by a signal at step 3
     and started again. Consistency training goes on from the file that a plain rank wrote at step 2.
     """
     assert_close_runs(runs / f"{job}-2", runs / f"{job}-1", job)

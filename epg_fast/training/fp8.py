@@ -1,0 +1,94 @@
+"""`--fp8 rowwise`: the large linears of a network's blocks in FP8, while it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import torch
+import torch.nn as nn
+
+from epg_fast.models.blocks import Block, DecoderBlock
+from epg_fast.ops.backends import autocast_dtype
+from epg_fast.ops.linear_fp8_dynamic import fits, linear_fp8_dynamic
+
+log = logging.getLogger("epg_fast")
+
+_LOWEST = (8, 9)
+
+
+class Fp8Linear(nn.Linear):
+    """Linear whose forward product and gradient of the input are FP8's; parameters and their names are Linear's."""
+
+    backend = "scaled_mm"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., K] -> [..., N] in autocast's dtype, or x's where autocast is off."""
+        return linear_fp8_dynamic(x, self.weight, self.bias, autocast_dtype(x) or x.dtype, backend=self.backend)
+
+
+def require_fp8(device: torch.device) -> None:
+    """Raise ValueError unless `device` multiplies FP8 operands with a scale per row."""
+    if device.type != "cuda":
+        found = f"device {device.type}"
+    elif torch.cuda.get_device_capability(device) < _LOWEST:
+        major, minor = torch.cuda.get_device_capability(device)
+        found = f"{torch.cuda.get_device_name(device)} of compute capability {major}.{minor}"
+    else:
+        found = _refusal(device)
+    if found:
+        raise ValueError(
+            f"fp8: got {found}, wanted a GPU that multiplies FP8 (compute capability 8.9 or more: RTX 40, L40S, H100 "
+            "and later); leave out --fp8"
+        )
+
+
+def _refusal(device: torch.device) -> str | None:
+    """What PyTorch says to small products of both directions; None if they are right."""
+    here = f"{torch.cuda.get_device_name(device)}, where torch {torch.__version__}"
+    x = torch.ones(256, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    try:
+        y = linear_fp8_dynamic(x, torch.ones(48, 64, device=device))
+        dx = torch.autograd.grad(y.sum(), x)[0]
+        # A library without code for the architecture may leave the result as it was.
+        right = bool((y == 64).all() and (dx == 48).all())
+    except (RuntimeError, NotImplementedError) as error:
+        return f"{here} refuses: {str(error).splitlines()[0]}"
+    return None if right else f"{here} multiplies wrongly"
+
+
+def use_fp8(network: nn.Module, backend: str = "scaled_mm") -> str:
+    """Turn the large linears of `network`'s blocks into `Fp8Linear`, in place; returns what was done, in one line.
+
+    These are attention's `qkv` and `proj`, the MLP's `fc1` and `fc2`, and `skip_linear`: nearly all of the work. Left
+    alone are first and last layers (`patch_embed`, `out`, the projection head), which set the quality of what enters
+    and leaves, `adaLN_modulation`, whose products have a row per image only, and `encoder_to_decoder`, which is one.
+    backend: of `linear_fp8_dynamic`; tests take "reference".
+    Raises ValueError when no linear has sides that are multiples of 16.
+    """
+    converted, odd = 0, Counter()
+    for name, linear in _large_linears(network):
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"fp8: got a {type(linear).__name__} in the place of {name}, wanted a plain Linear")
+        if not fits(linear.weight):
+            odd[f"{name.rpartition('.')[2]} {linear.in_features} to {linear.out_features}"] += 1
+            continue
+        linear.__class__, linear.backend = Fp8Linear, backend
+        converted += 1
+    sides = ", ".join(f"{count} x {what}" for what, count in odd.items())
+    if not converted:
+        raise ValueError(f"fp8: got widths that are no multiples of 16 ({sides}); leave out --fp8")
+    others = sum(type(module) is nn.Linear for module in network.modules()) - odd.total()
+    line = f"fp8: {converted} linears of the blocks, with a scale per row; in 16 bits: gradients of weights, "
+    return line + (f"{sides} (no multiples of 16), " if odd else "") + f"{others} other linears (small, first or last)"
+
+
+def _large_linears(network: nn.Module):
+    for prefix, block in network.named_modules():
+        if isinstance(block, (Block, DecoderBlock)):
+            names = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+            # A block without a skip has this layer frozen, and does not call it.
+            if isinstance(block, DecoderBlock) and block.skip_linear.weight.requires_grad:
+                names.append("skip_linear")
+            for name in names:
+                yield f"{prefix}.{name}", block.get_submodule(name)

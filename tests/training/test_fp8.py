@@ -1,0 +1,165 @@
+"""FP8 linears in training: which they are, what they change, and where they are refused."""
+
+import pytest
+import torch
+
+from epg_fast.__main__ import main
+from epg_fast.config import DiffusionConfig
+from epg_fast.models import create_encoder, create_model
+from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic_ref
+from epg_fast.training import fp8
+from epg_fast.training.fp8 import Fp8Linear, require_fp8, use_fp8
+from epg_fast.training.optimizer import make_optimizer
+from tests.training.stages import DECODER, JOBS, SIZES, loss_of, make_config, make_stage
+
+SMALL = SIZES | DECODER
+LARGE = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def names_of(network):
+    return {name for name, module in network.named_modules() if type(module) is Fp8Linear}
+
+
+def test_the_large_linears_of_the_blocks_change_and_nothing_else():
+    network = create_model("digits_32", **SMALL)
+    before, names = dict(network.named_parameters()), list(network.state_dict())
+    line = use_fp8(network, "reference")
+    assert list(network.state_dict()) == names
+    assert all(p is before[name] for name, p in network.named_parameters())
+    blocks = [f"blocks.{i}" for i in range(2)] + [f"decoder_blocks.{i}" for i in range(3)]
+    want = {f"{block}.{name}" for block in blocks for name in LARGE}
+    assert names_of(network) == want | {f"{block}.skip_linear" for block in blocks[2:]}
+    assert line == (
+        "fp8: 23 linears of the blocks, with a scale per row; in 16 bits: gradients of weights, "
+        "5 other linears (small, first or last)"
+    )
+
+
+def test_linears_of_odd_sizes_stay_in_16_bits_and_are_named():
+    network = create_model("digits_32", **(SMALL | {"decoder_embed_dim": 40}))
+    line = use_fp8(network, "reference")
+    assert names_of(network) == {f"blocks.{i}.{name}" for i in range(2) for name in LARGE}
+    assert "fp8: 8 linears" in line and "3 x fc1 40 to 160" in line and "3 x skip_linear 72 to 40" in line
+    with pytest.raises(ValueError, match="no multiples of 16 .*2 x qkv 24 to 72.*leave out --fp8"):
+        use_fp8(create_encoder("digits_32", embed_dim=24, depth=2, num_heads=2))
+
+
+def test_another_layer_in_the_place_of_a_linear_is_refused():
+    network = create_encoder("digits_32", **{k: SIZES[k] for k in ("embed_dim", "depth", "num_heads")})
+    network.blocks[0].mlp.fc1 = torch.nn.LazyLinear(128)
+    with pytest.raises(ValueError, match=r"got a LazyLinear in the place of blocks.0.mlp.fc1"):
+        use_fp8(network)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
+    torch.manual_seed(1)
+    stage = make_stage(job, make_config(job, precision="bf16"))
+    for p in stage.network.parameters():  # zero-initialised layers would hide most gradients
+        p.data += 0.02 * torch.randn(p.shape)
+    results = []
+    for _ in range(2):
+        stage.network.zero_grad()
+        torch.manual_seed(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(stage).loss
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in stage.network.named_parameters() if p.grad is not None}))
+        if not names_of(stage.network):
+            use_fp8(stage.network, "reference")
+    assert names_of(stage.network) and not names_of(stage.average)
+    assert job != "finetune-consistency" or not names_of(stage.perceptual)
+    (loss, gradients), (other, others) = results
+    assert other == pytest.approx(loss.item(), rel=0.05) and other != loss
+    assert gradients.keys() == others.keys()
+    whole = (torch.cat([g.flatten() for g in grads.values()]) for grads in (gradients, others))
+    # The contrastive gradient of random features is small differences of large terms.
+    limit = 0.85 if job == "pretrain" else 0.98
+    assert torch.cosine_similarity(*whole, dim=0) > limit
+    for name in gradients:
+        assert torch.cosine_similarity(gradients[name].flatten(), others[name].flatten(), dim=0) > 0.8 * limit, name
+
+
+def test_a_block_in_fp8_is_one_graph():
+    network = create_encoder("digits_32", **{k: SIZES[k] for k in ("embed_dim", "depth", "num_heads")})
+    use_fp8(network, "reference")
+    x = torch.randn(2, 18, 32, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = network.blocks[0](x)
+        network.blocks[0].compile(fullgraph=True, backend="aot_eager")
+        got = network.blocks[0](x)
+    gradients = [torch.autograd.grad(y.sum(), [x, network.blocks[0].mlp.fc1.weight]) for y in (want, got)]
+    assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    torch.compiler.reset()
+
+
+def train(fp8, steps=12, checkpointing=False):
+    torch.manual_seed(0)
+    config = make_config("finetune-diffusion", precision="bf16", activation_checkpointing=checkpointing)
+    config.optimizer.lr, config.optimizer.warmup_steps = 2e-3, 0
+    stage = make_stage("finetune-diffusion", config)
+    optimizer = make_optimizer(stage.network, config.optimizer, [])
+    if fp8:
+        use_fp8(stage.network, "reference")
+    losses = []
+    for _ in range(steps):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(stage).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_follows_the_losses_of_16_bits():
+    plain, quantised = train(False), train(True)
+    assert plain[-1] < 0.8 * plain[0] and plain != quantised
+    assert quantised == pytest.approx(plain, rel=0.02)
+    # blocks that are computed again round alike
+    assert train(True, 3, checkpointing=True) == quantised[:3]
+
+
+def test_fp8_is_refused_before_anything_is_written(tiny_run, tmp_path, capsys):
+    flags = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--fp8", "rowwise"]
+    flags += ["--precision", "bf16"]
+    assert main([*flags, "--outdir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "fp8: got device cpu, wanted a GPU that multiplies FP8 (compute capability 8.9 or more" in error
+    assert not (tmp_path / "run").exists()
+
+
+def refuse(x, weight):
+    raise RuntimeError("not here\nand why")
+
+
+@pytest.mark.parametrize(
+    "capability, product, said",
+    [
+        ((8, 0), linear_fp8_dynamic_ref, "of compute capability 8.0"),
+        ((9, 0), refuse, "refuses: not here"),
+        ((9, 0), lambda x, weight: 0 * linear_fp8_dynamic_ref(x, weight), "multiplies wrongly"),
+        ((9, 0), linear_fp8_dynamic_ref, None),
+    ],
+)
+def test_a_gpu_that_does_not_multiply_fp8_is_refused_with_its_name(monkeypatch, capability, product, said):
+    cpu = torch.device("cpu")
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **kw: ones(*size, device=cpu, **kw))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
+    monkeypatch.setattr(fp8, "linear_fp8_dynamic", product)
+    if said is None:
+        assert require_fp8(torch.device("cuda", 0)) is None
+        return
+    with pytest.raises(ValueError, match=f"fp8: got NVIDIA Something.*{said}.*leave out --fp8"):
+        require_fp8(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    "fields, said", [({"precision": "fp16"}, "got precision fp16"), ({"ops": "triton"}, "got ops triton")]
+)
+def test_fp8_is_refused_where_it_would_not_be_used(fields, said):
+    with pytest.raises(ValueError, match=said):
+        DiffusionConfig(fp8="rowwise", **fields)
