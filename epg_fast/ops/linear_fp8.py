@@ -14,6 +14,8 @@ Error: at most 2x that of the reference in the same dtypes, which is the roundin
 sums of 128 products to the tensor cores, which keep fewer bits of them than float32 has, and adds these in float32.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
@@ -122,6 +124,11 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
             f"{_OP}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU of compute capability 9.0 or more for "
             "backend='scaled_mm'; use backend='reference'"
         )
+    if not x.is_cuda and not cpu_has_row_scales():
+        raise ValueError(
+            f"{_OP}: got torch {torch.__version__}, whose FP8 product on a CPU takes one scale per tensor, wanted one "
+            "that takes a scale per row (2.13 does); use backend='reference'"
+        )
     z = torch._scaled_mm(
         x.flatten(0, -2).contiguous(),
         weight.contiguous().t(),
@@ -131,6 +138,17 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
         out_dtype=bias.dtype,
     ).view(*x.shape[:-1], weight.shape[0])
     return F.gelu(z) if gelu else z
+
+
+@functools.cache
+def cpu_has_row_scales() -> bool:
+    """Whether this PyTorch multiplies FP8 operands with a scale per row on a CPU; 2.11 does not."""
+    operand, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(operand, operand.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _check(x, x_scale, weight, weight_scale, bias) -> None:

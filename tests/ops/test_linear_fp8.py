@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast.ops import extension
 from epg_fast.ops.layer_norm_modulate import layer_norm_modulate_fp8, quantize_rows_ref
-from epg_fast.ops.linear_fp8 import SPEC, linear_fp8, linear_fp8_ref
+from epg_fast.ops.linear_fp8 import SPEC, cpu_has_row_scales, linear_fp8, linear_fp8_ref
 from tests.ops.kernel_checks import (
     DEVICE,
     assert_accurate,
@@ -110,17 +110,15 @@ def test_it_takes_the_rows_that_the_norm_quantises():
 
 
 @pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs compute capability 9.0"
+    torch.cuda.get_device_capability() < (9, 0) if DEVICE == "cuda" else not cpu_has_row_scales(),
+    reason="needs compute capability 9.0, or on a CPU a PyTorch whose FP8 product takes a scale per row",
 )
 @WITH_AND_WITHOUT_GELU
 @pytest.mark.parametrize("leading", [(33,), (3, 11)], ids=str)
 def test_scaled_mm_computes_the_same(leading, gelu):
     x, x_scale, weight, weight_scale, bias = make_inputs((33, 64, 32))
     inputs = x.view(*leading, 64), x_scale.view(leading), weight, weight_scale, bias
-    try:
-        y = SCALED_MM(*inputs, gelu)
-    except NotImplementedError:
-        pytest.skip(f"torch {torch.__version__} has no FP8 product with a scale per row on {DEVICE}")
+    y = SCALED_MM(*inputs, gelu)
     wanted = linear_fp8_ref(*inputs, gelu)
     # One more rounding to bfloat16, before GELU; PyTorch may leave the sums to the tensor cores.
     torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-2)
@@ -203,6 +201,13 @@ def test_a_backend_refuses_what_it_cannot_read(monkeypatch, backend, change, mes
     monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built"))
     with pytest.raises(ValueError, match=message):
         linear_fp8(**(arguments() | change), backend=backend)
+
+
+def test_an_older_pytorch_that_lacks_the_product_on_a_cpu_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("epg_fast.ops.linear_fp8"), "cpu_has_row_scales", lambda: False)
+    inputs = [tensor.cpu() for tensor in make_inputs((33, 64, 32))]
+    with pytest.raises(ValueError, match="got torch .*one scale per tensor.*use backend='reference'"):
+        SCALED_MM(*inputs)
 
 
 def test_backend_cuda_is_traced_into_one_graph(monkeypatch):
