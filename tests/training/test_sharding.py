@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from epg_fast import training
+from epg_fast.config import DiffusionConfig
 from epg_fast.training.checkpoint import list_checkpoints, load_newest
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.optimizer import make_optimizer
@@ -71,7 +72,8 @@ def assert_close(got, want, path="", tolerance=5e-5):
 
 def assert_close_runs(got, want, job):
     assert_close(whole_state(got, job), whole_state(want, job))
-    for name, tolerance in (("model", 5e-5), ("posthoc_ema/step_000000004", 1e-3)):  # the latter are float16
+    snapshots = [(f"posthoc_ema/step_00000000{step}", 1e-3) for step in (3, 4)]  # in float16
+    for name, tolerance in [("model", 5e-5), *snapshots]:
         assert_close(*(load_file(run / f"{name}.safetensors") for run in (got, want)), name, tolerance)
     lines, wanted = run_lines(got), run_lines(want)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] == [line["step"] for line in wanted]
@@ -124,11 +126,18 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_with_the_checkpoint_before(ru
     assert whole_state(runs / "full", "diffusion")["step"] == 2
 
 
-def test_sharded_averages_are_sampled_by_all_ranks(runs):
-    one, two = (
-        np.asarray(Image.open(runs / f"diffusion-{ranks}/previews/step_000000004.png")).astype(int) for ranks in (1, 2)
-    )
+@pytest.mark.parametrize("run, step", [("diffusion-2", 4), ("fsdp", 2)])
+def test_sharded_averages_are_sampled_by_all_ranks(run, step, runs):
+    """Also at the start of a run, if the picture of the checkpoint is missing."""
+    name = f"previews/step_00000000{step}.png"
+    one, two = (np.asarray(Image.open(runs / which / name)).astype(int) for which in ("diffusion-1", run))
     assert np.abs(one - two).max() <= 1
+
+
+@pytest.mark.parametrize("option", [{"offload_ema": True}, {"fp8": "rowwise"}, {"compile": "network"}])
+def test_what_sharded_networks_do_not_take_is_refused(option):
+    with pytest.raises(ValueError, match="got parallelism fsdp, want ddp"):
+        DiffusionConfig(parallelism="fsdp", **option)
 
 
 def test_code_in_the_metadata_is_not_executed(runs, tmp_path):
