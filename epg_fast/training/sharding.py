@@ -13,16 +13,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from epg_fast.training import distributed
-
-if TYPE_CHECKING:
-    from epg_fast.training.stages import Stage
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -65,7 +61,7 @@ def load_parts(network: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None
 
 
 class Sharding:
-    """The split networks of a stage. `shard_stage` makes it; all ranks call its methods at the same point.
+    """The split networks of a stage. `shard` makes it; all ranks call its methods at the same point.
 
     `group` connects the ranks' host memories, apart from training: a thread that writes may use it meanwhile.
     """
@@ -137,8 +133,10 @@ class _Root(torch.nn.Module):
         return self.run(*args, **kwargs)
 
 
-def shard_stage(stage: Stage, averages: Sequence[torch.nn.Module] = ()) -> None:
-    """Split `stage`'s two networks and the further `averages` in place over all ranks, and set `stage.sharding`.
+def shard(
+    network: torch.nn.Module, average: torch.nn.Module, others: Sequence[torch.nn.Module], ranks: distributed.Ranks
+) -> Sharding:
+    """Split a stage's `network`, its `average` and `others`, further averages, in place over all ranks.
 
     The networks may be in host memory: they come to the device part by part. State dicts keep their names, and hold
     DTensors. A frozen encoder is left whole. Parameters are new objects afterwards: an optimiser is made later.
@@ -146,18 +144,16 @@ def shard_stage(stage: Stage, averages: Sequence[torch.nn.Module] = ()) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    ranks = stage.ranks
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     if ranks.world_size > 1:
-        distributed.synchronize_batch_norm(stage.network)
-    for network in (stage.average, *averages, stage.network):
-        blocks = _blocks(network)
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        if network is not stage.network:
-            # No backward pass would let go of what an update makes stale.
-            fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    root = fully_shard(_Root(stage.network, stage.average), mesh=mesh)
+        distributed.synchronize_batch_norm(network)
+    blocks = _blocks(network)
+    for block in [b for module in (average, *others) for b in _blocks(module)] + blocks:
+        fully_shard(block, mesh=mesh)
+    for module in (average, *others):
+        # No backward pass would let go of what an update makes stale.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    root = fully_shard(_Root(network, average), mesh=mesh)
     # By default a module fetches what ran before it, which may belong to a pass without gradient.
     chain = [root, *blocks]
     for i, module in enumerate(chain):
@@ -169,7 +165,7 @@ def shard_stage(stage: Stage, averages: Sequence[torch.nn.Module] = ()) -> None:
     root.reshard()
     # Nothing writes to what a block returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    stage.sharding = Sharding(root, dist.new_group(backend="gloo", timeout=distributed.TIMEOUT))
+    return Sharding(root, dist.new_group(backend="gloo", timeout=distributed.TIMEOUT))
 
 
 def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:

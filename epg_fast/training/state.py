@@ -23,7 +23,7 @@ from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.posthoc_ema import PosthocEma
 from epg_fast.training.sharded_checkpoint import read_any, save_sharded, together
-from epg_fast.training.sharding import load_parts, shard_stage
+from epg_fast.training.sharding import load_parts, shard
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -40,7 +40,7 @@ class RunState:
         self.step = self.iteration = 0
         self.posthoc_ema = PosthocEma(config, stage)
         if config.parallelism == "fsdp":
-            shard_stage(stage, self.posthoc_ema.averages)
+            stage.sharding = shard(stage.network, stage.average, self.posthoc_ema.averages, ranks)
         averages = [average for average in (stage.average, *self.posthoc_ema.averages) if average is not None]
         # The first so many are updated with the weights, on their device.
         self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)

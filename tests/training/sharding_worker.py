@@ -25,7 +25,7 @@ from epg_fast.models import create_encoder, save_weights
 from epg_fast.training import distributed, loop, state
 from epg_fast.training.checkpoint import CheckpointError
 from epg_fast.training.optimizer import make_optimizer
-from epg_fast.training.sharding import shard_stage, whole, without_gradient_sync
+from epg_fast.training.sharding import shard, whole, without_gradient_sync
 
 JOBS = {"pretrain": "Pretrain", "diffusion": "Diffusion", "consistency": "Consistency"}
 SIZES = {"embed_dim": 32, "depth": 1, "num_heads": 2, "hidden_dim": 24, "output_dim": 10}
@@ -176,7 +176,7 @@ def accumulate(rank, config, job, interference):
         torch.manual_seed(0)
         stage = training.DiffusionStage(config, ranks)
         network = stage.network
-        shard_stage(stage)
+        stage.sharding = shard(network, stage.average, (), ranks)
 
         def loss(x, network=network):
             return network.encode(x, x[:, 0, 0, 0]).square().sum()
