@@ -70,6 +70,8 @@ def main(data, folder):
     ]
     on_ranks(2, second)
     third = [run(copied("stopped", name), "diffusion", parallelism=name) for name in ("ddp", "fsdp")]
+    half = {"precision": "fp16", "steps": 2}
+    third += [run(f"half-{name}", "pretrain", parallelism=name, **half) for name in ("ddp", "fsdp")]
     on_ranks(1, third)
 
 
