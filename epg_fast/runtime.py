@@ -27,10 +27,10 @@ def resolve_device(name: str = "auto") -> torch.device:
     return torch.device("cpu")
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Autocast context of `bf16` or `fp16`; nothing for `fp32`."""
+def autocast(device: torch.device, precision: str, cache: bool = True) -> contextlib.AbstractContextManager:
+    """Autocast context of `bf16` or `fp16`; nothing for `fp32`. cache: keep 16-bit copies of weights for its time."""
     if precision == "fp32":
         return contextlib.nullcontext()
     if precision not in _AUTOCAST:
         raise ValueError(f"precision {precision!r}: want fp32, bf16 or fp16")
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)

@@ -75,7 +75,9 @@ class Gradients:
 
     def forward(self, compute, *arguments):
         """`compute(*arguments)`, a method of the stage, in the run's precision and inside the module that averages."""
-        with autocast(self._stage.ranks.device, self._stage.config.precision):
+        # A sharded block that ran without gradient gets none from a later run with the copies that autocast has kept.
+        cache = not self._stage.sharding
+        with autocast(self._stage.ranks.device, self._stage.config.precision, cache):
             return self._step_module(compute, *arguments)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -217,7 +217,9 @@ def _tried(path: Path, wanted: tuple[str, ...], read: Callable[[Path], dict]) ->
         EOFError,
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
+        TypeError,
+        AttributeError,
     ) as error:
         return None, (str(error).splitlines()[0] if str(error) else type(error).__name__)[:160]
 

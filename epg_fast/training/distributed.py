@@ -67,16 +67,28 @@ def start(device: str, parallelism: str = "ddp") -> Ranks:
     parallelism: "fsdp" needs a process group for a single rank, too.
     """
     place = resolve_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
         if world_size > 1:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=_store(), rank=rank, world_size=world_size, timeout=TIMEOUT)
         elif parallelism == "fsdp":
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(int(os.environ.get("RANK", 0)), world_size, place)
+    return Ranks(rank, world_size, place)
+
+
+def _store() -> dist.Store:
+    """The store that torchrun describes, apart for each of its restarts.
+
+    torchrun keeps one store over all restarts, and a rank that reads the address of a rank of before waits for it. On
+    several nodes the count of restarts may differ between them, so that all share the store.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def explained(error: RuntimeError, ranks: Ranks) -> RuntimeError:

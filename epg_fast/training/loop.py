@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -266,6 +267,8 @@ def make_step_module(stage: Stage) -> torch.nn.Module:
     if stage.ranks.world_size == 1:
         return module
     distributed.synchronize_batch_norm(stage.network)
+    # The argument's new name is not known to older versions, and means that buffers are still sent at first.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return DistributedDataParallel(
         module,
         device_ids=[stage.ranks.device] if stage.ranks.device.type == "cuda" else None,

@@ -71,6 +71,8 @@ def main(data, folder):
     on_ranks(2, second)
     third = [run(copied("stopped", name), "diffusion", parallelism=name) for name in ("ddp", "fsdp")]
     (folder / "fsdp/previews/step_000000002.png").unlink()  # as a kill may leave it
+    half = {"precision": "fp16", "steps": 2}
+    third += [run(f"half-{name}", "pretrain", parallelism=name, **half) for name in ("ddp", "fsdp")]
     on_ranks(1, third)
 
 

@@ -16,6 +16,7 @@ from epg_fast.training.checkpoint import (
     load_newest,
     save_checkpoint,
 )
+from epg_fast.training.sharded_checkpoint import read_any
 
 
 def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
@@ -75,6 +76,25 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damag
     (tmp_path / "step_000000001.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 2 checkpoints"):
         load_newest(tmp_path)
+
+
+def test_checkpoints_that_hold_something_else_give_way_to_the_one_before(tmp_path):
+    """A folder whose checksums are no table, and files of other values, that ranks would split."""
+    (tmp_path / "step_000000004").mkdir()
+    (tmp_path / "step_000000004/checksums.json").write_text("null")
+    for step, state in (
+        (3, [1, 2]),
+        (2, {"network": 3}),
+        (1, {"network": {}, "average": {}, "optimizer": {"state": {}}}),
+    ):
+        save_checkpoint(tmp_path, step, state, keep=9)
+
+    def read(path):
+        return read_any(path, object(), {}, [], (0, 1))
+
+    unreadable = []
+    assert load_newest(tmp_path, ("network",), unreadable, read)["network"] == {}
+    assert [path.stem for path in unreadable] == [f"step_00000000{step}" for step in (4, 3, 2)]
 
 
 def test_no_bit_of_the_table_of_contents_can_change(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from epg_fast import config as configs
 from epg_fast.__main__ import main
 from epg_fast.models import create_encoder, save_weights
+from epg_fast.training import distributed
 from epg_fast.training.distributed import Ranks
 from tests.training import ddp_worker
 
@@ -110,3 +111,15 @@ def test_torchrun_trains_and_logs_the_same_losses(tiny_run, tmp_path):
         assert len(levels) == 1 and levels[0] in b  # one noise level for the whole batch
         for name in ("loss", "contrastive", "consistency", "grad_norm", *levels):
             assert b[name] == pytest.approx(a[name], rel=2e-3)
+
+
+@pytest.mark.parametrize("nodes, seen", [(1, False), (2, True)])
+def test_a_restart_does_not_see_the_addresses_of_before(nodes, seen, monkeypatch):
+    """torchrun keeps its store over restarts, whose count several nodes may not agree on."""
+    kept = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: iter([(kept, 0, 2)]))
+    for name, value in {"WORLD_SIZE": 2 * nodes, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    distributed._store().set("address", "of a rank that is gone")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert distributed._store().check(["address"]) == seen

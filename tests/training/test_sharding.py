@@ -101,6 +101,12 @@ def test_two_sharded_ranks_train_as_one_plain_rank(job, runs):
     )
 
 
+def test_weights_that_are_used_without_gradient_first_get_theirs_under_autocast(runs):
+    """For the keys of pre-training the network runs without gradient."""
+    plain, sharded = (whole_state(runs / f"half-{name}", "pretrain")["optimizer"] for name in ("ddp", "fsdp"))
+    assert_close(sharded, plain, tolerance=0.01)
+
+
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_a_folder_of_two_ranks_is_resumed_by_one(parallelism, runs):
     run = runs / parallelism
