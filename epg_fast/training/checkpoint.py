@@ -131,8 +131,8 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def is_milestone(step: int, keep_every: int) -> bool:
-    """Whether the checkpoint of `step` stays for good."""
-    return keep_every > 0 and step % keep_every == 0
+    """Whether the checkpoint of `step` stays for good; that of step 0, where a run may be stopped, does not."""
+    return step > 0 and keep_every > 0 and step % keep_every == 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

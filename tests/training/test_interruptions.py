@@ -190,6 +190,25 @@ def test_a_stop_right_after_a_skipped_update_is_named_after_the_updates_made(tin
     assert_same_run(stopped, whole)
 
 
+def test_a_run_that_is_stopped_before_its_first_update_leaves_no_snapshot_or_milestone(
+    tiny_run, tmp_path, before_update
+):
+    """No average can be put together from a snapshot of step 0."""
+
+    def spoil(state, batch):
+        batch["x"] = torch.full(batch["x"].shape, float("nan"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run, flags = tmp_path / "run", {"keep_every": 10, "posthoc_ema.sigma_rel": "[0.05,0.1]", "posthoc_ema.every": 4}
+    before_update(spoil)
+    assert main(run_command("diffusion", tiny_run, run, steps=8, **flags)) == 0
+    assert saved_steps(run) == [0] and not list(run.glob("milestones/*")) and not list(run.glob("posthoc_ema/*"))
+    before_update(lambda state, batch: None)
+    assert main(run_command("diffusion", tiny_run, run, steps=8, keep_checkpoints=1, **flags)) == 0
+    assert saved_steps(run) == [8]
+    assert [f.name for f in sorted((run / "posthoc_ema").iterdir())] == [f"step_00000000{n}.safetensors" for n in (4, 8)]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, tmp_path, before_update, monkeypatch):
     reached, saw = threading.Event(), []
     before_update(lambda state, batch: state.iteration == 15 and reached.set())
