@@ -206,7 +206,7 @@ def test_a_run_that_is_stopped_before_its_first_update_leaves_no_snapshot_or_mil
     before_update(lambda state, batch: None)
     assert main(run_command("diffusion", tiny_run, run, steps=8, keep_checkpoints=1, **flags)) == 0
     assert saved_steps(run) == [8]
-    assert [f.name for f in sorted((run / "posthoc_ema").iterdir())] == [f"step_00000000{n}.safetensors" for n in (4, 8)]
+    assert {f.stem for f in (run / "posthoc_ema").iterdir()} == {"step_000000004", "step_000000008"}
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, tmp_path, before_update, monkeypatch):
