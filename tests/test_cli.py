@@ -150,6 +150,12 @@ def test_a_run_that_came_and_went_during_the_start_is_not_started_anew(capsys, d
         ("--preview.interval [2,1]", "low <= high"),
         ("--seed -1", "seed is -1"),
         ("--num_scales 1", "num_scales is 1"),
+        ("--seed 18446744073709551616", "seed is 18446744073709551616"),
+        ("--p_mean .nan", "p_mean is nan"),
+        ("--preview.guidance .inf", "guidance is inf"),
+        ("--optimizer.warmup_steps -4", "warmup_steps is -4"),
+        ("--optimizer.milestones [5,1]", "milestones are (5, 1)"),
+        ("--data.readers -3", "readers is -3"),
     ],
 )
 def test_numbers_without_meaning_are_refused_before_training(capsys, diffusion, tmp_path, flags, message):
