@@ -40,8 +40,8 @@ def consistency_loss(
     and takes the latter from `gather`: called with the former it starts to gather those of all ranks and returns a
     function that waits for them, which is called when the network has run.
     Terms: `consistency`, and `perceptual` when it counts.
-    Raises TypeError for `keys` that are no pair and for a `gather` that returns no function, ValueError for keys of other
-    shapes.
+    Raises TypeError for `keys` that are no pair and for a `gather` that returns no function, ValueError for keys of
+    other shapes.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     level = schedule.place(t)
