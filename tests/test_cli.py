@@ -163,6 +163,12 @@ def test_numbers_without_meaning_are_refused_before_training(capsys, diffusion, 
     assert not (tmp_path / "run").exists()
 
 
+def test_wandb_is_missed_before_anything_is_written(capsys, diffusion, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _fails(capsys, [*diffusion, "--wandb", "digits", "--outdir", tmp_path / "run"], "pip install wandb")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("content", ["data: 5", "model: null", "optimizer: [1]"])
 def test_a_group_in_a_recipe_must_hold_fields(capsys, diffusion, tmp_path, content):
     (tmp_path / "a.yaml").write_text(content)
