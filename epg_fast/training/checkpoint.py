@@ -157,7 +157,8 @@ def set_aside(paths: list[Path]) -> None:
 
 def remove_temporaries(outdir: Path) -> None:
     """Remove what a killed run was writing."""
-    for folder, name in (("checkpoints", "step_*"), ("milestones", "step_*.safetensors"), ("", "model.safetensors")):
+    weights = (("milestones", "step_*.safetensors"), ("", "model.safetensors"))
+    for folder, name in (("checkpoints", "step_*"), ("previews", "step_*.png.*"), *weights):
         for path in (outdir / folder).glob(f".{name}.tmp*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

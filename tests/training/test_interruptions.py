@@ -93,7 +93,9 @@ def test_a_run_that_dies_between_weights_and_checkpoint_is_not_complete(tiny_run
         patched.setattr(state, "save_weights", die_at_20)
         assert main(command) == 1
     assert saved_steps(run) == [10]
-    for path in (run / "checkpoints" / ".step_000000020.pt.tmp7", run / ".model.safetensors.tmp7"):
+    (run / "previews").mkdir()
+    for name in ("checkpoints/.step_20.pt.tmp7", ".model.safetensors.tmp7", "previews/.step_20.png.7.tmp"):
+        path = run / name
         path.write_bytes(b"left behind by a killed run")
         left.append(path)
     assert main(command) == 0
