@@ -28,6 +28,13 @@ def _check_positive(config, *names: str) -> None:
             raise ValueError(f"{name} is {value}, want a positive number")
 
 
+def _check_finite(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not all(map(math.isfinite, value if isinstance(value, (list, tuple)) else [value])):
+            raise ValueError(f"{name} is {value}, want a finite number")
+
+
 def _check_interval(config, name: str) -> None:
     low, high = getattr(config, name)
     if not low <= high:
@@ -149,6 +156,9 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmented views (pre-training only)."""
 
+    def __post_init__(self):
+        _check(self, 0, math.inf, "readers")
+
 
 @dataclass
 class OptimizerConfig:
@@ -182,11 +192,13 @@ class OptimizerConfig:
     """Clipping begins after this many steps."""
 
     def __post_init__(self):
-        _check(self, 0, math.inf, "lr", "weight_decay", "clip_after")
+        _check(self, 0, math.inf, "lr", "weight_decay", "warmup_steps", "clip_after")
         _check(self, 0, 1, "min_scale")
         _check_positive(self, "eps", "clip_norm", "layer_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}, want values in [0, 1)")
+        if not 0 <= self.milestones[0] <= self.milestones[1]:
+            raise ValueError(f"milestones are {self.milestones}, want 0 <= first <= second")
 
 
 @dataclass
@@ -228,6 +240,7 @@ class PreviewConfig:
         _check(self, 1, math.inf, "num")
         _check(self, 1 if self.sampler == "onestep" else 2, math.inf, "steps")
         _check_interval(self, "interval")
+        _check_finite(self, "guidance")
 
 
 @dataclass
@@ -294,7 +307,8 @@ class RunConfig:
     def __post_init__(self):
         _check(self, 1, math.inf, "steps", "batch_size", "gradient_accumulation")
         _check(self, 1, math.inf, "log_every", "checkpoint_every", "keep_checkpoints")
-        _check(self, 0, math.inf, "seed", "keep_every")
+        _check(self, 0, math.inf, "keep_every")
+        _check(self, 0, 2**63 - 1, "seed")
         _check(self, 0, 1, "activation_checkpointing")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
@@ -350,6 +364,7 @@ class PretrainConfig(RunConfig):
         _check(self, self.start_scales, math.inf, "end_scales")
         _check(self, 0, 1, "target_ema")
         _check_positive(self, "contrastive_temperature", "temperature")
+        _check_finite(self, "temperature_range")
         if not min(self.temperature_range) > 0:
             raise ValueError(f"temperature_range is {self.temperature_range}, want positive numbers")
         if self.offload_ema and not self.posthoc_ema.sigma_rel:
@@ -389,6 +404,7 @@ class DiffusionConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         _check(self, 2, math.inf, "num_scales")
+        _check_finite(self, "p_mean")
         _check(self, 0, math.inf, "p_std")
         _check(self, 0, 1, "label_dropout", "ema", "dropout")
 
@@ -442,6 +458,7 @@ class ConsistencyConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_finite(self, "p_mean", "b")
         _check(self, 0, math.inf, "p_std", "k", "first_stage", "delta")
         _check(self, 1, math.inf, "stage_length")
         _check(self, 0, 1, "label_dropout", "ema", "dropout")

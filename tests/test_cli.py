@@ -150,10 +150,22 @@ def test_a_run_that_came_and_went_during_the_start_is_not_started_anew(capsys, d
         ("--preview.interval [2,1]", "low <= high"),
         ("--seed -1", "seed is -1"),
         ("--num_scales 1", "num_scales is 1"),
+        ("--seed 18446744073709551616", "seed is 18446744073709551616"),
+        ("--p_mean .nan", "p_mean is nan"),
+        ("--preview.guidance .inf", "guidance is inf"),
+        ("--optimizer.warmup_steps -4", "warmup_steps is -4"),
+        ("--optimizer.milestones [5,1]", "milestones are (5, 1)"),
+        ("--data.readers -3", "readers is -3"),
     ],
 )
 def test_numbers_without_meaning_are_refused_before_training(capsys, diffusion, tmp_path, flags, message):
     _fails(capsys, [*diffusion, *flags.split(" "), "--outdir", tmp_path / "run"], message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_is_missed_before_anything_is_written(capsys, diffusion, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _fails(capsys, [*diffusion, "--wandb", "digits", "--outdir", tmp_path / "run"], "pip install wandb")
     assert not (tmp_path / "run").exists()
 
 

@@ -105,4 +105,6 @@ def consistency_r(
     t: torch.Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0, sigma_min: float = 0.002
 ) -> torch.Tensor:
     """The lower level r of the pair (t, r), unshifted: max(t (1 - (1 + k sigmoid(-b t)) / q^e), sigma_min) (SPEC 6)."""
-    return (t * (1 - (1 + k * torch.sigmoid(-b * t)) / q**stage)).clamp_min(sigma_min)
+    # beyond a float the power is infinite, where Python raises
+    power = q**stage if stage * math.log(q) < 700 else math.inf
+    return (t * (1 - (1 + k * torch.sigmoid(-b * t)) / power)).clamp_min(sigma_min)

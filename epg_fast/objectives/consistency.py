@@ -6,7 +6,7 @@ import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import makes_patches, spread
-from epg_fast.objectives.contrastive import Gather, info_nce, own_keys
+from epg_fast.objectives.contrastive import Gather, info_nce, own_keys, start_gather
 from epg_fast.objectives.loss import Loss
 from epg_fast.objectives.seeding import dropout_from
 
@@ -37,8 +37,11 @@ def consistency_loss(
     perceptual: frozen RCMViT in eval mode, or None. dropout_seed: both passes draw their dropout from it, so that they
     share the mask; the global random state is left as it was.
     keys: what `perceptual_keys` makes of x [B,P], and of the images of the global batch [G,P]; None computes the former
-    and takes the latter from `gather`, which works while the network runs.
+    and takes the latter from `gather`: called with the former it starts to gather those of all ranks and returns a
+    function that waits for them, which is called when the network has run.
     Terms: `consistency`, and `perceptual` when it counts.
+    Raises TypeError for `keys` that are no pair and for a `gather` that returns no function, ValueError for keys of
+    other shapes.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     level = schedule.place(t)
@@ -47,9 +50,11 @@ def consistency_loss(
     weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
     distance = _distance_in_patches if makes_patches(network) else _distance
     denoiser, with_image = Denoiser(network, schedule, "edm"), perceptual is not None and stage > 0
+    if isinstance(keys, torch.Tensor):
+        raise TypeError("keys: got one tensor, wanted a pair: the keys of x [B,P], those of the global batch [G,P]")
     if with_image:
-        own, everyone = keys or (perceptual_keys(perceptual, x, schedule), None)
-        wait = gather(own) if everyone is None else lambda: everyone
+        own, everyone = (perceptual_keys(perceptual, x, schedule), None) if keys is None else keys
+        wait = start_gather(gather, own) if everyone is None else lambda: everyone
     per_sample, prediction = distance(denoiser, x, noise, y, t, r, stage, weight, huber_c, dropout_seed, with_image)
     terms = {"consistency": per_sample}
     if with_image:

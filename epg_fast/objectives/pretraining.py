@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
-from epg_fast.objectives.contrastive import Gather, info_nce, interpolated_temperature, own_keys
+from epg_fast.objectives.contrastive import Gather, info_nce, interpolated_temperature, own_keys, start_gather
 from epg_fast.objectives.loss import Loss
 
 
@@ -35,8 +35,10 @@ def pretraining_loss(
     online, target: RCMViT; the gradient reaches `online` only. x, view1, view2, noise: [B,C,H,W], the noise shared by
     all of them. index: one grid level i in 0..K-2 for the whole batch (K = schedule.num_scales).
     temperature: of the consistency term; a pair (tau_min, tau_max) interpolates it in sigma (paper).
-    gather: keys of this rank -> keys of all ranks (negatives over the global batch), while the online network runs.
+    gather: called with this rank's keys (views 1 and 2 [B,P], x_r [B,E]), it starts to gather those of all ranks, the
+    negatives, and returns a function that waits for them, which is called when the online network has run.
     Terms: `contrastive` (sum of both directions) and `consistency`.
+    Raises ValueError for a number `index` that is not one of these, TypeError for a `gather` that returns no function.
     """
     objective = PretrainingObjective(online, target, index, schedule, contrastive_temperature, temperature)
     return objective.loss(x, view1, view2, noise, gather)
@@ -55,6 +57,9 @@ class PretrainingObjective:
         temperature: float | tuple[float, float] = 0.1,
     ):
         if not isinstance(index, torch.Tensor):
+            last = schedule.num_scales - 2
+            if not 0 <= index <= last:
+                raise ValueError(f"index: got {index}, wanted 0 to {last}, because x_r is one level further")
             # a copy from the host would wait for the device
             index = torch.full((), index, device=next(online.parameters()).device)
         self.online, self.target, self.index, self.schedule = online, target, index, schedule
@@ -63,7 +68,7 @@ class PretrainingObjective:
     def loss(self, x, view1, view2, noise, gather: Gather = own_keys) -> Loss:
         """All of it."""
         keys = self.keys(x, view1, view2, noise)
-        waiting = [gather(key) for key in keys]
+        waiting = [start_gather(gather, key) for key in keys]
         features = self.features(x, view1, view2, noise)
         return self.losses(features, keys, [wait() for wait in waiting])
 

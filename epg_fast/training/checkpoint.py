@@ -131,8 +131,8 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def is_milestone(step: int, keep_every: int) -> bool:
-    """Whether the checkpoint of `step` stays for good."""
-    return keep_every > 0 and step % keep_every == 0
+    """Whether the checkpoint of `step` stays for good; that of step 0, where a run may be stopped, does not."""
+    return step > 0 and keep_every > 0 and step % keep_every == 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -157,7 +157,8 @@ def set_aside(paths: list[Path]) -> None:
 
 def remove_temporaries(outdir: Path) -> None:
     """Remove what a killed run was writing."""
-    for folder, name in (("checkpoints", "step_*"), ("milestones", "step_*.safetensors"), ("", "model.safetensors")):
+    weights = (("milestones", "step_*.safetensors"), ("", "model.safetensors"))
+    for folder, name in (("checkpoints", "step_*"), ("previews", "step_*.png.*"), *weights):
         for path in (outdir / folder).glob(f".{name}.tmp*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -14,6 +14,7 @@ from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.models import encoder_from_config
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.activations import Activations, activation_bytes
+from epg_fast.training.compilation import check_compilation
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.flops import StepFlops, step_flops
 from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
@@ -55,11 +56,13 @@ class Memory:
 def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig) -> str:
     """A summary of the job, for people. Networks are made without memory; no data and no run folder is touched.
 
-    Raises ValueError for a model that cannot be, for a batch that does not divide over the GPUs and for an unknown GPU.
+    Raises ValueError for a model that cannot be, for a batch that does not divide over the GPUs, for CUDA graphs where
+    they cannot be and for an unknown GPU.
     """
     gpus, origin = _gpus(options)
     check_batch(config.batch_size, gpus)
     check_parts(config, gpus)
+    check_compilation(config, Ranks(0, gpus, torch.device("cuda")))
     gpu, why = _gpu(options)
     stage = planned_stage(config, stage_class, gpus)
     last = step_flops(stage, config.steps - 1)

@@ -34,7 +34,7 @@ from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
-from epg_fast.training.metrics import Metrics
+from epg_fast.training.metrics import Metrics, require_wandb
 from epg_fast.training.preview import preview_is_due, preview_path, write_preview
 from epg_fast.training.progress import Progress
 from epg_fast.training.run_folder import RunLock, check_run_folder, claim_run_folder
@@ -67,6 +67,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     outdir = Path(config.outdir)
     source = open_images(config.data.path)
     check_compilation(config, ranks)
+    require_wandb(config.wandb)
     if config.fp8:
         require_fp8(ranks.device)
 

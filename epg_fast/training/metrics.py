@@ -143,11 +143,18 @@ def _tensorboard_writer(folder: Path, step: int):
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def _wandb_run(project: str, outdir: Path, config: dict):
+def require_wandb(project: str | None) -> None:
+    """Raise ValueError when a `project` is asked for and wandb is not installed."""
     try:
-        import wandb
+        if project:
+            import wandb  # noqa: F401
     except ImportError:
         raise ValueError(
             f"wandb project {project!r} asked for, but wandb is not installed: pip install wandb"
         ) from None
+
+
+def _wandb_run(project: str, outdir: Path, config: dict):
+    import wandb
+
     return wandb.init(project=project, name=outdir.name, id=outdir.name, resume="allow", config=config)

@@ -77,8 +77,11 @@ class PosthocEma:
                 local(parameter).copy_(state[sigma_rel][name])
 
     def is_due(self, step: int) -> bool:
-        """Whether this rank has a part in a snapshot at `step`: a multiple of `posthoc_ema.every`, or the last."""
-        due = step % self._every == 0 or step == self._steps
+        """Whether this rank has a part in a snapshot at `step`: a multiple of `posthoc_ema.every`, or the last.
+
+        Never at 0, where a run may be stopped: an average over no steps has no profile.
+        """
+        due = step > 0 and (step % self._every == 0 or step == self._steps)
         return bool(self.averages and due and (self._stage.ranks.main or self._stage.sharding))
 
     def snapshot(self) -> dict[str, torch.Tensor]:

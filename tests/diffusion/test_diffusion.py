@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
+from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, consistency_r, guided
 from tests.ops.extension_checks import each_steps_backend
 
 STD = 0.3
@@ -189,3 +189,10 @@ def test_wrong_arguments_are_refused():
         NoiseSchedule(20, sigma_min=3, sigma_max=2)
     with pytest.raises(ValueError, match="labels y are missing"):
         guided(Denoiser(_Classes()), 2.0)(torch.randn(1, 3, 8, 8), 0.1)
+
+
+def test_the_levels_of_a_pair_meet_after_thousands_of_stages():
+    """2^1024 is no float."""
+    t = torch.tensor([0.002, 0.5, 80.0])
+    for stage in (1023, 1024, 100_000):
+        assert torch.equal(consistency_r(t, stage), t)

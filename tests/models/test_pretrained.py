@@ -133,6 +133,13 @@ def test_encoder_only_takes_the_trunk_and_leaves_the_rest(small):
     torch.testing.assert_close(small.encode(x, t), encoder.encode(x, t))
 
 
+@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"\x00" * 100, b"]a.", b"hello"])
+def test_a_file_of_other_things_is_refused(tmp_path, content):
+    (tmp_path / "other.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="not a file of plain tensors"):
+        from_pretrained(tmp_path / "other.pth")
+
+
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -1,5 +1,7 @@
 """What the objectives promise beyond the recorded numbers: no wasted work, shared dropout, float32 losses."""
 
+import functools
+
 import pytest
 import torch
 
@@ -103,3 +105,20 @@ def test_interpolated_temperature_changes_the_consistency_term_only():
     assert torch.allclose(runs[0].per_sample, runs[1].per_sample)
     assert torch.equal(runs[0].terms["contrastive"], runs[2].terms["contrastive"])
     assert not torch.allclose(runs[0].terms["consistency"], runs[2].terms["consistency"])
+
+
+def test_keys_and_gather_of_another_form_are_refused():
+    encoder, network = RCMViT(**SIZES, hidden_dim=16, output_dim=8), EPGViT(**SIZES, **DECODER)
+    schedule, (x, noise) = NoiseSchedule(20), _images(2)
+    t = torch.tensor([0.4, 0.5, 0.6, 0.7])
+    arguments = (network, x, noise, None, t, t / 2, 1, schedule)
+    consistency = functools.partial(consistency_loss, *arguments, perceptual=encoder)
+    pretraining = functools.partial(pretraining_loss, encoder, encoder, x, x, x, noise, schedule=schedule)
+    for loss in (consistency, functools.partial(pretraining, 3)):
+        with pytest.raises(TypeError, match="gather: got a function that returns Tensor"):
+            loss(gather=lambda keys: keys)
+    with pytest.raises(TypeError, match="keys: got one tensor, wanted a pair"):
+        consistency(keys=torch.randn(4, 8))
+    for index in (-1, 19):
+        with pytest.raises(ValueError, match=f"index: got {index}, wanted 0 to 18"):
+            pretraining(index)

@@ -214,6 +214,9 @@ def test_what_cannot_be_is_refused_with_the_remedy(capsys):
     _fails(capsys, ["--utilization", "0.5"], "utilization is for --dry_run")
     _fails(capsys, ["--dry_run", "--utilization", "60"], "utilization is 60")
     _fails(capsys, ["--dry_run", "--model.num_heads", "5"], "768", "5")
+    graphs = ["--dry_run", "--cuda_graphs", "true", "--compile", "network"]
+    _fails(capsys, [*graphs, "--gpus", "2"], "got 2 ranks, wanted 1")
+    _fails(capsys, [*graphs, "--gpus", "1", "--gradient_accumulation", "2"], "got gradient_accumulation 2, wanted 1")
     _fails(capsys, ["--dry_runn"], "did you mean 'dry_run'")
 
 

@@ -93,7 +93,9 @@ def test_a_run_that_dies_between_weights_and_checkpoint_is_not_complete(tiny_run
         patched.setattr(state, "save_weights", die_at_20)
         assert main(command) == 1
     assert saved_steps(run) == [10]
-    for path in (run / "checkpoints" / ".step_000000020.pt.tmp7", run / ".model.safetensors.tmp7"):
+    (run / "previews").mkdir()
+    for name in ("checkpoints/.step_20.pt.tmp7", ".model.safetensors.tmp7", "previews/.step_20.png.7.tmp"):
+        path = run / name
         path.write_bytes(b"left behind by a killed run")
         left.append(path)
     assert main(command) == 0
@@ -188,6 +190,25 @@ def test_a_stop_right_after_a_skipped_update_is_named_after_the_updates_made(tin
     before_update(lambda state, batch: None)
     assert main(run_command("diffusion", tiny_run, stopped, steps=20, log_every=6)) == 0
     assert_same_run(stopped, whole)
+
+
+def test_a_run_that_is_stopped_before_its_first_update_leaves_no_snapshot_or_milestone(
+    tiny_run, tmp_path, before_update
+):
+    """No average can be put together from a snapshot of step 0."""
+
+    def spoil(state, batch):
+        batch["x"] = torch.full(batch["x"].shape, float("nan"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run, flags = tmp_path / "run", {"keep_every": 10, "posthoc_ema.sigma_rel": "[0.05,0.1]", "posthoc_ema.every": 4}
+    before_update(spoil)
+    assert main(run_command("diffusion", tiny_run, run, steps=8, **flags)) == 0
+    assert saved_steps(run) == [0] and not list(run.glob("milestones/*")) and not list(run.glob("posthoc_ema/*"))
+    before_update(lambda state, batch: None)
+    assert main(run_command("diffusion", tiny_run, run, steps=8, keep_checkpoints=1, **flags)) == 0
+    assert saved_steps(run) == [8]
+    assert {f.stem for f in (run / "posthoc_ema").iterdir()} == {"step_000000004", "step_000000008"}
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, tmp_path, before_update, monkeypatch):
