@@ -111,108 +111,116 @@ def _go_on(config: RunConfig, state: RunState, lock: RunLock) -> None:
         device=ranks.device,
     )
     with contextlib.closing(loader):
-        _run(config, state, loader, lock)
+        _Run(config, state, loader, lock).train()
 
 
-def _run(config: RunConfig, state: RunState, loader, lock: RunLock) -> None:
-    ranks, stage, source, outdir = state.ranks, state.stage, state.source, lock.outdir
-    bad_files = BadFiles(state.bad_files, loader, source, config.data.max_bad_fraction, outdir, ranks)
-    decoder = _decoder(state.data_backend, config.data.workers)
-    log.info("images are decoded by %s", decoder)
-    # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-    claim_run_folder(stage.name, config, lock)
-    if ranks.main:
-        set_aside(state.unreadable)
-        remove_temporaries(outdir)
-    state.posthoc_ema.discard_after(state.made)
-    writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
-    metrics = Metrics(outdir, ranks.main, state.made, *writers, Utilization(stage))
-    metrics.load_state_dict(state.unfinished_metrics, ranks.device)
-    step_module = make_step_module(stage)
-    compile_stage(stage)
-    metrics.add_image("samples", _draw_missing_preview(state, outdir), state.made)
-    progress = Progress(stage.name, config.steps, state.step, f"images of {source.root}, decoded by {decoder}", ranks)
-    signals = StopSignals()
+class _Run:
+    """A run from the step it has reached: the loop, and what the loop writes to."""
 
-    def stalled(seconds: float) -> None:
-        progress.stalled(seconds)
-        if signals.asked and ranks.world_size == 1:
+    def __init__(self, config: RunConfig, state: RunState, loader, lock: RunLock):
+        ranks, stage, source, outdir = state.ranks, state.stage, state.source, lock.outdir
+        self.config, self.state, self.outdir = config, state, outdir
+        self.bad_files = BadFiles(state.bad_files, loader, source, config.data.max_bad_fraction, outdir, ranks)
+        decoder = _decoder(state.data_backend, config.data.workers)
+        log.info("images are decoded by %s", decoder)
+        # Nothing is written before this line, so that a command that fails above can be corrected and given again.
+        claim_run_folder(stage.name, config, lock)
+        if ranks.main:
+            set_aside(state.unreadable)
+            remove_temporaries(outdir)
+        state.posthoc_ema.discard_after(state.made)
+        writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
+        self.metrics = Metrics(outdir, ranks.main, state.made, *writers, Utilization(stage))
+        self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)
+        self.step_module = make_step_module(stage)
+        compile_stage(stage)
+        self.metrics.add_image("samples", _draw_missing_preview(state, outdir), state.made)
+        images = f"images of {source.root}, decoded by {decoder}"
+        self.progress = Progress(stage.name, config.steps, state.step, images, ranks)
+        self.signals = StopSignals()
+        self.batches = Prefetcher(loader, ranks.device, on_stall=self._stalled)
+
+    def train(self) -> None:
+        """Train to the last step, or until a signal asks to end, and write what is to be written."""
+        state = self.state
+        with self.signals:  # until everything is written
+            try:
+                with self.progress, self.batches:
+                    self._loop()
+            except DataError as error:
+                raise self.bad_files.listed(error) from error
+            finally:
+                state.writer.wait()
+            state.ranks.barrier()
+            self.metrics.close()
+        if state.step < self.config.steps:
+            who = self.signals.asked or "another rank"
+            log.warning("%s: stopped at step %d; the same command goes on", who, state.made)
+
+    def _stalled(self, seconds: float) -> None:
+        self.progress.stalled(seconds)
+        if self.signals.asked and self.state.ranks.world_size == 1:
             raise _StopWaiting
 
-    batches = Prefetcher(loader, ranks.device, on_stall=stalled)
-    with signals:  # until everything is written
-        try:
-            with progress, batches:
-                _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals)
-        except DataError as error:
-            raise bad_files.listed(error) from error
-        finally:
-            state.writer.wait()
-        ranks.barrier()
-        metrics.close()
-    if state.step < config.steps:
-        log.warning("%s: stopped at step %d; the same command goes on", signals.asked or "another rank", state.made)
+    def _loop(self) -> None:
+        config, state, batches = self.config, self.state, self.batches
+        done = state.made  # a step that is reached again, because the update after it was skipped, is written once
+        stop = False
+        while state.step < config.steps and not stop:
+            waited = batches.waited
+            try:
+                batch = next(batches)
+            except _StopWaiting:
+                state.save(self.outdir, self.metrics)
+                break
+            self.metrics.count(config.batch_size, batches.waited - waited)
+            self.progress.data_came()
+            begin_step(config)
+            stop = state.update(self.step_module, batch, self.metrics, bool(self.signals.asked))
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                stop = state.settle() or stop
+            self.progress.reach(state.step)
+            state.check_saved()
+            if stop or self._something_is_due():
+                # `step` can be one too high still: then nothing is due but what a signal asks for
+                new = done < state.made == state.step
+                self._write_what_is_due(new, stop)
+                done = max(done, state.made)
+
+    def _something_is_due(self) -> bool:
+        config, step, preview = self.config, self.state.step, self.state.stage.preview
+        every = [config.log_every, config.checkpoint_every, preview.every if preview else 0]
+        every.append(config.posthoc_ema.every if config.posthoc_ema.sigma_rel else 0)
+        return step == config.steps or any(n and step % n == 0 for n in every)
+
+    def _write_what_is_due(self, new: bool, stop: bool) -> None:
+        """At a step that is `new`, or where the run is to `stop`."""
+        config, state, step = self.config, self.state, self.state.step
+        last = step == config.steps
+        logs = new and (step % config.log_every == 0 or last)
+        saves = new and (step % config.checkpoint_every == 0 or last) or stop
+        if logs or saves:
+            self.bad_files.exchange()
+            state.check_saved(together=True)
+        if logs:
+            self.progress.show(self.metrics.write(step, lr=state.optimizer.lr))
+        # Before the checkpoint, or with it: a run that goes on from it does not come by this step again.
+        if saves:
+            state.save(self.outdir, self.metrics)
+        elif new and state.posthoc_ema.is_due(step):
+            state.save_snapshot()
+        if new and preview_is_due(state.stage, step):
+            state.host_averages.wait()
+            self.metrics.add_image("samples", write_preview(state.stage, self.outdir, step), step)
 
 
-def _loop(config, state, step_module, batches, metrics, progress, bad_files, outdir, signals) -> None:
-    done = state.made  # a step that is reached again, because the update after it was skipped, is written once
-    stop = False
-    while state.step < config.steps and not stop:
-        waited = batches.waited
-        try:
-            batch = next(batches)
-        except _StopWaiting:
-            state.save(outdir, metrics)
-            break
-        metrics.count(config.batch_size, batches.waited - waited)
-        progress.data_came()
-        begin_step(config)
-        stop = state.update(step_module, batch, metrics, bool(signals.asked))
-        if state.step % config.log_every == 0 or state.step == config.steps:
-            stop = state.settle() or stop
-        progress.reach(state.step)
-        state.check_saved()
-        if stop or _something_is_due(state, config):
-            # `step` can be one too high still: then nothing is due but what a signal asks for
-            new = done < state.made == state.step
-            _write_what_is_due(config, state, metrics, progress, bad_files, outdir, new, stop)
-            done = max(done, state.made)
-
-
-def _draw_missing_preview(state, outdir):
+def _draw_missing_preview(state: RunState, outdir: Path):
     """The preview of the step to go on from, if one was due and the run was killed before it was written."""
     if state.made and preview_is_due(state.stage, state.made):
         missing = not preview_path(outdir, state.made).exists()
         if state.ranks.gather_objects(missing)[0] if state.stage.sharding else missing:
             return write_preview(state.stage, outdir, state.made)
     return None
-
-
-def _something_is_due(state, config) -> bool:
-    preview, snapshots = state.stage.preview, config.posthoc_ema
-    every = [config.log_every, config.checkpoint_every, snapshots.every if snapshots.sigma_rel else 0]
-    every.append(preview.every if preview else 0)
-    return state.step == config.steps or any(n and state.step % n == 0 for n in every)
-
-
-def _write_what_is_due(config, state, metrics, progress, bad_files, outdir, new: bool, stop: bool) -> None:
-    """At a step that is `new`, or where the run is to `stop`."""
-    last = state.step == config.steps
-    logs = new and (state.step % config.log_every == 0 or last)
-    saves = new and (state.step % config.checkpoint_every == 0 or last) or stop
-    if logs or saves:
-        bad_files.exchange()
-        state.check_saved(together=True)
-    if logs:
-        progress.show(metrics.write(state.step, lr=state.optimizer.lr))
-    # Before the checkpoint, or with it: a run that goes on from it does not come by this step again.
-    if saves:
-        state.save(outdir, metrics)
-    elif new and state.posthoc_ema.is_due(state.step):
-        state.save_snapshot()
-    if new and preview_is_due(state.stage, state.step):
-        state.host_averages.wait()
-        metrics.add_image("samples", write_preview(state.stage, outdir, state.step), state.step)
 
 
 class _StopWaiting(Exception):
