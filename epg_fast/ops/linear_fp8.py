@@ -124,11 +124,7 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
             f"{_OP}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU of compute capability 9.0 or more for "
             "backend='scaled_mm'; use backend='reference'"
         )
-    if not x.is_cuda and not cpu_has_row_scales():
-        raise ValueError(
-            f"{_OP}: got torch {torch.__version__}, whose FP8 product on a CPU takes one scale per tensor, wanted one "
-            "that takes a scale per row (2.13 does); use backend='reference'"
-        )
+    require_row_scales(_OP, x.device)
     z = torch._scaled_mm(
         x.flatten(0, -2).contiguous(),
         weight.contiguous().t(),
@@ -138,6 +134,15 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
         out_dtype=bias.dtype,
     ).view(*x.shape[:-1], weight.shape[0])
     return F.gelu(z) if gelu else z
+
+
+def require_row_scales(op: str, device: torch.device) -> None:
+    """Raise ValueError on a CPU whose PyTorch multiplies FP8 operands with one scale per tensor only."""
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not cpu_has_row_scales():
+        raise ValueError(
+            f"{op}: got torch {torch.__version__}, whose FP8 product on a CPU takes one scale per tensor, wanted one "
+            "that takes a scale per row (2.13 does); use backend='reference'"
+        )
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from epg_fast.ops.backends import check_backend
 from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
-from epg_fast.ops.linear_fp8 import linear_fp8_ref
+from epg_fast.ops.linear_fp8 import linear_fp8_ref, require_row_scales
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_fp8_dynamic"
@@ -108,6 +108,8 @@ def linear_fp8_dynamic(
             f"{_OP}: got dtype {dtype}, wanted torch.bfloat16 for backend='scaled_mm'; convert the result, or use "
             "backend='reference'"
         )
+    if backend == "scaled_mm":
+        require_row_scales(_OP, x.device)
     y = _LinearFp8Dynamic.apply(x.to(dtype).flatten(0, -2), weight, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 
