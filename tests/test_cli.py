@@ -56,7 +56,7 @@ def test_help_and_env_work_without_arguments(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert f"torch: {' ' * 0}" in out.replace("  ", " ") or "torch:" in out
-    assert torch.__version__ in out and "extension:" in out
+    assert torch.__version__.partition("+")[0] in out and "extension:" in out
 
 
 def test_misspelt_names_are_answered_with_the_nearest(capsys, tmp_path):
