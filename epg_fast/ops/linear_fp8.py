@@ -156,12 +156,17 @@ def cpu_has_row_scales() -> bool:
     return True
 
 
-def _check(x, x_scale, weight, weight_scale, bias) -> None:
+def require_linear_shapes(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise ValueError unless x is [..., K] and weight [N, K]."""
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{_OP}: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}, wanted [..., K] and "
+            f"{op}: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}, wanted [..., K] and "
             "[N, K] with the same K; weight is that of a Linear, one row per output"
         )
+
+
+def _check(x, x_scale, weight, weight_scale, bias) -> None:
+    require_linear_shapes(_OP, x, weight)
     for name, tensor, shape in (
         ("x_scale", x_scale, x.shape[:-1]),
         ("weight_scale", weight_scale, weight.shape[:1]),

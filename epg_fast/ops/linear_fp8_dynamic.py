@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from epg_fast.ops.backends import check_backend
 from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
-from epg_fast.ops.linear_fp8 import linear_fp8_ref, require_row_scales
+from epg_fast.ops.linear_fp8 import linear_fp8_ref, require_linear_shapes, require_row_scales
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_fp8_dynamic"
@@ -120,11 +120,7 @@ def fits(weight: torch.Tensor) -> bool:
 
 
 def _check(x, weight, bias) -> None:
-    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{_OP}: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}, wanted [..., K] and "
-            "[N, K] with the same K; weight is that of a Linear, one row per output"
-        )
+    require_linear_shapes(_OP, x, weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{_OP}: got bias of shape {tuple(bias.shape)}, wanted {list(weight.shape[:1])}")
     if not fits(weight):
