@@ -143,12 +143,25 @@ def test_cuda_graphs_give_the_losses_of_compiled_networks(job, checkpointing, ti
     assert not any("fast path of CUDAGraphs" in str(warning.message) for warning in recwarn)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("job", JOBS)
-def test_the_host_waits_for_nothing_in_an_update(job, precision, digits):
+def test_sharded_training_in_parts_gives_the_losses_of_plain_training(job, tiny_run, tmp_path):
+    """One rank, over NCCL. In bf16 parts round otherwise than the whole batch does."""
+    plain = _lines(job, tiny_run, tmp_path / "ddp", "--compile", "blocks")
+    flags = ["--parallelism", "fsdp", "--gradient_accumulation", "2", "--activation_checkpointing", "0.5"]
+    lines = _lines(job, tiny_run, tmp_path / "fsdp", "--compile", "blocks", *flags)
+    assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.02)
+    for part in (slice(0, 8), slice(16, 24)):
+        want = sum(line["loss"] for line in plain[part])
+        assert sum(line["loss"] for line in lines[part]) == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize("precision, parts", [("bf16", 1), ("fp16", 1), ("bf16", 2)])
+@pytest.mark.parametrize("job", JOBS)
+def test_the_host_waits_for_nothing_in_an_update(job, precision, parts, digits):
     """torch raises where the host waits for the device; blocks are compiled, as training on a GPU has them."""
     place, device = ImageFolder(f"{digits}/train"), torch.device("cuda", 0)
     fields = {"data": DataConfig(str(place.root)), "optimizer": OptimizerConfig(backend="torch"), "batch_size": 8}
+    fields["gradient_accumulation"] = parts
     config, ranks = make_config(job, precision=precision, **fields), Ranks(0, 1, device)
     state = RunState(config, getattr(training, JOBS[job] + "Stage")(config, ranks), place, ranks)
     step_module, metrics = make_step_module(state.stage), Metrics(None, False, 0, False, None, {})
