@@ -4,7 +4,7 @@
 # Builds the extension in place if there is none that this GPU can run (with CUTLASS where EPG_CUTLASS_DIR or the installed
 # nvidia-cutlass has its headers), then runs the kernels' and the GPU tests and the microbenchmarks, first at the shapes of
 # EPG-XL, then at all; every part is bounded in time, and a part that fails does not stop the next. Exits with 1 if one
-# failed. PARTs (build, env, gpu, tests, bench_main, data, bench) choose some. PYTHON chooses the interpreter.
+# failed. PARTs (build, env, gpu, tests, training, bench_main, data, bench) choose some. PYTHON chooses the interpreter.
 set -u
 out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -33,8 +33,10 @@ raise SystemExit(not (extension_status()[0] and extension_has_cuda()) or bool(gp
 part build 500 sh -c '"$0" -c "$1" || exec "$0" setup.py build_ext --inplace' "$python" "$usable"
 part env 60 "$python" -m epg_fast env
 part gpu 30 "$python" -c "import torch; print(torch.cuda.get_device_name(), torch.version.cuda)"
-part tests 300 "$python" -m pytest -q -n 8 --dist worksteal tests/ops tests/models tests/training/test_optimizer.py tests/test_gpu.py \
+part tests 300 "$python" -m pytest -q -n 8 --dist worksteal tests/ops tests/models tests/training/test_optimizer.py \
   tests/data/test_prefetch.py tests/data/test_dali.py
+# Compiles networks, which takes its time.
+part training 300 "$python" -m pytest -q -n 8 --dist worksteal tests/test_gpu.py
 part bench_main 300 "$python" -m pytest -q bench/ops --benchmark-only --main-shapes \
   --benchmark-json "$out/bench_ops_main.json"
 part data 120 sh -c 'if "$0" -c "import nvidia.dali"; then exec "$0" -m bench.bench_data --device cuda --readers 4 --output "$1"
