@@ -12,6 +12,7 @@ _HOME = {
     "create_encoder": "epg_fast.models",
     "from_pretrained": "epg_fast.models",
     "list_presets": "epg_fast.models",
+    "SamplingEngine": "epg_fast.sampling",
     "sample": "epg_fast.sampling",
 }
 __all__ = sorted(_HOME)

@@ -49,8 +49,13 @@ class PixelNormalization:
         mean, scale, x = self._constants(x)
         return (x * scale + mean).clamp(0, 1)
 
+    def to(self, device: torch.device | str) -> PixelNormalization:
+        """Keep the constants on `device` from now on, so that no call copies them there; returns itself."""
+        self._mean, self._scale = self._mean.to(device), self._scale.to(device)
+        return self
+
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the normalised values of black and of white: (low, high), float32 [1, 3, 1, 1] each, on the CPU."""
+        """Return the normalised values of black and of white: (low, high), float32 [1, 3, 1, 1] each."""
         return ((0 - self._mean) / self._scale).float(), ((1 - self._mean) / self._scale).float()
 
     def _constants(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -72,13 +72,18 @@ class Denoiser:
 
     def network_input(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(c_in * x [B,C,H,W], time condition 250 ln sigma [B])."""
-        return spread(self.scalings(sigma, x.shape[-2])[2], x) * x, 250 * sigma.log()
+        return spread(self.scalings(sigma, x.shape[-2])[2], x) * x, time_condition(sigma)
 
     def network_output(self, x: torch.Tensor, sigma: torch.Tensor | float, y: torch.Tensor | None = None):
-        """The network's raw output at x [B,C,H,W] and sigma (number or [B]): [B,C,H,W]."""
-        x_in, t = self.network_input(x, per_sample(sigma, x))
-        output = self.network(x_in, t) if y is None else self.network(x_in, t, y)
-        return output.to(torch.promote_types(x.dtype, torch.float32))
+        """The network's raw output at x [B,C,H,W] and sigma (number or [B]): [B,C,H,W], at least float32."""
+        x, level = _with_level(x, sigma)
+        x_in = spread(self.scalings(level, x.shape[-2])[2], x) * x
+        return self.call_network(x_in, sigma, y).to(x.dtype)
+
+    def call_network(self, x_in: torch.Tensor, sigma: torch.Tensor | float, y: torch.Tensor | None) -> torch.Tensor:
+        """The network at c_in x [B,C,H,W], sigma (number or [B]) and labels y [B]: [B,C,H,W]."""
+        t = time_condition(per_sample(sigma, x_in))
+        return self.network(x_in, t) if y is None else self.network(x_in, t, y)
 
     def estimate_in_patches(self, x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None) -> PatchEstimate:
         """What `__call__` returns, left in patch space, where a loss needs no image; the network is an EPGViT."""
@@ -95,8 +100,14 @@ class Denoiser:
         output = self.network_output(x, sigma, y)
         if self.parameterization == "x0":
             return output
-        c_skip, c_out, _ = self.scalings(per_sample(sigma, x), x.shape[-2])
+        x, level = _with_level(x, sigma)
+        c_skip, c_out, _ = self.scalings(level, x.shape[-2])
         return spread(c_skip, x) * x + spread(c_out, x) * output
+
+
+def time_condition(sigma: torch.Tensor) -> torch.Tensor:
+    """What the networks are told of shifted levels: 250 ln sigma, of the same shape."""
+    return 250 * sigma.log()
 
 
 def makes_patches(network: Callable) -> bool:
@@ -113,5 +124,11 @@ def per_sample(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
 
 
 def spread(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[B] -> [B,1,...] to multiply x: [B,...]."""
-    return values.view(-1, *[1] * (x.ndim - 1))
+    """[B] -> [B,1,...] to multiply x: [B,...]; a scalar stays one."""
+    return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
+
+
+def _with_level(x: torch.Tensor, sigma: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x in at least float32, sigma in its dtype): [B], or for a number a scalar on the CPU, which takes no kernel."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, per_sample(sigma, x) if isinstance(sigma, torch.Tensor) else torch.full((), sigma, dtype=x.dtype)

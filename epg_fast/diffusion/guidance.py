@@ -25,9 +25,11 @@ def guided(
     return _Guided(denoiser, scale, interval, uncond_label)
 
 
-def autoguided(denoiser: Denoiser, weak_network: Callable, scale: float) -> Denoiser:
-    """Autoguidance with a weaker network: c + scale * (c - c_weak), at every noise level."""
-    return _Autoguided(denoiser, weak_network, scale)
+def autoguided(denoiser: Denoiser, weak: Denoiser | Callable, scale: float) -> Denoiser:
+    """Autoguidance with a weaker network, or a denoiser of one: c + scale * (c - c_weak), at every noise level."""
+    if not isinstance(weak, Denoiser):
+        weak = Denoiser(weak, denoiser.schedule, denoiser.parameterization)
+    return _Autoguided(denoiser, weak, scale)
 
 
 class _Guided(Denoiser):
@@ -53,18 +55,18 @@ class _Guided(Denoiser):
         on_host = not isinstance(inside, torch.Tensor) or (inside.ndim == 0 and inside.device.type == "cpu")
         if on_host and not inside:
             return self.inner.network_output(x, sigma, y)
-        sigma = per_sample(sigma, x)
+        if isinstance(sigma, torch.Tensor):
+            sigma = per_sample(sigma, x).repeat(2)
         both = torch.cat([y, torch.full_like(y, self.uncond_label)])
-        cond, uncond = self.inner.network_output(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        cond, uncond = self.inner.network_output(torch.cat([x, x]), sigma, both).chunk(2)
         mixed = uncond + self.scale * (cond - uncond)
         return mixed if on_host else torch.where(inside.expand(x.shape[0]).view(-1, 1, 1, 1), mixed, cond)
 
 
 class _Autoguided(Denoiser):
-    def __init__(self, denoiser, weak_network, scale):
+    def __init__(self, denoiser, weak, scale):
         super().__init__(denoiser.network, denoiser.schedule, denoiser.parameterization)
-        self.inner, self.scale = denoiser, scale
-        self.weak = Denoiser(weak_network, denoiser.schedule, denoiser.parameterization)
+        self.inner, self.weak, self.scale = denoiser, weak, scale
 
     def network_output(self, x, sigma, y=None):
         strong = self.inner.network_output(x, sigma, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
@@ -110,6 +111,19 @@ class ViTEncoder(nn.Module):
                 module.ops = backend
         return self
 
+    def large_linears(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of the linears that do nearly all work: those of attention, MLP and skip in each block.
+
+        What is left are the first and last layers and products with a row per image only.
+        """
+        for prefix, block in self._named_blocks():
+            for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+                yield f"{prefix}.{name}", block.get_submodule(name)
+
+    def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        for i, block in enumerate(self.blocks):
+            yield f"blocks.{i}", block
+
     def _initialize_trunk(self) -> None:
         bound = math.sqrt(6.0 / (self.in_chans * self.patch_size**2 + self.embed_dim))
         nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
@@ -127,11 +141,14 @@ class ViTEncoder(nn.Module):
                 "for another resolution load the weights with from_pretrained(..., image_size=...)"
             )
 
-    def _embed(self, x: torch.Tensor, time: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
-        """x: [B, C, H, W], time: [B, E], label embedding: [B, E] or None -> tokens [B, L, E]."""
-        cls = self.cls_token.expand(x.shape[0], -1, -1)
+    def _prefix(self, time: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+        """time: [B, E], label embedding: [B, E] or None -> class and time tokens [B, tokens+1, E]."""
+        cls = self.cls_token.expand(time.shape[0], -1, -1)
         cls = cls if label is None else cls + label[:, None]
-        prefix = torch.cat([cls, time[:, None]], dim=1)
+        return torch.cat([cls, time[:, None]], dim=1)
+
+    def _embed(self, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """x: [B, C, H, W], prefix: [B, tokens+1, E] -> tokens [B, L, E]."""
         if self.ops == "triton":
             require_plain(self.patch_embed, PatchEmbed)
             weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
@@ -236,7 +253,7 @@ class RCMViT(ViTEncoder):
     def encode(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x: [B, C, H, W], t: [B] -> normalised first class token [B, E]; `projection_head` takes it from there."""
         self._check(x)
-        return self._feature(self._embed(x, self._condition(t, None)[0], None))
+        return self._feature(self._embed(x, self._prefix(self._condition(t, None)[0], None)))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(projection [B, output_dim], feature [B, E])."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,6 +30,17 @@ def _is_plain_modulation(module: nn.Module) -> bool:
     )
 
 
+class Conditioning(NamedTuple):
+    """What the generator is told beside the image: the same for every image at one noise level with one label."""
+
+    prefix: torch.Tensor
+    """Class and time tokens: [B, tokens+1, E]."""
+    cond: torch.Tensor
+    """Time embedding plus class embedding: [B, 1, E]."""
+    modulations: tuple[torch.Tensor, ...] | None
+    """adaLN's shift, scale and gate, twice, of every decoder block: [B, 1, 6 D]; None if blocks compute their own."""
+
+
 class EPGViT(ViTEncoder):
     """Image to image network of stage 2 (SPEC 3). Arguments as in the official class (which also calls it DMViT).
 
@@ -34,6 +48,8 @@ class EPGViT(ViTEncoder):
     0..num_classes, the last one being the unconditional label -> [B, C, H, W]. `num_classes=0` makes an unconditional
     model, which takes no y. `drop` is the dropout of the output projection of decoder attention (nowhere else).
     """
+
+    _joined_projection = None
 
     def __init__(
         self,
@@ -111,6 +127,17 @@ class EPGViT(ViTEncoder):
         if self.class_embed is not None:
             nn.init.normal_(self.class_embed.weight, std=0.02)
 
+    def large_linears(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().large_linears()
+        # decoder blocks beyond the encoder's depth have no skip, and do not call the layer
+        for i, block in enumerate(self.decoder_blocks[: len(self.blocks)]):
+            yield f"decoder_blocks.{i}.skip_linear", block.skip_linear
+
+    def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super()._named_blocks()
+        for i, block in enumerate(self.decoder_blocks):
+            yield f"decoder_blocks.{i}", block
+
     def _label_embedding(self, y: torch.Tensor | None) -> torch.Tensor | None:
         if (y is None) != (self.class_embed is None):
             raise ValueError(
@@ -126,22 +153,30 @@ class EPGViT(ViTEncoder):
         if y is None and self.class_embed is not None:
             y = torch.full((x.shape[0],), self.num_classes, device=x.device)
         label = self._label_embedding(y)
-        return self._feature(self._embed(x, self._condition(t, label)[0], label))
+        return self._feature(self._embed(x, self._prefix(self._condition(t, label)[0], label)))
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, *, patches: bool = False
     ) -> torch.Tensor:
         """x: [B, C, H, W], t: [B], y: [B] int64 -> [B, C, H, W], or what `unpatchify` makes that of if `patches`."""
         self._check(x)
+        return self.denoise(x, self.conditioning(t, y), patches=patches)
+
+    def conditioning(self, t: torch.Tensor, y: torch.Tensor | None = None) -> Conditioning:
+        """All that `denoise` needs to know of the time condition t [B] and the labels y [B] int64."""
         label = self._label_embedding(y)
         time, condition = self._condition(t, label)
-        skips, x = self._encode(self._embed(x, time, label))
+        cond = (time if label is None else time + label)[:, None]
+        return Conditioning(self._prefix(time, label), cond, self._modulations(condition))
+
+    def denoise(self, x: torch.Tensor, conditioning: Conditioning, *, patches: bool = False) -> torch.Tensor:
+        """x: [B, C, H, W] -> [B, C, H, W]; with `conditioning(t, y)` this is `forward(x, t, y)`."""
+        skips, x = self._encode(self._embed(x, conditioning.prefix))
         if self.encoder_to_decoder is not None:
             x = self.encoder_to_decoder(x)
-        cond = (time if label is None else time + label)[:, None]
-        modulations = self._modulations(condition) or [None] * len(self.decoder_blocks)
+        modulations = conditioning.modulations or [None] * len(self.decoder_blocks)
         for i, (block, modulation) in enumerate(zip(self.decoder_blocks, modulations, strict=True), len(self.blocks)):
-            x = self._run(i, block, x, cond, skips.pop() if skips else None, modulation)
+            x = self._run(i, block, x, conditioning.cond, skips.pop() if skips else None, modulation)
         tokens = self.out(self.out_norm(x[:, self.extras :]))
         return tokens if patches else self.unpatchify(tokens)
 
@@ -151,13 +186,32 @@ class EPGViT(ViTEncoder):
         One matrix product for all blocks: one for each would read its weights at a fraction of the bandwidth. Adapters,
         hooks and sharded or quantised weights have their effect inside the block's own module.
         """
+        joined = self._joined_projection or self._projection()
+        if joined is None:
+            return None
+        dtype = autocast_dtype(condition) or joined[0].dtype
+        weight, bias = (tensor.to(dtype) for tensor in joined)
+        return F.linear(condition, weight, bias)[:, None].chunk(len(self.decoder_blocks), dim=-1)
+
+    def _projection(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(weight [blocks 6 D, E], bias) of all adaLN projections; None if the blocks must compute their own."""
         modules = [block.adaLN_modulation for block in self.decoder_blocks]
         if not modules or not all(_is_plain_modulation(module) for module in modules):
             return None
-        dtype = autocast_dtype(condition) or modules[0][1].weight.dtype
-        weight = torch.cat([module[1].weight.to(dtype) for module in modules])
-        bias = torch.cat([module[1].bias.to(dtype) for module in modules])
-        return F.linear(condition, weight, bias)[:, None].chunk(len(modules), dim=-1)
+        dtype = autocast_dtype(modules[0][1].weight) or modules[0][1].weight.dtype
+        return tuple(torch.cat([getattr(m[1], name).to(dtype) for m in modules]) for name in ("weight", "bias"))
+
+    @torch.no_grad()
+    def join_projection(self) -> None:
+        """Keep the adaLN projections of all blocks in one tensor, of which each block holds its part, for inference.
+
+        Saves putting them together in every call. Parameters must not be replaced afterwards, nor change their dtype.
+        """
+        self._joined_projection = self._projection()
+        if self._joined_projection is not None:
+            for name, joined in zip(("weight", "bias"), self._joined_projection, strict=True):
+                for block, part in zip(self.decoder_blocks, joined.chunk(len(self.decoder_blocks)), strict=True):
+                    getattr(block.adaLN_modulation[1], name).data = part
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [B, N, p*p*C] with features in the order (row, column, channel) -> [B, C, H, W]."""

@@ -25,7 +25,7 @@ from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
 from epg_fast.ops.linear_gate_residual import linear_gate_residual, linear_gate_residual_ref
 from epg_fast.ops.linear_gelu import linear_gelu, linear_gelu_ref
-from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal
+from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal, philox_normal_of
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
 from epg_fast.ops.resized_crop import resized_crop, resized_crop_ref
 from epg_fast.ops.skip_linear import skip_linear, skip_linear_ref
@@ -75,6 +75,7 @@ __all__ = [
     "patch_loss_ref",
     "patchify",
     "philox_normal",
+    "philox_normal_of",
     "resized_crop",
     "resized_crop_ref",
     "skip_linear",

@@ -119,7 +119,8 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
                 f"{_OP}: got {name}={size}, wanted a multiple of 16 for backend='scaled_mm'; pad it or use "
                 "backend='reference'"
             )
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
         raise ValueError(
             f"{_OP}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU of compute capability 9.0 or more for "
             "backend='scaled_mm'; use backend='reference'"

@@ -54,12 +54,24 @@ def philox_normal(
 
     seed, first_sample: integers, or int64 tensors of one element. Returns [batch, *shape], float32.
     """
+    samples = first_sample + torch.arange(batch, device=device)
+    return philox_normal_of(samples, seed, shape)
+
+
+def philox_normal_of(
+    samples: torch.Tensor, seed: int | torch.Tensor, shape: Sequence[int], draw: int = 0
+) -> torch.Tensor:
+    """Standard normals of the given samples, as the module's docstring defines them: [B, *shape], float32.
+
+    samples: [B] int64, any numbers from 0. seed: integer, or int64 tensor of one element. draw: the last counter word,
+    0 in `patch_embed`; others give further, independent normals of the same samples.
+    """
     size = math.prod(shape)
-    sample = first_sample + torch.arange(batch, device=device)[:, None]
-    block = torch.arange((size + 3) // 4, device=device)[None]
-    words = _philox4x32((block, sample & _WORD, (sample >> 32) & _WORD, 0), (seed & _WORD, (seed >> 32) & _WORD))
+    sample = samples[:, None]
+    block = torch.arange((size + 3) // 4, device=samples.device)[None]
+    words = _philox4x32((block, sample & _WORD, (sample >> 32) & _WORD, draw), (seed & _WORD, (seed >> 32) & _WORD))
     normals = [normal for pair in (words[:2], words[2:]) for normal in _box_muller(*pair)]
-    return torch.stack(normals, dim=-1).flatten(1)[:, :size].reshape(batch, *shape)
+    return torch.stack(normals, dim=-1).flatten(1)[:, :size].reshape(-1, *shape)
 
 
 def _philox4x32(counter, key):

@@ -1,10 +1,11 @@
-"""From a network and labels to images."""
+"""From a network and labels to images: `SamplingEngine`, made once for many images, and `sample`, for a few."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -13,97 +14,236 @@ from tqdm import tqdm
 
 from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
+from epg_fast.diffusion import SAMPLERS, NoiseSchedule, autoguided, guided
 from epg_fast.models import EPGViT
-from epg_fast.runtime import autocast
+from epg_fast.sampling.graphs import GraphedFunction
+from epg_fast.sampling.precision import available_precision, inference_network, matrix_products
+from epg_fast.sampling.trajectory import Trajectory
+from epg_fast.sampling.writers import quantize
+
+log = logging.getLogger("epg_fast")
+
+_COMPILE = ("auto", "off", "blocks", "network")
+_SHAPES = 64
 
 
-@torch.no_grad()
+class SamplingEngine:
+    """Draws images of one network with one sampler, batch after batch: `engine(labels)`, or `engine.stream(labels)`.
+
+    model: EPGViT; its device is used, and it stays as it is. sampler, steps: see `epg_fast.diffusion.SAMPLERS`;
+    `steps` noise levels. guidance: scale of interval guidance, 1 for none; with `weak`, a weaker model, the scale of
+    autoguidance, 0 for none. interval: unshifted sigmas. parameterization, normalization, noise_schedule: None takes
+    them from the checkpoint (`from_pretrained`), else x0, imagenet and the standard grid. clamp of the clean estimate:
+    official ([-1, 1]), data (the true range), none. sampler_options: s_churn, s_min, s_max, s_noise of `edm_sde`.
+    precision: fp32, tf32, bf16, fp16 or fp8 (`epg_fast.sampling.precision`); one that the device lacks gives way to the
+    nearest, which is logged. compile: torch.compile of the transformer "blocks", of the whole "network", "off", or
+    "auto", blocks on a GPU. cuda_graphs: launch all evaluations of a batch as one CUDA graph; None: on a GPU. With
+    either, batches have one of a few sizes: a smaller last one is filled up.
+    steps_backend: of the steps of `euler` and `heun`, see `epg_fast.diffusion.samplers`.
+
+    `evaluations` is the number of network evaluations per image; `precision` what is computed in.
+    Weights that are changed later may or may not be seen: make another engine then.
+    Raises ValueError for unknown names and options, too few steps, guidance without classes.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        sampler: str = "heun",
+        steps: int = 32,
+        guidance: float = 1.0,
+        interval: tuple[float, float] = (0.19, 1.61),
+        weak: torch.nn.Module | None = None,
+        parameterization: str | None = None,
+        normalization: str | None = None,
+        noise_schedule: ScheduleConfig | None = None,
+        clamp: str = "official",
+        batch_size: int = 64,
+        precision: str = "fp32",
+        compile: str = "auto",
+        cuda_graphs: bool | None = None,
+        steps_backend: str = "auto",
+        **sampler_options,
+    ):
+        networks = [model] if weak is None else [model, weak]
+        _check_networks(networks)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, want at least 1")
+        options = _sampler_options(sampler, steps, sampler_options, steps_backend)
+        metadata = getattr(model, "metadata", {})
+        schedule = NoiseSchedule(**(asdict(noise_schedule) if noise_schedule else metadata.get("noise", {})))
+        pixels = PixelNormalization(normalization or metadata.get("normalization") or "imagenet")
+        if weak is None and guidance != 1.0 and not model.num_classes:
+            raise ValueError("guidance needs a class-conditional network; this one is unconditional (num_classes=0)")
+
+        def guide(denoiser, weak_denoiser=None):
+            if weak_denoiser is not None:
+                return autoguided(denoiser, weak_denoiser, guidance)
+            return denoiser if guidance == 1.0 else guided(denoiser, guidance, interval, model.num_classes)
+
+        self.model, self.batch_size = model, batch_size
+        self.device = next(model.parameters()).device
+        self.precision = available_precision(precision, self.device)
+        self.compile, self._graphs = _ways(compile, cuda_graphs, self.device)
+        if self.compile != "off" or self.precision not in ("fp32", "tf32"):
+            networks = [inference_network(network, self.precision) for network in networks]
+        self._networks = networks
+        self._trajectory = Trajectory(
+            networks,
+            guide,
+            schedule,
+            parameterization or metadata.get("parameterization") or "x0",
+            sampler,
+            schedule.levels(1 if sampler == "onestep" else steps, model.image_size),
+            pixels,
+            options | {"clamp": _clamp(clamp, pixels, self.device)},
+        )
+        self.evaluations = self._trajectory.evaluations
+        if self.compile != "off":
+            for network in networks:
+                _compile(network, self.compile)
+            self._trajectory.noise = torch.compile(self._trajectory.noise, dynamic=False)
+        self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+
+    def __call__(
+        self,
+        labels: torch.Tensor | Sequence[int] | int,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        indices: Sequence[int] | None = None,
+        noise: torch.Tensor | None = None,
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """Images of the given classes: float32 [N, 3, H, W] in [0, 1], on the CPU. Arguments as in `stream`."""
+        parts = self.stream(labels, seed=seed, first=first, indices=indices, noise=noise, progress=progress)
+        return torch.cat([images for _, images in parts])
+
+    def stream(
+        self,
+        labels: torch.Tensor | Sequence[int] | int,
+        indices: Sequence[int] | None = None,
+        seed: int = 0,
+        *,
+        first: int = 0,
+        noise: torch.Tensor | None = None,
+        as_uint8: bool = False,
+        progress: bool = False,
+    ) -> Iterator[tuple[slice, torch.Tensor | np.ndarray]]:
+        """Images batch by batch, in order: (their places among the labels, float32 [B, 3, H, W] in [0, 1] on the CPU).
+
+        labels: [N] class indices, or the number of images for an unconditional model. Image i starts from noise that
+        depends on (seed, number of the image) only, so that the batch size does not matter; the numbers are `indices`
+        [N], or first, first+1, ...; `noise` [N, 3, H, W] (unit variance) replaces the start. as_uint8: uint8 arrays
+        [B, H, W, 3] instead. The next batch is computed while the caller works on this one.
+        Raises ValueError for labels out of range, negative numbers, noise of another shape, and for images with NaN
+        where they have to become integers.
+        """
+        y = checked_labels(self.model, labels)
+        numbers = _numbers(indices, first, len(y))
+        shape = (self.model.in_chans, self.model.image_size, self.model.image_size)
+        if noise is not None and noise.shape != (len(y), *shape):
+            raise ValueError(f"noise has shape {list(noise.shape)}, want {[len(y), *shape]}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}, want 0 to 2^63 - 1")
+        return self._stream(y, numbers, seed, noise, as_uint8, progress)
+
+    def _stream(self, y, numbers, seed, noise, as_uint8, progress):
+        size = self._size(len(y))
+        seed = torch.tensor([seed])
+        under_way = None
+        with tqdm(total=len(y), desc="sample", unit="image", disable=not progress) as bar:
+            for start in range(0, len(y), self.batch_size):
+                part = slice(start, min(start + self.batch_size, len(y)))
+                inputs = [_filled(numbers[part], size), seed, _filled(y[part], size)]
+                if noise is not None:
+                    inputs.append(_filled(noise[part], size))
+                images = self._draw([x.to(self.device) for x in inputs])[: part.stop - start]
+                arriving = _Arriving(part, images, as_uint8)
+                if under_way is not None:
+                    yield under_way.result()
+                under_way = arriving
+                bar.update(part.stop - start)
+            yield under_way.result()
+
+    def _size(self, count: int) -> int | None:
+        """To how many images batches are filled up, so that few sizes are compiled and recorded; None: not at all."""
+        if self.compile == "off" and not self._graphs:
+            return None
+        return min(self.batch_size, 1 << (count - 1).bit_length())
+
+    @torch.no_grad()
+    def _draw(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Images [B, 3, H, W] on the device, which the next call may overwrite."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(matrix_products(self.precision))
+            stack.enter_context(_evaluation_mode(self._networks))
+            if self.compile != "off":
+                # every size of batch is compiled for itself, twice with guidance
+                stack.enter_context(torch._dynamo.config.patch(recompile_limit=_SHAPES))
+            if not self._graphs:
+                return self._trajectory(*inputs)
+            key = (len(inputs[0]), len(inputs) > 3)
+            if key not in self._recorded:
+                try:
+                    self._recorded[key] = GraphedFunction(self._trajectory, inputs, self._pool)
+                except RuntimeError as error:
+                    log.warning("no CUDA graphs: %s; launching kernels one by one", str(error).splitlines()[0])
+                    self._graphs = False
+                    return self._trajectory(*inputs)
+            return self._recorded[key](*inputs)
+
+
 def sample(
     model: torch.nn.Module,
     labels: torch.Tensor | Sequence[int] | int,
     *,
     seed: int = 0,
     first: int = 0,
-    sampler: str = "heun",
-    steps: int = 32,
-    guidance: float = 1.0,
-    interval: tuple[float, float] = (0.19, 1.61),
-    weak: torch.nn.Module | None = None,
-    parameterization: str | None = None,
-    normalization: str | None = None,
-    noise_schedule: ScheduleConfig | None = None,
-    clamp: str = "official",
-    batch_size: int = 64,
-    precision: str = "fp32",
     noise: torch.Tensor | None = None,
     progress: bool = False,
-    **sampler_options,
+    compile: str = "off",
+    cuda_graphs: bool | None = False,
+    **options,
 ) -> torch.Tensor:
     """Images of the given classes: float32 [N, 3, H, W] in [0, 1], on the CPU.
 
-    model: EPGViT (its device is used, its training mode is restored). labels: [N] class indices, or the number of
-    images for an unconditional model. seed: image i starts from noise that depends on (seed, first + i) only, so the
-    batch size does not matter; `noise` [N, 3, H, W] (unit variance) replaces it.
-    sampler, steps: see `epg_fast.diffusion.SAMPLERS`; `steps` noise levels. guidance: scale of interval guidance, 1 for
-    none; with `weak`, a weaker model, the scale of autoguidance, 0 for none. interval: unshifted sigmas.
-    parameterization, normalization, noise_schedule: None takes them from the checkpoint (`from_pretrained`), else x0,
-    imagenet and the standard grid. clamp of the clean estimate: official ([-1, 1]), data (the true range), none.
-    sampler_options: s_churn, s_min, s_max, s_noise of `edm_sde`.
-    Raises ValueError for labels out of range, unknown names and options, too few steps, guidance without classes.
+    Arguments are those of `SamplingEngine` and of its `stream`. Nothing is compiled or recorded unless asked for: that
+    takes longer than a few images. For many, or again and again, keep a `SamplingEngine`.
     """
-    for network in filter(None, (model, weak)):
-        if not isinstance(network, EPGViT):
-            raise ValueError(
-                f"sample: got a {type(network).__name__}, want an EPGViT (unwrap compiled or parallel models)"
-            )
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, want at least 1")
-    metadata = getattr(model, "metadata", {})
-    schedule = NoiseSchedule(**(asdict(noise_schedule) if noise_schedule else metadata.get("noise", {})))
-    pixels = PixelNormalization(normalization or metadata.get("normalization") or "imagenet")
-    y = _checked_labels(model, labels)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r}: want one of {', '.join(SAMPLERS)}")
-    if sampler_options and sampler != "edm_sde":
-        raise ValueError(f"{', '.join(sampler_options)}: options of edm_sde, not of {sampler}")
-    if sampler != "onestep" and steps < 2:
-        raise ValueError(f"steps is {steps}: {sampler} needs at least 2 noise levels")
-    device = next(model.parameters()).device
-    denoiser = Denoiser(_casting(model), schedule, parameterization or metadata.get("parameterization") or "x0")
-    if weak is not None:
-        denoiser = autoguided(denoiser, _casting(weak), guidance)
-    elif guidance != 1.0:
-        if not model.num_classes:
-            raise ValueError("guidance needs a class-conditional network; this one is unconditional (num_classes=0)")
-        denoiser = guided(denoiser, guidance, interval, model.num_classes)
-    levels = schedule.levels(1 if sampler == "onestep" else steps, model.image_size)
-    options = dict(sampler_options, clamp=_clamp(clamp, pixels, device))
-    shape = (model.in_chans, model.image_size, model.image_size)
-    if noise is not None and noise.shape != (len(y), *shape):
-        raise ValueError(f"noise has shape {list(noise.shape)}, want {[len(y), *shape]}")
-    images = []
-    with _evaluation_mode(model, weak):
-        starts = range(0, len(y), batch_size)
-        for start in tqdm(starts, desc="sample", unit="batch", disable=not progress):
-            part = y[start : start + batch_size]
-            source = _ImageNoise(seed, range(first + start, first + start + len(part)), shape, device)
-            begin = source.draw() if noise is None else noise[start : start + len(part)].to(device)
-            begin = begin.to(torch.promote_types(torch.float32, model.pos_embed.dtype))
-            if sampler in STOCHASTIC:
-                options["step_noise"] = lambda _, source=source: source.draw()
-            with autocast(device, precision):
-                x = SAMPLERS[sampler](
-                    denoiser, begin, levels, part.to(device) if model.num_classes else None, **options
-                )
-            images.append(pixels.denormalize(x.float()).cpu())
-    return torch.cat(images)
+    engine = SamplingEngine(model, compile=compile, cuda_graphs=cuda_graphs, **options)
+    return engine(labels, seed=seed, first=first, noise=noise, progress=progress)
+
+
+class _Arriving:
+    """Images on their way to host memory, beside the batch after them."""
+
+    def __init__(self, part: slice, images: torch.Tensor, as_uint8: bool):
+        self.part, self.as_uint8 = part, as_uint8
+        # not a number has no colour, and uint8 no place for it
+        self.tensors = [quantize(images), images.isnan().any()] if as_uint8 else [images]
+        self.event = None
+        if images.is_cuda:
+            self.tensors = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True) for x in self.tensors]
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def result(self) -> tuple[slice, torch.Tensor | np.ndarray]:
+        if self.event is not None:
+            self.event.synchronize()
+        if not self.as_uint8:
+            return self.part, self.tensors[0]
+        if self.tensors[1]:
+            raise ValueError("images contain NaN: the model or the sampler diverged")
+        return self.part, self.tensors[0].numpy()
 
 
 @contextlib.contextmanager
-def _evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
+def _evaluation_mode(networks: list[torch.nn.Module]) -> Iterator[None]:
     """Eval mode inside; every module gets its own mode back."""
-    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for module, _ in modes:
             module.training = False
@@ -113,28 +253,58 @@ def _evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
-def _casting(model: torch.nn.Module) -> Callable:
-    """The model with its image input in the dtype of its weights: the sampler's state stays at least float32."""
-    dtype = model.pos_embed.dtype
-    return lambda x, t, *y: model(x.to(dtype), t, *y)
+def _compile(network: EPGViT, how: str) -> None:
+    """torch.compile for static shapes, in place."""
+    if how == "network":
+        network.denoise = torch.compile(network.denoise, fullgraph=True, dynamic=False)
+        return
+    for block in [*network.blocks, *network.decoder_blocks]:
+        block.compile(dynamic=False)
 
 
-class _ImageNoise:
-    """Successive standard normal tensors for a batch of images, each image from its own generator."""
-
-    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device):
-        # On the CPU whatever the device, so that a GPU starts from the same noise. Not torch's generator: that of the
-        # CPU uses 32 bits of its seed, too few to keep (seed, image) pairs apart.
-        self.generators = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
-        self.shape, self.device = shape, device
-
-    def draw(self) -> torch.Tensor:
-        """[B, *shape]."""
-        draws = np.stack([g.standard_normal(self.shape, dtype=np.float32) for g in self.generators])
-        return torch.from_numpy(draws).to(self.device)
+def _ways(compile: str, cuda_graphs: bool | None, device: torch.device) -> tuple[str, bool]:
+    """(compile, whether CUDA graphs are used) on this device."""
+    if compile not in _COMPILE:
+        raise ValueError(f"compile {compile!r}: want one of {', '.join(_COMPILE)}")
+    cuda = device.type == "cuda"
+    if cuda_graphs and not cuda:
+        log.warning("no CUDA graphs: the network is on %s", device)
+    if compile == "auto":
+        compile = "blocks" if cuda else "off"
+    return compile, cuda and cuda_graphs is not False
 
 
-def _checked_labels(model, labels) -> torch.Tensor:
+def _check_networks(networks: list[torch.nn.Module]) -> None:
+    for network in networks:
+        if not isinstance(network, EPGViT):
+            raise ValueError(
+                f"sample: got a {type(network).__name__}, want an EPGViT (unwrap compiled or parallel models)"
+            )
+    model, *others = networks
+    for weak in others:
+        for name in ("num_classes", "image_size", "in_chans"):
+            if getattr(weak, name) != getattr(model, name):
+                raise ValueError(
+                    f"autoguidance: the weaker model has {name} {getattr(weak, name)}, want {getattr(model, name)}"
+                )
+
+
+def _sampler_options(sampler: str, steps: int, options: dict, steps_backend: str) -> dict:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r}: want one of {', '.join(SAMPLERS)}")
+    if options and sampler != "edm_sde":
+        raise ValueError(f"{', '.join(options)}: options of edm_sde, not of {sampler}")
+    if sampler != "onestep" and steps < 2:
+        raise ValueError(f"steps is {steps}: {sampler} needs at least 2 noise levels")
+    if steps_backend != "auto":
+        if sampler not in ("euler", "heun"):
+            raise ValueError(f"steps_backend {steps_backend!r}: an option of euler and heun, not of {sampler}")
+        options = options | {"steps_backend": steps_backend}
+    return options
+
+
+def checked_labels(model: EPGViT, labels: torch.Tensor | Sequence[int] | int) -> torch.Tensor:
+    """Labels as int64 [N] on the CPU; for an unconditional model as many zeros. Raises ValueError for wrong ones."""
     number = isinstance(labels, (int, np.integer))
     if not model.num_classes:
         if not number or labels < 1:
@@ -151,6 +321,19 @@ def _checked_labels(model, labels) -> torch.Tensor:
         got = f"label {wrong[0].item()}" if len(wrong) else "no labels"
         raise ValueError(f"got {got}, want labels in 0..{model.num_classes - 1} ({model.num_classes}: unconditional)")
     return y
+
+
+def _numbers(indices: Sequence[int] | None, first: int, count: int) -> torch.Tensor:
+    numbers = torch.arange(first, first + count) if indices is None else torch.as_tensor(list(indices))
+    if len(numbers) != count or int(numbers.min()) < 0:
+        raise ValueError(f"got {len(numbers)} numbers of images from {numbers.min()}, want {count} numbers from 0")
+    return numbers
+
+
+def _filled(part: torch.Tensor, size: int | None) -> torch.Tensor:
+    """[B, ...] -> [size, ...], the last row repeated."""
+    missing = 0 if size is None else size - len(part)
+    return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
 
 
 def _clamp(name: str, pixels: PixelNormalization, device: torch.device):

@@ -27,12 +27,17 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"expected float images [N, 3, H, W], got {images.dtype} {list(images.shape)}")
-    # float32 also for 16-bit inputs: bfloat16 cannot hold every level between 128 and 255.
-    images = images.detach().float()
+    images = images.detach()
     if images.isnan().any():
         raise ValueError("images contain NaN: the model or the sampler diverged")
-    levels = images.mul(255).add_(0.5).clamp_(0, 255).to("cpu", torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().numpy()
+    return quantize(images).cpu().numpy()
+
+
+def quantize(images: torch.Tensor) -> torch.Tensor:
+    """`to_uint8` on the device and without its checks: uint8 [N, H, W, 3], contiguous."""
+    # float32 also for 16-bit inputs: bfloat16 cannot hold every level between 128 and 255.
+    levels = images.float().mul(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous()
 
 
 def save_grid(

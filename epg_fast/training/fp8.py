@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 import torch.nn as nn
 
-from epg_fast.models.blocks import Block, DecoderBlock
+from epg_fast.models.encoder import ViTEncoder
 from epg_fast.ops.backends import autocast_dtype
 from epg_fast.ops.linear_fp8_dynamic import fits, linear_fp8_dynamic
 
@@ -57,7 +57,7 @@ def _refusal(device: torch.device) -> str | None:
     return None if right else f"{here} multiplies wrongly"
 
 
-def use_fp8(network: nn.Module, backend: str = "scaled_mm") -> str:
+def use_fp8(network: ViTEncoder, backend: str = "scaled_mm") -> str:
     """Turn the large linears of `network`'s blocks into `Fp8Linear`, in place; returns what was done, in one line.
 
     These are attention's `qkv` and `proj`, the MLP's `fc1` and `fc2`, and `skip_linear`: nearly all of the work. Left
@@ -67,7 +67,7 @@ def use_fp8(network: nn.Module, backend: str = "scaled_mm") -> str:
     Raises ValueError when no linear has sides that are multiples of 16.
     """
     converted, odd = 0, Counter()
-    for name, linear in _large_linears(network):
+    for name, linear in network.large_linears():
         if type(linear) is not nn.Linear:
             raise ValueError(f"fp8: got a {type(linear).__name__} in the place of {name}, wanted a plain Linear")
         if not fits(linear.weight):
@@ -81,14 +81,3 @@ def use_fp8(network: nn.Module, backend: str = "scaled_mm") -> str:
     others = sum(type(module) is nn.Linear for module in network.modules()) - odd.total()
     line = f"fp8: {converted} linears of the blocks, with a scale per row; in 16 bits: gradients of weights, "
     return line + (f"{sides} (no multiples of 16), " if odd else "") + f"{others} other linears (small, first or last)"
-
-
-def _large_linears(network: nn.Module):
-    for prefix, block in network.named_modules():
-        if isinstance(block, (Block, DecoderBlock)):
-            names = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-            # A block without a skip has this layer frozen, and does not call it.
-            if isinstance(block, DecoderBlock) and block.skip_linear.weight.requires_grad:
-                names.append("skip_linear")
-            for name in names:
-                yield f"{prefix}.{name}", block.get_submodule(name)

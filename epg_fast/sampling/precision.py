@@ -1,0 +1,160 @@
+"""Precisions of sampling: what becomes of the weights and of matrix products, and what that does to the images.
+
+fp32    weights as they are; float32 products in float32.
+tf32    the same weights; products of float32 operands rounded to TF32 (10 bits behind the point), summed in float32.
+bf16    weights, but the affine ones of LayerNorm, and tokens in bfloat16; LayerNorm, softmax and sums in float32.
+fp16    the same in float16.
+fp8     as bf16, and the large linears of the blocks multiply float8_e4m3fn: weights with a scale per output channel,
+        activations with a scale per token. First and last layers and the adaLN projections stay in bfloat16.
+The state of the sampler, noise levels and guidance are in float32 with any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from epg_fast.models import EPGViT
+from epg_fast.models.blocks import LayerNorm
+from epg_fast.ops import linear_fp8
+from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
+from epg_fast.ops.linear_fp8 import cpu_has_row_scales
+
+log = logging.getLogger("epg_fast")
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+
+def available_precision(precision: str, device: torch.device) -> str:
+    """`precision`, or the nearest one that `device` computes, which a line of the log explains.
+
+    Raises ValueError for a name that is none of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: want one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        log.warning("precision tf32: %s has no TF32 products; computing in fp32", _name(device))
+        return "fp32"
+    if precision == "fp8" and device.type == "cuda":
+        refusal = _fp8_refusal(device)
+        if refusal:
+            log.warning("precision fp8: %s; computing in bf16", refusal)
+            return "bf16"
+    if precision == "fp8" and device.type != "cuda":
+        how = "PyTorch's FP8 product" if cpu_has_row_scales() else "float32 products of the rounded values"
+        log.warning("precision fp8: on a CPU with %s, which shows its numbers and is not faster than fp32", how)
+    return precision
+
+
+@contextlib.contextmanager
+def matrix_products(precision: str) -> Iterator[None]:
+    """Inside, float32 products on a GPU are rounded to TF32 with precision tf32 and to nothing with any other."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+@torch.no_grad()
+def inference_network(model: EPGViT, precision: str) -> EPGViT:
+    """A network of its own, in eval mode, with `model`'s weights cast once; it shares those that keep their dtype.
+
+    Raises ValueError when fp8 finds no linear to convert, or fused operations that take weights in 16 bits.
+    """
+    dtype = _DTYPES.get(precision)
+    kept = {id(p) for module in model.modules() if isinstance(module, LayerNorm) for p in module.parameters()}
+    memo = {}
+    for parameter in model.parameters():
+        data = parameter.detach()
+        data = data if dtype is None or id(parameter) in kept else data.to(dtype)
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
+    network = copy.deepcopy(model, memo).eval()
+    if precision == "fp8":
+        _use_fp8(network, model)
+    if dtype is not None:
+        network.join_projection()
+    return network
+
+
+class _Fp8Linear(nn.Module):
+    """A Linear with its weight in float8_e4m3fn and a scale per output channel, which rounds its input row by row."""
+
+    def __init__(self, linear: nn.Linear, backend: str):
+        super().__init__()
+        weight, scale = quantize_rows_ref(linear.weight.float())
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias.detach().to(torch.bfloat16))
+        self.backend = backend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., K] -> [..., N] bfloat16."""
+        rows, scale = quantize_rows_ref(x.float())
+        return linear_fp8(rows, scale, self.weight, self.weight_scale, self.bias, backend=self.backend)
+
+
+def _use_fp8(network: EPGViT, model: EPGViT) -> None:
+    """Replace the large linears of `network`, with the weights of `model` quantised; logs how many."""
+    if network.ops == "triton":
+        raise ValueError("precision fp8: got ops triton, whose fused operations take weights in 16 bits; want ops auto")
+    device = next(model.parameters()).device
+    backend = "scaled_mm" if device.type == "cuda" or cpu_has_row_scales() else "reference"
+    names = [name for name, linear in model.large_linears() if type(linear) is nn.Linear and _fits(linear)]
+    if not names:
+        raise ValueError("precision fp8: the network has no linear with sides that are multiples of 16; want bf16")
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, _Fp8Linear(model.get_submodule(name), backend))
+    left = sum(1 for _ in model.large_linears()) - len(names)
+    also = f"; {left} stay in bf16, being adapted or with sides that are no multiples of 16" if left else ""
+    log.info("precision fp8: %d linears of the blocks%s", len(names), also)
+
+
+def _fits(linear: nn.Linear) -> bool:
+    return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
+
+
+@functools.cache
+def _fp8_refusal(device: torch.device) -> str | None:
+    """Why the FP8 products cannot be had on this GPU, found out with a small one; None if it is right."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{_name(device)} has no FP8 products with a scale per row (compute capability 9.0, H100 and later, has)"
+    rows, scale = quantize_rows_ref(torch.ones(32, 64, device=device))
+    bias = torch.zeros(32, dtype=torch.bfloat16, device=device)
+    try:
+        right = bool((linear_fp8(rows, scale, rows, scale, bias, backend="scaled_mm") == 64).all())
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return f"torch {torch.__version__} refuses on {_name(device)}: {str(error).splitlines()[0]}"
+    return None if right else f"torch {torch.__version__} multiplies FP8 wrongly on {_name(device)}"
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
+
+
+def image_error(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """How far images are from those of a reference: [N, 3, H, W] in [0, 1] each.
+
+    relative_l2: norm of the difference over the norm of the reference. psnr_db: -10 log10 of the mean squared
+    difference. Source: the usual definitions, with a peak of 1. Raises ValueError for other shapes.
+    """
+    if images.shape != reference.shape:
+        raise ValueError(f"image_error: got shapes {list(images.shape)} and {list(reference.shape)}, want the same")
+    images, reference = images.double(), reference.double()
+    squared = F.mse_loss(images, reference).item()
+    psnr = -10 * math.log10(squared) if squared else math.inf
+    return {"relative_l2": ((images - reference).norm() / reference.norm()).item(), "psnr_db": psnr}

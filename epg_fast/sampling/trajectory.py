@@ -1,0 +1,133 @@
+"""All network calls and steps of a batch of images as one function of tensors, without host synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from epg_fast.data import PixelNormalization
+from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule
+from epg_fast.diffusion.denoiser import time_condition
+from epg_fast.models import EPGViT
+from epg_fast.models.generator import Conditioning
+from epg_fast.ops import philox_normal_of
+
+
+class Trajectory:
+    """From labels and numbers of images to images: `trajectory(indices, seed, y)`.
+
+    networks: the EPGViT that draws and, for autoguidance, a weaker one. guide: makes the guided denoiser of one
+    denoiser for each network. levels: shifted. options: further arguments of the sampler. `evaluations` is the number
+    of network evaluations per image; a conditional and an unconditional one count as two.
+    """
+
+    def __init__(
+        self,
+        networks: list[EPGViT],
+        guide: Callable[..., Denoiser],
+        schedule: NoiseSchedule,
+        parameterization: str,
+        sampler: str,
+        levels: list[float],
+        pixels: PixelNormalization,
+        options: dict,
+    ):
+        self.network, self.sampler, self.levels, self.options = networks[0], sampler, levels, options
+        self.pixels = pixels.to(self.network.pos_embed.device)
+        self.shape = (self.network.in_chans, self.network.image_size, self.network.image_size)
+        self.noise = philox_normal_of
+        recorders = [_Recorder() for _ in networks]
+        self._record(guide(*recorders))
+        self.evaluations = sum(times for recorder in recorders for _, times in recorder.calls)
+        self._denoisers = [
+            _Conditioned(network, schedule, parameterization, recorder.calls)
+            if _takes_conditioning(network)
+            else Denoiser(_casting(network), schedule, parameterization)
+            for network, recorder in zip(networks, recorders, strict=True)
+        ]
+        self._denoiser = guide(*self._denoisers)
+
+    def __call__(
+        self, indices: torch.Tensor, seed: torch.Tensor, y: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """indices, y: [B] int64, seed: [1] int64, noise: unit variance -> [B, 3, H, W] in [0, 1].
+
+        Image number i depends on the seed, i and its label, and on nothing else but rounding.
+        """
+        labels = y if self.network.num_classes else None
+        told = [denoiser for denoiser in self._denoisers if isinstance(denoiser, _Conditioned)]
+        for denoiser in told:
+            denoiser.prepare(indices.shape[0], labels)
+        if noise is None:
+            noise = self.noise(indices, seed, self.shape)
+        noise = noise.to(torch.promote_types(torch.float32, self.network.pos_embed.dtype))
+        options = dict(self.options)
+        if self.sampler in STOCHASTIC:
+            options["step_noise"] = lambda i: self.noise(indices, seed, self.shape, i + 1).to(noise.dtype)
+        x = SAMPLERS[self.sampler](self._denoiser, noise, self.levels, labels, **options)
+        for denoiser in told:
+            denoiser.forget()
+        return self.pixels.denormalize(x.float())
+
+    def _record(self, denoiser: Denoiser) -> None:
+        """Run the sampler on a strip of the image's height."""
+        strip = torch.ones(1, 1, self.shape[1], 1)
+        options = {name: value for name, value in self.options.items() if name not in ("clamp", "steps_backend")}
+        if self.sampler in STOCHASTIC:
+            options["step_noise"] = lambda _: strip
+        SAMPLERS[self.sampler](denoiser, strip, self.levels, torch.zeros(1, dtype=torch.int64), **options)
+
+
+class _Conditioned(Denoiser):
+    """Denoiser of an EPGViT that is told all noise levels and labels ahead of a trajectory, each level once."""
+
+    def __init__(self, network, schedule, parameterization, calls: list[tuple[float, int]]):
+        super().__init__(network, schedule, parameterization)
+        self._levels = list(dict.fromkeys(calls))
+        self._dtype = network.patch_embed.proj.weight.dtype
+        self._ready: dict[tuple[float, int], Conditioning] = {}
+
+    def prepare(self, batch: int, y: torch.Tensor | None) -> None:
+        """Conditioning of every noise level for the labels y [batch], and for no label where guidance asks for it."""
+        both = y
+        if y is not None and any(times == 2 for _, times in self._levels):
+            both = torch.cat([y, torch.full_like(y, self.network.num_classes)])
+        like = {"dtype": torch.promote_types(self._dtype, torch.float32), "device": self.network.pos_embed.device}
+        for sigma, times in self._levels:
+            t = time_condition(torch.full((times * batch,), sigma, **like))
+            self._ready[sigma, times * batch] = self.network.conditioning(t, y if times == 1 else both)
+
+    def forget(self) -> None:
+        """Let go of what `prepare` made."""
+        self._ready.clear()
+
+    def call_network(self, x_in, sigma, y):
+        return self.network.denoise(x_in.to(self._dtype), self._ready[sigma, x_in.shape[0]])
+
+
+class _Recorder(Denoiser):
+    """Notes which noise levels a sampler asks for, and for how many times the batch; nothing is computed."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.calls: list[tuple[float, int]] = []
+
+    def network_output(self, x, sigma, y=None):
+        self.calls.append((sigma, x.shape[0]))
+        return x
+
+
+def _takes_conditioning(network: EPGViT) -> bool:
+    """Whether `conditioning` and `denoise` do what a call does: its own forward pass, without hooks, not compiled."""
+    return (
+        type(network).forward is EPGViT.forward
+        and not (network._forward_pre_hooks or network._forward_hooks)
+        and network._compiled_call_impl is None
+    )
+
+
+def _casting(network: EPGViT) -> Callable:
+    """The network with its image input in the dtype of its weights: the sampler's state stays at least float32."""
+    dtype = network.patch_embed.proj.weight.dtype
+    return lambda x, t, *y: network(x.to(dtype), t, *y)
