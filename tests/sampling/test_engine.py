@@ -1,53 +1,229 @@
-"""`epg_fast.sample`: what it returns depends on model, labels and seed, and on nothing else."""
+"""`SamplingEngine` and `sample`: what they return depends on model, labels and seed, and on nothing else."""
+
+import functools
+import logging
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import epg_fast
-from epg_fast.diffusion import Denoiser, NoiseSchedule, sample_heun
+from epg_fast import SamplingEngine
+from epg_fast.data import PixelNormalization
+from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
 from epg_fast.models import EPGViT
+from epg_fast.ops import philox_normal, philox_normal_of
+from epg_fast.sampling import engine as engine_module
+from epg_fast.sampling.writers import to_uint8
+from tests.golden_data import Case
+from tests.waiting import NothingIsRead
 
 SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-DECODER = {"decoder_depth": 1, "decoder_embed_dim": 48, "decoder_num_heads": 2}
+DECODER = {"decoder_depth": 2, "decoder_embed_dim": 48, "decoder_num_heads": 2}
+LABELS = [0, 1, 2, 3, 4, 0, 1]
 
 
-@pytest.fixture
-def model():
-    model = EPGViT(**SIZES, **DECODER, num_classes=5, drop=0.5)
+def make_model(**changes):
+    model = EPGViT(**(SIZES | DECODER | {"num_classes": 5, "drop": 0.5} | changes))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return model
 
 
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def churn(sampler):
+    return {"s_churn": 40.0} if sampler == "edm_sde" else {}
+
+
+@pytest.mark.parametrize("recorded", [name for name in Case("samplers").tensors if name.endswith(".sample")])
+def test_the_official_samples_come_out_of_the_engine(recorded, monkeypatch):
+    case = Case("samplers")
+    parameterization, _, name = recorded.removesuffix(".sample").partition(".")
+    network = EPGViT(**case.config["model"])
+    network.load_state_dict(case.weights())
+    monkeypatch.setattr(PixelNormalization, "denormalize", lambda self, x: x)  # what was recorded is not clipped
+    sampler, cfg = name.removesuffix(".cfg"), case.config["interval_cfg"]
+    options = {"guidance": cfg["scale"], "interval": (cfg["low"], cfg["high"])} if name.endswith(".cfg") else {}
+    options |= {k.lower(): v for k, v in case.config["edm_sde"].items()} if name == "edm_sde" else {}
+    engine = SamplingEngine(
+        network, sampler=sampler, steps=case.config["steps"], parameterization=parameterization, **options
+    )
+    engine._trajectory.noise = lambda indices, seed, shape, draw: case["noise_sequence"][draw - 1]
+    case.check(recorded, engine(case["y"], noise=case["initial_noise"]))
+    calls = case.config["cfg_calls"].get(f"{parameterization}.{name}")
+    if calls:
+        assert engine.evaluations == sum(2 if call["guided"] else 1 for call in calls)
+
+
+@pytest.mark.parametrize("guide", ["none", "interval", "weak"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_it_is_the_plain_sampler_bit_for_bit(model, sampler, guide):
+    weak = make_model(depth=2) if guide == "weak" else None
+    options = {"none": {}, "interval": {"guidance": 2.0, "interval": (0.1, 30.0)}, "weak": {"guidance": 0.5}}[guide]
+    got = epg_fast.sample(
+        model, LABELS[:3], seed=3, first=5, sampler=sampler, steps=5, weak=weak, **options, **churn(sampler)
+    )
+    assert model.training  # the mode is put back
+    model.eval()
+    denoiser = Denoiser(model)
+    if guide == "interval":
+        denoiser = guided(denoiser, 2.0, (0.1, 30.0))
+    elif guide == "weak":
+        denoiser = autoguided(denoiser, weak.eval(), 0.5)
+    plain = churn(sampler)
+    if sampler in STOCHASTIC:
+        plain["step_noise"] = lambda i: philox_normal_of(torch.tensor([5, 6, 7]), 3, (3, 16, 16), i + 1)
+    with torch.no_grad():
+        levels = NoiseSchedule().levels(1 if sampler == "onestep" else 5, 16)
+        noise = philox_normal(3, 5, 3, (3, 16, 16))
+        want = SAMPLERS[sampler](denoiser, noise, levels, torch.tensor(LABELS[:3]), **plain)
+    assert torch.equal(got, PixelNormalization().denormalize(want))
+    assert got.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({"sampler": "heun", "steps": 32}, 62),
+        ({"sampler": "heun", "steps": 32, "guidance": 2.5}, 74),  # of which 12 are unconditional (SPEC 7)
+        ({"sampler": "euler", "steps": 5}, 4),
+        ({"sampler": "edm_sde", "steps": 5, "s_churn": 10.0}, 7),
+        ({"sampler": "onestep"}, 1),
+    ],
+)
+def test_network_evaluations_are_counted(options, want):
+    assert SamplingEngine(make_model(image_size=256, patch_size=64), **options).evaluations == want
+
+
+def test_both_networks_of_autoguidance_are_counted(model):
+    assert SamplingEngine(model, steps=5, weak=make_model(), guidance=1.0).evaluations == 16
+
+
 @pytest.mark.parametrize("sampler", ["heun", "euler_sde", "edm_sde"])
 def test_an_image_does_not_depend_on_the_batch_it_is_in(model, sampler):
-    options = {"sampler": sampler, "steps": 4, "guidance": 2.0} | ({"s_churn": 40.0} if sampler == "edm_sde" else {})
-    labels = [0, 1, 2, 3, 4, 0, 1]
-    whole = epg_fast.sample(model, labels, **options)
+    options = {"sampler": sampler, "steps": 4, "guidance": 2.0} | churn(sampler)
+    engine = SamplingEngine(model, batch_size=3, **options)
+    whole = epg_fast.sample(model, LABELS, **options)
     assert whole.shape == (7, 3, 16, 16) and whole.min() >= 0 and whole.max() <= 1
-    assert_close(epg_fast.sample(model, labels, batch_size=3, **options), whole, rtol=0, atol=1e-4)
-    assert_close(epg_fast.sample(model, labels[4:6], first=4, **options), whole[4:6], rtol=0, atol=1e-4)
-    assert not torch.equal(epg_fast.sample(model, labels, seed=1, **options), whole)
+    assert_close(engine(LABELS), whole, rtol=0, atol=1e-3)
+    assert_close(engine(LABELS[4:6], first=4), whole[4:6], rtol=0, atol=1e-3)
+    assert_close(engine([LABELS[i] for i in (6, 2)], indices=[6, 2]), whole[[6, 2]], rtol=0, atol=1e-3)
+    assert not torch.equal(engine(LABELS, seed=1), whole)
     assert whole.flatten(1).unique(dim=0).shape[0] == 7
 
 
-def test_it_is_the_plain_sampler_with_normalisation_undone(model):
-    noise, y = torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3])
-    got = epg_fast.sample(model, y, noise=noise, steps=5, normalization="simple", parameterization="edm")
-    assert model.training  # the mode is put back
+def test_a_large_run_streams_in_order(model):
+    engine = SamplingEngine(model, steps=3, batch_size=3)
+    whole = engine(LABELS)
+    parts = list(engine.stream(LABELS))
+    assert [part for part, _ in parts] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert torch.equal(torch.cat([images for _, images in parts]), whole)
+    for part, pixels in engine.stream(LABELS, as_uint8=True):
+        assert pixels.dtype == "uint8" and (pixels == to_uint8(whole[part])).all()
+
+
+def test_a_diverged_model_is_reported_where_nan_has_no_colour(model):
     with torch.no_grad():
-        levels = NoiseSchedule().levels(5, 16)
-        want = sample_heun(Denoiser(model.eval(), parameterization="edm"), noise, levels, y)
-    assert torch.equal(got, (want * 0.5 + 0.5).clamp(0, 1))
+        model.out.bias.fill_(float("nan"))
+    assert epg_fast.sample(model, [0], steps=2).isnan().all()
+    with pytest.raises(ValueError, match="NaN"):
+        list(SamplingEngine(model, steps=2).stream([0], as_uint8=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nobody_waits_for_the_device_within_a_trajectory(sampler, precision):
+    model = make_model()
+    options = {"weak": make_model()} if sampler == "euler" else {"guidance": 2.0} if sampler != "onestep" else {}
+    engine = SamplingEngine(
+        model, sampler=sampler, steps=3, precision=precision, clamp="data", **options, **churn(sampler)
+    )
+    inputs = torch.arange(2), torch.tensor([0]), torch.tensor([1, 2])
+    engine._trajectory(*inputs)
+    with NothingIsRead(), torch.no_grad():
+        engine._trajectory(*inputs)
+
+
+class _Replayed:
+    """Stands in for a CUDA graph: what was read from anything but its own inputs stays as it was when recorded."""
+
+    made = []
+
+    def __init__(self, function, inputs, pool):
+        self._inputs, self._function = [x.clone() for x in inputs], function
+        self.made.append([tuple(x.shape) for x in inputs])
+
+    def __call__(self, *inputs):
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        return self._function(*self._inputs)
+
+
+def test_graphs_are_recorded_once_per_size_and_the_last_batch_is_filled_up(model, monkeypatch):
+    options = {"steps": 3, "guidance": 2.0, "batch_size": 3}
+    want = SamplingEngine(model, **options)(LABELS, seed=4)
+    monkeypatch.setattr(engine_module, "GraphedFunction", _Replayed)
+    monkeypatch.setattr(_Replayed, "made", [])
+    engine = SamplingEngine(model, **options)
+    engine._graphs = True
+    assert_close(engine(LABELS, seed=4), want, rtol=0, atol=1e-3)
+    assert_close(engine(LABELS, seed=4), want, rtol=0, atol=1e-3)
+    assert not torch.equal(engine(LABELS, seed=5), want)
+    assert _Replayed.made == [[(3,), (1,), (3,)]]
+    engine([1])
+    engine([1], noise=torch.randn(1, 3, 16, 16))
+    assert _Replayed.made[1:] == [[(1,), (1,), (1,)], [(1,), (1,), (1,), (1, 3, 16, 16)]]
+
+
+def test_a_device_that_records_no_graph_goes_on_without_and_says_why(model, monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
+
+    monkeypatch.setattr(engine_module, "GraphedFunction", refuse)
+    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
+    engine = SamplingEngine(model, steps=3, batch_size=3)
+    engine._graphs = True
+    assert_close(engine(LABELS), epg_fast.sample(model, LABELS, steps=3), rtol=0, atol=1e-3)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "no CUDA graphs: operation not permitted when stream is capturing; launching kernels one by one"
+    )
+
+
+def test_graphs_on_a_cpu_are_not_to_be_had(model, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
+    SamplingEngine(model, steps=3)
+    assert not caplog.records
+    SamplingEngine(model, steps=3, cuda_graphs=True)
+    assert caplog.messages == ["no CUDA graphs: the network is on cpu"]
+
+
+@pytest.mark.parametrize("compile", ["blocks", "network"])
+def test_compiled_batches_share_one_size_and_are_the_same(model, compile, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    engine = SamplingEngine(model, steps=4, guidance=2.0, batch_size=4, compile=compile)
+    want = SamplingEngine(model, steps=4, guidance=2.0, batch_size=4)(LABELS)
+    assert_close(engine(LABELS), want, rtol=0, atol=1e-3)
+    assert not counters["graph_break"]
+    # for each of 4 and 2 x 4 images: one encoder block, decoder blocks with and without a skip; and the noise
+    assert counters["stats"]["unique_graphs"] == {"blocks": 2 * 3 + 1, "network": 2 + 1}[compile]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_close(engine(LABELS), want, rtol=0, atol=1e-3)
+    assert model.blocks[0]._compiled_call_impl is None  # the user's network stays as it is
 
 
 def test_the_checkpoint_says_how_it_is_to_be_used(model):
-    labels = [1, 2]
-    explicit = epg_fast.sample(model, labels, steps=3, normalization="simple", parameterization="edm")
-    plain = epg_fast.sample(model, labels, steps=3)
+    explicit = epg_fast.sample(model, [1, 2], steps=3, normalization="simple", parameterization="edm")
+    plain = epg_fast.sample(model, [1, 2], steps=3)
     model.metadata = {"normalization": "simple", "parameterization": "edm"}
-    assert torch.equal(epg_fast.sample(model, labels, steps=3), explicit)
+    assert torch.equal(epg_fast.sample(model, [1, 2], steps=3), explicit)
     assert not torch.equal(plain, explicit)
 
 
@@ -60,32 +236,41 @@ def test_clamping_to_the_data_range_is_an_option(model):
 
 
 def test_autoguidance_uses_the_weak_model(model):
-    weak = EPGViT(**SIZES, **DECODER, num_classes=5, drop=0.5)
-    for p in weak.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    weak = make_model()
     weak.blocks[0].eval()
     modes = [m.training for m in weak.modules()]
     same = epg_fast.sample(model, [0, 1], steps=3, weak=model, guidance=3.0)
-    assert_close(same, epg_fast.sample(model, [0, 1], steps=3), rtol=0, atol=1e-4)
+    assert_close(same, epg_fast.sample(model, [0, 1], steps=3), rtol=0, atol=1e-3)
     guided = epg_fast.sample(model, [0, 1], steps=3, weak=weak, guidance=3.0)
     assert not torch.equal(guided, same)
     assert [m.training for m in weak.modules()] == modes  # every module gets its own mode back
     assert torch.equal(epg_fast.sample(model, [0, 1], steps=3, weak=weak.eval(), guidance=3.0), guided)
 
 
-def test_16_bit_sampling_is_close_to_fp32(model):
-    want = epg_fast.sample(model, [0, 1, 2], sampler="onestep")
-    for precision in ("bf16", "fp16"):
-        got = epg_fast.sample(model, [0, 1, 2], sampler="onestep", precision=precision)
-        assert 0 < (got - want).abs().mean() < 0.02
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hooks_and_own_forward_passes_are_not_bypassed(model, precision):
+    class Own(EPGViT):
+        def forward(self, x, t, y):
+            return super().forward(x, t, y) + 0.25
+
+    want = epg_fast.sample(model, [0, 1], sampler="onestep", precision=precision)
+    hook = model.register_forward_hook(lambda module, args, out: out + 0.25)
+    hooked = epg_fast.sample(model, [0, 1], sampler="onestep", precision=precision)
+    hook.remove()
+    model.__class__ = Own
+    own = epg_fast.sample(model, [0, 1], sampler="onestep", precision=precision)
+    assert torch.equal(own, hooked)
+    assert (hooked - want).mean() > 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_models_in_other_precisions_are_sampled(model, dtype):
-    want = epg_fast.sample(model, [0, 1, 2], sampler="onestep")
-    got = epg_fast.sample(model.to(dtype), [0, 1, 2], sampler="onestep")
-    assert got.dtype == torch.float32
-    assert 0 < (got - want).abs().mean() < (1e-5 if dtype == torch.float64 else 0.02)
+def test_steps_of_the_extension_are_an_option(model):
+    if not epg_fast.ops.extension_status()[0]:
+        pytest.skip("the extension is not built")
+    for sampler in ("heun", "euler"):
+        want = epg_fast.sample(model, [0, 1], sampler=sampler, steps=4)
+        assert torch.equal(epg_fast.sample(model, [0, 1], sampler=sampler, steps=4, steps_backend="extension"), want)
+    with pytest.raises(ValueError, match="an option of euler and heun, not of onestep"):
+        epg_fast.sample(model, [0], sampler="onestep", steps_backend="extension")
 
 
 def test_bad_requests_say_what_is_wanted(model):
@@ -106,11 +291,18 @@ def test_bad_requests_say_what_is_wanted(model):
         ({"clamp": "x"}, "official, data or none"),
         ({"normalization": "imagenett"}, "imagenet"),
         ({"parameterization": "eps"}, "x0, edm"),
-        ({"precision": "fp8"}, "fp32, bf16"),
+        ({"precision": "fp4"}, "want one of fp32, tf32, bf16, fp16, fp8"),
+        ({"compile": "on"}, "want one of auto, off, blocks, network"),
+        ({"first": -1}, "want 1 numbers from 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"noise": torch.randn(1, 3, 8, 8)}, r"noise has shape \[1, 3, 8, 8\], want \[1, 3, 16, 16\]"),
+        ({"weak": make_model(num_classes=4)}, "the weaker model has num_classes 4, want 5"),
+        ({"weak": torch.nn.Linear(2, 2)}, "got a Linear, want an EPGViT"),
     ):
         with pytest.raises(ValueError, match=message):
             epg_fast.sample(model, [0], **({"steps": 2} | options))
+    with pytest.raises(ValueError, match="got 2 numbers of images from 3, want 1 numbers"):
+        SamplingEngine(model, steps=2).stream([0], indices=[3, 4])
 
 
 def test_unconditional_models_are_sampled_by_number_and_cannot_be_guided():

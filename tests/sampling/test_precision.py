@@ -1,0 +1,171 @@
+"""Precisions of sampling: what is cast, how far images move, and what happens where hardware lacks one."""
+
+import logging
+
+import pytest
+import torch
+
+import epg_fast
+from epg_fast import SamplingEngine
+from epg_fast.models import EPGViT
+from epg_fast.models.blocks import LayerNorm
+from epg_fast.sampling import image_error, precision
+from epg_fast.sampling.precision import inference_network, matrix_products
+
+SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_depth": 3, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
+
+
+def make_model(**changes):
+    model = EPGViT(**(SIZES | DECODER | changes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.fixture
+def log(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.mark.parametrize(("name", "bounds"), [("bf16", (1e-4, 2e-3)), ("fp16", (1e-5, 2e-4)), ("fp8", (5e-4, 1e-2))])
+def test_every_precision_is_nearly_fp32_and_none_is_fp32(name, bounds):
+    model = make_model()
+    options = {"sampler": "euler", "steps": 6, "guidance": 1.5, "interval": (0.1, 10.0)}
+    want = epg_fast.sample(model, [0, 1, 2, 3], **options)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    error = image_error(epg_fast.sample(model, [0, 1, 2, 3], precision=name, **options), want)
+    assert bounds[0] < error["relative_l2"] < bounds[1]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_are_cast_once_and_norms_stay_in_float32():
+    model = make_model()
+    network = inference_network(model, "bf16")
+    norms = {id(p) for m in network.modules() if isinstance(m, LayerNorm) for p in m.parameters()}
+    for own, parameter in zip(network.parameters(), model.parameters(), strict=True):
+        if id(own) in norms:
+            assert own.dtype == torch.float32 and own.data_ptr() == parameter.data_ptr()
+        else:
+            assert torch.equal(own, parameter.bfloat16()) and not own.requires_grad
+    shared = inference_network(model, "fp32")
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(shared.parameters(), model.parameters(), strict=True))
+
+
+def test_the_joined_adaln_projection_computes_what_the_blocks_did():
+    model = make_model().eval()
+    joined = inference_network(model, "bf16")
+    apart = make_model().eval()
+    apart.load_state_dict(model.state_dict())
+    apart.bfloat16()
+    t, y = torch.tensor([-500.0, 0.0, 800.0]), torch.tensor([0, 3, 5])
+    with torch.no_grad():
+        one, other = joined.conditioning(t, y), apart.conditioning(t, y)
+    for a, b in zip(one.modulations, other.modulations, strict=True):
+        assert torch.equal(a, b)
+    weight = joined._joined_projection[0]
+    parts = [block.adaLN_modulation[1].weight for block in joined.decoder_blocks]
+    assert torch.equal(torch.cat(parts), weight)
+    assert {part.untyped_storage().data_ptr() for part in parts} == {weight.untyped_storage().data_ptr()}  # held once
+
+
+def test_fp8_is_the_large_linears_of_the_blocks_and_nothing_else(log):
+    network = inference_network(make_model(), "fp8")
+    names = [name for name, module in network.named_modules() if isinstance(module, precision._Fp8Linear)]
+    assert len(names) == 5 * 4 + 2  # the third decoder block has no skip
+    assert all("blocks." in name and "adaLN" not in name for name in names)
+    assert type(network.decoder_blocks[2].skip_linear) is torch.nn.Linear
+    assert network.out.weight.dtype == network.patch_embed.proj.weight.dtype == torch.bfloat16
+    assert log.messages == ["precision fp8: 22 linears of the blocks"]
+
+
+def test_an_fp8_linear_rounds_weights_by_channel_and_activations_by_token():
+    model = make_model()
+    with torch.no_grad():  # scales of one tensor or of the other axis would lose the small rows
+        model.blocks[0].mlp.fc1.weight *= torch.logspace(-3, 3, 128)[:, None]
+    linear = inference_network(model, "fp8").blocks[0].mlp.fc1
+    x = torch.randn(7, 32) * torch.logspace(-2, 2, 7)[:, None]
+
+    def rounded(rows):
+        scale = rows.double().abs().amax(1, keepdim=True) / 448
+        return (rows / scale).float().to(torch.float8_e4m3fn).double() * scale
+
+    weight, bias = model.blocks[0].mlp.fc1.weight.detach(), model.blocks[0].mlp.fc1.bias.detach().bfloat16()
+    want = rounded(x.bfloat16()) @ rounded(weight).T + bias.double()
+    assert torch.linalg.vector_norm((linear(x.bfloat16()) - want) / want.abs().amax(0), dim=0).max() < 0.02
+
+
+def test_sides_that_fp8_does_not_take_stay_in_bf16_and_are_counted(log):
+    inference_network(make_model(decoder_embed_dim=40), "fp8")
+    assert log.messages == [
+        "precision fp8: 8 linears of the blocks; 14 stay in bf16, being adapted or with sides that are no multiples of 16"
+    ]
+    with pytest.raises(ValueError, match="no linear with sides that are multiples of 16; want bf16"):
+        inference_network(make_model(embed_dim=24, decoder_embed_dim=40), "fp8")
+    with pytest.raises(ValueError, match="got ops triton, .*want ops auto"):
+        inference_network(make_model().use_ops("triton"), "fp8")
+
+
+def test_precisions_that_the_device_lacks_give_way_and_say_so(log, monkeypatch):
+    model = make_model()
+    engine = SamplingEngine(model, steps=3, precision="tf32")
+    assert engine.precision == "fp32"
+    assert log.messages == ["precision tf32: a CPU has no TF32 products; computing in fp32"]
+    assert torch.equal(engine([0]), epg_fast.sample(model, [0], steps=3))
+    log.clear()
+    monkeypatch.setattr(precision, "_name", lambda device: "an old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert precision.available_precision("tf32", torch.device("cuda")) == "tf32"
+    assert precision.available_precision("fp8", torch.device("cuda")) == "bf16"
+    assert len(log.messages) == 1
+    assert "an old GPU has no FP8 products" in log.messages[0] and log.messages[0].endswith("; computing in bf16")
+
+
+def test_fp8_on_a_cpu_without_such_a_product_shows_its_numbers(monkeypatch, log):
+    model = make_model()
+    options = {"sampler": "onestep", "precision": "fp8"}
+    want = epg_fast.sample(model, [0, 1], **options)
+    monkeypatch.setattr(precision, "cpu_has_row_scales", lambda: False)
+    log.clear()
+    got = epg_fast.sample(model, [0, 1], **options)
+    assert "float32 products of the rounded values" in log.messages[0]
+    assert image_error(got, want)["relative_l2"] < 1e-2
+
+
+def test_tf32_is_switched_for_the_time_of_a_batch_only():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for name, want in (("tf32", ("high", True)), ("fp32", ("highest", False)), ("bf16", ("highest", False))):
+        with matrix_products(name):
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == want
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_in_other_precisions_are_sampled(dtype):
+    model = make_model()
+    want = epg_fast.sample(model, [0, 1, 2], sampler="onestep")
+    got = epg_fast.sample(model.to(dtype), [0, 1, 2], sampler="onestep")
+    assert got.dtype == torch.float32
+    assert 0 < (got - want).abs().mean() < (1e-5 if dtype == torch.float64 else 0.02)
+
+
+def test_autocast_around_it_is_obeyed():
+    model = make_model()
+    want = epg_fast.sample(model, [0, 1], sampler="onestep")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = epg_fast.sample(model, [0, 1], sampler="onestep")
+    assert 0 < image_error(got, want)["relative_l2"] < 0.02
+
+
+def test_the_error_of_images_is_what_its_formulas_say():
+    reference = torch.full((2, 3, 4, 4), 0.5)
+    images = reference + 0.01
+    error = image_error(images, reference)
+    assert error["psnr_db"] == pytest.approx(40.0, abs=1e-4)
+    assert error["relative_l2"] == pytest.approx(0.02, rel=1e-4)
+    assert image_error(reference, reference) == {"relative_l2": 0.0, "psnr_db": float("inf")}
+    with pytest.raises(ValueError, match="want the same"):
+        image_error(images, reference[:1])
