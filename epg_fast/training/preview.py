@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from epg_fast.runtime import autocast
 from epg_fast.sampling import sample
 from epg_fast.sampling.writers import save_grid
 from epg_fast.training.stages import Stage
@@ -41,18 +42,19 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     if stage.config.offload_ema:
         network = copy.deepcopy(network).to(stage.ranks.device)
     labels = torch.arange(p.num) % max(network.num_classes, 1)
-    images = sample(
-        network,
-        labels if network.num_classes else p.num,
-        sampler=p.sampler,
-        steps=p.steps,
-        guidance=p.guidance if network.num_classes else 1.0,
-        interval=tuple(p.interval),
-        parameterization=stage.parameterization,
-        normalization=stage.config.data.normalization,
-        noise_schedule=stage.config.noise,
-        precision=stage.config.precision,
-    )
+    # autocast, where the precisions of `sample` make a copy of the weights
+    with autocast(stage.ranks.device, stage.config.precision):
+        images = sample(
+            network,
+            labels if network.num_classes else p.num,
+            sampler=p.sampler,
+            steps=p.steps,
+            guidance=p.guidance if network.num_classes else 1.0,
+            interval=tuple(p.interval),
+            parameterization=stage.parameterization,
+            normalization=stage.config.data.normalization,
+            noise_schedule=stage.config.noise,
+        )
     del network
     if not stage.ranks.main:
         return None

@@ -192,3 +192,15 @@ def test_unknown_names_are_answered_with_the_nearest():
         create_model("digits_32", embeddim=3)
     with pytest.raises(ValueError, match="not a multiple of patch_size"):
         create_model("digits_32", image_size=30)
+
+
+def test_official_files_become_safetensors_and_official_files_again(small, tmp_path):
+    (tmp_path / "released").mkdir()
+    torch.save(small.state_dict(), tmp_path / "released" / "nnet_ema.pth")
+    model = from_pretrained(tmp_path / "released", **HEADS)
+    config = {"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS
+    save_weights(tmp_path / "ours.safetensors", model.state_dict(), {"config": config})
+    export(tmp_path / "ours.safetensors", tmp_path / "again", "official")
+    again = torch.load(tmp_path / "again" / "nnet_ema.pth", weights_only=True)
+    want = small.state_dict()
+    assert again.keys() == want.keys() and all(torch.equal(again[name], want[name]) for name in want)

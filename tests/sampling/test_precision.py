@@ -100,9 +100,8 @@ def test_an_fp8_linear_rounds_weights_by_channel_and_activations_by_token():
 
 def test_sides_that_fp8_does_not_take_stay_in_bf16_and_are_counted(log):
     inference_network(make_model(decoder_embed_dim=40), "fp8")
-    assert log.messages == [
-        "precision fp8: 8 linears of the blocks; 14 stay in bf16, being adapted or with sides that are no multiples of 16"
-    ]
+    (line,) = log.messages
+    assert line.startswith("precision fp8: 8 linears of the blocks; 14 stay in bf16, ")
     with pytest.raises(ValueError, match="no linear with sides that are multiples of 16; want bf16"):
         inference_network(make_model(embed_dim=24, decoder_embed_dim=40), "fp8")
     with pytest.raises(ValueError, match="got ops triton, .*want ops auto"):

@@ -22,6 +22,7 @@ from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.progress import Progress
 from epg_fast.training.state import RunState
+from tests.waiting import NothingIsRead
 
 needs_extension = pytest.mark.skipif(not extension_status()[0], reason="the extension is not built")
 
