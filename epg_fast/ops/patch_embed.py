@@ -59,12 +59,12 @@ def philox_normal(
 
 
 def philox_normal_of(
-    samples: torch.Tensor, seed: int | torch.Tensor, shape: Sequence[int], draw: int = 0
+    samples: torch.Tensor, seed: int | torch.Tensor, shape: Sequence[int], draw: int | torch.Tensor = 0
 ) -> torch.Tensor:
     """Standard normals of the given samples, as the module's docstring defines them: [B, *shape], float32.
 
-    samples: [B] int64, any numbers from 0. seed: integer, or int64 tensor of one element. draw: the last counter word,
-    0 in `patch_embed`; others give further, independent normals of the same samples.
+    samples: [B] int64, any numbers from 0. seed, draw: integers, or int64 tensors of one element. draw: the last
+    counter word, 0 in `patch_embed`; others give further, independent normals of the same samples.
     """
     size = math.prod(shape)
     sample = samples[:, None]

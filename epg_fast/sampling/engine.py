@@ -174,26 +174,26 @@ class SamplingEngine:
             return None
         return min(self.batch_size, 1 << (count - 1).bit_length())
 
-    @torch.no_grad()
     def _draw(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """Images [B, 3, H, W] on the device, which the next call may overwrite."""
+        key = (len(inputs[0]), len(inputs) > 3)
+        if self._graphs and key not in self._recorded:
+            try:
+                self._recorded[key] = GraphedFunction(self._compute, inputs, self._pool)
+            except RuntimeError as error:
+                log.warning("no CUDA graphs: %s; launching kernels one by one", str(error).splitlines()[0])
+                self._graphs = False
+        return self._recorded[key](*inputs) if self._graphs else self._compute(*inputs)
+
+    @torch.no_grad()
+    def _compute(self, *inputs: torch.Tensor) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(matrix_products(self.precision))
             stack.enter_context(_evaluation_mode(self._networks))
             if self.compile != "off":
                 # every size of batch is compiled for itself, twice with guidance
                 stack.enter_context(torch._dynamo.config.patch(recompile_limit=_SHAPES))
-            if not self._graphs:
-                return self._trajectory(*inputs)
-            key = (len(inputs[0]), len(inputs) > 3)
-            if key not in self._recorded:
-                try:
-                    self._recorded[key] = GraphedFunction(self._trajectory, inputs, self._pool)
-                except RuntimeError as error:
-                    log.warning("no CUDA graphs: %s; launching kernels one by one", str(error).splitlines()[0])
-                    self._graphs = False
-                    return self._trajectory(*inputs)
-            return self._recorded[key](*inputs)
+            return self._trajectory(*inputs)
 
 
 def sample(
@@ -243,20 +243,21 @@ class _Arriving:
 @contextlib.contextmanager
 def _evaluation_mode(networks: list[torch.nn.Module]) -> Iterator[None]:
     """Eval mode inside; every module gets its own mode back."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
+    training = [module for network in networks for module in network.modules() if module.training]
     try:
-        for module, _ in modes:
+        for module in training:
             module.training = False
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _compile(network: EPGViT, how: str) -> None:
     """torch.compile for static shapes, in place."""
     if how == "network":
-        network.denoise = torch.compile(network.denoise, fullgraph=True, dynamic=False)
+        for name in ("conditioning", "denoise"):
+            setattr(network, name, torch.compile(getattr(network, name), fullgraph=True, dynamic=False))
         return
     for block in [*network.blocks, *network.decoder_blocks]:
         block.compile(dynamic=False)

@@ -59,12 +59,16 @@ class Trajectory:
         told = [denoiser for denoiser in self._denoisers if isinstance(denoiser, _Conditioned)]
         for denoiser in told:
             denoiser.prepare(indices.shape[0], labels)
-        if noise is None:
-            noise = self.noise(indices, seed, self.shape)
+
+        def draw(number: int) -> torch.Tensor:
+            # a tensor, for which compiled code is one
+            return self.noise(indices, seed, self.shape, torch.full_like(seed, number))
+
+        noise = draw(0) if noise is None else noise
         noise = noise.to(torch.promote_types(torch.float32, self.network.pos_embed.dtype))
         options = dict(self.options)
         if self.sampler in STOCHASTIC:
-            options["step_noise"] = lambda i: self.noise(indices, seed, self.shape, i + 1).to(noise.dtype)
+            options["step_noise"] = lambda i: draw(i + 1).to(noise.dtype)
         x = SAMPLERS[self.sampler](self._denoiser, noise, self.levels, labels, **options)
         for denoiser in told:
             denoiser.forget()
