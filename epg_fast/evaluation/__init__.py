@@ -14,6 +14,7 @@ from epg_fast.config import EvaluateConfig
 from epg_fast.data import ImageFolder
 from epg_fast.evaluation.classifier import class_accuracy
 from epg_fast.evaluation.frechet import frechet_distance, pca_frechet_distance
+from epg_fast.evaluation.generative import inception_score, precision_recall
 from epg_fast.evaluation.images import load_images, round_trip, stored_size
 from epg_fast.evaluation.record import sampling_record
 
@@ -25,8 +26,10 @@ __all__ = [
     "evaluate_probe",
     "evaluate_samples",
     "frechet_distance",
+    "inception_score",
     "load_images",
     "pca_frechet_distance",
+    "precision_recall",
 ]
 
 
