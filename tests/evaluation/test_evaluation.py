@@ -124,10 +124,16 @@ def test_a_missing_extra_is_reported_with_the_command_that_installs_it(monkeypat
         import_extra("sklearn.svm")
 
 
+def test_torch_fidelity_comes_with_another_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"needs torch-fidelity: pip install 'epg_fast\[eval\]'"):
+        import_extra("torch_fidelity")
+
+
 def test_importing_the_package_needs_no_extra():
     program = (
         "import sys, epg_fast.evaluation, epg_fast.evaluation.probe\n"
-        "print([m for m in ('sklearn', 'scipy', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('sklearn', 'scipy', 'matplotlib', 'torch_fidelity') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
