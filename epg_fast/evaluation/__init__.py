@@ -13,6 +13,7 @@ import numpy as np
 from epg_fast.config import EvaluateConfig
 from epg_fast.data import ImageFolder
 from epg_fast.evaluation.classifier import class_accuracy
+from epg_fast.evaluation.fid import evaluate_fid
 from epg_fast.evaluation.frechet import frechet_distance, pca_frechet_distance
 from epg_fast.evaluation.generative import inception_score, precision_recall
 from epg_fast.evaluation.images import load_images, round_trip, stored_size
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "class_accuracy",
+    "evaluate_fid",
     "evaluate_probe",
     "evaluate_samples",
     "frechet_distance",
