@@ -116,7 +116,7 @@ class Unpickled:
 def test_pickled_code_is_never_run(tmp_path):
     path = tmp_path / "inception-2015-12-05.pkl"
     torch.save({"net": Unpickled()}, path)
-    with pytest.raises(ValueError, match=r"neither TorchScript nor a state dict .*the \.pkl of the same name"):
+    with pytest.raises(ValueError, match=r"neither TorchScript nor a state dict; .*the \.pkl of the same name"):
         FeatureNetwork(path, CPU)
     assert not Unpickled.seen
 
@@ -156,7 +156,7 @@ def test_files_that_are_no_network_are_refused(tmp_path, tiny_inception):
         FeatureNetwork(path, CPU)
     for content in (b"", b"garbage" * 100):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"network\.pt is neither TorchScript nor a state dict.*wanted NVIDIA's"):
+        with pytest.raises(ValueError, match=r"network\.pt is neither TorchScript nor a state dict; wanted NVIDIA's"):
             FeatureNetwork(path, CPU)
     for other, found in (({"a": torch.zeros(1)}, r"\['a'\]"), (torch.zeros(3), "Tensor")):
         torch.save(other, path)
