@@ -20,7 +20,7 @@ SAMPLES = {
     "consistency": "Consistency, one step",
 }
 PROBES = {"probe_before": "before pre-training", "probe_after": "after pre-training"}
-SAMPLE_KEYS = ("accuracy", "frechet_distance", "classifier_accuracy", "baselines", "protocol")
+SAMPLE_KEYS = ("accuracy", "frechet_distance", "classifier_accuracy", "baselines", "protocol", "sampling")
 PROBE_KEYS = ("accuracy", "protocol")
 # (evaluation, figure, wanted): accuracy is to reach the number, the Frechet distance is not to exceed it.
 GOALS = [
@@ -264,8 +264,9 @@ def scale_remarks(metrics: dict) -> list[str]:
 def pictures(metrics: dict) -> list[str]:
     parts = ["## Samples"]
     for name, title in SAMPLES.items():
-        sampler = metrics["samples"][name].get("sampler") or {}
-        settings = ", ".join(f"{key} {sampler[key]}" for key in ("sampler", "steps", "guidance") if key in sampler)
+        drawn = metrics["samples"][name]["sampling"]
+        keys = ("sampler", "steps", "guidance")
+        settings = ", ".join(f"{key} {drawn[key]}" for key in keys if drawn.get(key) is not None)
         parts.append(f"**{title}**{f' ({settings})' if settings else ''}\n\n![{title}](samples_{name}/grid.png)")
     levels = metrics["probe"]["probe_after"]["accuracy"]
     rows = ["| sigma | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import logging
 import os
 import re
@@ -110,21 +109,9 @@ def _sample(config: configs.SampleConfig) -> None:
 
 
 def _evaluate(config: configs.EvaluateConfig) -> None:
-    from epg_fast.evaluation import evaluate_probe, evaluate_samples
+    from epg_fast.evaluation.job import run
 
-    if bool(config.samples) == bool(config.probe):
-        raise ValueError("evaluate: pass either --samples (images to judge) or --probe (an encoder to judge)")
-    if config.samples:
-        result = evaluate_samples(config)
-    else:
-        from epg_fast.evaluation.job import load_encoder
-
-        result = evaluate_probe(config, *load_encoder(config))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(text + "\n")
+    run(config)
 
 
 def _export(config: configs.ExportConfig) -> None:

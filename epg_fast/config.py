@@ -548,20 +548,33 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Judge samples against real images, or probe an encoder. Needs scikit-learn."""
+    """Judge samples against real images, or probe an encoder. Needs scikit-learn, but for `reference`."""
 
     samples: str | None = None
-    """samples.npz of `sample`, or a folder of class folders: accuracy and Frechet distance."""
+    """samples.npz of `sample` or a folder of images, to judge by `reference` and `inception`, or by `train` and `test`
+    (these need class folders)."""
+    reference: str | None = None
+    """Samples: reference npz of ADM's evaluation (arr_0, or mu and sigma, may be missing) or a folder of images, for
+    FID, Inception Score, precision and recall."""
+    inception: str | None = None
+    """Samples: network for `reference`: inception-2015-12-05.pt of NVIDIA, or torch-fidelity's
+    weights-inception-2015-12-05-6726825d.pth (needs torch-fidelity)."""
+    batch_size: int = 64
+    """Reference: images per network call."""
+    splits: int = 10
+    """Reference: parts of the samples over which the Inception Score is averaged."""
+    neighbors: int = 3
+    """Reference: the balls of precision and recall reach to this nearest neighbour."""
     probe: str | None = None
     """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
     train: str = ""
-    """Folder of class folders: real images that classifier, PCA and probe are fitted on."""
+    """Folder of class folders: real images that classifier, PCA and probe are fitted on (without `reference`)."""
     test: str = ""
-    """Folder of class folders: held-out real images."""
+    """Folder of class folders: held-out real images (without `reference`)."""
     size: int = 8
-    """Samples: images are compared as size x size grayscale."""
+    """Samples and `train`: images are compared as size x size grayscale."""
     components: int = 20
-    """Samples: dimensions of the PCA."""
+    """Samples and `train`: dimensions of the PCA."""
     sigmas: list[float] = field(default_factory=lambda: [0.002, 0.5, 2.0, 5.0])
     """Probe: unshifted noise levels."""
     normalization: Literal["auto", "imagenet", "simple"] = "auto"
@@ -569,9 +582,13 @@ class EvaluateConfig:
     seed: int = 0
     """Probe: seed of the noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Probe: where the encoder runs."""
+    """Probe and reference: where the network runs."""
     output: str | None = None
-    """JSON file to write the result to; it is printed in any case."""
+    """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
+    file refused."""
+
+    def __post_init__(self):
+        _check(self, 1, math.inf, "batch_size", "splits", "neighbors")
 
 
 @dataclass

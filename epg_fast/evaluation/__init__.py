@@ -1,4 +1,7 @@
-"""Judge samples against held-out real images, and encoders by a linear probe. Needs `pip install 'epg_fast[demo]'`."""
+"""Judge samples against real images, by Inception features or without any network, and encoders by a linear probe.
+
+What works without a network needs `pip install 'epg_fast[demo]'`.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,25 @@ import numpy as np
 from epg_fast.config import EvaluateConfig
 from epg_fast.data import ImageFolder
 from epg_fast.evaluation.classifier import class_accuracy
+from epg_fast.evaluation.fid import evaluate_fid
 from epg_fast.evaluation.frechet import frechet_distance, pca_frechet_distance
-from epg_fast.evaluation.images import load_images, round_trip, sample_metadata, stored_size
+from epg_fast.evaluation.generative import inception_score, precision_recall
+from epg_fast.evaluation.images import load_images, round_trip, stored_size
+from epg_fast.evaluation.record import sampling_record
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
 __all__ = [
     "class_accuracy",
+    "evaluate_fid",
     "evaluate_probe",
     "evaluate_samples",
     "frechet_distance",
+    "inception_score",
     "load_images",
     "pca_frechet_distance",
+    "precision_recall",
 ]
 
 
@@ -30,8 +39,9 @@ def evaluate_samples(config: EvaluateConfig) -> dict:
     """Accuracy and Frechet distance of `config.samples` against real images, as a dict that JSON holds.
 
     Keys: `accuracy`, `frechet_distance`, `per_class_recall`, `classifier_accuracy` (on held-out real images),
-    `baselines` (what real images and class means would score), sizes, `protocol` (a sentence) and `sampler` (the npz
-    file's metadata). Raises ValueError for missing folders and for classes that do not line up.
+    `baselines` (what real images and class means would score), sizes, `protocol` (a sentence) and `sampling` (how
+    the samples were drawn: see `sampling_record`). Raises ValueError for missing folders and for classes that do not
+    line up.
     """
     _check_folders(config, config.samples, "samples")
     _check_sampled_classes(config)
@@ -55,7 +65,7 @@ def evaluate_samples(config: EvaluateConfig) -> dict:
         "size": config.size,
         "components": config.components,
         "protocol": _protocol(config, len(samples), pixels, len(train_x), len(test_x), stored_size(config.test)),
-        "sampler": sample_metadata(config.samples),
+        "sampling": sampling_record(config.samples, len(samples)),
     }
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_PROJECTS = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib"}
+# package: (project on PyPI, extra of ours that installs it)
+_PROJECTS = {
+    "sklearn": ("scikit-learn", "demo"),
+    "torch_fidelity": ("torch-fidelity", "eval"),
+}
 
 
 def import_extra(name: str) -> ModuleType:
@@ -17,4 +21,5 @@ def import_extra(name: str) -> ModuleType:
         # A module missing inside an installed package is that package's trouble, not ours to explain.
         if error.name is None or error.name.partition(".")[0] != root:
             raise
-        raise ImportError(f"this needs {_PROJECTS[root]}: pip install 'epg_fast[demo]'") from error
+        project, extra = _PROJECTS[root]
+        raise ImportError(f"this needs {project}: pip install 'epg_fast[{extra}]'") from error

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from epg_fast.data import ImageFolder
+from epg_fast.data import ImageFolder, ImageSource
+from epg_fast.evaluation.npz import Npz
 
 
 def load_images(source: str | os.PathLike, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,15 +47,7 @@ def round_trip(features: np.ndarray, through: int) -> np.ndarray:
     return np.stack([_gray_vector(image, size) for image in enlarged])
 
 
-def sample_metadata(source: str | os.PathLike) -> dict | None:
-    """What the sampler noted in an npz file; None for folders and for files without such a note."""
-    if Path(source).is_dir():
-        return None
-    with _read_npz(source) as file:
-        return json.loads(file["metadata"].item()) if "metadata" in file.files else None
-
-
-def read_image(files: ImageFolder, i: int) -> Image.Image:
+def read_image(files: ImageSource, i: int) -> Image.Image:
     """Image `i` of a folder as RGB. Raises ValueError that names the file when it cannot be decoded."""
     try:
         return files.load(i)
@@ -83,21 +74,14 @@ def _open(source: str | os.PathLike) -> Iterator[tuple[Image.Image, int]]:
 
 
 def _open_npz(path: Path) -> Iterator[tuple[Image.Image, int]]:
-    with _read_npz(path) as file:
-        if "arr_0" not in file.files or "arr_1" not in file.files:
-            raise ValueError(f"{path}: expected arr_0 (images) and arr_1 (labels), found {sorted(file.files)}")
-        images, labels = file["arr_0"], file["arr_1"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) == 0:
-        raise ValueError(
-            f"{path}: arr_0 must be uint8 [N, H, W, 3] with N > 0, got {images.dtype} {list(images.shape)}"
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{path}: arr_1 must hold {len(images)} integers, got {labels.dtype} {list(labels.shape)}")
-    for image, label in zip(images, labels, strict=True):
+    file = Npz(path)
+    if "arr_0" not in file.names or "arr_1" not in file.names:
+        raise ValueError(f"{path}: expected arr_0 (images) and arr_1 (labels), found {file.names}")
+    shape, dtype = file.header("arr_0")
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
+        raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 3] with N > 0, got {dtype} {list(shape)}")
+    labels = file.array("arr_1")
+    if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{path}: arr_1 must hold {shape[0]} integers, got {labels.dtype} {list(labels.shape)}")
+    for (image,), label in zip(file.batches("arr_0", 1), labels, strict=True):
         yield Image.fromarray(image), int(label)
-
-
-def _read_npz(path: str | os.PathLike) -> np.lib.npyio.NpzFile:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: expected an npz file or a folder of class folders")
-    return np.load(path, allow_pickle=False)

@@ -1,12 +1,35 @@
-"""Loading of what `evaluate` judges."""
+"""The `evaluate` command: what is judged by what, and where the result goes."""
 
 from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
 
 import torch
 
 from epg_fast.config import EvaluateConfig
+from epg_fast.data.files import write_atomically
+from epg_fast.evaluation import evaluate_fid, evaluate_probe, evaluate_samples
 from epg_fast.models import create_encoder, from_pretrained, list_presets
 from epg_fast.runtime import resolve_device
+
+
+def run(config: EvaluateConfig) -> None:
+    """Judge samples or an encoder, print the result as JSON and write it to `config.output`.
+
+    The result holds its `settings`, so that the same command may replace its own result; any other file is left alone.
+    Raises ValueError for settings that do not go together and for such a file, before anything is computed.
+    """
+    evaluate = _chosen(config)
+    settings = _settings(config)
+    if config.output:
+        _check_output(Path(config.output), settings)
+    text = json.dumps(evaluate(config) | {"settings": settings}, indent=2, allow_nan=False)
+    print(text)
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(config.output), (text + "\n").encode())
 
 
 def load_encoder(config: EvaluateConfig) -> tuple[torch.nn.Module, str | None]:
@@ -21,3 +44,63 @@ def load_encoder(config: EvaluateConfig) -> tuple[torch.nn.Module, str | None]:
     else:
         encoder = from_pretrained(config.probe, device=device)
     return encoder, None if config.normalization == "auto" else config.normalization
+
+
+def _chosen(config: EvaluateConfig):
+    if bool(config.samples) == bool(config.probe):
+        raise ValueError("evaluate: pass either --samples (images to judge) or --probe (an encoder to judge)")
+    real = [name for name in ("train", "test") if getattr(config, name)]
+    network = [name for name in ("reference", "inception") if getattr(config, name)]
+    if config.probe:
+        if network:
+            raise ValueError(f"evaluate: got --{network[0]} with --probe; it goes with --samples")
+        return lambda config: evaluate_probe(config, *load_encoder(config))
+    if network and real:
+        raise ValueError(
+            f"evaluate: got --{network[0]} and --{real[0]}; pass --reference and --inception (FID and others) or "
+            "--train and --test (small data, without a pre-trained network)"
+        )
+    if not network and not real:
+        raise ValueError(
+            "evaluate: got --samples alone; pass --reference and --inception as well (FID and others), or --train and "
+            "--test (small data, without a pre-trained network)"
+        )
+    if network == ["reference"]:
+        raise ValueError(
+            "evaluate: got --reference without --inception; pass the path of inception-2015-12-05.pt (NVIDIA) or "
+            "weights-inception-2015-12-05-6726825d.pth (torch-fidelity)"
+        )
+    if network == ["inception"]:
+        raise ValueError(
+            "evaluate: got --inception without --reference; pass ADM's reference npz, samples.npz or a folder of images"
+        )
+    return evaluate_fid if network else evaluate_samples
+
+
+def _settings(config: EvaluateConfig) -> dict:
+    """What the result depends on, as JSON reads it back."""
+    unrelated = ("output", "device", "batch_size")
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in unrelated}
+    return json.loads(json.dumps(settings))
+
+
+def _check_output(path: Path, settings: dict) -> None:
+    """Raise ValueError unless the file is new or holds a result of these settings; nothing is written."""
+    if not path.exists():
+        above = next(folder for folder in path.parents if folder.exists())
+        if not above.is_dir():
+            raise ValueError(f"output: {path} cannot be written, {above} is a file; choose another --output")
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, OSError):
+        found = None
+    before = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(before, dict):
+        raise ValueError(f"output: {path} exists and is no result of `evaluate`; choose another --output or delete it")
+    differing = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
+    if differing:
+        raise ValueError(
+            f"output: {path} holds the result of other settings ({', '.join(differing[:3])}); choose another --output "
+            "or delete it"
+        )

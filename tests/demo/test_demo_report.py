@@ -22,14 +22,14 @@ BASELINES = {
 }
 
 
-def samples(accuracy, distance, **sampler):
+def samples(accuracy, distance, **sampling):
     return {
         "accuracy": accuracy,
         "frechet_distance": distance,
         "classifier_accuracy": 0.991,
         "baselines": BASELINES,
         "protocol": "500 samples compared as 8x8 grayscale.",
-        "sampler": sampler or None,
+        "sampling": {"sampler": None, "steps": None, "guidance": None} | sampling,
     }
 
 

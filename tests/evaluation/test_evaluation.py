@@ -44,7 +44,9 @@ def test_result_states_sizes_and_protocol_and_survives_json(real_result):
     assert json.loads(json.dumps(real_result, allow_nan=False)) == real_result
     assert [real_result[key] for key in ("num_samples", "num_train", "num_test")] == [449, 1347, 450]
     assert (real_result["stored_size"], real_result["size"], real_result["components"]) == (32, 8, 20)
-    assert real_result["sampler"] == {"sampler": "heun", "steps": 18, "s_max": "inf"}
+    sampling = real_result["sampling"]
+    assert (sampling["num"], sampling["sampler"], sampling["steps"], sampling["s_max"]) == (449, "heun", 18, "inf")
+    assert sampling["guidance"] is None and sampling["evaluations"] is None
     assert "449 samples of 32x32 pixels, compared as 8x8 grayscale" in real_result["protocol"]
     assert "450 held-out real images (as stored)" in real_result["protocol"]
 
@@ -56,7 +58,7 @@ def test_class_means_pass_the_accuracy_and_fail_the_distance(digits, arrays, tmp
     save_pngs(enlarged(means)[labels], labels, tmp_path)
     result = evaluate_samples(config(digits, samples=str(tmp_path)))
     assert result["accuracy"] == 1 and result["frechet_distance"] > 1.2
-    assert result["sampler"] is None
+    assert result["sampling"]["sampler"] is None and result["sampling"]["num"] == 400
     baselines = real_result["baselines"]
     assert baselines["class_means_accuracy"] == 1
     assert baselines["class_means_frechet_distance"] == pytest.approx(result["frechet_distance"], abs=0.05)
@@ -122,10 +124,16 @@ def test_a_missing_extra_is_reported_with_the_command_that_installs_it(monkeypat
         import_extra("sklearn.svm")
 
 
+def test_torch_fidelity_comes_with_another_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"needs torch-fidelity: pip install 'epg_fast\[eval\]'"):
+        import_extra("torch_fidelity")
+
+
 def test_importing_the_package_needs_no_extra():
     program = (
         "import sys, epg_fast.evaluation, epg_fast.evaluation.probe\n"
-        "print([m for m in ('sklearn', 'scipy', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('sklearn', 'scipy', 'matplotlib', 'torch_fidelity') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from epg_fast.evaluation.images import load_images, round_trip, sample_metadata, stored_size
+from epg_fast.evaluation.images import load_images, round_trip, stored_size
 from epg_fast.sampling.writers import save_npz, save_pngs
 
 
@@ -66,14 +66,6 @@ def test_round_trip_is_what_a_perfect_model_of_enlarged_images_would_load_as(tmp
     assert not np.array_equal(features, expected)
 
 
-def test_metadata_is_carried_and_may_be_absent(tmp_path):
-    save_npz(colors(), np.arange(6), tmp_path / "samples.npz", sampler="heun", steps=18)
-    np.savez(tmp_path / "foreign.npz", arr_0=colors(), arr_1=np.arange(6))
-    save_pngs(colors(), np.arange(6), tmp_path / "png")
-    assert sample_metadata(tmp_path / "samples.npz") == {"sampler": "heun", "steps": 18}
-    assert sample_metadata(tmp_path / "foreign.npz") is None and sample_metadata(tmp_path / "png") is None
-
-
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -97,7 +89,7 @@ def test_missing_empty_unlabelled_and_broken_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         load_images(tmp_path, 8)
     (tmp_path / "text.npz").write_text("no zip")
-    with pytest.raises(ValueError, match="expected an npz file or a folder"):
+    with pytest.raises(ValueError, match="expected a complete npz file"):
         load_images(tmp_path / "text.npz", 8)
     (tmp_path / "loose").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "loose" / "a.png")

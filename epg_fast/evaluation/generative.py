@@ -1,0 +1,118 @@
+"""Figures of generated images from features of them: Inception Score, precision and recall, and FID's moments."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+_ROWS, _COLUMNS = 2048, 8192
+
+
+class RunningMoments:
+    """Mean and covariance of rows that come in batches, in float64. `num`: rows so far.
+
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+
+    def __init__(self, dim: int):
+        self.num, self.mean = 0, np.zeros(dim)
+        self._scatter = np.zeros((dim, dim))
+
+    def update(self, rows: np.ndarray) -> None:
+        """Add rows [B, D]."""
+        rows = np.asarray(rows, dtype=np.float64)
+        mean = rows.mean(axis=0)
+        centred, step, total = rows - mean, mean - self.mean, self.num + len(rows)
+        self._scatter += centred.T @ centred
+        self._scatter += np.outer(step, step) * (self.num * len(rows) / total)
+        self.mean = self.mean + step * (len(rows) / total)
+        self.num = total
+
+    def covariance(self) -> np.ndarray:
+        """Covariance [D, D] with divisor `num - 1`, as FID takes it. Raises ValueError for fewer than two rows."""
+        if self.num < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.num}")
+        return self._scatter / (self.num - 1)
+
+
+def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Mean and standard deviation over `splits` of exp(E KL(p(y|x) || p(y))), in float64.
+
+    `probabilities`: [N, C], rows that add up to 1. p(y) is the mean over the split, so a split of few classes scores
+    too low: images are dealt to splits of N/splits each by a permutation drawn from `seed`, as torch-fidelity does.
+    ADM's evaluator takes 5000 at a time in the order of the file. Raises ValueError for fewer images than splits.
+    Source: Salimans et al., "Improved techniques for training GANs", 2016.
+    """
+    if np.ndim(probabilities) != 2 or not 1 <= splits <= len(probabilities):
+        raise ValueError(
+            f"splits is {splits}, want 1 to the number of images of probabilities [N, C], got "
+            f"{list(np.shape(probabilities))}"
+        )
+    order = np.random.default_rng(seed).permutation(len(probabilities))
+    scores = []
+    for chosen in np.array_split(order, splits):
+        p = np.asarray(probabilities[chosen], dtype=np.float64)
+        # 0 log 0 = 0
+        log_ratio = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(p > 0, p.mean(axis=0), 1.0))
+        scores.append(np.exp((p * log_ratio).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(
+    real: torch.Tensor, fake: torch.Tensor, k: int = 3, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
+    """Improved precision and recall of features `fake` [N, D] with respect to `real` [M, D].
+
+    Precision is the share of fake features that lie in the ball of a real one, recall the share of real ones in the
+    ball of a fake one; a ball reaches to the k-th nearest other feature of its own set, border included. Exact: all
+    pairs, in float64 (ADM's evaluator takes float16 where it does not overflow). Distances that differ by less than
+    float64's rounding of such a product count as equal, so that ties, as between duplicates, do not hang on it.
+    Memory beyond the features does not grow with N M. Raises ValueError for sets of at most k features and for widths
+    that differ. Source: Kynkaanniemi et al., "Improved precision and recall metric for assessing generative models",
+    2019.
+    """
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise ValueError(f"expected features [M, D] and [N, D], got {list(real.shape)} and {list(fake.shape)}")
+    if not 1 <= k < min(len(real), len(fake)):
+        raise ValueError(f"k is {k}, want at least 1 and fewer than the {len(real)} real and {len(fake)} fake images")
+    precision = _covered(fake, real, _squared_radii(real, k, device), device).double().mean()
+    recall = _covered(real, fake, _squared_radii(fake, k, device), device).double().mean()
+    return float(precision), float(recall)
+
+
+def _squared_radii(points: torch.Tensor, k: int, device) -> torch.Tensor:
+    """Squared distance [N] of each point to the k-th nearest other one, on the CPU."""
+    radii = torch.empty(len(points), dtype=torch.float64)
+    for rows in tqdm(_slices(len(points), _ROWS), desc="neighbours", unit="block"):
+        nearest = torch.full((rows.stop - rows.start, k), torch.inf, dtype=torch.float64, device=device)
+        for columns in _slices(len(points), _COLUMNS):
+            distance, _ = _squared_distances(points[rows], points[columns], device)
+            # A point is not its own neighbour, but a duplicate of it is.
+            distance.diagonal(rows.start - columns.start).fill_(torch.inf)
+            nearest = torch.cat([nearest, distance], dim=1).topk(k, dim=1, largest=False).values
+        radii[rows] = nearest[:, -1].cpu()
+    return radii
+
+
+def _covered(points: torch.Tensor, centres: torch.Tensor, squared_radii: torch.Tensor, device) -> torch.Tensor:
+    """Whether each point [N] lies in the ball around any centre."""
+    covered = torch.zeros(len(points), dtype=torch.bool)
+    for rows in tqdm(_slices(len(points), _ROWS), desc="coverage", unit="block"):
+        for columns in _slices(len(centres), _COLUMNS):
+            distance, rounding = _squared_distances(points[rows], centres[columns], device)
+            inside = distance <= squared_radii[columns].to(device) + rounding
+            covered[rows] |= inside.any(dim=1).cpu()
+    return covered
+
+
+def _squared_distances(a: torch.Tensor, b: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared distances [A, B] in float64, and how far rounding may have moved each."""
+    a, b = a.to(device, torch.float64), b.to(device, torch.float64)
+    norms = a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1)
+    distance = torch.addmm(norms, a, b.T, alpha=-2).clamp_(min=0)
+    return distance, norms * (4 * a.shape[1] * torch.finfo(torch.float64).eps)
+
+
+def _slices(num: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, num)) for start in range(0, num, size)]

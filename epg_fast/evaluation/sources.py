@@ -1,0 +1,116 @@
+"""Streams of equally large RGB images for a feature network, from an npz file or a folder."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from epg_fast.data import ImageFolder, ImageSource
+from epg_fast.data.folder import EXTENSIONS
+from epg_fast.evaluation.images import read_image
+from epg_fast.evaluation.npz import Npz
+
+_DECODERS = 4
+
+
+class ImageStream(abc.ABC):
+    """Images of one size in a fixed order, of which a batch at a time is in memory.
+
+    `path`: where they are. `num`: how many. `size`: (height, width) in pixels.
+    """
+
+    path: Path
+    num: int
+    size: tuple[int, int]
+
+    @abc.abstractmethod
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yield all images in order as uint8 [B, 3, H, W]. Raises ValueError for what cannot be read."""
+
+
+class NpzStream(ImageStream):
+    """`arr_0` of an npz file: uint8 [N, H, W, 3], the layout of ADM's evaluation and of `epg_fast sample`."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self._file = Path(path), Npz(path)
+        shape, dtype = self._file.header("arr_0")
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 3] with N > 0, got {dtype} {list(shape)}")
+        self.num, self.size = shape[0], shape[1:3]
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        for batch in self._file.batches("arr_0", batch_size):
+            yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
+
+
+class FolderStream(ImageStream):
+    """The image files of a folder of class folders, or of one without subfolders, sorted by their paths."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self._files = Path(path), _open_folder(Path(path))
+        self.num = len(self._files)
+        width, height = read_image(self._files, 0).size
+        self.size = height, width
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            for start in range(0, self.num, batch_size):
+                images = pool.map(self._pixels, range(start, min(start + batch_size, self.num)))
+                yield torch.stack(list(images))
+
+    def _pixels(self, i: int) -> torch.Tensor:
+        image: Image.Image = read_image(self._files, i)
+        if image.size != self.size[::-1]:
+            raise ValueError(
+                f"{self._files.root / self._files.paths[i]}: the image is {image.width}x{image.height}, the first one "
+                f"{self.size[1]}x{self.size[0]}; give images of one size (epg-fast prepare-data crops them)"
+            )
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+class _FlatFolder(ImageSource):
+    """The images directly in a folder, as one class."""
+
+    def __init__(self, root: Path):
+        self.root, self.classes = root, [root.name]
+        self.paths = sorted(
+            entry.name
+            for entry in os.scandir(root)
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
+        )
+        self.labels = [0] * len(self.paths)
+
+    def read(self, i: int) -> bytes:
+        return (self.root / self.paths[i]).read_bytes()
+
+
+def open_stream(path: str | os.PathLike) -> ImageStream:
+    """Return the images at `path`: an npz file, a folder of class folders, or a folder of image files.
+
+    Raises ValueError for anything else, for no images and for an output folder of `sample` (which of its files are
+    meant?).
+    """
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file or folder")
+    return FolderStream(path) if Path(path).is_dir() else NpzStream(path)
+
+
+def _open_folder(path: Path) -> ImageSource:
+    for name in ("samples.npz", "parts"):
+        if (path / name).exists():
+            raise ValueError(
+                f"{path} is an output folder of `sample` (it holds {name}); pass its samples.npz, or its png folder"
+            )
+    if any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(path)):
+        return ImageFolder(path)
+    files = _FlatFolder(path)
+    if not files.paths:
+        raise ValueError(f"{path}: no images in it, wanted files ending in {', '.join(EXTENSIONS)}, or class folders")
+    return files

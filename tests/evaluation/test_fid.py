@@ -1,0 +1,220 @@
+"""`evaluate --reference`: figures against independent computations, what is recorded, and every unsuitable file."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from epg_fast.__main__ import main
+from epg_fast.config import EvaluateConfig
+from epg_fast.evaluation import evaluate_fid, fid, inception_score, precision_recall
+from epg_fast.evaluation.inception import FeatureNetwork
+from epg_fast.evaluation.reference import open_reference
+from epg_fast.sampling.writers import save_npz, save_pngs
+
+linalg = pytest.importorskip("scipy.linalg")
+SIZE = 8
+
+
+def pictures(seed, num, contrast=40):
+    rng = np.random.default_rng(seed)
+    base = rng.normal(128, contrast, size=(num, 1, 1, 3)) + rng.normal(0, 25, size=(num, SIZE, SIZE, 3))
+    return base.clip(0, 255).astype(np.uint8)
+
+
+FAKE, REAL = pictures(0, 60, contrast=25), pictures(1, 80)
+NOTE = {"labels": "balanced", "sampler": "heun", "steps": 18, "guidance": 1.5, "interval": [0.19, 1.61], "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def features(tiny_inception):
+    network = FeatureNetwork(tiny_inception, torch.device("cpu"))
+
+    def of(images):
+        return network.features_and_probabilities(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+
+    return of
+
+
+def moments(features):
+    features = features.double().numpy()
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def frechet(fake, real):
+    root = linalg.sqrtm(fake[1] @ real[1]).real
+    return np.sum((fake[0] - real[0]) ** 2) + np.trace(fake[1] + real[1] - 2 * root)
+
+
+@pytest.fixture
+def files(tmp_path, tiny_inception):
+    """Paths of samples and of references of every kind."""
+    save_npz(FAKE, np.arange(60) % 10, tmp_path / "samples.npz", **NOTE)
+    save_npz(REAL, np.arange(80) % 10, tmp_path / "real.npz")
+    save_pngs(REAL, np.arange(80) // 8, tmp_path / "folder")
+    save_pngs(REAL, np.zeros(80, int), tmp_path / "flat")
+    (tmp_path / "inception.pt").symlink_to(tiny_inception)
+    return tmp_path
+
+
+def config(files, reference="real.npz", samples="samples.npz", **fields):
+    paths = {"samples": samples, "reference": reference, "inception": "inception.pt"}
+    return EvaluateConfig(**{name: str(files / path) for name, path in paths.items()}, device="cpu", **fields)
+
+
+def test_figures_equal_those_of_independent_computations(files, features):
+    result = evaluate_fid(config(files, batch_size=7))
+    (fake, probabilities), (real, _) = features(FAKE), features(REAL)
+    assert result["fid"] == pytest.approx(frechet(moments(fake), moments(real)), rel=1e-5) and result["fid"] > 10
+    score = inception_score(probabilities.numpy(), 10)
+    assert (result["inception_score"], result["inception_score_std"]) == pytest.approx(score, rel=1e-5)
+    assert (result["precision"], result["recall"]) == precision_recall(real, fake)
+    assert result["recall"] < result["precision"] and result["precision_recall_missing"] is None
+    assert (result["num_samples"], result["num_reference_images"], result["image_size"]) == (60, 80, [SIZE, SIZE])
+
+
+def test_any_batch_size_and_every_kind_of_reference_give_the_same_figures(files):
+    names = ("fid", "inception_score", "precision", "recall")
+    expected = evaluate_fid(config(files))
+    for reference, batch_size in (("real.npz", 64), ("real.npz", 11), ("folder", 64), ("flat/0000", 80)):
+        result = evaluate_fid(config(files, reference, batch_size=batch_size))
+        assert [result[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-9)
+    assert evaluate_fid(config(files)) == expected
+
+
+def test_images_compared_with_themselves_are_perfect(files):
+    result = evaluate_fid(config(files, samples="flat/0000"))
+    assert result["fid"] == pytest.approx(0, abs=1e-6) and (result["precision"], result["recall"]) == (1, 1)
+
+
+def test_stored_statistics_are_what_fid_is_measured_against(files, features):
+    mu, sigma = moments(features(pictures(5, 300, contrast=60))[0])
+    np.savez(files / "adm.npz", arr_0=REAL, mu=mu, sigma=sigma, mu_s=np.zeros(9), sigma_s=np.zeros((9, 9)))
+    result = evaluate_fid(config(files, "adm.npz"))
+    fake, real = features(FAKE)[0], features(REAL)[0]
+    assert result["fid"] == pytest.approx(frechet(moments(fake), (mu, sigma)), rel=1e-5)
+    assert result["fid"] != pytest.approx(frechet(moments(fake), moments(real)), rel=0.01)
+    assert (result["precision"], result["recall"]) == precision_recall(real, fake)
+    assert "against the mean and covariance stored in the reference" in result["protocol"]
+
+
+def test_without_reference_images_precision_is_null_with_the_reason(files, features):
+    mu, sigma = moments(features(REAL)[0])
+    np.savez(files / "stats.npz", mu=mu, sigma=sigma)
+    result = evaluate_fid(config(files, "stats.npz"))
+    assert result["fid"] == pytest.approx(evaluate_fid(config(files))["fid"], rel=1e-6)
+    assert result["precision"] is None and result["recall"] is None and result["num_reference_images"] is None
+    assert "no images (arr_0)" in result["precision_recall_missing"]
+    assert "Precision and recall: not computed" in result["protocol"]
+
+
+def test_of_large_sets_images_at_even_distances_are_compared(files, features, monkeypatch):
+    monkeypatch.setattr(fid, "_MOST_COMPARED", 21)
+    result = evaluate_fid(config(files, batch_size=13))
+    fake, real = features(FAKE)[0], features(REAL)[0]
+    chosen = [np.linspace(0, n - 1, 21).round().astype(int) for n in (80, 60)]
+    assert (result["precision"], result["recall"]) == precision_recall(real[chosen[0]], fake[chosen[1]])
+    assert result["fid"] == pytest.approx(frechet(moments(fake), moments(real)), rel=1e-5)
+    assert "21 samples and 21 reference images, 3 neighbours" in result["protocol"]
+
+
+def test_settings_of_the_figures_arrive(files, features):
+    result = evaluate_fid(config(files, neighbors=1, splits=2))
+    (fake, probabilities), (real, _) = features(FAKE), features(REAL)
+    assert (result["precision"], result["recall"]) == precision_recall(real, fake, 1) != precision_recall(real, fake, 3)
+    assert result["inception_score"] == pytest.approx(inception_score(probabilities.numpy(), 2)[0], rel=1e-6)
+    assert (result["neighbors"], result["splits"]) == (1, 2)
+
+
+def test_result_says_how_the_samples_were_drawn_and_by_which_network_they_are_judged(files):
+    result = evaluate_fid(config(files))
+    assert result["sampling"].items() >= (NOTE | {"num": 60, "evaluations": None, "checkpoint": None}).items()
+    assert result["inception"]["kind"] == "torchscript" and len(result["inception"]["sha256"]) == 64
+    assert "60 samples of 8x8 pixels, 6 features of the torchscript network" in result["protocol"]
+    assert "FID: against 80 reference images. Inception Score: 10 splits" in result["protocol"]
+
+
+def test_few_samples_are_said_to_be_few(files, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
+    evaluate_fid(config(files))
+    assert not caplog.messages
+    save_npz(FAKE[:6], np.arange(6), files / "few.npz", **NOTE)
+    evaluate_fid(config(files, samples="few.npz", splits=1))
+    assert len(caplog.messages) == 1 and "6 samples do not determine a covariance of 6 features" in caplog.text
+
+
+MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": REAL}, r"expected arr_0 \(images\), or mu and sigma \(statistics\), found \['images'\]"),
+        ({"mu": MU}, r"expected sigma, found \['mu'\]"),
+        ({"arr_0": REAL, "sigma": SIGMA}, "expected mu, found"),
+        ({"mu": np.zeros(5), "sigma": SIGMA}, r"mu must be floating point \[6\].* got float64 \[5\]"),
+        ({"mu": MU, "sigma": SIGMA[:5]}, r"sigma must be floating point \[6, 6\].* got float64 \[5, 6\]"),
+        ({"mu": MU.astype(int), "sigma": SIGMA}, r"got int64 \[6\]"),
+        ({"mu": MU * np.nan, "sigma": SIGMA}, "mu holds values that are not finite"),
+        ({"mu": MU, "sigma": SIGMA * np.inf}, "sigma holds values that are not finite"),
+        ({"mu": MU, "sigma": SIGMA + np.eye(6, k=1)}, "sigma is not symmetric"),
+        ({"mu": np.array([None] * 6), "sigma": SIGMA}, "mu holds Python objects"),
+        ({"arr_0": REAL[:, :7]}, "its images are 8x7, the samples 8x8; take a reference of the samples' size"),
+        ({"arr_0": REAL, "mu": np.zeros(2048), "sigma": SIGMA}, r"got float64 \[2048\]; take statistics of this"),
+        ({"arr_0": REAL[:0]}, "N > 0"),
+        ({"arr_0": REAL / 255}, "must be uint8"),
+        ({"arr_0": REAL[:3]}, "holds 3 images, want more than the 3 neighbours"),
+    ],
+)
+def test_unsuitable_references_are_refused_before_the_network_runs(files, monkeypatch, arrays, message):
+    monkeypatch.setattr(fid, "_extract", None)
+    np.savez(files / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
+        evaluate_fid(config(files, "bad.npz"))
+
+
+@pytest.mark.parametrize(
+    ("num", "fields", "message"),
+    [
+        (9, {}, r"few\.npz holds 9 images, want at least 2 and one per split.*--splits \(now 10\)"),
+        (1, {"splits": 1}, "want at least 2"),
+        (3, {"splits": 1}, r"few\.npz holds 3 images, want more than the 3 neighbours"),
+    ],
+)
+def test_too_few_samples_are_refused(files, monkeypatch, num, fields, message):
+    monkeypatch.setattr(fid, "_extract", None)
+    save_npz(FAKE[:num], np.arange(num), files / "few.npz")
+    with pytest.raises(ValueError, match=message):
+        evaluate_fid(config(files, samples="few.npz", **fields))
+
+
+def test_damage_that_shows_only_while_reading_is_named(files):
+    content = bytearray((files / "real.npz").read_bytes())
+    content[8000] ^= 1
+    (files / "flipped.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"flipped\.npz: .*CRC"):
+        evaluate_fid(config(files, "flipped.npz"))
+
+
+def test_float32_statistics_become_float64(tmp_path):
+    sigma = np.cov(np.random.default_rng(0).normal(size=(50, 6)), rowvar=False).astype(np.float32)
+    sigma[0, 1] *= 1 + 1e-6
+    np.savez(tmp_path / "stats.npz", mu=np.ones(6, np.float32), sigma=sigma)
+    mean, covariance = open_reference(tmp_path / "stats.npz", 6, (8, 8)).statistics
+    assert mean.dtype == covariance.dtype == np.float64 and np.array_equal(covariance, sigma)
+
+
+def test_the_command_prints_and_writes_what_was_found(files, capsys):
+    out = files / "new" / "result.json"
+    words = ["evaluate", "--device", "cpu", "--output", str(out)]
+    for name, file in (("samples", "samples.npz"), ("reference", "folder"), ("inception", "inception.pt")):
+        words += [f"--{name}", str(files / file)]
+    assert main(words) == 0
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    assert result.pop("settings")["splits"] == 10
+    assert result == json.loads(json.dumps(evaluate_fid(config(files, "folder"))))
+    before = out.read_bytes()
+    assert main(words) == 0 and out.read_bytes() == before

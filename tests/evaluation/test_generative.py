@@ -1,0 +1,151 @@
+"""Inception Score, precision and recall, and running moments against closed forms and plain loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from epg_fast.evaluation import frechet_distance, generative, inception_score, precision_recall
+from epg_fast.evaluation.generative import RunningMoments
+
+
+def brute_force(real, fake, k):
+    """(precision, recall) from all distances, one pair at a time."""
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+
+    def radius(points, i):
+        return sorted(np.linalg.norm(points[i] - points[j]) for j in range(len(points)) if j != i)[k - 1]
+
+    def covered(points, centres):
+        radii = [radius(centres, i) for i in range(len(centres))]
+        return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True)) for p in points])
+
+    return covered(fake, real), covered(real, fake)
+
+
+def test_batches_of_any_size_give_the_moments_of_the_whole():
+    rows = np.random.default_rng(0).normal(size=(100, 5)) @ np.random.default_rng(1).normal(size=(5, 5)) + 1e4
+    moments = RunningMoments(5)
+    for batch in (rows[:1], rows[1:40], rows[40:43], rows[43:]):
+        moments.update(batch)
+    assert moments.num == 100
+    assert np.allclose(moments.mean, rows.mean(axis=0), rtol=1e-14)
+    assert np.allclose(moments.covariance(), np.cov(rows, rowvar=False), rtol=1e-9)
+
+
+def test_float32_rows_are_summed_in_float64():
+    rows = (1000 + np.random.default_rng(0).normal(size=(4096, 2))).astype(np.float32)
+    moments = RunningMoments(2)
+    for start in range(0, 4096, 64):
+        moments.update(rows[start : start + 64])
+    assert np.allclose(moments.covariance(), np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-10)
+
+
+def test_one_row_has_no_covariance():
+    moments = RunningMoments(2)
+    moments.update(np.ones((1, 2)))
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        moments.covariance()
+
+
+def test_streamed_gaussians_have_the_distance_of_the_closed_form():
+    rng = np.random.default_rng(0)
+    wide, narrow = RunningMoments(3), RunningMoments(3)
+    for _ in range(40):
+        wide.update(rng.normal(size=(1000, 3)) * [1, 2, 3] + [0, 0, 5])
+        narrow.update(rng.normal(size=(1000, 3)))
+    got = frechet_distance(wide.mean, wide.covariance(), narrow.mean, narrow.covariance())
+    assert got == pytest.approx(25 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.02)
+
+
+def test_score_is_one_for_equal_answers_and_the_number_of_classes_for_sure_and_balanced_ones():
+    assert inception_score(np.full((20, 7), 1 / 7), splits=2) == (pytest.approx(1), pytest.approx(0))
+    sure = np.eye(5)[np.arange(100) % 5]
+    assert inception_score(sure, splits=1) == (pytest.approx(5), 0)
+
+
+def test_score_equals_a_computation_by_hand():
+    p = np.array([[0.5, 0.5], [0.9, 0.1]])
+    marginal = np.array([0.7, 0.3])
+    kl = [0.5 * np.log(0.5 / 0.7) + 0.5 * np.log(0.5 / 0.3), 0.9 * np.log(0.9 / 0.7) + 0.1 * np.log(0.1 / 0.3)]
+    assert np.allclose(p.mean(axis=0), marginal)
+    assert inception_score(p, splits=1)[0] == pytest.approx(np.exp(np.mean(kl)), rel=1e-12)
+
+
+def test_deviation_is_that_of_the_splits_and_all_images_count():
+    # splits of one image score 1 each, whatever the image
+    p = np.random.default_rng(0).dirichlet(np.ones(4), size=5)
+    assert inception_score(p, splits=5) == (pytest.approx(1), pytest.approx(0))
+    p = np.random.default_rng(0).dirichlet(np.full(4, 0.3), size=103)
+    order = np.random.default_rng(0).permutation(103)
+    scores = []
+    for part in np.array_split(p[order], 4):
+        kl = (part * np.log(part / part.mean(axis=0))).sum(axis=1)
+        scores.append(np.exp(kl.mean()))
+    assert inception_score(p, splits=4) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+
+
+def test_score_of_samples_sorted_by_class_does_not_suffer():
+    mixed = np.eye(10)[np.arange(5000) % 10]
+    ordered = np.eye(10)[np.arange(5000) // 500]
+    assert inception_score(mixed)[0] > 9.8 and inception_score(ordered)[0] > 9.8
+
+
+@pytest.mark.parametrize("splits", [0, 4])
+def test_impossible_splits_are_refused(splits):
+    with pytest.raises(ValueError, match=rf"splits is {splits}, .*\[3, 2\]"):
+        inception_score(np.full((3, 2), 0.5), splits)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("blocks", [(2048, 8192), (7, 5), (5, 16)])
+def test_precision_and_recall_equal_the_plain_loop_whatever_the_blocks(monkeypatch, k, blocks):
+    monkeypatch.setattr(generative, "_ROWS", blocks[0])
+    monkeypatch.setattr(generative, "_COLUMNS", blocks[1])
+    generator = torch.Generator().manual_seed(k)
+    real = torch.randn(40, 3, generator=generator)
+    fake = 0.7 * torch.randn(33, 3, generator=generator) + 1.1
+    expected = brute_force(real, fake, k)
+    assert 0 < expected[1] < expected[0] < 1
+    assert precision_recall(real, fake, k) == expected
+
+
+def test_precision_is_about_the_fakes_and_recall_about_the_real_ones():
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
+    one_mode = torch.tensor([[0.4], [0.5], [0.6]])
+    # with k = 1 the fakes' balls reach 0.1, to no real point; real balls reach 1, to all fakes
+    assert precision_recall(real, one_mode, 1) == (1.0, 0.0)
+    assert precision_recall(one_mode, real, 1) == (0.0, 1.0)
+    far = torch.tensor([[0.5], [50.0], [60.0], [70.0]])
+    assert precision_recall(real, far, 1) == (0.25, pytest.approx(1.0))
+
+
+def test_a_point_on_the_border_of_a_ball_lies_in_it_however_the_products_round():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        # 24 bits each, and sums that float32 holds: four points in a row at exactly the same distances
+        start = torch.randint(2**23, 3 * 2**22, (64,), generator=generator).float() / 2**13
+        step = torch.randint(0, 2**20, (64,), generator=generator).float() / 2**13
+        real = torch.stack([start + step, start + 2 * step])
+        fake = torch.stack([start, start + 3 * step])
+        assert precision_recall(real, fake, 1) == (1.0, 1.0)
+        assert precision_recall(real, torch.stack([start - step / 64, start + 3.02 * step]), 1)[0] == 0.0
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_duplicates_are_neighbours_and_cover_one_another(monkeypatch, k):
+    monkeypatch.setattr(generative, "_ROWS", 4)
+    monkeypatch.setattr(generative, "_COLUMNS", 3)
+    points = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) * 37
+    # every point has three duplicates, so that up to k = 3 balls have no extent
+    real = points.repeat_interleave(4, dim=0)
+    assert precision_recall(real, real.flip(0), k) == (1.0, 1.0)
+    assert precision_recall(real, real + 1e-3, k) == (0.0, 0.0)
+
+
+def test_sets_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match=r"got \[4, 2\] and \[4, 3\]"):
+        precision_recall(torch.zeros(4, 2), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="k is 3, .* 5 real and 3 fake"):
+        precision_recall(torch.zeros(5, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="k is 0"):
+        precision_recall(torch.zeros(5, 2), torch.zeros(3, 2), 0)

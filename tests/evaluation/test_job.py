@@ -1,0 +1,114 @@
+"""The `evaluate` command: settings that go together, and results that are not overwritten."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epg_fast.__main__ import main
+from epg_fast.config import EvaluateConfig
+from epg_fast.evaluation import job
+
+
+def refused(capsys, words, *parts):
+    assert main(["evaluate", *map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(part in error for part in parts), error
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["--samples", "--probe"]),
+        (["--samples", "s", "--probe", "p"], ["--samples", "--probe"]),
+        (["--samples", "s"], ["got --samples alone", "--reference", "--train"]),
+        (["--samples", "s", "--reference", "r"], ["got --reference without --inception", "inception-2015-12-05.pt"]),
+        (["--samples", "s", "--inception", "i"], ["got --inception without --reference", "ADM"]),
+        (["--samples", "s", "--reference", "r", "--inception", "i", "--train", "t"], ["--reference and --train"]),
+        (["--samples", "s", "--inception", "i", "--test", "t"], ["got --inception and --test"]),
+        (["--samples", "s", "--train", "t"], ["`test` is not set"]),
+        (["--probe", "p", "--reference", "r"], ["got --reference with --probe"]),
+        (["--samples", "s", "--reference", "r", "--inception", "i", "--splits", "0"], ["splits is 0, want at least 1"]),
+        (["--samples", "s", "--reference", "r", "--inception", "i", "--neighbors", "0"], ["neighbors is 0"]),
+        (["--samples", "s", "--reference", "r", "--inception", "i", "--batch_size", "0"], ["batch_size is 0"]),
+        (["--samples", "s", "--reference", "r", "--inception", "i"], ["s: no such file or folder"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_in_one_line(capsys, tmp_path, monkeypatch, words, parts):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, [*words, "--output", "out.json", "--device", "cpu"], *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """Let `evaluate_fid` return the next of these numbers, and count its calls."""
+    calls = []
+    monkeypatch.setattr(job, "evaluate_fid", lambda config: {"fid": float(len(calls)), "n": calls.append(1)})
+    return calls
+
+
+def config(output, **fields):
+    return EvaluateConfig(samples="s", reference="r", inception="i", output=str(output), **fields)
+
+
+def test_the_same_command_replaces_its_result(tmp_path, figure):
+    out = tmp_path / "a" / "b" / "out.json"
+    job.run(config(out))
+    first = json.loads(out.read_text())
+    job.run(config(out, batch_size=7, device="cpu"))
+    second = json.loads(out.read_text())
+    assert (first["fid"], second["fid"]) == (0, 1) and first["settings"] == second["settings"]
+    assert [path.name for path in out.parent.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"[]", b'{"fid": 1.0}', b'{"settings": 3}', b"\xff\xfe\xfd", b'{"settings": {}}']
+)
+def test_a_file_that_is_something_else_is_left_alone_before_the_work_starts(tmp_path, figure, content):
+    out = tmp_path / "out.json"
+    out.write_bytes(content)
+    with pytest.raises(ValueError, match=r"output: .*out\.json .*choose another --output or delete it"):
+        job.run(config(out))
+    assert out.read_bytes() == content and not figure
+
+
+@pytest.mark.parametrize("fields", [{"splits": 5}, {"neighbors": 4}])
+def test_a_result_of_other_settings_is_left_alone(tmp_path, figure, fields):
+    out = tmp_path / "out.json"
+    job.run(config(out))
+    before = out.read_bytes()
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=rf"other settings \({name} was \d+, now {value}\)"):
+        job.run(config(out, **fields))
+    with pytest.raises(ValueError, match=r"samples was 's', now 't'"):
+        job.run(EvaluateConfig(samples="t", reference="r", inception="i", output=str(out)))
+    assert out.read_bytes() == before and len(figure) == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work_starts(tmp_path, figure):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is a file; choose another --output"):
+        job.run(config(tmp_path / "file" / "sub" / "out.json"))
+    with pytest.raises(ValueError, match="no result of `evaluate`"):
+        job.run(config(tmp_path))
+    assert not figure
+
+
+def test_judging_small_data_again_replaces_its_result_and_only_that(capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    for name in ("train", "test", "samples"):
+        for label in ("0", "1"):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(5):
+                pixels = rng.integers(0, 90, (8, 8), dtype=np.uint8) + 150 * int(label)
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / label / f"{i}.png")
+    words = [word for name in ("samples", "train", "test") for word in (f"--{name}", str(tmp_path / name))]
+    words = [*words, "--components", "3", "--output", str(tmp_path / "out.json")]
+    assert main(["evaluate", *words]) == 0 and main(["evaluate", *words]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["accuracy"] == 1 and result["sampling"]["source"] is None and result["settings"]["components"] == 3
+    capsys.readouterr()
+    refused(capsys, [*words, "--components", "2"], "components was 3, now 2")

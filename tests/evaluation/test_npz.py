@@ -1,0 +1,106 @@
+"""npz files larger than memory, compressed, damaged or hostile."""
+
+import io
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from epg_fast.evaluation.npz import Npz
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_come_back_whole_and_in_batches(tmp_path, save):
+    rng = np.random.default_rng(0)
+    images, numbers = rng.integers(0, 256, (11, 4, 5, 3), dtype=np.uint8), rng.normal(size=(3, 3)).astype(">f8")
+    save(tmp_path / "a.npz", arr_0=images, numbers=numbers, text=np.array("words"))
+    file = Npz(tmp_path / "a.npz")
+    assert file.names == ["arr_0", "numbers", "text"]
+    assert file.header("arr_0") == ((11, 4, 5, 3), np.dtype(np.uint8))
+    assert np.array_equal(file.array("numbers"), numbers) and str(file.array("text")) == "words"
+    batches = list(file.batches("arr_0", 4))
+    assert [len(batch) for batch in batches] == [4, 4, 3] and np.array_equal(np.concatenate(batches), images)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_large_array_is_never_in_memory(tmp_path, save):
+    save(tmp_path / "a.npz", arr_0=np.zeros((400, 64, 64, 3), np.uint8))
+    tracemalloc.start()
+    total = sum(len(batch) for batch in Npz(tmp_path / "a.npz").batches("arr_0", 4))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 400 and peak < 400 * 64 * 64 * 3 / 4
+
+
+def _with_header(path, header: dict, content: bytes):
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, header)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", member.getvalue() + content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"x" * 11, "fewer bytes than its header says"), (b"x" * 13, "more bytes than its header")]
+)
+def test_a_header_that_does_not_fit_the_content_is_refused(tmp_path, content, message):
+    _with_header(tmp_path / "a.npz", {"descr": "|u1", "fortran_order": False, "shape": (4, 3)}, content)
+    with pytest.raises(ValueError, match=rf"a\.npz: arr_0 holds {message}"):
+        Npz(tmp_path / "a.npz").array("arr_0")
+    with pytest.raises(ValueError, match=rf"a\.npz: arr_0 holds {message}"):
+        list(Npz(tmp_path / "a.npz").batches("arr_0", 3))
+
+
+def test_objects_are_refused_and_not_unpickled(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.array([{}, None]))
+    for read in (Npz.header, Npz.array):
+        with pytest.raises(ValueError, match=r"a\.npz: arr_0 holds Python objects"):
+            read(Npz(tmp_path / "a.npz"), "arr_0")
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=np.zeros((40, 100), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz: .*CRC.*write or fetch it again"):
+        Npz(path).array("arr_0")
+    with pytest.raises(ValueError, match=r"a\.npz: .*CRC"):
+        list(Npz(path).batches("arr_0", 40))
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, arr_0=np.random.default_rng(0).integers(0, 9, (40, 100)))
+    content = bytearray(path.read_bytes())
+    start = 30 + len("arr_0.npy") + content[28]  # behind the local header and its extra field
+    content[start] = 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz: cannot be read as an npz file .*decompressing"):
+        Npz(path).array("arr_0")
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.99])
+def test_truncated_files_are_refused(tmp_path, share):
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=np.zeros((40, 100), np.uint8))
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"a\.npz: expected a complete npz file"):
+        Npz(path)
+
+
+def test_what_is_no_array_of_rows_is_named(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, columns=np.asfortranarray(np.ones((3, 2))))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("garbage.npy", b"not an array")
+        archive.writestr("future.npy", b"\x93NUMPY\x09\x00" + b"x" * 50)
+    file = Npz(path)
+    for name, message in (("columns", "stored by columns"), ("garbage", "magic"), ("future", r"version.*9")):
+        with pytest.raises(ValueError, match=rf"a\.npz: .*{message}"):
+            file.array(name)
+    with pytest.raises(ValueError, match=r"a\.npz: expected arr_0, found \['columns', 'future', 'garbage'\]"):
+        file.array("arr_0")
+    with pytest.raises(ValueError, match="nowhere: no such file"):
+        Npz(tmp_path / "nowhere")

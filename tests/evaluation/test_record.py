@@ -1,0 +1,96 @@
+"""A number is never without how its images were drawn, or the word that nobody knows."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from epg_fast.config import SampleConfig
+from epg_fast.evaluation.record import sampling_record
+from epg_fast.sampling import job
+from epg_fast.sampling.writers import save_npz, save_pngs
+
+KEYS = {
+    *("source", "num", "labels", "sampler", "steps", "evaluations", "guidance", "interval", "precision", "seed"),
+    "checkpoint",
+}
+NOTE = {"labels": "balanced", "sampler": "heun", "steps": 18, "seed": 3, "num": 6, "clamp": "official"}
+
+
+@pytest.fixture
+def samples(tmp_path):
+    images, labels = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6)
+    save_npz(images, labels, tmp_path / "noted.npz", **NOTE, s_max=float("inf"), evaluations=34)
+    np.savez(tmp_path / "foreign.npz", arr_0=images, arr_1=labels)
+    save_pngs(images, labels, tmp_path / "out" / "png")
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(NOTE))
+    return tmp_path
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
+    return caplog
+
+
+def test_the_note_of_an_npz_is_the_record(samples, warnings):
+    record = sampling_record(samples / "noted.npz", 6)
+    assert record["source"].endswith("noted.npz: metadata")
+    assert record.items() >= (NOTE | {"s_max": "inf", "evaluations": 34}).items()
+    assert {*record} == KEYS | {"s_max", "clamp"} and record["guidance"] is None
+    assert not warnings.messages
+
+
+def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, warnings):
+    record = sampling_record(samples / "out" / "png", 6)
+    assert record["source"] == str(samples / "out" / "settings.json") and record.items() >= NOTE.items()
+    assert record["evaluations"] is None
+    (samples / "out" / "png" / "settings.json").write_text(json.dumps(NOTE | {"seed": 4}))
+    assert sampling_record(samples / "out" / "png", 6)["seed"] == 4
+    assert not warnings.messages
+
+
+def test_what_sample_notes_fills_the_record(tmp_path, warnings):
+    settings = job._settings(SampleConfig(checkpoint="runs/x", outdir=str(tmp_path), num=2, guidance=2.5))
+    save_npz(np.zeros((2, 4, 4, 3), np.uint8), np.arange(2), tmp_path / "samples.npz", **settings)
+    record = sampling_record(tmp_path / "samples.npz", 2)
+    assert all(record[key] is not None for key in KEYS - {"evaluations"}) and not warnings.messages
+    assert (record["checkpoint"], record["guidance"], record["precision"]) == ("runs/x", 2.5, "fp32")
+
+
+def test_samples_without_a_note_have_nulls_and_one_warning(samples, warnings):
+    (samples / "out" / "real").mkdir()
+    (samples / "png").mkdir()
+    for source in ("foreign.npz", "out/real", "png"):
+        warnings.clear()
+        record = sampling_record(samples / source, 6)
+        assert {*record} == KEYS and record.pop("num") == 6 and not any(record.values())
+        assert len(warnings.messages) == 1 and "cannot be attributed" in warnings.messages[0]
+
+
+def test_settings_of_something_else_are_no_note(samples, warnings):
+    (samples / "out" / "settings.json").write_text('{"editor": "vi"}')
+    record = sampling_record(samples / "out" / "png", 6)
+    assert record["source"] is None and "editor" not in record and len(warnings.messages) == 1
+
+
+def test_a_note_about_another_number_of_images_is_said(samples, warnings):
+    assert sampling_record(samples / "noted.npz", 5)["num"] == 5
+    assert "holds 5 images" in warnings.text and "is about 6" in warnings.text
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_an_unreadable_note_is_refused(samples, text):
+    (samples / "out" / "settings.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=r"settings\.json.* mend or remove it"):
+        sampling_record(samples / "out" / "png", 6)
+    np.savez(samples / "bad.npz", arr_0=np.zeros(1), metadata=np.array(text))
+    with pytest.raises(ValueError, match=r"bad\.npz: metadata.* mend or remove it"):
+        sampling_record(samples / "bad.npz", 6)
+
+
+def test_values_that_are_not_finite_become_words(samples):
+    (samples / "out" / "settings.json").write_text('{"sampler": "x", "s_max": Infinity, "guidance": NaN}')
+    record = sampling_record(samples / "out" / "png", 6)
+    assert (record["s_max"], record["guidance"]) == ("Infinity", "NaN")
