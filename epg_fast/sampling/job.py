@@ -15,7 +15,8 @@ from epg_fast.config import SampleConfig
 from epg_fast.models import EPGViT, from_pretrained
 from epg_fast.sampling.engine import sample
 from epg_fast.sampling.folder import FolderLock, check_folder, note_settings, read_settings
-from epg_fast.sampling.images import Images, ImageWriter, png_threads, runs
+from epg_fast.sampling.image_writer import ImageWriter, png_threads
+from epg_fast.sampling.images import Images, runs
 from epg_fast.sampling.interruption import resumable
 from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.ranks import Ranks, joined, own_device

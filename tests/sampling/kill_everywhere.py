@@ -1,8 +1,10 @@
-"""Run `sample` again and again in one folder, killed at one of its first changes to it, until it comes to the end.
+"""Give each of some commands again and again, killed at one of its first changes to its folder, until one finishes.
 
-Arguments: those of `epg-fast`. Prints the number of kills. A fork for each attempt saves importing torch.
+Argument: a JSON list of `epg-fast` command lines. Prints the number of kills of each, as a JSON list. A fork for each
+attempt saves importing torch.
 """
 
+import json
 import os
 import signal
 import sys
@@ -14,15 +16,14 @@ from epg_fast.__main__ import main
 
 # Some too few to finish a batch, some more than one has.
 CHANGES = (0, 1, 2, 6, 3, 9, 4, 7)
-outdir = sys.argv[sys.argv.index("--outdir") + 1]
 
 
-def attempt(changes):
+def attempt(command, changes):
     """Exit status of a child that is killed before its change number `changes + 1`."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    left = changes
+    outdir, left = command[command.index("--outdir") + 1], changes
 
     def hook(event, arguments):
         nonlocal left
@@ -32,11 +33,15 @@ def attempt(changes):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    os._exit(main(sys.argv[1:]))
+    os._exit(main(command))
 
 
-kills = 0
-while attempt(CHANGES[kills % len(CHANGES)]):
-    kills += 1
-    assert kills < 60
-print(kills)
+def kills(command):
+    """How often the command was killed."""
+    for number in range(60):
+        if attempt(command, CHANGES[number % len(CHANGES)]) == 0:
+            return number
+    raise AssertionError("it never comes to the end")
+
+
+print(json.dumps([kills(command) for command in json.loads(sys.argv[1])]))

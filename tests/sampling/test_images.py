@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from epg_fast.sampling.images import Images, ImageWriter, runs
+from epg_fast.sampling.image_writer import ImageWriter
+from epg_fast.sampling.images import Images, runs
 from epg_fast.sampling.writers import save_npz
 
 LABELS = np.arange(10) % 3
@@ -133,6 +134,7 @@ def test_a_part_is_written_after_its_png_files(tmp_path, monkeypatch):
     monkeypatch.setattr(held, "save_part", lambda i, p: (save_part(i, p), order.append("part")))
     with ImageWriter(held, part=True, png=True) as writer:
         writer.add(np.array([0, 1, 2, 7, 8]), PIXELS[[0, 1, 2, 7, 8]])
+        assert writer.written == [range(3)]  # while the next are drawn
     assert set(order[: order.index("part")]) >= {0, 1, 2} and order[-1] == "part" and len(order) == 7
     assert writer.written == [range(3), range(7, 9)]
 
@@ -143,6 +145,16 @@ def test_what_was_added_is_kept_when_the_drawing_fails(tmp_path):
         writer.add(np.arange(4), PIXELS[:4])
         raise RuntimeError("out of memory")
     assert images(tmp_path).missing(4) == [range(4, 8), range(8, 10)] and images(tmp_path).has_png[:4].all()
+
+
+def test_what_another_rank_says_it_has_written_is_looked_for(tmp_path):
+    held = images(tmp_path)
+    assert not held.take_in(range(4), part=True, png=False) and not held.take_in(range(4), part=False, png=True)
+    held.save_part(0, PIXELS[:4])
+    for i in (0, 1, 3):
+        held.save_png(i, PIXELS[i])
+    assert not held.take_in(range(4), part=True, png=True) and held.missing(4)[0] == range(4)
+    assert held.take_in(range(4), part=True, png=False) and held.missing(4)[0] == range(4, 8)
 
 
 def test_runs_are_ranges_without_gaps():

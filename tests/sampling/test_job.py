@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from epg_fast.__main__ import main
+from epg_fast.config import SampleConfig
 from epg_fast.sampling import job
-from epg_fast.sampling.images import ImageWriter
+from epg_fast.sampling.image_writer import ImageWriter
+from epg_fast.sampling.images import Images
 from tests.sampling.conftest import write_checkpoint
 
 KILLER = Path(__file__).parent / "kill_everywhere.py"
@@ -113,17 +115,17 @@ def test_the_folder_says_what_it_holds(whole, checkpoint):
     assert Image.open(whole / "grid.png").width > 3 * 96
 
 
-@pytest.mark.parametrize("npz", ["true", "false"])
-def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(command, whole, tmp_path, npz):
-    arguments = [*command, "--png", "true", "--npz", npz, "--outdir", str(tmp_path / "killed")]
+def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(command, whole, tmp_path):
+    commands = [[*command, "--png", "true", "--npz", npz, "--outdir", str(tmp_path / npz)] for npz in ("true", "false")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, KILLER, *arguments], capture_output=True, text=True, env=environment)
+    launch = [sys.executable, KILLER, json.dumps(commands)]
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 8
+    assert min(json.loads(done.stdout)) >= 8
     want = content(whole)
-    if npz == "false":
-        del want["samples.npz"]
-    assert content(tmp_path / "killed") == want
+    assert content(tmp_path / "true") == want
+    del want["samples.npz"]
+    assert content(tmp_path / "false") == want
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -172,7 +174,7 @@ def test_outputs_are_chosen_and_completed_without_drawing(command, whole, tmp_pa
             {"samples.npz", "grid.png", "settings.json"} if first == "npz" else {*pngs, "settings.json"}
         )
         count = len(drawn)
-        assert main([*arguments, "--npz", "true", "--png", "true"]) == 0
+        assert main([*arguments, "--npz", "true", "--png", "true", "--batch_size", "5"]) == 0
         assert content(folder) == want and len(drawn) == count
     fails(capsys, [*command, "--npz", "false", "--outdir", tmp_path / "x"], "npz and png are both false")
 
@@ -330,11 +332,47 @@ def test_two_ranks_draw_what_one_draws_and_share_what_is_left(command, one_threa
         [*launch, "epg_fast", *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "sample (2 processes): 100%" in done.stderr
+    assert "sample (2 processes): 100%" in done.stderr and "20/20" in done.stderr
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     assert np.array_equal(arrays(tmp_path / "one")[0], arrays(tmp_path / "two")[0])
     assert [u["processes"] for u in json.loads(two["settings.json"])["drawn_with"]] == [1, 2]
     assert {k: v for k, v in one.items() if k.endswith(".png")} == {k: v for k, v in two.items() if k.endswith(".png")}
+
+
+class _Elsewhere:
+    """The main one of two ranks, of which the other works on a node with a folder of its own."""
+
+    main, rank, world_size = True, 0, 2
+
+    def __init__(self, theirs):
+        self.theirs = theirs
+
+    def gather(self, value, while_waiting=None):
+        return [value, self.theirs]
+
+    def count(self, number):
+        return number
+
+
+def test_ranks_whose_folder_is_not_shared_are_named(tmp_path, whole):
+    with pytest.raises(
+        ValueError, match="rank 1 does not see .* of rank 0; --outdir must be a folder that nodes share"
+    ):
+        job._check_shared(whole, _Elsewhere(False))
+    images = Images(tmp_path, np.zeros(8, int), 32)
+    images.save_part(0, np.zeros((4, 32, 32, 3), np.uint8))
+    config = SampleConfig(batch_size=4)
+    with pytest.raises(RuntimeError, match=r"rank 1 has written images 4\.\.7, which rank 0 does not see"):
+        job._draw_missing(config, None, images, [], _Elsewhere([range(4), range(4, 8)]))
+
+
+def test_ranks_that_read_other_weights_are_named(command, tmp_path):
+    other = _Elsewhere(({"weights_sha256": "other"}, "cpu"))
+    other.decide = lambda choose: choose()
+    config = SampleConfig(checkpoint=command[2], outdir=str(tmp_path / "s"), device="cpu")
+    with pytest.raises(ValueError, match="rank 1 has read other weights or labels than rank 0"):
+        job._run(config, other)
+    assert not (tmp_path / "s").exists()
 
 
 def test_the_log_says_where_the_images_are(command, tmp_path, capsys):

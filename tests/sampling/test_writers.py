@@ -1,5 +1,6 @@
 import json
 import math
+import struct
 import time
 import tracemalloc
 import zipfile
@@ -152,6 +153,8 @@ def test_npz_members_are_those_that_adm_reads_and_hold_no_time(tmp_path, monkeyp
         tmp_path / "b.npz", [uint8_images()[:1], uint8_images()[1:]], np.arange(3), (4, 4, 3), {"sampler": "heun"}
     )
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    # ZIP64 from the first byte, for more than 4 GB: the local header has the extra field of long sizes.
+    assert struct.unpack_from("<HH", (tmp_path / "a.npz").read_bytes(), 26) == (len("arr_0.npy"), 20)
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:
         assert [entry.filename for entry in archive.infolist()] == ["arr_0.npy", "arr_1.npy", "metadata.npy"]
         assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
