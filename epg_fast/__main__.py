@@ -102,10 +102,14 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
         )
 
 
-def _sample(config: configs.SampleConfig) -> None:
+def _sample(config: configs.SampleConfig) -> int | None:
+    from epg_fast.sampling.interruption import Interrupted
     from epg_fast.sampling.job import run
 
-    run(config)
+    try:
+        run(config)
+    except Interrupted as stop:
+        return _fail(stop.code, str(stop))
 
 
 def _evaluate(config: configs.EvaluateConfig) -> None:

@@ -494,12 +494,12 @@ class SampleConfig:
     checkpoint: str = ""
     """Run folder, .safetensors, official .pth (or its folder), or hub id."""
     outdir: str = ""
-    """Folder for samples.npz, grid.png and, with `png`, one file per image."""
+    """Folder for samples.npz, PNG files and grid.png; the same command with the same folder goes on."""
     num: int = 64
     """Images to draw."""
     labels: str = "balanced"
-    """`balanced`, `random`, class indices such as `3` or `0,1,2` (repeated in turn), or `frequencies:PATH`, drawn as
-    often as in the data whose manifest.json of prepare-data (or its folder) is PATH."""
+    """`balanced`, `random`, class indices such as `3` or `0,1,2` (at most `num`, repeated in turn), or
+    `frequencies:PATH`, drawn as often as in the data whose manifest.json of prepare-data (or its folder) is PATH."""
     seed: int = 0
     """Image i starts from noise that depends on the seed and i only."""
     sampler: Sampler = "heun"
@@ -519,15 +519,24 @@ class SampleConfig:
     normalization: Literal["auto", "imagenet", "simple"] = "auto"
     """Pixel scaling; `auto` reads it from the checkpoint (official files: imagenet)."""
     batch_size: int = 64
-    """Images per network call."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast dtype of the network."""
+    """Images per network call, on each GPU."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "fp32"
+    """What weights and matrix products are computed in; one that the device lacks gives way to the nearest, with a
+    message. `fp32` is the released code's."""
+    error_images: int = 8
+    """How many images to draw in fp32 as well, to report how far those in `precision` are from them; 0 for none."""
+    compile: Literal["auto", "off", "blocks", "network"] = "auto"
+    """torch.compile of the transformer blocks or of the whole network; `auto`: of the blocks, on a GPU."""
+    cuda_graphs: bool | None = None
+    """Launch all evaluations of a batch as one CUDA graph; `null`: on a GPU."""
     ops: Literal["auto", "triton", "reference"] = "auto"
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample."""
+    npz: bool = True
+    """Write samples.npz, images and labels in the layout of ADM's evaluation."""
     png: bool = False
-    """Also write png/<class>/<index>.png."""
+    """Write png/<class>/<index>.png, one file per image."""
     s_churn: float = 0.0
     """edm_sde: amount of added noise."""
     s_min: float = 0.0
@@ -544,6 +553,10 @@ class SampleConfig:
         _check(self, 1, math.inf, "batch_size")
         _check(self, 0, 2**63 - 1, "seed")
         _check_interval(self, "interval")
+        _check_finite(self, "guidance")
+        _check(self, 0, math.inf, "error_images")
+        if not (self.npz or self.png):
+            raise ValueError("npz and png are both false, want at least one: there would be nothing to write")
 
 
 @dataclass

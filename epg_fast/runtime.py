@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger("epg_fast")
@@ -34,3 +39,17 @@ def autocast(device: torch.device, precision: str, cache: bool = True) -> contex
     if precision not in _AUTOCAST:
         raise ValueError(f"precision {precision!r}: want fp32, bf16 or fp16")
     return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)
+
+
+def torchrun_store(timeout: datetime.timedelta) -> Store:
+    """The store that torchrun describes, apart for each of its restarts. timeout: how long to wait for other ranks.
+
+    torchrun keeps one store over all restarts, and a rank that reads the address of a rank of before waits for it. On
+    several nodes the count of restarts may differ between them, so that all share the store.
+    """
+    import torch.distributed as dist  # some builds of torch have none
+
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    return dist.PrefixStore(f"attempt_{attempt}", store)

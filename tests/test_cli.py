@@ -266,28 +266,6 @@ def test_sample_writes_the_images_it_says(checkpoint, tmp_path):
         assert grid.width > 64
 
 
-def test_interrupted_sampling_goes_on_where_it_stopped(checkpoint, tmp_path, monkeypatch):
-    import epg_fast.sampling.job as job
-
-    command = ["sample", "--checkpoint", str(checkpoint), "--num", "7", "--steps", "2", "--batch_size", "3", "--outdir"]
-    assert main([*command, str(tmp_path / "whole")]) == 0
-    drawn, draw = [], job._draw
-
-    def crash(config, model, weak, labels, first):
-        if first == 6 and len(drawn) == 2:
-            drawn.append("crash")
-            raise RuntimeError("crash")
-        drawn.append(first)
-        return draw(config, model, weak, labels, first)
-
-    monkeypatch.setattr(job, "_draw", crash)
-    assert main([*command, str(tmp_path / "cut")]) == 1
-    assert main([*command, str(tmp_path / "cut")]) == 0
-    assert drawn == [0, 3, "crash", 6]
-    whole, cut = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("whole", "cut"))
-    assert np.array_equal(whole, cut) and not (tmp_path / "cut" / "parts").exists()
-
-
 def test_sample_refuses_what_it_cannot_do(capsys, checkpoint, tmp_path):
     out = tmp_path / "s"
     command = ["sample", "--checkpoint", checkpoint, "--num", "2", "--outdir", out]

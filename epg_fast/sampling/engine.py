@@ -41,7 +41,8 @@ class SamplingEngine:
     either, batches have one of a few sizes: a smaller last one is filled up.
     steps_backend: of the steps of `euler` and `heun`, see `epg_fast.diffusion.samplers`.
 
-    `evaluations` is the number of network evaluations per image; `precision` what is computed in.
+    `evaluations` is the number of network evaluations per image; `precision`, `compile` and `cuda_graphs` are what is
+    done, and `model` is the network that is run.
     Weights that are changed later may or may not be seen: make another engine then.
     Raises ValueError for unknown names and options, too few steps, guidance without classes.
     """
@@ -82,13 +83,13 @@ class SamplingEngine:
                 return autoguided(denoiser, weak_denoiser, guidance)
             return denoiser if guidance == 1.0 else guided(denoiser, guidance, interval, model.num_classes)
 
-        self.model, self.batch_size = model, batch_size
+        self.batch_size = batch_size
         self.device = next(model.parameters()).device
         self.precision = available_precision(precision, self.device)
-        self.compile, self._graphs = _ways(compile, cuda_graphs, self.device)
+        self.compile, self.cuda_graphs = _ways(compile, cuda_graphs, self.device)
         if self.compile != "off" or self.precision not in ("fp32", "tf32"):
             networks = [inference_network(network, self.precision) for network in networks]
-        self._networks = networks
+        self.model, self._networks = networks[0], networks
         self._trajectory = Trajectory(
             networks,
             guide,
@@ -105,7 +106,7 @@ class SamplingEngine:
                 _compile(network, self.compile)
             self._trajectory.noise = torch.compile(self._trajectory.noise, dynamic=False)
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
 
     def __call__(
         self,
@@ -168,22 +169,27 @@ class SamplingEngine:
                 bar.update(part.stop - start)
             yield under_way.result()
 
+    @property
+    def fills_batches(self) -> bool:
+        """Whether batches are filled up to one of a few sizes, so that few are compiled and recorded."""
+        return self.compile != "off" or self.cuda_graphs
+
     def _size(self, count: int) -> int | None:
-        """To how many images batches are filled up, so that few sizes are compiled and recorded; None: not at all."""
-        if self.compile == "off" and not self._graphs:
+        """To how many images the batches of `count` images are filled up; None: not at all."""
+        if not self.fills_batches:
             return None
         return min(self.batch_size, 1 << (count - 1).bit_length())
 
     def _draw(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """Images [B, 3, H, W] on the device, which the next call may overwrite."""
         key = (len(inputs[0]), len(inputs) > 3)
-        if self._graphs and key not in self._recorded:
+        if self.cuda_graphs and key not in self._recorded:
             try:
                 self._recorded[key] = GraphedFunction(self._compute, inputs, self._pool)
             except RuntimeError as error:
                 log.warning("no CUDA graphs: %s; launching kernels one by one", str(error).splitlines()[0])
-                self._graphs = False
-        return self._recorded[key](*inputs) if self._graphs else self._compute(*inputs)
+                self.cuda_graphs = False
+        return self._recorded[key](*inputs) if self.cuda_graphs else self._compute(*inputs)
 
     @torch.no_grad()
     def _compute(self, *inputs: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import os
-import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,105 +12,195 @@ import torch
 from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
-from epg_fast.data.manifest import load_class_frequencies
 from epg_fast.models import EPGViT, from_pretrained
-from epg_fast.runtime import resolve_device
-from epg_fast.sampling.engine import sample
-from epg_fast.sampling.writers import save_grid, save_npz, save_pngs, to_uint8
+from epg_fast.sampling.engine import SamplingEngine
+from epg_fast.sampling.folder import FolderLock, check_folder, note_settings, read_settings
+from epg_fast.sampling.image_writer import ImageWriter, png_threads
+from epg_fast.sampling.images import Images
+from epg_fast.sampling.interruption import resumable
+from epg_fast.sampling.labels import choose_labels
+from epg_fast.sampling.precision import image_error
+from epg_fast.sampling.ranks import Ranks, joined, own_device
+from epg_fast.sampling.settings import device_name, drawn_with, requested, resolved
+from epg_fast.sampling.writers import replacing, save_grid, write_npz
 
 log = logging.getLogger("epg_fast")
 _GRID = 100
+_ERROR = "precision.json"
 
 
 def run(config: SampleConfig) -> None:
-    """Draw `config.num` images and write samples.npz and grid.png (and PNGs) to `config.outdir`.
+    """Draw `config.num` images and write samples.npz, PNG files or both, and grid.png, to `config.outdir`.
 
-    Images are kept on disk batch by batch, so that the same command goes on where an interrupted one stopped; finished
-    work is left alone. Raises ValueError for a missing checkpoint or folder name, bad labels, and an output folder of
-    other settings.
+    Under torchrun the ranks share the batches. Images are kept on disk batch by batch: the same command goes on where
+    one that was stopped or killed had come, with any batch size and number of ranks, and leaves finished work alone.
+    Raises ValueError for what the user can mend, before anything is written (checkpoint, labels, guidance, an output
+    folder of other settings or in use); OSError when the disk fails; `Interrupted` after a signal.
     """
     if not config.checkpoint or not config.outdir:
         raise ValueError("sample: --checkpoint and --outdir are needed")
-    outdir, settings = Path(config.outdir), _settings(config)
-    _check_folder(outdir, settings)
-    if (outdir / "samples.npz").exists():
-        log.info("%s already holds these samples", outdir)
-        return
-    device = resolve_device(config.device)
+    with joined() as ranks:
+        _run(config, ranks)
+
+
+def _run(config: SampleConfig, ranks: Ranks) -> None:
+    outdir, device = Path(config.outdir), own_device(config.device)
+    ranks.decide(lambda: check_folder(outdir, requested(config)))  # before weights are read, which may take long
     model = _generator(config.checkpoint, config, device)
     weak = _generator(config.autoguidance, config, device) if config.autoguidance else None
-    labels = choose_labels(config.labels, config.num, model.num_classes, config.seed)
-    _claim_folder(outdir, settings)
-    pixels = np.empty((config.num, model.image_size, model.image_size, model.in_chans), np.uint8)
-    for start in tqdm(range(0, config.num, config.batch_size), desc="sample", unit="batch"):
-        stop = min(start + config.batch_size, config.num)
-        part = outdir / "parts" / f"{start:08d}_{stop:08d}.npy"
-        if not part.exists():
-            _save_array(part, to_uint8(_draw(config, model, weak, labels[start:stop], start)))
-        pixels[start:stop] = np.load(part)
+    _check_guidance(config, model, weak)
+    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed))
+    engine = SamplingEngine(model, weak=weak, **_options(config))
+    settings = resolved(config, model, weak, labels, engine)
+    everyone = ranks.gather((settings, device_name(device)))
+    different = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != everyone[0][0]]
+    if different:
+        raise ValueError(f"rank {different[0]} has read other weights or labels than rank 0; give all the same files")
+    using = drawn_with(config, engine, [name for _, name in everyone])
+    images = Images(outdir, labels, model.image_size)
+    with FolderLock(outdir) as lock:
+        missing = ranks.decide(lambda: _claim(config, images, settings, using, lock))
+        if missing is None:
+            log.info("%s already holds these samples", outdir)
+            return
+        _check_shared(outdir, ranks)
+        with resumable(outdir):
+            if ranks.main and missing and engine.precision != "fp32" and config.error_images:
+                _report_error(config, engine, model, weak, images)
+            del model, weak  # of which the engine may have a copy in 16 bits
+            _draw_missing(config, engine, images, missing, ranks)
+            if ranks.main:
+                _finish(config, images)
+
+
+def _claim(config: SampleConfig, images: Images, settings: dict, using: dict, lock: FolderLock) -> list[range] | None:
+    """The images to draw, with the folder locked and its settings written; None when nothing is left to do."""
+    outdir = images.outdir
+    check_folder(outdir, settings)
+    if images.finished(config.npz, config.png):
+        return None
+    lock.take()
+    check_folder(outdir, settings)  # of another command, which has just ended
+    images.scan()
+    missing = images.missing(config.batch_size)
+    note_settings(outdir, settings, using if missing else None)
+    return missing
+
+
+def _check_shared(outdir: Path, ranks: Ranks) -> None:
+    """Raise ValueError on all ranks when one does not see what the main one has written."""
+    blind = [rank for rank, sees in enumerate(ranks.gather((outdir / "settings.json").exists())) if not sees]
+    if blind:
+        raise ValueError(f"rank {blind[0]} does not see {outdir} of rank 0; --outdir must be a folder that nodes share")
+
+
+def _draw_missing(
+    config: SampleConfig, engine: SamplingEngine, images: Images, missing: list[range], ranks: Ranks
+) -> None:
+    """Draw this rank's share and wait for the others; then the main rank knows of all images."""
+    pieces = missing[ranks.rank :: ranks.world_size]
+    with _Progress(images, missing, ranks) as progress:
+        with ImageWriter(images, part=config.npz, png=config.png) as writer:
+            if pieces:
+                indices = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
+                stream = engine.stream(
+                    _labels(engine.model, images.labels[indices]), indices, config.seed, as_uint8=True
+                )
+                for where, pixels in stream:
+                    writer.add(indices[where], pixels)
+                    progress.drawn(len(pixels))
+        everyone = ranks.gather(writer.written, while_waiting=lambda: progress.drawn(0))
+        progress.drawn(0)
+    if not ranks.main:
+        return
+    for rank, written in enumerate(everyone):
+        unseen = [piece for piece in written if not images.take_in(piece, part=config.npz, png=config.png)]
+        if unseen:
+            raise RuntimeError(
+                f"rank {rank} has written images {unseen[0].start}..{unseen[0].stop - 1}, which rank 0 does not see in "
+                f"{images.outdir}; --outdir must be a folder that nodes share"
+            )
+
+
+class _Progress:
+    """Bar of the main rank: images of all ranks; those of earlier commands count as done, not as speed."""
+
+    def __init__(self, images: Images, missing: list[range], ranks: Ranks):
+        total = len(images.labels)
+        self.start, self.ranks = total - sum(map(len, missing)), ranks
+        name = "sample" if ranks.world_size == 1 else f"sample ({ranks.world_size} processes)"
+        hidden = not ranks.main or not missing
+        self.bar = tqdm(total=total, initial=self.start, desc=name, unit="image", disable=hidden)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def drawn(self, number: int) -> None:
+        """Count images of this rank and show those of all."""
+        count = self.ranks.count(number)
+        self.bar.update(self.start + count - self.bar.n)
+
+
+def _finish(config: SampleConfig, images: Images) -> None:
+    """Write what is wanted and not there yet, from whatever holds the images; the parts go last."""
+    everything = np.ones(len(images.labels), bool)
     if config.png:
-        save_pngs(pixels, np.asarray(labels), outdir / "png")
-    save_grid(pixels[:_GRID], outdir / "grid.png")
-    save_npz(pixels, np.asarray(labels), outdir / "samples.npz", **settings)
-    shutil.rmtree(outdir / "parts")
-    log.info("%d images in %s", len(pixels), outdir)
+        with ThreadPoolExecutor(png_threads()) as pool:
+            for start, pixels in images.read(~images.has_png):
+                list(pool.map(images.save_png, range(start, start + len(pixels)), pixels))
+    if not images.grid.exists():
+        first = np.concatenate([pixels for _, pixels in images.read(np.arange(len(everything)) < _GRID)])
+        save_grid(first, images.grid)
+    if config.npz and not images.npz.exists():
+        log.info("writing %s", images.npz)
+        chunks = (pixels for _, pixels in images.read(everything))
+        write_npz(images.npz, chunks, images.labels, images.shape, read_settings(images.outdir) | _noted_error(images))
+    images.discard_parts()
+    log.info("%d images in %s", len(everything), images.outdir)
 
 
-def _draw(config: SampleConfig, model: EPGViT, weak: EPGViT | None, labels: list[int], first: int) -> torch.Tensor:
-    auto = {"auto": None}
-    return sample(
-        model,
-        labels if model.num_classes else len(labels),
-        seed=config.seed,
-        first=first,
-        sampler=config.sampler,
-        steps=config.steps,
-        guidance=config.guidance,
-        interval=tuple(config.interval),
-        weak=weak,
-        parameterization=auto.get(config.parameterization, config.parameterization),
-        normalization=auto.get(config.normalization, config.normalization),
-        clamp=config.clamp,
-        batch_size=config.batch_size,
-        precision=config.precision,
-        **_churn(config),
+def _report_error(config: SampleConfig, engine: SamplingEngine, model: EPGViT, weak: EPGViT | None, images: Images):
+    """Draw the first images in fp32, too, and write down how far they are from those of the engine."""
+    number = config.error_images
+    options = _options(config) | {"precision": "fp32", "compile": "off", "cuda_graphs": False}
+    want = SamplingEngine(model, weak=weak, **options)(_labels(model, images.labels[:number]), seed=config.seed)
+    # of a whole batch where another number of images would have to be compiled for
+    drawn = images.labels[: max(number, config.batch_size) if engine.fills_batches else number]
+    _, got = next(engine.stream(_labels(model, drawn), seed=config.seed))
+    number = min(number, len(got))
+    error = image_error(got[:number], want[:number])
+    found = {"precision": engine.precision, "images": number} | error
+    with replacing(images.outdir / _ERROR) as file:
+        file.write((json.dumps(found, indent=2) + "\n").encode())
+    log.info(
+        "%s: off by %.2g of fp32 (relative L2 norm), PSNR %.1f dB, in the first %d images",
+        *(engine.precision, error["relative_l2"], error["psnr_db"], number),
     )
 
 
-def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
-    """Labels of `num` images: `balanced` (0, 1, ..., repeated), `random` (uniform, from the seed) or a list `3,7`.
-
-    `frequencies:PATH` draws from the seed with the probabilities in PATH, a manifest.json of `prepare-data` or its
-    folder. Raises ValueError for anything else, labels outside 0..num_classes-1 and another number of frequencies.
-    """
-    if not num_classes:
-        return [0] * num
-    if how == "balanced":
-        return [i % num_classes for i in range(num)]
-    if how == "random":
-        return np.random.default_rng(seed).integers(num_classes, size=num).tolist()
-    if how.startswith("frequencies:"):
-        return _draw_labels(how.removeprefix("frequencies:"), num, num_classes, seed)
-    try:
-        chosen = [int(part) for part in how.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"labels {how!r}: want balanced, random, frequencies:PATH, or class indices such as 3 or 0,1,2"
-        ) from None
-    wrong = [label for label in chosen if not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(f"label {wrong[0]} is out of range: the model has classes 0..{num_classes - 1}")
-    return [chosen[i % len(chosen)] for i in range(num)]
+def _labels(model: EPGViT, labels: np.ndarray) -> np.ndarray | int:
+    """Labels as the engine takes them: their number for a model without classes."""
+    return labels if model.num_classes else len(labels)
 
 
-def _draw_labels(path: str, num: int, num_classes: int, seed: int) -> list[int]:
-    frequencies = load_class_frequencies(path)
-    if len(frequencies) != num_classes:
-        raise ValueError(
-            f"labels: {path} has the frequencies of {len(frequencies)} classes, the model has {num_classes}; "
-            "pass the manifest of the data it was trained on"
-        )
-    return np.random.default_rng(seed).choice(num_classes, size=num, p=frequencies).tolist()
+def _options(config: SampleConfig) -> dict:
+    """Arguments of the engine."""
+    auto = {"auto": None}
+    names = ("sampler", "steps", "guidance", "clamp", "precision", "batch_size", "compile", "cuda_graphs")
+    churn = ("s_churn", "s_min", "s_max", "s_noise") if config.sampler == "edm_sde" else ()
+    return {name: getattr(config, name) for name in names + churn} | {
+        "interval": tuple(config.interval),
+        "parameterization": auto.get(config.parameterization, config.parameterization),
+        "normalization": auto.get(config.normalization, config.normalization),
+    }
+
+
+def _noted_error(images: Images) -> dict:
+    path = images.outdir / _ERROR
+    return {"precision_error": json.loads(path.read_text())} if path.exists() else {}
 
 
 def _generator(source: str, config: SampleConfig, device: torch.device) -> EPGViT:
@@ -122,47 +210,15 @@ def _generator(source: str, config: SampleConfig, device: torch.device) -> EPGVi
     return model.use_ops(config.ops)
 
 
-def _churn(config: SampleConfig) -> dict:
-    if config.sampler != "edm_sde":
-        return {}
-    return {"s_churn": config.s_churn, "s_min": config.s_min, "s_max": config.s_max, "s_noise": config.s_noise}
-
-
-def _settings(config: SampleConfig) -> dict:
-    """What the images depend on, as JSON reads it back."""
-    unrelated = ("outdir", "device", "batch_size", "png")
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in unrelated}
-    settings |= {"s_max": str(config.s_max)} | ({"steps": 1} if config.sampler == "onestep" else {})
-    return json.loads(json.dumps(settings))
-
-
-def _check_folder(outdir: Path, settings: dict) -> None:
-    """Raise ValueError unless the folder is new, empty, or of these settings; nothing is written."""
-    path = outdir / "settings.json"
-    if path.exists():
-        if not (outdir / "samples.npz").exists() and not any((outdir / "parts").glob("*.npy")):
-            return  # nothing was drawn yet
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
-        differing = [k for k in settings if before.get(k) != settings[k]]
-        if differing:
-            shown = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in differing[:3])
-            raise ValueError(f"{outdir} holds samples of other settings ({shown}); choose another --outdir")
-    elif outdir.exists() and (not outdir.is_dir() or any(outdir.iterdir())):
-        raise ValueError(f"{outdir} is not an empty folder and not one of `sample` (no settings.json); choose another")
-
-
-def _claim_folder(outdir: Path, settings: dict) -> None:
-    (outdir / "parts").mkdir(parents=True, exist_ok=True)
-    temporary = outdir / "settings.tmp"
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(temporary, outdir / "settings.json")
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        np.save(f, array)
-    os.replace(temporary, path)
+def _check_guidance(config: SampleConfig, model: EPGViT, weak: EPGViT | None) -> None:
+    if weak is None:
+        if config.guidance != 1 and not model.num_classes:
+            raise ValueError(
+                f"guidance is {config.guidance}, but {config.checkpoint} is unconditional (it has no classes); "
+                "drop --guidance, or guide with --autoguidance CHECKPOINT"
+            )
+        return
+    for name in ("image_size", "in_chans", "num_classes"):
+        got, wanted = getattr(weak, name), getattr(model, name)
+        if got != wanted:
+            raise ValueError(f"autoguidance: {config.autoguidance} has {name} {got}, want {wanted} as the model has")

@@ -9,12 +9,16 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
+
+from epg_fast.data.files import open_atomically
 
 _LARGEST_ENLARGED_TILE = 96
 
@@ -69,35 +73,92 @@ def save_grid(
     for index, tile in enumerate(tiles):
         top, left = index // columns * step_y + padding, index % columns * step_x + padding
         canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    with _replacing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG")
+    save_png(canvas, path)
 
 
 # Positional-only, so that metadata may hold any name: a sampler's configuration has a `labels` of its own.
 def save_npz(images: np.ndarray, labels: np.ndarray, path: str | os.PathLike, /, **metadata) -> None:
-    """Write samples in the layout of ADM's evaluation: `arr_0` images uint8 [N, H, W, 3], `arr_1` labels int64 [N].
+    """Write uint8 images [N, H, W, 3] and their integer labels [N] as `write_npz` does.
 
-    `metadata` (anything JSON holds) becomes one JSON text in the entry `metadata`; infinite numbers become the text
-    "inf", since JSON has no word for them. Raises ValueError when shapes or dtypes differ from the layout.
-    Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
+    Raises ValueError when shapes or dtypes differ from these.
     """
     images, labels = _checked(images, labels)
+    write_npz(path, [images], labels, images.shape[1:], metadata)
+
+
+def write_npz(
+    path: str | os.PathLike,
+    chunks: Iterable[np.ndarray],
+    labels: np.ndarray,
+    shape: tuple[int, int, int],
+    metadata: dict,
+) -> None:
+    """Write samples in the layout of ADM's evaluation: `arr_0` images uint8 [N, H, W, 3], `arr_1` labels int64 [N].
+
+    `chunks`: uint8 [n, H, W, 3], N images in all, one chunk in memory at a time. `labels`: [N]. `shape`: (H, W, 3).
+    `metadata` (anything JSON holds) becomes one JSON text in the entry `metadata`; infinite numbers become the text
+    "inf", since JSON has no word for them. Equal input gives equal bytes.
+    Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
+    """
     text = json.dumps(_finite(metadata), allow_nan=False)
-    # An open file, because savez adds ".npz" to names that lack it and the temporary name would be lost.
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, arr_0=images, arr_1=labels, metadata=np.array(text))
+    with replacing(path) as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            with _member(archive, "arr_0") as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+                written = 0
+                for chunk in chunks:
+                    assert chunk.dtype == np.uint8 and chunk.shape[1:] == tuple(shape)
+                    member.write(np.ascontiguousarray(chunk))
+                    written += len(chunk)
+                assert written == len(labels)
+            for name, array in (("arr_1", np.asarray(labels, np.int64)), ("metadata", np.array(text))):
+                with _member(archive, name) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())  # what it was made from may be removed next
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    # A ZipInfo of its own has a fixed date; ZIP64, because the size is not known to the format before it is written.
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def png_path(outdir: str | os.PathLike, label: int, index: int) -> Path:
+    """`outdir/<class, 4 digits>/<index, 6 digits>.png`."""
+    return Path(outdir) / f"{label:04d}" / f"{index:06d}.png"
+
+
+def save_png(image: np.ndarray, path: str | os.PathLike) -> None:
+    """Write one uint8 image [H, W, 3]."""
+    with replacing(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
 
 
 def save_pngs(images: np.ndarray, labels: np.ndarray, outdir: str | os.PathLike, start: int = 0) -> None:
-    """Write uint8 images [N, H, W, 3] to `outdir/<class, 4 digits>/<index, 6 digits>.png`.
+    """Write uint8 images [N, H, W, 3] with integer labels [N] to their `png_path`.
 
-    `labels`: int64 [N]. `start`: index of the first image, so that batches of one run can follow each other.
+    `start`: index of the first image, so that batches of one run can follow each other.
     Raises ValueError when shapes or dtypes differ from these.
     """
     images, labels = _checked(images, labels)
     for index, (image, label) in enumerate(zip(images, labels, strict=True), start):
-        with _replacing(Path(outdir) / f"{label:04d}" / f"{index:06d}.png") as temporary:
-            Image.fromarray(image).save(temporary, format="PNG")
+        save_png(image, png_path(outdir, label, index))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` only when the body succeeds; folders are made.
+
+    Raises OSError that names `path` when the disk does not take it.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_atomically(path) as file:
+            yield file
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error.strerror or error}") from error
 
 
 def _as_nhwc(images: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -125,16 +186,3 @@ def _finite(value):
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place only when the body succeeds; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from epg_fast.models.blocks import BatchNorm1d
-from epg_fast.runtime import resolve_device
+from epg_fast.runtime import resolve_device, torchrun_store
 
 # How long a rank waits for the others: twice as long as a loader waits for its disk.
 TIMEOUT = datetime.timedelta(minutes=20)
@@ -73,22 +73,12 @@ def start(device: str, parallelism: str = "ddp") -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
         if world_size > 1:
-            dist.init_process_group(backend, store=_store(), rank=rank, world_size=world_size, timeout=TIMEOUT)
+            dist.init_process_group(
+                backend, store=torchrun_store(TIMEOUT), rank=rank, world_size=world_size, timeout=TIMEOUT
+            )
         elif parallelism == "fsdp":
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(rank, world_size, place)
-
-
-def _store() -> dist.Store:
-    """The store that torchrun describes, apart for each of its restarts.
-
-    torchrun keeps one store over all restarts, and a rank that reads the address of a rank of before waits for it. On
-    several nodes the count of restarts may differ between them, so that all share the store.
-    """
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
-    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def explained(error: RuntimeError, ranks: Ranks) -> RuntimeError:

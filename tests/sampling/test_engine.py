@@ -169,7 +169,7 @@ def test_graphs_are_recorded_once_per_size_and_the_last_batch_is_filled_up(model
     monkeypatch.setattr(engine_module, "GraphedFunction", _Replayed)
     monkeypatch.setattr(_Replayed, "made", [])
     engine = SamplingEngine(model, **options)
-    engine._graphs = True
+    engine.cuda_graphs = True
     assert_close(engine(LABELS, seed=4), want, rtol=0, atol=1e-3)
     assert_close(engine(LABELS, seed=4), want, rtol=0, atol=1e-3)
     assert not torch.equal(engine(LABELS, seed=5), want)
@@ -186,7 +186,7 @@ def test_a_device_that_records_no_graph_goes_on_without_and_says_why(model, monk
     monkeypatch.setattr(engine_module, "GraphedFunction", refuse)
     monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
     engine = SamplingEngine(model, steps=3, batch_size=3)
-    engine._graphs = True
+    engine.cuda_graphs = True
     assert_close(engine(LABELS), epg_fast.sample(model, LABELS, steps=3), rtol=0, atol=1e-3)
     (record,) = caplog.records
     assert record.getMessage() == (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epg_fast.data import prepare_shards
-from epg_fast.sampling.job import choose_labels
+from epg_fast.sampling.labels import choose_labels
 
 
 def write(path, **manifest):
@@ -60,3 +60,23 @@ def test_the_other_ways_are_as_before():
     assert choose_labels("balanced", 5, 3, 0) == [0, 1, 2, 0, 1]
     assert choose_labels("2,0", 3, 3, 0) == [2, 0, 2]
     assert choose_labels("random", 4, 3, 0) == np.random.default_rng(0).integers(3, size=4).tolist()
+
+
+def test_a_list_may_have_spaces_and_is_no_longer_than_the_images():
+    for how in ("2,0,1", "2, 0, 1", " 2 0 1 ", "2 ,0\t1"):
+        assert choose_labels(how, 4, 3, 0) == [2, 0, 1, 2]
+    with pytest.raises(ValueError, match="more labels than images, 4 for 3; want at most 3, or --num 4"):
+        choose_labels("0,1,2,0", 3, 3, 0)
+    for how in ("", "0,", "0,,1", "1.5", "0;1"):
+        with pytest.raises(ValueError, match="want balanced, random"):
+            choose_labels(how, 4, 3, 0)
+    for how in ("0,3", "-1"):
+        with pytest.raises(ValueError, match=r"out of range: the model has classes 0\.\.2"):
+            choose_labels(how, 4, 3, 0)
+
+
+def test_a_model_without_classes_takes_no_labels():
+    assert choose_labels("balanced", 3, 0, 0) == [0, 0, 0]
+    for how in ("random", "0", "frequencies:x"):
+        with pytest.raises(ValueError, match="the model is unconditional"):
+            choose_labels(how, 3, 0, 0)

@@ -1,12 +1,16 @@
 import json
 import math
+import struct
+import time
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from epg_fast.sampling.writers import save_grid, save_npz, save_pngs, to_uint8
+from epg_fast.sampling.writers import save_grid, save_npz, save_pngs, to_uint8, write_npz
 
 
 def uint8_images(num=3, size=4):
@@ -111,19 +115,53 @@ def test_npz_keeps_the_name_it_was_given(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["samples.bin"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "samples.npz"
     save_npz(uint8_images(), np.arange(3), path)
     before = path.read_bytes()
 
-    def fail(file, **_):
-        file.write(b"half")
+    def chunks():
+        yield uint8_images()
         raise OSError("disk full")
 
-    monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_npz(uint8_images(), np.arange(3), path)
+    with pytest.raises(OSError, match="could not write .*samples.npz: disk full"):
+        write_npz(path, chunks(), np.arange(6), (4, 4, 3), {})
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_npz_is_written_from_chunks_in_the_memory_of_one(tmp_path):
+    path = tmp_path / "samples.npz"
+    labels = np.arange(512)
+    save_npz(np.zeros((2, 128, 128, 3), np.uint8), labels[:2], tmp_path / "warm.npz")
+    tracemalloc.start()
+    chunks = (np.full((8, 128, 128, 3), i, np.uint8) for i in range(64))  # 393 kB each, 25 MB in all
+    write_npz(path, chunks, labels, (128, 128, 3), {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+    with np.load(path, allow_pickle=False) as file:
+        images = file["arr_0"]
+        assert images.shape == (512, 128, 128, 3) and np.array_equal(file["arr_1"], labels)
+        assert np.array_equal(images[:, 0, 0, 0], labels // 8) and np.array_equal(images[:, -1, -1, 2], labels // 8)
+
+
+def test_npz_members_are_those_that_adm_reads_and_hold_no_time(tmp_path, monkeypatch):
+    save_npz(uint8_images(), np.arange(3), tmp_path / "a.npz", sampler="heun")
+    monkeypatch.setattr(time, "localtime", lambda *_: time.struct_time((2001, 1, 1, 0, 0, 0, 0, 1, 0)))
+    monkeypatch.setattr(time, "time", lambda: 978307200.0)
+    write_npz(
+        tmp_path / "b.npz", [uint8_images()[:1], uint8_images()[1:]], np.arange(3), (4, 4, 3), {"sampler": "heun"}
+    )
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    # ZIP64 from the first byte, for more than 4 GB: the local header has the extra field of long sizes.
+    assert struct.unpack_from("<HH", (tmp_path / "a.npz").read_bytes(), 26) == (len("arr_0.npy"), 20)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert [entry.filename for entry in archive.infolist()] == ["arr_0.npy", "arr_1.npy", "metadata.npy"]
+        assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        with archive.open("arr_0.npy") as member:
+            assert np.lib.format.read_magic(member) == (1, 0)
+            assert np.lib.format.read_array_header_1_0(member) == ((3, 4, 4, 3), False, np.uint8)
+            assert member.read() == uint8_images().tobytes()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from epg_fast import config as configs
 from epg_fast.__main__ import main
 from epg_fast.models import create_encoder, save_weights
+from epg_fast.runtime import torchrun_store
 from epg_fast.training import distributed
 from epg_fast.training.distributed import Ranks
 from tests.training import ddp_worker
@@ -120,6 +121,6 @@ def test_a_restart_does_not_see_the_addresses_of_before(nodes, seen, monkeypatch
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: iter([(kept, 0, 2)]))
     for name, value in {"WORLD_SIZE": 2 * nodes, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 0}.items():
         monkeypatch.setenv(name, str(value))
-    distributed._store().set("address", "of a rank that is gone")
+    torchrun_store(distributed.TIMEOUT).set("address", "of a rank that is gone")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert distributed._store().check(["address"]) == seen
+    assert torchrun_store(distributed.TIMEOUT).check(["address"]) == seen

@@ -1,0 +1,57 @@
+"""Which class each image is of."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from epg_fast.data.manifest import load_class_frequencies
+
+
+def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
+    """Labels of `num` images: `balanced` (0, 1, ..., repeated), `random` (uniform, from the seed) or a list `3,7`.
+
+    `frequencies:PATH` draws from the seed with the probabilities in PATH, a manifest.json of `prepare-data` or its
+    folder. An unconditional model (num_classes 0) has zeros, and takes `balanced` only. Raises ValueError for anything
+    else, labels outside 0..num_classes-1, a list longer than `num` and another number of frequencies.
+    """
+    if not num_classes:
+        if how != "balanced":
+            raise ValueError(f"labels: got {how!r}, but the model is unconditional (it has no classes); drop --labels")
+        return [0] * num
+    if how == "balanced":
+        return [i % num_classes for i in range(num)]
+    if how == "random":
+        return np.random.default_rng(seed).integers(num_classes, size=num).tolist()
+    if how.startswith("frequencies:"):
+        return _draw(how.removeprefix("frequencies:"), num, num_classes, seed)
+    chosen = _listed(how, num_classes)
+    if len(chosen) > num:
+        raise ValueError(
+            f"labels: got more labels than images, {len(chosen)} for {num}; want at most {num}, or --num {len(chosen)}"
+        )
+    return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def _listed(how: str, num_classes: int) -> list[int]:
+    try:
+        chosen = [int(label) for label in re.split(r"\s*,\s*|\s+", how.strip())]
+    except ValueError:
+        raise ValueError(
+            f"labels {how!r}: want balanced, random, frequencies:PATH, or class indices such as 3 or 0,1,2"
+        ) from None
+    wrong = [label for label in chosen if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"label {wrong[0]} is out of range: the model has classes 0..{num_classes - 1}")
+    return chosen
+
+
+def _draw(path: str, num: int, num_classes: int, seed: int) -> list[int]:
+    frequencies = load_class_frequencies(path)
+    if len(frequencies) != num_classes:
+        raise ValueError(
+            f"labels: {path} has the frequencies of {len(frequencies)} classes, the model has {num_classes}; "
+            "pass the manifest of the data it was trained on"
+        )
+    return np.random.default_rng(seed).choice(num_classes, size=num, p=frequencies).tolist()
