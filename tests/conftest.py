@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import logging
 import os
 
 import pytest
@@ -15,6 +16,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+class _Log(logging.Handler):
+    """What the package logs, from INFO on."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """`log.messages`: the lines of the package's logger in this test, whether or not a command ran before it."""
+    logger, handler = logging.getLogger("epg_fast"), _Log()
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """`evaluate --reference`: figures against independent computations, what is recorded, and every unsuitable file."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -136,13 +135,12 @@ def test_result_says_how_the_samples_were_drawn_and_by_which_network_they_are_ju
     assert "FID: against 80 reference images. Inception Score: 10 splits" in result["protocol"]
 
 
-def test_few_samples_are_said_to_be_few(files, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
+def test_few_samples_are_said_to_be_few(files, log):
     evaluate_fid(config(files))
-    assert not caplog.messages
+    assert not log.messages
     save_npz(FAKE[:6], np.arange(6), files / "few.npz", **NOTE)
     evaluate_fid(config(files, samples="few.npz", splits=1))
-    assert len(caplog.messages) == 1 and "6 samples do not determine a covariance of 6 features" in caplog.text
+    assert len(log.messages) == 1 and "6 samples do not determine a covariance of 6 features" in log.messages[0]
 
 
 MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)

@@ -1,7 +1,6 @@
 """A number is never without how its images were drawn, or the word that nobody knows."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -30,59 +29,53 @@ def samples(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
-    return caplog
-
-
-def test_the_note_of_an_npz_is_the_record(samples, warnings):
+def test_the_note_of_an_npz_is_the_record(samples, log):
     record = sampling_record(samples / "noted.npz", 6)
     assert record["source"].endswith("noted.npz: metadata")
     assert record.items() >= (NOTE | {"s_max": "inf", "evaluations": 34}).items()
     assert {*record} == KEYS | {"s_max", "clamp"} and record["guidance"] is None
-    assert not warnings.messages
+    assert not log.messages
 
 
-def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, warnings):
+def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, log):
     record = sampling_record(samples / "out" / "png", 6)
     assert record["source"] == str(samples / "out" / "settings.json") and record.items() >= NOTE.items()
     assert record["evaluations"] is None
     (samples / "out" / "png" / "settings.json").write_text(json.dumps(NOTE | {"seed": 4}))
     assert sampling_record(samples / "out" / "png", 6)["seed"] == 4
-    assert not warnings.messages
+    assert not log.messages
 
 
-def test_what_sample_notes_fills_the_record(tmp_path, warnings):
+def test_what_sample_notes_fills_the_record(tmp_path, log):
     config = SampleConfig(checkpoint="runs/x", outdir=str(tmp_path), num=2, guidance=2.5)
     model = EPGViT(16, 8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_embed_dim=48, num_classes=5)
     settings = resolved(config, model, None, np.arange(2), SamplingEngine(model, guidance=2.5))
     save_npz(np.zeros((2, 4, 4, 3), np.uint8), np.arange(2), tmp_path / "samples.npz", **settings)
     record = sampling_record(tmp_path / "samples.npz", 2)
-    assert all(record[key] is not None for key in KEYS) and not warnings.messages
+    assert all(record[key] is not None for key in KEYS) and not log.messages
     assert (record["checkpoint"], record["guidance"], record["precision"]) == ("runs/x", 2.5, "fp32")
     assert record["evaluations"] == 74
 
 
-def test_samples_without_a_note_have_nulls_and_one_warning(samples, warnings):
+def test_samples_without_a_note_have_nulls_and_one_warning(samples, log):
     (samples / "out" / "real").mkdir()
     (samples / "png").mkdir()
     for source in ("foreign.npz", "out/real", "png"):
-        warnings.clear()
+        log.messages.clear()
         record = sampling_record(samples / source, 6)
         assert {*record} == KEYS and record.pop("num") == 6 and not any(record.values())
-        assert len(warnings.messages) == 1 and "cannot be attributed" in warnings.messages[0]
+        assert len(log.messages) == 1 and "cannot be attributed" in log.messages[0]
 
 
-def test_settings_of_something_else_are_no_note(samples, warnings):
+def test_settings_of_something_else_are_no_note(samples, log):
     (samples / "out" / "settings.json").write_text('{"editor": "vi"}')
     record = sampling_record(samples / "out" / "png", 6)
-    assert record["source"] is None and "editor" not in record and len(warnings.messages) == 1
+    assert record["source"] is None and "editor" not in record and len(log.messages) == 1
 
 
-def test_a_note_about_another_number_of_images_is_said(samples, warnings):
+def test_a_note_about_another_number_of_images_is_said(samples, log):
     assert sampling_record(samples / "noted.npz", 5)["num"] == 5
-    assert "holds 5 images" in warnings.text and "is about 6" in warnings.text
+    assert "holds 5 images" in log.text and "is about 6" in log.text
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])

@@ -1,7 +1,5 @@
 """Precisions of sampling: what is cast, how far images move, and what happens where hardware lacks one."""
 
-import logging
-
 import pytest
 import torch
 
@@ -21,13 +19,6 @@ def make_model(**changes):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return model
-
-
-@pytest.fixture
-def log(monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("epg_fast"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 @pytest.mark.parametrize(("name", "bounds"), [("bf16", (1e-4, 2e-3)), ("fp16", (1e-5, 2e-4)), ("fp8", (5e-4, 1e-2))])
@@ -114,7 +105,7 @@ def test_precisions_that_the_device_lacks_give_way_and_say_so(log, monkeypatch):
     assert engine.precision == "fp32"
     assert log.messages == ["precision tf32: a CPU has no TF32 products; computing in fp32"]
     assert torch.equal(engine([0]), epg_fast.sample(model, [0], steps=3))
-    log.clear()
+    log.messages.clear()
     monkeypatch.setattr(precision, "_name", lambda device: "an old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert precision.available_precision("tf32", torch.device("cuda")) == "tf32"
@@ -128,7 +119,7 @@ def test_fp8_on_a_cpu_without_such_a_product_shows_its_numbers(monkeypatch, log)
     options = {"sampler": "onestep", "precision": "fp8"}
     want = epg_fast.sample(model, [0, 1], **options)
     monkeypatch.setattr(precision, "cpu_has_row_scales", lambda: False)
-    log.clear()
+    log.messages.clear()
     got = epg_fast.sample(model, [0, 1], **options)
     assert "float32 products of the rounded values" in log.messages[0]
     assert image_error(got, want)["relative_l2"] < 1e-2
