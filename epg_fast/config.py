@@ -524,7 +524,7 @@ class SampleConfig:
     """What weights and matrix products are computed in; one that the device lacks gives way to the nearest, with a
     message. `fp32` is the released code's."""
     error_images: int = 8
-    """How many images to draw in fp32 as well, to report how far those in `precision` are from them; 0 for none."""
+    """Images to draw in fp32 as well, at most a batch, to report how far those in `precision` are from them."""
     compile: Literal["auto", "off", "blocks", "network"] = "auto"
     """torch.compile of the transformer blocks or of the whole network; `auto`: of the blocks, on a GPU."""
     cuda_graphs: bool | None = None

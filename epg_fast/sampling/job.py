@@ -65,7 +65,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
             return
         _check_shared(outdir, ranks)
         with resumable(outdir):
-            if ranks.main and missing and engine.precision != "fp32" and config.error_images:
+            if ranks.main and missing and _wants_error(config, engine, images):
                 _report_error(config, engine, model, weak, images)
             del model, weak  # of which the engine may have a copy in 16 bits
             _draw_missing(config, engine, images, missing, ranks)
@@ -162,16 +162,19 @@ def _finish(config: SampleConfig, images: Images) -> None:
     log.info("%d images in %s", len(everything), images.outdir)
 
 
+def _wants_error(config: SampleConfig, engine: SamplingEngine, images: Images) -> bool:
+    return bool(config.error_images and engine.precision != "fp32" and not (images.outdir / _ERROR).exists())
+
+
 def _report_error(config: SampleConfig, engine: SamplingEngine, model: EPGViT, weak: EPGViT | None, images: Images):
     """Draw the first images in fp32, too, and write down how far they are from those of the engine."""
-    number = config.error_images
+    number = min(config.error_images, config.batch_size, config.num)
     options = _options(config) | {"precision": "fp32", "compile": "off", "cuda_graphs": False}
     want = SamplingEngine(model, weak=weak, **options)(_labels(model, images.labels[:number]), seed=config.seed)
     # of a whole batch where another number of images would have to be compiled for
-    drawn = images.labels[: max(number, config.batch_size) if engine.fills_batches else number]
+    drawn = images.labels[: config.batch_size if engine.fills_batches else number]
     _, got = next(engine.stream(_labels(model, drawn), seed=config.seed))
-    number = min(number, len(got))
-    error = image_error(got[:number], want[:number])
+    error = image_error(got[:number], want)
     found = {"precision": engine.precision, "images": number} | error
     with replacing(images.outdir / _ERROR) as file:
         file.write((json.dumps(found, indent=2) + "\n").encode())

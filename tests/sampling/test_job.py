@@ -16,7 +16,8 @@ from PIL import Image
 
 from epg_fast.__main__ import main
 from epg_fast.config import SampleConfig
-from epg_fast.sampling import job
+from epg_fast.models import from_pretrained
+from epg_fast.sampling import image_error, job, sample
 from epg_fast.sampling.image_writer import ImageWriter
 from epg_fast.sampling.images import Images
 from tests.sampling.conftest import write_checkpoint
@@ -114,6 +115,25 @@ def test_the_folder_says_what_it_holds(whole, checkpoint):
         with Image.open(whole / "png" / f"{label:04d}" / f"{i:06d}.png") as file:
             assert np.array_equal(np.asarray(file), images[i])
     assert Image.open(whole / "grid.png").width > 3 * 96
+
+
+@pytest.mark.parametrize("classes", [10, 0])
+def test_the_error_of_a_precision_is_measured_on_the_first_images(command, tmp_path, classes, monkeypatch):
+    checkpoint = write_checkpoint(tmp_path / "model.safetensors", num_classes=classes)
+    arguments = [*command, "--checkpoint", str(checkpoint), "--precision", "bf16", "--outdir", str(tmp_path / "s")]
+    assert main([*arguments, "--error_images", "4"]) == 0
+    model, labels = from_pretrained(checkpoint), [0, 1, 2, 3] if classes else 4
+    want = image_error(*(sample(model, labels, steps=2, batch_size=3, precision=p) for p in ("bf16", "fp32")))
+    found = json.loads((tmp_path / "s" / "precision.json").read_text())
+    assert found == {"precision": "bf16", "images": 3} | found  # of the first batch
+    assert found["relative_l2"] == pytest.approx(want["relative_l2"], rel=0.5) and 0 < found["relative_l2"] < 0.2
+    assert arrays(tmp_path / "s")[2]["precision_error"] == found
+    monkeypatch.setattr(job, "_report_error", None)  # it is not measured again
+    (tmp_path / "s" / "samples.npz").unlink()
+    (tmp_path / "s" / "grid.png").unlink()
+    assert main(arguments) == 0
+    assert main([*arguments[:-1], str(tmp_path / "other"), "--error_images", "0"]) == 0
+    assert not (tmp_path / "other" / "precision.json").exists()
 
 
 def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(command, whole, tmp_path):
