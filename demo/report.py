@@ -19,17 +19,27 @@ SAMPLES = {
     "diffusion_unguided": "Diffusion, unguided",
     "consistency": "Consistency, one step",
 }
+PRECISIONS = ("bf16", "fp8")
 PROBES = {"probe_before": "before pre-training", "probe_after": "after pre-training"}
 SAMPLE_KEYS = ("accuracy", "frechet_distance", "classifier_accuracy", "baselines", "protocol", "sampling")
 PROBE_KEYS = ("accuracy", "protocol")
-# (evaluation, figure, wanted): accuracy is to reach the number, the Frechet distance is not to exceed it.
+# (samples, figure, wanted): what AT_LEAST names is to reach the number, the others are not to exceed it.
 GOALS = [
     ("diffusion", "accuracy", 0.95),
     ("diffusion", "frechet_distance", 0.30),
     ("consistency", "accuracy", 0.85),
     ("consistency", "frechet_distance", 0.50),
+    ("diffusion_bf16", "psnr_db", 35.0),
+    ("diffusion_fp8", "accuracy_lost", 0.01),
 ]
-FIGURES = {"accuracy": "accuracy", "frechet_distance": "Frechet distance"}
+AT_LEAST = ("accuracy", "psnr_db")
+FIGURES = {
+    "accuracy": "accuracy",
+    "frechet_distance": "Frechet distance",
+    "psnr_db": "PSNR against fp32, dB",
+    "accuracy_lost": "accuracy lost against fp32",
+}
+TITLES = SAMPLES | {f"diffusion_{precision}": f"Diffusion, guided, {precision}" for precision in PRECISIONS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,11 +74,16 @@ def gather(run: Path) -> dict:
         raise ReportError(
             f"the probes in {run / 'eval'} have different noise levels; run the whole demo with: make demo"
         )
+    evaluations["diffusion_fp8"] = read_json(run / "eval" / "diffusion_fp8.json", ("accuracy",))
+    precisions = {
+        f"diffusion_{name}": read_json(run / f"samples_diffusion_{name}" / "precision.json", ("psnr_db", "relative_l2"))
+        for name in PRECISIONS
+    }
     timings = read_json(run / "timings.json")
     for name in SAMPLES:
         existing(run / f"samples_{name}" / "grid.png")
     curves = {name: read_metrics(run / name / "metrics.jsonl") for name in STAGES}
-    return {"evaluations": evaluations, "timings": timings, "curves": curves}
+    return {"evaluations": evaluations, "precisions": precisions, "timings": timings, "curves": curves}
 
 
 def existing(path: Path) -> Path:
@@ -177,12 +192,15 @@ def plot_probe(evaluations: dict, path: Path) -> None:
 
 def summarize(found: dict) -> dict:
     """All figures in one place, with goals and whether each is reached."""
-    evaluations = found["evaluations"]
-    goals = [judge(evaluations[name], name, figure, wanted) for name, figure, wanted in GOALS]
+    evaluations, precisions = found["evaluations"], found["precisions"]
+    lost = evaluations["diffusion"]["accuracy"] - evaluations["diffusion_fp8"]["accuracy"]
+    precisions["diffusion_fp8"]["accuracy_lost"] = lost
+    goals = [judge((evaluations | precisions)[name], name, figure, wanted) for name, figure, wanted in GOALS]
     return {
         "goals_reached": all(goal["reached"] for goal in goals),
         "goals": goals,
         "samples": {name: evaluations[name] for name in SAMPLES},
+        "precisions": precisions,
         "probe": {name: evaluations[name] for name in PROBES},
         "training": {name: training_figures(rows) for name, rows in found["curves"].items()},
         "timings_s": found["timings"],
@@ -193,7 +211,7 @@ def summarize(found: dict) -> dict:
 
 def judge(evaluation: dict, name: str, figure: str, wanted: float) -> dict:
     value = evaluation[figure]
-    reached = value >= wanted if figure == "accuracy" else value <= wanted
+    reached = value >= wanted if figure in AT_LEAST else value <= wanted
     return {"samples": name, "figure": figure, "wanted": wanted, "value": value, "reached": bool(reached)}
 
 
@@ -231,15 +249,19 @@ def goals_table(metrics: dict) -> list[str]:
     rows = ["| samples | figure | value | goal | reached |", "|---|---|---|---|---|"]
     for goal in metrics["goals"]:
         value, wanted = shown(goal, "value"), shown(goal, "wanted")
-        sign = "at least" if goal["figure"] == "accuracy" else "at most"
+        sign = "at least" if goal["figure"] in AT_LEAST else "at most"
         reached = "yes" if goal["reached"] else "**no**"
         rows.append(
-            f"| {SAMPLES[goal['samples']]} | {FIGURES[goal['figure']]} | {value} | {sign} {wanted} | {reached} |"
+            f"| {TITLES[goal['samples']]} | {FIGURES[goal['figure']]} | {value} | {sign} {wanted} | {reached} |"
         )
     unguided = metrics["samples"]["diffusion_unguided"]
-    for figure, name in FIGURES.items():
+    for figure in ("accuracy", "frechet_distance"):
         value = shown({"figure": figure, "value": unguided[figure]}, "value")
-        rows.append(f"| {SAMPLES['diffusion_unguided']} | {name} | {value} | none set | |")
+        rows.append(f"| {SAMPLES['diffusion_unguided']} | {FIGURES[figure]} | {value} | none set | |")
+    rows += [
+        f"| {TITLES[name]} | relative L2 error against fp32 | {error['relative_l2']:.2g} | none set | |"
+        for name, error in metrics["precisions"].items()
+    ]
     return ["\n".join(rows), metrics["samples"]["diffusion"]["protocol"]]
 
 
@@ -302,14 +324,15 @@ def costs(metrics: dict) -> list[str]:
 
 
 def shown(goal: dict, key: str) -> str:
-    return f"{goal[key]:.1%}" if goal["figure"] == "accuracy" else f"{goal[key]:.3f}"
+    formats = {"accuracy": ".1%", "accuracy_lost": ".1%", "psnr_db": ".1f"}
+    return format(goal[key], formats.get(goal["figure"], ".3f"))
 
 
 def goal_line(goal: dict) -> str:
-    sign = ">=" if goal["figure"] == "accuracy" else "<="
+    sign = ">=" if goal["figure"] in AT_LEAST else "<="
     verdict = "yes" if goal["reached"] else "NO"
-    name = f"{SAMPLES[goal['samples']]}: {FIGURES[goal['figure']]}"
-    return f"{name:<42} {shown(goal, 'value'):>7} (goal {sign} {shown(goal, 'wanted')})  reached: {verdict}"
+    name = f"{TITLES[goal['samples']]}: {FIGURES[goal['figure']]}"
+    return f"{name:<52} {shown(goal, 'value'):>7} (goal {sign} {shown(goal, 'wanted')})  reached: {verdict}"
 
 
 def save(figure, path: Path) -> None:

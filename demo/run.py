@@ -42,9 +42,15 @@ STEPS = {
         f"sample --checkpoint {OUTDIR}/consistency --num 500 --batch_size 250 --sampler onestep "
         f"--outdir {OUTDIR}/samples_consistency",
     ],
+    # A CPU shows what these precisions do to the images, not how fast they are.
+    "precisions": [
+        f"sample --checkpoint {OUTDIR}/diffusion --num {num} --batch_size 100 --steps 18 {GUIDANCE} "
+        f"--precision {precision} --error_images 100 --outdir {OUTDIR}/samples_diffusion_{precision}"
+        for precision, num in (("bf16", 100), ("fp8", 500))
+    ],
     "evaluate": [
         f"evaluate --samples {OUTDIR}/samples_{name}/samples.npz {REAL} --output {OUTDIR}/eval/{name}.json"
-        for name in ("diffusion", "diffusion_unguided", "consistency")
+        for name in ("diffusion", "diffusion_unguided", "consistency", "diffusion_fp8")
     ],
 }
 

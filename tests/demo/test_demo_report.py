@@ -63,6 +63,9 @@ def run(tmp_path):
     write(run / "eval" / "diffusion.json", samples(0.982, 0.16, sampler="heun", steps=18, guidance=1.5))
     write(run / "eval" / "diffusion_unguided.json", samples(0.942, 0.159, sampler="heun", steps=18, guidance=1.0))
     write(run / "eval" / "consistency.json", samples(0.916, 0.349, sampler="onestep", steps=1))
+    write(run / "eval" / "diffusion_fp8.json", samples(0.98, 0.17))
+    write(run / "samples_diffusion_bf16" / "precision.json", {"psnr_db": 55.2, "relative_l2": 0.0034})
+    write(run / "samples_diffusion_fp8" / "precision.json", {"psnr_db": 38.1, "relative_l2": 0.024})
     write(run / "eval" / "probe_before.json", probe(0.76, 0.7, 0.5, 0.3))
     write(run / "eval" / "probe_after.json", probe(0.95, 0.94, 0.85, 0.5))
     write(run / "timings.json", {"pretrain": 60.4, "diffusion": 115.0, "consistency": 110.2})
@@ -78,7 +81,7 @@ def test_finished_demo_gives_pictures_figures_and_a_report(run, capsys):
         pixels = np.asarray(Image.open(run / name).convert("L"))
         assert pixels.shape[1] > 500 and pixels.std() > 10
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["goals_reached"] is True and len(metrics["goals"]) == 4
+    assert metrics["goals_reached"] is True and len(metrics["goals"]) == 6
     assert metrics["total_s"] == pytest.approx(285.6)
     assert metrics["training"]["diffusion"]["steps"] == 3000
     assert metrics["samples"]["consistency"]["accuracy"] == 0.916
@@ -97,6 +100,9 @@ def test_report_shows_goals_pictures_machine_and_remarks(run):
     text = (run / "report.md").read_text()
     assert "| Diffusion, guided | accuracy | 98.2% | at least 95.0% | yes |" in text
     assert "| Consistency, one step | Frechet distance | 0.349 | at most 0.500 | yes |" in text
+    assert "| Diffusion, guided, bf16 | PSNR against fp32, dB | 55.2 | at least 35.0 | yes |" in text
+    assert "| Diffusion, guided, fp8 | accuracy lost against fp32 | 0.2% | at most 1.0% | yes |" in text
+    assert "| Diffusion, guided, fp8 | relative L2 error against fp32 | 0.024 | none set | |" in text
     for picture in ("samples_diffusion/grid.png", "samples_consistency/grid.png", "curves.png", "probe.png"):
         assert f"]({picture})" in text and (run / picture).is_file()
     for part in (
@@ -132,6 +138,14 @@ def test_goals_are_judged_by_both_figures(run, capsys, name, accuracy, distance,
     assert ("**no**" in (run / "report.md").read_text()) is not all(reached)
 
 
+def test_precisions_are_judged_by_what_they_do_to_the_images(run):
+    write(run / "samples_diffusion_bf16" / "precision.json", {"psnr_db": 34.9, "relative_l2": 0.05})
+    write(run / "eval" / "diffusion_fp8.json", samples(0.971, 0.17))
+    report.main([str(run)])
+    goals = json.loads((run / "metrics.json").read_text())["goals"]
+    assert [goal["samples"] for goal in goals if not goal["reached"]] == ["diffusion_bf16", "diffusion_fp8"]
+
+
 @pytest.mark.parametrize(
     "missing",
     [
@@ -140,6 +154,8 @@ def test_goals_are_judged_by_both_figures(run, capsys, name, accuracy, distance,
         "eval/probe_before.json",
         "timings.json",
         "samples_diffusion_unguided/grid.png",
+        "samples_diffusion_bf16/precision.json",
+        "eval/diffusion_fp8.json",
     ],
 )
 def test_a_missing_input_is_named_with_the_command_that_makes_it(run, missing):
@@ -202,7 +218,8 @@ def test_what_evaluation_returns_is_what_the_report_reads(run, tmp_path):
     data = tmp_path / "digits"
     prepare_digits(data)
     config = EvaluateConfig(samples=str(data / "test"), train=str(data / "train"), test=str(data / "test"))
-    write(run / "eval" / "diffusion.json", evaluate_samples(config))
+    for name in ("diffusion", "diffusion_fp8"):
+        write(run / "eval" / f"{name}.json", evaluate_samples(config))
     report.main([str(run)])
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["goals_reached"] is True
