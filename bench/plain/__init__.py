@@ -1,4 +1,4 @@
-"""EPG in the plainest PyTorch: the lowest rung of the benchmarks' ladders, and nothing of the package it is compared with.
+"""EPG in the plainest PyTorch: the lowest rung of the ladders, without a line of what it is compared with.
 
 The operations are those of the released implementation, one call each, in its order: networks.py (LayerNorm in float32,
 modulation, gates, concatenated skips and GELU as passes of their own; an adaLN projection per block), diffusion.py

@@ -1,4 +1,4 @@
-"""Encoder and generator (SPEC 3). Weights are to be loaded: the initial ones are PyTorch's defaults, and zero tokens."""
+"""Encoder and generator (SPEC 3), for weights that are loaded: the initial ones are PyTorch's defaults."""
 
 from __future__ import annotations
 
