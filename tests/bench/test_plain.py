@@ -130,6 +130,14 @@ def test_interval_guidance_calls_the_network_twice_inside_the_interval(name):
     assert calls == wanted
 
 
+def test_the_interval_of_guidance_has_its_upper_end_and_not_its_lower():
+    calls = []
+    guidance = plain.IntervalGuidance(lambda x, t, y: calls.append(int(y)) or x, 10, interval=(0.25, 1.0))
+    for sigma in (0.25, 0.26, 1.0, 1.01):
+        guidance(torch.ones(1, 3, 64, 64), torch.tensor([sigma]), torch.tensor([3]))
+    assert calls == [3, 3, 10, 3, 10, 3]
+
+
 @pytest.mark.parametrize("index", Case("pretrain_step").config["indices"])
 def test_pretraining_loss(index):
     case = Case("pretrain_step")
@@ -173,6 +181,7 @@ def test_both_passes_of_the_consistency_loss_drop_the_same_values():
     case = Case("consistency_step")
     network = _load(plain.PlainGenerator, case.config["model"] | {"drop": 0.5}, case.weights("gen"))
     x, noise, y, t = (case[name] for name in ("x_start", "noise", "y", "t"))
+    assert not torch.equal(network(x, t, y), network(x, t, y))
     loss = plain.consistency_loss(network, x, noise, y, t, 0.999 * t, 2)
     apart = plain.consistency_loss(network.eval(), x, noise, y, t, 0.999 * t, 2)
     assert loss.sum() < 3 * apart.sum()  # other masks would make it many times as large
@@ -195,7 +204,7 @@ def test_three_updates_are_those_of_the_package_warm_up_and_clipping_included():
     from epg_fast.objectives import denoising_loss
     from epg_fast.training.optimizer import lr_factor, make_optimizer
 
-    options = {"lr": 1e-3, "weight_decay": 0.1}
+    options = {"lr": 1e-3, "weight_decay": 5.0}
     case, trainer, ours, our_average = _twins(
         (0.9, 0.99), average_decay=0.9, warmup_steps=2, clip_norm=0.5, dtype=None, **options
     )

@@ -63,6 +63,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
         ({"median": math.nan}, "wanted rising positive numbers"),
         ({"median": 0.0, "p20": 0.0}, "wanted rising positive numbers"),
         ({"p20": 102.0}, "wanted rising positive numbers"),
+        ({"p80": 99.0}, "wanted rising positive numbers"),
         ({"p80": None}, "wanted rising positive numbers"),
         ({"p80": math.inf}, "wanted rising positive numbers"),
         ({"median": None, "p20": None, "p80": None}, "no numbers and no note"),
