@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.results import processor
 from epg_fast.config import AugmentConfig, DataConfig
 from epg_fast.data import ImageSource, Loader, make_loader, open_images
 
@@ -145,14 +145,6 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     luma, warm, cool = planes
     pixels = 118 + 55 * luma[..., None] + 22 * np.stack([warm, 0 * warm, cool], axis=-1)
     return pixels.clip(0, 255).astype(np.uint8)
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ traffic model and FLOP count, and their shares of what a large copy and a large 
 session.
 """
 
-import platform
 import statistics
-import subprocess
 import time
 
 import pytest
 import torch
+
+from bench.results import header
 
 _CUDA = torch.cuda.is_available()
 _COLD_BYTES = 512 << 20  # inputs touched before any is touched again: several times the L2 cache of an H200
@@ -113,10 +113,5 @@ def _synchronise() -> None:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine_info |= {
-        "device": torch.cuda.get_device_name() if _CUDA else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit or "unknown",
-    }
+    # "cpu" is pytest-benchmark's own, and more
+    machine_info |= {name: value for name, value in header().items() if name != "cpu"}

@@ -1,4 +1,4 @@
-"""Nominal peaks of GPUs, and what a run makes of them: MFU and peak memory."""
+"""Nominal peaks and bandwidths of GPUs, and what a run makes of them: MFU and peak memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("epg_fast")
 
 @dataclass(frozen=True)
 class Gpu:
-    """Nominal dense peaks of matrix products in TFLOP/s; `device` matches torch.cuda.get_device_name."""
+    """Nominal dense peaks of matrix products in TFLOP/s, and of memory; `device` matches torch.cuda.get_device_name."""
 
     name: str
     device: str
@@ -26,6 +26,8 @@ class Gpu:
     tf32: float
     fp32: float
     """Without tensor cores."""
+    bandwidth: float | None
+    """Of memory, in TB/s; None where the sources differ."""
 
     def peak(self, precision: str) -> tuple[float, str]:
         """(FLOP/s of products under `precision`, the format meant); float32 follows set_float32_matmul_precision."""
@@ -37,16 +39,19 @@ class Gpu:
 
 
 # NVIDIA's datasheets, which give figures with 2:4 sparsity where one is halved here: A100 (2021), H100 (2023: SXM and
-# PCIe), H200 (2024: SXM), L40S (2023), HGX B200 (2025: an eighth of the board); its Ada whitepaper (2023) for the
-# RTX 4090. A device of another name (NVL, Laptop, MIG) has other peaks, and is not here.
+# PCIe), H200 (2024: SXM), L40S (2023), HGX B200 (2025: an eighth of the board; its memory is given as 7.7 to 8 TB/s);
+# its Ada whitepaper (2023) for the RTX 4090. A device of another name (NVL, Laptop, MIG) has other peaks, and is not
+# here.
 GPUS = (
-    Gpu("A100", r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe", 312, 156, 19.5),
-    Gpu("H100", r"NVIDIA H100 80GB HBM3", 1979 / 2, 989 / 2, 67),
-    Gpu("H100 PCIe", r"NVIDIA H100 PCIe", 1513 / 2, 756 / 2, 51),
-    Gpu("H200", r"NVIDIA H200", 1979 / 2, 989 / 2, 67),
-    Gpu("L40S", r"NVIDIA L40S", 362.05, 183, 91.6),
-    Gpu("RTX 4090", r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
-    Gpu("B200", r"NVIDIA B200", 4500 / 2, 2250 / 2, 75),
+    Gpu("A100", r"(NVIDIA )?A100-SXM4-80GB", 312, 156, 19.5, 2.039),
+    Gpu("A100 PCIe", r"NVIDIA A100 80GB PCIe", 312, 156, 19.5, 1.935),
+    Gpu("A100 40GB", r"(NVIDIA )?A100-(SXM4|PCIE)-40GB", 312, 156, 19.5, 1.555),
+    Gpu("H100", r"NVIDIA H100 80GB HBM3", 1979 / 2, 989 / 2, 67, 3.35),
+    Gpu("H100 PCIe", r"NVIDIA H100 PCIe", 1513 / 2, 756 / 2, 51, 2.0),
+    Gpu("H200", r"NVIDIA H200", 1979 / 2, 989 / 2, 67, 4.8),
+    Gpu("L40S", r"NVIDIA L40S", 362.05, 183, 91.6, 0.864),
+    Gpu("RTX 4090", r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6, 1.008),
+    Gpu("B200", r"NVIDIA B200", 4500 / 2, 2250 / 2, 75, None),
 )
 
 

@@ -27,7 +27,9 @@ def _on_gpus(stage_class, config, world_size):
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA H200", "H200"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA B200", "B200"),
@@ -41,6 +43,12 @@ def test_a_gpu_is_known_by_its_whole_name(device, name):
     with device_of(device):
         found = gpu_of(CUDA)
     assert found is None if name is None else found == gpu_named(name)
+
+
+def test_memory_bandwidths_differ_between_cards_of_one_chip_and_are_not_made_up():
+    assert gpu_named("A100").bandwidth > gpu_named("A100 PCIe").bandwidth > gpu_named("A100 40GB").bandwidth
+    assert gpu_named("H200").bandwidth == 4.8 and gpu_named("H100").bandwidth == 3.35
+    assert gpu_named("B200").bandwidth is None
 
 
 def test_the_peak_depends_on_the_precision(monkeypatch):
