@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -14,10 +13,11 @@ from tqdm import tqdm
 
 from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import SAMPLERS, NoiseSchedule, autoguided, guided
+from epg_fast.diffusion import NoiseSchedule, autoguided, guided
 from epg_fast.models import EPGViT
 from epg_fast.sampling.graphs import GraphedFunction
 from epg_fast.sampling.precision import available_precision, inference_network, matrix_products
+from epg_fast.sampling.requests import check_networks, checked_labels, clamp_bounds, image_numbers, sampler_arguments
 from epg_fast.sampling.trajectory import Trajectory
 from epg_fast.sampling.writers import quantize
 
@@ -68,15 +68,13 @@ class SamplingEngine:
         **sampler_options,
     ):
         networks = [model] if weak is None else [model, weak]
-        _check_networks(networks)
+        check_networks(networks, guidance)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
-        options = _sampler_options(sampler, steps, sampler_options, steps_backend)
+        options = sampler_arguments(sampler, steps, sampler_options, steps_backend)
         metadata = getattr(model, "metadata", {})
         schedule = NoiseSchedule(**(asdict(noise_schedule) if noise_schedule else metadata.get("noise", {})))
         pixels = PixelNormalization(normalization or metadata.get("normalization") or "imagenet")
-        if weak is None and guidance != 1.0 and not model.num_classes:
-            raise ValueError("guidance needs a class-conditional network; this one is unconditional (num_classes=0)")
 
         def guide(denoiser, weak_denoiser=None):
             if weak_denoiser is not None:
@@ -98,7 +96,7 @@ class SamplingEngine:
             sampler,
             schedule.levels(1 if sampler == "onestep" else steps, model.image_size),
             pixels,
-            options | {"clamp": _clamp(clamp, pixels, self.device)},
+            options | {"clamp": clamp_bounds(clamp, pixels, self.device)},
         )
         self.evaluations = self._trajectory.evaluations
         if self.compile != "off":
@@ -138,12 +136,12 @@ class SamplingEngine:
         labels: [N] class indices, or the number of images for an unconditional model. Image i starts from noise that
         depends on (seed, number of the image) only, so that the batch size does not matter; the numbers are `indices`
         [N], or first, first+1, ...; `noise` [N, 3, H, W] (unit variance) replaces the start. as_uint8: uint8 arrays
-        [B, H, W, 3] instead. The next batch is computed while the caller works on this one.
+        [B, H, W, 3] instead. A GPU computes the next batch while the caller works on this one.
         Raises ValueError for labels out of range, negative numbers, noise of another shape, and for images with NaN
         where they have to become integers.
         """
         y = checked_labels(self.model, labels)
-        numbers = _numbers(indices, first, len(y))
+        numbers = image_numbers(indices, first, len(y))
         shape = (self.model.in_chans, self.model.image_size, self.model.image_size)
         if noise is not None and noise.shape != (len(y), *shape):
             raise ValueError(f"noise has shape {list(noise.shape)}, want {[len(y), *shape]}")
@@ -165,9 +163,12 @@ class SamplingEngine:
                 arriving = _Arriving(part, images, as_uint8)
                 if under_way is not None:
                     yield under_way.result()
-                under_way = arriving
+                under_way = arriving if images.is_cuda else None
                 bar.update(part.stop - start)
-            yield under_way.result()
+                if under_way is None:
+                    yield arriving.result()
+            if under_way is not None:
+                yield under_way.result()
 
     @property
     def fills_batches(self) -> bool:
@@ -194,6 +195,8 @@ class SamplingEngine:
     @torch.no_grad()
     def _compute(self, *inputs: torch.Tensor) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
             stack.enter_context(matrix_products(self.precision))
             stack.enter_context(_evaluation_mode(self._networks))
             if self.compile != "off":
@@ -233,8 +236,7 @@ class _Arriving:
         self.event = None
         if images.is_cuda:
             self.tensors = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True) for x in self.tensors]
-            self.event = torch.cuda.Event()
-            self.event.record()
+            self.event = torch.cuda.current_stream(images.device).record_event()
 
     def result(self) -> tuple[slice, torch.Tensor | np.ndarray]:
         if self.event is not None:
@@ -281,73 +283,7 @@ def _ways(compile: str, cuda_graphs: bool | None, device: torch.device) -> tuple
     return compile, cuda and cuda_graphs is not False
 
 
-def _check_networks(networks: list[torch.nn.Module]) -> None:
-    for network in networks:
-        if not isinstance(network, EPGViT):
-            raise ValueError(
-                f"sample: got a {type(network).__name__}, want an EPGViT (unwrap compiled or parallel models)"
-            )
-    model, *others = networks
-    for weak in others:
-        for name in ("num_classes", "image_size", "in_chans"):
-            if getattr(weak, name) != getattr(model, name):
-                raise ValueError(
-                    f"autoguidance: the weaker model has {name} {getattr(weak, name)}, want {getattr(model, name)}"
-                )
-
-
-def _sampler_options(sampler: str, steps: int, options: dict, steps_backend: str) -> dict:
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r}: want one of {', '.join(SAMPLERS)}")
-    if options and sampler != "edm_sde":
-        raise ValueError(f"{', '.join(options)}: options of edm_sde, not of {sampler}")
-    if sampler != "onestep" and steps < 2:
-        raise ValueError(f"steps is {steps}: {sampler} needs at least 2 noise levels")
-    if steps_backend != "auto":
-        if sampler not in ("euler", "heun"):
-            raise ValueError(f"steps_backend {steps_backend!r}: an option of euler and heun, not of {sampler}")
-        options = options | {"steps_backend": steps_backend}
-    return options
-
-
-def checked_labels(model: EPGViT, labels: torch.Tensor | Sequence[int] | int) -> torch.Tensor:
-    """Labels as int64 [N] on the CPU; for an unconditional model as many zeros. Raises ValueError for wrong ones."""
-    number = isinstance(labels, (int, np.integer))
-    if not model.num_classes:
-        if not number or labels < 1:
-            raise ValueError(f"this model is unconditional: pass the number of images (at least 1), got {labels}")
-        return torch.zeros(operator.index(labels), dtype=torch.int64)
-    if number:
-        raise ValueError(f"this model is class-conditional: pass a list of labels in 0..{model.num_classes}")
-    y = torch.as_tensor(labels).flatten().cpu()
-    if y.is_floating_point() and len(y):
-        raise ValueError(f"labels are {y.dtype}, want integers")
-    y = y.to(torch.int64)
-    wrong = y[(y < 0) | (y > model.num_classes)]
-    if len(y) == 0 or len(wrong):
-        got = f"label {wrong[0].item()}" if len(wrong) else "no labels"
-        raise ValueError(f"got {got}, want labels in 0..{model.num_classes - 1} ({model.num_classes}: unconditional)")
-    return y
-
-
-def _numbers(indices: Sequence[int] | None, first: int, count: int) -> torch.Tensor:
-    numbers = torch.arange(first, first + count) if indices is None else torch.as_tensor(list(indices))
-    if len(numbers) != count or int(numbers.min()) < 0:
-        raise ValueError(f"got {len(numbers)} numbers of images from {numbers.min()}, want {count} numbers from 0")
-    return numbers
-
-
 def _filled(part: torch.Tensor, size: int | None) -> torch.Tensor:
     """[B, ...] -> [size, ...], the last row repeated."""
     missing = 0 if size is None else size - len(part)
     return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
-
-
-def _clamp(name: str, pixels: PixelNormalization, device: torch.device):
-    if name == "official":
-        return (-1.0, 1.0)
-    if name == "data":
-        return tuple(bound.to(device) for bound in pixels.bounds())
-    if name == "none":
-        return None
-    raise ValueError(f"clamp {name!r}: want official, data or none")

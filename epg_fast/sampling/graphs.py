@@ -18,18 +18,21 @@ class GraphedFunction:
 
     def __init__(self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], pool):
         self._inputs = [x.clone() for x in inputs]
-        device = self._inputs[0].device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            function(*self._inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        self._device = self._inputs[0].device
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._output = function(*self._inputs)
+        # what is recorded, and where it runs, follows the current device
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._output = function(*self._inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self._output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.precision import image_error
 from epg_fast.sampling.ranks import Ranks, joined, own_device
 from epg_fast.sampling.settings import device_name, drawn_with, requested, resolved
-from epg_fast.sampling.writers import replacing, save_grid, write_npz
+from epg_fast.sampling.writers import finite, replacing, save_grid, write_npz
 
 log = logging.getLogger("epg_fast")
 _GRID = 100
@@ -48,7 +49,6 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
     ranks.decide(lambda: check_folder(outdir, requested(config)))  # before weights are read, which may take long
     model = _generator(config.checkpoint, config, device)
     weak = _generator(config.autoguidance, config, device) if config.autoguidance else None
-    _check_guidance(config, model, weak)
     labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed))
     engine = SamplingEngine(model, weak=weak, **_options(config))
     settings = resolved(config, model, weak, labels, engine)
@@ -175,9 +175,11 @@ def _report_error(config: SampleConfig, engine: SamplingEngine, model: EPGViT, w
     drawn = images.labels[: config.batch_size if engine.fills_batches else number]
     _, got = next(engine.stream(_labels(model, drawn), seed=config.seed))
     error = image_error(got[:number], want)
+    if math.isnan(error["relative_l2"]):
+        raise ValueError(f"precision {engine.precision}: images of this model are not finite in it; take bf16 or fp32")
     found = {"precision": engine.precision, "images": number} | error
     with replacing(images.outdir / _ERROR) as file:
-        file.write((json.dumps(found, indent=2) + "\n").encode())
+        file.write((json.dumps(finite(found), indent=2) + "\n").encode())
     log.info(
         "%s: off by %.2g of fp32 (relative L2 norm), PSNR %.1f dB, in the first %d images",
         *(engine.precision, error["relative_l2"], error["psnr_db"], number),
@@ -203,7 +205,10 @@ def _options(config: SampleConfig) -> dict:
 
 def _noted_error(images: Images) -> dict:
     path = images.outdir / _ERROR
-    return {"precision_error": json.loads(path.read_text())} if path.exists() else {}
+    try:
+        return {"precision_error": json.loads(path.read_text())} if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from None
 
 
 def _generator(source: str, config: SampleConfig, device: torch.device) -> EPGViT:
@@ -211,17 +216,3 @@ def _generator(source: str, config: SampleConfig, device: torch.device) -> EPGVi
     if not isinstance(model, EPGViT):
         raise ValueError(f"{source} holds a pre-trained encoder, which cannot draw images; fine-tune it first")
     return model.use_ops(config.ops)
-
-
-def _check_guidance(config: SampleConfig, model: EPGViT, weak: EPGViT | None) -> None:
-    if weak is None:
-        if config.guidance != 1 and not model.num_classes:
-            raise ValueError(
-                f"guidance is {config.guidance}, but {config.checkpoint} is unconditional (it has no classes); "
-                "drop --guidance, or guide with --autoguidance CHECKPOINT"
-            )
-        return
-    for name in ("image_size", "in_chans", "num_classes"):
-        got, wanted = getattr(weak, name), getattr(model, name)
-        if got != wanted:
-            raise ValueError(f"autoguidance: {config.autoguidance} has {name} {got}, want {wanted} as the model has")

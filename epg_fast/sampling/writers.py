@@ -100,7 +100,7 @@ def write_npz(
     "inf", since JSON has no word for them. Equal input gives equal bytes.
     Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
     """
-    text = json.dumps(_finite(metadata), allow_nan=False)
+    text = json.dumps(finite(metadata), allow_nan=False)
     with replacing(path) as file:
         with zipfile.ZipFile(file, "w") as archive:
             with _member(archive, "arr_0") as member:
@@ -180,9 +180,10 @@ def _checked(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     return images, labels.astype(np.int64)
 
 
-def _finite(value):
+def finite(value):
+    """`value` with numbers that are not finite as text, since JSON has no word for them."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

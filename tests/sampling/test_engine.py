@@ -125,6 +125,14 @@ def test_a_large_run_streams_in_order(model):
         assert pixels.dtype == "uint8" and (pixels == to_uint8(whole[part])).all()
 
 
+def test_on_a_cpu_no_batch_waits_for_the_next_to_be_handed_over(model, monkeypatch):
+    engine = SamplingEngine(model, steps=3, batch_size=3)
+    drawn, draw = [], engine._draw
+    monkeypatch.setattr(engine, "_draw", lambda inputs: drawn.append(len(inputs[0])) or draw(inputs))
+    next(engine.stream(LABELS))
+    assert drawn == [3]
+
+
 def test_a_diverged_model_is_reported_where_nan_has_no_colour(model):
     with torch.no_grad():
         model.out.bias.fill_(float("nan"))
@@ -307,5 +315,5 @@ def test_unconditional_models_are_sampled_by_number_and_cannot_be_guided():
     assert epg_fast.sample(model, 3, steps=2).shape == (3, 3, 16, 16)
     with pytest.raises(ValueError, match="unconditional"):
         epg_fast.sample(model, [0, 1], steps=2)
-    with pytest.raises(ValueError, match="guidance needs a class-conditional network"):
+    with pytest.raises(ValueError, match="needs a class-conditional network"):
         epg_fast.sample(model, 2, steps=2, guidance=2.0)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from epg_fast.__main__ import main
 from epg_fast.config import SampleConfig
-from epg_fast.models import from_pretrained
+from epg_fast.models import from_pretrained, load_weights, save_weights
 from epg_fast.sampling import image_error, job, sample
 from epg_fast.sampling.image_writer import ImageWriter
 from epg_fast.sampling.images import Images
@@ -134,6 +134,15 @@ def test_the_error_of_a_precision_is_measured_on_the_first_images(command, tmp_p
     assert main(arguments) == 0
     assert main([*arguments[:-1], str(tmp_path / "other"), "--error_images", "0"]) == 0
     assert not (tmp_path / "other" / "precision.json").exists()
+
+
+def test_a_precision_that_the_model_overflows_is_refused_before_hours_of_it(command, tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "model.safetensors")
+    state, metadata = load_weights(checkpoint)
+    state["decoder_blocks.0.mlp.fc2.weight"] *= 1e6
+    save_weights(checkpoint, state, metadata)
+    arguments = [*command, "--checkpoint", checkpoint, "--precision", "fp16", "--outdir", tmp_path / "s"]
+    fails(capsys, arguments, "precision fp16", "not finite", "take bf16 or fp32")
 
 
 def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(command, whole, tmp_path):
