@@ -43,7 +43,7 @@ class SamplingEngine:
 
     `evaluations` is the number of network evaluations per image; `precision`, `compile` and `cuda_graphs` are what is
     done, and `model` is the network that is run.
-    Weights that are changed later may or may not be seen: make another engine then.
+    Weights that are changed later may or may not be seen: make another engine then. One thread at a time calls it.
     Raises ValueError for unknown names and options, too few steps, guidance without classes.
     """
 

@@ -94,6 +94,7 @@ class _Conditioned(Denoiser):
 
     def prepare(self, batch: int, y: torch.Tensor | None) -> None:
         """Conditioning of every noise level for the labels y [batch], and for no label where guidance asks for it."""
+        self.forget()  # of a trajectory that was broken off
         both = y
         if y is not None and any(times == 2 for _, times in self._levels):
             both = torch.cat([y, torch.full_like(y, self.network.num_classes)])
