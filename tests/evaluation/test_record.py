@@ -75,7 +75,7 @@ def test_settings_of_something_else_are_no_note(samples, log):
 
 def test_a_note_about_another_number_of_images_is_said(samples, log):
     assert sampling_record(samples / "noted.npz", 5)["num"] == 5
-    assert "holds 5 images" in log.messages[0] and "is about 6" in log.text
+    assert "holds 5 images" in log.messages[0] and "is about 6" in log.messages[0]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
