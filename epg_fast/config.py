@@ -509,7 +509,7 @@ class SampleConfig:
     guidance: float = 1.0
     """Guidance scale; 1 means unguided (with `autoguidance`, 0 does)."""
     interval: tuple[float, float] = (0.19, 1.61)
-    """Unshifted sigma interval of the guidance (low excluded, high included)."""
+    """Unshifted sigma interval of the guidance (low excluded, high included), such as `[0.19,1.61]`."""
     autoguidance: str | None = None
     """Checkpoint of a weaker model to guide away from, with scale `guidance`."""
     clamp: Literal["official", "data", "none"] = "official"
@@ -555,8 +555,19 @@ class SampleConfig:
         _check_interval(self, "interval")
         _check_finite(self, "guidance")
         _check(self, 0, math.inf, "error_images")
+        self._check_churn()
         if not (self.npz or self.png):
             raise ValueError("npz and png are both false, want at least one: there would be nothing to write")
+
+    def _check_churn(self):
+        names = ("s_churn", "s_min", "s_max", "s_noise")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in names if self.sampler != "edm_sde" else ():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} is {getattr(self, name)}: an option of edm_sde, not of {self.sampler}")
+        _check(self, 0, math.inf, "s_churn", "s_min", "s_noise")
+        if not self.s_min <= self.s_max:
+            raise ValueError(f"s_max is {self.s_max}, want at least s_min ({self.s_min})")
 
 
 @dataclass
@@ -602,6 +613,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         _check(self, 1, math.inf, "batch_size", "splits", "neighbors")
+        _check(self, 1, 256, "size")
 
 
 @dataclass

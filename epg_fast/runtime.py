@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,3 +54,29 @@ def torchrun_store(timeout: datetime.timedelta) -> Store:
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+@contextlib.contextmanager
+def float32_products(tf32: bool = False) -> Iterator[None]:
+    """Inside, float32 matrix products and convolutions on a GPU are rounded to TF32, or to nothing.
+
+    What was set before comes back, by whichever of PyTorch's two interfaces it was set: the older one refuses to tell
+    what the newer one has set.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    older_matmul = older_cudnn = None
+    with contextlib.suppress(RuntimeError):
+        older_matmul = torch.get_float32_matmul_precision()
+    with contextlib.suppress(RuntimeError):
+        older_cudnn = cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        cudnn.allow_tf32 = tf32
+        yield
+    finally:
+        if older_matmul is not None:
+            torch.set_float32_matmul_precision(older_matmul)
+        if older_cudnn is not None:
+            cudnn.allow_tf32 = older_cudnn
+        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before

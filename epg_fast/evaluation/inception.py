@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from epg_fast.evaluation.extras import import_extra
+from epg_fast.runtime import float32_products
 
 _WANTED = (
     "wanted NVIDIA's inception-2015-12-05.pt (TorchScript; the .pkl of the same name is not read) or torch-fidelity's "
@@ -161,11 +162,6 @@ def _sha256(path: str | os.PathLike) -> str:
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
     """No gradients and no TF32, which cuDNN uses for convolutions unless told otherwise."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    try:
-        with torch.no_grad(), flags:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.no_grad(), float32_products(), flags:
+        yield

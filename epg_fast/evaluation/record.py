@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def sampling_record(samples: str | os.PathLike, num: int) -> dict:
         source, note = None, {}
     elif note.get("num", num) != num:
         log.warning("%s holds %d images, but %s is about %s", samples, num, source, note["num"])
-    return {"source": source, "num": num} | dict.fromkeys(_KEYS) | note | {"num": num}
+    return dict.fromkeys(("source", "num", *_KEYS)) | note | {"source": source, "num": num}
 
 
 def _note(samples: Path) -> tuple[str | None, dict]:
@@ -43,10 +44,14 @@ def _note(samples: Path) -> tuple[str | None, dict]:
     return None, {}
 
 
+def _finite_float(text: str) -> float | str:
+    return value if math.isfinite(value := float(text)) else text
+
+
 def _parse(source: str | os.PathLike, text: str | bytes) -> dict:
     try:
         # Strict JSON, which the result becomes, has no word for what is not finite.
-        note = json.loads(text, parse_constant=str)
+        note = json.loads(text, parse_constant=str, parse_float=_finite_float)
     except ValueError as error:
         raise ValueError(f"{source} is not JSON ({error}); mend or remove it") from error
     if not isinstance(note, dict):

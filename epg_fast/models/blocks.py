@@ -63,7 +63,8 @@ def parameters_of(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple
 def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
     """Raise ValueError for what a fused operation would bypass: an adapter, a quantised layer, a module with hooks."""
     if not is_plain(module, kind):
-        found = f"a {type(module).__name__}" if type(module) is not kind else f"a {kind.__name__} with forward hooks"
+        changed = "" if type(module) is not kind else " with forward hooks or a forward of its own"
+        found = f"a {type(module).__name__}{changed}"
         raise ValueError(
             f"ops='triton': got {found} in the place of a plain {kind.__name__}, which fused operations would bypass; "
             "use ops='auto'"
@@ -71,7 +72,9 @@ def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return type(module) is kind and not module._forward_pre_hooks and not module._forward_hooks
+    """Whether a call of `module` is `kind.forward` and nothing else: no subclass, hook or replaced `forward`."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked
 
 
 def fused_residual_norm(norm: nn.Module, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -13,11 +13,20 @@ from tqdm import tqdm
 
 from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import NoiseSchedule, autoguided, guided
+from epg_fast.diffusion import autoguided, guided
 from epg_fast.models import EPGViT
+from epg_fast.runtime import float32_products
 from epg_fast.sampling.graphs import GraphedFunction
-from epg_fast.sampling.precision import available_precision, inference_network, matrix_products
-from epg_fast.sampling.requests import check_networks, checked_labels, clamp_bounds, image_numbers, sampler_arguments
+from epg_fast.sampling.precision import available_precision, inference_network
+from epg_fast.sampling.requests import (
+    check_agreement,
+    check_networks,
+    checked_labels,
+    clamp_bounds,
+    image_numbers,
+    sampler_arguments,
+    schedule_of,
+)
 from epg_fast.sampling.trajectory import Trajectory
 from epg_fast.sampling.writers import quantize
 
@@ -41,9 +50,10 @@ class SamplingEngine:
     either, batches have one of a few sizes: a smaller last one is filled up.
     steps_backend: of the steps of `euler` and `heun`, see `epg_fast.diffusion.samplers`.
 
-    `evaluations` is the number of network evaluations per image; `precision`, `compile` and `cuda_graphs` are what is
-    done, and `model` is the network that is run.
-    Weights that are changed later may or may not be seen: make another engine then. One thread at a time calls it.
+    `evaluations` is the number of network evaluations per image; `precision`, `parameterization`, `normalization`,
+    `compile` and `cuda_graphs` are what is done, and `model` is the network that is run.
+    Weights that are changed later may or may not be seen: make another engine then. In fp32 and tf32 an autocast around
+    a call is obeyed. Threads that call one engine take turns. The conditioning of all noise levels is kept at once.
     Raises ValueError for unknown names and options, too few steps, guidance without classes.
     """
 
@@ -73,8 +83,12 @@ class SamplingEngine:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
         options = sampler_arguments(sampler, steps, sampler_options, steps_backend)
         metadata = getattr(model, "metadata", {})
-        schedule = NoiseSchedule(**(asdict(noise_schedule) if noise_schedule else metadata.get("noise", {})))
-        pixels = PixelNormalization(normalization or metadata.get("normalization") or "imagenet")
+        schedule = schedule_of(metadata, noise_schedule)
+        self.parameterization = parameterization or metadata.get("parameterization") or "x0"
+        self.normalization = normalization or metadata.get("normalization") or "imagenet"
+        pixels = PixelNormalization(self.normalization)
+        if weak is not None:
+            check_agreement(weak, self.parameterization, self.normalization, schedule)
 
         def guide(denoiser, weak_denoiser=None):
             if weak_denoiser is not None:
@@ -85,24 +99,29 @@ class SamplingEngine:
         self.device = next(model.parameters()).device
         self.precision = available_precision(precision, self.device)
         self.compile, self.cuda_graphs = _ways(compile, cuda_graphs, self.device)
-        if self.compile != "off" or self.precision not in ("fp32", "tf32"):
+        # the networks themselves where that changes nothing in them
+        as_they_are = self.compile == "off" and self.precision in ("fp32", "tf32")
+        if not as_they_are or any(module.training for network in networks for module in network.modules()):
             networks = [inference_network(network, self.precision) for network in networks]
-        self.model, self._networks = networks[0], networks
+        self.model = networks[0]
         self._trajectory = Trajectory(
             networks,
             guide,
             schedule,
-            parameterization or metadata.get("parameterization") or "x0",
+            self.parameterization,
             sampler,
             schedule.levels(1 if sampler == "onestep" else steps, model.image_size),
             pixels,
             options | {"clamp": clamp_bounds(clamp, pixels, self.device)},
         )
         self.evaluations = self._trajectory.evaluations
+        if weak is None and guidance != 1 and not self._trajectory.guided:
+            log.warning("guidance %g does nothing: no noise level of %s lies in its interval", guidance, sampler)
         if self.compile != "off":
             for network in networks:
                 _compile(network, self.compile)
             self._trajectory.noise = torch.compile(self._trajectory.noise, dynamic=False)
+        self._lock = threading.Lock()
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
 
@@ -145,13 +164,13 @@ class SamplingEngine:
         shape = (self.model.in_chans, self.model.image_size, self.model.image_size)
         if noise is not None and noise.shape != (len(y), *shape):
             raise ValueError(f"noise has shape {list(noise.shape)}, want {[len(y), *shape]}")
-        if not 0 <= seed < 2**63:
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}, want 0 to 2^63 - 1")
         return self._stream(y, numbers, seed, noise, as_uint8, progress)
 
     def _stream(self, y, numbers, seed, noise, as_uint8, progress):
         size = self._size(len(y))
-        seed = torch.tensor([seed])
+        seed = torch.tensor([int(seed)])
         under_way = None
         with tqdm(total=len(y), desc="sample", unit="image", disable=not progress) as bar:
             for start in range(0, len(y), self.batch_size):
@@ -159,8 +178,9 @@ class SamplingEngine:
                 inputs = [_filled(numbers[part], size), seed, _filled(y[part], size)]
                 if noise is not None:
                     inputs.append(_filled(noise[part], size))
-                images = self._draw([x.to(self.device) for x in inputs])[: part.stop - start]
-                arriving = _Arriving(part, images, as_uint8)
+                with self._lock:
+                    images = self._draw([x.to(self.device) for x in inputs])[: part.stop - start]
+                    arriving = _Arriving(part, images, as_uint8)
                 if under_way is not None:
                     yield under_way.result()
                 under_way = arriving if images.is_cuda else None
@@ -197,8 +217,9 @@ class SamplingEngine:
         with contextlib.ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
-            stack.enter_context(matrix_products(self.precision))
-            stack.enter_context(_evaluation_mode(self._networks))
+            stack.enter_context(float32_products(tf32=self.precision == "tf32"))
+            if self.precision not in ("fp32", "tf32"):
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if self.compile != "off":
                 # every size of batch is compiled for itself, twice with guidance
                 stack.enter_context(torch._dynamo.config.patch(recompile_limit=_SHAPES))
@@ -246,19 +267,6 @@ class _Arriving:
         if self.tensors[1]:
             raise ValueError("images contain NaN: the model or the sampler diverged")
         return self.part, self.tensors[0].numpy()
-
-
-@contextlib.contextmanager
-def _evaluation_mode(networks: list[torch.nn.Module]) -> Iterator[None]:
-    """Eval mode inside; every module gets its own mode back."""
-    training = [module for network in networks for module in network.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _compile(network: EPGViT, how: str) -> None:

@@ -73,6 +73,8 @@ class Images:
     def finished(self, npz: bool, png: bool) -> bool:
         """Whether the wanted files are there and nothing else is left to do."""
         self._scan_pngs()
+        if self.npz.exists() and not zipfile.is_zipfile(self.npz):
+            raise ValueError(f"{self.npz} is damaged; delete it, and the same command makes it again")
         wanted = (not npz or self.npz.exists()) and (not png or self.has_png.all())
         return bool(wanted and self.grid.exists() and not self.parts.exists())
 

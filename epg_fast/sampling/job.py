@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,6 +82,8 @@ def _claim(config: SampleConfig, images: Images, settings: dict, using: dict, lo
     check_folder(outdir, settings)  # of another command, which has just ended
     images.scan()
     missing = images.missing(config.batch_size)
+    if sum(map(len, missing)) == config.num:
+        (outdir / _ERROR).unlink(missing_ok=True)  # of a start with other settings, which left no image
     note_settings(outdir, settings, using if missing else None)
     return missing
 
@@ -174,9 +175,11 @@ def _report_error(config: SampleConfig, engine: SamplingEngine, model: EPGViT, w
     # of a whole batch where another number of images would have to be compiled for
     drawn = images.labels[: config.batch_size if engine.fills_batches else number]
     _, got = next(engine.stream(_labels(model, drawn), seed=config.seed))
-    error = image_error(got[:number], want)
-    if math.isnan(error["relative_l2"]):
+    if not want.isfinite().all():
+        raise ValueError(f"{config.checkpoint}: its images are not finite, also in fp32: the model diverged")
+    if not got[:number].isfinite().all():
         raise ValueError(f"precision {engine.precision}: images of this model are not finite in it; take bf16 or fp32")
+    error = image_error(got[:number], want)
     found = {"precision": engine.precision, "images": number} | error
     with replacing(images.outdir / _ERROR) as file:
         file.write((json.dumps(finite(found), indent=2) + "\n").encode())

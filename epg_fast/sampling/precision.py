@@ -11,19 +11,16 @@ The state of the sampler, noise levels and guidance are in float32 with any of t
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 import logging
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from epg_fast.models import EPGViT
-from epg_fast.models.blocks import LayerNorm
+from epg_fast.models.blocks import LayerNorm, is_plain
 from epg_fast.ops import linear_fp8
 from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
 from epg_fast.ops.linear_fp8 import cpu_has_row_scales
@@ -55,38 +52,62 @@ def available_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-@contextlib.contextmanager
-def matrix_products(precision: str) -> Iterator[None]:
-    """Inside, float32 products on a GPU are rounded to TF32 with precision tf32 and to nothing with any other."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
-
-
 @torch.no_grad()
 def inference_network(model: EPGViT, precision: str) -> EPGViT:
     """A network of its own, in eval mode, with `model`'s weights cast once; it shares those that keep their dtype.
 
-    Raises ValueError when fp8 finds no linear to convert, or fused operations that take weights in 16 bits.
+    Modules of any kind come along with their hooks, which are called as in `model`. Raises ValueError for a module
+    whose `forward` is another object's, and when fp8 finds no linear to convert or fused operations.
     """
     dtype = _DTYPES.get(precision)
-    kept = {id(p) for module in model.modules() if isinstance(module, LayerNorm) for p in module.parameters()}
-    memo = {}
-    for parameter in model.parameters():
-        data = parameter.detach()
-        data = data if dtype is None or id(parameter) in kept else data.to(dtype)
-        memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
-    network = copy.deepcopy(model, memo).eval()
+    norms = [module for module in model.modules() if isinstance(module, LayerNorm)]
+    cast = _Cast(dtype, {id(p) for norm in norms for p in norm.parameters()})
+    network = _twin(model, cast, {})
     if precision == "fp8":
         _use_fp8(network, model)
     if dtype is not None:
-        network.join_projection()
+        with torch.autocast(network.pos_embed.device.type, enabled=False):
+            network.join_projection()
     return network
+
+
+class _Cast:
+    """Tensors of the twin network, one for each of the network's. kept: ids of those that keep their dtype."""
+
+    def __init__(self, dtype: torch.dtype | None, kept: set[int]):
+        self._dtype, self._kept, self._made = dtype, kept, {}
+
+    def __call__(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or id(tensor) in self._made:
+            return self._made.get(id(tensor))
+        data = tensor.detach()
+        if self._dtype is not None and id(tensor) not in self._kept and data.is_floating_point():
+            data = data.to(self._dtype)
+        made = nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
+        self._made[id(tensor)] = made
+        return made
+
+
+def _twin(module: nn.Module | None, cast: _Cast, made: dict[int, nn.Module]) -> nn.Module | None:
+    """The module again, with tensors of its own. Not copy.deepcopy: hooks may hold what belongs to the caller."""
+    if module is None or id(module) in made:
+        return made.get(id(module))
+    twin = made[id(module)] = type(module).__new__(type(module))
+    twin.__dict__.update(vars(module))
+    if "forward" in vars(module):
+        forward = module.forward
+        if getattr(forward, "__self__", None) is not module:
+            raise ValueError(
+                f"a {type(module).__name__} has a forward that belongs to something else, which would not see other "
+                "weights; want precision fp32 and compile off"
+            )
+        twin.__dict__["forward"] = forward.__func__.__get__(twin)
+    for name in ("_parameters", "_buffers"):
+        twin.__dict__[name] = {key: cast(tensor) for key, tensor in vars(module)[name].items()}
+    children = vars(module)["_modules"].items()
+    twin.__dict__["_modules"] = {key: _twin(child, cast, made) for key, child in children}
+    twin.__dict__.update(training=False, _compiled_call_impl=None)
+    return twin
 
 
 class _Fp8Linear(nn.Module):
@@ -113,7 +134,7 @@ def _use_fp8(network: EPGViT, model: EPGViT) -> None:
         raise ValueError("precision fp8: got ops triton, whose fused operations take weights in 16 bits; want ops auto")
     device = next(model.parameters()).device
     backend = "scaled_mm" if device.type == "cuda" or cpu_has_row_scales() else "reference"
-    names = [name for name, linear in model.large_linears() if type(linear) is nn.Linear and _fits(linear)]
+    names = [name for name, linear in model.large_linears() if is_plain(linear, nn.Linear) and _fits(linear)]
     if not names:
         raise ValueError("precision fp8: the network has no linear with sides that are multiples of 16; want bf16")
     for name in names:
@@ -157,4 +178,5 @@ def image_error(images: torch.Tensor, reference: torch.Tensor) -> dict[str, floa
     images, reference = images.double(), reference.double()
     squared = F.mse_loss(images, reference).item()
     psnr = -10 * math.log10(squared) if squared else math.inf
-    return {"relative_l2": ((images - reference).norm() / reference.norm()).item(), "psnr_db": psnr}
+    error, size = (images - reference).norm().item(), reference.norm().item()
+    return {"relative_l2": error / size if size else (math.inf if error else 0.0), "psnr_db": psnr}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
+from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import SAMPLERS
+from epg_fast.diffusion import SAMPLERS, NoiseSchedule
 from epg_fast.models import EPGViT
+
+_CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 
 
 def check_networks(networks: list[torch.nn.Module], guidance: float) -> None:
@@ -21,6 +26,10 @@ def check_networks(networks: list[torch.nn.Module], guidance: float) -> None:
                 f"sample: got a {type(network).__name__}, want an EPGViT (unwrap compiled or parallel models)"
             )
     model, *others = networks
+    if model.in_chans != 3:
+        raise ValueError(f"sample: the model has {model.in_chans} channels, want 3: red, green and blue")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}, want a finite number")
     if not others and guidance != 1 and not model.num_classes:
         raise ValueError(
             f"guidance is {guidance}, which needs a class-conditional network; this one is unconditional "
@@ -33,12 +42,41 @@ def check_networks(networks: list[torch.nn.Module], guidance: float) -> None:
                 raise ValueError(f"autoguidance: the weaker model has {name} {got}, want {wanted} as the model has")
 
 
+def check_agreement(weak: EPGViT, parameterization: str, normalization: str, schedule: NoiseSchedule) -> None:
+    """Raise ValueError when the checkpoint of a weaker model says that its output means something else."""
+    metadata = getattr(weak, "metadata", {})
+    wanted = {"parameterization": parameterization, "normalization": normalization}
+    for name, value in wanted.items():
+        if metadata.get(name, value) not in (value, None):
+            raise ValueError(
+                f"autoguidance: the weaker model has {name} {metadata[name]}, want {value} as the model has"
+            )
+    if "noise" in metadata and vars(schedule_of(metadata)) != vars(schedule):
+        raise ValueError("autoguidance: the weaker model has another noise schedule than the model, want the same")
+
+
+def schedule_of(metadata: dict, given: ScheduleConfig | None = None) -> NoiseSchedule:
+    """The noise schedule that is given, else that of a checkpoint's metadata, else the standard one."""
+    found = asdict(given) if given else metadata.get("noise", {})
+    try:
+        return NoiseSchedule(**found)
+    except TypeError:
+        raise ValueError(
+            f"the checkpoint's noise schedule is {found!r}, want a mapping of sigma_min, sigma_max, rho and sigma_data"
+        ) from None
+
+
 def sampler_arguments(sampler: str, steps: int, options: dict, steps_backend: str) -> dict:
     """Further arguments of the sampler of that name. Raises ValueError for what does not go together."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r}: want one of {', '.join(SAMPLERS)}")
     if options and sampler != "edm_sde":
         raise ValueError(f"{', '.join(options)}: options of edm_sde, not of {sampler}")
+    for name in options:
+        if name not in _CHURN:
+            raise ValueError(f"{name}: no option of edm_sde, want {', '.join(_CHURN)}")
+    if not isinstance(steps, int | np.integer):
+        raise ValueError(f"steps is {steps!r}, want an integer")
     if sampler != "onestep" and steps < 2:
         raise ValueError(f"steps is {steps}: {sampler} needs at least 2 noise levels")
     if steps_backend != "auto":
@@ -56,7 +94,7 @@ def checked_labels(model: EPGViT, labels: torch.Tensor | Sequence[int] | int) ->
             raise ValueError(f"this model is unconditional: pass the number of images (at least 1), got {labels}")
         return torch.zeros(operator.index(labels), dtype=torch.int64)
     if number:
-        raise ValueError(f"this model is class-conditional: pass a list of labels in 0..{model.num_classes}")
+        raise ValueError(f"this model is class-conditional: pass a list of labels in 0..{model.num_classes - 1}")
     y = torch.as_tensor(labels).flatten().cpu()
     if y.is_floating_point() and len(y):
         raise ValueError(f"labels are {y.dtype}, want integers")
@@ -70,6 +108,8 @@ def checked_labels(model: EPGViT, labels: torch.Tensor | Sequence[int] | int) ->
 
 def image_numbers(indices: Sequence[int] | None, first: int, count: int) -> torch.Tensor:
     """Numbers of `count` images: `indices`, or first, first+1, ...: int64 [N]. Raises ValueError for wrong ones."""
+    if indices is not None and first:
+        raise ValueError(f"got first={first} and indices, want one of them")
     numbers = torch.arange(first, first + count) if indices is None else torch.as_tensor(list(indices))
     if len(numbers) != count or int(numbers.min()) < 0:
         raise ValueError(f"got {len(numbers)} numbers of images from {numbers.min()}, want {count} numbers from 0")

@@ -13,13 +13,14 @@ from epg_fast.config import SampleConfig
 from epg_fast.sampling.engine import SamplingEngine
 
 _UNRELATED = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs")
+_CHOSEN = ("precision", "parameterization", "normalization")
 
 
 def requested(config: SampleConfig) -> dict:
     """Return the settings that the command line alone tells, as JSON reads them back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _UNRELATED}
-    # what is computed in may be another one, where the device lacks it
-    settings["wanted_precision"] = settings.pop("precision")
+    # what is done may be another one: a precision that the device has, and what `auto` stands for
+    settings |= {f"wanted_{name}": settings.pop(name) for name in _CHOSEN}
     settings |= {"s_max": str(config.s_max)} | ({"steps": 1} if config.sampler == "onestep" else {})
     return json.loads(json.dumps(settings))
 
@@ -33,7 +34,7 @@ def resolved(
 ) -> dict:
     """Return `requested`, with what the engine makes of it and checksums of weights and labels [N]."""
     return requested(config) | {
-        "precision": engine.precision,
+        **{name: getattr(engine, name) for name in _CHOSEN},
         "evaluations": engine.evaluations,
         "weights_sha256": weights_sha256(model),
         "autoguidance_sha256": None if weak is None else weights_sha256(weak),

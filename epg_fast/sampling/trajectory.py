@@ -19,7 +19,8 @@ class Trajectory:
 
     networks: the EPGViT that draws and, for autoguidance, a weaker one. guide: makes the guided denoiser of one
     denoiser for each network. levels: shifted. options: further arguments of the sampler. `evaluations` is the number
-    of network evaluations per image; a conditional and an unconditional one count as two.
+    of network evaluations per image; a conditional and an unconditional one count as two. `guided`: whether there is
+    a level with both.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class Trajectory:
         self.noise = philox_normal_of
         recorders = [_Recorder() for _ in networks]
         self._record(guide(*recorders))
-        self.evaluations = sum(times for recorder in recorders for _, times in recorder.calls)
+        calls = [times for recorder in recorders for _, times in recorder.calls]
+        self.evaluations, self.guided = sum(calls), max(calls) > 1
         self._denoisers = [
             _Conditioned(network, schedule, parameterization, recorder.calls)
             if _takes_conditioning(network)
@@ -127,6 +129,7 @@ def _takes_conditioning(network: EPGViT) -> bool:
     """Whether `conditioning` and `denoise` do what a call does: its own forward pass, without hooks, not compiled."""
     return (
         type(network).forward is EPGViT.forward
+        and "forward" not in vars(network)
         and not (network._forward_pre_hooks or network._forward_hooks)
         and network._compiled_call_impl is None
     )

@@ -67,6 +67,14 @@ def test_samples_without_a_note_have_nulls_and_one_warning(samples, log):
         assert len(log.messages) == 1 and "cannot be attributed" in log.messages[0]
 
 
+def test_a_note_cannot_say_where_it_is_and_its_numbers_are_jsons(samples, log):
+    text = json.dumps(NOTE | {"source": "elsewhere"})[:-1] + ', "s_max": 1e999}'
+    (samples / "out" / "settings.json").write_text(text)
+    record = sampling_record(samples / "out" / "png", 6)
+    assert record["source"] == str(samples / "out" / "settings.json") and record["s_max"] == "1e999"
+    json.dumps(record, allow_nan=False)
+
+
 def test_settings_of_something_else_are_no_note(samples, log):
     (samples / "out" / "settings.json").write_text('{"editor": "vi"}')
     record = sampling_record(samples / "out" / "png", 6)

@@ -1,6 +1,7 @@
 """`SamplingEngine` and `sample`: what they return depends on model, labels and seed, and on nothing else."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -133,6 +134,15 @@ def test_on_a_cpu_no_batch_waits_for_the_next_to_be_handed_over(model, monkeypat
     assert drawn == [3]
 
 
+def test_threads_that_share_an_engine_get_their_own_images(model):
+    engine = SamplingEngine(model, steps=4, guidance=2.0, batch_size=3)
+    want = [engine([label] * 3, seed=label) for label in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda label: engine([label] * 3, seed=label), [0, 1, 2, 3] * 3))
+    for i, images in enumerate(got):
+        assert torch.equal(images, want[i % 4])
+
+
 def test_a_diverged_model_is_reported_where_nan_has_no_colour(model):
     with torch.no_grad():
         model.out.bias.fill_(float("nan"))
@@ -252,6 +262,24 @@ def test_autoguidance_uses_the_weak_model(model):
     assert torch.equal(epg_fast.sample(model, [0, 1], steps=3, weak=weak.eval(), guidance=3.0), guided)
 
 
+def test_a_weaker_model_of_another_meaning_is_refused(model):
+    weak = make_model()
+    for metadata in ({"parameterization": "edm"}, {"normalization": "simple"}, {"noise": {"sigma_max": 40.0}}):
+        weak.metadata = metadata
+        with pytest.raises(ValueError, match="autoguidance: the weaker model has"):
+            epg_fast.sample(model, [0], steps=3, weak=weak, guidance=0.5)
+    weak.metadata = {"parameterization": "edm", "normalization": None, "noise": {}}
+    epg_fast.sample(model, [0], steps=3, weak=weak, guidance=0.5, parameterization="edm")
+
+
+def test_guidance_that_no_level_sees_is_said_to_do_nothing(model, log):
+    SamplingEngine(model, sampler="onestep", guidance=5.0)
+    SamplingEngine(model, steps=5, guidance=5.0, interval=(100.0, 200.0))
+    SamplingEngine(model, steps=32, guidance=5.0)
+    SamplingEngine(model, steps=5, weak=make_model(), guidance=5.0)
+    assert len(log.messages) == 2 and all("guidance 5 does nothing" in line for line in log.messages)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_hooks_and_own_forward_passes_are_not_bypassed(model, precision):
     class Own(EPGViT):
@@ -303,9 +331,21 @@ def test_bad_requests_say_what_is_wanted(model):
         ({"noise": torch.randn(1, 3, 8, 8)}, r"noise has shape \[1, 3, 8, 8\], want \[1, 3, 16, 16\]"),
         ({"weak": make_model(num_classes=4)}, "the weaker model has num_classes 4, want 5"),
         ({"weak": torch.nn.Linear(2, 2)}, "got a Linear, want an EPGViT"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"steps": 4.5}, "steps is 4.5, want an integer"),
+        ({"sampler": "edm_sde", "churn": 1.0}, "churn: no option of edm_sde"),
+        ({"seed": 1.5}, "seed is 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             epg_fast.sample(model, [0], **({"steps": 2} | options))
+    with pytest.raises(ValueError, match="got first=2 and indices"):
+        SamplingEngine(model, steps=2).stream([0], indices=[3], first=2)
+    with pytest.raises(ValueError, match="has 1 channels, want 3"):
+        epg_fast.sample(make_model(in_channels=1), [0], steps=2)
+    model.metadata = {"noise": {"sigma": 1}}
+    with pytest.raises(ValueError, match="noise schedule is {'sigma': 1}, want a mapping of sigma_min"):
+        epg_fast.sample(model, [0], steps=2)
+    model.metadata = {}
     with pytest.raises(ValueError, match="got 2 numbers of images from 3, want 1 numbers"):
         SamplingEngine(model, steps=2).stream([0], indices=[3, 4])
 

@@ -118,22 +118,41 @@ def test_the_folder_says_what_it_holds(whole, checkpoint):
 
 
 @pytest.mark.parametrize("classes", [10, 0])
-def test_the_error_of_a_precision_is_measured_on_the_first_images(command, tmp_path, classes, monkeypatch):
+def test_the_error_of_a_precision_is_measured_once_on_the_first_images(command, tmp_path, classes):
     checkpoint = write_checkpoint(tmp_path / "model.safetensors", num_classes=classes)
     arguments = [*command, "--checkpoint", str(checkpoint), "--precision", "bf16", "--outdir", str(tmp_path / "s")]
-    assert main([*arguments, "--error_images", "4"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Images, "discard_parts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([*arguments, "--error_images", "4"]) == 128 + signal.SIGTERM
     model, labels = from_pretrained(checkpoint), [0, 1, 2, 3] if classes else 4
     want = image_error(*(sample(model, labels, steps=2, batch_size=3, precision=p) for p in ("bf16", "fp32")))
     found = json.loads((tmp_path / "s" / "precision.json").read_text())
     assert found == {"precision": "bf16", "images": 3} | found  # of the first batch
     assert found["relative_l2"] == pytest.approx(want["relative_l2"], rel=0.5) and 0 < found["relative_l2"] < 0.2
     assert arrays(tmp_path / "s")[2]["precision_error"] == found
-    monkeypatch.setattr(job, "_report_error", None)  # it is not measured again
-    (tmp_path / "s" / "samples.npz").unlink()
-    (tmp_path / "s" / "grid.png").unlink()
-    assert main(arguments) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_report_error", None)
+        assert main(arguments) == 0
     assert main([*arguments[:-1], str(tmp_path / "other"), "--error_images", "0"]) == 0
     assert not (tmp_path / "other" / "precision.json").exists()
+
+
+def test_an_error_of_other_settings_is_not_kept(command, tmp_path, stop_after):
+    """Of a start that was stopped before its first image."""
+    arguments = [*command, "--outdir", str(tmp_path / "s")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_draw_missing", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([*arguments, "--precision", "bf16"]) == 128 + signal.SIGTERM
+    assert json.loads((tmp_path / "s" / "precision.json").read_text())["precision"] == "bf16"
+    assert main([*arguments, "--precision", "fp8"]) == 0
+    metadata = arrays(tmp_path / "s")[2]
+    assert metadata["precision"] == metadata["wanted_precision"] == metadata["precision_error"]["precision"] == "fp8"
+    assert (metadata["wanted_parameterization"], metadata["parameterization"]) == ("auto", "x0")
+
+
+def test_a_damaged_npz_is_not_taken_for_finished(command, whole, capsys):
+    (whole / "samples.npz").write_bytes((whole / "samples.npz").read_bytes()[:-100])
+    fails(capsys, [*command, "--png", "true", "--outdir", whole], "samples.npz is damaged; delete it")
 
 
 def test_a_precision_that_the_model_overflows_is_refused_before_hours_of_it(command, tmp_path, capsys):
@@ -312,6 +331,11 @@ def test_bad_requests_write_nothing(command, checkpoint, tmp_path, capsys):
     fails(capsys, [*command, *out, "--autoguidance", plain], "num_classes 0, want 10")
     fails(capsys, [*command, *out, "--guidance", ".inf"], "guidance is inf")
     fails(capsys, [*command, *out, "--batch_size", "0"], "batch_size is 0")
+    fails(capsys, [*command, *out, "--s_churn", "40"], "s_churn is 40.0: an option of edm_sde, not of heun")
+    fails(capsys, [*command, *out, "--sampler", "edm_sde", "--s_noise", "-1"], "s_noise is -1")
+    fails(
+        capsys, [*command, *out, "--sampler", "edm_sde", "--s_min", "5", "--s_max", "1"], "s_max is 1.0, want at least"
+    )
     assert not (tmp_path / "s").exists()
     assert main([str(a) for a in [*command, *out, "--checkpoint", plain]]) == 0
     assert arrays(tmp_path / "s")[1].tolist() == [0] * 8

@@ -1,5 +1,7 @@
 """Precisions of sampling: what is cast, how far images move, and what happens where hardware lacks one."""
 
+import types
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ import epg_fast
 from epg_fast import SamplingEngine
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import LayerNorm
+from epg_fast.runtime import float32_products
 from epg_fast.sampling import image_error, precision
-from epg_fast.sampling.precision import inference_network, matrix_products
+from epg_fast.sampling.precision import inference_network
 
 SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_depth": 3, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
@@ -126,11 +129,28 @@ def test_fp8_on_a_cpu_without_such_a_product_shows_its_numbers(monkeypatch, log)
 
 
 def test_tf32_is_switched_for_the_time_of_a_batch_only():
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    for name, want in (("tf32", ("high", True)), ("fp32", ("highest", False)), ("bf16", ("highest", False))):
-        with matrix_products(name):
-            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == want
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    def state():
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.conv.fp32_precision
+
+    before = state()
+    for tf32, want in ((True, ("high", True)), (False, ("highest", False))):
+        with float32_products(tf32):
+            assert state()[:2] == want
+        assert state() == before
+
+
+def test_who_has_set_tf32_by_the_newer_interface_can_sample():
+    """PyTorch's older interface raises then."""
+    matmul, model = torch.backends.cuda.matmul, make_model()
+    want, before = epg_fast.sample(model, [0], steps=3), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert torch.equal(epg_fast.sample(model, [0], steps=3), want)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -142,12 +162,74 @@ def test_models_in_other_precisions_are_sampled(dtype):
     assert 0 < (got - want).abs().mean() < (1e-5 if dtype == torch.float64 else 0.02)
 
 
-def test_autocast_around_it_is_obeyed():
+def test_autocast_around_it_is_obeyed_in_fp32_alone():
     model = make_model()
     want = epg_fast.sample(model, [0, 1], sampler="onestep")
+    half = epg_fast.sample(model, [0, 1], sampler="onestep", precision="fp16")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = epg_fast.sample(model, [0, 1], sampler="onestep")
+        assert torch.equal(epg_fast.sample(model, [0, 1], sampler="onestep", precision="fp16"), half)
     assert 0 < image_error(got, want)["relative_l2"] < 0.02
+
+
+class Recorder:
+    calls = 0
+
+    def hook(self, module, args, out):
+        self.calls += 1
+        return out * 0
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp8"])
+def test_hooks_and_replaced_forwards_inside_the_network_are_called(name):
+    """Those of the caller's own objects, where a copy of everything would call a copy of these."""
+    options = {"sampler": "onestep", "precision": name}
+    model, recorder = make_model(), Recorder()
+    plain = epg_fast.sample(model, [0, 1], **options)
+    handle = model.blocks[1].attn.qkv.register_forward_hook(recorder.hook)
+    hooked = epg_fast.sample(model, [0, 1], **options)
+    assert recorder.calls == 1 and not torch.equal(hooked, plain)
+    handle.remove()
+    qkv = model.blocks[1].attn.qkv
+    qkv.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 0, qkv)
+    assert torch.equal(epg_fast.sample(model, [0, 1], **options), hooked)
+    del qkv.forward
+    adaptation = model.decoder_blocks[0].adaLN_modulation[1]
+    adaptation.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 0, adaptation)
+    assert not torch.equal(epg_fast.sample(model, [0, 1], **options), plain)
+    del adaptation.forward
+    model.forward = types.MethodType(lambda self, *args: EPGViT.forward(self, *args) * 0, model)
+    assert epg_fast.sample(model, [0, 1], **options).flatten(2).std(dim=2).max() < 1e-6
+
+
+def test_a_forward_of_something_else_is_refused_where_weights_are_cast():
+    model = make_model().eval()
+    fc1 = model.blocks[0].mlp.fc1
+    fc1.forward = lambda x: torch.nn.functional.linear(x, fc1.weight, fc1.bias)
+    epg_fast.sample(model, [0], sampler="onestep")
+    with pytest.raises(ValueError, match="a Linear has a forward that belongs to something else.*want precision fp32"):
+        epg_fast.sample(model, [0], sampler="onestep", precision="bf16")
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("delta", 0.01 * torch.randn(linear.out_features, linear.in_features))
+
+    def forward(self, x):
+        return self.linear(x) + torch.nn.functional.linear(x, self.delta)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_weight_norm_and_adapters_with_buffers_are_cast_like_the_rest():
+    model = make_model()
+    torch.nn.utils.weight_norm(model.blocks[0].mlp.fc1)
+    model.blocks[1].attn.proj = Adapter(model.blocks[1].attn.proj)
+    want = epg_fast.sample(model, [0, 1], sampler="onestep")
+    for name in ("bf16", "fp8"):
+        error = image_error(epg_fast.sample(model, [0, 1], sampler="onestep", precision=name), want)
+        assert 0 < error["relative_l2"] < 0.02
 
 
 def test_the_error_of_images_is_what_its_formulas_say():
@@ -157,5 +239,7 @@ def test_the_error_of_images_is_what_its_formulas_say():
     assert error["psnr_db"] == pytest.approx(40.0, abs=1e-4)
     assert error["relative_l2"] == pytest.approx(0.02, rel=1e-4)
     assert image_error(reference, reference) == {"relative_l2": 0.0, "psnr_db": float("inf")}
+    black = torch.zeros_like(reference)
+    assert image_error(black, black)["relative_l2"] == 0 and image_error(images, black)["relative_l2"] == float("inf")
     with pytest.raises(ValueError, match="want the same"):
         image_error(images, reference[:1])
