@@ -22,7 +22,7 @@ import torch
 
 from bench import measure, parts, plain
 from bench.kernel_classes import split
-from bench.ladder import Ladder, NotHere, Rung, chosen, climb, open_results
+from bench.ladder import Ladder, NotHere, Rung, chosen, climb, default_device, open_results
 from bench.plain.sampling import Sampler
 from bench.results import Row, header
 from bench.tables import in_order, ladder_table
@@ -83,7 +83,7 @@ class Sampling(Ladder):
         self.preset, self.kind, self.images, self.checkpoint = preset, kind, batch, checkpoint
         self.steps = 1 if kind == "onestep" else steps
         self.seconds, self.compared, self.threads = seconds, min(compared, batch), threads
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or default_device())
         self.job, self.shape = f"sample-{kind}", f"{preset}, batch {batch}" + f", {steps} levels" * (kind == "heun")
         self.unit = "ms" if batch == 1 else "images/s"
         self.rungs = chosen(RUNGS, rungs)

@@ -22,12 +22,13 @@ import torch
 
 from bench import measure, parts
 from bench.kernel_classes import split
-from bench.ladder import Ladder, NotHere, Rung, chosen, climb, open_results
+from bench.ladder import Ladder, NotHere, Rung, chosen, climb, default_device, open_results
 from bench.results import Row, header
 from bench.tables import in_order, ladder_table
 from bench.train_jobs import JOBS, OurTraining, PlainTraining, Problem
 from epg_fast.ops import extension_status
 from epg_fast.ops.extension import extension_has_cuda, gpus_without_code
+from epg_fast.training.fp8 import require_fp8
 
 _FUSED = {"optimizer": "fused"}
 _BLOCKS = _FUSED | {"compile": "blocks"}
@@ -70,7 +71,7 @@ class Training(Ladder):
     ):
         self.job, self.preset, self.images, self.shape = job, preset, batch, f"{preset}, batch {batch}"
         self.seconds, self.compared, self.threads = seconds, compared, threads
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or default_device())
         self.rungs = chosen(RUNGS[job], rungs)
 
     @cached_property
@@ -109,10 +110,13 @@ class Training(Ladder):
         if "plain" in options:
             return PlainTraining(self.problem, options["plain"], compiled="compile" in options)
         cuda = self.device.type == "cuda"
-        if not cuda and (needs := [name for name in ("cuda_graphs", "fp8") if name in options]):
-            raise NotHere(f"needs a CUDA device ({needs[0]})")
-        if not cuda and options.get("ops") == "triton":
-            raise NotHere("needs a CUDA device; the interpreter's speed says nothing")
+        if not cuda and (options.get("ops") == "triton" or {"cuda_graphs", "fp8"} & set(options)):
+            raise NotHere("needs a CUDA device")
+        if "fp8" in options:
+            try:
+                require_fp8(self.device)
+            except ValueError as reason:
+                raise NotHere(str(reason)) from None
         if options["optimizer"] == "fused" and (reason := _no_extension(self.device)):
             raise NotHere(reason)
         return OurTraining(self.problem, **options)

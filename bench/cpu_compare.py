@@ -23,6 +23,7 @@ from bench.bench_sample import GUIDANCE, INTERVAL, Sampling
 from bench.ladder import open_results
 from bench.measure import percentiles
 from bench.results import Results, Row, header, markdown_table, significant
+from bench.tables import error_text
 from bench.train_jobs import JOBS, OurTraining, PlainTraining, Problem
 from epg_fast import SamplingEngine
 
@@ -120,8 +121,7 @@ def table(rows: list[Row]) -> str:
         ratio = ours.details.get("ratio", {})
         spread = f"{significant(ratio['p20'])}x to {significant(ratio['p80'])}x" if ratio else ""
         middle = f"{significant(ratio['median'])}x" if ratio else ""
-        error = "" if ours.error is None else f"{ours.error:.1e}"
-        numbers = significant(plain.median), significant(ours.median), middle, spread, error
+        numbers = significant(plain.median), significant(ours.median), middle, spread, error_text(ours.error)
         cells.append((ours.job, ours.shape, *numbers, ours.note))
     columns = ("job", "shape", "plain, ms", "ours, ms", "plain / ours", "p20 to p80 of pairs", "error", "note")
     if not any(row[-1] for row in cells):

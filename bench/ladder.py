@@ -184,6 +184,7 @@ def _work(ladder: Ladder, rungs: list[Rung], connection: Connection) -> None:
     """Send a row and whether it is the last one for each rung: behind a fault of the GPU nothing can be measured."""
     if ladder.device.type == "cpu":
         torch.set_num_threads(ladder.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is the reference; the engine chooses for itself
     for rung in rungs:
         row = attempt(ladder, rung)
         broken = False
@@ -213,6 +214,11 @@ def open_results(path: Path, header: dict) -> Results:
         found.header = before.header
         found.rows = [row for row in before.rows if UNFINISHED not in row.details]
     return found
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU if there is none."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def chosen(rungs: tuple[Rung, ...], names: list[str] | None) -> tuple[Rung, ...]:

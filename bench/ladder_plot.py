@@ -45,7 +45,7 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
         text = f"{significant(row.median)}, {row.details['mfu']:.0%} of the GEMM ceiling"
         axes.text(row.p80 + 0.01 * most, place, text, va="center", fontsize=9)
     axes.set_yticks(places, [f"{row.rung} ({row.dtype})" for row in rows], fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.35 * most)
     better = "more is better" if rows[0].unit == "images/s" else "less is better"
     axes.set_xlabel(f"{rows[0].unit}, {better}; the line is the 20th to the 80th percentile", fontsize=9)

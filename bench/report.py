@@ -21,11 +21,16 @@ _OURS = ("triton", "cuda", "extension", "extension_")
 _ORDER = {rung.name: None for rung in (*SAMPLING, *(rung for rungs in TRAINING.values() for rung in rungs))}
 
 _HOW = """\
-A row is one way of doing the job, in the order of the ladder; speed-up is against the first row. Times are medians with
-their 20th and 80th percentiles. Peak memory is the allocator's. MFU is the job's matrix products over what a large
-bfloat16 product reached in the same process, FP8 included. The error of sampling is the relative L2 of images against
-the plain code in float32 from the same noise, with random weights; that of training is of the first losses, likewise.
-Rows without numbers say why.
+A row is one way of doing the job, in the order of the ladder; speed-up is against the first row with a number. Numbers
+are medians with their 20th and 80th percentiles. Peak memory is the allocator's. MFU is the job's matrix products over
+what a large bfloat16 product reached in the same process, FP8 included. The error of sampling is the relative L2 of
+images against the plain code in float32 from the same noise, with random weights; that of training is of the first
+losses, likewise. Rows without numbers say why.
+"""
+
+_REDUCED = """\
+Without a GPU this is the reduced form: small networks on one thread, and compiled rungs in one ladder alone. It shows
+that everything runs; what a GPU does cannot be told from it. The comparison on a CPU is meant as it stands.
 """
 
 
@@ -41,6 +46,7 @@ def write(folder: Path) -> str:
         f"# Benchmarks on {about.get('device', 'an unknown device')}\n",
         header_lines(about),
         _missing(folder),
+        _REDUCED if about.get("gpu") == "none" else "",
         "## Goals\n",
         goals_table(both, about.get("gpu", "none")),
         "## How to read the ladders\n" if both else "",

@@ -41,7 +41,7 @@ CUT_SHORT = "cut short: the same command with this folder goes on"
 
 @dataclass(frozen=True)
 class Part:
-    """`work(folder, seconds)` says how it ended. seconds: its share of the time."""
+    """`work(folder, seconds)` says how it ended. seconds: of the time, in proportion to those of the other parts."""
 
     name: str
     seconds: float
@@ -103,8 +103,15 @@ def operations(flags: list[str], folder: Path, seconds: float) -> str:
     """pytest-benchmark writes its file at the end, also when it is interrupted."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         return "not here: pytest-benchmark is not installed"
-    command = ["-m", "pytest", "-q", "bench/ops", "--benchmark-only", *flags]
-    return _command([*command, "--benchmark-json", str((folder / "ops.json").resolve())], folder / "ops.log", seconds)
+    path = (folder / "ops.json").resolve()
+    command = ["-m", "pytest", "-q", "bench/ops", "--benchmark-only", *flags, "--benchmark-json", str(path)]
+    outcome = _command(command, folder / "ops.log", seconds)
+    if path.exists():
+        content = read_json(path)
+        for benchmark in content["benchmarks"]:
+            benchmark["stats"].pop("data", None)  # every single time
+        write_json(path, content)
+    return outcome
 
 
 def cpu(flags: list[str], folder: Path, seconds: float) -> str:
@@ -155,16 +162,14 @@ def run(parts: list[Part], folder: Path, seconds: float) -> dict[str, str]:
     """How every part ended, by its name; parts that are complete already are not repeated."""
     notes = folder / "progress.json"
     progress = read_json(notes) if notes.exists() else {}
-    began, planned = time.monotonic(), 0.0
-    for part in parts:
-        planned += part.seconds
-        if progress.get(part.name, {}).get("outcome") == COMPLETE:
-            continue
+    pending = [part for part in parts if progress.get(part.name, {}).get("outcome") != COMPLETE]
+    began, total, planned = time.monotonic(), sum(part.seconds for part in pending), 0.0
+    for part in pending:
+        planned += seconds * part.seconds / total
         started = time.monotonic()
-        # what the parts before have left of their shares, and never more than there is
-        share = min(planned, seconds) - (started - began)
         print(f"== {part.name}", file=sys.stderr, flush=True)
-        outcome = _outcome(part, folder, share) if share > 0 else CUT_SHORT
+        # with what the parts before have left of their shares
+        outcome = _outcome(part, folder, planned - (started - began))
         print(f"{part.name}: {outcome}", file=sys.stderr, flush=True)
         progress[part.name] = {"outcome": outcome, "seconds": round(time.monotonic() - started, 1)}
         write_json(notes, progress)
@@ -173,6 +178,8 @@ def run(parts: list[Part], folder: Path, seconds: float) -> dict[str, str]:
 
 
 def _outcome(part: Part, folder: Path, seconds: float) -> str:
+    if seconds <= 0:
+        return CUT_SHORT
     try:
         return part.work(folder, seconds)
     except Exception as error:
@@ -192,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder (default: a new one under bench/results)")
     parser.add_argument("--parts", nargs="+", help=f"some of: {', '.join(part.name for part in gpu_parts())}")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: 9.5)")
+    parser.add_argument("--seconds", type=float, default=570, help="for everything (default: 570)")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU: whether everything works")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -204,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         parts = chosen(parts, options.parts)
         folder = options.output or new_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        outcomes = run(parts, folder, 60 * options.minutes)
+        outcomes = run(parts, folder, options.seconds)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ def ladder_table(rows: Sequence[Row]) -> str:
             "" if row.median is None else f"{significant(speed_up(row, first))}x",
             "" if row.peak_memory_bytes is None else significant(row.peak_memory_bytes / _GIB),
             "" if "mfu" not in row.details else f"{significant(100 * row.details['mfu'])}%",
-            "" if row.error is None else f"{row.error:.1e}",
+            error_text(row.error),
             significant(row.details.get("psnr_db")),
             row.note,
         )
@@ -34,6 +34,11 @@ def ladder_table(rows: Sequence[Row]) -> str:
     # a column that no row has anything for says nothing
     kept = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     return markdown_table([columns[i] for i in kept], [[row[i] for i in kept] for row in cells])
+
+
+def error_text(error: float | None) -> str:
+    """Two digits, "" for None."""
+    return "" if error is None else f"{error:.1e}" if error else "0"
 
 
 def speed_up(row: Row, base: Row) -> float:

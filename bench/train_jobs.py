@@ -21,7 +21,7 @@ from epg_fast.models import encoder_from_config, generator_from_config, preset_c
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
-from epg_fast.training.fp8 import require_fp8, use_fp8
+from epg_fast.training.fp8 import use_fp8
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.state import RunState
 
@@ -153,8 +153,6 @@ class OurTraining:
         self.problem = problem
         self.config = config = problem.config(**options)
         config.optimizer.backend = optimizer
-        if config.fp8:
-            require_fp8(problem.device)
         ranks = Ranks(0, 1, problem.device)
         with problem.device:
             stage = getattr(training, JOBS[problem.job] + "Stage")(config, ranks)
