@@ -73,7 +73,7 @@ def test_a_profiled_update_has_its_products_and_its_optimiser():
     assert taken["matrix products"] > 0 and taken["optimiser"] > 0 and row.details["split"]["of"] == "an update"
 
 
-@pytest.mark.parametrize("name", ["ours, network, CUDA graphs", "ours, Triton kernels", "ours, FP8"])
+@pytest.mark.parametrize("name", ["ours, network, CUDA graphs", "ours, blocks, Triton kernels", "ours, blocks, FP8"])
 def test_what_needs_a_gpu_is_a_row_that_says_so(name):
     ladder = _ladder("pretrain")
     ladder.reference = None
