@@ -1,5 +1,6 @@
 # make demo   the whole method on handwritten digits, results in runs/demo
 # make test   lint, kernel resource table, the whole test suite
+# make bench  all benchmarks, results in bench/results/<date>-<device>
 # make asan   the extension's CPU code under AddressSanitizer, with the tests in ASAN_TESTS
 # Each creates the environment in .venv and installs the package first.
 PYTHON ?= python3
@@ -49,7 +50,7 @@ resources: $(INSTALLED)
 	$(BIN)/python -m bench.resources > $(RESOURCE_TABLE); code=$$?; cat $(RESOURCE_TABLE); exit $$code
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench/ops --benchmark-only
+	$(BIN)/python -m bench
 
 # libstdc++ too, or throwing a C++ exception aborts. Slow tests call compilers, which crawl under preloaded libraries.
 asan: $(INSTALLED)

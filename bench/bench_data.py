@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = open_images(options.images or write_photographs(Path(folder), 512))
         rows = [row for views in options.views for row in measure(source, options, views)]
-    report = {"processor": processor(), "torch": torch.__version__, "options": vars(options), "rows": rows}
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    report = {"processor": processor(), "torch": torch.__version__, "options": settings, "rows": rows}
     print(f"{processor()}, {options.threads} threads, {options.image_size} pixels, batches of {options.batch_size}")
     for row in rows:
         rates = ", ".join(f"{rate:.0f}" for rate in row["rounds"])

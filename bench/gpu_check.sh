@@ -1,30 +1,62 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, with the Python of this machine and no network:
 #   bench/gpu_check.sh OUTPUT_FOLDER [PART...]
-# Builds the extension in place if there is none that this GPU can run (with CUTLASS where EPG_CUTLASS_DIR or the installed
-# nvidia-cutlass has its headers), then runs the kernels' and the GPU tests and the microbenchmarks, first at the shapes of
-# EPG-XL, then at all; every part is bounded in time, and a part that fails does not stop the next. Exits with 1 if one
-# failed. PARTs (build, env, gpu, tests, training, bench_main, data, bench) choose some. PYTHON chooses the interpreter.
+# The most valuable first: the extension is built in place if there is none that this GPU can run (with CUTLASS where
+# EPG_CUTLASS_DIR or the installed nvidia-cutlass has its headers), then correctness, the ladders of sampling and training,
+# the operations. Every part is bounded in time, and one that fails does not stop the next. PARTs choose some, e.g. for two
+# calls of at most ten minutes each:
+#   bench/gpu_check.sh OUT build env sampling heun latency onestep diffusion
+#   bench/gpu_check.sh OUT pretrain consistency training tests operations data cpu roofline resources
+# Parts that are complete in OUTPUT_FOLDER are not repeated, and ladders go on where they were cut short. What this machine
+# lacks is left out, which is said. OUTPUT_FOLDER/README.md holds the tables; OUTPUT_FOLDER.tar.gz, which is renewed after
+# each part, holds everything. Exits with 1 if a part failed. PYTHON chooses the interpreter.
 set -u
-out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER [PART...]}" && cd "$1" && pwd) || exit 2
+parts="build env sampling tests training heun latency onestep diffusion pretrain consistency operations data cpu roofline resources"
+out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER [PART...]}/logs" && cd "$1" && pwd) || exit 2
+wanted=" ${*:2} "
+for name in $wanted; do
+  [[ " $parts " == *" $name "* ]] || { echo "part $name: wanted some of: $parts"; exit 2; }
+done
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
-wanted=" ${*:2} "
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
 
 part() { # name, seconds, command...
-  local name=$1 seconds=$2
+  local name=$1 seconds=$2 code
   shift 2
   [[ $wanted != *[^\ ]* || $wanted == *" $name "* ]] || return 0
-  echo "== $name"
-  timeout "$seconds" "$@" >"$out/$name.log" 2>&1
-  local code=$?
-  tail -n 3 "$out/$name.log"
-  if [ $code -ne 0 ]; then
-    echo "$name failed with exit code $code, see $out/$name.log"
-    failed=1
+  if grep -qsx "$name" "$out/complete"; then
+    echo "== $name: complete already"
+    return 0
   fi
+  echo "== $name"
+  timeout --kill-after 20 "$seconds" "$@" >"$out/logs/$name.log" 2>&1
+  code=$?
+  tail -n 3 "$out/logs/$name.log"
+  case $code in
+    0) echo "$name" >>"$out/complete" ;;
+    3) echo "$name was cut short: the same command goes on" ;;
+    *) echo "$name failed with exit code $code, see logs/$name.log"; failed=1 ;;
+  esac
+  tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
+}
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+tests() { # name, seconds, tests...
+  local name=$1 seconds=$2 workers=()
+  shift 2
+  if ! has pytest; then
+    [[ $wanted != *[^\ ]* || $wanted == *" $name "* ]] && echo "== $name: left out, pytest is not installed"
+    return 0
+  fi
+  has xdist && workers=(-n 8 --dist worksteal)
+  part "$name" "$seconds" "$python" -m pytest -q "${workers[@]}" "$@"
+}
+
+bench() { # name, seconds
+  part "$1" "$(($2 + 40))" "$python" -m bench --output "$out" --parts "$1" --seconds "$2"
 }
 
 # With CUTLASS the build takes minutes of a GPU's time: a library built elsewhere, even with a CPU's torch, serves as well.
@@ -32,14 +64,19 @@ usable='from epg_fast.ops.extension import extension_has_cuda, extension_status,
 raise SystemExit(not (extension_status()[0] and extension_has_cuda()) or bool(gpus_without_code()))'
 part build 500 sh -c '"$0" -c "$1" || exec "$0" setup.py build_ext --inplace' "$python" "$usable"
 part env 60 "$python" -m epg_fast env
-part gpu 30 "$python" -c "import torch; print(torch.cuda.get_device_name(), torch.version.cuda)"
-part tests 300 "$python" -m pytest -q -n 8 --dist worksteal tests/ops tests/models tests/training/test_optimizer.py \
-  tests/data/test_prefetch.py tests/data/test_dali.py
+tests sampling 120 tests/test_gpu_sampling.py
+tests tests 240 tests/ops tests/models tests/training/test_optimizer.py tests/data/test_prefetch.py tests/data/test_dali.py
 # Compiles networks, which takes its time.
-part training 300 "$python" -m pytest -q -n 8 --dist worksteal tests/test_gpu.py
-part bench_main 300 "$python" -m pytest -q bench/ops --benchmark-only --main-shapes \
-  --benchmark-json "$out/bench_ops_main.json"
-part data 120 sh -c 'if "$0" -c "import nvidia.dali"; then exec "$0" -m bench.bench_data --device cuda --readers 4 --output "$1"
-  else echo "NVIDIA DALI is not installed: the loaders were not timed"; fi' "$python" "$out/bench_data.json"
-part bench 300 "$python" -m pytest -q bench/ops --benchmark-only --benchmark-json "$out/bench_ops.json"
+tests training 240 tests/test_gpu.py
+bench heun 240
+bench latency 90
+bench onestep 90
+bench diffusion 150
+bench pretrain 120
+bench consistency 120
+bench operations 180
+bench data 60
+bench cpu 60
+bench roofline 30
+part resources 240 "$python" -m bench.resources --arch 90
 exit $failed

@@ -25,4 +25,4 @@ def test_commands_and_recipes_of_the_readme_exist():
     assert jobs and {a or b for a, b in jobs} <= set(_JOBS)
     recipes = re.findall(r"--config ([a-z0-9_]+)", text)
     assert recipes and all((_RECIPES / f"{name}.yaml").is_file() for name in recipes)
-    assert set(re.findall(r"^make (\w+)", text, re.M)) == {"demo", "test"}
+    assert set(re.findall(r"^make (\w+)", text, re.M)) == {"demo", "test", "bench"}

@@ -8,14 +8,15 @@ session.
 """
 
 import statistics
-import time
 
 import pytest
 import torch
 
+from bench.measure import large_copy, large_product
 from bench.results import header
 
 _CUDA = torch.cuda.is_available()
+_DEVICE = torch.device("cuda" if _CUDA else "cpu")
 _COLD_BYTES = 512 << 20  # inputs touched before any is touched again: several times the L2 cache of an H200
 
 
@@ -32,37 +33,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def device() -> str:
-    return "cuda" if _CUDA else "cpu"
+    return _DEVICE.type
 
 
 @pytest.fixture(scope="session")
 def copy_gbps() -> float:
-    """The ceiling: GB/s of a large copy, read and write counted."""
-    source = torch.rand((1 << 28) if _CUDA else (1 << 24), device="cuda" if _CUDA else "cpu")
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(20):
-        _synchronise()
-        start = time.perf_counter()
-        target.copy_(source)
-        _synchronise()
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.nbytes / statistics.median(seconds) / 1e9
+    return large_copy(_DEVICE) / 1e9
 
 
 @pytest.fixture(scope="session")
 def gemm_tflops() -> float:
-    """The other ceiling: TFLOP/s of a large bfloat16 matrix product of random values."""
-    size = 8192 if _CUDA else 512
-    a, b = (torch.randn(size, size, device="cuda" if _CUDA else "cpu", dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(20):
-        _synchronise()
-        start = time.perf_counter()
-        a @ b
-        _synchronise()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds) / 1e12
+    return large_product(_DEVICE) / 1e12
 
 
 @pytest.fixture
@@ -105,11 +86,6 @@ def _graph(call, inputs):
         torch.cuda.synchronize()
 
     return replay
-
-
-def _synchronise() -> None:
-    if _CUDA:
-        torch.cuda.synchronize()
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
