@@ -75,6 +75,44 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Ceilings:
+    """products: FLOP/s of matrix products in 16 bits; memory: bytes/s; source: of both."""
+
+    products: float
+    memory: float
+    source: str
+
+    def floor(self, part: Part) -> float:
+        """Least seconds of one call."""
+        return max(part.products / self.products, part.bytes / self.memory)
+
+    def bound(self, part: Part) -> str:
+        return "products" if part.products / self.products > part.bytes / self.memory else "memory"
+
+    def at(self, intensity: float) -> float:
+        """FLOP/s that an operation of so many FLOP per byte can reach."""
+        return min(self.products, intensity * self.memory)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured operation; its operations are counted by its `SPEC`, element-wise ones included."""
+
+    op: str
+    shape: str
+    dtype: str
+    direction: str
+    provider: str
+    labels: str
+    median_us: float
+    intensity: float
+    """FLOP per byte of the traffic model."""
+    tflops: float
+    share: float
+    """Of what the ceilings allow at this intensity."""
+
+
+@dataclass(frozen=True)
 class _Op:
     """One operation of a network. weights, inputs: products of the gradients of parameters, and of what enters."""
 

@@ -14,51 +14,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from bench.compare import op_rows
-from bench.parts import Job, Part, jobs_of
+from bench.parts import Ceilings, Job, Point, jobs_of
 from bench.results import header, header_lines, markdown_table, read_json, significant, write_json, write_text
 from epg_fast.training.hardware import GPUS, gpu_named
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """products: FLOP/s of matrix products in 16 bits; memory: bytes/s; source: of both."""
-
-    products: float
-    memory: float
-    source: str
-
-    def floor(self, part: Part) -> float:
-        """Least seconds of one call."""
-        return max(part.products / self.products, part.bytes / self.memory)
-
-    def bound(self, part: Part) -> str:
-        return "products" if part.products / self.products > part.bytes / self.memory else "memory"
-
-    def at(self, intensity: float) -> float:
-        """FLOP/s that an operation of so many FLOP per byte can reach."""
-        return min(self.products, intensity * self.memory)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A measured operation; its operations are counted by its `SPEC`, element-wise ones included."""
-
-    op: str
-    shape: str
-    dtype: str
-    direction: str
-    provider: str
-    labels: str
-    median_us: float
-    intensity: float
-    """FLOP per byte of the traffic model."""
-    tflops: float
-    share: float
-    """Of what the ceilings allow at this intensity."""
 
 
 def nominal(name: str) -> Ceilings:

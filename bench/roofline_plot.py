@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from bench.results import significant
 
 if TYPE_CHECKING:
-    from bench.roofline import Ceilings, Point
+    from bench.parts import Ceilings, Point
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, too. What is ours comes last, on top.
 _COLOURS = {"eager": "#999999", "torch.compile": "#E69F00", "library": "#0072B2", "kernel of this package": "#D55E00"}
