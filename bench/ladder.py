@@ -175,8 +175,8 @@ class _Worker:
 
     def __exit__(self, *exception) -> None:
         self._connection.close()
-        if self.broken:
-            self._process.kill()
+        self._process.join(0 if self.broken else 20)  # at its end it may hang, too
+        self._process.kill()
         self._process.join()
 
 

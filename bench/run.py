@@ -69,7 +69,7 @@ def cpu_parts() -> list[Part]:
     names, size = ["plain", "plain, 16 bits", "ours"], {"preset": "digits_32", "batch": 16, "seconds": 1.5}
     jobs = {"diffusion": "finetune-diffusion", "pretrain": "pretrain", "consistency": "finetune-consistency"}
     return [
-        Part("cpu", 60, partial(cpu, ["--seconds", "6"])),
+        Part("cpu", 75, partial(cpu, ["--seconds", "10"])),
         Part("heun", 60, partial(ladder, Sampling("digits_32", "heun", 8, steps=18, seconds=2), 60)),
         Part("onestep", 10, partial(ladder, Sampling("digits_32", "onestep", 8, seconds=1, rungs=names), 30)),
         *(Part(name, 14, partial(ladder, Training(job, **size, rungs=names), 30)) for name, job in jobs.items()),
