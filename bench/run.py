@@ -4,7 +4,7 @@
     python -m bench --output FOLDER --parts heun cpu      # some parts; what is complete in FOLDER is not repeated
 
 On a GPU: the ladders of sampling and training, the operations, loading and the comparison on the CPU, in under ten
-minutes. Without one a reduced form, of small networks and few compiled rungs, shows in about three minutes that
+minutes. Without one a reduced form, of small networks and few compiled rungs, shows in under four minutes that
 everything runs; of its numbers the comparison on the CPU is worth reading. Every part has its share of the time, and
 what others leave. What was cut short goes on when the same folder is given again.
 
