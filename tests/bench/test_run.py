@@ -102,6 +102,12 @@ def test_a_part_that_fails_or_is_cut_short_is_done_again_and_the_others_are_not(
     assert "All parts are complete" in (folder / "README.md").read_text()
 
 
+def test_parts_that_are_not_here_are_no_failure_in_an_empty_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "tiny_parts", lambda: [_part("data", "not here: no DALI")])
+    assert run.main(["--tiny", "--output", str(tmp_path)]) == 0
+    assert "data: not here: no DALI" in capsys.readouterr().out
+
+
 def test_exit_codes_say_how_it_ended(folder, monkeypatch):
     for outcome, code in ((COMPLETE, 0), ("not here: x", 0), ("failed: x", 1), (CUT_SHORT, 3)):
         monkeypatch.setattr(run, "tiny_parts", lambda outcome=outcome: [_part("a", outcome)])
