@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import os
 from pathlib import Path
 from typing import IO
 
+from epg_fast.data.files import lock_file
 from epg_fast.sampling.writers import replacing
-
-log = logging.getLogger("epg_fast")
 
 _SETTINGS = "settings.json"
 # What is written down and may differ between the runs that fill a folder: weights are compared by their checksum.
@@ -92,18 +89,9 @@ class FolderLock:
 
     def take(self) -> None:
         """Create the folder and lock it. Raises ValueError when another process has, OSError when it is not ours."""
+        busy = f"another process is sampling into {self.outdir}; wait for it, stop it or choose another --outdir"
         try:
             self.outdir.mkdir(parents=True, exist_ok=True)
-            file = open(self.outdir / ".lock", "a")  # noqa: SIM115 (held until the end)
+            self._file = lock_file(self.outdir / ".lock", busy)
         except OSError as error:
             raise OSError(f"cannot write to {self.outdir}: {error.strerror}; choose another --outdir") from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise ValueError(
-                f"another process is sampling into {self.outdir}; wait for it, stop it or choose another --outdir"
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): do not start this command twice", self.outdir, error)
-        self._file = file

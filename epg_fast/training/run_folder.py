@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import logging
 import os
 from pathlib import Path
 from typing import IO
@@ -13,10 +11,9 @@ from typing import IO
 import yaml
 
 from epg_fast.config import RunConfig
+from epg_fast.data.files import lock_file
 from epg_fast.training import distributed
 from epg_fast.training.checkpoint import list_checkpoints
-
-log = logging.getLogger("epg_fast")
 
 # Fields that may change between the parts of a run without changing its numbers.
 _FREE = (
@@ -100,18 +97,8 @@ class RunLock:
         """Lock the folder; returns whether it was not yet."""
         if self._file is not None:
             return False
-        file = open(self.outdir / ".lock", "a")  # noqa: SIM115 (held until the end)
-        try:
-            # lockf, not flock: decoding processes would inherit the latter and hold it when this one has been killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise ValueError(
-                f"another process is training in {self.outdir}; stop it or choose another --outdir"
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): do not start this run twice", self.outdir, error)
-        self._file = file
+        busy = f"another process is training in {self.outdir}; stop it or choose another --outdir"
+        self._file = lock_file(self.outdir / ".lock", busy)
         return True
 
 
