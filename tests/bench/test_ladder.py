@@ -79,6 +79,8 @@ def test_a_fault_of_the_gpu_ends_the_process_behind_its_row(monkeypatch):
 
     monkeypatch.setattr(measure, "synchronise", lost)
     sent = Connection()
+    # what it switches off in a process of its own is switched on again in this one
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     ladder._work(Toy("raise", "good"), list(Toy("raise", "good").rungs), sent)
     assert [(row.rung, broken) for row, broken in sent] == [("raise", True)]
 

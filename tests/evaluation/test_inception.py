@@ -173,12 +173,11 @@ def test_files_that_are_no_network_are_refused(tmp_path, tiny_inception):
 
 def test_float32_is_full_while_the_network_runs_and_as_before_afterwards():
     torch.set_float32_matmul_precision("high")
-    before = torch.backends.cudnn.allow_tf32
     try:
         with _full_float32():
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
             assert torch.backends.cudnn.deterministic and not torch.is_grad_enabled()
         assert torch.get_float32_matmul_precision() == "high" and torch.is_grad_enabled()
-        assert torch.backends.cudnn.allow_tf32 == before and not torch.backends.cudnn.deterministic
+        assert torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.deterministic
     finally:
         torch.set_float32_matmul_precision("highest")
