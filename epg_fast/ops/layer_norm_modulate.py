@@ -111,6 +111,7 @@ def _(x, weight, bias, shift, scale, eps, out_dtype):
 # An operator cannot return None, so without modulation dshift and dscale are empty tensors.
 @torch.library.custom_op("epg_fast::layer_norm_modulate_bwd", mutates_args=(), device_types="cpu")
 def _backward_op(
+    dx_out: torch.Tensor | None,
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -120,9 +121,13 @@ def _backward_op(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx_out: the gradient that reaches x past the norm, if it does."""
     if interpreting():
-        return _backward_triton(dy, x, weight, bias, shift, scale, mean, rstd)
-    return layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd)
+        return _backward_triton(dx_out, dy, x, weight, bias, shift, scale, mean, rstd)
+    # In the statistics' dtype, so that the gradient of x is rounded once.
+    dx, *rest = layer_norm_modulate_bwd_ref(dy, x.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
+    dx = dx if dx_out is None else dx + dx_out.to(dx.dtype)
+    return dx.to(x.dtype), *(tensor.to(x.dtype) if tensor.numel() == 0 else tensor for tensor in rest)
 
 
 def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
@@ -142,17 +147,18 @@ def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
 
 
 @_backward_op.register_kernel("cuda")
-def _backward_triton(dy, x, weight, bias, shift, scale, mean, rstd):
+def _backward_triton(dx_out, dy, x, weight, bias, shift, scale, mean, rstd):
     from epg_kernels.layer_norm_modulate import layer_norm_modulate_bwd
 
-    dx, dweight, dbias, dshift, dscale = layer_norm_modulate_bwd(dy, x, weight, bias, shift, scale, mean, rstd)
+    gradients = layer_norm_modulate_bwd(dx_out, dy, x, weight, bias, shift, scale, mean, rstd)
+    dx, dweight, dbias, dshift, dscale = gradients
     if scale is None:
         return dx, dweight, dbias, x.new_empty(0), x.new_empty(0)
     return dx, dweight, dbias, dshift, dscale
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, bias, shift, scale, mean, rstd):
+def _(dx_out, dy, x, weight, bias, shift, scale, mean, rstd):
     dshift, dscale = (x.new_empty(0) if s is None else s.new_empty(s.shape) for s in (shift, scale))
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift, dscale
 
@@ -162,15 +168,34 @@ def _setup_context(ctx, inputs, output):
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, shift, scale, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, _dmean, _drstd):
     x, weight, bias, shift, scale, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias, dshift, dscale = _backward_op(dy, x, weight, bias, shift, scale, mean, rstd)
-    return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale, None, None
+    return *_gradients(None, dy, x, weight, bias, shift, scale, mean, rstd), None, None
+
+
+def _gradients(dx_out, dy, x, weight, bias, shift, scale, mean, rstd):
+    dx, dweight, dbias, dshift, dscale = _backward_op(dx_out, dy, x, weight, bias, shift, scale, mean, rstd)
+    return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """(x, its norm): an operator's gradient formula would not see what reaches x past the norm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, shift, scale, eps, out_dtype):
+        y, mean, rstd = _forward_op(x, weight, bias, shift, scale, eps, out_dtype)
+        ctx.save_for_backward(x, weight, bias, shift, scale, mean, rstd)
+        return x.view_as(x), y
+
+    @staticmethod
+    def backward(ctx, dx_out, dy):
+        return *_gradients(dx_out, dy, *ctx.saved_tensors), None, None
 
 
 @torch.library.custom_op("epg_fast::layer_norm_modulate_fp8", mutates_args=(), device_types="cpu")
@@ -228,6 +253,28 @@ def layer_norm_modulate(
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
     require_triton_norm("layer_norm_modulate", x, weight, bias, shift, scale)
     return _forward_op(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)[0]
+
+
+def residual_norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, `layer_norm_modulate` of x), for an x that also goes on as the residual.
+
+    With "triton" the gradients of both meet in the kernel of the norm's backward pass, instead of in one of their own.
+    Arguments, backends and errors as there.
+    """
+    if backend != "triton":
+        return x, layer_norm_modulate(x, weight, bias, shift, scale, eps, out_dtype, backend)
+    check_norm_shapes("residual_norm_modulate", x, weight, bias, shift=shift, scale=scale)
+    require_triton_norm("residual_norm_modulate", x, weight, bias, shift, scale)
+    return _ResidualNorm.apply(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)
 
 
 def layer_norm_modulate_fp8(
