@@ -6,7 +6,7 @@ import triton.language as tl
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import COLUMNS, ROWS, TILE, empty_partial_sums, second_stage_case, sum_partial_sums
-from epg_kernels._matmul import BY_POINTERS, BY_TMA, BY_TMA_TF32, IEEE, gaussian_tail, linear, linear_case, rows_of
+from epg_kernels._matmul import BY_POINTERS, BY_TMA, BY_TMA_TF32, IEEE, gelu_gradient, linear, linear_case, rows_of
 
 
 @triton.jit
@@ -33,9 +33,7 @@ def _linear_gelu_bwd_kernel(
         offsets = row[:, None] * N + columns[None, :]
         grad = tl.load(dy + row[:, None] * stride_dy + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
-        tail = gaussian_tail(tl.abs(values), z.dtype.element_ty == tl.float32)
-        density = 0.3989422804014327 * tl.exp2(values * values * -0.7213475204444817)
-        grad *= tl.where(values > 0, 1.0 - tail, tail) + values * density  # Phi(z) + z phi(z)
+        grad *= gelu_gradient(values, z.dtype.element_ty == tl.float32)
         total += grad
         tl.store(dz + offsets, grad.to(dz.dtype.element_ty), mask=mask)
     if partial is not None:
