@@ -10,16 +10,19 @@ import functools
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from epg_fast.models.blocks import Attention, Block, DecoderBlock, LayerNorm, Mlp, PatchEmbed, is_plain
 from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
 from epg_fast.ops import (
-    adaln_attention,
+    attention,
     gate_residual_norm_modulate,
     layer_norm_modulate,
-    linear_gelu,
+    linear_residual_norm,
+    mlp_residual,
     patch_embed,
+    residual_norm_modulate,
     skip_linear,
 )
 from epg_fast.ops.backends import autocast_dtype
@@ -42,51 +45,67 @@ def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
         )
 
 
-class FusedMlp(Mlp):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc2(self.drop(linear_gelu(x, *parameters_of(self.fc1), backend="triton"))))
+def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * attention of y, the MLP's input), from the norm y of x; modulation: shift, scale of the next norm."""
+    attn = block.attn
+    require_plain(attn, Attention)
+    batch, length, width = x.shape
+    qkv = F.linear(y, *parameters_of(attn.qkv)).view(batch, length, 3, attn.num_heads, width // attn.num_heads)
+    dropout = attn.attn_drop if block.training else 0.0
+    h = attention(qkv, attn.scale, dropout, backend="triton").flatten(2)
+    norm, eps = parameters_of(block.norm2, LayerNorm), block.norm2.eps
+    linear = parameters_of(attn.proj)
+    if block.training and attn.proj_drop.p:
+        branch = attn.proj_drop(F.linear(h, *linear))
+        dtype = autocast_dtype(x)
+        return gate_residual_norm_modulate(x, branch, gate, *norm, *modulation, eps, dtype, backend="triton")
+    return linear_residual_norm(x, h, *linear, *norm, gate, *modulation, eps, backend="triton")
+
+
+def _mlp_half(block: Block | DecoderBlock, x, y, gate) -> torch.Tensor:
+    """x + gate * MLP of y."""
+    mlp = block.mlp
+    require_plain(mlp, Mlp)
+    if block.training and mlp.drop.p:
+        branch = mlp(y)
+        return x + (branch if gate is None else gate * branch)
+    return mlp_residual(x, y, *parameters_of(mlp.fc1), *parameters_of(mlp.fc2), gate, backend="triton")
 
 
 class FusedBlock(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = parameters_of(self.norm1, LayerNorm)
+        norm = parameters_of(self.norm1, LayerNorm)
         dtype = autocast_dtype(x)
-        y = layer_norm_modulate(x, weight, bias, eps=self.norm1.eps, out_dtype=dtype, backend="triton")
-        branch = self.drop_path(self.attn(y))
-        weight, bias = parameters_of(self.norm2, LayerNorm)
-        x, y = gate_residual_norm_modulate(
-            x, branch, None, weight, bias, eps=self.norm2.eps, out_dtype=dtype, backend="triton"
-        )
-        return x + self.drop_path(self.mlp(y))
+        x, y = residual_norm_modulate(x, *norm, eps=self.norm1.eps, out_dtype=dtype, backend="triton")
+        x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None))
+        return _mlp_half(self, x, y, self._drawn_gate(y))
+
+    def _drawn_gate(self, y: torch.Tensor) -> torch.Tensor | None:
+        """What stochastic depth multiplies a branch with, [B, 1, D]; None while it does not."""
+        if not (self.training and self.drop_path.p):
+            return None
+        return self.drop_path(torch.ones_like(y[:, :1]))
 
 
 class FusedDecoderBlock(DecoderBlock):
     def forward(self, x, cond, skip=None, modulation=None) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond, modulation)
-        if skip is not None:
-            norm = (None, None)
-            if not is_plain(self.skip_norm, nn.Identity):
-                norm = (*parameters_of(self.skip_norm, LayerNorm), self.skip_norm.eps)
-            x = skip_linear(x, skip, *parameters_of(self.skip_linear), *norm, backend="triton")
-        attn = self.attn
-        require_plain(attn, Attention)
-        x, y = adaln_attention(
-            x,
-            shift1,
-            scale1,
-            gate1,
-            *parameters_of(self.norm1, LayerNorm),
-            *parameters_of(attn.qkv),
-            *parameters_of(attn.proj),
-            attn.num_heads,
-            attention_scale=attn.scale,
-            eps=self.norm1.eps,
-            attention_dropout=attn.attn_drop if self.training else 0.0,
-            proj_dropout=attn.proj_drop.p if self.training else 0.0,
-            next_norm=(*parameters_of(self.norm2, LayerNorm), shift2, scale2),
-            backend="triton",
-        )
-        return x + gate2 * self.mlp(y)
+        shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
+        norm = parameters_of(self.norm1, LayerNorm)
+        if skip is None:
+            dtype = autocast_dtype(x)
+            x, y = residual_norm_modulate(x, *norm, shift1, scale1, self.norm1.eps, dtype, backend="triton")
+        else:
+            x, y = self._skip(x, skip, (*norm, shift1, scale1))
+        x, y = _attention_half(self, x, y, gate1, modulation2)
+        return _mlp_half(self, x, y, gate2)
+
+    def _skip(self, x, skip, next_norm) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the residual with the long skip, its modulated norm)."""
+        norm = (None, None)
+        if not is_plain(self.skip_norm, nn.Identity):
+            norm = parameters_of(self.skip_norm, LayerNorm)
+        linear, eps = parameters_of(self.skip_linear), self.norm1.eps
+        return skip_linear(x, skip, *linear, *norm, eps, backend="triton", next_norm=next_norm)
 
 
 class FusedTrunk(ViTEncoder):
@@ -109,7 +128,7 @@ class FusedEPGViT(FusedTrunk, EPGViT):
         return x if self.encoder_to_decoder is None else self.encoder_to_decoder(x)
 
 
-_FUSED = {Mlp: FusedMlp, Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
+_FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 
