@@ -156,14 +156,6 @@ class ViTEncoder(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def _encode(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens [B, L, E] -> output of every block."""
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            x = self._run(i, block, x)
-            outputs.append(x)
-        return outputs
-
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, E] -> normalised first class token [B, E] after the last block."""
         for i, block in enumerate(self.blocks):

@@ -18,7 +18,6 @@ from epg_fast.models.generator import EPGViT
 from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,
-    layer_norm_modulate,
     linear_residual_norm,
     mlp_residual,
     patch_embed,
@@ -72,13 +71,22 @@ def _mlp_half(block: Block | DecoderBlock, x, y, gate) -> torch.Tensor:
     return mlp_residual(x, y, *parameters_of(mlp.fc1), *parameters_of(mlp.fc2), gate, backend="triton")
 
 
+def _residual_norm(norm, x, shift=None, scale=None, skip=False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x, the next product's input, x as a skip, if that is wanted in the dtype of products): [B, L, D] each."""
+    parameters, dtype = parameters_of(norm, LayerNorm), autocast_dtype(x)
+    copy_dtype = dtype if skip else None
+    return residual_norm_modulate(x, *parameters, shift, scale, norm.eps, dtype, copy_dtype, backend="triton")
+
+
 class FusedBlock(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm = parameters_of(self.norm1, LayerNorm)
-        dtype = autocast_dtype(x)
-        x, y = residual_norm_modulate(x, *norm, eps=self.norm1.eps, out_dtype=dtype, backend="triton")
+    makes_skip = False
+    """Whether the input is wanted as a skip in the dtype of products."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, L, E] -> (what `Block` returns, x as a skip)."""
+        x, y, skip = _residual_norm(self.norm1, x, skip=self.makes_skip)
         x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None))
-        return _mlp_half(self, x, y, self._drawn_gate(y))
+        return _mlp_half(self, x, y, self._drawn_gate(y)), skip
 
     def _drawn_gate(self, y: torch.Tensor) -> torch.Tensor | None:
         """What stochastic depth multiplies a branch with, [B, 1, D]; None while it does not."""
@@ -90,12 +98,10 @@ class FusedBlock(Block):
 class FusedDecoderBlock(DecoderBlock):
     def forward(self, x, cond, skip=None, modulation=None) -> torch.Tensor:
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
-        norm = parameters_of(self.norm1, LayerNorm)
         if skip is None:
-            dtype = autocast_dtype(x)
-            x, y = residual_norm_modulate(x, *norm, shift1, scale1, self.norm1.eps, dtype, backend="triton")
+            x, y, _ = _residual_norm(self.norm1, x, shift1, scale1)
         else:
-            x, y = self._skip(x, skip, (*norm, shift1, scale1))
+            x, y = self._skip(x, skip, (*parameters_of(self.norm1, LayerNorm), shift1, scale1))
         x, y = _attention_half(self, x, y, gate1, modulation2)
         return _mlp_half(self, x, y, gate2)
 
@@ -116,16 +122,29 @@ class FusedTrunk(ViTEncoder):
         weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
         return patch_embed(x, weight, bias, self.pos_embed, prefix, backend="triton")
 
+    def _feature(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.blocks):
+            x, _ = self._entered(i, block, x)
+        return self.norm(x[:, :1])[:, 0]
+
+    def _entered(self, index: int, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output of the block, its input as a skip); a block that is not fused leaves its input as it is."""
+        out = self._run(index, block, x)
+        return out if isinstance(out, tuple) else (out, x)
+
 
 class FusedRCMViT(FusedTrunk, RCMViT):
     pass
 
 
 class FusedEPGViT(FusedTrunk, EPGViT):
-    def _to_decoder(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = parameters_of(self.norm, LayerNorm)
-        x = layer_norm_modulate(x, weight, bias, eps=self.norm.eps, out_dtype=autocast_dtype(x), backend="triton")
-        return x if self.encoder_to_decoder is None else self.encoder_to_decoder(x)
+    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        skips = []
+        for i, block in enumerate(self.blocks):
+            x, entered = self._entered(i, block, x)
+            skips.append(entered)
+        _, normalised, last = _residual_norm(self.norm, x, skip=True)
+        return [*skips[1:], last], normalised
 
 
 _FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
@@ -142,6 +161,8 @@ def fuse(network: ViTEncoder) -> ViTEncoder:
     """Let `network` compute with fused operations, in place. Subclasses of blocks stay plain."""
     for module in network.modules():
         module.__class__ = _FUSED.get(type(module), type(module))
+        if isinstance(module, FusedBlock):
+            module.makes_skip = isinstance(network, EPGViT)
     if not isinstance(network, FusedTrunk):
         network.__class__ = _fused_network(type(network))
     return network

@@ -66,6 +66,7 @@ def gated_residual_ref(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor
 def _forward_op(
     x: torch.Tensor,
     h: torch.Tensor,
+    parameter: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -76,9 +77,14 @@ def _forward_op(
     eps: float,
     save_branch: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_out, y, the branch, empty unless saved, mean, rstd)."""
+    """(x_out, y, the branch, empty unless saved, mean, rstd).
+
+    weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.
+    """
     if interpreting():
-        return _forward_triton(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch)
+        return _forward_triton(
+            x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch
+        )
     branch = F.linear(h, weight, bias.to(h.dtype))
     x_out = gated_residual_ref(x, branch, gate).contiguous()
     y = layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
@@ -86,7 +92,7 @@ def _forward_op(
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_triton(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
+def _forward_triton(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
     from epg_kernels.linear_residual_norm import linear_residual_norm_fwd
 
     norm = norm_weight, norm_bias, shift, scale, eps, h.dtype
@@ -95,7 +101,7 @@ def _forward_triton(x, h, weight, bias, norm_weight, norm_bias, gate, shift, sca
 
 
 @_forward_op.register_fake
-def _(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
+def _(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     y = h.new_empty(x.shape)
     branch = torch.empty_like(y) if save_branch else x.new_empty(0)
@@ -110,6 +116,7 @@ def _backward_op(
     branch: torch.Tensor,
     h: torch.Tensor,
     weight: torch.Tensor,
+    weight_dtype: torch.dtype,
     bias: torch.Tensor,
     gate: torch.Tensor | None,
     norm_weight: torch.Tensor,
@@ -126,14 +133,14 @@ def _backward_op(
     """
     norm = norm_weight, norm_bias, shift, scale, mean, rstd
     if interpreting():
-        return _backward_triton(dx_out, dy, x_out, branch, h, weight, bias, gate, *norm, needed)
+        return _backward_triton(dx_out, dy, x_out, branch, h, weight, weight_dtype, bias, gate, *norm, needed)
     # In the statistics' dtype, so that the gradient of x_out is rounded once.
     g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), *norm)
     g = g if dx_out is None else g + dx_out.to(g.dtype)
     dz = g if gate is None else g * gate.to(g.dtype).unsqueeze(1)
     rows = dz.to(h.dtype).flatten(0, 1)
     dh = (rows @ weight).view(h.shape) if needed[0] else None
-    dweight = rows.t() @ h.flatten(0, 1) if needed[1] else None
+    dweight = (rows.t() @ h.flatten(0, 1)).to(weight_dtype) if needed[1] else None
     dbias = dz.sum((0, 1)).to(bias.dtype) if needed[2] else None
     dgate = None if gate is None else (g * branch.to(g.dtype)).sum(1).to(gate.dtype)
     norm_grads = [grad if grad.numel() else None for grad in norm_grads]
@@ -154,30 +161,36 @@ def _backward_triton(dx_out, dy, x_out, branch, *arguments):
 
 
 @_backward_op.register_fake
-def _(dx_out, dy, x_out, branch, h, weight, bias, gate, norm_weight, norm_bias, shift, scale, mean, rstd, needed):
-    products = [t if need else None for t, need in zip((h, weight, bias), needed, strict=True)]
-    tensors = (x_out, *products, gate, norm_weight, norm_bias, shift, scale)
-    return without_none(x_out, [None if t is None else t.new_empty(t.shape) for t in tensors])
+def _(dx_out, dy, x_out, branch, h, weight, weight_dtype, bias, gate, *norm_and_needed):
+    *norm, _, _, needed = norm_and_needed
+    tensors = (x_out, h, weight, bias, gate, *norm)
+    made = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors]
+    made[2] = made[2].to(weight_dtype)
+    made[1:4] = [tensor if need else None for tensor, need in zip(made[1:4], needed, strict=True)]
+    return without_none(x_out, made)
 
 
 def _setup_context(ctx, inputs, output):
-    _, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, *_ = inputs
+    _, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, *_ = inputs
     x_out, _, branch, mean, rstd = output
+    ctx.weight_dtype = parameter.dtype
     ctx.save_for_backward(x_out, branch, h, weight, bias, gate, norm_weight, norm_bias, shift, scale, mean, rstd)
     ctx.mark_non_differentiable(branch, mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dx_out, dy, *_):
-    x_out, _, h, _, _, gate, _, _, shift, scale, _, _ = ctx.saved_tensors
+    x_out, branch, h, weight, bias, gate, norm_weight, norm_bias, shift, scale, *statistics = ctx.saved_tensors
     dy = torch.zeros_like(x_out, dtype=h.dtype) if dy is None else dy
-    needed = ctx.needs_input_grad[1:4]
-    dx, *products, dgate, dweight, dbias, dshift, dscale = _backward_op(dx_out, dy, *ctx.saved_tensors, needed)
-    products = (grad if need else None for grad, need in zip(products, needed, strict=True))
+    norm = norm_weight, norm_bias, shift, scale, *statistics
+    needed = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
+    given = dx_out, dy, x_out, branch, h, weight, ctx.weight_dtype, bias, gate, *norm, needed
+    dx, *products, dgate, dweight, dbias, dshift, dscale = _backward_op(*given)
+    dh, dparameter, dlinear_bias = (grad if need else None for grad, need in zip(products, needed, strict=True))
     dgate, dshift, dscale = (
         None if tensor is None else grad for tensor, grad in ((gate, dgate), (shift, dshift), (scale, dscale))
     )
-    return dx, *products, dweight, dbias, dgate, dshift, dscale, None, None
+    return dx, dh, dparameter, None, dlinear_bias, dweight, dbias, dgate, dshift, dscale, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -217,14 +230,15 @@ def linear_residual_norm(
     check_norm_shapes(_OP, x, norm_weight, norm_bias, gate=gate, shift=shift, scale=scale)
     check_linear(_OP, "h", h, x, weight, bias)
     dtype = autocast_dtype(h) or h.dtype
-    h, weight = h.to(dtype), weight.to(dtype)
+    h, operand = h.to(dtype), weight.detach().to(dtype)
     gate, shift, scale = per_sample(gate), per_sample(shift), per_sample(scale)
     if backend != "triton":
         return linear_residual_norm_ref(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps)
     require_triton_norm(_OP, x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
     require_dtypes(_OP, DTYPES, x=x, h=h, bias=bias, gate=gate)
     save_branch = gate is not None and needs_gradient(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
-    return _forward_op(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch)[:2]
+    norm = norm_weight, norm_bias, gate, shift, scale, eps
+    return _forward_op(x, h, weight, operand, bias, *norm, save_branch)[:2]
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

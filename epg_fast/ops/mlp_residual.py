@@ -56,16 +56,24 @@ def mlp_residual_ref(
 def _forward_op(
     x: torch.Tensor,
     y: torch.Tensor,
+    fc1_parameter: torch.Tensor,
     fc1_weight: torch.Tensor,
     fc1_bias: torch.Tensor,
+    fc2_parameter: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_out, z, gelu(z), what the gate scales), the last three empty unless they are kept for a backward pass."""
+    """(x_out, z, gelu(z), what the gate scales), the last three empty unless they are kept for a backward pass.
+
+    fc1_weight, fc2_weight: the parameters in y's dtype. Products read these, and the gradients of the parameters are
+    written in their own dtype.
+    """
     if interpreting():
-        return _forward_triton(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
+        return _forward_triton(
+            x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save
+        )
     z = F.linear(y, fc1_weight, fc1_bias.to(y.dtype))
     h = F.gelu(z)
     branch = F.linear(h, fc2_weight, fc2_bias.to(y.dtype))
@@ -75,7 +83,7 @@ def _forward_op(
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_triton(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save):
+def _forward_triton(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save):
     from epg_kernels.mlp_residual import mlp_residual_fwd
 
     x_out, *kept = mlp_residual_fwd(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
@@ -83,7 +91,7 @@ def _forward_triton(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save
 
 
 @_forward_op.register_fake
-def _(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save):
+def _(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save):
     kept = [None] * 3
     if save:
         z = y.new_empty((*y.shape[:-1], fc1_weight.shape[0]))
@@ -103,10 +111,12 @@ def _backward_op(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None,
+    weight_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Gradients of y, fc1's weight and bias, fc2's, and of the gate, empty without one."""
+    """Gradients of y, fc1's weight and bias, fc2's, and of the gate, empty without one; weights' in weight_dtype."""
     if interpreting():
-        return _backward_triton(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate)
+        parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        return _backward_triton(dout, y, z, h, branch, *parameters, gate, weight_dtype)
     acc_dtype = torch.promote_types(z.dtype, torch.float32)
     g = dout.to(acc_dtype)
     dr = g if gate is None else g * gate.to(acc_dtype).unsqueeze(1)
@@ -116,48 +126,52 @@ def _backward_op(
     dgate = None if gate is None else (g * branch.to(acc_dtype)).sum(1).to(gate.dtype)
     dfc1_bias, dfc2_bias = dz.sum(0).to(fc1_bias.dtype), dr.sum((0, 1)).to(fc2_bias.dtype)
     dz = dz.to(z.dtype)
-    dfc1_weight, dfc2_weight = dz.t() @ y.flatten(0, 1), rows.t() @ h.flatten(0, 1)
+    dfc1_weight, dfc2_weight = ((a.t() @ b.flatten(0, 1)).to(weight_dtype) for a, b in ((dz, y), (rows, h)))
     return without_none(y, [(dz @ fc1_weight).view(y.shape), dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate])
 
 
 @_backward_op.register_kernel("cuda")
-def _backward_triton(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate):
+def _backward_triton(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype):
     from epg_kernels.mlp_residual import mlp_residual_bwd
 
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    return without_none(y, mlp_residual_bwd(dout, y, z, h, branch, *parameters, gate))
+    return without_none(y, mlp_residual_bwd(dout, y, z, h, branch, *parameters, gate, weight_dtype))
 
 
 @_backward_op.register_fake
-def _(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate):
-    tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate)
-    return without_none(y, [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors])
+def _(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype):
+    dweights = [weight.new_empty(weight.shape, dtype=weight_dtype) for weight in (fc1_weight, fc2_weight)]
+    dy, dfc1_bias, dfc2_bias = (tensor.new_empty(tensor.shape) for tensor in (y, fc1_bias, fc2_bias))
+    dgate = None if gate is None else gate.new_empty(gate.shape)
+    return without_none(y, [dy, dweights[0], dfc1_bias, dweights[1], dfc2_bias, dgate])
 
 
 def _setup_context(ctx, inputs, output):
-    _, y, *parameters, gate, _ = inputs
-    ctx.save_for_backward(y, *output[1:], *parameters, gate)
+    _, y, fc1_parameter, *fc1, _, fc2_weight, fc2_bias, gate, _ = inputs
+    ctx.save_for_backward(y, *output[1:], *fc1, fc2_weight, fc2_bias, gate)
+    ctx.weight_dtype = fc1_parameter.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, *_):
-    grads = _backward_op(dout, *ctx.saved_tensors)
-    gate = ctx.saved_tensors[-1]
-    return dout, *grads[:5], None if gate is None else grads[5], None
+    *saved, gate = ctx.saved_tensors
+    dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate = _backward_op(dout, *saved, gate, ctx.weight_dtype)
+    dgate = None if gate is None else dgate
+    return dout, dy, dfc1_weight, None, dfc1_bias, dfc2_weight, None, dfc2_bias, dgate, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.epg_fast.mlp_residual)
-def _forward_flops(x_shape, y_shape, fc1_shape, fc1_bias, fc2_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * y_shape[0] * y_shape[1] * (fc1_shape[0] * fc1_shape[1] + fc2_shape[0] * fc2_shape[1])
+def _forward_flops(x_shape, y_shape, fc1_shape, *args, out_shape=None, **kwargs) -> int:
+    return _flops((*x_shape, fc1_shape[0]))
 
 
 @register_flop_formula(torch.ops.epg_fast.mlp_residual_bwd)
-def _backward_flops(dout_shape, y_shape, z, h, branch, *parameters, out_shape=None, **kwargs) -> int:
-    return 2 * _forward_flops(None, y_shape, *parameters[:3])
+def _backward_flops(dout_shape, y_shape, z_shape, *args, out_shape=None, **kwargs) -> int:
+    return _flops((*dout_shape, z_shape[-1]), backward=True)
 
 
 def mlp_residual(
@@ -180,15 +194,19 @@ def mlp_residual(
     check_backend(_OP, backend, ("auto", "triton", "reference"))
     _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate)
     dtype = autocast_dtype(y) or y.dtype
-    y, fc1_weight, fc2_weight = y.to(dtype), fc1_weight.to(dtype), fc2_weight.to(dtype)
-    gate = per_sample(gate)
+    y, gate = y.to(dtype), per_sample(gate)
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate
     if backend != "triton":
         return mlp_residual_ref(x, y, *parameters)
+    if fc1_weight.dtype != fc2_weight.dtype:
+        raise ValueError(
+            f"{_OP}: got weights in {fc1_weight.dtype} and {fc2_weight.dtype}, wanted one dtype; convert one"
+        )
     require_triton(_OP, x, y, *parameters)
     require_grid(_OP, x.shape[0])
     require_dtypes(_OP, DTYPES, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
-    return _forward_op(x, y, *parameters, needs_gradient(x, y, *parameters))[0]
+    fc1, fc2 = ((weight, weight.detach().to(dtype)) for weight in (fc1_weight, fc2_weight))
+    return _forward_op(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, needs_gradient(x, y, *parameters))[0]
 
 
 def _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate) -> None:

@@ -265,7 +265,7 @@ def skip_linear(
         return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps, next_norm)
     if next_norm is not None and norm_weight is None:
         z = skip_linear(x, skip, weight, bias, backend=backend)
-        return residual_norm_modulate(z, *next_norm, eps, backend="triton")
+        return residual_norm_modulate(z, *next_norm, eps, backend="triton")[:2]
     if backend == "cuda":
         _require_cuda(x, skip, weight, bias, norm_weight, norm_bias)
     else:

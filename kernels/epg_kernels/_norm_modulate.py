@@ -134,6 +134,8 @@ def _norm_modulate_fwd_kernel(
 
     values = tl.load(x + batch * stride_x_batch + token * stride_x_token + columns, mask=live, other=0.0)
     values = values.to(acc_dtype)
+    if branch is None and first_weight is None and x_out is not None:  # a copy of x in another dtype
+        tl.store(x_out + row * D + columns, values.to(x_out.dtype.element_ty), mask=live)
     if branch is not None:
         added = tl.load(
             branch + batch * stride_branch_batch + token * stride_branch_token + columns, mask=live, other=0.0
@@ -175,6 +177,7 @@ def _norm_modulate_fwd_kernel(
 def _norm_modulate_bwd_kernel(
     dy,
     dx_out,
+    dcopy,
     x,
     branch,
     gate,
@@ -194,6 +197,8 @@ def _norm_modulate_bwd_kernel(
     stride_dy_token,
     stride_dx_out_batch,
     stride_dx_out_token,
+    stride_dcopy_batch,
+    stride_dcopy_token,
     stride_x_batch,
     stride_x_token,
     stride_branch_batch,
@@ -246,6 +251,9 @@ def _norm_modulate_bwd_kernel(
         if dx_out is not None:
             passed = dx_out + batch * stride_dx_out_batch + token * stride_dx_out_token + columns
             passed = tl.load(passed, mask=live, other=0.0).to(acc_dtype)
+        if dcopy is not None:
+            copied = dcopy + batch * stride_dcopy_batch + token * stride_dcopy_token + columns
+            copied = tl.load(copied, mask=live, other=0.0).to(acc_dtype)
         if gate is not None:
             added = branch + batch * stride_branch_batch + token * stride_branch_token + columns
             added = tl.load(added, mask=live, other=0.0).to(acc_dtype)
@@ -259,6 +267,8 @@ def _norm_modulate_bwd_kernel(
         grad = _norm_gradient(g * factor, xhat, inverse_std, D)
         if dx_out is not None:
             grad += passed
+        if dcopy is not None:
+            grad += copied
         grad = tl.where(live, grad, 0.0)
         if first_weight is not None:
             sum_first += grad
@@ -399,8 +409,9 @@ def launch_forward(
     eps: float,
     out_dtype: torch.dtype | None = None,
     first_norm: tuple[torch.Tensor, torch.Tensor] | None = None,
+    copy_dtype: torch.dtype | None = None,
 ) -> NormForward:
-    """The row that is normalised (x_out, None if it is x), and the modulated norm of it.
+    """The row that is normalised (x_out; None if it is x, of which it is a copy if that has a dtype) and its norm.
 
     x, branch: [B, L, D]; weight, bias: [D]; gate, shift, scale: [B, D]. y has out_dtype, by default x's dtype.
     first_norm: weight and bias [D] of a norm whose result is normalised again, without a branch.
@@ -408,8 +419,8 @@ def launch_forward(
     batch, tokens, width = x.shape
     config = config_for(width)
     x, branch, gate, shift, scale = (unit_stride(tensor) for tensor in (x, branch, gate, shift, scale))
-    same = branch is None and first_norm is None
-    x_out = None if same else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_dtype = copy_dtype if branch is None and first_norm is None else x.dtype
+    x_out = None if x_dtype is None else torch.empty(x.shape, dtype=x_dtype, device=x.device)
     y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
     mean = torch.empty((batch, tokens), dtype=accumulation_dtype(x), device=x.device)
     rstd = torch.empty_like(mean)
@@ -464,19 +475,21 @@ def launch_backward(
     scale: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    dcopy: torch.Tensor | None = None,
     branch_dtype: torch.dtype | None = None,
     first_norm: tuple[torch.Tensor, ...] | None = None,
     linear_bias: torch.Tensor | None = None,
 ) -> NormBackward:
     """Gradients of all that entered `launch_forward`.
 
-    x: [B, L, D], what was normalised; dx_out: the gradient that reaches it past the norm. branch_dtype: also return dx
-    in this dtype as dbranch, where there is no gate. first_norm: weight, bias, mean and rstd of a first norm, which x
-    entered. linear_bias: a parameter [D] that was added to the branch, or to x where there is none.
+    x: [B, L, D], what was normalised; dx_out, dcopy: gradients that reach it past the norm, through itself and through
+    its copy. branch_dtype: also return dx in this dtype as dbranch, where there is no gate. first_norm: weight, bias,
+    mean and rstd of a first norm, which x entered. linear_bias: a parameter [D] that was added to the branch, or to x
+    where there is none.
     """
     batch, tokens, width = x.shape
     config = config_for(width)
-    dy, dx_out, x, branch = (unit_stride(tensor) for tensor in (dy, dx_out, x, branch))
+    dy, dx_out, dcopy, x, branch = (unit_stride(tensor) for tensor in (dy, dx_out, dcopy, x, branch))
     gate, scale = unit_stride(gate), unit_stride(scale)
     weight, bias = weight.contiguous(), bias.contiguous()
     per_program = _tokens_per_program(config)
@@ -501,6 +514,7 @@ def launch_backward(
         _norm_modulate_bwd_kernel[(chunks, batch)](
             dy,
             dx_out,
+            dcopy,
             x,
             branch,
             gate,
@@ -520,6 +534,8 @@ def launch_backward(
             dy.stride(1),
             stride(dx_out, 0),
             stride(dx_out, 1),
+            stride(dcopy, 0),
+            stride(dcopy, 1),
             x.stride(0),
             x.stride(1),
             stride(branch, 0),
@@ -636,6 +652,7 @@ def _case(kernel, pointers: dict[str, str], constexprs: dict, num_warps: int, sh
         "x_out",
         "row_scale",
         "dx_out",
+        "dcopy",
         "dbranch",
         "dshift",
         "dscale",

@@ -14,13 +14,14 @@ def layer_norm_modulate_fwd(
     scale: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns y [B, L, D] in out_dtype (default: x's) and, for the backward pass, mean and rstd [B, L].
+    copy_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns y [B, L, D] in out_dtype (default: x's), mean and rstd [B, L], and x in copy_dtype, if that is wanted.
 
     x: [B, L, D]; weight, bias: [D]; shift, scale: [B, D] or both None.
     """
-    done = launch_forward(x, None, None, weight, bias, shift, scale, eps, out_dtype)
-    return done.y, done.mean, done.rstd
+    done = launch_forward(x, None, None, weight, bias, shift, scale, eps, out_dtype, copy_dtype=copy_dtype)
+    return done.y, done.mean, done.rstd, done.x_out
 
 
 def layer_norm_modulate_fp8(x, weight, bias, shift, scale, eps) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,6 +32,7 @@ def layer_norm_modulate_fp8(x, weight, bias, shift, scale, eps) -> tuple[torch.T
 
 def layer_norm_modulate_bwd(
     dx_out: torch.Tensor | None,
+    dcopy: torch.Tensor | None,
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -42,9 +44,9 @@ def layer_norm_modulate_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Returns dx, dweight, dbias, dshift, dscale (the last two None when scale is).
 
-    dx_out: the gradient that reaches x past the norm, or None.
+    dx_out, dcopy: the gradients that reach x past the norm, through itself and through its copy, or None.
     """
-    done = launch_backward(dy, dx_out, x, None, None, weight, bias, shift, scale, mean, rstd)
+    done = launch_backward(dy, dx_out, x, None, None, weight, bias, shift, scale, mean, rstd, dcopy=dcopy)
     return done.dx, done.dweight, done.dbias, done.dshift, done.dscale
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from epg_kernels import AotCase
+from epg_kernels._launch import weight_gradient
 from epg_kernels._matmul import linear, rows_of
 from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases
 
@@ -38,6 +39,7 @@ def linear_residual_norm_bwd(
     branch: torch.Tensor | None,
     h: torch.Tensor,
     weight: torch.Tensor,
+    weight_dtype: torch.dtype,
     bias: torch.Tensor,
     gate: torch.Tensor | None,
     norm_weight: torch.Tensor,
@@ -50,7 +52,10 @@ def linear_residual_norm_bwd(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Returns dx, dh, dweight, dbias (None where not needed), dgate, dnorm_weight, dnorm_bias, dshift, dscale."""
+    """Returns dx, dh, dweight, dbias (None where not needed), dgate, dnorm_weight, dnorm_bias, dshift, dscale.
+
+    weight is in h's dtype, dweight in weight_dtype.
+    """
     norm = norm_weight, norm_bias, shift, scale, mean, rstd
     linear_bias = bias if need_bias else None
     branch = None if gate is None else branch
@@ -58,7 +63,7 @@ def linear_residual_norm_bwd(
     dbranch = rows_of(done.dx if done.dbranch is None else done.dbranch)
     # Nothing is left to fuse into these products, and cuBLAS sets their ceiling.
     dh = torch.mm(dbranch, weight).view(h.shape) if need_h else None
-    dweight = torch.mm(dbranch.t(), rows_of(h)) if need_weight else None
+    dweight = weight_gradient(dbranch, rows_of(h), weight_dtype) if need_weight else None
     return done.dx, dh, dweight, done.dlinear_bias, done.dgate, done.dweight, done.dbias, done.dshift, done.dscale
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import sum_partial_sums
-from epg_kernels._launch import stride, unit_stride
+from epg_kernels._launch import stride, unit_stride, weight_gradient
 from epg_kernels._matmul import linear, linear_dgelu, rows_of
 
 TOKENS = 32  # of one image, that one program walks over: 258 tokens are nine of them
@@ -88,14 +88,19 @@ def mlp_residual_bwd(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None,
+    weight_dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Returns dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate (None without a gate); x has dout itself."""
+    """Returns dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate (None without a gate); x has dout itself.
+
+    The weights are in y's dtype, their gradients in weight_dtype.
+    """
     dbranch, dfc2_bias, dgate = residual_bwd(dout, branch, gate, z.dtype, fc2_bias.dtype)
     dz, dfc1_bias = linear_dgelu(dbranch, fc2_weight, z)
     dz, dbranch = rows_of(dz), rows_of(dbranch)
     # Nothing is left to fuse into these products, and cuBLAS sets their ceiling.
     dy = torch.mm(dz, fc1_weight).view(y.shape)
-    dfc1_weight, dfc2_weight = torch.mm(dz.t(), rows_of(y)), torch.mm(dbranch.t(), rows_of(h))
+    dfc1_weight = weight_gradient(dz, rows_of(y), weight_dtype)
+    dfc2_weight = weight_gradient(dbranch, rows_of(h), weight_dtype)
     return dy, dfc1_weight, dfc1_bias.to(fc1_bias.dtype), dfc2_weight, dfc2_bias, dgate
 
 

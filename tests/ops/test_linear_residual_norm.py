@@ -106,15 +106,32 @@ def test_operators_pass_opcheck(form):
     *inputs, gate, shift, scale = make_inputs(SMALL, form=form)
     images = [None if t is None else t.detach().squeeze(1).requires_grad_() for t in (gate, shift, scale)]
     saving = gate is not None
+    inputs = [*inputs[:3], inputs[2].detach(), *inputs[3:]]
     torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm.default, (*inputs, *images, 1e-5, saving))
-    x, h, weight, bias, *norm = (tensor.detach() for tensor in inputs)
+    x, h, parameter, weight, bias, *norm = (tensor.detach() for tensor in inputs)
     gate, *modulation = (None if t is None else t.detach() for t in images)
     x_out, y, branch, *statistics = torch.ops.epg_fast.linear_residual_norm(
-        x, h, weight, bias, *norm, gate, *modulation, 1e-5, saving
+        x, h, parameter, weight, bias, *norm, gate, *modulation, 1e-5, saving
     )
-    saved = (x_out, branch, h, weight, bias, gate, *norm, *modulation, *statistics)
+    saved = (x_out, branch, h, weight, torch.float64, bias, gate, *norm, *modulation, *statistics)
     for needed in ([True] * 3, [False, True, False]):
         torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm_bwd.default, (x, y, *saved, needed))
+
+
+@needs_triton
+def test_under_autocast_products_are_16_bit_and_the_weight_s_gradient_is_float32():
+    inputs = make_inputs(SMALL)
+    results = []
+    for backend in ("triton", "reference"):
+        with torch.autocast(DEVICE, torch.float16):
+            x_out, y = linear_residual_norm(*inputs, backend=backend)
+        assert (x_out.dtype, y.dtype) == (torch.float32, torch.float16)
+        grads = [grad.to(out.dtype) for grad, out in zip(make_grads(SMALL), (x_out, y), strict=True)]
+        results.append(torch.autograd.grad((x_out, y), inputs, grads))
+    for got, want, tensor in zip(*results, inputs, strict=True):
+        assert got.dtype == tensor.dtype
+        # sums of at most 10 x 40 products, each rounded to 11 bits
+        torch.testing.assert_close(got, want, rtol=0, atol=4e-3 * want.abs().max().item())
 
 
 @FORMS
@@ -123,6 +140,7 @@ def test_operator_on_the_cpu_is_the_reference_and_right_in_float64(monkeypatch, 
     inputs = [None if t is None else t.detach().cpu().double().requires_grad_() for t in make_inputs(SMALL, form=form)]
     *others, gate, shift, scale = inputs
     images = [None if tensor is None else tensor.squeeze(1) for tensor in (gate, shift, scale)]
+    others = [*others[:3], others[2].detach(), *others[3:]]
     got = torch.ops.epg_fast.linear_residual_norm(*others, *images, 1e-5, gate is not None)[:2]
     want = linear_residual_norm_ref(*inputs)
     grads, given = [torch.randn(2, 5, 24).double() for _ in range(2)], [t for t in inputs if t is not None]

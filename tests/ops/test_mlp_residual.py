@@ -45,6 +45,12 @@ def make_inputs(shape, dtypes=DTYPES["fp32"], gated=True):
     ]
 
 
+def doubled(inputs):
+    """The operator's arguments: each weight as the parameter and as what products read."""
+    x, y, fc1, fc1_bias, fc2, fc2_bias = inputs
+    return x, y, fc1, fc1.detach(), fc1_bias, fc2, fc2.detach(), fc2_bias
+
+
 def make_grads(shape):
     return [randn(*shape[:3], seed=7, requires_grad=False)]
 
@@ -87,7 +93,7 @@ def test_flops_are_those_of_six_products_and_nothing_is_kept_without_a_gradient(
         KERNEL(*inputs).sum().backward()
     assert counter.get_total_flops() == SPEC.flops(SMALL) + SPEC.flops(SMALL, True)
     detached = [tensor.detach() for tensor in inputs]
-    kept = torch.ops.epg_fast.mlp_residual(*detached[:6], detached[6].squeeze(1), False)[1:]
+    kept = torch.ops.epg_fast.mlp_residual(*doubled(detached[:6]), detached[6].squeeze(1), False)[1:]
     assert [tensor.numel() for tensor in kept] == [0, 0, 0]
 
 
@@ -96,11 +102,27 @@ def test_flops_are_those_of_six_products_and_nothing_is_kept_without_a_gradient(
 def test_operators_pass_opcheck(gated):
     *inputs, gate = make_inputs(SMALL, gated=gated)
     gate = None if gate is None else gate.detach().squeeze(1).requires_grad_()
-    torch.library.opcheck(torch.ops.epg_fast.mlp_residual.default, (*inputs, gate, True))
+    torch.library.opcheck(torch.ops.epg_fast.mlp_residual.default, (*doubled(inputs), gate, True))
     x, y, *parameters = (tensor.detach() for tensor in inputs)
     gate = None if gate is None else gate.detach()
-    _, *kept = torch.ops.epg_fast.mlp_residual(x, y, *parameters, gate, True)
-    torch.library.opcheck(torch.ops.epg_fast.mlp_residual_bwd.default, (x, y, *kept, *parameters, gate))
+    _, *kept = torch.ops.epg_fast.mlp_residual(*doubled([x, y, *parameters]), gate, True)
+    for dtype in (torch.float32, torch.float64):
+        torch.library.opcheck(torch.ops.epg_fast.mlp_residual_bwd.default, (x, y, *kept, *parameters, gate, dtype))
+
+
+@needs_triton
+def test_under_autocast_products_are_16_bit_and_the_weights_gradients_are_float32():
+    inputs = make_inputs(SMALL)
+    results = []
+    for backend in ("triton", "reference"):
+        with torch.autocast(DEVICE, torch.float16):
+            x_out = mlp_residual(*inputs, backend=backend)
+        assert x_out.dtype == torch.float32
+        results.append(torch.autograd.grad(x_out, inputs, make_grads(SMALL)))
+    for got, want, tensor in zip(*results, inputs, strict=True):
+        assert got.dtype == tensor.dtype
+        # sums of at most 10 x 40 products, each rounded to 11 bits
+        torch.testing.assert_close(got, want, rtol=0, atol=4e-3 * want.abs().max().item())
 
 
 @GATED
@@ -110,7 +132,7 @@ def test_operator_on_the_cpu_is_the_reference_and_right_in_float64(monkeypatch, 
         None if t is None else t.detach().cpu().double().requires_grad_() for t in make_inputs(SMALL, gated=gated)
     ]
     gate = None if inputs[-1] is None else inputs[-1].squeeze(1)
-    got, want = torch.ops.epg_fast.mlp_residual(*inputs[:6], gate, True)[0], mlp_residual_ref(*inputs)
+    got, want = torch.ops.epg_fast.mlp_residual(*doubled(inputs[:6]), gate, True)[0], mlp_residual_ref(*inputs)
     grad, given = torch.randn(2, 5, 24).double(), [tensor for tensor in inputs if tensor is not None]
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, given, grad), torch.autograd.grad(want, given, grad))
