@@ -1,6 +1,7 @@
 // What the matrix products written with CUTLASS share: D = epilogue(A B^T) for row-major A [M, K] and B [N, K], or
-// D = epilogue(A B) for row-major B [K, N], on GPUs of compute capability 9.0. Two warp groups multiply one tile with wgmma while a third fetches the next operands by
-// TMA; blocks are persistent, and two neighbours in M form a cluster and share B's tiles.
+// D = epilogue(A B) for row-major B [K, N], on GPUs of compute capability 9.0. Two warp groups multiply one tile with
+// wgmma while a third fetches the next operands by TMA; blocks are persistent, and two neighbours in M form a cluster and
+// share B's tiles.
 #pragma once
 
 #include "common.cuh"
@@ -44,9 +45,8 @@ using Accumulator = fusion::Sm90AccFetch;
 // Also stores what Input computes, [M, N] in Element, beside a D of ElementD; a null pointer stores nothing.
 template <class TileShape, class ElementC, class ElementD, class Element, class Input>
 struct StoredTypes {
-  using Descriptor =
-      cutlass::epilogue::collective::detail::EpilogueDescriptor<TileShape, cutlass::epilogue::collective::EpilogueTileAuto,
-                                                                ElementC, ElementD, EpilogueSchedule>;
+  using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
+      TileShape, cutlass::epilogue::collective::EpilogueTileAuto, ElementC, ElementD, EpilogueSchedule>;
   using Store = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajor, Element>;
   using Node = fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound,
                                     typename Store::Stride, typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;

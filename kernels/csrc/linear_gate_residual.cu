@@ -168,13 +168,12 @@ using Base = sm90::Gemm<Element, TileShape, Residual, Residual,
 // a float32 one is the encoder's, whose 768 columns are three wide tiles.
 using Narrow = cute::Shape<cute::_128, cute::Int<176>, cute::_64>;
 
-// The kernels' names, by which bench.resources lists them: the dtype of the residual.
+// The kernels' names, by which bench.resources lists them: the dtype of the residual. Where storing the branch costs no
+// stage of the operands' pipeline, one kernel serves with and without.
 struct linear_gate_residual_bf16_wide_kernel : Base<sm90::Wide, Element, Branch<sm90::Wide>> {};
 struct linear_gate_residual_bf16_wide_saving_kernel : Base<sm90::Wide, Element, StoredBranch<sm90::Wide, Element>> {};
-struct linear_gate_residual_bf16_narrow_kernel : Base<Narrow, Element, Branch<Narrow>> {};
-struct linear_gate_residual_bf16_narrow_saving_kernel : Base<Narrow, Element, StoredBranch<Narrow, Element>> {};
-struct linear_gate_residual_fp32_kernel : Base<sm90::Wide, float, Branch<sm90::Wide>> {};
-struct linear_gate_residual_fp32_saving_kernel : Base<sm90::Wide, float, StoredBranch<sm90::Wide, float>> {};
+struct linear_gate_residual_bf16_narrow_kernel : Base<Narrow, Element, StoredBranch<Narrow, Element>> {};
+struct linear_gate_residual_fp32_kernel : Base<sm90::Wide, float, StoredBranch<sm90::Wide, float>> {};
 
 constexpr const char* kOp = "linear_gate_residual";
 
@@ -203,16 +202,17 @@ void launch_kernel(const Tensors& t, const sm90::Problem& problem, const Branch&
                        t.h.get_device_index());
 }
 
-template <class TileShape, class Residual, class Kernel, class SavingKernel>
-void launch_either(const Tensors& t, const sm90::Problem& problem) {
-  const typename Branch<TileShape>::Arguments branch{{static_cast<const Element*>(t.bias.const_data_ptr())}, {}, {}};
-  if (t.branch.has_value()) {
-    const typename StoredBranch<TileShape, Residual>::Arguments stored{
-        branch, {static_cast<Element*>(t.branch->mutable_data_ptr()), sm90::rows_of(problem.n)}};
-    launch_kernel<Residual, SavingKernel>(t, problem, stored);
-  } else {
-    launch_kernel<Residual, Kernel>(t, problem, branch);
-  }
+template <class TileShape>
+typename Branch<TileShape>::Arguments branch_of(const Tensors& t) {
+  return {{static_cast<const Element*>(t.bias.const_data_ptr())}, {}, {}};
+}
+
+template <class TileShape, class Residual, class Kernel>
+void launch_storing(const Tensors& t, const sm90::Problem& problem) {
+  Element* const data = t.branch.has_value() ? static_cast<Element*>(t.branch->mutable_data_ptr()) : nullptr;
+  const typename StoredBranch<TileShape, Residual>::Arguments stored{branch_of<TileShape>(t),
+                                                                     {data, sm90::rows_of(problem.n)}};
+  launch_kernel<Residual, Kernel>(t, problem, stored);
 }
 
 // If every tile takes the time of its width, the rounds that the persistent clusters need decide. Not measured.
@@ -257,14 +257,13 @@ void linear_gate_residual_cuda(Tensor out, std::optional<Tensor> branch, Tensor 
 
   const Tensors tensors{out, branch, x, gate, h, weight, bias};
   if (residual == ScalarType::Float) {
-    launch_either<sm90::Wide, float, linear_gate_residual_fp32_kernel, linear_gate_residual_fp32_saving_kernel>(tensors,
-                                                                                                          problem);
+    launch_storing<sm90::Wide, float, linear_gate_residual_fp32_kernel>(tensors, problem);
   } else if (narrow_is_faster(problem, h.get_device_index())) {
-    launch_either<Narrow, Element, linear_gate_residual_bf16_narrow_kernel,
-                  linear_gate_residual_bf16_narrow_saving_kernel>(tensors, problem);
+    launch_storing<Narrow, Element, linear_gate_residual_bf16_narrow_kernel>(tensors, problem);
+  } else if (branch.has_value()) {
+    launch_storing<sm90::Wide, Element, linear_gate_residual_bf16_wide_saving_kernel>(tensors, problem);
   } else {
-    launch_either<sm90::Wide, Element, linear_gate_residual_bf16_wide_kernel,
-                  linear_gate_residual_bf16_wide_saving_kernel>(tensors, problem);
+    launch_kernel<Element, linear_gate_residual_bf16_wide_kernel>(tensors, problem, branch_of<sm90::Wide>(tensors));
   }
 }
 

@@ -1,6 +1,6 @@
 // gelu(x @ weight^T + bias) for Hopper: bias and GELU in the epilogue of the matrix product, which also stores z, the
-// value before GELU, where there will be a backward pass. And of that, (dy @ weight) * gelu'(z), the gradient through the
-// linear layer after GELU and GELU itself, with the sums of its columns over the rows of each tile.
+// value before GELU, where there will be a backward pass. And (dy @ weight) * gelu'(z), the gradient through GELU and the
+// linear layer after it, with the sums of its columns over the rows of each tile.
 
 #include "gemm_sm90.cuh"
 
@@ -71,7 +71,8 @@ void linear_dgelu_cuda(Tensor dz, std::optional<Tensor> sums, Tensor dy, Tensor 
   STD_TORCH_CHECK(dy.dim() >= 2 && weight.dim() == 2 && dy.size(dy.dim() - 1) == weight.size(0), kGradient,
                   ": wanted dy [..., K] and weight [K, N]");
   for (const Tensor* const tensor : {&dz, &dy, &weight, &z}) {
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, kGradient, ": dz, dy, weight and z must be bfloat16");
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, kGradient,
+                    ": dz, dy, weight and z must be bfloat16");
   }
   const sm90::Problem problem{sm90::rows(dy), weight.size(1), weight.size(0)};
   sm90::check_device_and_sizes(kGradient, "dy", dy, problem);
@@ -84,8 +85,9 @@ void linear_dgelu_cuda(Tensor dz, std::optional<Tensor> sums, Tensor dy, Tensor 
     const int64_t tiles = (problem.m + tile_m - 1) / tile_m, columns = (problem.n + tile_n - 1) / tile_n * tile_n;
     check_float32(kGradient, "sums", *sums);
     sm90::check_operand(kGradient, "sums", *sums, "dy", dy);
-    STD_TORCH_CHECK(sums->dim() == 2 && sums->size(0) == tiles && sums->size(1) == columns, kGradient, ": sums must be [",
-                    tiles, ", ", columns, "], one row for ", tile_m, " of dz, padded to a multiple of ", tile_n);
+    STD_TORCH_CHECK(sums->dim() == 2 && sums->size(0) == tiles && sums->size(1) == columns, kGradient,
+                    ": sums must be [", tiles, ", ", columns, "], one row for ", tile_m,
+                    " of dz, padded to a multiple of ", tile_n);
   }
   const auto stride = sm90::rows_of(problem.n);
   linear_dgelu_kernel::EpilogueArguments epilogue{
