@@ -254,7 +254,7 @@ def linear(
     x: [..., D]; skip: [..., E] or None; weight: [N, D + E], all in one dtype; bias: [N].
     act: GELU if `gelu`, else the identity. Saved for the backward pass, z is what enters GELU, or the branch that the
     gate scales; it has x's dtype.
-    residual: [..., N] or None for none; y has its dtype, else x's. gate: [B, N] or None for ones.
+    residual: [..., N], whose dtype y has, or None for zeros, with y in x's dtype. gate: [B, N] or None for ones.
     tokens: rows of x per row of gate; None for their quotient.
     """
     dtype = x.dtype if residual is None else residual.dtype
@@ -363,7 +363,8 @@ def linear_dgelu(
     precision = matmul_precision()
     config = config_for(z.dtype, precision, _tma_reaches(*matrices.values()))
     rows, columns = z.shape
-    partial = torch.empty((triton.cdiv(rows, config.block_m), columns), device=z.device) if sums else None
+    chunks = triton.cdiv(rows, config.block_m)
+    partial = torch.empty((chunks, columns), dtype=torch.float32, device=z.device) if sums else None
     with torch.cuda.device_of(z):
         _linear_dgelu_kernel[_grid(config, rows, columns)](
             **_operands(config, matrices),
