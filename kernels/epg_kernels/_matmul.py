@@ -27,10 +27,11 @@ class Config:
     tma: bool
 
 
-# Two programs fit on a multiprocessor (96 KB of shared memory, 181 registers at most): the tensor cores work on one's
-# tile while the other's epilogue runs. 128 x 256 tiles would read a quarter less from the L2 cache, but run alone.
+# Two programs fit on a multiprocessor (96 KB of shared memory, 4 warps of 255 registers or 8 of 128): the tensor cores
+# work on one's tile while the other's epilogue runs. 128 x 256 tiles would read a quarter less from the L2 cache, but
+# run alone. Float32 has 8 warps: an epilogue that reads a gate and a residual would spill in 4.
 BY_TMA = Config(128, 128, 64, num_warps=4, num_stages=3, tma=True)
-BY_TMA_TF32 = Config(128, 128, 32, num_warps=4, num_stages=3, tma=True)
+BY_TMA_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=True)
 BY_POINTERS = Config(128, 128, 32, num_warps=8, num_stages=4, tma=False)
 BY_POINTERS_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=False)
 IEEE = Config(128, 64, 16, num_warps=8, num_stages=2, tma=False)  # no tensor cores: operands live in registers
@@ -253,7 +254,7 @@ def linear(
     x: [..., D]; skip: [..., E] or None; weight: [N, D + E], all in one dtype; bias: [N].
     act: GELU if `gelu`, else the identity. Saved for the backward pass, z is what enters GELU, or the branch that the
     gate scales; it has x's dtype.
-    residual: [..., N] or None for none; y has its dtype, else x's. gate: [B, N] or None for ones.
+    residual: [..., N], whose dtype y has, or None for zeros, with y in x's dtype. gate: [B, N] or None for ones.
     tokens: rows of x per row of gate; None for their quotient.
     """
     dtype = x.dtype if residual is None else residual.dtype
@@ -360,11 +361,10 @@ def linear_dgelu(
     dy, weight, z = rows_of(dy), rows_of(weight), rows_of(z)
     matrices = {"dy": dy, "weight_t": weight, "z": z, "dz": rows_of(dz)}
     precision = matmul_precision()
-    # wgmma wants float32 weights transposed, which registers do: with TMA's configuration they would not suffice.
-    tma = z.dtype != torch.float32 and _tma_reaches(*matrices.values())
-    config = config_for(z.dtype, precision, tma)
+    config = config_for(z.dtype, precision, _tma_reaches(*matrices.values()))
     rows, columns = z.shape
-    partial = torch.empty((triton.cdiv(rows, config.block_m), columns), device=z.device) if sums else None
+    chunks = triton.cdiv(rows, config.block_m)
+    partial = torch.empty((chunks, columns), dtype=torch.float32, device=z.device) if sums else None
     with torch.cuda.device_of(z):
         _linear_dgelu_kernel[_grid(config, rows, columns)](
             **_operands(config, matrices),
@@ -550,6 +550,7 @@ def aot_cases() -> list[AotCase]:
         *cases,
         linear_dgelu_case(BY_TMA, 6336, 1584, "bf16", sums=False),
         linear_dgelu_case(BY_TMA, 6336, 1584, "fp16"),
+        linear_dgelu_case(BY_TMA_TF32, 6336, 1584, "fp32"),
         linear_dgelu_case(BY_POINTERS, 6336, 1584, "bf16"),
         linear_dgelu_case(BY_POINTERS_TF32, 6336, 1584, "fp32"),
         linear_dgelu_case(IEEE, 6336, 1584, "fp32", precision="ieee"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.kernel_checks import DEVICE, GPU, assert_accurate, assert_repeatable, needs_triton, randn
+from tests.ops.kernel_checks import DEVICE, GPU, assert_accurate, assert_repeatable, needs_gemms, needs_triton, randn
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned_empty")]
 
@@ -194,3 +194,44 @@ def test_products_repeat_their_results_bit_for_bit():
     x, _, weight, bias, residual, gate = make_inputs(SHAPES[-1], FP16, FP32, FP16)
     kernel = functools.partial(linear, residual=residual, gate=gate, save_branch=True)
     assert_repeatable(kernel, [x, None, weight, bias], None)
+
+
+def cutlass_dgelu(dy, weight, z, sums=True):
+    """The extension's product, whose sums are one row for 128 of dz, padded to a multiple of 256 columns."""
+    dz = torch.empty_like(z)
+    n = weight.shape[1]
+    partial = torch.empty(-(-dy.shape[0] // 128), -(-n // 256) * 256, device=DEVICE) if sums else None
+    torch.ops.epg_fast.linear_dgelu_out(dz, partial, dy, weight, z)
+    return (dz, partial[:, :n].sum(0)) if sums else dz
+
+
+@needs_gemms
+@pytest.mark.parametrize("shape", [(16512, 1584, 6336), *DGELU_SHAPES[1:3], DGELU_SHAPES[-1]], ids=str)
+def test_gradient_through_gelu_rides_on_the_product_of_the_extension(shape):
+    inputs = make_dgelu_inputs(shape, BF16)
+    assert_accurate(cutlass_dgelu, linear_dgelu_ref, inputs, None)
+    assert_repeatable(cutlass_dgelu, inputs, None)
+    assert torch.equal(cutlass_dgelu(*inputs, sums=False), cutlass_dgelu(*inputs)[0])
+
+
+@needs_gemms
+def test_gradient_of_the_extension_refuses_what_its_kernel_cannot_read():
+    dy, weight, z = make_dgelu_inputs((51, 40, 24), BF16)
+    good = {"dz": torch.empty_like(z), "sums": torch.empty(1, 256, device=DEVICE), "dy": dy, "weight": weight, "z": z}
+    for change in (
+        {"dy": dy.half()},
+        {"dy": dy[:50]},
+        {"dy": dy.t().contiguous().t()},
+        {"weight": weight.t().contiguous()},
+        {"weight": weight.t().contiguous().t()},
+        {"weight": weight.cpu()},
+        {"weight": weight[:, :20].contiguous(), "z": z[:, :20].contiguous(), "dz": z[:, :20].contiguous()},
+        {"z": z[:, :16]},
+        {"z": z.float()},
+        {"dz": z[:50].clone()},
+        {"sums": torch.empty(1, 24, device=DEVICE)},
+        {"sums": torch.empty(2, 256, device=DEVICE)},
+        {"sums": good["sums"].half()},
+    ):
+        with pytest.raises(RuntimeError, match="linear_dgelu"):
+            torch.ops.epg_fast.linear_dgelu_out(**(good | change))
