@@ -40,14 +40,14 @@ def note_classes(stage: Stage, source: ImageSource) -> None:
         return
     effect = "they stay as they are in --init_from"
     if stage.untrained_classes:
-        effect = f"{len(stage.untrained_classes)} stay untrained, and `sample` does not draw them unless told to"
-    used = classes - len(absent)
-    remedy = "if labels count from 1 or have gaps, write them as 0, 1, ... without"
-    if not counts[used:].any():
-        remedy = f"pass --model.num_classes {used} for a model without them"
+        used = classes - len(absent)
+        remedy = "if labels count from 1 or have gaps, write them as 0, 1, ..."
+        if not counts[used:].any():
+            remedy = f"pass --model.num_classes {used} for a model without them"
+        effect = f"{len(stage.untrained_classes)} stay untrained, and `sample` does not draw them; {remedy}"
     log.warning(
-        *("%s has no images of %d of the model's %d classes (%s): %s; %s", source.root, len(absent), classes),
-        *(_ranges(absent), effect, remedy),
+        *("%s has no images of %d of the model's %d classes (%s): %s", source.root, len(absent), classes),
+        *(_ranges(absent), effect),
     )
 
 
