@@ -32,7 +32,7 @@ def read_labels(root: Path, paths: list[str]) -> tuple[list[str], list[int]] | N
         logger.warning("%s has no labels and is ignored", path)
         return None
     if not content["labels"]:
-        logger.warning("%s: no labels in %s: one class, 'all'", root, DATASET)
+        logger.warning("%s: no labels in %s: one class, '%s'", root, DATASET, *NO_LABELS)
         return list(NO_LABELS), [0] * len(paths)
     try:
         labels = {name.replace("\\", "/"): label for name, label in content["labels"]}

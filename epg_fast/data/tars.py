@@ -21,7 +21,7 @@ from epg_fast.data.manifest import (
     read_manifest,
 )
 from epg_fast.data.names import Ignored, is_compressed_tar, is_junk, is_tar, splits
-from epg_fast.data.source import LABELS_WANTED, NO_LABELS, ImageSource
+from epg_fast.data.source import NO_LABELS, ImageSource
 from epg_fast.data.tar_index import INDEX, ForeignIndex, TarIndex, has_checksums
 from epg_fast.data.tar_scan import scan_tars
 
@@ -78,7 +78,7 @@ class ImageTars(ImageSource):
             check_index(self.root, manifest, self.index)
             self.classes = list(manifest["classes"])
         elif self.classes == NO_LABELS:
-            logger.warning("%s: no image has a label: one class, '%s'; %s", path, *NO_LABELS, LABELS_WANTED)
+            logger.warning("%s: no image has a label: one class, '%s'", path, *NO_LABELS)
         self.paths = _Paths(self.index)
         self._open_files()
 
