@@ -120,19 +120,16 @@ class ImageFolder(ImageSource):
                 if above and len(self.classes) > 1:
                     remedy = f"move one of them into a folder of its own, as {found[0]}/{above.replace('/', '_')}"
                 raise ValueError(f"data path: {where} holds the splits {', '.join(found)}, {_WANTED}; {remedy}")
-        if all(map(is_split, self.classes)) and self.paths and all(path.count("/") > 1 for path in self.paths):
+        used = sorted({path.split("/", 1)[0] for path in self.paths})
+        inner = sorted({path.split("/", 2)[1] for path in self.paths if path.count("/") > 1})
+        if used and all(map(is_split, used)) and all(path.count("/") > 1 for path in self.paths):
             raise ValueError(
-                f"data path: {self.root} holds the split {', '.join(self.classes)}, {_WANTED}; "
-                f"pass {self.root / self.classes[0]}"
+                f"data path: {self.root} holds the split {', '.join(used)}, {_WANTED}; pass {self.root / used[0]}"
             )
-        inner = sorted({path.split("/")[1] for path in self.paths if path.count("/") > 1})
-        if len(self.classes) == 1 and len(inner) > 1:
+        if len(used) == 1 and len(inner) > 1:
             logger.warning(
-                *(
-                    "%s: one class, %s, with images in %d folders (%s, ...): pass %s if these are the classes",
-                    self.root,
-                ),
-                *(self.classes[0], len(inner), inner[0], self.root / self.classes[0]),
+                "%s: one class, %s, with images in %d folders (%s, ...); pass %s if these are the classes",
+                *(self.root, used[0], len(inner), inner[0], self.root / used[0]),
             )
 
     def _warn_of_empty_classes(self) -> None:

@@ -142,6 +142,7 @@ def test_other_files_are_counted_in_one_line(tmp_path, caplog):
         ("train/n01.tar val/0.jpg", "train"),
         ("training/a/0.jpg training/b/0.jpg", "training"),
         ("eval/a/0.jpg", "eval"),
+        ("train/a/0.jpg train/b/0.jpg Annotations/a.xml", "train"),
         ("a/train/0.jpg a/test/0.jpg b/train/0.jpg", "as train/a"),
     ],
 )
