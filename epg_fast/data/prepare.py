@@ -191,10 +191,7 @@ def _crop_file(
     folder: ImageFolder, targets: list[str], outdir: Path, image_size: int, i: int
 ) -> tuple[int, str | None]:
     """Write one crop; return its index and why it could not be read, if so."""
-    try:
-        image = folder.load(i)
-    except Exception as error:
-        # what a damaged file makes Pillow raise is no closed list
-        return i, f"{type(error).__name__}: {error}"
-    write_atomically(outdir / targets[i], encode_crop(image, image_size, format="PNG"))
-    return i, None
+    image, reason = folder.examine(i)
+    if image is not None:
+        write_atomically(outdir / targets[i], encode_crop(image, image_size, format="PNG"))
+    return i, reason

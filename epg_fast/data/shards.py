@@ -253,12 +253,10 @@ def _encoding(settings: dict) -> tuple[str, dict]:
 
 
 def _load(images: ImageSource, i: int, bad_files: dict[str, str]):
-    try:
-        return images.load(i)
-    except Exception as error:
-        # what a damaged file makes Pillow raise is no closed list
-        bad_files[images.paths[i]] = f"{type(error).__name__}: {error}"
-        return None
+    image, reason = images.examine(i)
+    if reason is not None:
+        bad_files[images.paths[i]] = reason
+    return image
 
 
 def _read_shard(images: ImageSource, wanted: list[int], path: Path, extension: str) -> _Shard:

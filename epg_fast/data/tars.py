@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+import resource
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,7 +90,9 @@ class ImageTars(ImageSource):
         return content
 
     def _open_files(self) -> None:
-        self._file = functools.lru_cache(_OPEN_TARS)(_File)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # most descriptors are for others; no limit is -1
+        self._file = functools.lru_cache(min(_OPEN_TARS, limit // 4) if limit > 0 else _OPEN_TARS)(_File)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_file"}

@@ -154,6 +154,25 @@ def test_over_one_percent_of_bad_files_is_an_error_after_the_work(make_folder, t
     assert prepare_folder(source, out, 16, workers=0)["complete"]
 
 
+@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_machine_ends_the_work_and_leaves_no_image_out(
+    make_folder, tmp_path, monkeypatch, prepare_images, workers
+):
+    source, out = make_folder(20), tmp_path / "out"
+
+    def read(folder, i, real=ImageFolder.read):
+        if i == 7:
+            raise OSError(23, os.strerror(23))
+        return real(folder, i)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot read .*open files in system.*again"):
+        patch.setattr(ImageFolder, "read", read)
+        prepare_images(source, out, 16, workers=workers)
+    assert not json.loads((out / "manifest.json").read_text())["bad_files"]
+    assert prepare_images(source, out, 16, workers=0)["complete"] and len(open_images(out)) == 20
+
+
 def test_training_on_an_output_that_lost_or_gained_files_is_refused(make_folder, tmp_path):
     source, out = make_folder(9), tmp_path / "out"
     prepare_folder(source, out, 16, workers=0)
