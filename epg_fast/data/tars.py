@@ -41,8 +41,9 @@ class ImageTars(ImageSource):
     - A tar per class, as ImageNet's `n01440764.tar`, without any .cls: the class is the tar's name.
     - A tar of such tars, as `ILSVRC2012_img_train.tar`; the only tar of its folder, or passed itself.
 
-    Class names are sorted; images are in the order of the sorted tars and of their members. Hidden members, links and
-    members that are no images are ignored. Of members with one name in one tar the last counts, as when unpacking.
+    Class names are sorted; images are in the order of the sorted tars and of their members, links behind the others.
+    Hidden members and members that are no images are ignored. Links are followed within their tar; those that lead to
+    no file there are left out with a warning. Of members with one name in one tar the last counts, as when unpacking.
 
     Attributes:
         root: the folder of the tars.
