@@ -214,7 +214,7 @@ def test_large_texts_and_profiles_do_not_spoil_the_pixels_of_a_png(tmp_path, kin
     (tmp_path / "c").mkdir()
     content = png_with(TEXTS[kind])
     (tmp_path / "c" / "x.png").write_bytes(content)
-    with pytest.raises(ValueError, match="too large|Too much memory"):  # the precondition: Pillow refuses this file
+    with pytest.raises(ValueError, match="(?i)too large|too much memory"):  # the precondition: Pillow refuses this file
         Image.open(io.BytesIO(content)).load()
     np.testing.assert_array_equal(load_only(tmp_path), GRADIENT)
 
