@@ -33,6 +33,7 @@ _REMEDIES = {
     errno.ENFILE: "the whole machine has too many open: end other programs, or have fs.file-max raised",
     errno.ENOMEM: "use fewer workers and readers, a smaller batch, or raise the limit (ulimit -v, the job's memory)",
     errno.EAGAIN: "use fewer workers and readers, or raise the limit of processes (ulimit -u)",
+    errno.ENOSPC: "make room, on the disk that is written to or in /dev/shm, where workers have their semaphores",
 }
 # Less than this is not enough to decode: a decoder that gets no memory may call the image broken.
 _ROOM = 1 << 28

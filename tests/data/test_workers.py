@@ -202,6 +202,23 @@ def test_no_memory_left_is_said_with_what_to_use_less_of(open_stream, workers):
         next(open_stream(Raises(MemoryError()), 3, workers))
 
 
+def kill_itself(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@linux
+def test_a_pool_says_what_it_lacks(monkeypatch):
+    with pytest.raises(RuntimeError, match="a worker was killed, often for want of memory: use fewer --workers"):
+        list(run(kill_itself, [0], 1, total=1, chunk=1, unit="item"))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("_multiprocessing.SemLock", full)
+    with pytest.raises(ReadError, match=r"cannot start the workers .No space left on device.: make room.*/dev/shm"):
+        list(run(collect, [0], 1, total=1, chunk=1, unit="item"))
+
+
 class Exits:
     def __getitem__(self, number):
         os._exit(3)
