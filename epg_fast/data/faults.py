@@ -36,7 +36,7 @@ _REMEDIES = {
     errno.ENOSPC: "make room, on the disk that is written to or in /dev/shm, where workers have their semaphores",
 }
 # Less than this is not enough to decode: a decoder that gets no memory may call the image broken.
-_ROOM = 1 << 28
+_ROOM = 1 << 27
 
 
 class ReadError(OSError):
