@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import posixpath
 import re
 import tarfile
 from array import array
@@ -14,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.names import IMAGES, Ignored, is_image, is_tar
-from epg_fast.data.source import LABEL_KEYS, MOST_CLASSES, NO_LABELS
+from epg_fast.data.names import IMAGES, Ignored, is_image, is_junk, is_tar
+from epg_fast.data.source import LABEL_KEYS, MOST_CLASSES, NO_LABELS, printable
 from epg_fast.data.tar_index import Names, TarIndex
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
 # Of a .json beside an image.
 _MOST_JSON = 1 << 20
+# On the way to one file, as Linux has it.
+_MOST_LINKS = 40
 
 logger = logging.getLogger("epg_fast")
 
@@ -42,6 +45,15 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
             folder,
             superseded,
         )
+    lost = [printable(link) for scan in scans for link in scan.lost]
+    if lost:
+        logger.warning(
+            "%s: left out %d links that lead to no file in the same tar: %s%s",
+            folder,
+            len(lost),
+            ", ".join(lost[:3]),
+            ", ..." if len(lost) > 3 else "",
+        )
     if not any(scan.names for scan in scans):
         raise ValueError(f"data path: no images in {_some(folder, tars)}, wanted members ending in {', '.join(IMAGES)}")
     classes, labels = _classes(folder, tars, scans)
@@ -58,15 +70,17 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
     )
 
 
-def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+def walk_tar(file, path: Path, start: int, stop: int, lost: list[str] | None = None) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of the regular members of the tar at bytes `start` to `stop` of `file`.
 
-    `path` is its name in errors. Directories and links are left out, `./` in names too.
+    `path` is its name in errors. Directories are left out, `./` in names too. Links come behind the others, with the
+    content that they lead to; those that lead to no member of this tar are added to `lost` in words.
     Raises ValueError for a damaged tar and one that ends early, also where `tarfile` would take it for complete.
     """
     if stop == start:
         raise ValueError(f"data path: {path} is empty, wanted a tar; get it again")
     file.seek(start)
+    has_links = False
     try:
         with tarfile.TarFile(fileobj=file, mode="r") as tar:
             while (member := tar.next()) is not None:
@@ -77,18 +91,77 @@ def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int
                         f"data path: {path} is truncated: it ends after {stop - start} bytes inside of {member.name}; "
                         "get it again"
                     )
-                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                name = _plain_name(member.name)
+                has_links = has_links or member.islnk() or member.issym()
                 if not member.isreg():
                     continue
                 if member.issparse():
                     raise ValueError(
                         f"data path: {path} has the sparse member {member.name}; write it without --sparse"
                     )
-                yield "/".join(parts), member.offset_data, member.size
+                yield name, member.offset_data, member.size
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(_damaged(path, file, start, stop, str(error))) from None
     _check_end(file, path, start, end, stop)
+    if has_links:
+        yield from _follow_links(file, path, start, [] if lost is None else lost)
+
+
+def _follow_links(file, path: Path, start: int, lost: list[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of the links in a tar, which lead where they would once it is unpacked."""
+    # the place of a file, or where a symbolic link points
+    members: dict[str, tuple[int, int] | str] = {}
+    links: dict[str, str] = {}
+    folders = {""}
+    file.seek(start)
+    with tarfile.TarFile(fileobj=file, mode="r") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()
+            name = _plain_name(member.name)
+            # of members with one name the last counts; a hard link is what its target was at this point
+            links.pop(name, None)
+            found = (member.offset_data, member.size) if member.isreg() else None
+            if member.islnk() or member.issym():
+                links[name] = member.linkname
+                found = member.linkname if member.issym() else members.get(_plain_name(member.linkname))
+            members.pop(name, None)
+            if found is not None:
+                members[name] = found
+            folder = name if member.isdir() else posixpath.dirname(name)
+            while folder not in folders:
+                folders.add(folder)
+                folder = posixpath.dirname(folder)
+    for name, target in links.items():
+        place = _follow(name, members, folders)
+        if not isinstance(place, str):
+            yield name, *place
+        elif not any(map(is_junk, name.split("/"))):
+            lost.append(f"{path.name}/{name} -> {target} ({place})")
+
+
+def _follow(name: str, members: dict[str, tuple[int, int] | str], folders: set[str]) -> tuple[int, int] | str:
+    """Return the place of the file that `name` leads to, or why there is none."""
+    for _ in range(_MOST_LINKS):
+        found = members.get(name)
+        if isinstance(found, tuple):
+            return found
+        parts = name.split("/")
+        # the member itself or a folder on the way to it
+        ends = (i for i in range(1, len(parts) + 1) if isinstance(members.get("/".join(parts[:i])), str))
+        end = next(ends, None)
+        if end is None:
+            return "a folder" if name in folders else "nothing"
+        link = "/".join(parts[:end])
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(link), members[link], *parts[end:]))
+        if name.startswith(("/", "../")) or name == "..":
+            return "outside of the tar"
+        name = _plain_name(name)
+    return "a circle"
+
+
+def _plain_name(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _check_end(file, path: Path, start: int, end: int, stop: int) -> None:
@@ -134,6 +207,7 @@ class _Scan:
         inner: the class of each image, in a tar of class tars.
         has_companions: whether an image has another file of its name beside it.
         superseded: how many images and inner tars have a later member of the same name.
+        lost: links that lead to no member of their tar.
     """
 
     names: list[str] = field(default_factory=list)
@@ -143,6 +217,7 @@ class _Scan:
     inner: list[str] = field(default_factory=list)
     has_companions: bool = False
     superseded: int = 0
+    lost: list[str] = field(default_factory=list)
 
     def add(self, name: str, offset: int, size: int) -> None:
         self.names.append(name)
@@ -153,7 +228,7 @@ class _Scan:
 def _scan(path: Path, ignored: Ignored) -> _Scan:
     scan, inner, labels, weaker, companions = _Scan(), {}, {}, {}, set()
     with open(path, "rb") as file:
-        for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size):
+        for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size, scan.lost):
             stem, extension = os.path.splitext(name)
             if any(ignored.skips(part) for part in name.split("/")):
                 continue
@@ -178,7 +253,7 @@ def _scan(path: Path, ignored: Ignored) -> _Scan:
         # sorted as the classes of a folder, whatever the order of packing
         for name, (start, stop) in sorted(inner.items()):
             before = len(scan.names)
-            for member, offset, size in walk_tar(file, path / name, start, stop):
+            for member, offset, size in walk_tar(file, path / name, start, stop, scan.lost):
                 if any(ignored.skips(part) for part in member.split("/")):
                     continue
                 if is_tar(member) or member.lower().endswith(".cls"):

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+import resource
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,9 +44,10 @@ class ImageTars(ImageSource):
       name. Tars are that if all images are named after their tar, or if they are no shards by the rules above.
     - A tar of such tars, as `ILSVRC2012_img_train.tar`; the only tar of its folder, or passed itself.
 
-    Class names are sorted; images are in the order of the sorted tars and of their members. Endings may be in any case.
-    Hidden members, what systems left (`names.is_junk`), links and other members are ignored, and counted. Of members
-    with one name in one tar the last counts, as when unpacking.
+    Class names are sorted; images are in the order of the sorted tars and of their members, links behind the others.
+    Endings may be in any case. Hidden members, what systems left (`names.is_junk`) and other members are ignored, and
+    counted. Links are followed within their tar; those that lead to no file there are left out with a warning. Of
+    members with one name in one tar the last counts, as when unpacking.
 
     Attributes:
         root: the folder of the tars.
@@ -97,7 +99,9 @@ class ImageTars(ImageSource):
         return content
 
     def _open_files(self) -> None:
-        self._file = functools.lru_cache(_OPEN_TARS)(_File)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # most descriptors are for others; no limit is -1
+        self._file = functools.lru_cache(min(_OPEN_TARS, limit // 4) if limit > 0 else _OPEN_TARS)(_File)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_file"}

@@ -1,8 +1,11 @@
+import io
 import json
 import logging
 import os
 import shutil
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -300,6 +303,48 @@ def test_malformed_exif_does_not_spoil_intact_pixels(tmp_path):
     with pytest.raises(SyntaxError):  # the precondition: Pillow itself cannot read this block
         Image.open(tmp_path / "c" / "x.png").getexif()
     np.testing.assert_array_equal(load_only(tmp_path), GRADIENT)
+
+
+def png_with(chunks, pixels=GRADIENT):
+    """A PNG with `chunks` (kind, content) behind its header."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    parts = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    return buffer.getvalue()[:33] + b"".join(parts) + buffer.getvalue()[33:]
+
+
+LARGE = b'{"workflow": "' + b"node " * 300_000 + b'"}'
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TEXTS = {
+    "tEXt": [(b"tEXt", b"prompt\0" + LARGE * 50)],
+    "zTXt": [(b"zTXt", b"workflow\0\0" + zlib.compress(LARGE))],
+    "iTXt": [(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(LARGE))],
+    "iCCP": [(b"iCCP", b"profile\0\0" + zlib.compress(LARGE))],
+    "many": [(b"zTXt", b"workflow\0\0" + zlib.compress(LARGE)), (b"gAMA", b"\0\0\xb1\x8f"), (b"tEXt", b"a\0b")] * 2,
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_large_texts_and_profiles_do_not_spoil_the_pixels_of_a_png(tmp_path, kind):
+    """As programs that generate images write their workflows."""
+    (tmp_path / "c").mkdir()
+    content = png_with(TEXTS[kind])
+    (tmp_path / "c" / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="(?i)too large|too much memory"):  # the precondition: Pillow refuses this file
+        Image.open(io.BytesIO(content)).load()
+    np.testing.assert_array_equal(load_only(tmp_path), GRADIENT)
+
+
+@pytest.mark.parametrize("behind_the_pixels", [False, True])
+def test_an_orientation_among_the_texts_of_a_png_is_applied(tmp_path, behind_the_pixels):
+    chunks = [*TEXTS["zTXt"], (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)]
+    content = png_with(chunks)
+    if behind_the_pixels:
+        bare = png_with([])
+        content = bare[:-12] + content[33 : 33 + len(content) - len(bare)] + bare[-12:]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.png").write_bytes(content)
+    np.testing.assert_array_equal(load_only(tmp_path), np.rot90(GRADIENT, -1))
 
 
 def test_damaged_files_raise_instead_of_returning_half_an_image(tmp_path):

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import tarfile
 import threading
@@ -33,7 +34,10 @@ def png(seed, size=(12, 10)):
 
 
 def pack(path, members, format=tarfile.PAX_FORMAT):
-    """Write {name: content} as the tar `path`, with Python's tarfile; a str is a link's target, None a directory."""
+    """Write {name: content} as the tar `path`, with Python's tarfile.
+
+    A str is the target of a symbolic link, or of a hard one behind "hard:"; None is a directory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members.items():
@@ -41,7 +45,9 @@ def pack(path, members, format=tarfile.PAX_FORMAT):
             if content is None:
                 info.type = tarfile.DIRTYPE
             elif isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
+                hard = content.startswith("hard:")
+                info.type = tarfile.LNKTYPE if hard else tarfile.SYMTYPE
+                info.linkname = content.removeprefix("hard:")
             else:
                 info.size = len(content)
             tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
@@ -218,13 +224,90 @@ def test_long_and_odd_names(tmp_path, format):
         assert source.labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_hidden_members_links_and_other_files_are_ignored_and_counted(tmp_path, caplog):
-    extra = {"sub": None, "link.png": "0000.png", "._0000.png": b"", ".git/x.png": b"", "README.md": b"", "a.json": b""}
+def test_hidden_members_and_other_files_are_ignored_and_counted(tmp_path, caplog):
+    extra = {"sub": None, "._0000.png": b"", ".git/x.png": b"", "README.md": b"", "a.json": b""}
     with caplog.at_level(logging.INFO, "epg_fast"):
         source = open_images(pack(tmp_path / "x.tar", extra | samples(0, 2)))
     assert list(source.paths) == ["x.tar/0000.png", "x.tar/0001.png"]
     assert "ignored 1 '._*', 1 '.git': hidden" in caplog.text
     assert caplog.text.count("ignored 2 files that are no images or labels: 1 '.md', 1 '.json'") == 1
+
+
+def test_links_are_followed_as_when_unpacking(tmp_path, caplog):
+    members = {
+        ".store/a": png(0),  # as tools that keep each content once lay it out
+        ".store/1": b"1",
+        "x/a.png": "../.store/a",
+        "x/a.cls": "../.store/1",
+        "x/b.png": "hard:.store/a",
+        "x/b.cls": "hard:./.store/1",
+        "later.png": "x/c.png",
+        "later.cls": "x/a.cls",  # a link to a link
+        "again.png": "hard:later.png",
+        "again.cls": "hard:.store/1",
+        "current": "x",
+        "through.png": "current/c.png",  # by a link to a folder
+        "through.cls": "current/../x/./c.cls",
+        "x/c.png": png(1),
+        "x/c.cls": b"2",
+        "replaced.png": "x/a.png",
+        "old.png": "hard:replaced.png",
+    }
+    members |= {"old.cls": b"0", "replaced.cls": b"0"}
+    path = pack(tmp_path / "x.tar", members)
+    with tarfile.open(path, "a") as tar:  # what was a link is a file in the end
+        info = tarfile.TarInfo("replaced.png")
+        info.size = len(png(7))
+        tar.addfile(info, io.BytesIO(png(7)))
+    (tmp_path / "unpacked").mkdir()
+    # not Python's tarfile, which writes through links
+    subprocess.run(["tar", "-xf", path, "-C", tmp_path / "unpacked"], check=True)
+    unpacked = {str(file.relative_to(tmp_path / "unpacked")): file for file in (tmp_path / "unpacked").rglob("[!.]*")}
+    unpacked = {name: file.read_bytes() for name, file in unpacked.items() if file.is_file() and name[0] != "."}
+    for _ in range(2):
+        # the second time from the index
+        source = open_images(path)
+        assert contents(source) == {f"x.tar/{name}": c for name, c in unpacked.items() if name.endswith(".png")}
+        labels = {
+            str(Path(name).relative_to("x.tar").with_suffix(".cls")): label
+            for name, label in zip(source.paths, source.labels, strict=True)
+        }
+        assert labels == {name: int(content) for name, content in unpacked.items() if name.endswith(".cls")}
+    assert [record.getMessage().split("tar: ")[1] for record in caplog.records] == ["x.tar/current -> x (a folder)"]
+
+
+def test_links_that_lead_to_no_file_of_the_tar_are_named_once(tmp_path, caplog):
+    lost = {
+        "gone.png": ("0007.png", "nothing"),
+        "hard.png": ("hard:0007.png", "nothing"),
+        "up.png": ("../0000.png", "outside of the tar"),
+        "root.png": ("/data/0000.png", "outside of the tar"),
+        "self.png": ("self.png", "a circle"),
+        "sub": (".", "a folder"),
+    }
+    for name, (target, reason) in lost.items():
+        caplog.clear()
+        source = open_images(pack(tmp_path / name / "x.tar", samples(0, 2) | {name: target}))
+        assert list(source.paths) == ["x.tar/0000.png", "x.tar/0001.png"]
+        (record,) = caplog.records
+        target = target.removeprefix("hard:")
+        assert (
+            f"left out 1 links that lead to no file in the same tar: x.tar/{name} -> {target} (" in record.getMessage()
+        )
+        assert record.getMessage().endswith(f"({reason})")
+
+
+def test_class_tars_of_links_alone_keep_their_class(tmp_path, caplog):
+    pack(tmp_path / "classes" / "cat.tar", {"a.png": png(0), "b.png": "a.png", "c.png": "hard:a.png"})
+    pack(tmp_path / "classes" / "dog.tar", {"a.png": "../cat/a.png", "b.png": "hard:../cat/a.png"})
+    source = open_images(tmp_path / "classes")
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 0]
+    assert set(contents(source).values()) == {png(0)}
+    assert "left out 2 links" in caplog.text and "dog.tar/b.png -> ../cat/a.png" in caplog.text
+    inner = {"n01.tar": (tmp_path / "classes" / "cat.tar").read_bytes(), "n00.tar": "n01.tar"}
+    source = open_images(pack(tmp_path / "nested.tar", inner))
+    assert source.classes == ["n00", "n01"] and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert set(contents(source).values()) == {png(0)}
 
 
 def test_the_last_of_the_members_with_one_name_counts(tmp_path, caplog):
