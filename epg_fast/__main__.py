@@ -94,9 +94,9 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
     elif config.source == "digits":
         prepare_digits(config.outdir)
     elif config.layout == "folder":
-        prepare_folder(config.source, config.outdir, config.image_size, config.workers)
+        prepare_folder(config.source, config.outdir, config.image_size, config.workers, config.max_bad_fraction)
     else:
-        names = ("workers", "images_per_shard", "format", "quality", "seed")
+        names = ("workers", "images_per_shard", "format", "quality", "seed", "max_bad_fraction")
         prepare_shards(
             config.source, config.outdir, config.image_size, **{name: getattr(config, name) for name in names}
         )
