@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import numpy as np
@@ -25,7 +26,7 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
     if how == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num).tolist()
     if how.startswith("frequencies:"):
-        return _draw(how.removeprefix("frequencies:"), num, num_classes, seed)
+        return _draw(os.path.expanduser(how.removeprefix("frequencies:")), num, num_classes, seed)
     chosen = _listed(how, num_classes)
     if len(chosen) > num:
         raise ValueError(
