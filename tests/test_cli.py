@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from epg_fast.__main__ import main
+from epg_fast.models import load_weights
 from epg_fast.training import loop
 from epg_fast.training.state import RunState
 
@@ -238,6 +239,20 @@ def test_a_checkpoint_that_does_not_fit_or_is_no_checkpoint(capsys, diffusion, c
     _fails(capsys, [*run, "--init_from", tmp_path / "evil.pth"], "evil.pth", "not loaded")
     _fails(capsys, ["sample", "--checkpoint", tmp_path / "evil.pth", "--outdir", tmp_path / "s"], "evil.pth")
     assert not executed.exists()
+
+
+@pytest.mark.parametrize("job, recipe", [("pretrain", "digits_pretrain"), ("finetune-diffusion", "digits_diffusion")])
+def test_a_checkpoint_to_resume_from_is_read_as_the_run_it_belongs_to(capsys, tiny_run, tmp_path, job, recipe):
+    run = [job, *tiny_run[:2], "--config", recipe, *tiny_run[2:], "--steps", "2", "--outdir", tmp_path / "run"]
+    assert main([str(a) for a in run]) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    want, metadata = load_weights(tmp_path / "run")
+    got, theirs = load_weights(checkpoints / "step_000000002.pt")
+    assert theirs == metadata and got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    again = ["export", "--output", tmp_path / "x.safetensors", "--checkpoint"]
+    _fails(capsys, [*again, checkpoints], "no weights in this folder", f"{tmp_path / 'run'}: pass that")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    _fails(capsys, [*again, checkpoints / "step_000000002.pt"], "to resume training from", "pass the run folder")
 
 
 def test_bad_images_are_skipped_and_named_and_too_many_stop_the_run(capsys, diffusion, digits, tmp_path):

@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from epg_fast import create_model, from_pretrained, list_presets
 from epg_fast.models import EPGViT, RCMViT, create_encoder, export, load_into, save_weights
@@ -99,7 +100,6 @@ def test_the_network_in_a_file_of_another_tool_is_found_and_computes_the_same(sm
 
 
 def test_safetensors_are_known_by_their_content_and_put_together_from_shards(small, tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
     state = small.state_dict()
     names = sorted(state)
     save_file({f"module.{k}": v for k, v in state.items()}, tmp_path / "pytorch_model.bin")
