@@ -322,6 +322,32 @@ def test_prepare_data_writes_shards_verifies_them_and_names_the_damaged_one(caps
     _fails(capsys, [*command, out, "--quality", "0"], "quality is 0")
 
 
+def test_classes_without_images_are_said_recorded_and_not_sampled(capsys, digits, diffusion, tmp_path):
+    data, run, later = tmp_path / "data", tmp_path / "run", tmp_path / "later"
+    for name in map(str, range(10)):
+        files = sorted((digits / "train" / name).iterdir())[: 0 if name in "06" else 2]
+        (data / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, data / name)
+    flags = ["--data.path", data, "--steps", "1", "--batch_size", "4", "--posthoc_ema.sigma_rel", "[0.1]"]
+    flags += ["--preview.every", "1", "--preview.num", "10", "--preview.steps", "2"]
+    assert main([str(a) for a in [*diffusion, *flags, "--outdir", run]]) == 0
+    said = capsys.readouterr().err
+    assert said.count("has no images of 2 of the model's 10 classes (0, 6): 2 stay untrained") == 1
+    average = tmp_path / "average.safetensors"
+    assert main(["reconstruct-ema", "--run", str(run), "--sigma_rel", "0.1", "--output", str(average)]) == 0
+    for i, checkpoint in enumerate((run, average)):
+        command = ["sample", "--checkpoint", checkpoint, "--num", "16", "--steps", "2", "--outdir", tmp_path / str(i)]
+        assert main([str(a) for a in command]) == 0
+        assert "was trained on 8 of its 10 classes: these are drawn" in capsys.readouterr().err
+        with np.load(tmp_path / str(i) / "samples.npz") as stored:
+            assert stored["arr_1"].tolist() == [1, 2, 3, 4, 5, 7, 8, 9] * 2
+    # what is learnt later counts
+    shutil.copy(sorted((digits / "train" / "6").iterdir())[0], data / "6")
+    assert main([str(a) for a in [*diffusion, *flags, "--init_from", run, "--outdir", later]]) == 0
+    assert load_weights(later)[1]["untrained_classes"] == [0]
+
+
 def test_labels_of_samples_may_follow_the_frequencies_of_the_data(capsys, checkpoint, tmp_path):
     command = ["sample", "--checkpoint", checkpoint, "--num", "6", "--steps", "2", "--outdir", tmp_path / "s"]
     manifest = tmp_path / "manifest.json"

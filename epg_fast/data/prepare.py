@@ -18,6 +18,7 @@ from epg_fast.data.dataset import holds_tars
 from epg_fast.data.files import write_atomically
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.manifest import MANIFEST, count_classes, read_manifest, write_manifest
+from epg_fast.data.names import is_junk
 from epg_fast.data.source import ImageSource, too_many_bad_files
 from epg_fast.data.views import center_crop
 
@@ -30,7 +31,8 @@ logger = logging.getLogger("epg_fast")
 def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_size: int, workers: int = 4) -> dict:
     """Write ADM centre crops of the folder of class folders `source` to `outdir` and return the manifest.
 
-    Each image becomes a PNG of `image_size` x `image_size` with the same relative name and the ending .png. Files
+    Each image becomes a PNG of `image_size` x `image_size` with the same relative name and the ending .png, below a
+    folder of its class where `source` has its labels from a dataset.json. Files
     appear whole or not at all; run again, the work goes on with those that are missing. Files that cannot be decoded
     are left out and named in `outdir`/manifest.json, beside `classes`, `counts` (per class), `class_frequencies` (in
     class order), `image_size`, `source`.
@@ -145,7 +147,11 @@ def encode_crop(image: Image.Image, image_size: int, **options) -> bytes:
 
 
 def _target_names(folder: ImageFolder) -> list[str]:
-    targets = [os.path.splitext(path)[0] + ".png" for path in folder.paths]
+    classes = (folder.classes[label] for label in folder.labels)
+    targets = [
+        ("" if path.startswith(f"{name}/") else f"{name}/") + os.path.splitext(path)[0] + ".png"
+        for path, name in zip(folder.paths, classes, strict=True)
+    ]
     if len(set(targets)) < len(targets):
         seen: dict[str, str] = {}
         for path, target in zip(folder.paths, targets, strict=True):
@@ -160,7 +166,7 @@ def _check_outdir(outdir: Path, source: Path, fingerprint: str, settings: dict) 
         raise ValueError(f"outdir: {outdir} is a file, wanted a folder; choose another outdir")
     if not (outdir / MANIFEST).exists():
         # the manifest is the first file of every output
-        if any(path.is_file() and not path.name.startswith(".") for path in outdir.rglob("*")):
+        if any(path.is_file() and not any(map(is_junk, path.relative_to(outdir).parts)) for path in outdir.rglob("*")):
             raise ValueError(f"outdir: {outdir} is not empty and has no {MANIFEST}; choose a new or empty folder")
         return
     manifest = read_manifest(outdir)

@@ -16,6 +16,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # A file may carry the wrong extension, but nothing else is tried: Pillow would start Ghostscript for an EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
+NO_LABELS = ["all"]
+"""`classes` of images of which no class is known."""
+LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "target")
+"""Of a .json beside an image in a tar: where its class index is looked for."""
+LABELS_WANTED = (
+    f"wanted class folders, a dataset.json with labels, key.cls or key.json ({'/'.join(LABEL_KEYS)}) beside key.jpg in "
+    "tars, or tars of classes (cat.tar with cat_1.jpg; names that differ in digits alone are shards)"
+)
+MOST_CLASSES = 1_000_000
+
 logger = logging.getLogger("epg_fast")
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from epg_fast.data.files import open_atomically
 
 INDEX = "index.npz"
-_VERSION = 1
+# 2: what counts as an image, a label and a class tar is another; nothing that `prepare-data` writes is.
+_VERSION = 2
 _ZIP = b"PK\3\4"
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64, "crc32": np.uint32}
 
@@ -112,7 +113,7 @@ class TarIndex:
             raise ValueError(f"{path} is damaged ({error})") from None
         if "version" not in columns or "tar_bytes" not in columns:
             raise ForeignIndex(f"{path} is no index of tars")
-        if columns.pop("version") != _VERSION:
+        if columns.pop("version") not in ((1, _VERSION) if "crc32" in columns else (_VERSION,)):
             raise ValueError(f"{path} is of another version")
         try:
             for name in ("tars", "classes", "names"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.folder import EXTENSIONS
+from epg_fast.data.names import IMAGES, Ignored, is_image, is_tar
+from epg_fast.data.source import LABEL_KEYS, MOST_CLASSES, NO_LABELS
 from epg_fast.data.tar_index import Names, TarIndex
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
-_MOST_CLASSES = 1_000_000
+# Of a .json beside an image.
+_MOST_JSON = 1 << 20
 
 logger = logging.getLogger("epg_fast")
 
@@ -30,10 +32,9 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
     Only headers and labels are read. See `ImageTars` for the layouts. Raises ValueError for what is none of them.
     """
     status = [os.stat(folder / name) for name in tars]
-    scans = [_scan(folder / name) for name in tars]
-    ignored = sum(scan.ignored for scan in scans)
-    if ignored:
-        logger.info("%s: ignored %d members of the tars that are no images", folder, ignored)
+    ignored = Ignored()
+    scans = [_scan(folder / name, ignored) for name in tars]
+    ignored.report(f"members of {_some(folder, tars)}", "images or labels")
     superseded = sum(scan.superseded for scan in scans)
     if superseded:
         logger.warning(
@@ -42,9 +43,7 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
             superseded,
         )
     if not any(scan.names for scan in scans):
-        raise ValueError(
-            f"data path: no images in {_some(folder, tars)}, wanted members ending in {', '.join(EXTENSIONS)}"
-        )
+        raise ValueError(f"data path: no images in {_some(folder, tars)}, wanted members ending in {', '.join(IMAGES)}")
     classes, labels = _classes(folder, tars, scans)
     return TarIndex(
         tars=list(tars),
@@ -62,7 +61,7 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
 def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of the regular members of the tar at bytes `start` to `stop` of `file`.
 
-    `path` is its name in errors. Directories, links and hidden members are left out, `./` in names too.
+    `path` is its name in errors. Directories and links are left out, `./` in names too.
     Raises ValueError for a damaged tar and one that ends early, also where `tarfile` would take it for complete.
     """
     if stop == start:
@@ -79,7 +78,7 @@ def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int
                         "get it again"
                     )
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
-                if not member.isreg() or any(part.startswith(".") for part in parts):
+                if not member.isreg():
                     continue
                 if member.issparse():
                     raise ValueError(
@@ -131,9 +130,9 @@ class _Scan:
 
     Attributes:
         names, offsets, sizes: of its images.
-        labels: from the .cls beside each image, -1 where it has none; None if the tar has no .cls.
+        labels: from the .cls or .json beside each image, -1 where it has none; None if the tar has none.
         inner: the class of each image, in a tar of class tars.
-        ignored: how many members are neither images nor labels.
+        has_companions: whether an image has another file of its name beside it.
         superseded: how many images and inner tars have a later member of the same name.
     """
 
@@ -142,22 +141,35 @@ class _Scan:
     sizes: array = field(default_factory=lambda: array("q"))
     labels: np.ndarray | None = None
     inner: list[str] = field(default_factory=list)
-    ignored: int = 0
+    has_companions: bool = False
     superseded: int = 0
 
+    def add(self, name: str, offset: int, size: int) -> None:
+        self.names.append(name)
+        self.offsets.append(offset)
+        self.sizes.append(size)
 
-def _scan(path: Path) -> _Scan:
-    scan, inner, labels = _Scan(), {}, {}
+
+def _scan(path: Path, ignored: Ignored) -> _Scan:
+    scan, inner, labels, weaker, companions = _Scan(), {}, {}, {}, set()
     with open(path, "rb") as file:
         for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size):
             stem, extension = os.path.splitext(name)
-            if extension == ".cls":
+            if any(ignored.skips(part) for part in name.split("/")):
+                continue
+            if is_image(name):
+                scan.add(name, offset, size)
+            elif extension.lower() == ".cls":
                 labels[stem] = _label(os.pread(file.fileno(), min(size, 64), offset), path / name)
-            elif extension == ".tar":
+            elif is_tar(name):
                 scan.superseded += name in inner
                 inner[name] = offset, offset + size
             else:
-                _add(scan, name, offset, size)
+                companions.add(stem)
+                if extension.lower() == ".json":
+                    weaker[stem] = _json_label(os.pread(file.fileno(), min(size, _MOST_JSON), offset))
+                if weaker.get(stem) is None:
+                    ignored.add_other(name)
         if inner and (scan.names or labels):
             raise ValueError(
                 f"data path: {path} has both tars and images or labels as members, wanted one tar of images per class, "
@@ -167,26 +179,24 @@ def _scan(path: Path) -> _Scan:
         for name, (start, stop) in sorted(inner.items()):
             before = len(scan.names)
             for member, offset, size in walk_tar(file, path / name, start, stop):
-                if member.endswith((".cls", ".tar")):
+                if any(ignored.skips(part) for part in member.split("/")):
+                    continue
+                if is_tar(member) or member.lower().endswith(".cls"):
                     raise ValueError(f"data path: {path / name} has the member {member}, wanted images; unpack {path}")
-                _add(scan, f"{name}/{member}", offset, size)
+                if is_image(member):
+                    scan.add(f"{name}/{member}", offset, size)
+                else:
+                    ignored.add_other(member)
             scan.inner += [os.path.splitext(name)[0]] * (len(scan.names) - before)
             if len(scan.names) == before:
                 raise ValueError(f"data path: {path / name} has no images; remove it or get it again")
     _drop_superseded(scan)
+    stems = [os.path.splitext(name)[0] for name in scan.names]
+    scan.has_companions = not companions.isdisjoint(stems)
+    labels = {stem: label for stem, label in weaker.items() if label is not None} | labels
     if labels:
-        stems = (os.path.splitext(name)[0] for name in scan.names)
         scan.labels = np.array([labels.get(stem, -1) for stem in stems], np.int64)
     return scan
-
-
-def _add(scan: _Scan, name: str, offset: int, size: int) -> None:
-    if not name.lower().endswith(EXTENSIONS):
-        scan.ignored += 1
-        return
-    scan.names.append(name)
-    scan.offsets.append(offset)
-    scan.sizes.append(size)
 
 
 def _drop_superseded(scan: _Scan) -> None:
@@ -207,9 +217,22 @@ def _label(content: bytes, path: Path) -> int:
     text = content.strip()
     if not re.fullmatch(rb"[0-9]{1,18}", text):
         raise ValueError(f"data path: {path} holds {content[:20]!r}, wanted a class index in ASCII digits")
-    if int(text) >= _MOST_CLASSES:
-        raise ValueError(f"data path: {path} holds {int(text)}, wanted a class index below {_MOST_CLASSES}")
+    if int(text) >= MOST_CLASSES:
+        raise ValueError(f"data path: {path} holds {int(text)}, wanted a class index below {MOST_CLASSES}")
     return int(text)
+
+
+def _json_label(content: bytes) -> int | None:
+    """The first of the known entries that is a class index; None without: it may be a caption's or be damaged."""
+    try:
+        entries = json.loads(content)
+    except ValueError:
+        return None
+    for key in LABEL_KEYS if isinstance(entries, dict) else ():
+        text = str(entries.get(key))
+        if re.fullmatch("[0-9]{1,6}", text):
+            return int(text)
+    return None
 
 
 def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[str], np.ndarray]:
@@ -225,18 +248,12 @@ def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[st
     if any(scan.labels is not None for scan in scans):
         labels = np.concatenate([_sample_labels(folder / tar, scan) for tar, scan in zip(tars, scans, strict=True)])
         return [str(label) for label in range(labels.max() + 1)], labels
-    counts = [len(scan.names) for scan in scans]
-    if len(tars) == 1 or _are_numbered([tar.removesuffix(".tar") for tar in tars]):
-        logger.warning(
-            "%s: no image has a .cls beside it: one class, 'all'%s",
-            _some(folder, tars),
-            "" if len(tars) == 1 else " (numbered tars are shards; name tars of classes otherwise)",
-        )
-        return ["all"], np.zeros(sum(counts), np.int64)
-    classes = sorted(tar.removesuffix(".tar") for tar in tars)
-    numbers = [classes.index(tar.removesuffix(".tar")) for tar in tars]
-    logger.info("%s: no image has a .cls beside it: each of the %d tars is a class", folder, len(tars))
-    return classes, np.repeat(np.array(numbers, np.int64), counts)
+    counts, stems = [len(scan.names) for scan in scans], [os.path.splitext(tar)[0] for tar in tars]
+    if not _are_classes(stems, scans):
+        return list(NO_LABELS), np.zeros(sum(counts), np.int64)
+    classes = sorted(set(stems))
+    logger.info("%s: no image has a label beside it: each of the %d tars is a class", folder, len(tars))
+    return classes, np.repeat(np.array([classes.index(stem) for stem in stems], np.int64), counts)
 
 
 def _sample_labels(path: Path, scan: _Scan) -> np.ndarray:
@@ -245,19 +262,27 @@ def _sample_labels(path: Path, scan: _Scan) -> np.ndarray:
     if len(missing):
         name = scan.names[missing[0]]
         raise ValueError(
-            f"data path: {path} has {name} but no {os.path.splitext(name)[0]}.cls, wanted a label beside every image "
-            "(or beside none)"
+            f"data path: {path} has {name} but no {os.path.splitext(name)[0]}.cls (or .json with "
+            f"{'/'.join(LABEL_KEYS)}), wanted a label beside every image, or beside none"
         )
     return labels
 
 
-def _are_numbered(stems: list[str]) -> bool:
-    """Whether the stems are one prefix and consecutive numbers of five digits or more, as those of shards."""
-    matches = [re.fullmatch(r"(.*?)([0-9]{5,18})", stem, re.DOTALL) for stem in stems]
-    if not all(matches) or len({(match[1], len(match[2])) for match in matches}) > 1:
+def _are_classes(stems: list[str], scans: list[_Scan]) -> bool:
+    """Whether tars without labels, named `stems`, are classes; else they are shards. See `ImageTars`."""
+    if len(stems) == 1:
         return False
-    numbers = {int(match[2]) for match in matches}
-    return len(numbers) == len(stems) and max(numbers) - min(numbers) == len(stems) - 1
+    if all(_is_named_after(stem, name) for stem, scan in zip(stems, scans, strict=True) for name in scan.names):
+        return True
+    shapes = {re.sub("[0-9]+", "0", stem) for stem in stems}
+    return len(shapes) == len(stems) and not any(scan.has_companions for scan in scans)
+
+
+def _is_named_after(stem: str, name: str) -> bool:
+    """Whether a member's name is that of its tar and something more: n01_18.JPEG or n01/18.JPEG in n01.tar."""
+    end, following = stem[-1:], name[len(stem) : len(stem) + 1]
+    cut = (end.isdigit() and following.isdigit()) or (end.isalpha() and following.isalpha())
+    return name.startswith(stem) and not cut
 
 
 def _some(folder: Path, tars: list[str]) -> str:

@@ -48,7 +48,11 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
     ranks.decide(lambda: check_folder(outdir, requested(config)))  # before weights are read, which may take long
     model = _generator(config.checkpoint, config, device)
     weak = _generator(config.autoguidance, config, device) if config.autoguidance else None
-    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed))
+    untrained = model.metadata.get("untrained_classes", [])
+    if untrained and config.labels in ("balanced", "random"):
+        left = model.num_classes - len(untrained)
+        log.info("%s was trained on %d of its %d classes: these are drawn", config.checkpoint, left, model.num_classes)
+    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained))
     engine = SamplingEngine(model, weak=weak, **_options(config))
     settings = resolved(config, model, weak, labels, engine)
     everyone = ranks.gather((settings, device_name(device)))

@@ -168,7 +168,7 @@ def _read_header(path: Path) -> _Snapshot:
 
 
 def _check_same_run(one: _Snapshot, other: _Snapshot) -> None:
-    for key in sorted((one.metadata.keys() | other.metadata.keys()) - {"step", "crc32"}):
+    for key in sorted((one.metadata.keys() | other.metadata.keys()) - {"step", "crc32", "untrained_classes"}):
         a, b = one.metadata.get(key), other.metadata.get(key)
         if a != b:
             raise ValueError(

@@ -30,6 +30,21 @@ def snapshot(root):
     }
 
 
+@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
+def test_labels_of_a_dataset_json_survive(tmp_path, prepare_images):
+    wanted, root = {}, tmp_path / "edm"
+    (root / "00000").mkdir(parents=True)
+    for i, label in enumerate((10, 2, 0, 2)):
+        Image.new("RGB", (8, 8), (20 * i, label, 7)).save(root / "00000" / f"img{i:08d}.png")
+        wanted[20 * i, label, 7] = label
+    names = [f"00000/img{i:08d}.png" for i in range(4)]
+    (root / "dataset.json").write_text(json.dumps({"labels": list(zip(names, wanted.values(), strict=True))}))
+    prepare_images(root, tmp_path / "out", 8, workers=0)
+    images = open_images(tmp_path / "out")
+    found = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
+    assert found == wanted and len(images.classes) == 11
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_image_becomes_its_centre_crop(make_folder, tmp_path, workers):
     source = make_folder(20, size=(50, 37), suffix=".JPG")
