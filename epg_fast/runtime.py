@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+
+from epg_fast import launcher
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -23,7 +24,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {name!r}: want auto, cpu or cuda")
     if name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", launcher.number("LOCAL_RANK", 0))
     if name == "cuda":
         raise ValueError(
             f"device cuda: torch {torch.__version__} sees no CUDA GPU; use --device cpu or mend the driver"
@@ -51,8 +52,8 @@ def torchrun_store(timeout: datetime.timedelta) -> Store:
     import torch.distributed as dist  # some builds of torch have none
 
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    one_node = launcher.number("LOCAL_WORLD_SIZE", 0) == launcher.number("WORLD_SIZE", 1)
+    attempt = launcher.number("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
     return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
