@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
 from epg_fast.models import EPGViT, from_pretrained
+from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.folder import FolderLock, check_folder, note_settings, read_settings
 from epg_fast.sampling.image_writer import ImageWriter, png_threads
@@ -61,7 +62,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
         raise ValueError(f"rank {different[0]} has read other weights or labels than rank 0; give all the same files")
     using = drawn_with(config, engine, [name for _, name in everyone])
     images = Images(outdir, labels, model.image_size)
-    with FolderLock(outdir) as lock:
+    with suitable_threads(engine.model), FolderLock(outdir) as lock:
         missing = ranks.decide(lambda: _claim(config, images, settings, using, lock))
         if missing is None:
             log.info("%s already holds these samples", outdir)

@@ -27,6 +27,7 @@ from epg_fast.data import (
     open_images,
     resolve_backend,
 )
+from epg_fast.runtime import suitable_threads
 from epg_fast.training import distributed
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
@@ -77,7 +78,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     stage = stage_class(config, ranks)
     note_classes(stage, source)
     check_parts(config, ranks.world_size)
-    with RunLock(outdir, ranks) as lock:
+    with suitable_threads(stage.network), RunLock(outdir, ranks) as lock:
         check_run_folder(outdir, config)
         state = RunState(config, stage, source, ranks)
         if config.fp8:
