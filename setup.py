@@ -1,18 +1,18 @@
 """Runs CMake for the optional C++/CUDA extension; everything else is in pyproject.toml and CMakeLists.txt.
 
 EPG_BUILD_CUDA=auto|1|0 chooses CUDA as CMakeLists.txt says. Without torch, cmake or a C++ compiler the extension is
-left out, which one line says, and the package installs as pure Python; with EPG_BUILD_CUDA=1 that is an error.
-EPG_BUILD_EXTENSION=0 leaves the extension out.
+left out, which one line says, and the package installs as pure Python; with EPG_BUILD_CUDA=1 or EPG_BUILD_EXTENSION=1
+that is an error. EPG_BUILD_EXTENSION=0 leaves the extension out.
 EPG_CUTLASS_DIR (a CUTLASS 4 checkout), else the installed nvidia-cutlass, has the headers for the matrix products.
 MAX_JOBS bounds the number of compilers that run at once; without it, cores and free memory do.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -24,24 +24,40 @@ BYTES_PER_JOB = 4e9  # what nvcc was seen to take for CUTLASS; a tenth of that f
 
 
 def torch_folder() -> Path | None:
-    """The installed torch package, also from inside pip's isolated build, whose sys.path hides it."""
-    folders = [Path(folder, "torch") for folder in _site_packages()]
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        folders.append(Path(spec.origin).parent)
-    return next((folder for folder in folders if (folder / "include/torch/csrc/stable/library.h").is_file()), None)
+    """The installed torch package, if its headers are new enough."""
+    folder = package_folder("torch")
+    return folder if folder and (folder / "include/torch/csrc/stable/library.h").is_file() else None
 
 
 def cutlass_folder() -> Path | None:
     """The folder of CUTLASS that holds include/: EPG_CUTLASS_DIR, else that of the installed package, if any."""
     if chosen := os.environ.get("EPG_CUTLASS_DIR"):
         return Path(chosen).resolve()
-    folders = [Path(folder, "cutlass_library", "source") for folder in (*_site_packages(), *sys.path)]
-    return next((folder for folder in folders if (folder / "include/cutlass/cutlass.h").is_file()), None)
+    package = package_folder("cutlass_library")
+    return package / "source" if package and (package / "source/include/cutlass/cutlass.h").is_file() else None
 
 
-def _site_packages() -> list[str]:
-    return [sysconfig.get_path(key) for key in ("purelib", "platlib")]
+@functools.cache
+def package_folder(name: str) -> Path | None:
+    """Where a package is installed, also from inside pip's isolated build, which hides it.
+
+    Outside of the build, the interpreter sees what pip itself did: user site, system site, PYTHONPATH.
+    """
+    if (spec := importlib.util.find_spec(name)) and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0])
+    code = f"import importlib.util as u; s = u.find_spec({name!r}); print(*(s.submodule_search_locations if s else []))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment_of_parent(), cwd="/", capture_output=True, text=True, check=False)
+    return Path(done.stdout.strip()) if done.returncode == 0 and done.stdout.strip() else None
+
+
+def environment_of_parent() -> dict[str, str]:
+    """The variables that the parent process, such as pip, was started with; without /proc, ours less pip's changes."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    return dict(os.fsdecode(word).split("=", 1) for word in words if b"=" in word)
 
 
 def missing() -> str | None:
@@ -50,7 +66,10 @@ def missing() -> str | None:
     if sys.platform != "linux":
         return f"found platform {sys.platform}, wanted linux"
     if torch_folder() is None:
-        return "found no torch >= 2.11 in this environment; install torch first, then this package again"
+        return (
+            "found no torch >= 2.11 in this environment; install torch first, then this package again; if torch is "
+            "there, run `pip install 'setuptools>=77' cmake` and install this package with --no-build-isolation"
+        )
     if shutil.which("cmake") is None:
         return "found no cmake on PATH; run `pip install cmake`"
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
@@ -95,7 +114,7 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/pr
 
 def _words(path: Path) -> list[str]:
     try:
-        return path.read_text().split()
+        return path.read_text(encoding="utf-8").split()
     except OSError:
         return []
 
@@ -125,11 +144,12 @@ def main() -> None:
     reason = missing()
     # pip also runs this file to read metadata, before the build requirements (cmake) are there: nothing to say then.
     building = not {"bdist_wheel", "build_ext", "editable_wheel"}.isdisjoint(sys.argv)
-    if (cuda := os.environ.get("EPG_BUILD_CUDA", "auto")) not in ("auto", "1", "0"):
-        sys.exit(f"epg_fast: found EPG_BUILD_CUDA='{cuda}', wanted auto, 1 or 0")
+    for name in ("EPG_BUILD_CUDA", "EPG_BUILD_EXTENSION"):
+        if (value := os.environ.get(name, "auto")) not in ("auto", "1", "0"):
+            sys.exit(f"epg_fast: found {name}='{value}', wanted auto, 1 or 0")
+        if reason is not None and building and value == "1":
+            sys.exit(f"epg_fast: {name}=1, but the extension cannot be built: {reason}")
     if reason is not None and building:
-        if os.environ.get("EPG_BUILD_CUDA") == "1":
-            sys.exit(f"epg_fast: EPG_BUILD_CUDA=1, but the extension cannot be built: {reason}")
         print(f"epg_fast: installing without the C++/CUDA extension: {reason}", file=sys.stderr)
     setup(
         ext_modules=[Extension("epg_fast.ops._extension", [], py_limited_api=True)] if reason is None else [],

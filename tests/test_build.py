@@ -110,11 +110,48 @@ def test_the_extension_can_be_left_out(setup_file, monkeypatch):
     assert setup_file.missing() == "EPG_BUILD_EXTENSION=0"
 
 
-def test_a_wrong_choice_of_cuda_is_refused_without_cmake_too(setup_file, monkeypatch):
-    monkeypatch.setenv("EPG_BUILD_CUDA", "2")
+@pytest.mark.parametrize("name", ["EPG_BUILD_CUDA", "EPG_BUILD_EXTENSION"])
+def test_a_wrong_choice_is_refused_without_cmake_too(setup_file, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
     monkeypatch.setattr(setup_file, "missing", lambda: "found no cmake")
-    with pytest.raises(SystemExit, match="found EPG_BUILD_CUDA='2', wanted auto, 1 or 0"):
+    with pytest.raises(SystemExit, match=f"found {name}='2', wanted auto, 1 or 0"):
         setup_file.main()
+
+
+@pytest.mark.parametrize("name", ["EPG_BUILD_CUDA", "EPG_BUILD_EXTENSION"])
+def test_what_was_asked_for_and_cannot_be_built_is_an_error(setup_file, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(setup_file, "missing", lambda: "found no torch")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    with pytest.raises(SystemExit, match=f"{name}=1, but the extension cannot be built: found no torch"):
+        setup_file.main()
+
+
+PIP = """
+import os, subprocess, sys
+isolated = os.environ | {"PYTHONPATH": sys.argv[1], "PYTHONNOUSERSITE": "1"}
+code = "import sys; sys.path.append(sys.argv[1]); import setup; print(setup.package_folder('torch_of_the_user'))"
+subprocess.run([sys.executable, "-c", code, sys.argv[2]], env=isolated, check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_build_that_pip_isolates_finds_the_torch_that_pip_itself_sees(tmp_path, there):
+    package = tmp_path / "site" / "torch_of_the_user"
+    (tmp_path / "empty").mkdir()
+    if there:
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    command = [sys.executable, "-c", PIP, str(tmp_path / "empty"), str(ROOT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(package if there else None)
+
+
+def test_the_remedy_builds_without_isolation_or_says_why_not():
+    assert "EPG_BUILD_EXTENSION=1 pip install --no-build-isolation --no-deps" in extension._REBUILD
+    assert "pip install 'setuptools>=77' 'cmake>=3.24'" in extension._REBUILD  # which isolation had brought
 
 
 def test_the_extension_is_here_if_it_can_be(setup_file):
@@ -310,9 +347,9 @@ def test_which_gpus_a_library_runs_on(architectures, capability, wanted):
     [
         (
             True,
-            "on cuda:1, but the extension was built for CUDA architectures 9.0a, not for this GPU's 8.6; set TORCH",
+            "on cuda:1, but the extension was built for CUDA architectures 9.0a, not for this GPU's 8.6; run `pip",
         ),
-        (False, "on cuda:1, but the extension was built without CUDA; put nvcc on PATH and run `EPG_BUILD_CUDA=1 pip"),
+        (False, "on cuda:1, but the extension was built without CUDA; put nvcc on PATH and run `pip install"),
     ],
 )
 def test_a_gpu_that_the_library_was_not_built_for_is_named_with_the_remedy(monkeypatch, with_cuda, message):

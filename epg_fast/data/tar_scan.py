@@ -80,6 +80,10 @@ def walk_tar(file, path: Path, start: int, stop: int, lost: list[str] | None = N
     if stop == start:
         raise ValueError(f"data path: {path} is empty, wanted a tar; get it again")
     file.seek(start)
+    if not any(file.read(_BLOCK)):  # no members, at which Python 3.10's tarfile fails
+        _check_end(file, path, start, start, stop)
+        return
+    file.seek(start)
     has_links = False
     try:
         with tarfile.TarFile(fileobj=file, mode="r") as tar:

@@ -79,6 +79,7 @@ def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: st
     """
     from epg_fast.diffusion import NoiseSchedule
     from epg_fast.evaluation.probe import encoder_features, linear_probe, load_rgb
+    from epg_fast.runtime import suitable_threads
 
     _check_folders(config, config.probe, "probe")
     size = encoder.image_size
@@ -86,7 +87,8 @@ def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: st
     metadata = getattr(encoder, "metadata", {})
     normalization = normalization or metadata.get("normalization") or "imagenet"
     features_of = encoder_features(encoder, NoiseSchedule(**metadata.get("noise", {})))
-    accuracy = linear_probe(features_of, train, test, config.sigmas, normalization, config.seed)
+    with suitable_threads(encoder):
+        accuracy = linear_probe(features_of, train, test, config.sigmas, normalization, config.seed)
     return {
         "kind": "probe",
         "probe": str(config.probe),
@@ -139,7 +141,13 @@ def _check_folders(config: EvaluateConfig, judged: str | None, name: str) -> Non
     for field, value in ((name, judged), ("train", config.train), ("test", config.test)):
         if not value:
             raise ValueError(f"evaluate: `{field}` is not set")
-    train, test = ImageFolder(config.train).classes, ImageFolder(config.test).classes
+    images = ImageFolder(config.train)
+    train, test = images.classes, ImageFolder(config.test).classes
+    if len(set(images.labels)) < 2:
+        raise ValueError(
+            f"evaluate: {config.train} has images of one class, {train[images.labels[0]]}, want two at least, which a "
+            "classifier could tell apart; FID and others (--reference and --inception) ask for none"
+        )
     if train != test:
         only_train, only_test = sorted(set(train) - set(test))[:5], sorted(set(test) - set(train))[:5]
         raise ValueError(

@@ -29,13 +29,22 @@ _CHOSEN = os.environ.get("EPG_EXTENSION")
 _LIBRARY = Path(_CHOSEN) if _CHOSEN else Path(__file__).with_name("_extension.abi3.so")
 _SOURCE_TREE = Path(__file__).resolve().parents[2]
 _IN_PLACE = (_SOURCE_TREE / "setup.py").is_file()
-_COMMAND = (
-    f"`pip install --no-deps -e {_SOURCE_TREE}`"
-    if _IN_PLACE
-    else "`pip install --force-reinstall --no-deps .` in the source tree"
-)
-_REBUILD = f"{_COMMAND} (with torch, cmake and a C++ compiler installed)"
-_REMEDY = "correct EPG_EXTENSION, which chose it, or unset it" if _CHOSEN else f"to rebuild it, run {_REBUILD}"
+
+
+def _rebuild(settings: str) -> str:
+    """What to run to build the extension with these environment variables; it ends with an error where it cannot.
+
+    Without build isolation, which may hide torch.
+    """
+    place = f"-e {_SOURCE_TREE}`" if _IN_PLACE else "--force-reinstall .` in the source tree"
+    return (
+        "run `pip install 'setuptools>=77' 'cmake>=3.24'` and "
+        f"`{settings} pip install --no-build-isolation --no-deps {place}"
+    )
+
+
+_REBUILD = _rebuild("EPG_BUILD_EXTENSION=1")
+_REMEDY = "correct EPG_EXTENSION, which chose it, or unset it" if _CHOSEN else f"to rebuild it, {_REBUILD}"
 
 
 @functools.cache
@@ -44,7 +53,7 @@ def extension_status() -> tuple[bool, str]:
     if not _LIBRARY.is_file():
         if _CHOSEN:
             return False, f"not found: EPG_EXTENSION is {_CHOSEN}, which is not a file; correct it or unset it"
-        return False, f"not built: {_LIBRARY} does not exist; to build it, run {_REBUILD}"
+        return False, f"not built: {_LIBRARY} does not exist; to build it, {_REBUILD}"
     try:
         damage = _damage(_LIBRARY)
         if damage:
@@ -140,16 +149,15 @@ def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
 @functools.cache
 def _lacks_code_for(device: torch.device) -> str | None:
     """Why the loaded extension cannot run on this CUDA device, None when it can."""
-    rebuild = "run `EPG_BUILD_CUDA=1 pip install --force-reinstall --no-deps .` in the source tree"
     if not extension_has_cuda():
-        return f"the extension was built without CUDA; put nvcc on PATH and {rebuild}"
+        return f"the extension was built without CUDA; put nvcc on PATH and {_rebuild('EPG_BUILD_CUDA=1')}"
     capability = torch.cuda.get_device_capability(device)
     architectures = _build_info()["cuda_architectures"]
     if not has_code_for(architectures, capability):
         number = ".".join(map(str, capability))
         return (
-            f"the extension was built for CUDA architectures {architectures}, not for this GPU's {number}; set "
-            f"TORCH_CUDA_ARCH_LIST={number} and {rebuild}"
+            f"the extension was built for CUDA architectures {architectures}, not for this GPU's {number}; "
+            f"{_rebuild(f'TORCH_CUDA_ARCH_LIST={number} EPG_BUILD_CUDA=1')}"
         )
     return None
 
@@ -232,9 +240,8 @@ def require_gemms(op: str, device: torch.device) -> None:
     if not extension_has_gemms():
         raise ValueError(
             f"{op}: got backend='cuda', but the extension was built without CUTLASS, without nvcc or not for sm_90a; "
-            "put nvcc on PATH and run `pip install --no-deps nvidia-cutlass` and `EPG_BUILD_CUDA=1 "
-            "TORCH_CUDA_ARCH_LIST=9.0a pip install --force-reinstall --no-deps .` in the source tree, or use "
-            "backend='reference'"
+            "put nvcc on PATH, run `pip install --no-deps nvidia-cutlass`, then "
+            f"{_rebuild('EPG_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a')}, or use backend='reference'"
         )
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else device

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
 from epg_fast.models import EPGViT, from_pretrained
+from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.folder import FolderLock, check_folder, note_settings, read_settings
 from epg_fast.sampling.image_writer import ImageWriter, png_threads
@@ -61,7 +62,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
         raise ValueError(f"rank {different[0]} has read other weights or labels than rank 0; give all the same files")
     using = drawn_with(config, engine, [name for _, name in everyone])
     images = Images(outdir, labels, model.image_size)
-    with FolderLock(outdir) as lock:
+    with suitable_threads(engine.model), FolderLock(outdir) as lock:
         missing = ranks.decide(lambda: _claim(config, images, settings, using, lock))
         if missing is None:
             log.info("%s already holds these samples", outdir)
@@ -213,7 +214,7 @@ def _options(config: SampleConfig) -> dict:
 def _noted_error(images: Images) -> dict:
     path = images.outdir / _ERROR
     try:
-        return {"precision_error": json.loads(path.read_text())} if path.exists() else {}
+        return {"precision_error": json.loads(path.read_bytes())} if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Collection
 
@@ -33,7 +34,7 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int, untrained: Co
             order = np.random.default_rng(seed).integers(len(trained), size=num)
         return np.array(trained)[order].tolist()
     if how.startswith("frequencies:"):
-        labels = _draw(how.removeprefix("frequencies:"), num, num_classes, seed)
+        labels = _draw(os.path.expanduser(how.removeprefix("frequencies:")), num, num_classes, seed)
     else:
         chosen = _listed(how, num_classes)
         if len(chosen) > num:

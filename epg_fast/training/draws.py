@@ -54,4 +54,4 @@ class Draws:
 
 
 def _fold(key: list[int]) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1

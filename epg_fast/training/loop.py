@@ -27,6 +27,7 @@ from epg_fast.data import (
     open_images,
     resolve_backend,
 )
+from epg_fast.runtime import suitable_threads
 from epg_fast.training import distributed
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
@@ -66,6 +67,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     if not config.outdir:
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
+    check_run_folder(outdir, config)  # before data and weights are read, which may take long
     source = open_images(config.data.path)
     check_compilation(config, ranks)
     require_wandb(config.wandb)
@@ -76,7 +78,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     stage = stage_class(config, ranks)
     note_classes(stage, source)
     check_parts(config, ranks.world_size)
-    with RunLock(outdir, ranks) as lock:
+    with suitable_threads(stage.network), RunLock(outdir, ranks) as lock:
         check_run_folder(outdir, config)
         state = RunState(config, stage, source, ranks)
         if config.fp8:
