@@ -3,7 +3,6 @@
 Importing this package needs neither Triton nor the compiled extension; a backend is loaded when it is first asked for.
 """
 
-from epg_fast.ops.adaln_attention import adaln_attention, adaln_attention_ref
 from epg_fast.ops.attention import attention, attention_ref
 from epg_fast.ops.augment_view import JitterOperation, augment_view, augment_view_ref
 from epg_fast.ops.euler_step import euler_step, euler_step_, euler_step_ref
@@ -41,8 +40,6 @@ from epg_fast.ops.timestep_embedding import (
 
 __all__ = [
     "JitterOperation",
-    "adaln_attention",
-    "adaln_attention_ref",
     "attention",
     "attention_ref",
     "augment_view",
