@@ -21,6 +21,7 @@ from pathlib import Path
 
 from epg_fast import config as configs
 from epg_fast import launcher
+from epg_fast.outputs import check_writable
 
 _RECIPES = resources.files("epg_fast") / "configs" / "recipes"
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         remedy = f"; pip install {error.name}" if str(error).startswith("No module named") else ""
         if isinstance(error, UnicodeEncodeError):
-            remedy = "; the locale lacks this character: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+            remedy = "; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or rename a file whose name is not UTF-8"
         return _fail(2, f"{error}{remedy}")
     except (OSError, RuntimeError) as error:
         if os.environ.get("EPG_DEBUG"):
@@ -95,7 +96,10 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
         raise ValueError("outdir is missing; say where to write with --outdir")
     if config.verify:
         print(f"{verify_shards(config.outdir)} shards in {config.outdir} are as they were written")
-    elif config.source == "digits":
+        return
+    if not Path(config.outdir).exists():
+        check_writable(Path(config.outdir), "outdir")
+    if config.source == "digits":
         prepare_digits(config.outdir)
     elif config.layout == "folder":
         prepare_folder(config.source, config.outdir, config.image_size, config.workers)

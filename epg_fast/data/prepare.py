@@ -90,7 +90,7 @@ def claim_outdir(outdir: Path, source: Path, manifest: dict, settings: dict) -> 
     Raises ValueError when another process has the lock, or has written other images since `start_manifest`.
     """
     outdir.mkdir(parents=True, exist_ok=True)
-    with open(outdir / ".lock", "a") as lock:
+    with open(outdir / ".lock", "ab") as lock:
         try:
             # lockf, not flock: workers would inherit the latter and hold it when this process has been killed
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

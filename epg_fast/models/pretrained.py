@@ -6,6 +6,7 @@ in a file is executed: its objects other than tensors and plain values are left 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -206,7 +207,10 @@ def _read(path: Path) -> tuple[dict, dict]:
             raise ValueError(f"{path} is {what}")
     # Eight bytes with the length of a header, which is JSON.
     if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27):
-        return _read_safetensors(path)
+        content, metadata = _read_safetensors(path)
+        if isinstance(metadata.get("sigma_rel"), list):
+            raise ValueError(f"{path} is a snapshot of averages; `epg-fast reconstruct-ema` makes weights of them")
+        return content, metadata
     content = _read_pickle(path)
     if {"iteration", "network", "average"} <= content.keys():
         return _of_run(path, content)
@@ -235,11 +239,22 @@ def _of_run(path: Path, content: dict) -> tuple[dict, dict]:
     return content[kept], metadata | {"step": content.get("step")}
 
 
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator:
+    """Open a file as safetensors' `safe_open` does, which refuses names that are not UTF-8."""
+    from safetensors import safe_open
+
+    with open(path, "rb") as file:
+        utf8 = not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+        with safe_open(path if utf8 else f"/dev/fd/{file.fileno()}", framework="pt") as f:
+            yield f
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as f:
+        with open_safetensors(path) as f:
             metadata = json.loads((f.metadata() or {}).get("epg_fast", "{}"))
             if not isinstance(metadata, dict) or not isinstance(metadata.get("config", {}), dict):
                 raise ValueError("its epg_fast metadata is not a mapping")

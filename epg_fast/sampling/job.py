@@ -213,7 +213,7 @@ def _options(config: SampleConfig) -> dict:
 def _noted_error(images: Images) -> dict:
     path = images.outdir / _ERROR
     try:
-        return {"precision_error": json.loads(path.read_text())} if path.exists() else {}
+        return {"precision_error": json.loads(path.read_bytes())} if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it") from None
 
