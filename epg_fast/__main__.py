@@ -281,7 +281,8 @@ def _as_flags(content: dict, kind, prefix: str = "") -> Iterator[str]:
         elif value is None and kind and type(None) not in typing.get_args(kind):
             raise ValueError(f"{name} has no value; write one, or remove the line")
         else:
-            yield f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+            flag = f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+            yield os.fsdecode(flag.encode("utf-8", "surrogateescape"))  # as Python decodes words of the command line
 
 
 def _expand_paths(config) -> None:
