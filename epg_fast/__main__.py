@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
-        return _fail(1, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))
+        code = 2 if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1
+        return _fail(code, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))
     except KeyboardInterrupt:
         training = config_class is not None and issubclass(config_class, configs.RunConfig)
         return _fail(

@@ -66,6 +66,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     if not config.outdir:
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
+    check_run_folder(outdir, config)  # before data and weights are read, which may take long
     source = open_images(config.data.path)
     check_compilation(config, ranks)
     require_wandb(config.wandb)

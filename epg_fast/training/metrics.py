@@ -143,7 +143,9 @@ def _tensorboard_writer(folder: Path, step: int):
     try:
         return SummaryWriter(str(folder), purge_step=step + 1)
     except UnicodeEncodeError:
-        log.warning("tensorboard takes no path that is not UTF-8, as %s is not: metrics go to metrics.jsonl only", folder)
+        log.warning(
+            "tensorboard takes no path that is not UTF-8, as %s is not: metrics go to metrics.jsonl only", folder
+        )
         return None
 
 
