@@ -67,6 +67,10 @@ def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int
     if stop == start:
         raise ValueError(f"data path: {path} is empty, wanted a tar; get it again")
     file.seek(start)
+    if not any(file.read(_BLOCK)):  # no members, at which Python 3.10's tarfile fails
+        _check_end(file, path, start, start, stop)
+        return
+    file.seek(start)
     try:
         with tarfile.TarFile(fileobj=file, mode="r") as tar:
             while (member := tar.next()) is not None:
