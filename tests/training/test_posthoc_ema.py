@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from epg_fast.__main__ import main
@@ -388,7 +389,10 @@ def test_a_snapshot_with_one_bit_changed_is_named(capsys, damaged, tmp_path):
 
 def test_snapshots_of_another_model_or_run_are_named(capsys, damaged, tmp_path):
     run, snapshots = damaged
-    tensors, metadata = load_weights(snapshots[3])
+    with safe_open(snapshots[3], framework="pt") as f:
+        tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["epg_fast"])  # noqa: SIM118
+    with pytest.raises(ValueError, match="is a snapshot of averages; `epg-fast reconstruct-ema`"):
+        load_weights(snapshots[3])
 
     def change(tensors=tensors, **about):
         save_weights(snapshots[3], tensors, metadata | about)
