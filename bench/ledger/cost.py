@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 PRODUCTS, ATTENTION, NORMS, ELEMENTWISE = "products", "attention", "norms", "element-wise"
 COPIES, REDUCTIONS, OPTIMISER = "casts and copies", "reductions", "optimiser"
@@ -38,8 +38,8 @@ class Kernel:
     (Inductor's Triton), "ours" (the package's Triton), "extension" (its CUDA)."""
     detail: str = ""
     launches: int = 1
-    times: int = 1
-    """Equal calls that follow, of an expanded count."""
+    graph: str = ""
+    """Of torch.compile's, whose code launches it."""
     tiles: Tiles | None = None
     """Of a matrix product of the package's own."""
 
@@ -80,16 +80,11 @@ class Total:
 def total(kernels: Iterable[Kernel]) -> Total:
     found = Total()
     for kernel in kernels:
-        found.kernels += kernel.times * kernel.launches
-        found.bytes += kernel.times * kernel.bytes
-        found.flops += kernel.times * kernel.flops
-        found.seconds[kernel.kind] += kernel.times * kernel.seconds
+        found.kernels += kernel.launches
+        found.bytes += kernel.bytes
+        found.flops += kernel.flops
+        found.seconds[kernel.kind] += kernel.seconds
     return found
-
-
-def repeated(kernels: Iterable[Kernel], times: int) -> list[Kernel]:
-    """The same calls, `times` over."""
-    return [replace(kernel, times=kernel.times * times) for kernel in kernels]
 
 
 @dataclass(frozen=True)

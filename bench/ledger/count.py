@@ -25,7 +25,7 @@ from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
@@ -93,9 +93,12 @@ class Counter(FakeTensorMode):
         self.kind: str | None = None
         """Of everything that is noted, whatever it does: an optimiser's."""
         self.read: Iterator[float] = iter(())
-        """What Python gets when it reads a value of the GPU; 1 when they are all read."""
+        """What Python gets when it reads a value; 0 when these are all read."""
         self._counting = self._nested = False
         self._frames: list[_Frame] = []
+
+    def __deepcopy__(self, memo) -> Counter:
+        return self  # a copy of a tensor lives in the same mode
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -157,7 +160,7 @@ class Counter(FakeTensorMode):
     def _value(self, tensor: torch.Tensor) -> float | int:
         if self._counting and tensor.is_cuda:
             self.problems["host sync: a value of the GPU is read in Python"] += 1
-        value = next(self.read, 1)
+        value = next(self.read, 0)
         return float(value) if tensor.dtype.is_floating_point else int(value)
 
     def _note(self, func, args, kwargs, out, by: str = "eager") -> None:
@@ -343,8 +346,11 @@ def _operator(func, args, kwargs, out, by: str, problems: Tally[str]) -> Kernel 
         value = args[i] if i < len(args) else kwargs.get(argument.name)
         if argument.alias_info is not None and argument.alias_info.is_write:
             changed += _tensors(value)
-            if name.startswith(_OVERWRITES) or argument.kwarg_only or argument.name in ("out", "copies") or (
-                name.endswith("_out") and not schema.returns
+            if (
+                name.startswith(_OVERWRITES)
+                or argument.kwarg_only
+                or argument.name in ("out", "copies")
+                or (name.endswith("_out") and not schema.returns)
             ):
                 overwritten += _tensors(value)
     memory = {t.untyped_storage()._cdata for t in given}
@@ -352,12 +358,10 @@ def _operator(func, args, kwargs, out, by: str, problems: Tally[str]) -> Kernel 
     written = [t for t in (*changed, *made) if t.numel()]
     if not written or not any(t.is_cuda for t in (*given, *written)):
         return None
-    hosts = [t.device.type == "cpu" and (t.dim() > 0 or name in ("copy_", "_to_copy")) for t in (*given, *written)]
-    if any(hosts) and any(t.is_cuda for t in written) | any(t.is_cuda for t in given):
-        waits = any(t.device.type == "cpu" for t in written) and not _asynchronous(args, kwargs, schema)
-        problems[f"copy between host and GPU: {name}" + (", which waits" if waits else "")] += 1
-        if waits:
-            problems["host sync: a copy to the host waits for the GPU"] += 1
+    hosts = [t for t in (*given, *written) if t.device.type == "cpu" and (t.dim() or name in ("copy_", "_to_copy"))]
+    if hosts and not _asynchronous(args, kwargs, schema):
+        way = "to the host" if any(t.device.type == "cpu" for t in written) else "from the host"
+        problems[f"host sync: a copy {way} that waits: {name}"] += 1
     skipped = {id(t) for t in overwritten}
     read = [t for t in given if id(t) not in skipped]
     size = sum(map(_size, read))
@@ -377,7 +381,8 @@ def _operator(func, args, kwargs, out, by: str, problems: Tally[str]) -> Kernel 
         kernel.flops = formula(*args, **kwargs, out_val=out)
     kernel.fp8 = any("float8" in str(t.dtype) for t in read)
     if kernel.by == "extension" and kernel.kind == PRODUCTS:
-        kernel.tiles = _extension_tiles(written[0])
+        columns = written[0].shape[-1]
+        kernel.tiles = extension_tiles(written[0].numel() // columns, columns)
     return kernel
 
 
@@ -389,7 +394,9 @@ def _asynchronous(args, kwargs, schema) -> bool:
 
 def _launches(name: str, args, written: list[torch.Tensor]) -> int:
     """Of an operator on lists of tensors, as many as PyTorch's (or the extension's) launches take chunks."""
-    lists = [value for value in args if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor)]
+    lists = [
+        value for value in args if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor)
+    ]
     if name == "global_norm_out":
         return 1 + math.ceil(len(lists[0]) / _table_rows(1))
     if name == "fused_adamw_ema_":
@@ -425,6 +432,7 @@ def _table_rows(lists: int) -> int:
 
 # -------------------------------------------------------------------------------- kernels of the package's own
 
+
 def _kind_of_triton(name: str, op: str, products: bool) -> str:
     if "attention" in name or (products and op.startswith("attention")):
         return ATTENTION
@@ -446,13 +454,12 @@ def _tiles_of(named: dict, stored: list[torch.Tensor]) -> Tiles | None:
     return Tiles(result.numel() // columns, columns, height, width)
 
 
-def _extension_tiles(result: torch.Tensor) -> Tiles:
+def extension_tiles(rows: int, columns: int) -> Tiles:
     """Of the CUTLASS products, by their header: one block on a multiprocessor, clusters along the rows."""
     source = (ROOT / "kernels" / "csrc" / "gemm_sm90.cuh").read_text()
     height, width = map(int, re.search(r"using Wide = cute::Shape<cute::_(\d+), cute::_(\d+)", source).groups())
     cluster = int(re.search(r"using ClusterShape = cute::Shape<cute::_(\d+)", source)[1])
-    columns = result.shape[-1]
-    return Tiles(result.numel() // columns, columns, height, width, cluster=cluster)
+    return Tiles(rows, columns, height, width, cluster=cluster)
 
 
 # ------------------------------------------------------------------------------------------------ compiled code
@@ -590,6 +597,8 @@ def _describing(counter: Counter) -> Callable:
         finally:
             counter._nested, counter._counting = nested, counting
         described = Graph(f"graph {len(counter.graphs)}", kernels, graph.count_bytes()[0], code.value)
+        for kernel in kernels:
+            kernel.graph = described.name
         counter.graphs.append(described)
         for name, value in graph.graph_inputs.items():
             if isinstance(value, ir.TensorBox) and value.get_device().type == "cpu":

@@ -96,7 +96,9 @@ def _library() -> Path:
     command = [_compiler(), "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{_headers()}", "-o", str(fresh)]
     done = subprocess.run([*command, str(_SOURCE)], capture_output=True, text=True)
     if done.returncode:
-        raise Unavailable(f"{_SOURCE.name} does not compile: {_first_error(done.stderr)}; want a C compiler in CC that does")
+        raise Unavailable(
+            f"{_SOURCE.name} does not compile: {_first_error(done.stderr)}; want a C compiler in CC that does"
+        )
     os.replace(fresh, library)
     return library
 

@@ -179,16 +179,19 @@ def _update(task: str, counter: Counter, job: Job, variant: Variant) -> None:
     """A whole update: forward and backward pass of the loss, clipping, AdamW, average."""
     from bench.train_jobs import OurTraining, PlainTraining, Problem
 
-    problem = Problem(task, job.preset, job.batch, torch.device("cuda", 0))
+    with torch.device("cuda"):
+        problem = Problem(task, job.preset, job.batch, torch.device("cuda", 0))
     if variant.code == "plain":
-        training = PlainTraining(problem, torch.bfloat16)
+        with torch.device("cuda"):
+            training = PlainTraining(problem, torch.bfloat16)
         for network in {training.trainer.network, training.trainer.average, training.perceptual} - {None}:
             _compile_plain(network, variant)
         _keen(training.trainer)
         optimise, update = training.trainer, training.step
     else:
         options = {"ops": variant.ops, "compile": variant.how, "precision": "bf16"}
-        training = OurTraining(problem, variant.optimizer, **options)
+        with torch.device("cuda"):
+            training = OurTraining(problem, variant.optimizer, **options)
         optimise, update = training.state.optimizer, training.step
 
     def backward(loss, *args, **kwargs):
@@ -296,7 +299,15 @@ def _without_values() -> Iterator[None]:
     """What PyTorch cannot do to tensors without memory, or with generators that would have some, left out."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_patched(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor))
+        stack.enter_context(_patched(torch.nn.Module, "to", lambda module, *_, **__: module))  # all are made there
         stack.enter_context(_patched(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()))
+        yield
+
+
+@contextlib.contextmanager
+def compiling_as_is(counter: Counter) -> Iterator[None]:
+    """Inside, tensors have no memory and torch.compile is described."""
+    with _without_values(), counter.compiling(), counter:
         yield
 
 
@@ -311,8 +322,7 @@ def count(job: Job, variant: Variant) -> Counter:
             stack.enter_context(config.patch(coordinate_descent_tuning=True, epilogue_fusion=False))
         if variant.attention:
             stack.enter_context(sdpa_kernel(getattr(SDPBackend, variant.attention)))
-        for context in (_without_values(), counter.compiling(), counter):
-            stack.enter_context(context)
+        stack.enter_context(compiling_as_is(counter))
         try:
             job.count(counter, job, variant)
         except ValueError as error:

@@ -91,7 +91,25 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
   if (count) *count = 0;
   return cudaStreamIsCapturing(stream, status);
 }
-// Nothing is under way.
+// Nothing is under way: events are numbers, too, and have happened.
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+  static size_t number = 1;
+  (void)flags;
+  *event = (cudaEvent_t)(0x1000 + number++);
+  SUCCEED;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { (void)event, (void)stream; SUCCEED; }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+  (void)event, (void)stream, (void)flags;
+  SUCCEED;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) { (void)event; SUCCEED; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { (void)event; SUCCEED; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { (void)event; SUCCEED; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+  (void)stream, (void)event, (void)flags;
+  SUCCEED;
+}
 cudaError_t cudaDeviceSynchronize(void) { SUCCEED; }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { (void)stream; SUCCEED; }
 

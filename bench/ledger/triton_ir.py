@@ -43,7 +43,7 @@ def specialised(run: Callable, kernel, args: tuple, kwargs: dict[str, Any]) -> S
     try:
         run(kernel, *args, grid=(1,), warmup=True, **kwargs)
     except Source as found:
-        return found
+        return found.with_traceback(None)  # whose frames hold the launch's tensors
     raise RuntimeError(f"{kernel.fn.__name__}: Triton did not come to compile it")
 
 
