@@ -1,7 +1,7 @@
 """Which kernels a Hopper GPU would be given, and the least time they take, counted on any machine.
 
-    python -m bench.ledger --output FOLDER                                # everything -> README.md, ledger.json, ledger.png
-    python -m bench.ledger --job sample_xl --variant ours-blocks          # one job, one way
+    python -m bench.ledger --output FOLDER                            # everything: README.md, ledger.json, ledger.png
+    python -m bench.ledger --job sample_xl --variant ours-blocks      # one job, one way
     python -m bench.ledger --job sample_xl --variant ours-blocks --kernels
 
 Wants a CUDA build of PyTorch, Triton and a C compiler, and no GPU: `make ledger` makes such an environment. With the

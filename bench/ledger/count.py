@@ -1,8 +1,8 @@
 """Counts the kernels of a call on tensors without memory: eager operators, compiled code, the package's launchers.
 
 `Counter` is the mode such tensors live in. While it counts, each operator that would launch something is noted: those
-that Python calls, and, for a region that torch.compile has compiled, what Inductor's code for it launches. Inductor runs
-to its generated code, which is described and not loaded; the compiled region then returns empty tensors with the
+that Python calls, and, for a region that torch.compile has compiled, what Inductor's code for it launches. Inductor
+runs to its generated code, which is described and not loaded; the compiled region then returns empty tensors with the
 strides that Inductor gave them. Operators of the package are followed into their CUDA launchers, whose results must
 have the shapes, dtypes and strides of the operators' fake implementations.
 """

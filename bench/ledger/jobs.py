@@ -300,6 +300,8 @@ def _without_values() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_patched(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor))
         stack.enter_context(_patched(torch.nn.Module, "to", lambda module, *_, **__: module))  # all are made there
+        # which take their slow paths for tensors of other types than PyTorch's own
+        stack.enter_context(_patched(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True))
         stack.enter_context(_patched(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()))
         yield
 

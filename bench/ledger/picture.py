@@ -1,4 +1,4 @@
-"""The picture of the ledger: a panel per job, with stacked bars of the rival, ours and the minimum. Needs matplotlib."""
+"""The picture of the ledger: a panel per job, stacked bars of the rival, ours and the minimum. Needs matplotlib."""
 
 from __future__ import annotations
 

@@ -189,10 +189,10 @@ def markdown(header: dict, rows: Sequence[Row]) -> str:
     jobs = by_job(rows)
     parts = [
         f"{FLOORS}\n\n# Ledger: what a Hopper GPU would be given\n",
-        f"A floor is the sum over kernels of the longer of their FLOP at {FLOPS / 1e12:.0f} TFLOP/s (twice that in FP8) "
-        f"and their bytes at {BANDWIDTH / 1e12:.1f} TB/s. The rival is the best of the plain code and the package's plain "
-        "operations under torch.compile; the minimum has one kernel for everything that can ride in one "
-        "(`bench.parts`). ![ledger](ledger.png)\n",
+        f"A floor is the sum over kernels of the longer of their FLOP at {FLOPS / 1e12:.0f} TFLOP/s (twice that in "
+        f"FP8) and their bytes at {BANDWIDTH / 1e12:.1f} TB/s. The rival is the best of the plain code and the "
+        "package's plain operations under torch.compile; the minimum has one kernel for everything that can ride in "
+        "one (`bench.parts`). ![ledger](ledger.png)\n",
         "## Jobs\n",
         _summary(jobs),
         "## Every count\n",
