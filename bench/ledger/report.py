@@ -86,7 +86,7 @@ def rows_of(job, variant: str, counter) -> list[Row]:
     floor = 1e3 * whole.floor
     return [
         Row(*identity, _MS, floor, floor, floor, details=details),
-        Row(*identity, _KERNELS, whole.kernels, whole.kernels, whole.kernels),
+        Row(f"{job.name}, launches", *identity[1:], _KERNELS, whole.kernels, whole.kernels, whole.kernels),
     ]
 
 
