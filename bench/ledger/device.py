@@ -35,6 +35,8 @@ def missing() -> str | None:
         return f"torch {torch.__version__} has no CUDA; want a CUDA build, e.g. `pip install torch==2.14.1`; {remedy}"
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed: `pip install triton`; {remedy}"
+    if "standin" in os.environ.get("LD_PRELOAD", ""):
+        return None
     if torch.cuda.device_count() and "counted" not in torch.cuda.get_device_name(0):
         return "there is a GPU here, which the ledger's stand-in would hide; set CUDA_VISIBLE_DEVICES= (empty)"
     if _compiler() is None:
@@ -48,18 +50,9 @@ def preload(arguments: list[str]) -> None:
     """Go on in a Python that has the stand-in preloaded: `python -m bench.ledger arguments`. Raises Unavailable."""
     if "standin" in os.environ.get("LD_PRELOAD", ""):
         return
-    if reason := missing():
-        raise Unavailable(reason)
-    libraries = [str(_library()), *filter(None, [os.environ.get("LD_PRELOAD")])]
+    libraries = [str(library()), *filter(None, [os.environ.get("LD_PRELOAD")])]
     os.environ["LD_PRELOAD"] = ":".join(libraries)
     os.execv(sys.executable, [sys.executable, "-m", "bench.ledger", *arguments])
-
-
-def environment() -> dict[str, str]:
-    """os.environ with the stand-in preloaded, for a process of one's own. Raises Unavailable."""
-    if reason := missing():
-        raise Unavailable(reason)
-    return os.environ | {"LD_PRELOAD": str(_library())}
 
 
 def _compiler() -> str | None:
@@ -85,13 +78,15 @@ def _major(folder: Path) -> str | None:
     return found and found[1]
 
 
-def _library() -> Path:
-    """The stand-in, compiled if it is older than its source."""
-    library = _CACHE / "libstandin.so"
-    if library.exists() and library.stat().st_mtime > _SOURCE.stat().st_mtime:
-        return library
+def library() -> Path:
+    """The stand-in, to be preloaded; compiled if it is older than its source. Raises Unavailable."""
+    if reason := missing():
+        raise Unavailable(reason)
+    made = _CACHE / "libstandin.so"
+    if made.exists() and made.stat().st_mtime > _SOURCE.stat().st_mtime:
+        return made
     _CACHE.mkdir(parents=True, exist_ok=True)
-    fresh = library.with_suffix(f".{os.getpid()}")
+    fresh = made.with_suffix(f".{os.getpid()}")
     # PyTorch opens the driver by this name, and gets what is loaded under it
     command = [_compiler(), "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{_headers()}", "-o", str(fresh)]
     done = subprocess.run([*command, str(_SOURCE)], capture_output=True, text=True)
@@ -99,8 +94,8 @@ def _library() -> Path:
         raise Unavailable(
             f"{_SOURCE.name} does not compile: {_first_error(done.stderr)}; want a C compiler in CC that does"
         )
-    os.replace(fresh, library)
-    return library
+    os.replace(fresh, made)
+    return made
 
 
 def _first_error(text: str) -> str:
@@ -173,12 +168,12 @@ def _extension() -> None:
             if hasattr(module, name):
                 setattr(module, name, stand_in)
     extension.extension_status = lambda: (True, "counted, not built")
-    library = _FRAGMENTS.setdefault("epg_fast", torch.library.Library("epg_fast", "FRAGMENT"))
+    fragment = _FRAGMENTS.setdefault("epg_fast", torch.library.Library("epg_fast", "FRAGMENT"))
     for schema in schemas():
         name = schema.partition("(")[0]
         if not hasattr(torch.ops.epg_fast, name):
-            library.define(schema)
-            torch.library.register_fake(f"epg_fast::{name}", lambda *_, **__: None, lib=library)
+            fragment.define(schema)
+            torch.library.register_fake(f"epg_fast::{name}", lambda *_, **__: None, lib=fragment)
 
 
 _FRAGMENTS: dict = {}

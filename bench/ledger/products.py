@@ -19,7 +19,7 @@ from bench.ledger.cost import Kernel, Tiles, break_even, resident, verdict
 from bench.ledger.count import Counter, Launch, extension_tiles
 from bench.ledger.jobs import VARIANTS, compiling_as_is
 from bench.resources import usage_of
-from bench.results import markdown_table, significant
+from bench.results import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,42 +59,43 @@ def study(preset: str, batch: int) -> list[Product]:
     return found
 
 
-def table(products: list[Product]) -> str:
-    cells = [
-        (
-            p.where,
-            p.op,
-            p.by,
-            f"{p.tiles.rows} x {p.tiles.columns}",
-            f"{p.tiles.height} x {p.tiles.width}",
-            p.tiles.resident,
-            f"{p.tiles.waves:.2f}",
-            f"{100 * (p.tiles.unfilled - 1):.1f}%",
-            f"{100 * (p.tiles.idle - 1):.1f}%",
-            significant(1e6 * p.floor),
-            significant(1e6 * p.saved) if p.saved else "0",
-            f"{p.allowed:.2f}",
-            f"{p.tiles.slowdown:.2f}",
-            verdict(p.tiles.slowdown, p.allowed),
-        )
-        for p in products
-    ]
-    columns = ("block", "operation", "kernel", "result", "tile", "resident", "waves", "unfilled", "idle", "floor, us")
-    return markdown_table((*columns, "saves, us", "break-even", "its tiles", "outcome"), cells)
+def rows_of(products: list[Product], job: str, shape: str) -> list[Row]:
+    """As results: microseconds of a product with what its tiles and waves cost, were the rest as good."""
+    rows = []
+    for p in products:
+        tiles, time = p.tiles, 1e6 * p.floor * p.tiles.slowdown
+        details = {
+            "floor_ms": 1e3 * p.floor,
+            "saved_ms": 1e3 * p.saved,
+            "break_even": p.allowed,
+            "slowdown": tiles.slowdown,
+            "outcome": verdict(tiles.slowdown, p.allowed),
+            "tiles": [
+                f"{tiles.rows} x {tiles.columns}",
+                f"{tiles.height} x {tiles.width}",
+                tiles.resident,
+                f"{tiles.waves:.2f}",
+                f"{100 * (tiles.unfilled - 1):.1f}%",
+                f"{100 * (tiles.idle - 1):.1f}%",
+            ],
+        }
+        rows.append(Row(job, f"{p.where} {p.op}, {p.by}", shape, "bf16", "us", time, time, time, details=details))
+    return rows
 
 
-def resources_table(launches: dict[str, Launch]) -> str:
-    """Registers and memory of the package's Triton kernels as they were launched, compiled for sm_90."""
-    rows = {}
+RESOURCES = ("kernel", "warps", "registers", "spills", "shared", "matrix", "16-byte", "TMA", "resident")
+
+
+def resources(launches: dict[str, Launch]) -> list[list]:
+    """Of the package's Triton kernels as they were launched, compiled for sm_90; each configuration once."""
+    found = {}
     for launch in launches.values():
         usage = usage_of(_compiled(launch))
-        name, threads = launch.kernel.fn.__name__, 32 * launch.num_warps
-        blocks = resident(usage["registers"], threads, usage["shared"])
+        blocks = resident(usage["registers"], 32 * launch.num_warps, usage["shared"])
+        costs = [usage[name] for name in ("registers", "spills", "shared", "matrix")]
         wide = f"{usage['wide']}/{usage['accesses']}"
-        row = (name, launch.num_warps, *(usage[k] for k in ("registers", "spills", "shared", "matrix")), wide)
-        rows[(*row, usage["tma"], blocks)] = None
-    columns = ("kernel", "warps", "registers", "spills", "shared", "matrix", "16-byte", "TMA", "resident")
-    return markdown_table(columns, sorted(rows, key=str))
+        found[launch.kernel.fn.__name__, launch.num_warps, *costs, wide, usage["tma"], blocks] = None
+    return sorted(map(list, found), key=str)
 
 
 def _compiled(launch: Launch):

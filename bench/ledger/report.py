@@ -20,6 +20,7 @@ FLOORS = (
     "a GPU takes longer."
 )
 _MS, _KERNELS = "ms", "kernels"
+_PRODUCTS = "products of our own"
 
 
 def run(chosen: list, variants: list, output: Path | None, *, kernels: bool, resources: bool) -> int:
@@ -40,12 +41,16 @@ def run(chosen: list, variants: list, output: Path | None, *, kernels: bool, res
             if counter and kernels:
                 print(listing(counter.kernels), flush=True)
             if counter and resources:
-                print(products.resources_table(counter.launches), flush=True)
+                rows[0].details["resources"] = products.resources(counter.launches)
+                print(markdown_table(products.RESOURCES, rows[0].details["resources"]), flush=True)
             for row in rows if found else ():
                 found.add(row)
             del counter
             gc.collect()
     if found:
+        if any(job.name == "sample_xl" for job in chosen) and not any(row.job == _PRODUCTS for row in found.rows):
+            for row in products.rows_of(products.study("epg_xl_16_256", 64), _PRODUCTS, "epg_xl_16_256, batch 64"):
+                found.add(row)
         write(output, found.header, found.rows)
         print(output / "README.md")
     return int(failed)
@@ -201,6 +206,11 @@ def markdown(header: dict, rows: Sequence[Row]) -> str:
         _phases(jobs),
         "## What should not be\n",
         _problems(jobs),
+        "## Matrix products of our own\n",
+        "Break-even: how much slower than a library's a product may be before what it saves is gone. Its tiles: what "
+        "unfilled tiles and unfilled waves cost it, the part of a slow-down that arithmetic knows.\n",
+        _products(rows),
+        *_resources(jobs),
         "## This ledger\n",
         header_lines(header),
     ]
@@ -273,3 +283,23 @@ def _problems(jobs: dict[str, list[Row]]) -> str:
         "whose launcher and fake implementation disagree."
     )
     return "\n".join(found or [nothing]) + "\n"
+
+
+def _products(rows: Sequence[Row]) -> str:
+    cells = [
+        (row.rung, *row.details["tiles"], significant(1e3 * row.details["floor_ms"]), f"{row.median:.1f}")
+        + (f"{row.details['break_even']:.2f}", f"{row.details['slowdown']:.2f}", row.details["outcome"])
+        for row in rows
+        if row.job == _PRODUCTS
+    ]
+    tiles = ("result", "tile", "resident", "waves", "unfilled", "idle")
+    columns = ("product", *tiles, "floor, us", "with its tiles, us", "break-even", "its tiles", "outcome")
+    return markdown_table(columns, cells) if cells else "Not counted.\n"
+
+
+def _resources(jobs: dict[str, list[Row]]) -> list[str]:
+    """Of the kernels of every count that was asked for them, each configuration once."""
+    from bench.ledger.products import RESOURCES
+
+    found = {tuple(cells) for rows in jobs.values() for row in rows for cells in row.details.get("resources", ())}
+    return ["## Our Triton kernels at sm_90\n", markdown_table(RESOURCES, sorted(found, key=str))] if found else []
