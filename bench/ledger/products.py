@@ -94,7 +94,7 @@ def resources(launches: dict[str, Launch]) -> list[list]:
         blocks = resident(usage["registers"], 32 * launch.num_warps, usage["shared"])
         costs = [usage[name] for name in ("registers", "spills", "shared", "matrix")]
         wide = f"{usage['wide']}/{usage['accesses']}"
-        found[launch.kernel.fn.__name__, launch.num_warps, *costs, wide, usage["tma"], blocks] = None
+        found[(launch.kernel.fn.__name__, launch.num_warps, *costs, wide, usage["tma"], blocks)] = None
     return sorted(map(list, found), key=str)
 
 
