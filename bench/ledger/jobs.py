@@ -16,6 +16,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from bench import parts, plain
 from bench.ledger.cost import OPTIMISER
@@ -124,7 +125,7 @@ def _images(counter: Counter, job: Job, variant: Variant) -> None:
         sampler = Sampler(_plain_generator(job, variant), job.levels, torch.bfloat16, GUIDANCE, INTERVAL)
         noise, _, labels = _inputs(job, torch.float32)
         # the levels that guidance reads on the host, in order
-        levels = NoiseSchedule(job.levels).levels(job.levels, sampler.network.image_size)
+        levels = NoiseSchedule().levels(job.levels, sampler.network.image_size)
         read = [level for pair in zip(levels, levels[1:], strict=False) for level in pair]
 
         def step():
@@ -302,6 +303,7 @@ def _without_values() -> Iterator[None]:
         stack.enter_context(_patched(torch.nn.Module, "to", lambda module, *_, **__: module))  # all are made there
         # which take their slow paths for tensors of other types than PyTorch's own
         stack.enter_context(_patched(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True))
+        stack.enter_context(_patched(NoiseSchedule, "levels", _levels))
         stack.enter_context(_patched(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()))
         yield
 
@@ -311,6 +313,15 @@ def compiling_as_is(counter: Counter) -> Iterator[None]:
     """Inside, tensors have no memory and torch.compile is described."""
     with _without_values(), counter.compiling(), counter:
         yield
+
+
+_LEVELS = NoiseSchedule.levels
+
+
+def _levels(*arguments) -> list[float]:
+    """Noise levels are numbers that samplers look at."""
+    with unset_fake_temporarily():
+        return _LEVELS(*arguments)
 
 
 def count(job: Job, variant: Variant) -> Counter:
