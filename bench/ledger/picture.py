@@ -30,7 +30,7 @@ def draw(jobs: dict[str, list[Row]], path: Path, title: str) -> None:
     figure.suptitle(textwrap.fill(title, 120), fontsize=11)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for at, (name, bars) in zip(axes, panels.items(), strict=True):
-        _panel(at, f"{name}: {jobs[name][0].shape}, {jobs[name][0].dtype}", bars)
+        _panel(at, f"{name}: {jobs[name][0].shape}, {jobs[name][0].dtype}; milliseconds", bars)
     handles = [Patch(color=colour, label=kind) for kind, colour in zip(KINDS, _COLOURS, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ def least_seconds(job, fp8: bool = False) -> dict[str, float]:
 
     seconds = dict.fromkeys(KINDS, 0.0)
     for part in job.parts:
-        large = fp8 and any(word in part.name for word in (" qkv", " proj", " fc1", " fc2"))
+        large = fp8 and any(word in part.name for word in (" qkv", " proj", " fc1", " fc2", " skip_linear"))
         floor = max(part.products / (FLOPS * (2 if large else 1)), part.bytes / BANDWIDTH)
         kind = ELEMENTWISE
         if part.direction == "update":
