@@ -21,41 +21,53 @@ from bench.ledger.jobs import VARIANTS, compiling_as_is
 from bench.resources import usage_of
 from bench.results import Row
 
+# The extension's product of an operation, where it has one.
+_CUTLASS = {
+    "linear_residual_norm": "linear_gate_residual_out",
+    "mlp_residual": "linear_gelu_out",
+    "skip_linear": "skip_linear_out",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One product of one block. by: the kernel; floor: of the product, saved: in seconds."""
+    """One product of one block, in seconds.
+
+    by: the kernel. floor: of the product. of_operation: of all products of its operation, which save `saved` together.
+    """
 
     where: str
     op: str
     by: str
     floor: float
+    of_operation: float
     saved: float
     tiles: Tiles
 
     @property
     def allowed(self) -> float:
-        return break_even(self.saved, self.floor)
+        return break_even(self.saved, self.of_operation)
 
 
 def study(preset: str, batch: int) -> list[Product]:
     """Of a sampling call in bfloat16, block by block."""
     every = _operations()
     none, full = _blocks(preset, batch, set()), _blocks(preset, batch, every)
-    own = {op for _, kernels in full[0].items() for op in _own(kernels)}
+    own = {op for kernels in full[0].values() for op in _own(kernels)}
     found = []
     for op in sorted(own):
         alone, without = _blocks(preset, batch, {op}), _blocks(preset, batch, every - {op})
         for where, kernels in full[0].items():
-            kernel = _own(kernels).get(op)
-            if kernel is None or kernel.tiles is None:
-                continue
+            products = _own(kernels).get(op, [])
             saved = min(_floor(none, where) - _floor(alone, where), _floor(without, where) - _floor(full, where))
-            tiles = dataclasses.replace(kernel.tiles, resident=_resident(full[1], kernel.name))
-            found.append(Product(where, op, "Triton", kernel.seconds, saved, tiles))
-            if hasattr(torch.ops.epg_fast, f"{op}_out"):
-                cutlass = extension_tiles(kernel.tiles.rows, kernel.tiles.columns)
-                found.append(Product(where, op, "CUTLASS", kernel.seconds, saved, cutlass))
+            total = sum(kernel.seconds for kernel in products)
+            for i, kernel in enumerate(products, 1):
+                name = op if len(products) == 1 else f"{op} ({i} of {len(products)})"
+                tiles = dataclasses.replace(kernel.tiles, resident=_resident(full[1], kernel.name))
+                found.append(Product(where, name, "Triton", kernel.seconds, total, saved, tiles))
+                if hasattr(torch.ops.epg_fast, _CUTLASS.get(op, "")):
+                    tiles = extension_tiles(kernel.tiles.rows, kernel.tiles.columns)
+                    found.append(Product(where, name, "CUTLASS", kernel.seconds, total, saved, tiles))
     return found
 
 
@@ -115,9 +127,13 @@ def _resident(counter: Counter, name: str) -> int:
     return min(found)
 
 
-def _own(kernels: list[Kernel]) -> dict[str, Kernel]:
+def _own(kernels: list[Kernel]) -> dict[str, list[Kernel]]:
     """The package's products by operation."""
-    return {k.detail.partition(":")[0]: k for k in kernels if k.by in ("ours", "extension") and k.flops and k.tiles}
+    found = {}
+    for kernel in kernels:
+        if kernel.by in ("ours", "extension") and kernel.flops and kernel.tiles:
+            found.setdefault(kernel.detail.partition(":")[0], []).append(kernel)
+    return found
 
 
 def _floor(counted: tuple[dict[str, list[Kernel]], Counter], where: str) -> float:
