@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 SCHEMA = "epg_fast.bench/1"
-UNITS = {"images/s": "more", "us": "less", "ms": "less"}
+UNITS = {"images/s": "more", "us": "less", "ms": "less", "kernels": "less"}
 """Units of a row, and whether more or less is better."""
 
 ROOT = Path(__file__).resolve().parents[1]

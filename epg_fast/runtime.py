@@ -67,6 +67,18 @@ def autocast(device: torch.device, precision: str, cache: bool = True) -> contex
     return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)
 
 
+def compile_options(fused: bool, cuda_graphs: bool = False) -> dict:
+    """Arguments of torch.compile for a network: static shapes, and Inductor's settings.
+
+    fused: it computes with custom operators. They take exact strides, and rows that Inductor has padded are copied
+    for them. cuda_graphs: torch's graph trees record what is compiled.
+    """
+    options = {"comprehensive_padding": False} if fused else {}
+    if cuda_graphs:
+        options["triton.cudagraphs"] = True
+    return {"dynamic": False, "options": options or None}
+
+
 def torchrun_store(timeout: datetime.timedelta) -> Store:
     """The store that torchrun describes, apart for each of its restarts. timeout: how long to wait for other ranks.
 
