@@ -1,6 +1,7 @@
 # make demo   the whole method on handwritten digits, results in runs/demo
 # make test   lint, kernel resource table, the whole test suite
 # make bench  all benchmarks, results in bench/results/<date>-<device>
+# make ledger what a Hopper GPU would be given, counted without one, results in bench/results/<date>-ledger
 # make asan   the extension's CPU code under AddressSanitizer, with the tests in ASAN_TESTS
 # Each creates the environment in .venv and installs the package first.
 PYTHON ?= python3
@@ -12,9 +13,14 @@ ALL_KERNELS := $(VENV)/.all_kernels
 # Compiling every kernel for it takes a minute: the tests read the table that `make test` has just made.
 RESOURCE_TABLE := $(VENV)/resources.txt
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+# A CUDA build, which brings 3 GB of libraries, in an environment of its own: the other one's is a CPU build as a rule.
+LEDGER_TORCH ?= 2.14.1
+LEDGER_VENV ?= .venv-ledger
+LEDGER_BIN := $(LEDGER_VENV)/bin
+LEDGER_FLAGS ?=
 ASAN_TESTS ?= $(patsubst kernels/csrc/%.cpp,tests/ops/test_%.py,$(filter-out %/register.cpp,$(wildcard kernels/csrc/*.cpp)))
 
-.PHONY: install demo test lint resources bench asan clean
+.PHONY: install demo test lint resources bench ledger asan clean
 
 install: $(INSTALLED)
 
@@ -52,6 +58,19 @@ resources: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
 
+$(LEDGER_VENV)/.torch-$(LEDGER_TORCH):
+	$(PYTHON) -m venv $(LEDGER_VENV)
+	$(LEDGER_BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(LEDGER_TORCH) \
+	  'jsonargparse[signatures]' matplotlib numpy pillow pytest pytest-timeout pyyaml safetensors tqdm
+	touch $@
+
+# Its tests, then everything, e.g. LEDGER_FLAGS='--job sample_xl --variant ours-blocks auto-network'.
+ledger: $(LEDGER_VENV)/.torch-$(LEDGER_TORCH)
+	export PYTHONPATH=.:kernels && \
+	standin=$$($(LEDGER_BIN)/python -c 'from bench.ledger.device import library; print(library())') && \
+	LD_PRELOAD="$$standin" $(LEDGER_BIN)/python -m pytest -q tests/bench/test_ledger.py tests/bench/test_ledger_counts.py && \
+	$(LEDGER_BIN)/python -m bench.ledger --output "bench/results/$$(date +%F)-ledger" $(LEDGER_FLAGS)
+
 # libstdc++ too, or throwing a C++ exception aborts. Slow tests call compilers, which crawl under preloaded libraries.
 asan: $(INSTALLED)
 	build=$$(mktemp -d) && trap 'rm -rf "$$build"' EXIT && \
@@ -64,4 +83,4 @@ asan: $(INSTALLED)
 	$(BIN)/python -m pytest -q --capture=sys -m 'not slow' $(ASAN_TESTS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info epg_fast/ops/*.so
+	rm -rf $(VENV) $(LEDGER_VENV) build dist *.egg-info epg_fast/ops/*.so

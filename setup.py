@@ -114,7 +114,7 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/pr
 
 def _words(path: Path) -> list[str]:
     try:
-        return path.read_text().split()
+        return path.read_text(encoding="utf-8").split()
     except OSError:
         return []
 

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"  ({rates})  {row['speed_up']:.2f} x Pillow  difference {row['difference']:.2f} levels"
         )
     if options.output:
-        options.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        options.output.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     return 0
 
 

@@ -107,25 +107,32 @@ def _compile(case, arch: int) -> Row:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        (usage,) = _usage(cubin.name)
-        sass = _tool("nvdisasm", cubin.name)
     return Row(
         kernel=case.kernel.__name__,
         arch=arch,
         shape=case.shape,
         dtype=case.dtype,
         num_warps=str(case.num_warps),
-        registers=usage["REG"],
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        shared=compiled.metadata.shared,
-        matrix=_matrix(sass),
-        **_accesses(sass),
+        **usage_of(compiled),
         gemm=case.gemm,
         vectorized=case.vectorized,
     )
+
+
+def usage_of(compiled) -> dict:
+    """Of a kernel that Triton has compiled: registers, spills, shared memory, matrix instructions, accesses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        (usage,) = _usage(cubin.name)
+        sass = _tool("nvdisasm", cubin.name)
+    return {
+        "registers": usage["REG"],
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": compiled.metadata.shared,
+        "matrix": _matrix(sass),
+        **_accesses(sass),
+    }
 
 
 def _extension_rows() -> list[Row]:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 SCHEMA = "epg_fast.bench/1"
-UNITS = {"images/s": "more", "us": "less", "ms": "less"}
+UNITS = {"images/s": "more", "us": "less", "ms": "less", "kernels": "less"}
 """Units of a row, and whether more or less is better."""
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +113,7 @@ def read(path: str | os.PathLike) -> Run:
 def read_json(path: str | os.PathLike) -> dict:
     """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -152,7 +152,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def gpu_name() -> str | None:
 def processor() -> str:
     """The CPU's name, as the system has it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

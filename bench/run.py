@@ -142,7 +142,7 @@ def _command(arguments: list[str], log: Path, seconds: float) -> str:
     """Run Python in a process of its own with what it prints in `log`; interrupted, then killed, when time is up."""
     # a pytest around this one would make pytest-benchmark think that it shares the machine
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    with open(log, "w") as output:
+    with open(log, "w", encoding="utf-8") as output:
         command = [sys.executable, *arguments]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:

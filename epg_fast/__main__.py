@@ -6,27 +6,30 @@ from left to right, then from flags.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import errno
+import json
 import logging
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
 from epg_fast import config as configs
+from epg_fast import launcher
+from epg_fast.outputs import check_writable
 
-_UNKNOWN_KEY = r"Option '([\w.]+)' is not accepted"
 _RECIPES = resources.files("epg_fast") / "configs" / "recipes"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one job. Returns the exit code: 0, 1 for a failure on the way, 2 for what the user has to mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    _set_up_logging()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
@@ -35,17 +38,21 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(2, f"unknown job {name!r}{_nearest(name, _JOBS)}; jobs: {', '.join(_JOBS)}")
     job, config_class = _JOBS[name]
     try:
+        _set_up_logging()
         config, options = _parse(name, config_class, rest)
         return _dry_run(name, config, options) if options and options.dry_run else job(config) or 0
     except (ValueError, ImportError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
         remedy = f"; pip install {error.name}" if str(error).startswith("No module named") else ""
+        if isinstance(error, UnicodeEncodeError):
+            remedy = "; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or rename a file whose name is not UTF-8"
         return _fail(2, f"{error}{remedy}")
     except (OSError, RuntimeError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
-        return _fail(1, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))
+        code = 2 if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1
+        return _fail(code, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))
     except KeyboardInterrupt:
         training = config_class is not None and issubclass(config_class, configs.RunConfig)
         return _fail(
@@ -61,7 +68,7 @@ def _dry_run(name: str, config: configs.RunConfig, options: configs.DryRunConfig
         stage.name: stage for stage in (training.PretrainStage, training.DiffusionStage, training.ConsistencyStage)
     }
     text = describe(config, stages[name], options)
-    if os.environ.get("RANK", "0") == "0":
+    if launcher.is_main():
         print(text)
     return 0
 
@@ -91,12 +98,15 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
         raise ValueError("outdir is missing; say where to write with --outdir")
     if config.verify:
         print(f"{verify_shards(config.outdir)} shards in {config.outdir} are as they were written")
-    elif config.source == "digits":
+        return
+    if not Path(config.outdir).exists():
+        check_writable(Path(config.outdir), "outdir")
+    if config.source == "digits":
         prepare_digits(config.outdir)
     elif config.layout == "folder":
-        prepare_folder(config.source, config.outdir, config.image_size, config.workers)
+        prepare_folder(config.source, config.outdir, config.image_size, config.workers, config.max_bad_fraction)
     else:
-        names = ("workers", "images_per_shard", "format", "quality", "seed")
+        names = ("workers", "images_per_shard", "format", "quality", "seed", "max_bad_fraction")
         prepare_shards(
             config.source, config.outdir, config.image_size, **{name: getattr(config, name) for name in names}
         )
@@ -194,6 +204,8 @@ def _parse(name: str, config_class: type | None, argv: list[str]):
     except ArgumentError as error:
         raise ValueError(_one_line(str(error), [name for part in parts for name in _field_names(part)])) from None
     made = [part(**{field.name: values[field.name] for field in dataclasses.fields(part)}) for part in parts]
+    for part in made:
+        _expand_paths(part)
     return made[0], made[1] if len(made) > 1 else None
 
 
@@ -216,46 +228,84 @@ def _configs_first(argv: list[str], config_class: type) -> list[str]:
             files.append(argument.removeprefix("--config="))
         else:
             flags.append(argument)
-    return [a for f in files for a in ("--config", _recipe(f, config_class))] + flags
+    return [flag for name in files for flag in _recipe(name, config_class)] + flags
 
 
-def _recipe(name: str, config_class: type) -> str:
-    if Path(name).is_file():
-        _check_yaml(name, config_class)
-        return name
+def _recipe(name: str, config_class: type) -> list[str]:
+    """Flags that say what a YAML file does, or the shipped recipe of that name."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _read_yaml(path, config_class)
     shipped = sorted(f.name.removesuffix(".yaml") for f in _RECIPES.iterdir() if f.name.endswith(".yaml"))
     if name in shipped:
-        return str(_RECIPES / f"{name}.yaml")
+        return _read_yaml(_RECIPES / f"{name}.yaml", config_class)
     raise ValueError(f"config {name!r}: no such file{_nearest(name, shipped)}; shipped recipes: {', '.join(shipped)}")
 
 
-def _check_yaml(path: str, config_class: type) -> None:
-    """What jsonargparse lets pass or reports without the name of the file."""
+def _read_yaml(path: Path, config_class: type) -> list[str]:
+    """A file as flags, with values as they are written: YAML would take `off` for a boolean and 2026 for a number."""
     import yaml
 
+    class Text(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value]
+            twice = next((key for i, (key, _) in enumerate(node.value) if key.value in names[:i]), None)
+            if twice:
+                raise yaml.MarkedYAMLError(problem=f"{twice.value} comes twice", problem_mark=twice.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        # As bytes, whose encoding YAML knows, whatever that of the locale is.
+        content = yaml.load(path.read_bytes(), Text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: not valid YAML ({error})") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         raise ValueError(f"config {path}: want a mapping of names to values, got {type(content).__name__}")
+    try:
+        return list(_as_flags(content or {}, config_class))
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
+
+
+def _as_flags(content: dict, kind, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
     for key, value in content.items():
-        group = typing.get_type_hints(config_class).get(key)
-        if dataclasses.is_dataclass(group) and not isinstance(value, dict):
-            raise ValueError(f"config {path}: {key} is a group, got {value!r}; write its fields indented under it")
+        name, kind = f"{prefix}{key}", hints.get(key)
+        if isinstance(value, dict):
+            yield from _as_flags(value, kind, f"{name}.")
+        elif dataclasses.is_dataclass(kind):
+            raise ValueError(f"{name} is a group, got {value!r}; write its fields indented under it")
+        elif value is None and kind and type(None) not in typing.get_args(kind):
+            raise ValueError(f"{name} has no value; write one, or remove the line")
+        else:
+            flag = f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+            yield os.fsdecode(flag.encode("utf-8", "surrogateescape"))  # as Python decodes words of the command line
+
+
+def _expand_paths(config) -> None:
+    """Do to a leading `~` or `$NAME` what a shell does, but neither in a file nor, for `~`, behind `--outdir=`."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _expand_paths(value)
+        elif isinstance(value, str) and value[:1] in ("~", "$"):
+            path = os.path.expanduser(os.path.expandvars(value))
+            if path[:1] in ("~", "$"):
+                raise ValueError(f"{field.name} is {value!r}: no such user or variable; write it out, or as ./{value}")
+            setattr(config, field.name, path)
 
 
 def _one_line(message: str, names: list[str]) -> str:
     """jsonargparse's message in one line, with the nearest valid name behind a key that does not exist."""
     message = " ".join(message.split())
-    for pattern in (
-        r"unrecognized arguments: --([\w.]+)",
-        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
-        _UNKNOWN_KEY,
-    ):
-        match = re.search(pattern, message)
-        if match:
-            return message + _nearest(".".join(match.groups()), names)
+    match = re.search(r"unrecognized arguments: --([\w.]+)", message)
+    if match:
+        return message + _nearest(match[1], names)
     if re.search(r'key "compile".*Got value: (on|True)$', message):
         message += "; on is called blocks now"
     return message
@@ -288,7 +338,7 @@ def _set_up_logging() -> None:
     logger = logging.getLogger("epg_fast")
     logger.handlers, logger.propagate = [handler], False
     # Under torchrun one rank talks to the user.
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.setLevel(logging.INFO if launcher.is_main() else logging.ERROR)
 
 
 def _fail(code: int, message: str) -> int:
@@ -296,10 +346,43 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
+class _Forgiving:
+    """A stream that drops what cannot be written: the work must not end with the terminal or disk of its messages."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def _keep_streams_harmless() -> None:
+    """Make sure that no message ends the work: not by a closed stream, nor by a character that the locale lacks."""
+    # The number of a closed stream would be given to a file, into which libraries would print their messages.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+    sys.stderr = _Forgiving(sys.stderr)
+
+
 def console() -> None:
     """Entry point of `epg-fast` and `python -m epg_fast`."""
+    _keep_streams_harmless()
     code = main()
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         # A failed rank must not wait for the others on its way out: torchrun stops them once it is gone.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -639,12 +639,15 @@ class PrepareDataConfig:
     """Shards: seed of the order."""
     workers: int = 4
     """Processes (not for digits)."""
+    max_bad_fraction: float = 0.01
+    """Share of files that cannot be decoded up to which they are left out (not for digits)."""
     verify: bool = False
     """Write nothing; read the shards in `outdir` and compare them with their checksums."""
 
     def __post_init__(self):
         _check(self, 1, math.inf, "image_size", "images_per_shard")
         _check(self, 0, math.inf, "seed", "workers")
+        _check(self, 0, 1, "max_bad_fraction")
         _check(self, 1, 100, "quality")
         if self.format != "png" and self.layout == "folder":
             raise ValueError(f"format is {self.format}: layout folder is of PNG files; take layout shards")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from epg_fast import launcher
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -26,7 +28,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {name!r}: want auto, cpu or cuda")
     if name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", launcher.number("LOCAL_RANK", 0))
     if name == "cuda":
         raise ValueError(
             f"device cuda: torch {torch.__version__} sees no CUDA GPU; use --device cpu or mend the driver"
@@ -65,6 +67,18 @@ def autocast(device: torch.device, precision: str, cache: bool = True) -> contex
     return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)
 
 
+def compile_options(fused: bool, cuda_graphs: bool = False) -> dict:
+    """Arguments of torch.compile for a network: static shapes, and Inductor's settings.
+
+    fused: it computes with custom operators. They take exact strides, and rows that Inductor has padded are copied
+    for them. cuda_graphs: torch's graph trees record what is compiled.
+    """
+    options = {"comprehensive_padding": False} if fused else {}
+    if cuda_graphs:
+        options["triton.cudagraphs"] = True
+    return {"dynamic": False, "options": options or None}
+
+
 def torchrun_store(timeout: datetime.timedelta) -> Store:
     """The store that torchrun describes, apart for each of its restarts. timeout: how long to wait for other ranks.
 
@@ -74,8 +88,8 @@ def torchrun_store(timeout: datetime.timedelta) -> Store:
     import torch.distributed as dist  # some builds of torch have none
 
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    one_node = launcher.number("LOCAL_WORLD_SIZE", 0) == launcher.number("WORLD_SIZE", 1)
+    attempt = launcher.number("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
     return dist.PrefixStore(f"attempt_{attempt}", store)
 
 

@@ -13,7 +13,9 @@ import torch
 import yaml
 from PIL import Image
 
-from epg_fast.__main__ import main
+from epg_fast.__main__ import _parse, main
+from epg_fast.config import DiffusionConfig
+from epg_fast.models import load_weights
 from epg_fast.training import loop
 from epg_fast.training.state import RunState
 
@@ -240,6 +242,20 @@ def test_a_checkpoint_that_does_not_fit_or_is_no_checkpoint(capsys, diffusion, c
     assert not executed.exists()
 
 
+@pytest.mark.parametrize("job, recipe", [("pretrain", "digits_pretrain"), ("finetune-diffusion", "digits_diffusion")])
+def test_a_checkpoint_to_resume_from_is_read_as_the_run_it_belongs_to(capsys, tiny_run, tmp_path, job, recipe):
+    run = [job, *tiny_run[:2], "--config", recipe, *tiny_run[2:], "--steps", "2", "--outdir", tmp_path / "run"]
+    assert main([str(a) for a in run]) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    want, metadata = load_weights(tmp_path / "run")
+    got, theirs = load_weights(checkpoints / "step_000000002.pt")
+    assert theirs == metadata and got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    again = ["export", "--output", tmp_path / "x.safetensors", "--checkpoint"]
+    _fails(capsys, [*again, checkpoints], "no weights in this folder", f"{tmp_path / 'run'}: pass that")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    _fails(capsys, [*again, checkpoints / "step_000000002.pt"], "to resume training from", "pass the run folder")
+
+
 def test_bad_images_are_skipped_and_named_and_too_many_stop_the_run(capsys, diffusion, digits, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(digits / "train", data)
@@ -307,6 +323,32 @@ def test_prepare_data_writes_shards_verifies_them_and_names_the_damaged_one(caps
     _fails(capsys, [*command, out, "--quality", "0"], "quality is 0")
 
 
+def test_classes_without_images_are_said_recorded_and_not_sampled(capsys, digits, diffusion, tmp_path):
+    data, run, later = tmp_path / "data", tmp_path / "run", tmp_path / "later"
+    for name in map(str, range(10)):
+        files = sorted((digits / "train" / name).iterdir())[: 0 if name in "06" else 2]
+        (data / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, data / name)
+    flags = ["--data.path", data, "--steps", "1", "--batch_size", "4", "--posthoc_ema.sigma_rel", "[0.1]"]
+    flags += ["--preview.every", "1", "--preview.num", "10", "--preview.steps", "2"]
+    assert main([str(a) for a in [*diffusion, *flags, "--outdir", run]]) == 0
+    said = capsys.readouterr().err
+    assert said.count("has no images of 2 of the model's 10 classes (0, 6): 2 stay untrained") == 1
+    average = tmp_path / "average.safetensors"
+    assert main(["reconstruct-ema", "--run", str(run), "--sigma_rel", "0.1", "--output", str(average)]) == 0
+    for i, checkpoint in enumerate((run, average)):
+        command = ["sample", "--checkpoint", checkpoint, "--num", "16", "--steps", "2", "--outdir", tmp_path / str(i)]
+        assert main([str(a) for a in command]) == 0
+        assert "was trained on 8 of its 10 classes: these are drawn" in capsys.readouterr().err
+        with np.load(tmp_path / str(i) / "samples.npz") as stored:
+            assert stored["arr_1"].tolist() == [1, 2, 3, 4, 5, 7, 8, 9] * 2
+    # what is learnt later counts
+    shutil.copy(sorted((digits / "train" / "6").iterdir())[0], data / "6")
+    assert main([str(a) for a in [*diffusion, *flags, "--init_from", run, "--outdir", later]]) == 0
+    assert load_weights(later)[1]["untrained_classes"] == [0]
+
+
 def test_labels_of_samples_may_follow_the_frequencies_of_the_data(capsys, checkpoint, tmp_path):
     command = ["sample", "--checkpoint", checkpoint, "--num", "6", "--steps", "2", "--outdir", tmp_path / "s"]
     manifest = tmp_path / "manifest.json"
@@ -329,6 +371,105 @@ def test_evaluate_probe_and_export(capsys, checkpoint, digits, tmp_path):
     target = tmp_path / "x.safetensors"
     assert main(["export", "--checkpoint", str(checkpoint), "--output", str(target)]) == 0
     _fails(capsys, ["export", "--checkpoint", checkpoint, "--output", target], "nothing is overwritten")
+
+
+def test_configuration_files_are_understood_as_flags_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "# größe\ncompile: off\nwandb: 2026\ninit_from: 1e5\noutdir: ~/runs\noptimizer: {clip_norm:, lr: 1e-4}\n"
+    for name, content in (("a", text.encode()), ("b", text.encode("utf-16")), ("empty", b"# nothing but this\n")):
+        (tmp_path / f"{name}.yaml").write_bytes(content)
+    for name in "ab":
+        config, _ = _parse(
+            "finetune-diffusion", DiffusionConfig, ["--config", f"~/{name}.yaml", "--config=~/empty.yaml"]
+        )
+        assert (config.compile, config.wandb, config.init_from) == ("off", "2026", "1e5")
+        assert (config.outdir, config.optimizer.clip_norm) == (f"{tmp_path}/runs", None)
+    config, _ = _parse("finetune-diffusion", DiffusionConfig, ["--outdir=~/x", "--data.path", "$HOME/y"])
+    assert (config.outdir, config.data.path) == (f"{tmp_path}/x", f"{tmp_path}/y")
+    _fails(capsys, ["pretrain", "--outdir", "$NO_SUCH_VARIABLE/x"], "outdir is '$NO_SUCH_VARIABLE/x'")
+    for content, wanted in (
+        ("seed:", "seed has no value"),
+        ("steps: 1\nsteps: 2", "steps comes twice"),
+        ("- 1", "mapping"),
+    ):
+        (tmp_path / "c.yaml").write_text(content)
+        _fails(capsys, ["pretrain", "--config", tmp_path / "c.yaml"], "c.yaml", wanted)
+
+
+def test_the_configuration_of_a_run_is_read_again_whatever_its_folder_is_called(diffusion, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1e5", "off", os.fsdecode(b"not \xff utf-8")):
+        assert main([*diffusion, "--steps", "1", "--tensorboard", "true", "--outdir", name]) == 0
+        config, _ = _parse("finetune-diffusion", DiffusionConfig, ["--config", f"{name}/config.yaml"])
+        assert config.outdir == name
+
+
+@pytest.mark.parametrize("names", [["lost+found"], [".DS_Store"], ["@eaDir", "Thumbs.db", ".nfs0001"]])
+def test_what_systems_leave_in_a_folder_does_not_make_it_someone_elses(diffusion, checkpoint, tmp_path, names):
+    for folder in ("run", "samples"):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+    assert main([*diffusion, "--steps", "1", "--outdir", str(tmp_path / "run")]) == 0
+    sample = ["sample", "--checkpoint", str(checkpoint), "--num", "1", "--steps", "2", "--outdir"]
+    assert main([*sample, str(tmp_path / "samples")]) == 0
+
+
+@pytest.mark.parametrize(
+    "place, reason",
+    [("file/x", "Not a directory"), ("x" * 300, "File name too long"), ("/proc/x", "No such file or directory")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    capsys, diffusion, tmp_path, monkeypatch, place, reason
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    # nothing that the work needs is there: once begun it would fail in another way
+    for command in (
+        ["sample", "--checkpoint", "none", "--outdir", place],
+        ["export", "--checkpoint", "none", "--output", f"{place}.safetensors"],
+        ["export", "--checkpoint", "none", "--format", "official", "--output", place],
+        ["reconstruct-ema", "--run", "none", "--sigma_rel", "0.1", "--output", f"{place}.safetensors"],
+        ["evaluate", "--probe", "none", "--output", place],
+        ["prepare-data", "--source", "none", "--outdir", place],
+        [*diffusion, "--data.path", "none", "--outdir", place],
+    ):
+        _fails(capsys, command, reason, place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_launcher_leaves_empty_means_one_process_and_what_makes_no_sense_is_refused(
+    capsys, checkpoint, tmp_path, monkeypatch
+):
+    sample = ["sample", "--checkpoint", str(checkpoint), "--num", "1", "--steps", "2", "--outdir", str(tmp_path / "s")]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")
+    assert main(sample) == 0
+    assert "1 images in" in capsys.readouterr().err  # the only process talks
+    for set_to, expected in (
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', want a number"),
+        ({"WORLD_SIZE": "2"}, "got WORLD_SIZE=2 with no RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "with RANK=2"),
+    ):
+        for name in names:
+            monkeypatch.setenv(name, set_to.get(name, ""))
+        _fails(capsys, sample, expected, "start with torchrun")
+
+
+def test_no_message_ends_the_work(checkpoint, tmp_path):
+    """Neither names and locales that do not go together, nor streams that are closed or full."""
+    run = tmp_path / os.fsdecode(b"not \xff utf-8")
+    shutil.copytree(checkpoint, run)
+    command = [sys.executable, "-m", "epg_fast", "export", "--checkpoint", os.fsencode(run), "--output"]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
+    outputs = [os.fsencode(run / name) for name in ("a.safetensors", "b.safetensors")]
+    done = subprocess.run([*command, outputs[0]], capture_output=True, env=os.environ | ascii_only)
+    assert done.returncode == 0 and rb"not \udcff utf-8" in done.stdout, done.stderr
+    sample = [*command[:3], "sample", *command[4:6], "--num", "1", "--steps", "2", "--outdir"]
+    for name, stderr in (("closed", "2>&-"), ("full", "2>/dev/full")):
+        words = ["sh", "-c", f'exec "$@" {stderr}', "sh", *sample, str(tmp_path / name)]
+        assert subprocess.run(words, stdout=subprocess.PIPE).returncode == 0
+        assert (tmp_path / name / "samples.npz").is_file()
 
 
 def test_the_exit_code_reaches_the_shell(tmp_path):

@@ -29,7 +29,9 @@ def test_no_kernel_spills_on_sm_90():
     if extension_status()[0] and extension_has_gemms():
         for name in (
             "linear_gelu_saving",
+            "linear_dgelu",
             "linear_gate_residual_bf16_narrow",
+            "linear_gate_residual_bf16_wide_saving",
             "linear_fp8",
             "skip_linear",
         ):

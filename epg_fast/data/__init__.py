@@ -22,11 +22,13 @@ from epg_fast.data.normalization import PixelNormalization
 from epg_fast.data.prefetch import Prefetcher
 from epg_fast.data.prepare import prepare_folder
 from epg_fast.data.shards import prepare_shards, verify_shards
-from epg_fast.data.source import DataError, ImageSource, decode_image
+from epg_fast.data.source import LABELS_WANTED, NO_LABELS, DataError, ImageSource, decode_image
 from epg_fast.data.tars import ImageTars
 from epg_fast.data.views import augmented_view, center_crop, training_views
 
 __all__ = [
+    "LABELS_WANTED",
+    "NO_LABELS",
     "DaliLoader",
     "DataError",
     "ImageFolder",

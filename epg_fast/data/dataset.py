@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from epg_fast.data.folder import ImageFolder
+from epg_fast.data.names import is_compressed_tar, is_junk, is_tar
 from epg_fast.data.source import ImageSource
-from epg_fast.data.tar_scan import COMPRESSED
 from epg_fast.data.tars import ImageTars
 
 _WANTED = "wanted a folder of class folders with images, a folder of tars, or a tar"
@@ -25,12 +25,10 @@ def open_images(path: str | os.PathLike) -> ImageSource:
         raise ValueError(f"data path: {path} does not exist, {_WANTED}; check the spelling or prepare the data")
     if not path.is_dir():
         if not _is_tar(path.name):
-            raise ValueError(f"data path: {path} is a file, {_WANTED}; pass the folder instead")
+            remedy = "unzip it and pass the folder" if path.suffix.lower() == ".zip" else "pass the folder instead"
+            raise ValueError(f"data path: {path} is a file, {_WANTED}; {remedy}")
         return ImageTars(path)
-    with os.scandir(path) as entries:
-        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    folders = [entry.name for entry in visible if entry.is_dir()]
-    tars = [name for entry in visible if _is_tar(name := entry.name) and not entry.is_dir()]
+    tars, folders = _tars_and_folders(path)
     if tars and folders:
         raise ValueError(
             f"data path: {path} has both tars ({tars[0]}) and folders ({folders[0]}), wanted one kind; "
@@ -43,10 +41,17 @@ def holds_tars(path: Path) -> bool:
     """Whether `open_images` takes `path` for a tar or a folder of tars, which may be compressed."""
     if not path.is_dir():
         return path.is_file() and _is_tar(path.name)
+    tars, folders = _tars_and_folders(path)
+    return bool(tars) and not folders
+
+
+def _tars_and_folders(path: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the tars, compressed ones too, and of the folders in `path`, sorted."""
     with os.scandir(path) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    return any(_is_tar(entry.name) for entry in visible) and not any(entry.is_dir() for entry in visible)
+        visible = sorted((entry for entry in entries if not is_junk(entry.name)), key=lambda entry: entry.name)
+    folders = [entry.name for entry in visible if entry.is_dir()]
+    return [entry.name for entry in visible if _is_tar(entry.name) and not entry.is_dir()], folders
 
 
 def _is_tar(name: str) -> bool:
-    return name.lower().endswith((".tar", *COMPRESSED))
+    return is_tar(name) or is_compressed_tar(name)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from epg_fast.data.files import write_atomically
+from epg_fast.data.names import is_junk
 
 
 def prepare_digits(outdir: str | os.PathLike) -> dict[str, int]:
@@ -61,8 +62,8 @@ def _digit_images() -> dict[str, np.ndarray]:
 def _present_files(outdir: Path) -> set[str]:
     if outdir.exists() and not outdir.is_dir():
         raise ValueError(f"outdir: {outdir} is a file, wanted a folder; choose another outdir")
-    files = {path for path in outdir.rglob("*") if not path.is_dir() and not path.name.startswith(".")}
-    return {path.relative_to(outdir).as_posix() for path in files}
+    files = {path.relative_to(outdir) for path in outdir.rglob("*") if not path.is_dir()}
+    return {path.as_posix() for path in files if not any(map(is_junk, path.parts))}
 
 
 def _same_pixels(path: Path, pixels: np.ndarray) -> bool:

@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 
 from epg_fast.data.loader import Batches
-from epg_fast.data.source import decode_image, open_image
+from epg_fast.data.source import decode_image, open_image, without_texts
 from epg_fast.data.views import AugmentedView, ViewParameters, check_shape, crop_geometry, draw_parameters
 
 # Larger images are refused by Pillow as decompression bombs.
 _LONGEST_SHORT_SIDE = 13_377
 _ORIENTATION = 0x0112
-# Chunks and keywords that may hold one.
-_PNG_ORIENTATION = (b"eXIf", b"iTXt", b"Raw profile type")
+# Chunks that may hold one, when the other texts are gone.
+_PNG_ORIENTATION = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 # Boxes are (left, top, right, bottom) in pixels, of the crop after its halvings; pairs are (x, y).
 _CROP = [
@@ -58,8 +58,8 @@ class EncodedBatches(Batches):
         self._dtype = parameters_dtype(0 if loader.augment is None else 2)
         self._max_short_side = loader.image_size << (max_halvings(loader.image_size) + 1)
 
-    def _read(self, index: int) -> tuple[bytes, tuple[int, int]]:
-        content = self._content(index)
+    def _decode(self, content: bytes) -> tuple[bytes, tuple[int, int]]:
+        content = without_texts(content)
         with open_image(content) as image:
             size, plain = image.size, not self.pillow_only and _is_plain(image, content)
         check_shape(*size, self.image_size)
@@ -83,13 +83,13 @@ class EncodedBatches(Batches):
     def _finish(self, batch):
         contents, parameters = batch
         lengths = [len(content) for content in contents]
-        joined = torch.empty(sum(lengths), dtype=torch.uint8)
-        memory, end = memoryview(joined.numpy()), 0
+        joined = np.empty(sum(lengths), np.uint8)
+        memory, end = memoryview(joined), 0
         for content in contents:
             memory[end : end + len(content)] = content
             end += len(content)
         return {
-            "content": joined,
+            "content": torch.from_numpy(joined),
             "length": torch.tensor(lengths),
             "parameters": torch.from_numpy(parameters.view(np.uint8).reshape(len(parameters), -1)),
         }

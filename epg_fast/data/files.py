@@ -39,7 +39,7 @@ def lock_file(path: Path, busy: str) -> IO:
 
     Raises ValueError, which says `busy`, when another process holds it. A file system without locks is warned of.
     """
-    file = open(path, "a")  # noqa: SIM115 (held until the end)
+    file = open(path, "ab")  # noqa: SIM115 (held until the end)
     try:
         # lockf, not flock: decoding processes would inherit the latter and hold it when this one has been killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import errno
 import itertools
 import logging
-import time
+import mmap
 
 import numpy as np
 import torch
@@ -20,13 +19,6 @@ logger = logging.getLogger("epg_fast")
 
 # The two kinds of random streams of a seed, as the first element of numpy's spawn key.
 _ORDER, _SAMPLE = 0, 1
-# Seconds to wait for a disk that does not answer, and what it answers then.
-_PATIENCE = 600.0
-_AWAY = {errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENXIO}
-
-
-class _DiskError(OSError):
-    """No file of the dataset can be read."""
 
 
 class Loader(abc.ABC):
@@ -93,7 +85,7 @@ class Loader(abc.ABC):
         self.max_bad_fraction = max_bad_fraction
         self.bad_files: dict[str, str] = {}
         # shared with the worker processes, which then do not try these files again
-        self._bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        self._bad = np.frombuffer(mmap.mmap(-1, len(source)), np.bool_)
         self._closed = False
 
     def __iter__(self) -> Loader:
@@ -208,30 +200,9 @@ class Batches(abc.ABC):
         batch["index"] = torch.from_numpy(used)
         return batch, bad_files
 
-    def _content(self, index: int) -> bytes:
-        """Return the encoded image, waiting for a disk that is away. Raises OSError if only this file is."""
-        started, pause = time.monotonic(), 0.1
-        while True:
-            try:
-                return self.source.read(index)
-            except OSError as error:
-                if not self._is_away(error):
-                    raise
-                waited, reason = time.monotonic() - started, error
-            if waited > _PATIENCE:
-                raise _DiskError(
-                    f"{self.source.root} could not be read for {waited:.0f} s ({reason}); is the disk there? "
-                    "The same command resumes"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
-
-    def _is_away(self, error: OSError) -> bool:
-        return error.errno in _AWAY or (isinstance(error, FileNotFoundError) and not self.source.root.exists())
-
     @abc.abstractmethod
-    def _read(self, index: int):
-        """Return image `index` in the form that `_add` takes; raises anything for a bad file."""
+    def _decode(self, content: bytes):
+        """Return an encoded image in the form that `_add` takes; raises anything for a bad one."""
 
     @abc.abstractmethod
     def _start(self): ...
@@ -255,14 +226,11 @@ class Batches(abc.ABC):
         for i in itertools.chain(range(index, len(self.source)), range(index)):
             if self._bad[i]:
                 continue
-            try:
-                return self._read(i), i
-            except _DiskError:
-                raise
-            except Exception as error:
-                # what a damaged file makes Pillow raise is no closed list
-                bad_files[self.source.paths[i]] = f"{type(error).__name__}: {error}"
-                self._bad[i] = True
+            image, reason = self.source.examine(i, self._decode)
+            if reason is None:
+                return image, i
+            bad_files[self.source.paths[i]] = reason
+            self._bad[i] = True
             if len(bad_files) > self.max_bad_files:
                 break
         return None, index
@@ -271,8 +239,8 @@ class Batches(abc.ABC):
 class DecodedBatches(Batches):
     """Batches of views made with Pillow."""
 
-    def _read(self, index):
-        image = decode_image(self._content(index))
+    def _decode(self, content):
+        image = decode_image(content)
         check_shape(*image.size, self.image_size)
         return image
 

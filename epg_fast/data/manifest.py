@@ -87,7 +87,7 @@ def check_complete(folder: Path, manifest: dict) -> None:
     if bad:
         raise ValueError(
             f"data path: {folder} is not complete: prepare-data could not decode {bad} images (see {MANIFEST}); "
-            "restore or delete them and run it again"
+            "restore them, or let it leave more of them out with its --max_bad_fraction, and run it again"
         )
     raise ValueError(f"data path: {folder} is not complete: prepare-data was interrupted; run it again to go on")
 

@@ -12,9 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from epg_fast.data.faults import ran_out, read_error
 
 T = TypeVar("T")
 
@@ -39,16 +42,26 @@ def run(task: Callable[[int], T], items: list[int], workers: int, *, total: int,
     # a process gets a copy of everything: what is garbage here must not be destroyed there
     gc.collect()
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    stop = context.Event()
-    # each worker gets `task` once, not with every item: it holds the list of all files
-    with ProcessPoolExecutor(
-        min(workers, len(items)), mp_context=context, initializer=_start_worker, initargs=(task, os.getpid(), stop)
-    ) as executor:
+    try:
+        stop = context.Event()
+        # each worker gets `task` once, not with every item: it holds the list of all files
+        executor = ProcessPoolExecutor(
+            min(workers, len(items)), mp_context=context, initializer=_start_worker, initargs=(task, os.getpid(), stop)
+        )
+    except OSError as error:
+        raise read_error(error, "start the workers") from error
+    with executor:
         try:
             yield from bar(executor.map(_call_task, items, chunksize=chunk))
-        except BaseException:
+        except BaseException as error:
             stop.set()
             executor.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise RuntimeError(
+                    "a worker was killed, often for want of memory: use fewer --workers; the same command goes on"
+                ) from error
+            if ran_out(error):
+                raise read_error(error, "go on") from error
             raise
 
 

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import io
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from epg_fast.data.dataset import holds_tars
 from epg_fast.data.files import write_atomically
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.manifest import MANIFEST, count_classes, read_manifest, write_manifest
+from epg_fast.data.names import is_junk
 from epg_fast.data.source import ImageSource, too_many_bad_files
 from epg_fast.data.views import center_crop
 
@@ -27,10 +29,17 @@ _CHUNK = 16
 logger = logging.getLogger("epg_fast")
 
 
-def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_size: int, workers: int = 4) -> dict:
+def prepare_folder(
+    source: str | os.PathLike,
+    outdir: str | os.PathLike,
+    image_size: int,
+    workers: int = 4,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+) -> dict:
     """Write ADM centre crops of the folder of class folders `source` to `outdir` and return the manifest.
 
-    Each image becomes a PNG of `image_size` x `image_size` with the same relative name and the ending .png. Files
+    Each image becomes a PNG of `image_size` x `image_size` with the same relative name and the ending .png, below a
+    folder of its class where `source` has its labels from a dataset.json. Files
     appear whole or not at all; run again, the work goes on with those that are missing. Files that cannot be decoded
     are left out and named in `outdir`/manifest.json, beside `classes`, `counts` (per class), `class_frequencies` (in
     class order), `image_size`, `source`.
@@ -40,10 +49,11 @@ def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_s
         outdir: a new or empty folder, or an earlier output for the same source and size.
         image_size: side of the crops in pixels.
         workers: processes; 0 works in this one.
+        max_bad_fraction: share of bad files above which the output is not complete.
 
     Raises ValueError for an `outdir` that is or lies in `source`, has other files, another size or another source, or
     in which another process is at work, for two source files that would get the same name, and (`DataError`, after the
-    work) if over 1% of the files are bad.
+    work) if too many files are bad.
     """
     source, outdir = Path(source), Path(outdir)
     check_arguments(source, outdir, image_size, workers)
@@ -58,6 +68,7 @@ def prepare_folder(source: str | os.PathLike, outdir: str | os.PathLike, image_s
     manifest = start_manifest(source, outdir, folder, settings)
     with claim_outdir(outdir, source, manifest, settings):
         _write_crops(folder, targets, outdir, manifest, workers)
+        finish_manifest(outdir, manifest, len(folder), max_bad_fraction)
     return manifest
 
 
@@ -78,7 +89,6 @@ def _write_crops(folder: ImageFolder, targets: list[str], outdir: Path, manifest
         label for path, label in zip(folder.paths, folder.labels, strict=True) if path not in manifest["bad_files"]
     ]
     manifest |= count_classes(folder.classes, labels)
-    finish_manifest(outdir, manifest, len(folder))
 
 
 @contextlib.contextmanager
@@ -88,7 +98,7 @@ def claim_outdir(outdir: Path, source: Path, manifest: dict, settings: dict) -> 
     Raises ValueError when another process has the lock, or has written other images since `start_manifest`.
     """
     outdir.mkdir(parents=True, exist_ok=True)
-    with open(outdir / ".lock", "a") as lock:
+    with open(outdir / ".lock", "ab") as lock:
         try:
             # lockf, not flock: workers would inherit the latter and hold it when this process has been killed
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,12 +136,16 @@ def start_manifest(source: Path, outdir: Path, images: ImageSource, settings: di
     }
 
 
-def finish_manifest(outdir: Path, manifest: dict, total: int) -> None:
+def finish_manifest(outdir: Path, manifest: dict, total: int, max_bad_fraction: float) -> None:
     """Write `manifest`, which is complete unless too many of the `total` images are bad: `DataError` is raised then."""
-    manifest["complete"] = len(manifest["bad_files"]) <= MAX_BAD_FRACTION * total
+    bad = len(manifest["bad_files"])
+    manifest["complete"] = bad <= max_bad_fraction * total and bad < total
     write_manifest(outdir, manifest)
     if not manifest["complete"]:
-        raise too_many_bad_files(manifest["bad_files"], total, MAX_BAD_FRACTION)
+        # rounded up, so that it is enough
+        flag = f", or leave them out with --max_bad_fraction {math.ceil(1000 * bad / total) / 1000}"
+        remedy = f"Restore these files{flag if bad < total else ''}; then give the command again."
+        raise too_many_bad_files(manifest["bad_files"], total, max_bad_fraction, remedy)
 
 
 def encode_crop(image: Image.Image, image_size: int, **options) -> bytes:
@@ -145,7 +159,11 @@ def encode_crop(image: Image.Image, image_size: int, **options) -> bytes:
 
 
 def _target_names(folder: ImageFolder) -> list[str]:
-    targets = [os.path.splitext(path)[0] + ".png" for path in folder.paths]
+    classes = (folder.classes[label] for label in folder.labels)
+    targets = [
+        ("" if path.startswith(f"{name}/") else f"{name}/") + os.path.splitext(path)[0] + ".png"
+        for path, name in zip(folder.paths, classes, strict=True)
+    ]
     if len(set(targets)) < len(targets):
         seen: dict[str, str] = {}
         for path, target in zip(folder.paths, targets, strict=True):
@@ -160,7 +178,7 @@ def _check_outdir(outdir: Path, source: Path, fingerprint: str, settings: dict) 
         raise ValueError(f"outdir: {outdir} is a file, wanted a folder; choose another outdir")
     if not (outdir / MANIFEST).exists():
         # the manifest is the first file of every output
-        if any(path.is_file() and not path.name.startswith(".") for path in outdir.rglob("*")):
+        if any(path.is_file() and not any(map(is_junk, path.relative_to(outdir).parts)) for path in outdir.rglob("*")):
             raise ValueError(f"outdir: {outdir} is not empty and has no {MANIFEST}; choose a new or empty folder")
         return
     manifest = read_manifest(outdir)
@@ -191,10 +209,7 @@ def _crop_file(
     folder: ImageFolder, targets: list[str], outdir: Path, image_size: int, i: int
 ) -> tuple[int, str | None]:
     """Write one crop; return its index and why it could not be read, if so."""
-    try:
-        image = folder.load(i)
-    except Exception as error:
-        # what a damaged file makes Pillow raise is no closed list
-        return i, f"{type(error).__name__}: {error}"
-    write_atomically(outdir / targets[i], encode_crop(image, image_size, format="PNG"))
-    return i, None
+    image, reason = folder.examine(i)
+    if image is not None:
+        write_atomically(outdir / targets[i], encode_crop(image, image_size, format="PNG"))
+    return i, reason

@@ -18,7 +18,14 @@ from epg_fast.data import pool
 from epg_fast.data.dataset import open_images
 from epg_fast.data.files import open_atomically
 from epg_fast.data.manifest import MANIFEST, check_complete, count_classes, lost_manifest, read_manifest, write_manifest
-from epg_fast.data.prepare import check_arguments, claim_outdir, encode_crop, finish_manifest, start_manifest
+from epg_fast.data.prepare import (
+    MAX_BAD_FRACTION,
+    check_arguments,
+    claim_outdir,
+    encode_crop,
+    finish_manifest,
+    start_manifest,
+)
 from epg_fast.data.source import ImageSource
 from epg_fast.data.tar_index import INDEX, Names, TarIndex, has_checksums
 from epg_fast.data.tar_scan import walk_tar
@@ -39,6 +46,7 @@ def prepare_shards(
     format: Literal["png", "jpeg"] = "png",
     quality: int = 95,
     seed: int = 0,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> dict:
     """Write ADM centre crops of `source` to `outdir` as WebDataset shards and return the manifest.
 
@@ -60,9 +68,10 @@ def prepare_shards(
         format: "png" is lossless; "jpeg", with chroma in full resolution (4:4:4), is smaller and is not.
         quality: of JPEG, 1 to 100.
         seed: of the order.
+        max_bad_fraction: share of bad files above which the output is not complete.
 
     Raises ValueError for an `outdir` that is or lies in `source`, has other files, or is of other images or arguments,
-    or in which another process is at work; and (`DataError`, after the work) if over 1% of the files are bad.
+    or in which another process is at work; and (`DataError`, after the work) if too many files are bad.
     """
     source, outdir = Path(source), Path(outdir)
     check_arguments(source, outdir, image_size, workers)
@@ -76,6 +85,7 @@ def prepare_shards(
 
     with claim_outdir(outdir, source, manifest, settings):
         _write_shards(images, outdir, manifest, settings, workers)
+        finish_manifest(outdir, manifest, len(images), max_bad_fraction)
     return manifest
 
 
@@ -96,7 +106,6 @@ def _write_shards(images: ImageSource, outdir: Path, manifest: dict, settings: d
     manifest["shards"] = [
         {"name": s.name, "bytes": s.bytes, "images": len(s.images), "sha256": s.sha256} for s in shards
     ]
-    finish_manifest(outdir, manifest, len(images))
 
 
 def verify_shards(outdir: str | os.PathLike) -> int:
@@ -253,12 +262,10 @@ def _encoding(settings: dict) -> tuple[str, dict]:
 
 
 def _load(images: ImageSource, i: int, bad_files: dict[str, str]):
-    try:
-        return images.load(i)
-    except Exception as error:
-        # what a damaged file makes Pillow raise is no closed list
-        bad_files[images.paths[i]] = f"{type(error).__name__}: {error}"
-        return None
+    image, reason = images.examine(i)
+    if reason is not None:
+        bad_files[images.paths[i]] = reason
+    return image
 
 
 def _read_shard(images: ImageSource, wanted: list[int], path: Path, extension: str) -> _Shard:

@@ -14,7 +14,10 @@ import numpy as np
 from epg_fast.data.files import open_atomically
 
 INDEX = "index.npz"
-_VERSION = 1
+# 2: what counts as an image, a label and a class tar is another, and links are followed.
+_VERSION = 2
+# Nothing that `prepare-data` writes has changed.
+_VERSION_OF_CHECKSUMS = 1
 _ZIP = b"PK\3\4"
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64, "crc32": np.uint32}
 
@@ -93,7 +96,8 @@ class TarIndex:
             names = getattr(self, name)
             columns[f"{name}_text"], columns[f"{name}_bounds"] = (names if name == "names" else Names(names)).packed
         with open_atomically(path) as file:
-            np.savez(file, version=_VERSION, tar_bytes=self.tar_bytes, tar_mtime=self.tar_mtime, **columns)
+            version = _VERSION if self.crc32 is None else _VERSION_OF_CHECKSUMS
+            np.savez(file, version=version, tar_bytes=self.tar_bytes, tar_mtime=self.tar_mtime, **columns)
 
     @classmethod
     def load(cls, path: Path) -> TarIndex:
@@ -112,7 +116,7 @@ class TarIndex:
             raise ValueError(f"{path} is damaged ({error})") from None
         if "version" not in columns or "tar_bytes" not in columns:
             raise ForeignIndex(f"{path} is no index of tars")
-        if columns.pop("version") != _VERSION:
+        if columns.pop("version") != (_VERSION_OF_CHECKSUMS if "crc32" in columns else _VERSION):
             raise ValueError(f"{path} is of another version")
         try:
             for name in ("tars", "classes", "names"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import posixpath
 import re
 import tarfile
 from array import array
@@ -13,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.folder import EXTENSIONS
+from epg_fast.data.names import IMAGES, Ignored, is_image, is_junk, is_tar
+from epg_fast.data.source import LABEL_KEYS, MOST_CLASSES, NO_LABELS, printable
 from epg_fast.data.tar_index import Names, TarIndex
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
-_MOST_CLASSES = 1_000_000
+# Of a .json beside an image.
+_MOST_JSON = 1 << 20
+# On the way to one file, as Linux has it.
+_MOST_LINKS = 40
 
 logger = logging.getLogger("epg_fast")
 
@@ -30,10 +35,9 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
     Only headers and labels are read. See `ImageTars` for the layouts. Raises ValueError for what is none of them.
     """
     status = [os.stat(folder / name) for name in tars]
-    scans = [_scan(folder / name) for name in tars]
-    ignored = sum(scan.ignored for scan in scans)
-    if ignored:
-        logger.info("%s: ignored %d members of the tars that are no images", folder, ignored)
+    ignored = Ignored()
+    scans = [_scan(folder / name, ignored) for name in tars]
+    ignored.report(f"members of {_some(folder, tars)}", "images or labels")
     superseded = sum(scan.superseded for scan in scans)
     if superseded:
         logger.warning(
@@ -41,10 +45,17 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
             folder,
             superseded,
         )
-    if not any(scan.names for scan in scans):
-        raise ValueError(
-            f"data path: no images in {_some(folder, tars)}, wanted members ending in {', '.join(EXTENSIONS)}"
+    lost = [printable(link) for scan in scans for link in scan.lost]
+    if lost:
+        logger.warning(
+            "%s: left out %d links that lead to no file in the same tar: %s%s",
+            folder,
+            len(lost),
+            ", ".join(lost[:3]),
+            ", ..." if len(lost) > 3 else "",
         )
+    if not any(scan.names for scan in scans):
+        raise ValueError(f"data path: no images in {_some(folder, tars)}, wanted members ending in {', '.join(IMAGES)}")
     classes, labels = _classes(folder, tars, scans)
     return TarIndex(
         tars=list(tars),
@@ -59,15 +70,21 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
     )
 
 
-def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+def walk_tar(file, path: Path, start: int, stop: int, lost: list[str] | None = None) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of the regular members of the tar at bytes `start` to `stop` of `file`.
 
-    `path` is its name in errors. Directories, links and hidden members are left out, `./` in names too.
+    `path` is its name in errors. Directories are left out, `./` in names too. Links come behind the others, with the
+    content that they lead to; those that lead to no member of this tar are added to `lost` in words.
     Raises ValueError for a damaged tar and one that ends early, also where `tarfile` would take it for complete.
     """
     if stop == start:
         raise ValueError(f"data path: {path} is empty, wanted a tar; get it again")
     file.seek(start)
+    if not any(file.read(_BLOCK)):  # no members, at which Python 3.10's tarfile fails
+        _check_end(file, path, start, start, stop)
+        return
+    file.seek(start)
+    has_links = False
     try:
         with tarfile.TarFile(fileobj=file, mode="r") as tar:
             while (member := tar.next()) is not None:
@@ -78,18 +95,77 @@ def walk_tar(file, path: Path, start: int, stop: int) -> Iterator[tuple[str, int
                         f"data path: {path} is truncated: it ends after {stop - start} bytes inside of {member.name}; "
                         "get it again"
                     )
-                parts = [part for part in member.name.split("/") if part not in ("", ".")]
-                if not member.isreg() or any(part.startswith(".") for part in parts):
+                name = _plain_name(member.name)
+                has_links = has_links or member.islnk() or member.issym()
+                if not member.isreg():
                     continue
                 if member.issparse():
                     raise ValueError(
                         f"data path: {path} has the sparse member {member.name}; write it without --sparse"
                     )
-                yield "/".join(parts), member.offset_data, member.size
+                yield name, member.offset_data, member.size
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(_damaged(path, file, start, stop, str(error))) from None
     _check_end(file, path, start, end, stop)
+    if has_links:
+        yield from _follow_links(file, path, start, [] if lost is None else lost)
+
+
+def _follow_links(file, path: Path, start: int, lost: list[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of the links in a tar, which lead where they would once it is unpacked."""
+    # the place of a file, or where a symbolic link points
+    members: dict[str, tuple[int, int] | str] = {}
+    links: dict[str, str] = {}
+    folders = {""}
+    file.seek(start)
+    with tarfile.TarFile(fileobj=file, mode="r") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()
+            name = _plain_name(member.name)
+            # of members with one name the last counts; a hard link is what its target was at this point
+            links.pop(name, None)
+            found = (member.offset_data, member.size) if member.isreg() else None
+            if member.islnk() or member.issym():
+                links[name] = member.linkname
+                found = member.linkname if member.issym() else members.get(_plain_name(member.linkname))
+            members.pop(name, None)
+            if found is not None:
+                members[name] = found
+            folder = name if member.isdir() else posixpath.dirname(name)
+            while folder not in folders:
+                folders.add(folder)
+                folder = posixpath.dirname(folder)
+    for name, target in links.items():
+        place = _follow(name, members, folders)
+        if not isinstance(place, str):
+            yield name, *place
+        elif not any(map(is_junk, name.split("/"))):
+            lost.append(f"{path.name}/{name} -> {target} ({place})")
+
+
+def _follow(name: str, members: dict[str, tuple[int, int] | str], folders: set[str]) -> tuple[int, int] | str:
+    """Return the place of the file that `name` leads to, or why there is none."""
+    for _ in range(_MOST_LINKS):
+        found = members.get(name)
+        if isinstance(found, tuple):
+            return found
+        parts = name.split("/")
+        # the member itself or a folder on the way to it
+        ends = (i for i in range(1, len(parts) + 1) if isinstance(members.get("/".join(parts[:i])), str))
+        end = next(ends, None)
+        if end is None:
+            return "a folder" if name in folders else "nothing"
+        link = "/".join(parts[:end])
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(link), members[link], *parts[end:]))
+        if name.startswith(("/", "../")) or name == "..":
+            return "outside of the tar"
+        name = _plain_name(name)
+    return "a circle"
+
+
+def _plain_name(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _check_end(file, path: Path, start: int, end: int, stop: int) -> None:
@@ -131,10 +207,11 @@ class _Scan:
 
     Attributes:
         names, offsets, sizes: of its images.
-        labels: from the .cls beside each image, -1 where it has none; None if the tar has no .cls.
+        labels: from the .cls or .json beside each image, -1 where it has none; None if the tar has none.
         inner: the class of each image, in a tar of class tars.
-        ignored: how many members are neither images nor labels.
+        has_companions: whether an image has another file of its name beside it.
         superseded: how many images and inner tars have a later member of the same name.
+        lost: links that lead to no member of their tar.
     """
 
     names: list[str] = field(default_factory=list)
@@ -142,22 +219,36 @@ class _Scan:
     sizes: array = field(default_factory=lambda: array("q"))
     labels: np.ndarray | None = None
     inner: list[str] = field(default_factory=list)
-    ignored: int = 0
+    has_companions: bool = False
     superseded: int = 0
+    lost: list[str] = field(default_factory=list)
+
+    def add(self, name: str, offset: int, size: int) -> None:
+        self.names.append(name)
+        self.offsets.append(offset)
+        self.sizes.append(size)
 
 
-def _scan(path: Path) -> _Scan:
-    scan, inner, labels = _Scan(), {}, {}
+def _scan(path: Path, ignored: Ignored) -> _Scan:
+    scan, inner, labels, weaker, companions = _Scan(), {}, {}, {}, set()
     with open(path, "rb") as file:
-        for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size):
+        for name, offset, size in walk_tar(file, path, 0, os.fstat(file.fileno()).st_size, scan.lost):
             stem, extension = os.path.splitext(name)
-            if extension == ".cls":
+            if any(ignored.skips(part) for part in name.split("/")):
+                continue
+            if is_image(name):
+                scan.add(name, offset, size)
+            elif extension.lower() == ".cls":
                 labels[stem] = _label(os.pread(file.fileno(), min(size, 64), offset), path / name)
-            elif extension == ".tar":
+            elif is_tar(name):
                 scan.superseded += name in inner
                 inner[name] = offset, offset + size
             else:
-                _add(scan, name, offset, size)
+                companions.add(stem)
+                if extension.lower() == ".json":
+                    weaker[stem] = _json_label(os.pread(file.fileno(), min(size, _MOST_JSON), offset))
+                if weaker.get(stem) is None:
+                    ignored.add_other(name)
         if inner and (scan.names or labels):
             raise ValueError(
                 f"data path: {path} has both tars and images or labels as members, wanted one tar of images per class, "
@@ -166,27 +257,25 @@ def _scan(path: Path) -> _Scan:
         # sorted as the classes of a folder, whatever the order of packing
         for name, (start, stop) in sorted(inner.items()):
             before = len(scan.names)
-            for member, offset, size in walk_tar(file, path / name, start, stop):
-                if member.endswith((".cls", ".tar")):
+            for member, offset, size in walk_tar(file, path / name, start, stop, scan.lost):
+                if any(ignored.skips(part) for part in member.split("/")):
+                    continue
+                if is_tar(member) or member.lower().endswith(".cls"):
                     raise ValueError(f"data path: {path / name} has the member {member}, wanted images; unpack {path}")
-                _add(scan, f"{name}/{member}", offset, size)
+                if is_image(member):
+                    scan.add(f"{name}/{member}", offset, size)
+                else:
+                    ignored.add_other(member)
             scan.inner += [os.path.splitext(name)[0]] * (len(scan.names) - before)
             if len(scan.names) == before:
                 raise ValueError(f"data path: {path / name} has no images; remove it or get it again")
     _drop_superseded(scan)
+    stems = [os.path.splitext(name)[0] for name in scan.names]
+    scan.has_companions = not companions.isdisjoint(stems)
+    labels = {stem: label for stem, label in weaker.items() if label is not None} | labels
     if labels:
-        stems = (os.path.splitext(name)[0] for name in scan.names)
         scan.labels = np.array([labels.get(stem, -1) for stem in stems], np.int64)
     return scan
-
-
-def _add(scan: _Scan, name: str, offset: int, size: int) -> None:
-    if not name.lower().endswith(EXTENSIONS):
-        scan.ignored += 1
-        return
-    scan.names.append(name)
-    scan.offsets.append(offset)
-    scan.sizes.append(size)
 
 
 def _drop_superseded(scan: _Scan) -> None:
@@ -207,9 +296,22 @@ def _label(content: bytes, path: Path) -> int:
     text = content.strip()
     if not re.fullmatch(rb"[0-9]{1,18}", text):
         raise ValueError(f"data path: {path} holds {content[:20]!r}, wanted a class index in ASCII digits")
-    if int(text) >= _MOST_CLASSES:
-        raise ValueError(f"data path: {path} holds {int(text)}, wanted a class index below {_MOST_CLASSES}")
+    if int(text) >= MOST_CLASSES:
+        raise ValueError(f"data path: {path} holds {int(text)}, wanted a class index below {MOST_CLASSES}")
     return int(text)
+
+
+def _json_label(content: bytes) -> int | None:
+    """The first of the known entries that is a class index; None without: it may be a caption's or be damaged."""
+    try:
+        entries = json.loads(content)
+    except ValueError:
+        return None
+    for key in LABEL_KEYS if isinstance(entries, dict) else ():
+        text = str(entries.get(key))
+        if re.fullmatch("[0-9]{1,6}", text):
+            return int(text)
+    return None
 
 
 def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[str], np.ndarray]:
@@ -225,18 +327,12 @@ def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[st
     if any(scan.labels is not None for scan in scans):
         labels = np.concatenate([_sample_labels(folder / tar, scan) for tar, scan in zip(tars, scans, strict=True)])
         return [str(label) for label in range(labels.max() + 1)], labels
-    counts = [len(scan.names) for scan in scans]
-    if len(tars) == 1 or _are_numbered([tar.removesuffix(".tar") for tar in tars]):
-        logger.warning(
-            "%s: no image has a .cls beside it: one class, 'all'%s",
-            _some(folder, tars),
-            "" if len(tars) == 1 else " (numbered tars are shards; name tars of classes otherwise)",
-        )
-        return ["all"], np.zeros(sum(counts), np.int64)
-    classes = sorted(tar.removesuffix(".tar") for tar in tars)
-    numbers = [classes.index(tar.removesuffix(".tar")) for tar in tars]
-    logger.info("%s: no image has a .cls beside it: each of the %d tars is a class", folder, len(tars))
-    return classes, np.repeat(np.array(numbers, np.int64), counts)
+    counts, stems = [len(scan.names) for scan in scans], [os.path.splitext(tar)[0] for tar in tars]
+    if not _are_classes(stems, scans):
+        return list(NO_LABELS), np.zeros(sum(counts), np.int64)
+    classes = sorted(set(stems))
+    logger.info("%s: no image has a label beside it: each of the %d tars is a class", folder, len(tars))
+    return classes, np.repeat(np.array([classes.index(stem) for stem in stems], np.int64), counts)
 
 
 def _sample_labels(path: Path, scan: _Scan) -> np.ndarray:
@@ -245,19 +341,27 @@ def _sample_labels(path: Path, scan: _Scan) -> np.ndarray:
     if len(missing):
         name = scan.names[missing[0]]
         raise ValueError(
-            f"data path: {path} has {name} but no {os.path.splitext(name)[0]}.cls, wanted a label beside every image "
-            "(or beside none)"
+            f"data path: {path} has {name} but no {os.path.splitext(name)[0]}.cls (or .json with "
+            f"{'/'.join(LABEL_KEYS)}), wanted a label beside every image, or beside none"
         )
     return labels
 
 
-def _are_numbered(stems: list[str]) -> bool:
-    """Whether the stems are one prefix and consecutive numbers of five digits or more, as those of shards."""
-    matches = [re.fullmatch(r"(.*?)([0-9]{5,18})", stem, re.DOTALL) for stem in stems]
-    if not all(matches) or len({(match[1], len(match[2])) for match in matches}) > 1:
+def _are_classes(stems: list[str], scans: list[_Scan]) -> bool:
+    """Whether tars without labels, named `stems`, are classes; else they are shards. See `ImageTars`."""
+    if len(stems) == 1:
         return False
-    numbers = {int(match[2]) for match in matches}
-    return len(numbers) == len(stems) and max(numbers) - min(numbers) == len(stems) - 1
+    if all(_is_named_after(stem, name) for stem, scan in zip(stems, scans, strict=True) for name in scan.names):
+        return True
+    shapes = {re.sub("[0-9]+", "0", stem) for stem in stems}
+    return len(shapes) == len(stems) and not any(scan.has_companions for scan in scans)
+
+
+def _is_named_after(stem: str, name: str) -> bool:
+    """Whether a member's name is that of its tar and something more: n01_18.JPEG or n01/18.JPEG in n01.tar."""
+    end, following = stem[-1:], name[len(stem) : len(stem) + 1]
+    cut = (end.isdigit() and following.isdigit()) or (end.isalpha() and following.isalpha())
+    return name.startswith(stem) and not cut
 
 
 def _some(folder: Path, tars: list[str]) -> str:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+import resource
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from epg_fast.data.manifest import (
     lost_manifest,
     read_manifest,
 )
-from epg_fast.data.source import ImageSource
+from epg_fast.data.names import Ignored, is_compressed_tar, is_junk, is_tar, splits
+from epg_fast.data.source import NO_LABELS, ImageSource
 from epg_fast.data.tar_index import INDEX, ForeignIndex, TarIndex, has_checksums
-from epg_fast.data.tar_scan import COMPRESSED, scan_tars
+from epg_fast.data.tar_scan import scan_tars
 
 _OPEN_TARS = 128
 _AGAIN = "run prepare-data again, it makes only what is missing"
@@ -33,15 +35,19 @@ logger = logging.getLogger("epg_fast")
 class ImageTars(ImageSource):
     """The images in a folder of tars, or in a single one, which may have these layouts:
 
-    - WebDataset shards: a member `key.jpg` (or .jpeg, .png, .webp, .bmp) has `key.cls` beside it in the same tar, its
-      class index in ASCII digits; other members are ignored. Classes are those of `prepare-data`'s manifest.json, else
-      "0", "1", ... up to the largest label. Without any .cls a single tar, or tars whose names are one prefix with
-      consecutive numbers of at least five digits, are one class "all" (warned about).
-    - A tar per class, as ImageNet's `n01440764.tar`, without any .cls: the class is the tar's name.
+    - WebDataset shards: a member `key.jpg` (or of another ending in `names.IMAGES`) has a label beside it in the same
+      tar: `key.cls`, its class index in ASCII digits, or `key.json`, a mapping with a class index as label, cls, class,
+      class_id, class_index or target (the first that is one). Classes are those of `prepare-data`'s manifest.json, else
+      "0", "1", ... up to the largest label. Without labels they are one class "all" (warned about): a single tar, tars
+      with other files `key.*` beside the images, and tars whose names differ in their digits alone.
+    - A tar per class without labels, as ImageNet's `n01440764.tar` with its `n01440764_18.JPEG`: the class is the tar's
+      name. Tars are that if all images are named after their tar, or if they are no shards by the rules above.
     - A tar of such tars, as `ILSVRC2012_img_train.tar`; the only tar of its folder, or passed itself.
 
-    Class names are sorted; images are in the order of the sorted tars and of their members. Hidden members, links and
-    members that are no images are ignored. Of members with one name in one tar the last counts, as when unpacking.
+    Class names are sorted; images are in the order of the sorted tars and of their members, links behind the others.
+    Endings may be in any case. Hidden members, what systems left (`names.is_junk`) and other members are ignored, and
+    counted. Links are followed within their tar; those that lead to no file there are left out with a warning. Of
+    members with one name in one tar the last counts, as when unpacking.
 
     Attributes:
         root: the folder of the tars.
@@ -64,6 +70,8 @@ class ImageTars(ImageSource):
         self.root, tars = find_tars(Path(path))
         single = not Path(path).is_dir()
         manifest = None if single else _checked_manifest(self.root, tars)
+        if not single:
+            _report_ignored(self.root, tars)
         name = f"{tars[0]}.{INDEX}" if single else INDEX
         self.index = _index(self.root, tars, name, prepared=manifest is not None)
         self.labels = self.index.label
@@ -71,6 +79,8 @@ class ImageTars(ImageSource):
         if manifest is not None:
             check_index(self.root, manifest, self.index)
             self.classes = list(manifest["classes"])
+        elif self.classes == NO_LABELS:
+            logger.warning("%s: no image has a label: one class, '%s'", path, *NO_LABELS)
         self.paths = _Paths(self.index)
         self._open_files()
 
@@ -89,7 +99,9 @@ class ImageTars(ImageSource):
         return content
 
     def _open_files(self) -> None:
-        self._file = functools.lru_cache(_OPEN_TARS)(_File)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # most descriptors are for others; no limit is -1
+        self._file = functools.lru_cache(min(_OPEN_TARS, limit // 4) if limit > 0 else _OPEN_TARS)(_File)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_file"}
@@ -135,17 +147,15 @@ def find_tars(path: Path) -> tuple[Path, list[str]]:
     """
     if not path.exists():
         raise ValueError(f"data path: {path} does not exist, wanted a tar or a folder of tars; check the spelling")
-    names = [path.name] if not path.is_dir() else sorted(os.listdir(path))
-    names = [name for name in names if not name.startswith(".")]
-    compressed = [name for name in names if name.lower().endswith(COMPRESSED)]
+    names = [path.name] if not path.is_dir() else sorted(name for name in os.listdir(path) if not is_junk(name))
+    compressed = [name for name in names if is_compressed_tar(name)]
     if compressed:
         where = path / compressed[0] if path.is_dir() else path
         raise ValueError(f"data path: {where} is compressed, wanted plain tars; decompress it")
-    tars = [name for name in names if name.endswith(".tar")]
+    tars = [name for name in names if is_tar(name)]
     if not tars:
         raise ValueError(f"data path: {path} is or has no tar, wanted a file ending in .tar or a folder of such files")
-    stems = [set(name.removesuffix(".tar").lower().replace("_", "-").split("-")) for name in tars]
-    if any("train" in stem for stem in stems) and any({"test", "val", "validation"} & stem for stem in stems):
+    if splits(os.path.splitext(name)[0] for name in tars):
         raise ValueError(
             f"data path: {path} has the tars of training and of other images; pass one tar, or move them apart"
         )
@@ -190,6 +200,14 @@ def check_index(folder: Path, manifest: dict, index: TarIndex) -> None:
             f"{MANIFEST}; {_AGAIN}"
         )
     check_counts(folder, manifest, classes, labels)
+
+
+def _report_ignored(folder: Path, tars: list[str]) -> None:
+    ignored, known = Ignored(), {*tars, *(f"{tar}.{INDEX}" for tar in tars)}
+    for name in sorted(os.listdir(folder)):
+        if name not in known and not ignored.skips(name):
+            ignored.add_other(name)
+    ignored.report(folder, "tars")
 
 
 def _checked_manifest(folder: Path, tars: list[str]) -> dict | None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import errno
 import gc
+import io
+import itertools
+import mmap
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -19,15 +24,19 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-import torch.multiprocessing  # noqa: F401  tensors go through pipes as handles of shared memory
 
+from epg_fast.data.faults import ran_out, read_error
 from epg_fast.data.pool import exit_with_parent
 
 # Items that a process may have in hand or ready.
 _AHEAD = 2
 # Seconds between two looks at whether a process that is silent still lives.
 _LOOK = 5.0
+# Bytes to which arrays are aligned.
+_ALIGNMENT = 64
+_TASK = "hand a batch over"
 
 
 class Items(Protocol):
@@ -46,8 +55,9 @@ class WorkerStream:
     torch's DataLoader is not used: it notices a killed process late or, by a signal handler, anywhere in the main
     thread, and its processes may run the destructors of what the parent was about to collect.
 
-    What making an item raises, `next` raises in its place. RuntimeError says when a process was killed or ended, and
-    when shared memory is full.
+    Arrays and tensors come in memory without a name: there is no file or socket that could be full, left or removed.
+    What making an item raises, `next` raises in its place. RuntimeError says when a process was killed or ended,
+    `ReadError` when this machine has no memory, files or processes left.
     """
 
     def __init__(self, items: Items, start: int, workers: int):
@@ -62,7 +72,10 @@ class WorkerStream:
     def __next__(self):
         self.start()
         if not self.workers:
-            item = self._items[self._next]
+            try:
+                item = self._items[self._next]
+            except MemoryError as error:
+                raise read_error(error, _TASK) from error
             self._next += 1
             return item
         try:
@@ -74,11 +87,6 @@ class WorkerStream:
             raise
         if isinstance(item, _Failure):
             self.close()
-            if "shared memory" in str(item.error):
-                raise RuntimeError(
-                    f"no room in shared memory, /dev/shm ({str(item.error).splitlines()[0]}): enlarge it (docker run "
-                    "--shm-size=16g), or use fewer --data.workers or --data.readers. The same command resumes"
-                ) from item.error
             raise item.error from RuntimeError(item.traceback)
         return item
 
@@ -100,8 +108,10 @@ class WorkerStream:
                     self._start_process(context)
             for number in range(self._next, self._next + _AHEAD * self.workers):
                 self._connections[number % self.workers].send(number)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if ran_out(error):
+                raise read_error(error, "start a process that reads images") from error
             raise
 
     def close(self) -> None:
@@ -126,14 +136,14 @@ class WorkerStream:
             while not connection.poll(_LOOK):
                 if not process.is_alive():
                     raise EOFError
-            item = connection.recv()
+            item = _receive(connection)
             connection.send(number + _AHEAD * self.workers)
         except (EOFError, OSError) as error:
             if self._closed:
                 raise RuntimeError("this stream of batches was closed while it was waited for") from error
             process.join(1)
             if process.is_alive():
-                raise
+                raise read_error(error, _TASK) from error
             how = "was killed (exit code {}), often for want of memory; use fewer --data.workers or --data.readers"
             if process.exitcode >= 0:
                 how = "ended by itself (exit code {}): a library that it called did that"
@@ -153,13 +163,67 @@ def _work(items: Items, connection: Connection, parent: int) -> None:
         while True:
             number = connection.recv()
             try:
-                connection.send(items[number])
+                _send(connection, items[number])
             except BaseException as error:  # SystemExit, too: a library's, which would look like a process killed
-                connection.send(_failure(error, traceback.format_exc()))
+                _send(connection, _failure(error, traceback.format_exc()))
+
+
+class _Pickler(pickle.Pickler):
+    """Takes tensors for arrays, whose content need not be copied into the pickle."""
+
+    def reducer_override(self, value):
+        return (_tensor, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def _send(connection: Connection, item: Any) -> None:
+    """Send `item`; the arrays in it as a descriptor of memory that holds them one behind the other."""
+    buffers: list[pickle.PickleBuffer] = []
+    shared = hasattr(os, "memfd_create")
+    pickled = io.BytesIO()
+    _Pickler(pickled, protocol=5, buffer_callback=buffers.append if shared else None).dump(item)
+    sizes = [buffer.raw().nbytes for buffer in buffers]
+    # whatever can fail does so before the first byte is sent
+    with contextlib.ExitStack() as stack:
+        if sum(sizes):
+            file = stack.enter_context(os.fdopen(os.memfd_create("images"), "wb"))
+            for buffer in buffers:
+                file.write(buffer.raw())
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+            file.flush()
+            channel = stack.enter_context(socket.socket(fileno=os.dup(connection.fileno())))
+        connection.send((pickled.getvalue(), sizes))
+        if sum(sizes):
+            socket.send_fds(channel, [b"\0"], [file.fileno()])
+
+
+def _receive(connection: Connection) -> Any:
+    """Return what `_send` sent. Raises OSError, also when this process has no descriptor left."""
+    pickled, sizes = connection.recv()
+    if not sum(sizes):
+        return pickle.loads(pickled, buffers=[bytearray()] * len(sizes))
+    with socket.socket(fileno=os.dup(connection.fileno())) as channel:
+        _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+    if not descriptors:
+        # the kernel leaves out what it has no room for
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    try:
+        memory = memoryview(mmap.mmap(descriptors[0], 0))
+    finally:
+        os.close(descriptors[0])
+    starts = itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0)
+    return pickle.loads(
+        pickled, buffers=[memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    )
 
 
 def _failure(error: BaseException, text: str) -> _Failure:
     """What can be sent of an exception: itself, if a copy can be made of it, or as text."""
+    if ran_out(error):
+        error = read_error(error, _TASK)
     try:
         if isinstance(error, (OSError, RuntimeError)):
             return _Failure(pickle.loads(pickle.dumps(error)), text)

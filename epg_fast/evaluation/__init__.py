@@ -141,7 +141,13 @@ def _check_folders(config: EvaluateConfig, judged: str | None, name: str) -> Non
     for field, value in ((name, judged), ("train", config.train), ("test", config.test)):
         if not value:
             raise ValueError(f"evaluate: `{field}` is not set")
-    train, test = ImageFolder(config.train).classes, ImageFolder(config.test).classes
+    images = ImageFolder(config.train)
+    train, test = images.classes, ImageFolder(config.test).classes
+    if len(set(images.labels)) < 2:
+        raise ValueError(
+            f"evaluate: {config.train} has images of one class, {train[images.labels[0]]}, want two at least, which a "
+            "classifier could tell apart; FID and others (--reference and --inception) ask for none"
+        )
     if train != test:
         only_train, only_test = sorted(set(train) - set(test))[:5], sorted(set(test) - set(train))[:5]
         raise ValueError(

@@ -49,11 +49,10 @@ def round_trip(features: np.ndarray, through: int) -> np.ndarray:
 
 def read_image(files: ImageSource, i: int) -> Image.Image:
     """Image `i` of a folder as RGB. Raises ValueError that names the file when it cannot be decoded."""
-    try:
-        return files.load(i)
-    # Pillow raises many kinds of exceptions for broken files.
-    except Exception as error:
-        raise ValueError(f"{files.root / files.paths[i]}: cannot be decoded ({error}); restore or delete it") from error
+    image, reason = files.examine(i)
+    if image is None:
+        raise ValueError(f"{files.root / files.paths[i]}: cannot be decoded ({reason}); restore or delete it")
+    return image
 
 
 def _gray_vector(image: Image.Image, size: int) -> np.ndarray:

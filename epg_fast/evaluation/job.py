@@ -12,6 +12,7 @@ from epg_fast.config import EvaluateConfig
 from epg_fast.data.files import write_atomically
 from epg_fast.evaluation import evaluate_fid, evaluate_probe, evaluate_samples
 from epg_fast.models import create_encoder, from_pretrained, list_presets
+from epg_fast.outputs import check_writable
 from epg_fast.runtime import resolve_device
 
 
@@ -26,10 +27,10 @@ def run(config: EvaluateConfig) -> None:
     if config.output:
         _check_output(Path(config.output), settings)
     text = json.dumps(evaluate(config) | {"settings": settings}, indent=2, allow_nan=False)
-    print(text)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(config.output), (text + "\n").encode())
+    print(text)
 
 
 def load_encoder(config: EvaluateConfig) -> tuple[torch.nn.Module, str | None]:
@@ -86,10 +87,8 @@ def _settings(config: EvaluateConfig) -> dict:
 
 def _check_output(path: Path, settings: dict) -> None:
     """Raise ValueError unless the file is new or holds a result of these settings; nothing is written."""
+    check_writable(path, "output")
     if not path.exists():
-        above = next(folder for folder in path.parents if folder.exists())
-        if not above.is_dir():
-            raise ValueError(f"output: {path} cannot be written, {above} is a file; choose another --output")
         return
     try:
         found = json.loads(path.read_bytes())

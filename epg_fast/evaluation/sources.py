@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from epg_fast.data import ImageFolder, ImageSource
-from epg_fast.data.folder import EXTENSIONS
+from epg_fast.data import ImageFolder
 from epg_fast.evaluation.images import read_image
 from epg_fast.evaluation.npz import Npz
 
@@ -51,7 +50,7 @@ class NpzStream(ImageStream):
 
 
 class FolderStream(ImageStream):
-    """The image files of a folder of class folders, or of one without subfolders, sorted by their paths."""
+    """The image files of a folder of class folders, or of one without images in subfolders, sorted by their paths."""
 
     def __init__(self, path: str | os.PathLike):
         self.path, self._files = Path(path), _open_folder(Path(path))
@@ -75,42 +74,21 @@ class FolderStream(ImageStream):
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
-class _FlatFolder(ImageSource):
-    """The images directly in a folder, as one class."""
-
-    def __init__(self, root: Path):
-        self.root, self.classes = root, [root.name]
-        self.paths = sorted(
-            entry.name
-            for entry in os.scandir(root)
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
-        )
-        self.labels = [0] * len(self.paths)
-
-    def read(self, i: int) -> bytes:
-        return (self.root / self.paths[i]).read_bytes()
-
-
 def open_stream(path: str | os.PathLike) -> ImageStream:
     """Return the images at `path`: an npz file, a folder of class folders, or a folder of image files.
 
-    Raises ValueError for anything else, for no images and for an output folder of `sample` (which of its files are
-    meant?).
+    Raises ValueError for anything else, for no images, and for images beside class folders and an output folder of
+    `sample` (which of them are meant?).
     """
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file or folder")
     return FolderStream(path) if Path(path).is_dir() else NpzStream(path)
 
 
-def _open_folder(path: Path) -> ImageSource:
+def _open_folder(path: Path) -> ImageFolder:
     for name in ("samples.npz", "parts"):
         if (path / name).exists():
             raise ValueError(
                 f"{path} is an output folder of `sample` (it holds {name}); pass its samples.npz, or its png folder"
             )
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(path)):
-        return ImageFolder(path)
-    files = _FlatFolder(path)
-    if not files.paths:
-        raise ValueError(f"{path}: no images in it, wanted files ending in {', '.join(EXTENSIONS)}, or class folders")
-    return files
+    return ImageFolder(path, flat=True)

@@ -1,7 +1,7 @@
 """Building blocks of both networks; parameter names and shapes are those of the released checkpoints.
 
-A module that computes with `epg_fast.ops` has an attribute `ops`, the backend it asks for; `use_ops` of the networks
-sets them all. With "triton" a block hands the parameters of its modules to fused operations; otherwise it calls them.
+They are plain: `epg_fast.models.fused` holds what computes the same with fused operations. Modules whose forward is
+one operation of `epg_fast.ops` have its `backend`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from epg_fast.ops import (
-    adaln_attention,
-    attention,
-    gate_residual_norm_modulate,
-    layer_norm_modulate,
-    linear_gelu,
-    skip_linear,
-)
-from epg_fast.ops.backends import autocast_dtype
+from epg_fast.ops import attention, layer_norm_modulate
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` is `kind.forward` and nothing else: no subclass, hook or replaced `forward`."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, computed in float32, optionally followed by `* (1 + scale) + shift`."""
 
-    ops = "auto"
+    backend = "auto"
 
     def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
         """x: [B, L, D]; shift, scale: [B, 1, D] or None. Returns x's shape and dtype."""
-        return layer_norm_modulate(x, self.weight, self.bias, shift, scale, eps=self.eps, backend=self.ops)
+        return layer_norm_modulate(x, self.weight, self.bias, shift, scale, eps=self.eps, backend=self.backend)
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -54,40 +52,10 @@ class DropPath(nn.Module):
         return x * keep / (1.0 - self.p)
 
 
-def parameters_of(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, bias) of a plain module, for a fused operation that does not call it."""
-    require_plain(module, kind)
-    return module.weight, module.bias
-
-
-def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise ValueError for what a fused operation would bypass: an adapter, a quantised layer, a module with hooks."""
-    if not is_plain(module, kind):
-        changed = "" if type(module) is not kind else " with forward hooks or a forward of its own"
-        found = f"a {type(module).__name__}{changed}"
-        raise ValueError(
-            f"ops='triton': got {found} in the place of a plain {kind.__name__}, which fused operations would bypass; "
-            "use ops='auto'"
-        )
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module` is `kind.forward` and nothing else: no subclass, hook or replaced `forward`."""
-    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return type(module) is kind and not hooked
-
-
-def fused_residual_norm(norm: nn.Module, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + branch in x's dtype, its norm in the dtype of the next matrix product): [B, L, D] each."""
-    weight, bias = parameters_of(norm, LayerNorm)
-    dtype = autocast_dtype(x)
-    return gate_residual_norm_modulate(x, branch, None, weight, bias, eps=norm.eps, out_dtype=dtype, backend="triton")
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection (order q, k, v)."""
 
-    ops = "auto"
+    backend = "auto"
 
     def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
         super().__init__()
@@ -105,14 +73,12 @@ class Attention(nn.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         dropout = self.attn_drop if self.training else 0.0
-        x = attention(qkv, self.scale, dropout, backend=self.ops).flatten(2)
+        x = attention(qkv, self.scale, dropout, backend=self.backend).flatten(2)
         return self.proj_drop(self.proj(x))
 
 
 class Mlp(nn.Module):
     """Linear, exact (erf) GELU, Linear."""
-
-    ops = "auto"
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
         super().__init__()
@@ -122,11 +88,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, L, D] -> [B, L, D]."""
-        if self.ops == "triton":
-            hidden = linear_gelu(x, *parameters_of(self.fc1), backend="triton")
-        else:
-            hidden = F.gelu(self.fc1(x))
-        return self.drop(self.fc2(self.drop(hidden)))
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):
@@ -140,27 +102,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor, branch: torch.Tensor | None = None, chained: bool = False):
-        """x: [B, L, E] -> [B, L, E].
-
-        `chained`, for blocks that follow each other with ops "triton": x + branch enters, and the residual of the MLP
-        is left to the next norm, which adds it and normalises the sum in one pass. Returns what entered, and x and
-        branch of which the sum leaves: [B, L, E] each.
-        """
-        if chained:
-            return self._chained(x, branch)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, E] -> [B, L, E]."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _chained(self, x, branch):
-        if branch is None:
-            weight, bias = parameters_of(self.norm1, LayerNorm)
-            dtype = autocast_dtype(x)
-            y = layer_norm_modulate(x, weight, bias, eps=self.norm1.eps, out_dtype=dtype, backend="triton")
-        else:
-            x, y = fused_residual_norm(self.norm1, x, branch)
-        after, y = fused_residual_norm(self.norm2, x, self.drop_path(self.attn(y)))
-        return x, after, self.drop_path(self.mlp(y))
 
 
 class DecoderBlock(nn.Module):
@@ -168,8 +113,6 @@ class DecoderBlock(nn.Module):
 
     `adaLN_modulation` holds this block's projection of the condition; the generator computes all blocks' at once.
     """
-
-    ops = "auto"
 
     def __init__(
         self,
@@ -205,45 +148,18 @@ class DecoderBlock(nn.Module):
 
         modulation: what `adaLN_modulation` makes of cond, if it has been computed: [B, 1, 6 D].
         """
-        if modulation is None:
-            modulation = self.adaLN_modulation(cond)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        gate1, gate2 = self.drop_path(gate1), self.drop_path(gate2)
-        if self.ops == "triton":
-            x = x if skip is None else self._fused_skip(x, skip)
-            x, y = self._fused_attention(x, shift1, scale1, gate1, shift2, scale2)
-            return x + gate2 * self.mlp(y)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond, modulation)
         if skip is not None:
-            x = self.skip_norm(self.skip_linear(torch.cat([x, skip], dim=-1)))
+            x = self.skip_norm(self.skip_linear(torch.cat([x, skip.to(x.dtype)], dim=-1)))
         x = x + gate1 * self.attn(self.norm1(x, shift1, scale1))
         return x + gate2 * self.mlp(self.norm2(x, shift2, scale2))
 
-    def _fused_skip(self, x, skip):
-        norm = (None, None)
-        if not is_plain(self.skip_norm, nn.Identity):
-            norm = (*parameters_of(self.skip_norm, LayerNorm), self.skip_norm.eps)
-        return skip_linear(x, skip, *parameters_of(self.skip_linear), *norm, backend="triton")
-
-    def _fused_attention(self, x, shift1, scale1, gate1, shift2, scale2):
-        """(x after attention, input of the MLP)."""
-        attn = self.attn
-        require_plain(attn, Attention)
-        return adaln_attention(
-            x,
-            shift1,
-            scale1,
-            gate1,
-            *parameters_of(self.norm1, LayerNorm),
-            *parameters_of(attn.qkv),
-            *parameters_of(attn.proj),
-            attn.num_heads,
-            attention_scale=attn.scale,
-            eps=self.norm1.eps,
-            attention_dropout=attn.attn_drop if self.training else 0.0,
-            proj_dropout=attn.proj_drop.p if self.training else 0.0,
-            next_norm=(*parameters_of(self.norm2, LayerNorm), shift2, scale2),
-            backend="triton",
-        )
+    def modulation(self, cond: torch.Tensor | None, modulation: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """shift, scale and gate of attention, then of the MLP: [B, 1, D] each. Arguments as in `forward`."""
+        if modulation is None:
+            modulation = self.adaLN_modulation(cond)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        return shift1, scale1, self.drop_path(gate1), shift2, scale2, self.drop_path(gate2)
 
 
 class PatchEmbed(nn.Module):

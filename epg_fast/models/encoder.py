@@ -9,16 +9,8 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from epg_fast.models.blocks import (
-    BatchNorm1d,
-    Block,
-    LayerNorm,
-    PatchEmbed,
-    fused_residual_norm,
-    parameters_of,
-    require_plain,
-)
-from epg_fast.ops import patch_embed, timestep_condition
+from epg_fast.models.blocks import Attention, BatchNorm1d, Block, LayerNorm, PatchEmbed
+from epg_fast.ops import timestep_condition
 from epg_fast.ops.backends import check_backend
 
 # Arguments of the official classes for features that EPG does not use, with the only value that is accepted.
@@ -105,11 +97,14 @@ class ViTEncoder(nn.Module):
         otherwise) or "reference" (plain formulas, attention included). Parameters and results are the same with any of
         them, up to rounding.
         """
+        from epg_fast.models.fused import fuse, unfuse
+
         check_backend("use_ops", backend, ("auto", "triton", "reference"))
+        self.ops = backend
         for module in self.modules():
-            if hasattr(type(module), "ops"):
-                module.ops = backend
-        return self
+            if isinstance(module, LayerNorm | Attention):
+                module.backend = backend
+        return fuse(self) if backend == "triton" else unfuse(self)
 
     def large_linears(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the linears that do nearly all work: those of attention, MLP and skip in each block.
@@ -149,10 +144,6 @@ class ViTEncoder(nn.Module):
 
     def _embed(self, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
         """x: [B, C, H, W], prefix: [B, tokens+1, E] -> tokens [B, L, E]."""
-        if self.ops == "triton":
-            require_plain(self.patch_embed, PatchEmbed)
-            weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
-            return patch_embed(x, weight, bias, self.pos_embed, prefix, backend="triton")
         return torch.cat([prefix, self.patch_embed(x)], dim=1) + self.pos_embed
 
     def _condition(self, t: torch.Tensor, label: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,30 +156,11 @@ class ViTEncoder(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def _encode(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Tokens [B, L, E] -> (output of every block, normalised output of the last)."""
-        outputs, branch = [], None
-        if self.ops != "triton":
-            for i, block in enumerate(self.blocks):
-                x = self._run(i, block, x)
-                outputs.append(x)
-            return outputs, self.norm(x)
-        for i, block in enumerate(self.blocks):
-            entered, x, branch = self._run(i, block, x, branch, True)
-            outputs.append(entered)
-        last, normalised = fused_residual_norm(self.norm, x, branch)
-        return [*outputs[1:], last], normalised
-
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, E] -> normalised first class token [B, E] after the last block."""
-        branch = None
         for i, block in enumerate(self.blocks):
-            if self.ops == "triton":
-                _, x, branch = self._run(i, block, x, branch, True)
-            else:
-                x = self._run(i, block, x)
-        x = x[:, :1]
-        return self.norm(x if branch is None else x + branch[:, :1])[:, 0]
+            x = self._run(i, block, x)
+        return self.norm(x[:, :1])[:, 0]
 
 
 class RCMViT(ViTEncoder):

@@ -171,7 +171,7 @@ class EPGViT(ViTEncoder):
 
     def denoise(self, x: torch.Tensor, conditioning: Conditioning, *, patches: bool = False) -> torch.Tensor:
         """x: [B, C, H, W] -> [B, C, H, W]; with `conditioning(t, y)` this is `forward(x, t, y)`."""
-        skips, x = self._encode(self._embed(x, conditioning.prefix))
+        skips, x = self._encoded(self._embed(x, conditioning.prefix))
         if self.encoder_to_decoder is not None:
             x = self.encoder_to_decoder(x)
         modulations = conditioning.modulations or [None] * len(self.decoder_blocks)
@@ -179,6 +179,14 @@ class EPGViT(ViTEncoder):
             x = self._run(i, block, x, conditioning.cond, skips.pop() if skips else None, modulation)
         tokens = self.out(self.out_norm(x[:, self.extras :]))
         return tokens if patches else self.unpatchify(tokens)
+
+    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Tokens [B, L, E] -> (output of every encoder block, normalised output of the last)."""
+        skips = []
+        for i, block in enumerate(self.blocks):
+            x = self._run(i, block, x)
+            skips.append(x)
+        return skips, self.norm(x)
 
     def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """SiLU'd condition [B, E] -> [B, 1, 6 D] for every decoder block; None if the blocks must compute their own.

@@ -16,7 +16,7 @@ from epg_fast.models.generator import EPGViT
 @cache
 def _presets() -> dict[str, dict]:
     folder = resources.files("epg_fast") / "configs" / "models"
-    return {f.name[:-5]: yaml.safe_load(f.read_text()) for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return {f.name[:-5]: yaml.safe_load(f.read_bytes()) for f in folder.iterdir() if f.name.endswith(".yaml")}
 
 
 def list_presets() -> list[str]:

@@ -3,7 +3,6 @@
 Importing this package needs neither Triton nor the compiled extension; a backend is loaded when it is first asked for.
 """
 
-from epg_fast.ops.adaln_attention import adaln_attention, adaln_attention_ref
 from epg_fast.ops.attention import attention, attention_ref
 from epg_fast.ops.augment_view import JitterOperation, augment_view, augment_view_ref
 from epg_fast.ops.euler_step import euler_step, euler_step_, euler_step_ref
@@ -20,11 +19,14 @@ from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate,
     layer_norm_modulate_fp8,
     layer_norm_modulate_ref,
+    residual_norm_modulate,
 )
 from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
 from epg_fast.ops.linear_gate_residual import linear_gate_residual, linear_gate_residual_ref
 from epg_fast.ops.linear_gelu import linear_gelu, linear_gelu_ref
+from epg_fast.ops.linear_residual_norm import linear_residual_norm, linear_residual_norm_ref
+from epg_fast.ops.mlp_residual import mlp_residual, mlp_residual_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal, philox_normal_of
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
 from epg_fast.ops.resized_crop import resized_crop, resized_crop_ref
@@ -38,8 +40,6 @@ from epg_fast.ops.timestep_embedding import (
 
 __all__ = [
     "JitterOperation",
-    "adaln_attention",
-    "adaln_attention_ref",
     "attention",
     "attention_ref",
     "augment_view",
@@ -69,6 +69,10 @@ __all__ = [
     "linear_gate_residual_ref",
     "linear_gelu",
     "linear_gelu_ref",
+    "linear_residual_norm",
+    "linear_residual_norm_ref",
+    "mlp_residual",
+    "mlp_residual_ref",
     "patch_embed",
     "patch_embed_ref",
     "patch_loss",
@@ -76,6 +80,7 @@ __all__ = [
     "patchify",
     "philox_normal",
     "philox_normal_of",
+    "residual_norm_modulate",
     "resized_crop",
     "resized_crop_ref",
     "skip_linear",

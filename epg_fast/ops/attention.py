@@ -57,7 +57,8 @@ def attention_bwd_ref(dout, qkv, out, lse, scale: float) -> torch.Tensor:
 
 def _heads(qkv: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
     """q, k and v as [B, H, L, d]."""
-    return qkv.to(dtype or qkv.dtype).permute(2, 0, 3, 1, 4).unbind()
+    # unbind first: Inductor copies the gradient of a permuted qkv twice
+    return tuple(part.transpose(1, 2) for part in qkv.to(dtype or qkv.dtype).unbind(2))
 
 
 def _scale(qkv: torch.Tensor, scale: float | None) -> float:
@@ -115,6 +116,7 @@ def _setup_context(ctx, inputs, output):
     out, lse = output
     ctx.save_for_backward(qkv, out, lse)
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _dlse):

@@ -82,11 +82,14 @@ def _forward_op(
     scale: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    copy_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, mean, rstd, x in copy_dtype, empty if that is None)."""
     if interpreting():
-        return _forward_triton(x, weight, bias, shift, scale, eps, out_dtype)
+        return _forward_triton(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
     y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype).contiguous()
-    return y, *norm_statistics(x, eps)
+    copied = x.new_empty(0) if copy_dtype is None else x.to(copy_dtype, copy=True).contiguous()
+    return y, *norm_statistics(x, eps), copied
 
 
 def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,21 +99,26 @@ def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Te
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_triton(x, weight, bias, shift, scale, eps, out_dtype):
+def _forward_triton(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype=None):
     from epg_kernels.layer_norm_modulate import layer_norm_modulate_fwd
 
-    return layer_norm_modulate_fwd(x, weight, bias, shift, scale, eps, out_dtype)
+    *made, copied = layer_norm_modulate_fwd(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
+    return *made, x.new_empty(0) if copied is None else copied
 
 
 @_forward_op.register_fake
-def _(x, weight, bias, shift, scale, eps, out_dtype):
+def _(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype=None):
     statistics = x.new_empty(x.shape[:-1], dtype=_accumulation_dtype(x))
-    return x.new_empty(x.shape, dtype=out_dtype or x.dtype), statistics, torch.empty_like(statistics)
+    y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+    copied = x.new_empty(0) if copy_dtype is None else x.new_empty(x.shape, dtype=copy_dtype)
+    return y, statistics, torch.empty_like(statistics), copied
 
 
 # An operator cannot return None, so without modulation dshift and dscale are empty tensors.
 @torch.library.custom_op("epg_fast::layer_norm_modulate_bwd", mutates_args=(), device_types="cpu")
 def _backward_op(
+    dx_out: torch.Tensor | None,
+    dcopy: torch.Tensor | None,
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -120,9 +128,14 @@ def _backward_op(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx_out, dcopy: the gradients that reach x past the norm, through itself and through its copy, if they do."""
     if interpreting():
-        return _backward_triton(dy, x, weight, bias, shift, scale, mean, rstd)
-    return layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd)
+        return _backward_triton(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd)
+    # In the statistics' dtype, so that the gradient of x is rounded once.
+    dx, *rest = layer_norm_modulate_bwd_ref(dy, x.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
+    for passed in (dx_out, dcopy):
+        dx = dx if passed is None else dx + passed.to(dx.dtype)
+    return dx.to(x.dtype), *(tensor.to(x.dtype) if tensor.numel() == 0 else tensor for tensor in rest)
 
 
 def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
@@ -142,35 +155,56 @@ def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
 
 
 @_backward_op.register_kernel("cuda")
-def _backward_triton(dy, x, weight, bias, shift, scale, mean, rstd):
+def _backward_triton(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd):
     from epg_kernels.layer_norm_modulate import layer_norm_modulate_bwd
 
-    dx, dweight, dbias, dshift, dscale = layer_norm_modulate_bwd(dy, x, weight, bias, shift, scale, mean, rstd)
+    gradients = layer_norm_modulate_bwd(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd)
+    dx, dweight, dbias, dshift, dscale = gradients
     if scale is None:
         return dx, dweight, dbias, x.new_empty(0), x.new_empty(0)
     return dx, dweight, dbias, dshift, dscale
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, bias, shift, scale, mean, rstd):
+def _(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd):
     dshift, dscale = (x.new_empty(0) if s is None else s.new_empty(s.shape) for s in (shift, scale))
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift, dscale
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, shift, scale, *_ = inputs
-    _, mean, rstd = output
+    _, mean, rstd, copied = output
     ctx.save_for_backward(x, weight, bias, shift, scale, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd, copied)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, _dmean, _drstd):
+def _backward(ctx, dy, *_):
     x, weight, bias, shift, scale, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias, dshift, dscale = _backward_op(dy, x, weight, bias, shift, scale, mean, rstd)
-    return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale, None, None
+    return *_gradients(None, None, dy, x, weight, bias, shift, scale, mean, rstd), None, None, None
+
+
+def _gradients(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd):
+    given = dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd
+    dx, dweight, dbias, dshift, dscale = _backward_op(*given)
+    return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """(x, its norm, its copy): an operator's gradient formula would not see what reaches x past the norm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, shift, scale, eps, out_dtype, copy_dtype):
+        y, mean, rstd, copied = _forward_op(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
+        ctx.save_for_backward(x, weight, bias, shift, scale, mean, rstd)
+        return x.view_as(x), y, copied
+
+    @staticmethod
+    def backward(ctx, dx_out, dy, dcopy):
+        return *_gradients(dx_out, dcopy if dcopy.numel() else None, dy, *ctx.saved_tensors), None, None, None
 
 
 @torch.library.custom_op("epg_fast::layer_norm_modulate_fp8", mutates_args=(), device_types="cpu")
@@ -228,6 +262,33 @@ def layer_norm_modulate(
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
     require_triton_norm("layer_norm_modulate", x, weight, bias, shift, scale)
     return _forward_op(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)[0]
+
+
+def residual_norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    copy_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x, `layer_norm_modulate` of x, x in copy_dtype), for an x that also goes on as residual and as skip.
+
+    With "triton" the copy is made in the norm's pass, and the gradients of all three meet in that of its backward pass,
+    instead of in kernels of their own. copy_dtype: None is x's. Arguments, backends and errors as there.
+    """
+    copy_dtype = None if copy_dtype in (None, x.dtype) else copy_dtype
+    if backend != "triton":
+        y = layer_norm_modulate(x, weight, bias, shift, scale, eps, out_dtype, backend)
+        return x, y, x if copy_dtype is None else x.to(copy_dtype)
+    check_norm_shapes("residual_norm_modulate", x, weight, bias, shift=shift, scale=scale)
+    require_triton_norm("residual_norm_modulate", x, weight, bias, shift, scale)
+    given = x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype, copy_dtype
+    x, y, copied = _ResidualNorm.apply(*given)
+    return x, y, x if copy_dtype is None else copied
 
 
 def layer_norm_modulate_fp8(

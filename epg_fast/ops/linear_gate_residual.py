@@ -46,7 +46,7 @@ def _forward_op(
 @_forward_op.register_kernel("cuda")
 def _forward_cuda(x, gate, h, weight, bias):
     out = torch.empty_like(x)
-    torch.ops.epg_fast.linear_gate_residual_out(out, x, gate, h, weight, bias.to(h.dtype).contiguous())
+    torch.ops.epg_fast.linear_gate_residual_out(out, None, x, gate, h, weight, bias.to(h.dtype).contiguous())
     return out
 
 

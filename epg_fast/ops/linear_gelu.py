@@ -119,6 +119,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, *_ = inputs
     ctx.save_for_backward(output[1], x, weight, bias)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, _dz):

@@ -291,6 +291,7 @@ def _setup_context(ctx, inputs, output):
     ctx.std, ctx.image_dtype, ctx.extras = std, image.dtype, 0 if prefix is None else prefix.shape[1]
     ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (bias, position, prefix))
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dtokens, _dpixels):

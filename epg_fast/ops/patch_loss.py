@@ -152,6 +152,7 @@ def _setup_context(ctx, inputs, output):
     *tensors, ctx.huber_c = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, _dsquared_error):

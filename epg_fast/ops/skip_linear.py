@@ -3,6 +3,8 @@
     z = concat[x, skip] @ weight^T + bias = x @ weight[:, :D]^T + skip @ weight[:, D:]^T + bias
     y = LayerNorm(z) * norm_weight + norm_bias        or z without norm_weight
 
+and, as a block begins with a norm of y, that norm with its modulation in the same pass if it is wanted.
+
 Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2023); the norm: SPEC 3.
 
 Shapes: x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E]; bias, norm_weight, norm_bias: [N]; y: [B, L, N].
@@ -31,13 +33,17 @@ from epg_fast.ops.backends import (
 )
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.layer_norm_modulate import (
+    check_norm_shapes,
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_ref,
     norm_statistics,
+    per_sample,
     require_triton_norm,
+    residual_norm_modulate,
 )
 from epg_fast.ops.spec import OpSpec
 
+NextNorm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,10 +55,13 @@ def skip_linear_ref(
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
     eps: float = 1e-5,
-) -> torch.Tensor:
+    next_norm: NextNorm | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
-    z = F.linear(torch.cat([x, skip.to(x.dtype)], dim=-1), weight.to(x.dtype), bias.to(x.dtype))
-    return z if norm_weight is None else layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
+    y = F.linear(torch.cat([x, skip.to(x.dtype)], dim=-1), weight.to(x.dtype), bias.to(x.dtype))
+    if norm_weight is not None:
+        y = layer_norm_modulate_ref(y, norm_weight, norm_bias, eps=eps)
+    return y if next_norm is None else (y, layer_norm_modulate_ref(y, *next_norm, eps))
 
 
 @torch.library.custom_op("epg_fast::skip_linear", mutates_args=(), device_types="cpu")
@@ -63,110 +72,152 @@ def _forward_op(
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    next_bias: torch.Tensor | None,
+    next_shift: torch.Tensor | None,
+    next_scale: torch.Tensor | None,
     eps: float,
     backend: str = "triton",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, z, mean, rstd), the last three empty without the norm."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, the next norm of y, z, mean and rstd of z, of y); empty what the norms that are there do not make."""
+    norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
     if interpreting() and backend == "triton":
-        return _forward_triton(x, skip, weight, bias, norm_weight, norm_bias, eps)
+        return _forward_triton(x, skip, weight, bias, *norms, eps)
     z = skip_linear_ref(x, skip, weight, bias)
     if norm_weight is None:
-        return z, *(x.new_empty(0) for _ in range(3))
-    return layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps), z, *norm_statistics(z, eps)
+        return z, *_empty(x, 6)
+    y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
+    made = y, z, *norm_statistics(z, eps)
+    if next_weight is None:
+        return y, *_empty(x, 1), *made[1:], *_empty(x, 2)
+    after = layer_norm_modulate_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
+    return y, after, *made[1:], *norm_statistics(y, eps)
+
+
+def _empty(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    return tuple(x.new_empty(0) for _ in range(count))
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_kernel(x, skip, weight, bias, norm_weight, norm_bias, eps, backend="triton"):
+def _forward_kernel(x, skip, weight, bias, *norms_and_eps, backend="triton"):
+    if len(norms_and_eps) == 8:
+        *norms_and_eps, backend = norms_and_eps
     forward = _forward_triton if backend == "triton" else _forward_cuda
-    return forward(x, skip, weight, bias, norm_weight, norm_bias, eps)
+    return forward(x, skip, weight, bias, *norms_and_eps)
 
 
-def _forward_triton(x, skip, weight, bias, norm_weight, norm_bias, eps):
-    from epg_kernels.skip_linear import skip_linear_fwd
+def _forward_triton(x, skip, weight, bias, *norms_and_eps):
+    from epg_kernels.skip_linear import skip_linear_fwd, skip_norms_fwd
 
-    y, *saved = skip_linear_fwd(x, skip, weight, bias, norm_weight, norm_bias, eps)
-    return y, *(x.new_empty(0) if tensor is None else tensor for tensor in saved)
+    return _without_none(x, skip_norms_fwd(skip_linear_fwd(x, skip, weight, bias), *norms_and_eps))
 
 
-def _forward_cuda(x, skip, weight, bias, norm_weight, norm_bias, eps):
+def _forward_cuda(x, skip, weight, bias, norm_weight, *norms_and_eps):
     z = x.new_empty((*x.shape[:-1], weight.shape[0]))
     torch.ops.epg_fast.skip_linear_out(z, x, skip, weight, bias.to(x.dtype).contiguous())
     if norm_weight is None:
-        return z, *(x.new_empty(0) for _ in range(3))
-    from epg_kernels.layer_norm_modulate import layer_norm_modulate_fwd
+        return z, *_empty(x, 6)
+    from epg_kernels.skip_linear import skip_norms_fwd
 
-    y, mean, rstd = layer_norm_modulate_fwd(z, norm_weight, norm_bias, None, None, eps)
-    return y, z, mean, rstd
+    return _without_none(x, skip_norms_fwd(z, norm_weight, *norms_and_eps))
 
 
 @_forward_op.register_fake
-def _(x, skip, weight, bias, norm_weight, norm_bias, eps, backend="triton"):
+def _(x, skip, weight, bias, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps, backend=""):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if norm_weight is None:
-        return y, *(x.new_empty(0) for _ in range(3))
-    statistics = y.new_empty(y.shape[:-1], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
-    return y, torch.empty_like(y), statistics, torch.empty_like(statistics)
+        return y, *_empty(x, 6)
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    statistics = [y.new_empty(y.shape[:-1], dtype=dtype) for _ in range(4)]
+    if next_weight is None:
+        return y, *_empty(x, 1), torch.empty_like(y), *statistics[:2], *_empty(x, 2)
+    return y, torch.empty_like(y), torch.empty_like(y), *statistics
 
 
 @torch.library.custom_op("epg_fast::skip_linear_bwd", mutates_args=(), device_types="cpu")
 def _backward_op(
-    dy: torch.Tensor,
+    dy: torch.Tensor | None,
+    dnext: torch.Tensor | None,
     x: torch.Tensor,
     skip: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    next_bias: torch.Tensor | None,
+    next_shift: torch.Tensor | None,
+    next_scale: torch.Tensor | None,
     z: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    next_mean: torch.Tensor,
+    next_rstd: torch.Tensor,
     needed: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dskip, dweight, dbias), empty where not `needed`, (dnorm_weight, dnorm_bias), empty without the norm."""
+) -> list[torch.Tensor]:
+    """Gradients of x, skip, weight and bias, empty where not `needed`, then of the norms, empty for what is not there.
+
+    dy: the gradient of y, None if only the next norm's result has one; dnext: of that, None without a next norm.
+    """
+    norm, after = (norm_weight, norm_bias), (next_weight, next_bias, next_shift, next_scale)
     if interpreting():
-        return _backward_triton(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, needed)
-    dz, norm_grads = dy, (None, None)
+        return _backward_triton(
+            dy, dnext, x, skip, weight, bias, *norm, *after, z, mean, rstd, next_mean, next_rstd, needed
+        )
+    dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
+    if next_weight is not None:
+        y = (z.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight + norm_bias
+        y = y.to(z.dtype).to(mean.dtype)  # rounded as it left
+        dz, *next_grads = layer_norm_modulate_bwd_ref(dnext, y, *after, next_mean, next_rstd)
+        dz = dz if dy is None else dz + dy.to(dz.dtype)
     if norm_weight is not None:
-        dz, *norm_grads = layer_norm_modulate_bwd_ref(dy, z, norm_weight, norm_bias, None, None, mean, rstd)[:3]
-    rows, split = dz.flatten(0, -2), x.shape[-1]
+        # In the statistics' dtype, so that what leaves is rounded once.
+        dz, *norm_grads = layer_norm_modulate_bwd_ref(dz, z.to(mean.dtype), *norm, None, None, mean, rstd)[:3]
+    rows, split = dz.to(z.dtype if norm_weight is not None else dz.dtype).flatten(0, -2), x.shape[-1]
     dx = (rows @ weight[:, :split]).view(x.shape) if needed[0] else None
     dskip = (rows @ weight[:, split:]).view(skip.shape) if needed[1] else None
     dweight = rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2) if needed[2] else None
-    dbias = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(bias.dtype) if needed[3] else None
-    return _without_none(x, (dx, dskip, dweight, dbias, *norm_grads))
+    acc_dtype = torch.promote_types(dz.dtype, torch.float32)
+    dbias = dz.flatten(0, -2).sum(0, dtype=acc_dtype).to(bias.dtype) if needed[3] else None
+    grads = [dx, dskip, dweight, dbias, *norm_grads, *next_grads]
+    return list(_without_none(x, [g if g is None or g.numel() else None for g in grads]))
 
 
 @_backward_op.register_kernel("cuda")
-def _backward_triton(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, needed):
+def _backward_triton(dy, dnext, x, *arguments):
     from epg_kernels.skip_linear import skip_linear_bwd
 
-    return _without_none(x, skip_linear_bwd(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, *needed))
+    *arguments, needed = arguments
+    return list(_without_none(x, skip_linear_bwd(dy, dnext, x, *arguments, *needed)))
 
 
-def _without_none(x: torch.Tensor, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+def _without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
     """An operator cannot return None: empty tensors in its place."""
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(x.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
 @_backward_op.register_fake
-def _(dy, x, skip, weight, bias, norm_weight, norm_bias, z, mean, rstd, needed):
+def _(dy, dnext, x, skip, weight, bias, *norms_and_saved):
+    *norms_and_saved, needed = norms_and_saved
     grads = [tensor.new_empty(tensor.shape) for tensor in (x, skip, weight, bias)]
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    norm = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in (norm_weight, norm_bias)]
-    return _without_none(x, (*grads, *norm))
+    norms = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norms_and_saved[:6]]
+    return list(_without_none(x, (*grads, *norms)))
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:10], *output[2:])
+    ctx.mark_non_differentiable(*output[2:], *(() if inputs[6] is not None else output[1:2]))
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, *_):
-    needed, saved = ctx.needs_input_grad[:4], ctx.saved_tensors
-    *grads, dnorm_weight, dnorm_bias = _backward_op(dy, *saved, needed)
-    grads = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    has_norm = saved[4] is not None
-    return *grads, dnorm_weight if has_norm else None, dnorm_bias if has_norm else None, None, None
+def _backward(ctx, dy, dnext, *_):
+    saved = ctx.saved_tensors
+    if dnext is None and saved[6] is not None:
+        dnext = torch.zeros_like(saved[10])  # z's shape
+    grads = _backward_op(dy, dnext, *saved, ctx.needs_input_grad[:4])
+    wanted = [*ctx.needs_input_grad[:4], *(tensor is not None for tensor in saved[4:10])]
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -178,7 +229,7 @@ def _forward_flops(x_shape, skip_shape, weight_shape, *args, out_shape=None, **k
 
 
 @register_flop_formula(torch.ops.epg_fast.skip_linear_bwd)
-def _backward_flops(dy_shape, x_shape, skip_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(dy_shape, dnext_shape, x_shape, skip_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     need_x, need_skip, need_weight, _ = args[-1]
     width, skip_width = x_shape[-1], skip_shape[-1]
     columns = width * (need_x + need_weight) + skip_width * (need_skip + need_weight)
@@ -194,11 +245,13 @@ def skip_linear(
     norm_bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     backend: str = "auto",
-) -> torch.Tensor:
+    next_norm: NextNorm | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm(concat[x, skip] @ weight^T + bias), without the norm if norm_weight is None.
 
     x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E], x's columns first; bias, norm_weight, norm_bias: [N]. Returns
-    [B, L, N] in x's dtype, or autocast's where it is on.
+    [B, L, N] in x's dtype, or autocast's where it is on. next_norm: weight, bias [N], shift, scale [B, N], [B, 1, N] or
+    None: returns (y, LayerNorm(y) * (1 + scale) + shift); kernels make both in one pass each way.
     backend: "reference" (plain PyTorch, which stores the concatenation), "triton" (which does not), "cuda"
     (nor does the C++/CUDA extension, for compute capability 9.0) or "auto": the reference, until a kernel has been
     measured to beat torch.compile on a GPU.
@@ -209,7 +262,10 @@ def skip_linear(
     dtype = autocast_dtype(x) or x.dtype
     x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
     if backend not in ("triton", "cuda"):
-        return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps)
+        return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps, next_norm)
+    if next_norm is not None and norm_weight is None:
+        z = skip_linear(x, skip, weight, bias, backend=backend)
+        return residual_norm_modulate(z, *next_norm, eps, backend="triton")[:2]
     if backend == "cuda":
         _require_cuda(x, skip, weight, bias, norm_weight, norm_bias)
     else:
@@ -218,7 +274,14 @@ def skip_linear(
     if norm_weight is not None:
         require_triton_norm("skip_linear", weight.t())
         require_grid("skip_linear", x.shape[0])
-    return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, eps, backend)[0]
+    if next_norm is None:
+        return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
+    after, *modulation = next_norm[:2], *(per_sample(tensor) for tensor in next_norm[2:])
+    check_norm_shapes(
+        "skip_linear", x[..., :1].expand(*x.shape[:2], len(weight)), *after, shift=modulation[0], scale=modulation[1]
+    )
+    require_triton_norm("skip_linear", x, *after, *modulation)
+    return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, *after, *modulation, eps, backend)[:2]
 
 
 def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:

@@ -15,7 +15,7 @@ from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import autoguided, guided
 from epg_fast.models import EPGViT
-from epg_fast.runtime import float32_products
+from epg_fast.runtime import compile_options, float32_products
 from epg_fast.sampling.graphs import GraphedFunction
 from epg_fast.sampling.precision import available_precision, inference_network
 from epg_fast.sampling.requests import (
@@ -120,7 +120,7 @@ class SamplingEngine:
         if self.compile != "off":
             for network in networks:
                 _compile(network, self.compile)
-            self._trajectory.noise = torch.compile(self._trajectory.noise, dynamic=False)
+            self._trajectory.noise = torch.compile(self._trajectory.noise, **compile_options(fused=False))
         self._lock = threading.Lock()
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
@@ -271,12 +271,13 @@ class _Arriving:
 
 def _compile(network: EPGViT, how: str) -> None:
     """torch.compile for static shapes, in place."""
+    options = compile_options(network.ops == "triton")
     if how == "network":
         for name in ("conditioning", "denoise"):
-            setattr(network, name, torch.compile(getattr(network, name), fullgraph=True, dynamic=False))
+            setattr(network, name, torch.compile(getattr(network, name), fullgraph=True, **options))
         return
     for block in [*network.blocks, *network.decoder_blocks]:
-        block.compile(dynamic=False)
+        block.compile(**options)
 
 
 def _ways(compile: str, cuda_graphs: bool | None, device: torch.device) -> tuple[str, bool]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import IO
 
 from epg_fast.data.files import lock_file
+from epg_fast.data.names import is_junk
+from epg_fast.outputs import check_writable
 from epg_fast.sampling.writers import replacing
 
 _SETTINGS = "settings.json"
@@ -25,10 +27,11 @@ def check_folder(outdir: Path, settings: dict) -> None:
         raise ValueError(f"{outdir} is a file, want a folder; choose another --outdir")
     path = outdir / _SETTINGS
     if not path.exists():
-        if outdir.exists() and any(not _left_by_a_start(entry.name) for entry in outdir.iterdir()):
+        if outdir.exists() and not all(is_junk(entry.name) for entry in outdir.iterdir()):
             raise ValueError(
                 f"{outdir} is not an empty folder and not one of `sample` (no {_SETTINGS}); choose another --outdir"
             )
+        check_writable(outdir, "outdir")
         return
     if not any(any(outdir.glob(pattern)) for pattern in _DRAWN):
         return
@@ -43,7 +46,7 @@ def read_settings(outdir: Path) -> dict:
     """Return settings.json. Raises ValueError when it is damaged."""
     path = outdir / _SETTINGS
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_bytes())
         if not isinstance(settings, dict):
             raise ValueError("no mapping")
     except ValueError as error:
@@ -67,10 +70,6 @@ def note_settings(outdir: Path, settings: dict, drawn_with: dict | None) -> dict
         file.flush()
         os.fsync(file.fileno())
     return settings
-
-
-def _left_by_a_start(name: str) -> bool:
-    return name == ".lock" or (name.startswith(f".{_SETTINGS}.") and name.endswith(".tmp"))
 
 
 class FolderLock:

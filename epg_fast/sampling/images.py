@@ -45,6 +45,7 @@ class Images:
     def __init__(self, outdir: Path, labels: np.ndarray, size: int):
         self.npz, self.grid, self.parts, self.png = (outdir / n for n in ("samples.npz", "grid.png", "parts", "png"))
         self.outdir, self.labels, self.shape = outdir, labels, (size, size, 3)
+        self._classes = int(labels.max()) + 1
         self.has_png = np.zeros(len(labels), bool)
         self._done = np.zeros(len(labels), bool)
         self._ranges: list[range] = []
@@ -163,7 +164,7 @@ class Images:
         return self.parts / f"{images.start:08d}_{images.stop:08d}.npy"
 
     def _png(self, index: int) -> Path:
-        return png_path(self.png, int(self.labels[index]), index)
+        return png_path(self.png, int(self.labels[index]), index, self._classes, len(self.labels))
 
     def _header(self, number: int) -> bytes:
         buffer = io.BytesIO()

@@ -49,7 +49,11 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
     ranks.decide(lambda: check_folder(outdir, requested(config)))  # before weights are read, which may take long
     model = _generator(config.checkpoint, config, device)
     weak = _generator(config.autoguidance, config, device) if config.autoguidance else None
-    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed))
+    untrained = model.metadata.get("untrained_classes", [])
+    if untrained and config.labels in ("balanced", "random"):
+        left = model.num_classes - len(untrained)
+        log.info("%s was trained on %d of its %d classes: these are drawn", config.checkpoint, left, model.num_classes)
+    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained))
     engine = SamplingEngine(model, weak=weak, **_options(config))
     settings = resolved(config, model, weak, labels, engine)
     everyone = ranks.gather((settings, device_name(device)))
@@ -210,7 +214,7 @@ def _options(config: SampleConfig) -> dict:
 def _noted_error(images: Images) -> dict:
     path = images.outdir / _ERROR
     try:
-        return {"precision_error": json.loads(path.read_text())} if path.exists() else {}
+        return {"precision_error": json.loads(path.read_bytes())} if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it") from None
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+from collections.abc import Collection
 
 import numpy as np
 
 from epg_fast.data.manifest import load_class_frequencies
 
+log = logging.getLogger("epg_fast")
 
-def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
+
+def choose_labels(how: str, num: int, num_classes: int, seed: int, untrained: Collection[int] = ()) -> list[int]:
     """Labels of `num` images: `balanced` (0, 1, ..., repeated), `random` (uniform, from the seed) or a list `3,7`.
+
+    Both leave out the classes that are `untrained`; others that choose them are obeyed, with a warning.
 
     `frequencies:PATH` draws from the seed with the probabilities in PATH, a manifest.json of `prepare-data` or its
     folder. An unconditional model (num_classes 0) has zeros, and takes `balanced` only. Raises ValueError for anything
@@ -20,18 +27,26 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int) -> list[int]:
         if how != "balanced":
             raise ValueError(f"labels: got {how!r}, but the model is unconditional (it has no classes); drop --labels")
         return [0] * num
-    if how == "balanced":
-        return [i % num_classes for i in range(num)]
-    if how == "random":
-        return np.random.default_rng(seed).integers(num_classes, size=num).tolist()
+    trained = sorted(set(range(num_classes)).difference(untrained))
+    if how in ("balanced", "random"):
+        order = np.arange(num) % len(trained)
+        if how == "random":
+            order = np.random.default_rng(seed).integers(len(trained), size=num)
+        return np.array(trained)[order].tolist()
     if how.startswith("frequencies:"):
-        return _draw(how.removeprefix("frequencies:"), num, num_classes, seed)
-    chosen = _listed(how, num_classes)
-    if len(chosen) > num:
-        raise ValueError(
-            f"labels: got more labels than images, {len(chosen)} for {num}; want at most {num}, or --num {len(chosen)}"
-        )
-    return [chosen[i % len(chosen)] for i in range(num)]
+        labels = _draw(os.path.expanduser(how.removeprefix("frequencies:")), num, num_classes, seed)
+    else:
+        chosen = _listed(how, num_classes)
+        if len(chosen) > num:
+            raise ValueError(
+                f"labels: got more labels than images, {len(chosen)} for {num}; want at most {num}, or "
+                f"--num {len(chosen)}"
+            )
+        labels = [chosen[i % len(chosen)] for i in range(num)]
+    wrong = sorted(set(labels).difference(trained))
+    if wrong:
+        log.warning("labels: the model was trained on no image of class %s: expect noise", ", ".join(map(str, wrong)))
+    return labels
 
 
 def _listed(how: str, num_classes: int) -> list[int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from epg_fast import launcher
 from epg_fast.runtime import resolve_device, torchrun_store
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Ranks:
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the ranks that torchrun describes, or be the only one. Raises ValueError where torch cannot do that."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = launcher.place()
     if world_size == 1:
         yield Ranks()
         return
@@ -92,7 +92,7 @@ def joined() -> Iterator[Ranks]:
         raise ValueError(
             f"torch {torch.__version__} is built without torch.distributed: start one process, no torchrun"
         )
-    rank, store = int(os.environ.get("RANK", 0)), torchrun_store(_START)
+    store = torchrun_store(_START)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
     yield Ranks(rank, world_size, store)
     # Not after an error: it would wait for what the other ranks have not done.

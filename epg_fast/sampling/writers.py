@@ -124,9 +124,13 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def png_path(outdir: str | os.PathLike, label: int, index: int) -> Path:
-    """`outdir/<class, 4 digits>/<index, 6 digits>.png`."""
-    return Path(outdir) / f"{label:04d}" / f"{index:06d}.png"
+def png_path(outdir: str | os.PathLike, label: int, index: int, classes: int = 0, images: int = 0) -> Path:
+    """`outdir/<class, 4 digits>/<index, 6 digits>.png`; more digits, all names alike, for so many classes or images.
+
+    Names then sort as numbers do, so that readers of the folder number its classes in the same order.
+    """
+    digits = max(4, len(str(classes - 1))), max(6, len(str(images - 1)))
+    return Path(outdir) / f"{label:0{digits[0]}d}" / f"{index:0{digits[1]}d}.png"
 
 
 def save_png(image: np.ndarray, path: str | os.PathLike) -> None:

@@ -88,8 +88,6 @@ def still_bad(bad_files: dict[str, str], source: ImageSource) -> dict[str, str]:
     """Return those of `bad_files` that cannot be decoded now either: a restored file is part of the dataset again."""
     found = {}
     for i in [i for i, path in enumerate(source.paths) if path in bad_files] if bad_files else []:
-        try:
-            source.load(i)
-        except Exception:  # what a damaged file makes Pillow raise is no closed list
+        if source.examine(i)[1] is not None:
             found[source.paths[i]] = bad_files[source.paths[i]]
     return found

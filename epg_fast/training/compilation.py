@@ -1,6 +1,6 @@
 """torch.compile of a stage's networks, block by block or whole, and CUDA graphs of the latter.
 
-With CUDA graphs torch.compile (mode reduce-overhead) records what it has compiled into graphs that share a memory pool.
+With CUDA graphs torch.compile records what it has compiled into graphs that share a memory pool.
 A network may run several times before a backward pass, with and without gradient: each run of a step is recorded as
 following the one before, and keeps its own memory until its results are gone. When the next step begins, all memory
 of the step before is reused: nothing that a network, or its backward pass, returned may be read after that. An update
@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 
 from epg_fast.config import RunConfig
+from epg_fast.runtime import compile_options
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.stages import Stage
 
@@ -43,7 +44,7 @@ def compile_stage(stage: Stage) -> None:
     """Compile what the stage's configuration asks for, in place."""
     config = stage.config
     if config.compile == "network":
-        compile_networks(stage, mode="reduce-overhead" if config.cuda_graphs else None)
+        compile_networks(stage)
     elif config.compile == "blocks" or (config.compile == "auto" and stage.ranks.device.type == "cuda"):
         compile_blocks(stage)
     elif config.fp8:
@@ -62,14 +63,15 @@ def compile_blocks(stage: Stage, **options) -> None:
     The shapes are static: a stage has a handful of them (pre-training three), and code for any batch size is slower.
     options: further arguments of torch.compile.
     """
+    options = _options(stage) | options
     networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
     for network in filter(None, networks):
         for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
             if stage.sharding:
                 # what puts the weights together before the block stays outside
-                block.forward = torch.compile(block.forward, dynamic=False, **options)
+                block.forward = torch.compile(block.forward, **options)
             else:
-                block.compile(dynamic=False, **options)
+                block.compile(**options)
 
 
 def compile_networks(stage: Stage, **options) -> None:
@@ -78,7 +80,7 @@ def compile_networks(stage: Stage, **options) -> None:
     The projection head of several ranks, which sums its statistics over them, stays as it is. options: further
     arguments of torch.compile.
     """
-    options = {"fullgraph": True, "dynamic": False} | options
+    options = {"fullgraph": True} | _options(stage) | options
     if stage.name != "pretrain":
         for network in filter(None, [stage.network, getattr(stage, "perceptual", None)]):
             network.compile(**options)
@@ -87,6 +89,10 @@ def compile_networks(stage: Stage, **options) -> None:
     if stage.ranks.world_size == 1:
         stage.network.projection_head.compile(**options)
     stage.average.compile(**options)
+
+
+def _options(stage: Stage) -> dict:
+    return compile_options(stage.network.ops == "triton", stage.config.cuda_graphs)
 
 
 def _compile_method(module: nn.Module, name: str, options: dict) -> None:

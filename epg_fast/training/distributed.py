@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from epg_fast import launcher
 from epg_fast.models.blocks import BatchNorm1d
 from epg_fast.runtime import resolve_device, torchrun_store
 
@@ -67,7 +67,7 @@ def start(device: str, parallelism: str = "ddp") -> Ranks:
     parallelism: "fsdp" needs a process group for a single rank, too.
     """
     place = resolve_device(device)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = launcher.place()
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from epg_fast import launcher
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.models import encoder_from_config
 from epg_fast.training.accumulation import check_parts
@@ -174,8 +174,9 @@ def _share(config: RunConfig, gpus: int) -> str:
 def _gpus(options: DryRunConfig) -> tuple[int, str]:
     if options.gpus is not None:
         return options.gpus, "--gpus"
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"]), "torchrun's"
+    world_size = launcher.number("WORLD_SIZE", 0)
+    if world_size:
+        return world_size, "torchrun's"
     return 8, "assumed; --gpus says how many"
 
 

@@ -32,6 +32,7 @@ from epg_fast.training import distributed
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
+from epg_fast.training.classes import note_classes
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
@@ -66,6 +67,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
     if not config.outdir:
         raise ValueError("outdir is missing; name a run folder with --outdir")
     outdir = Path(config.outdir)
+    check_run_folder(outdir, config)  # before data and weights are read, which may take long
     source = open_images(config.data.path)
     check_compilation(config, ranks)
     require_wandb(config.wandb)
@@ -74,12 +76,7 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
 
     torch.manual_seed(config.seed)
     stage = stage_class(config, ranks)
-    classes = getattr(stage.network, "num_classes", 0)
-    if classes and len(source.classes) > classes:
-        raise ValueError(
-            f"{source.root} has {len(source.classes)} classes, but the model has {classes}; "
-            f"pass --model.num_classes {len(source.classes)}"
-        )
+    note_classes(stage, source)
     check_parts(config, ranks.world_size)
     with suitable_threads(stage.network), RunLock(outdir, ranks) as lock:
         check_run_folder(outdir, config)

@@ -75,7 +75,7 @@ class Metrics:
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         if self.enabled:
             try:
-                with open(self._path, "a") as f:
+                with open(self._path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(line) + "\n")
             except OSError as error:
                 remedy = "if the disk is full, free some space; the same command goes on"
@@ -123,14 +123,14 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -140,7 +140,13 @@ def _tensorboard_writer(folder: Path, step: int):
     except ImportError:
         log.info("tensorboard is not installed: metrics go to metrics.jsonl only (pip install tensorboard)")
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except UnicodeEncodeError:
+        log.warning(
+            "tensorboard takes no path that is not UTF-8, as %s is not: metrics go to metrics.jsonl only", folder
+        )
+        return None
 
 
 def require_wandb(project: str | None) -> None:

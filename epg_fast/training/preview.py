@@ -12,6 +12,7 @@ from PIL import Image
 
 from epg_fast.runtime import autocast
 from epg_fast.sampling import sample
+from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.writers import save_grid
 from epg_fast.training.stages import Stage
 
@@ -41,7 +42,7 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     p, network = stage.preview, stage.average
     if stage.config.offload_ema:
         network = copy.deepcopy(network).to(stage.ranks.device)
-    labels = torch.arange(p.num) % max(network.num_classes, 1)
+    labels = torch.tensor(choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes))
     # autocast, where the precisions of `sample` make a copy of the weights
     with autocast(stage.ranks.device, stage.config.precision):
         images = sample(

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from epg_fast.models import save_weights
+from epg_fast.models.pretrained import open_safetensors
+from epg_fast.outputs import check_writable
 from epg_fast.training.posthoc_ema import FOLDER, checksum, list_snapshots, snapshot_step
 from epg_fast.training.power_ema import Fit, fit_profile, gamma_of
 
@@ -53,6 +55,7 @@ def reconstruct_file(
         raise ValueError(f"output {output}: want a name that ends in .safetensors")
     if output.exists():
         raise ValueError(f"{output} exists; nothing is overwritten, choose another --output")
+    check_writable(output, "output")
     state, metadata = reconstruct(run, sigma_rel, step, max_residual)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(output, state, metadata)
@@ -168,7 +171,7 @@ def _read_header(path: Path) -> _Snapshot:
 
 
 def _check_same_run(one: _Snapshot, other: _Snapshot) -> None:
-    for key in sorted((one.metadata.keys() | other.metadata.keys()) - {"step", "crc32"}):
+    for key in sorted((one.metadata.keys() | other.metadata.keys()) - {"step", "crc32", "untrained_classes"}):
         a, b = one.metadata.get(key), other.metadata.get(key)
         if a != b:
             raise ValueError(
@@ -186,7 +189,7 @@ def _check_same_run(one: _Snapshot, other: _Snapshot) -> None:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator:
     try:
-        with safe_open(path, framework="pt") as f:
+        with open_safetensors(path) as f:
             yield f
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable snapshot ({error}); restore it, or remove it to do without") from None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import IO
 
 import yaml
 
 from epg_fast.config import RunConfig
-from epg_fast.data.files import lock_file
+from epg_fast.data.files import lock_file, write_atomically
+from epg_fast.data.names import is_junk
+from epg_fast.outputs import check_writable
 from epg_fast.training import distributed
 from epg_fast.training.checkpoint import list_checkpoints
 
@@ -39,8 +40,6 @@ _FREE = (
     "wandb",
     "outdir",
 )
-# What a start that was cut short leaves behind.
-_OWN = (".lock", "config.tmp")
 
 
 def check_run_folder(outdir: Path, config: RunConfig) -> None:
@@ -50,7 +49,7 @@ def check_run_folder(outdir: Path, config: RunConfig) -> None:
         if not list_checkpoints(outdir / "checkpoints"):
             return
         try:
-            saved = yaml.safe_load(path.read_text())
+            saved = yaml.safe_load(path.read_bytes())
         except (yaml.YAMLError, UnicodeDecodeError):
             saved = None
         if not isinstance(saved, dict):
@@ -64,8 +63,10 @@ def check_run_folder(outdir: Path, config: RunConfig) -> None:
         if differing:
             shown = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:4])
             raise ValueError(f"{outdir} holds a run of another configuration ({shown}); choose another --outdir")
-    elif outdir.exists() and (not outdir.is_dir() or any(f.name not in _OWN for f in outdir.iterdir())):
+    elif outdir.exists() and (not outdir.is_dir() or not all(is_junk(f.name) for f in outdir.iterdir())):
         raise ValueError(f"{outdir} is not empty and not a run folder (no config.yaml); choose another --outdir")
+    else:
+        check_writable(outdir, "outdir")
 
 
 class RunLock:
@@ -112,12 +113,8 @@ def claim_run_folder(stage: str, config: RunConfig, lock: RunLock) -> None:
         lock.outdir.mkdir(parents=True, exist_ok=True)
         if lock.take() and list_checkpoints(lock.outdir / "checkpoints"):
             raise ValueError(f"another process has trained in {lock.outdir} meanwhile; give the same command again")
-        temporary = lock.outdir / "config.tmp"
-        with open(temporary, "w") as f:
-            f.write(f"# epg-fast {stage}\n{yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)}")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, lock.outdir / "config.yaml")
+        text = f"# epg-fast {stage}\n{yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)}"
+        write_atomically(lock.outdir / "config.yaml", text.encode())
     lock.ranks.barrier()
 
 

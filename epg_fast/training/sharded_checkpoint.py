@@ -83,7 +83,7 @@ def save_sharded(
 
     def finish(parts):
         checksums = {name: check for part in parts for name, check in part.items()}
-        with open(temporary / _CHECKSUMS, "w") as f:
+        with open(temporary / _CHECKSUMS, "w", encoding="utf-8") as f:
             json.dump(checksums, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
@@ -203,7 +203,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _verify(path: Path, rank: int, ranks: int) -> None:
     """Raise ValueError if a file is not what was written; each rank looks at a share of the parts."""
-    checksums = json.loads((path / _CHECKSUMS).read_text())
+    checksums = json.loads((path / _CHECKSUMS).read_bytes())
     parts = sorted(checksums.keys() - {_REST, _METADATA})
     for name in (_REST, _METADATA, *parts[rank::ranks]):
         if list(_checksum(path / name)) != checksums[name]:

@@ -34,6 +34,10 @@ class Stage:
     """Whether the loss calls `average`, which then stays on the device whatever `offload_ema` says."""
     sharding = None
     """A `sharding.Sharding` once the networks are split over the ranks."""
+    untrained_before: list[int] | None = None
+    """Classes that the weights to start from were not trained on; None for all."""
+    untrained_classes: list[int] = []
+    """Those that will not have been trained at the end: see `note_classes`."""
 
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
         self.config, self.ranks = config, ranks
@@ -71,6 +75,7 @@ class Stage:
             "parameterization": self.parameterization,
             "normalization": self.config.data.normalization,
             "noise": asdict(self.config.noise),
+            **({"untrained_classes": self.untrained_classes} if self.untrained_classes else {}),
         }
 
     def _schedule(self, num_scales: int = 1280) -> NoiseSchedule:
@@ -164,7 +169,9 @@ class _FineTuning(Stage):
         arguments = network_config(config, drop=config.dropout, use_checkpoint=config.activation_checkpointing)
         network = generator_from_config(arguments)
         if config.init_from:
-            _initialize(network, config.init_from, self.parameterization, config.noise.sigma_data)
+            self.untrained_before = _initialize(
+                network, config.init_from, self.parameterization, config.noise.sigma_data
+            )
         # A decoder deeper than the encoder has blocks without a skip: nothing reaches these parameters, and gradient
         # averaging over ranks would wait for them.
         for block in network.decoder_blocks[len(network.blocks) :]:
@@ -265,13 +272,16 @@ def network_config(config: RunConfig, **extra) -> dict:
     return preset_config(overrides.pop("preset"), **overrides) | extra
 
 
-def _initialize(network, source: str, parameterization: str, sigma_data: float) -> None:
-    """Start from a pre-trained encoder, or from a whole generator (its output layer rescaled from x0 to edm)."""
+def _initialize(network, source: str, parameterization: str, sigma_data: float) -> list[int] | None:
+    """Start from a pre-trained encoder, or from a whole generator (its output layer rescaled from x0 to edm).
+
+    Returns the classes that it was not trained on; None for all.
+    """
     state, metadata = load_weights(source)
     if not is_generator(state):
         load_into(network, state, source, encoder_only=True)
         log.info("encoder weights from %s; the decoder starts fresh", source)
-        return
+        return None
     load_into(network, state, source)
     before = metadata.get("parameterization") or "x0"
     if before == "x0" and parameterization == "edm":
@@ -280,6 +290,7 @@ def _initialize(network, source: str, parameterization: str, sigma_data: float) 
             network.out.weight /= sigma_data
             network.out.bias /= sigma_data
     log.info("weights from %s (%s parameterisation)", source, before)
+    return metadata.get("untrained_classes", [])
 
 
 def _frozen_encoder(config: ConsistencyConfig, ranks: Ranks):

@@ -1,6 +1,7 @@
-// What the matrix products written with CUTLASS share: D = epilogue(A B^T) for row-major A [M, K] and B [N, K], on GPUs
-// of compute capability 9.0. Two warp groups multiply one tile with wgmma while a third fetches the next operands by
-// TMA; blocks are persistent, and two neighbours in M form a cluster and share B's tiles.
+// What the matrix products written with CUTLASS share: D = epilogue(A B^T) for row-major A [M, K] and B [N, K], or
+// D = epilogue(A B) for row-major B [K, N], on GPUs of compute capability 9.0. Two warp groups multiply one tile with
+// wgmma while a third fetches the next operands by TMA; blocks are persistent, and two neighbours in M form a cluster and
+// share B's tiles.
 #pragma once
 
 #include "common.cuh"
@@ -41,25 +42,38 @@ using PerColumn = fusion::Sm90RowBroadcast<0, TileShape, Element, float>;
 template <class TileShape, class Element>
 using PerRow = fusion::Sm90ColBroadcast<0, TileShape, Element, float>;
 using Accumulator = fusion::Sm90AccFetch;
+// Also stores what Input computes, [M, N] in Element, beside a D of ElementD; a null pointer stores nothing.
+template <class TileShape, class ElementC, class ElementD, class Element, class Input>
+struct StoredTypes {
+  using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
+      TileShape, cutlass::epilogue::collective::EpilogueTileAuto, ElementC, ElementD, EpilogueSchedule>;
+  using Store = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajor, Element>;
+  using Node = fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound,
+                                    typename Store::Stride, typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
+};
+template <class TileShape, class ElementC, class ElementD, class Element, class Input>
+using Stored = fusion::Sm90EVT<typename StoredTypes<TileShape, ElementC, ElementD, Element, Input>::Node, Input>;
 
-// C and D are [M, N]; ElementC is void where the epilogue reads no C.
-template <class Element, class TileShape, class ElementC, class ElementD, class Epilogue>
+// C and D are [M, N]; ElementC is void where the epilogue reads no C. LayoutOfB is RowMajor for B [K, N].
+template <class Element, class TileShape, class ElementC, class ElementD, class Epilogue,
+          class LayoutOfB = cutlass::layout::ColumnMajor>
 struct GemmTypes {
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, ElementC, RowMajor, kAlignment<ElementC>, ElementD,
       RowMajor, kAlignment<ElementD>, EpilogueSchedule, Epilogue>::CollectiveOp;
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment<Element>, Element,
-      cutlass::layout::ColumnMajor, kAlignment<Element>, float, TileShape, ClusterShape,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment<Element>, Element, LayoutOfB,
+      kAlignment<Element>, float, TileShape, ClusterShape,
       cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename CollectiveEpilogue::SharedStorage)>,
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue>;
 };
 
-template <class Element, class TileShape, class ElementC, class ElementD, class Epilogue>
-using Gemm = typename GemmTypes<Element, TileShape, ElementC, ElementD, Epilogue>::Kernel;
+template <class Element, class TileShape, class ElementC, class ElementD, class Epilogue,
+          class LayoutOfB = cutlass::layout::ColumnMajor>
+using Gemm = typename GemmTypes<Element, TileShape, ElementC, ElementD, Epilogue, LayoutOfB>::Kernel;
 
 using RowMajorStride = cute::Stride<int64_t, cute::_1, int64_t>;
 
@@ -122,6 +136,13 @@ template <class Kernel, class Element>
 typename Kernel::MainloopArguments operands_of(const Tensor& a, const Tensor& b, const Problem& problem) {
   return {static_cast<const Element*>(a.const_data_ptr()), rows_of(problem.k),
           static_cast<const Element*>(b.const_data_ptr()), rows_of(problem.k)};
+}
+
+// A [M, K] and B [K, N].
+template <class Kernel, class Element>
+typename Kernel::MainloopArguments operands_with_rows_of_b(const Tensor& a, const Tensor& b, const Problem& problem) {
+  return {static_cast<const Element*>(a.const_data_ptr()), rows_of(problem.k),
+          static_cast<const Element*>(b.const_data_ptr()), cute::make_stride(cute::_1{}, problem.n, int64_t{0})};
 }
 
 inline int64_t rows(const Tensor& tensor) {
@@ -193,6 +214,12 @@ __device__ __forceinline__ float gelu(float z) {
   return fmaf(-u, gaussian_tail(u), fmaxf(z, 0.0f));
 }
 
+// Phi(z) + z phi(z), whose density vanishes before z * z overflows.
+__device__ __forceinline__ float gelu_gradient(float z) {
+  const float tail = gaussian_tail(fabsf(z));
+  return fmaf(z * 0.3989422804014327f, exp2f(z * z * -0.7213475204444817f), z > 0.0f ? 1.0f - tail : tail);
+}
+
 struct GeluArguments {
   bool apply = true;
 };
@@ -229,6 +256,22 @@ struct Gelu<cutlass::Array<float, N>> {
       z[i] = gelu(z[i]);
     }
     return z;
+  }
+};
+
+// dy gelu'(z)
+template <class T>
+struct GeluGradient {};
+
+template <int N>
+struct GeluGradient<cutlass::Array<float, N>> {
+  __device__ __forceinline__ cutlass::Array<float, N> operator()(const cutlass::Array<float, N>& z,
+                                                                 cutlass::Array<float, N> dy) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      dy[i] *= gelu_gradient(z[i]);
+    }
+    return dy;
   }
 };
 

@@ -1,5 +1,6 @@
-// x + gate * (h @ weight^T + bias) for Hopper: bias, gate and residual in the epilogue of the matrix product. CUTLASS
-// has no node that reads one row of a matrix per sample, so there is one here.
+// x + gate * (h @ weight^T + bias) for Hopper: bias, gate and residual in the epilogue of the matrix product, which also
+// stores the branch that the gate scales where there will be a backward pass. CUTLASS has no node that reads one row of a
+// matrix per sample, so there is one here.
 
 // For Narrow, which CUTLASS otherwise multiplies in slices of 16 columns. It doubles the time that its headers take.
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
@@ -10,12 +11,13 @@
 #include <cutlass/fast_math.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace epg_fast {
 namespace {
 
 // Row m / rows_per_sample of `data` [samples, N] for row m of D, read from the caches: a tile touches few rows of it.
-// Its type is known at run time only: Element or float32.
+// Its type is known at run time only: Element or float32. Ones for a null pointer.
 template <class Element>
 struct PerSample {
   struct SharedStorage {};
@@ -41,7 +43,7 @@ struct PerSample {
 
   template <class ProblemShape>
   static bool can_implement(const ProblemShape&, const Arguments& arguments) {
-    return arguments.data != nullptr && arguments.rows_per_sample > 0;
+    return arguments.rows_per_sample > 0;
   }
 
   template <class ProblemShape>
@@ -84,7 +86,9 @@ struct PerSample {
 
     // Before the wait for C, so that both are under way together.
     CUTLASS_DEVICE void begin_loop(int tile_m, int tile_n) {
-      if (params->is_float32) {
+      if (params->data == nullptr) {
+        values.fill(1.0f);
+      } else if (params->is_float32) {
         load(static_cast<const float*>(params->data), tile_m, tile_n);
       } else {
         load(static_cast<const Element*>(params->data), tile_m, tile_n);
@@ -149,45 +153,66 @@ struct PerSample {
 
 using Element = cutlass::bfloat16_t;
 
-template <class TileShape, class Residual>
-using Epilogue = sm90::Compute<
-    cutlass::homogeneous_multiply_add, PerSample<Element>,
-    sm90::Compute<cutlass::plus, sm90::PerColumn<TileShape, Element>, sm90::Accumulator>,
-    sm90::fusion::Sm90SrcFetch<Residual>>;
+template <class TileShape>
+using Branch = sm90::Compute<cutlass::plus, sm90::PerColumn<TileShape, Element>, sm90::Accumulator>;
 
 template <class TileShape, class Residual>
-using Base = sm90::Gemm<Element, TileShape, Residual, Residual, Epilogue<TileShape, Residual>>;
+using StoredBranch = sm90::Stored<TileShape, Residual, Residual, Element, Branch<TileShape>>;
+
+template <class TileShape, class Residual, class Input>
+using Base = sm90::Gemm<Element, TileShape, Residual, Residual,
+                        sm90::Compute<cutlass::homogeneous_multiply_add, PerSample<Element>, Input,
+                                      sm90::fusion::Sm90SrcFetch<Residual>>>;
 
 // Nine of them cover the 1584 columns of EPG-XL's decoder exactly, where wide tiles waste an eighth. Its residual is bfloat16;
 // a float32 one is the encoder's, whose 768 columns are three wide tiles.
 using Narrow = cute::Shape<cute::_128, cute::Int<176>, cute::_64>;
 
-// The kernels' names, by which bench.resources lists them: the dtype of the residual.
-struct linear_gate_residual_bf16_wide_kernel : Base<sm90::Wide, Element> {};
-struct linear_gate_residual_bf16_narrow_kernel : Base<Narrow, Element> {};
-struct linear_gate_residual_fp32_kernel : Base<sm90::Wide, float> {};
+// The kernels' names, by which bench.resources lists them: the dtype of the residual. Where storing the branch costs no
+// stage of the operands' pipeline, one kernel serves with and without.
+struct linear_gate_residual_bf16_wide_kernel : Base<sm90::Wide, Element, Branch<sm90::Wide>> {};
+struct linear_gate_residual_bf16_wide_saving_kernel : Base<sm90::Wide, Element, StoredBranch<sm90::Wide, Element>> {};
+struct linear_gate_residual_bf16_narrow_kernel : Base<Narrow, Element, StoredBranch<Narrow, Element>> {};
+struct linear_gate_residual_fp32_kernel : Base<sm90::Wide, float, StoredBranch<sm90::Wide, float>> {};
 
 constexpr const char* kOp = "linear_gate_residual";
 
 struct Tensors {
-  Tensor out, x, gate, h, weight, bias;
+  Tensor out;
+  std::optional<Tensor> branch;
+  Tensor x;
+  std::optional<Tensor> gate;
+  Tensor h, weight, bias;
 };
 
-template <class Residual, class Kernel>
-void launch_kernel(const Tensors& t, const sm90::Problem& problem) {
+template <class Residual, class Kernel, class Branch>
+void launch_kernel(const Tensors& t, const sm90::Problem& problem, const Branch& branch) {
   const auto stride = sm90::rows_of(problem.n);
-  const int rows_per_sample = static_cast<int>(problem.m / t.gate.size(0));
-  typename Kernel::EpilogueArguments epilogue{
-      {{t.gate.const_data_ptr(), t.gate.stride(0), rows_per_sample, t.gate.scalar_type() == ScalarType::Float},
-       {{static_cast<const Element*>(t.bias.const_data_ptr())}, {}, {}},
-       {},
-       {}},
-      static_cast<const Residual*>(t.x.const_data_ptr()),
-      stride,
-      static_cast<Residual*>(t.out.mutable_data_ptr()),
-      stride};
+  PerSample<Element>::Arguments gate;
+  if (t.gate.has_value()) {
+    gate = {t.gate->const_data_ptr(), t.gate->stride(0), static_cast<int>(problem.m / t.gate->size(0)),
+            t.gate->scalar_type() == ScalarType::Float};
+  }
+  typename Kernel::EpilogueArguments epilogue{{gate, branch, {}, {}},
+                                              static_cast<const Residual*>(t.x.const_data_ptr()),
+                                              stride,
+                                              static_cast<Residual*>(t.out.mutable_data_ptr()),
+                                              stride};
   sm90::launch<Kernel>(kOp, problem, sm90::operands_of<Kernel, Element>(t.h, t.weight, problem), epilogue,
                        t.h.get_device_index());
+}
+
+template <class TileShape>
+typename Branch<TileShape>::Arguments branch_of(const Tensors& t) {
+  return {{static_cast<const Element*>(t.bias.const_data_ptr())}, {}, {}};
+}
+
+template <class TileShape, class Residual, class Kernel>
+void launch_storing(const Tensors& t, const sm90::Problem& problem) {
+  Element* const data = t.branch.has_value() ? static_cast<Element*>(t.branch->mutable_data_ptr()) : nullptr;
+  const typename StoredBranch<TileShape, Residual>::Arguments stored{branch_of<TileShape>(t),
+                                                                     {data, sm90::rows_of(problem.n)}};
+  launch_kernel<Residual, Kernel>(t, problem, stored);
 }
 
 // If every tile takes the time of its width, the rounds that the persistent clusters need decide. Not measured.
@@ -212,24 +237,33 @@ void check_gate(const Tensor& gate, const Tensor& h, const sm90::Problem& proble
                   kOp, ": the rows of gate must be contiguous and start at an even multiple of its values' size");
 }
 
-void linear_gate_residual_cuda(Tensor out, Tensor x, Tensor gate, Tensor h, Tensor weight, Tensor bias) {
+void linear_gate_residual_cuda(Tensor out, std::optional<Tensor> branch, Tensor x, std::optional<Tensor> gate, Tensor h,
+                               Tensor weight, Tensor bias) {
   const sm90::Problem problem = sm90::check_linear(kOp, "h", h, weight, bias);
   constexpr ScalarType dtype = ScalarType::BFloat16;
   const ScalarType residual = x.scalar_type();
   STD_TORCH_CHECK(h.scalar_type() == dtype && bias.scalar_type() == dtype, kOp, ": h and bias must be bfloat16");
   STD_TORCH_CHECK(residual == dtype || residual == ScalarType::Float, kOp, ": x must be float32 or bfloat16");
   STD_TORCH_CHECK(out.scalar_type() == residual, kOp, ": out must have x's dtype");
-  check_gate(gate, h, problem);
+  STD_TORCH_CHECK(!branch.has_value() || branch->scalar_type() == dtype, kOp, ": branch must be bfloat16");
   sm90::check_rows_of_result(kOp, "x", x, h, problem);
   sm90::check_rows_of_result(kOp, "out", out, h, problem);
+  if (branch.has_value()) {
+    sm90::check_rows_of_result(kOp, "branch", *branch, h, problem);
+  }
+  if (gate.has_value()) {
+    check_gate(*gate, h, problem);
+  }
 
-  const Tensors tensors{out, x, gate, h, weight, bias};
+  const Tensors tensors{out, branch, x, gate, h, weight, bias};
   if (residual == ScalarType::Float) {
-    launch_kernel<float, linear_gate_residual_fp32_kernel>(tensors, problem);
+    launch_storing<sm90::Wide, float, linear_gate_residual_fp32_kernel>(tensors, problem);
   } else if (narrow_is_faster(problem, h.get_device_index())) {
-    launch_kernel<Element, linear_gate_residual_bf16_narrow_kernel>(tensors, problem);
+    launch_storing<Narrow, Element, linear_gate_residual_bf16_narrow_kernel>(tensors, problem);
+  } else if (branch.has_value()) {
+    launch_storing<sm90::Wide, Element, linear_gate_residual_bf16_wide_saving_kernel>(tensors, problem);
   } else {
-    launch_kernel<Element, linear_gate_residual_bf16_wide_kernel>(tensors, problem);
+    launch_kernel<Element, linear_gate_residual_bf16_wide_kernel>(tensors, problem, branch_of<sm90::Wide>(tensors));
   }
 }
 
@@ -238,7 +272,8 @@ void linear_gate_residual_cuda(Tensor out, Tensor x, Tensor gate, Tensor h, Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(epg_fast, m) {
   m.def(
-      "linear_gate_residual_out(Tensor(a!) out, Tensor x, Tensor gate, Tensor h, Tensor weight, Tensor bias) -> ()");
+      "linear_gate_residual_out(Tensor(a!) out, Tensor(b!)? branch, Tensor x, Tensor? gate, Tensor h, Tensor weight, "
+      "Tensor bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(epg_fast, CUDA, m) {

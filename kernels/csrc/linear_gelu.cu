@@ -1,5 +1,6 @@
 // gelu(x @ weight^T + bias) for Hopper: bias and GELU in the epilogue of the matrix product, which also stores z, the
-// value before GELU, where there will be a backward pass.
+// value before GELU, where there will be a backward pass. And (dy @ weight) * gelu'(z), the gradient through GELU and the
+// linear layer after it, with the sums of its columns over the rows of each tile.
 
 #include "gemm_sm90.cuh"
 
@@ -10,20 +11,13 @@
 namespace epg_fast {
 namespace {
 
-namespace collective = cutlass::epilogue::collective::detail;
-
 using TileShape = sm90::Wide;
 
 using Element = cutlass::bfloat16_t;
 
 using Biased = sm90::Compute<cutlass::plus, sm90::PerColumn<TileShape, Element>, sm90::Accumulator>;
 
-using StoreTile = collective::EpilogueDescriptor<TileShape, cutlass::epilogue::collective::EpilogueTileAuto, void,
-                                                 Element, sm90::EpilogueSchedule>;
-using Store = collective::AuxStoreDescriptor<StoreTile, sm90::RowMajor, Element>;
-using StoreNode = sm90::fusion::Sm90AuxStore<Store::Stages, StoreTile::EpilogueTile, Element, sm90::kRound,
-                                             Store::Stride, Store::SmemLayoutAtom, Store::CopyOpR2S>;
-using BiasedAndStored = sm90::fusion::Sm90EVT<StoreNode, Biased>;
+using BiasedAndStored = sm90::Stored<TileShape, void, Element, Element, Biased>;
 
 template <class Input>
 using GeluOf = sm90::Gemm<Element, TileShape, void, Element, sm90::Compute<sm90::Gelu, Input>>;
@@ -60,11 +54,62 @@ void linear_gelu_cuda(Tensor y, std::optional<Tensor> z, Tensor x, Tensor weight
   }
 }
 
+constexpr const char* kGradient = "linear_dgelu";
+
+// Sums over a tile's rows, in a fixed order; rows beyond the edge are zeros.
+using TileSums = sm90::fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, TileShape, float, float,
+                                                sm90::kRound, cute::Stride<cute::_0, cute::_1, cute::_0>, 4,
+                                                /*EnableNullptr=*/true, /*FinalReduction=*/false,
+                                                /*VisitCheckOOB=*/false>;
+using Gradient = sm90::fusion::Sm90EVT<
+    TileSums, sm90::Compute<sm90::GeluGradient, sm90::fusion::Sm90SrcFetch<Element>, sm90::Accumulator>>;
+
+// The kernel's name, by which bench.resources lists it.
+struct linear_dgelu_kernel : sm90::Gemm<Element, TileShape, Element, Element, Gradient, sm90::RowMajor> {};
+
+void linear_dgelu_cuda(Tensor dz, std::optional<Tensor> sums, Tensor dy, Tensor weight, Tensor z) {
+  STD_TORCH_CHECK(dy.dim() >= 2 && weight.dim() == 2 && dy.size(dy.dim() - 1) == weight.size(0), kGradient,
+                  ": wanted dy [..., K] and weight [K, N]");
+  for (const Tensor* const tensor : {&dz, &dy, &weight, &z}) {
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, kGradient,
+                    ": dz, dy, weight and z must be bfloat16");
+  }
+  const sm90::Problem problem{sm90::rows(dy), weight.size(1), weight.size(0)};
+  sm90::check_device_and_sizes(kGradient, "dy", dy, problem);
+  sm90::check_operand(kGradient, "dy", dy, "dy", dy);
+  sm90::check_operand(kGradient, "weight", weight, "dy", dy);
+  sm90::check_rows_of_result(kGradient, "z", z, dy, problem);
+  sm90::check_rows_of_result(kGradient, "dz", dz, dy, problem);
+  if (sums.has_value()) {
+    constexpr int64_t tile_m = cute::size<0>(TileShape{}), tile_n = cute::size<1>(TileShape{});
+    const int64_t tiles = (problem.m + tile_m - 1) / tile_m, columns = (problem.n + tile_n - 1) / tile_n * tile_n;
+    check_float32(kGradient, "sums", *sums);
+    sm90::check_operand(kGradient, "sums", *sums, "dy", dy);
+    STD_TORCH_CHECK(sums->dim() == 2 && sums->size(0) == tiles && sums->size(1) == columns, kGradient,
+                    ": sums must be [", tiles, ", ", columns, "], one row for ", tile_m,
+                    " of dz, padded to a multiple of ", tile_n);
+  }
+  const auto stride = sm90::rows_of(problem.n);
+  linear_dgelu_kernel::EpilogueArguments epilogue{
+      {{{}, {}, {}}, {sums.has_value() ? sums->mutable_data_ptr() : nullptr}},
+      static_cast<const Element*>(z.const_data_ptr()),
+      stride,
+      static_cast<Element*>(dz.mutable_data_ptr()),
+      stride};
+  sm90::launch<linear_dgelu_kernel>(
+      kGradient, problem, sm90::operands_with_rows_of_b<linear_dgelu_kernel, Element>(dy, weight, problem), epilogue,
+      dy.get_device_index());
+}
+
 }  // namespace
 }  // namespace epg_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(epg_fast, m) {
   m.def("linear_gelu_out(Tensor(a!) y, Tensor(b!)? z, Tensor x, Tensor weight, Tensor bias) -> ()");
+  m.def("linear_dgelu_out(Tensor(a!) dz, Tensor(b!)? sums, Tensor dy, Tensor weight, Tensor z) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(epg_fast, CUDA, m) { m.impl("linear_gelu_out", TORCH_BOX(&epg_fast::linear_gelu_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(epg_fast, CUDA, m) {
+  m.impl("linear_gelu_out", TORCH_BOX(&epg_fast::linear_gelu_cuda));
+  m.impl("linear_dgelu_out", TORCH_BOX(&epg_fast::linear_dgelu_cuda));
+}

@@ -13,6 +13,13 @@ def stride(tensor: torch.Tensor | None, dim: int) -> int:
     return 0 if tensor is None else tensor.stride(dim)
 
 
+def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dy^T x in `dtype`: [N, K] from [M, N] and [M, K]. A GPU writes float32 as it accumulates it, without a cast."""
+    if dtype == torch.float32 != x.dtype and x.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return torch.mm(dy.t(), x).to(dtype)
+
+
 def matmul_precision() -> str:
     """How float32 operands are multiplied: as PyTorch's own products do."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,4 +1,4 @@
-"""The matrix product of `linear_gelu` and `skip_linear`: epilogue(concat[x, skip] @ weight^T + bias).
+"""Matrix products with an epilogue: epilogue(concat[x, skip] @ weight^T + bias), and the gradient through GELU.
 
 One program computes one tile of the result, in an order that keeps what neighbours share in the L2 cache. The K loop
 reads x and then skip, so the concatenation is never stored. Where the GPU has TMA and rows start at multiples of 16
@@ -13,7 +13,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from epg_kernels import AotCase
-from epg_kernels._launch import matmul_precision
+from epg_kernels._column_sums import sum_partial_sums
+from epg_kernels._launch import matmul_precision, stride
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Config:
     tma: bool
 
 
-# Two programs fit on a multiprocessor (96 KB of shared memory, 181 registers at most): the tensor cores work on one's
-# tile while the other's epilogue runs. 128 x 256 tiles would read a quarter less from the L2 cache, but run alone.
+# Two programs fit on a multiprocessor (96 KB of shared memory, 4 warps of 255 registers or 8 of 128): the tensor cores
+# work on one's tile while the other's epilogue runs. 128 x 256 tiles would read a quarter less from the L2 cache, but
+# run alone. Float32 has 8 warps: an epilogue that reads a gate and a residual would spill in 4.
 BY_TMA = Config(128, 128, 64, num_warps=4, num_stages=3, tma=True)
-BY_TMA_TF32 = Config(128, 128, 32, num_warps=4, num_stages=3, tma=True)
+BY_TMA_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=True)
 BY_POINTERS = Config(128, 128, 32, num_warps=8, num_stages=4, tma=False)
 BY_POINTERS_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=False)
 IEEE = Config(128, 64, 16, num_warps=8, num_stages=2, tma=False)  # no tensor cores: operands live in registers
@@ -70,6 +72,14 @@ def gelu(z, EXACT: tl.constexpr):
 
 
 @triton.jit
+def gelu_gradient(z, EXACT: tl.constexpr):
+    """Phi(z) + z phi(z)."""
+    tail = gaussian_tail(tl.abs(z), EXACT)
+    density = 0.3989422804014327 * tl.exp2(z * z * -0.7213475204444817)
+    return tl.where(z > 0, 1.0 - tail, tail) + z * density
+
+
+@triton.jit
 def _tile(source, row, column, stride, rows, columns, TMA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """source[row : row + BLOCK_R, column : column + BLOCK_C], zeros beyond its edges."""
     if TMA:
@@ -82,15 +92,49 @@ def _tile(source, row, column, stride, rows, columns, TMA: tl.constexpr, BLOCK_R
 
 
 @triton.jit
+def _store(target, values, row, column, M, N: tl.constexpr, TMA: tl.constexpr):
+    """target[row :, column :] = values, rounded to its dtype, within its M rows and N columns."""
+    if TMA:
+        target.store([row, column], values.to(target.dtype))
+    else:
+        rows, columns = row + tl.arange(0, values.shape[0]), column + tl.arange(0, values.shape[1])
+        mask = (rows < M)[:, None] & (columns < N)[None, :]
+        offsets = rows[:, None].to(tl.int64) * N + columns[None, :]
+        tl.store(target + offsets, values.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_of_program(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of this program's tile."""
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    first_m = tile // (GROUP_M * TILES_N) * GROUP_M
+    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    row = (first_m + tile % (GROUP_M * TILES_N) % group_m) * BLOCK_M
+    return row, tile % (GROUP_M * TILES_N) // group_m * BLOCK_N
+
+
+@triton.jit
+def _halves(acc):
+    """Left and right: an epilogue on one at a time takes half the shared memory and registers."""
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def _epilogue(
     acc,
     bias,
+    residual,
+    gate,
     y,
     z,
     row,
     column,
     M,
+    stride_residual,
+    stride_gate,
     N: tl.constexpr,
+    TOKENS: tl.constexpr,
     GELU: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,20 +143,19 @@ def _epilogue(
     dtype: tl.constexpr = y.dtype if TMA else y.dtype.element_ty
     columns = column + tl.arange(0, BLOCK_N)
     acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    out = acc
+    if z is not None:
+        _store(z, acc, row, column, M, N, TMA)
     if GELU:
-        out = gelu(acc, dtype == tl.float32)
-    if TMA:
-        if z is not None:
-            z.store([row, column], acc.to(dtype))
-        y.store([row, column], out.to(dtype))
-    else:
+        acc = gelu(acc, dtype == tl.float32)
+    if gate is not None:
+        # Row by row, through the caches: in 16-byte accesses, and with fewer registers than a choice of two rows takes.
         rows = row + tl.arange(0, BLOCK_M)
+        offsets = (rows // TOKENS)[:, None].to(tl.int64) * stride_gate + columns[None, :]
         mask = (rows < M)[:, None] & (columns < N)[None, :]
-        offsets = rows[:, None].to(tl.int64) * N + columns[None, :]
-        if z is not None:
-            tl.store(z + offsets, acc.to(dtype), mask=mask)
-        tl.store(y + offsets, out.to(dtype), mask=mask)
+        acc *= tl.load(gate + offsets, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        acc += _tile(residual, row, column, stride_residual, M, N, TMA, BLOCK_M, BLOCK_N).to(tl.float32)
+    _store(y, acc, row, column, M, N, TMA)
 
 
 @triton.jit
@@ -121,15 +164,20 @@ def _linear_fwd_kernel(
     skip,
     weight,
     bias,
+    residual,
+    gate,
     y,
     z,
     M,
     stride_x,
     stride_skip,
     stride_weight,
+    stride_residual,
+    stride_gate,
     N: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
+    TOKENS: tl.constexpr,
     GELU: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,15 +187,14 @@ def _linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """x [M, D] and skip [M, E] (None: E = 0), weight [N, D + E], y and z [M, N]: descriptors if TMA, else pointers."""
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z [M, N]: descriptors if TMA, else pointers.
+
+    bias [N] and gate [M / TOKENS, N] are pointers.
+    """
     STEPS_X: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = STEPS_X + (E + BLOCK_K - 1) // BLOCK_K
-    tile = tl.program_id(0)
-    first_m = tile // (GROUP_M * TILES_N) * GROUP_M
-    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
-    row = (first_m + tile % (GROUP_M * TILES_N) % group_m) * BLOCK_M
-    column = tile % (GROUP_M * TILES_N) // group_m * BLOCK_N
+    HALF: tl.constexpr = BLOCK_N // 2
+    row, column = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(STEPS):
@@ -167,10 +214,27 @@ def _linear_fwd_kernel(
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
-    # In halves: half the shared memory and registers at a time.
-    left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    _epilogue(left, bias, y, z, row, column, M, N, GELU, TMA, BLOCK_M, BLOCK_N // 2)
-    _epilogue(right, bias, y, z, row, column + BLOCK_N // 2, M, N, GELU, TMA, BLOCK_M, BLOCK_N // 2)
+    left, right = _halves(acc)
+    for i in tl.static_range(2):
+        _epilogue(
+            left if i == 0 else right,
+            bias,
+            residual,
+            gate,
+            y,
+            z,
+            row,
+            column + i * HALF,
+            M,
+            stride_residual,
+            stride_gate,
+            N,
+            TOKENS,
+            GELU,
+            TMA,
+            BLOCK_M,
+            HALF,
+        )
 
 
 def linear(
@@ -180,37 +244,141 @@ def linear(
     bias: torch.Tensor,
     gelu: bool = False,
     save_preactivation: bool = False,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    tokens: int | None = None,
+    save_branch: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns y = concat[x, skip] @ weight^T + bias, through GELU if `gelu`, and what entered it if that is saved.
+    """Returns y = residual + gate * act(z) with z = concat[x, skip] @ weight^T + bias, and z if it is to be saved.
 
-    x: [..., D]; skip: [..., E] or None; weight: [N, D + E], all in one dtype; bias: [N]. Returns [..., N] in x's dtype.
+    x: [..., D]; skip: [..., E] or None; weight: [N, D + E], all in one dtype; bias: [N].
+    act: GELU if `gelu`, else the identity. Saved for the backward pass, z is what enters GELU, or the branch that the
+    gate scales; it has x's dtype.
+    residual: [..., N], whose dtype y has, or None for zeros, with y in x's dtype. gate: [B, N] or None for ones.
+    tokens: rows of x per row of gate; None for their quotient.
     """
-    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-    z = torch.empty_like(y) if save_preactivation else None
-    x, skip, weight = rows_of(x), rows_of(skip), rows_of(weight)
-    matrices = (x, skip, weight, rows_of(y), rows_of(z))
+    dtype = x.dtype if residual is None else residual.dtype
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
+    z = torch.empty_like(y, dtype=x.dtype) if save_preactivation or save_branch else None
+    x, weight, gate = rows_of(x), rows_of(weight), rows_of(gate)
+    skip, residual = rows_of(skip), rows_of(residual)
+    matrices = {"x": x, "skip": skip, "weight": weight, "residual": residual, "y": rows_of(y), "z": rows_of(z)}
     precision = matmul_precision()
-    config = config_for(x.dtype, precision, _tma_reaches(*matrices))
-    blocks = _blocks(config)
-    if config.tma:
-        matrices = [_descriptor(matrix, block) for matrix, block in zip(matrices, blocks, strict=True)]
+    config = config_for(x.dtype, precision, _tma_reaches(*matrices.values()))
     columns = weight.shape[0]
     with torch.cuda.device_of(x):
-        _linear_fwd_kernel[(triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(columns, config.block_n),)](
-            *matrices[:3],
-            bias.contiguous(),
-            *matrices[3:],
-            x.shape[0],
-            x.stride(0),
-            0 if skip is None else skip.stride(0),
-            weight.stride(0),
+        _linear_fwd_kernel[_grid(config, x.shape[0], columns)](
+            **_operands(config, matrices),
+            bias=bias.contiguous(),
+            gate=gate,
+            M=x.shape[0],
+            stride_x=x.stride(0),
+            stride_skip=stride(skip, 0),
+            stride_weight=weight.stride(0),
+            stride_residual=stride(residual, 0),
+            stride_gate=stride(gate, 0),
             D=x.shape[1],
             E=0 if skip is None else skip.shape[1],
-            **_constexprs(config, columns, gelu, precision),
+            TOKENS=None if gate is None else tokens or x.shape[0] // gate.shape[0],
+            GELU=gelu,
+            **_constexprs(config, columns, precision),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     return y, z
+
+
+@triton.jit
+def _dgelu_epilogue(
+    acc,
+    z,
+    dz,
+    partial,
+    row,
+    column,
+    M,
+    stride_z,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    values = _tile(z, row, column, stride_z, M, N, TMA, BLOCK_M, BLOCK_N)
+    acc *= gelu_gradient(values.to(tl.float32), values.dtype == tl.float32)
+    _store(dz, acc, row, column, M, N, TMA)
+    if partial is not None:
+        columns = column + tl.arange(0, BLOCK_N)
+        chunk = (row // BLOCK_M).to(tl.int64)
+        tl.store(partial + chunk * N + columns, tl.sum(acc, 0), mask=columns < N)  # rows beyond the edge are zeros
+
+
+@triton.jit
+def _linear_dgelu_kernel(
+    dy,
+    weight_t,
+    z,
+    dz,
+    partial,
+    M,
+    stride_dy,
+    stride_weight,
+    stride_z,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """dy [M, D], weight_t [D, N], z, dz [M, N]: descriptors if TMA, else pointers; partial [tiles in M, N] or None."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    row, column = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range((D + BLOCK_K - 1) // BLOCK_K):
+        a = _tile(dy, row, step * BLOCK_K, stride_dy, M, D, TMA, BLOCK_M, BLOCK_K)
+        b = _tile(weight_t, step * BLOCK_K, column, stride_weight, D, N, TMA, BLOCK_K, BLOCK_N)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    left, right = _halves(acc)
+    _dgelu_epilogue(left, z, dz, partial, row, column, M, stride_z, N, TMA, BLOCK_M, HALF)
+    _dgelu_epilogue(right, z, dz, partial, row, column + HALF, M, stride_z, N, TMA, BLOCK_M, HALF)
+
+
+def linear_dgelu(
+    dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor, sums: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns dz = (dy @ weight) * gelu'(z) [..., N] and, if `sums`, the sums of its columns [N] in float32.
+
+    The gradient through a second linear layer and the GELU before it, and of the first layer's bias.
+    dy: [..., D]; weight: [D, N]; z: [..., N], all in one dtype. The sums are those of dz before it is rounded.
+    """
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dy, weight, z = rows_of(dy), rows_of(weight), rows_of(z)
+    matrices = {"dy": dy, "weight_t": weight, "z": z, "dz": rows_of(dz)}
+    precision = matmul_precision()
+    config = config_for(z.dtype, precision, _tma_reaches(*matrices.values()))
+    rows, columns = z.shape
+    chunks = triton.cdiv(rows, config.block_m)
+    partial = torch.empty((chunks, columns), dtype=torch.float32, device=z.device) if sums else None
+    with torch.cuda.device_of(z):
+        _linear_dgelu_kernel[_grid(config, rows, columns)](
+            **_operands(config, matrices),
+            partial=partial,
+            M=rows,
+            stride_dy=dy.stride(0),
+            stride_weight=weight.stride(0),
+            stride_z=z.stride(0),
+            D=dy.shape[1],
+            **_constexprs(config, columns, precision),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return dz, sum_partial_sums(partial, torch.float32) if sums else None
 
 
 def rows_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -236,20 +404,40 @@ def _tma_reaches(*matrices: torch.Tensor | None) -> bool:
     )
 
 
-def _descriptor(matrix: torch.Tensor | None, block: list[int]) -> TensorDescriptor | None:
-    return None if matrix is None else TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], block)
-
-
-def _blocks(config: Config) -> list[list[int]]:
-    """Blocks of x, skip, weight, y and z."""
+def _blocks(config: Config) -> dict[str, list[int]]:
+    """The tile of each matrix that TMA moves at a time."""
     operand, result = [config.block_m, config.block_k], [config.block_m, config.block_n // 2]
-    return [operand, operand, [config.block_n, config.block_k], result, result]
+    return {
+        "x": operand,
+        "skip": operand,
+        "dy": operand,
+        "weight": [config.block_n, config.block_k],
+        "weight_t": [config.block_k, config.block_n],
+        "residual": result,
+        "y": result,
+        "z": result,
+        "dz": result,
+    }
 
 
-def _constexprs(config: Config, columns: int, gelu: bool, precision: str) -> dict:
+def _operands(config: Config, matrices: dict[str, torch.Tensor | None]) -> dict:
+    """The matrices as the kernel takes them."""
+    blocks = _blocks(config)
+    return {
+        name: TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], blocks[name])
+        if config.tma and matrix is not None
+        else matrix
+        for name, matrix in matrices.items()
+    }
+
+
+def _grid(config: Config, rows: int, columns: int) -> tuple[int]:
+    return (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
+
+
+def _constexprs(config: Config, columns: int, precision: str) -> dict:
     return {
         "N": columns,
-        "GELU": gelu,
         "TMA": config.tma,
         "PRECISION": precision,
         "UPCAST": triton.knobs.runtime.interpret,  # the interpreter cannot multiply bfloat16
@@ -269,28 +457,101 @@ def linear_case(
     gelu: bool,
     save_preactivation: bool = False,
     precision: str = "tf32",
+    residual: str | None = None,
+    tokens: int | None = None,
 ) -> AotCase:
-    matrices = ["x", "weight", "y"] + ["skip"] * (skip_width > 0) + ["z"] * save_preactivation
-    blocks = dict(zip(("x", "skip", "weight", "y", "z"), _blocks(config), strict=True))
-    pointers = {"bias": "*fp32"}
-    for name in matrices:
-        rows, width = blocks[name]
-        pointers[name] = f"tensordesc<{dtype}[{rows},{width}]>" if config.tma else f"*{dtype}"
-    constexprs = {"D": x_width, "E": skip_width} | _constexprs(config, columns, gelu, precision) | {"UPCAST": False}
-    absent = {name: None for name in ("skip", "z") if name not in matrices}
-    strides = ("stride_x", "stride_skip", "stride_weight")
-    path = "TMA" if config.tma else "pointers" if precision == "tf32" else "ieee"
-    saved = " saving z" if save_preactivation else ""
+    """residual: its dtype, if there is one; tokens: of a row of the gate, if there is one, in dtype."""
+    dtypes = {"x": dtype, "weight": dtype, "y": residual or dtype}
+    dtypes |= {"skip": dtype} if skip_width else {}
+    dtypes |= {"z": dtype} if save_preactivation else {}
+    dtypes |= {"residual": residual} if residual else {}
+    vectors = {"bias": "*fp32"} | ({"gate": f"*{dtype}"} if tokens else {})
     widths = f"{x_width}+{skip_width}" if skip_width else x_width
+    extras = f" on {residual}" * bool(residual) + f" gate/{tokens}" * bool(tokens) + " saving z" * save_preactivation
+    return _case(
+        _linear_fwd_kernel,
+        config,
+        dtypes,
+        vectors,
+        ("stride_x", "stride_skip", "stride_weight", "stride_residual", "stride_gate"),
+        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu} | _constexprs(config, columns, precision),
+        f"K={widths} N={columns}",
+        extras,
+    )
+
+
+def _case(
+    kernel,
+    config: Config,
+    dtypes: dict[str, str],
+    vectors: dict[str, str],
+    strides: tuple[str, ...],
+    constexprs: dict,
+    shape: str,
+    extras: str,
+) -> AotCase:
+    """dtypes: of the matrices that are there, x or dy first; vectors: types of the pointers beside them."""
+    blocks, dtype, precision = _blocks(config), next(iter(dtypes.values())), constexprs["PRECISION"]
+    pointers = dict(vectors)
+    for name, kind in dtypes.items():
+        rows, width = blocks[name]
+        pointers[name] = f"tensordesc<{kind}[{rows},{width}]>" if config.tma else f"*{kind}"
+    signature = pointers | dict.fromkeys(("M", *strides), "i32")
+    absent = {name: None for name in kernel.arg_names if name not in signature | constexprs}
+    path = "TMA" if config.tma else "pointers" if precision == "tf32" else "ieee"
     return AotCase(
-        kernel=_linear_fwd_kernel,
-        signature=pointers | dict.fromkeys(("M", *strides), "i32"),
-        constexprs=constexprs | absent,
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs | absent | {"UPCAST": False},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        shape=f"K={widths} N={columns} {path}{saved}",
+        shape=f"{shape} {path}{extras}",
         dtype=dtype,
         gemm=dtype != "fp32" or precision == "tf32",
         archs=(90, 100) if config.tma else (80, 90, 100),
         divisible_by_16=(*(name for name, kind in pointers.items() if kind.startswith("*")), *strides),
     )
+
+
+def linear_dgelu_case(
+    config: Config, columns: int, width: int, dtype: str, sums: bool = True, precision: str = "tf32"
+) -> AotCase:
+    return _case(
+        _linear_dgelu_kernel,
+        config,
+        dict.fromkeys(("dy", "weight_t", "z", "dz"), dtype),
+        {"partial": "*fp32"} if sums else {},
+        ("stride_dy", "stride_weight", "stride_z"),
+        {"D": width} | _constexprs(config, columns, precision),
+        f"K={width} N={columns}",
+        "" if sums else " without sums",
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """What no operation's own table holds: products onto a residual, and the gradient through GELU."""
+    gated = {"gelu": False, "residual": "bf16", "tokens": 258}
+    cases = [
+        linear_case(BY_TMA, width, 4 * width, 0, "bf16", save_preactivation=True, **gated)
+        for width in (1024, 1584, 1920, 2688)
+    ]
+    fp32 = gated | {"residual": "fp32"}
+    cases += [
+        linear_case(BY_TMA, 1584, 1584, 0, "bf16", **gated),
+        linear_case(BY_TMA, 768, 3072, 0, "bf16", save_preactivation=True, **fp32),
+        linear_case(BY_TMA, 768, 3072, 0, "bf16", gelu=False, residual="fp32"),
+        linear_case(BY_POINTERS, 1584, 6336, 0, "bf16", save_preactivation=True, **gated),
+        linear_case(BY_TMA_TF32, 1584, 6336, 0, "fp32", save_preactivation=True, **fp32),
+        linear_case(BY_POINTERS_TF32, 1584, 6336, 0, "fp32", save_preactivation=True, **fp32),
+        linear_case(IEEE, 1584, 6336, 0, "fp32", save_preactivation=True, precision="ieee", **fp32),
+    ]
+    cases += [linear_dgelu_case(BY_TMA, 4 * width, width, "bf16") for width in (768, 1024, 1584, 1920, 2688)]
+    return [
+        *cases,
+        linear_dgelu_case(BY_TMA, 6336, 1584, "bf16", sums=False),
+        linear_dgelu_case(BY_TMA, 6336, 1584, "fp16"),
+        linear_dgelu_case(BY_TMA_TF32, 6336, 1584, "fp32"),
+        linear_dgelu_case(BY_POINTERS, 6336, 1584, "bf16"),
+        linear_dgelu_case(BY_POINTERS_TF32, 6336, 1584, "fp32"),
+        linear_dgelu_case(IEEE, 6336, 1584, "fp32", precision="ieee"),
+    ]

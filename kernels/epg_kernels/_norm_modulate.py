@@ -1,12 +1,13 @@
-"""The kernels of `layer_norm_modulate` and `gate_residual_norm_modulate`.
+"""The kernels of every norm, whatever it is fused with: a gated residual, or another norm before it.
 
-The forward pass adds a gated branch to the row if there is one, normalises and modulates it, and writes it in its dtype
-or, with one scale per row, in float8_e4m3fn. In the backward pass one program walks over TOKENS tokens of one image and
-writes their gradients and partial sums over them; two small kernels then add the partial sums up in a fixed order, so
-that results are bitwise repeatable.
+The forward pass makes the row to be normalised, of x alone, of x and a gated branch, or by a first norm of x. It
+normalises and modulates it, and writes it in its dtype or, with one scale per row, in float8_e4m3fn. In the backward
+pass one program walks over TOKENS tokens of one image and writes their gradients and partial sums over them; two small
+kernels then add the partial sums up in a fixed order, so that results are bitwise repeatable.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,8 +44,51 @@ TILE = 16  # rows they load at a time
 FP8_MAX = 448.0  # largest value of float8_e4m3fn
 
 
+class NormForward(NamedTuple):
+    x_out: torch.Tensor | None
+    y: torch.Tensor
+    row_scale: torch.Tensor | None
+    """[B, L] if y is FP8."""
+    mean: torch.Tensor
+    """[B, L]"""
+    rstd: torch.Tensor
+    first_mean: torch.Tensor | None
+    first_rstd: torch.Tensor | None
+
+
+class NormBackward(NamedTuple):
+    """None for what was not there; dbranch also where it equals dx."""
+
+    dx: torch.Tensor
+    dbranch: torch.Tensor | None
+    dgate: torch.Tensor | None
+    dweight: torch.Tensor
+    dbias: torch.Tensor
+    dshift: torch.Tensor | None
+    dscale: torch.Tensor | None
+    dfirst_weight: torch.Tensor | None
+    dfirst_bias: torch.Tensor | None
+    dlinear_bias: torch.Tensor | None
+
+
 def config_for(width: int) -> Config:
     return next(config for config in CONFIGS if width <= config.block)
+
+
+@triton.jit
+def _normalised(values, inside, D: tl.constexpr, EPS: tl.constexpr):
+    """(values - mean, mean, 1 / standard deviation) of rows."""
+    mu = tl.sum(values, 1, keep_dims=True) / D
+    centred = tl.where(inside, values - mu, 0.0)
+    variance = tl.sum(centred * centred, 1, keep_dims=True) / D
+    return centred, mu, tl.rsqrt(variance + tl.full((), EPS, values.dtype))
+
+
+@triton.jit
+def _norm_gradient(dxhat, xhat, inverse_std, D: tl.constexpr):
+    """The gradient of what was normalised to xhat, from that of xhat."""
+    mean_dxhat = tl.sum(dxhat, 1, keep_dims=True) / D
+    return (dxhat - mean_dxhat - xhat * (tl.sum(dxhat * xhat, 1, keep_dims=True) / D)) * inverse_std
 
 
 @triton.jit
@@ -61,6 +105,10 @@ def _norm_modulate_fwd_kernel(
     row_scale,
     mean,
     rstd,
+    first_weight,
+    first_bias,
+    first_mean,
+    first_rstd,
     tokens,
     stride_x_batch,
     stride_x_token,
@@ -86,6 +134,8 @@ def _norm_modulate_fwd_kernel(
 
     values = tl.load(x + batch * stride_x_batch + token * stride_x_token + columns, mask=live, other=0.0)
     values = values.to(acc_dtype)
+    if branch is None and first_weight is None and x_out is not None:  # a copy of x in another dtype
+        tl.store(x_out + row * D + columns, values.to(x_out.dtype.element_ty), mask=live)
     if branch is not None:
         added = tl.load(
             branch + batch * stride_branch_batch + token * stride_branch_token + columns, mask=live, other=0.0
@@ -95,9 +145,16 @@ def _norm_modulate_fwd_kernel(
         rounded = (values + added).to(x_out.dtype.element_ty)
         tl.store(x_out + row * D + columns, rounded, mask=live)
         values = rounded.to(acc_dtype)
-    mu = tl.sum(values, 1, keep_dims=True) / D
-    centred = tl.where(inside, values - mu, 0.0)
-    inverse_std = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / D + tl.full((), EPS, acc_dtype))
+    if first_weight is not None:
+        centred, mu, inverse_std = _normalised(values, inside, D, EPS)
+        tl.store(first_mean + row, mu, mask=exists)
+        tl.store(first_rstd + row, inverse_std, mask=exists)
+        w = tl.load(first_weight + columns, mask=inside, other=0.0).to(acc_dtype)
+        b = tl.load(first_bias + columns, mask=inside, other=0.0).to(acc_dtype)
+        rounded = (centred * inverse_std * w + b).to(x_out.dtype.element_ty)
+        tl.store(x_out + row * D + columns, rounded, mask=live)
+        values = rounded.to(acc_dtype)
+    centred, mu, inverse_std = _normalised(values, inside, D, EPS)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(acc_dtype)
     b = tl.load(bias + columns, mask=inside, other=0.0).to(acc_dtype)
     out = centred * inverse_std * w + b
@@ -120,6 +177,7 @@ def _norm_modulate_fwd_kernel(
 def _norm_modulate_bwd_kernel(
     dy,
     dx_out,
+    dcopy,
     x,
     branch,
     gate,
@@ -130,11 +188,17 @@ def _norm_modulate_bwd_kernel(
     dx,
     dbranch,
     partial,
+    first_weight,
+    first_bias,
+    first_mean,
+    first_rstd,
     tokens,
     stride_dy_batch,
     stride_dy_token,
     stride_dx_out_batch,
     stride_dx_out_token,
+    stride_dcopy_batch,
+    stride_dcopy_token,
     stride_x_batch,
     stride_x_token,
     stride_branch_batch,
@@ -142,11 +206,15 @@ def _norm_modulate_bwd_kernel(
     stride_gate,
     stride_scale,
     D: tl.constexpr,
+    BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x is what was normalised: with a branch, the sum that the forward pass wrote."""
+    """x is what was normalised: with a branch, the sum that the forward pass wrote; with a first norm, what entered it.
+
+    Without a gate dbranch is dx in another dtype. BIAS: also sum over tokens what leaves last, dbranch or dx.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]
@@ -159,6 +227,13 @@ def _norm_modulate_bwd_kernel(
     if gate is not None:
         opening = tl.load(gate + batch * stride_gate + columns, mask=inside, other=0.0).to(acc_dtype)
         sum_gate = tl.zeros([ROWS, BLOCK], acc_dtype)
+    if first_weight is not None:
+        w = tl.load(first_weight + columns, mask=inside, other=0.0).to(acc_dtype)
+        b = tl.load(first_bias + columns, mask=inside, other=0.0).to(acc_dtype)
+        sum_first = tl.zeros([ROWS, BLOCK], acc_dtype)
+        sum_first_xhat = tl.zeros([ROWS, BLOCK], acc_dtype)
+    if BIAS:
+        sum_bias = tl.zeros([ROWS, BLOCK], acc_dtype)
     sum_dy = tl.zeros([ROWS, BLOCK], acc_dtype)
     sum_dy_xhat = tl.zeros([ROWS, BLOCK], acc_dtype)
     for first in tl.range(0, TOKENS, ROWS, num_stages=2):
@@ -176,28 +251,54 @@ def _norm_modulate_bwd_kernel(
         if dx_out is not None:
             passed = dx_out + batch * stride_dx_out_batch + token * stride_dx_out_token + columns
             passed = tl.load(passed, mask=live, other=0.0).to(acc_dtype)
+        if dcopy is not None:
+            copied = dcopy + batch * stride_dcopy_batch + token * stride_dcopy_token + columns
+            copied = tl.load(copied, mask=live, other=0.0).to(acc_dtype)
         if gate is not None:
             added = branch + batch * stride_branch_batch + token * stride_branch_token + columns
             added = tl.load(added, mask=live, other=0.0).to(acc_dtype)
+        if first_weight is not None:
+            first_inverse_std = tl.load(first_rstd + row, mask=exists, other=0.0)
+            first_mu = tl.load(first_mean + row, mask=exists, other=0.0)
+            first_xhat = tl.where(live, (values.to(acc_dtype) - first_mu) * first_inverse_std, 0.0)
+            # what the forward pass wrote, rounded as it was
+            values = (first_xhat * w + b).to(dx.dtype.element_ty)
         xhat = tl.where(live, (values.to(acc_dtype) - mu) * inverse_std, 0.0)
-        dxhat = g * factor
-        mean_dxhat = tl.sum(dxhat, 1, keep_dims=True) / D
-        grad = (dxhat - mean_dxhat - xhat * (tl.sum(dxhat * xhat, 1, keep_dims=True) / D)) * inverse_std
+        grad = _norm_gradient(g * factor, xhat, inverse_std, D)
         if dx_out is not None:
             grad += passed
+        if dcopy is not None:
+            grad += copied
+        grad = tl.where(live, grad, 0.0)
+        if first_weight is not None:
+            sum_first += grad
+            sum_first_xhat += grad * first_xhat
+            grad = _norm_gradient(grad * w, first_xhat, first_inverse_std, D)
         tl.store(dx + row * D + columns, grad.to(dx.dtype.element_ty), mask=live)
         if gate is not None:
-            sum_gate += tl.where(live, grad, 0.0) * added
-            tl.store(dbranch + row * D + columns, (grad * opening).to(dbranch.dtype.element_ty), mask=live)
+            sum_gate += grad * added
+            grad *= opening
+        if dbranch is not None:
+            tl.store(dbranch + row * D + columns, grad.to(dbranch.dtype.element_ty), mask=live)
+        if BIAS:
+            sum_bias += tl.where(live, grad, 0.0)
         sum_dy += g
         sum_dy_xhat += g * xhat
 
-    SUMS: tl.constexpr = 2 if gate is None else 3
+    GATE: tl.constexpr = 0 if gate is None else 1
+    FIRST: tl.constexpr = 0 if first_weight is None else 2
+    SUMS: tl.constexpr = 2 + GATE + FIRST + BIAS
     out = partial + (batch * tl.num_programs(0) + chunk) * SUMS * D
     tl.store(out + columns, tl.sum(sum_dy, 0, keep_dims=True), mask=inside)
     tl.store(out + D + columns, tl.sum(sum_dy_xhat, 0, keep_dims=True), mask=inside)
     if gate is not None:
         tl.store(out + 2 * D + columns, tl.sum(sum_gate, 0, keep_dims=True), mask=inside)
+    out += (2 + GATE) * D
+    if first_weight is not None:
+        tl.store(out + columns, tl.sum(sum_first_xhat, 0, keep_dims=True), mask=inside)
+        tl.store(out + D + columns, tl.sum(sum_first, 0, keep_dims=True), mask=inside)
+    if BIAS:
+        tl.store(out + FIRST * D + columns, tl.sum(sum_bias, 0, keep_dims=True), mask=inside)
 
 
 @triton.jit
@@ -223,16 +324,21 @@ def _norm_modulate_bwd_batch_kernel(
     chunks,
     stride_scale,
     D: tl.constexpr,
+    EXTRA: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sums one image's partial sums into dshift, dscale and dgate, and scales them by 1 + scale for the parameters'."""
+    """Sums one image's partial sums into dshift, dscale and dgate, and scales them by 1 + scale for the parameters'.
+
+    EXTRA: how many further sums of parameters follow, which are passed on as they are.
+    """
     batch = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < D
     acc_dtype = partial.dtype.element_ty
-    SUMS: tl.constexpr = 2 if dgate is None else 3
+    GATE: tl.constexpr = 0 if dgate is None else 1
+    SUMS: tl.constexpr = 2 + GATE + EXTRA
     first = partial + batch * chunks * SUMS * D
     sum_dy = _sum_rows(first, chunks, SUMS * D, columns, inside, TILES, TILE, COLUMNS)
     sum_dy_xhat = _sum_rows(first + D, chunks, SUMS * D, columns, inside, TILES, TILE, COLUMNS)
@@ -247,27 +353,49 @@ def _norm_modulate_bwd_batch_kernel(
         tl.store(dscale + batch * D + columns, (w * sum_dy_xhat + b * sum_dy).to(dscale.dtype.element_ty), mask=inside)
         sum_dy *= factor
         sum_dy_xhat *= factor
-    tl.store(scaled + batch * 2 * D + columns, sum_dy, mask=inside)
-    tl.store(scaled + batch * 2 * D + D + columns, sum_dy_xhat, mask=inside)
+    out = scaled + batch * (2 + EXTRA) * D + columns
+    tl.store(out, sum_dy, mask=inside)
+    tl.store(out + D, sum_dy_xhat, mask=inside)
+    for extra in tl.static_range(EXTRA):
+        values = first + (2 + GATE + extra) * D
+        tl.store(
+            out + (2 + extra) * D,
+            _sum_rows(values, chunks, SUMS * D, columns, inside, TILES, TILE, COLUMNS),
+            mask=inside,
+        )
 
 
 @triton.jit
 def _norm_modulate_bwd_parameter_kernel(
     sums,
-    dweight,
     dbias,
+    dweight,
+    dfirst_weight,
+    dfirst_bias,
+    dlinear_bias,
     rows,
     D: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """One parameter, the program's second number, a row of `sums`: dbias, dweight, and those of the others given."""
+    parameter = tl.program_id(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < D
-    sum_dy = _sum_rows(sums, rows, 2 * D, columns, inside, TILES, TILE, COLUMNS)
-    sum_dy_xhat = _sum_rows(sums + D, rows, 2 * D, columns, inside, TILES, TILE, COLUMNS)
-    tl.store(dbias + columns, sum_dy.to(dbias.dtype.element_ty), mask=inside)
-    tl.store(dweight + columns, sum_dy_xhat.to(dweight.dtype.element_ty), mask=inside)
+    total = _sum_rows(sums + parameter * D, rows, tl.num_programs(1) * D, columns, inside, TILES, TILE, COLUMNS)
+    if parameter == 0:
+        tl.store(dbias + columns, total.to(dbias.dtype.element_ty), mask=inside)
+    elif parameter == 1:
+        tl.store(dweight + columns, total.to(dweight.dtype.element_ty), mask=inside)
+    if dfirst_weight is not None:
+        if parameter == 2:
+            tl.store(dfirst_weight + columns, total.to(dfirst_weight.dtype.element_ty), mask=inside)
+        elif parameter == 3:
+            tl.store(dfirst_bias + columns, total.to(dfirst_bias.dtype.element_ty), mask=inside)
+    if dlinear_bias is not None:  # noqa: SIM102 (known when the kernel is compiled, the other is not)
+        if parameter == tl.num_programs(1) - 1:
+            tl.store(dlinear_bias + columns, total.to(dlinear_bias.dtype.element_ty), mask=inside)
 
 
 def launch_forward(
@@ -280,19 +408,25 @@ def launch_forward(
     scale: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Returns x + gate * branch (None without a branch), y, its row scale (None unless y is FP8), mean and rstd [B, L].
+    first_norm: tuple[torch.Tensor, torch.Tensor] | None = None,
+    copy_dtype: torch.dtype | None = None,
+) -> NormForward:
+    """The row that is normalised (x_out; None if it is x, of which it is a copy if that has a dtype) and its norm.
 
     x, branch: [B, L, D]; weight, bias: [D]; gate, shift, scale: [B, D]. y has out_dtype, by default x's dtype.
+    first_norm: weight and bias [D] of a norm whose result is normalised again, without a branch.
     """
     batch, tokens, width = x.shape
     config = config_for(width)
     x, branch, gate, shift, scale = (unit_stride(tensor) for tensor in (x, branch, gate, shift, scale))
-    x_out = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_dtype = copy_dtype if branch is None and first_norm is None else x.dtype
+    x_out = None if x_dtype is None else torch.empty(x.shape, dtype=x_dtype, device=x.device)
     y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
     mean = torch.empty((batch, tokens), dtype=accumulation_dtype(x), device=x.device)
     rstd = torch.empty_like(mean)
     row_scale = torch.empty_like(mean) if y.dtype == torch.float8_e4m3fn else None
+    first_weight, first_bias = (None, None) if first_norm is None else (p.contiguous() for p in first_norm)
+    first_mean, first_rstd = (None if first_norm is None else torch.empty_like(mean) for _ in range(2))
     with torch.cuda.device_of(x):
         _norm_modulate_fwd_kernel[(triton.cdiv(tokens, config.rows), batch)](
             x,
@@ -307,6 +441,10 @@ def launch_forward(
             row_scale,
             mean,
             rstd,
+            first_weight,
+            first_bias,
+            first_mean,
+            first_rstd,
             tokens,
             x.stride(0),
             x.stride(1),
@@ -322,7 +460,7 @@ def launch_forward(
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
-    return x_out, y, row_scale, mean, rstd
+    return NormForward(x_out, y, row_scale, mean, rstd, first_mean, first_rstd)
 
 
 def launch_backward(
@@ -337,15 +475,21 @@ def launch_backward(
     scale: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
-    """Returns dx, dbranch, dgate, dweight, dbias, dshift, dscale.
+    dcopy: torch.Tensor | None = None,
+    branch_dtype: torch.dtype | None = None,
+    first_norm: tuple[torch.Tensor, ...] | None = None,
+    linear_bias: torch.Tensor | None = None,
+) -> NormBackward:
+    """Gradients of all that entered `launch_forward`.
 
-    x: [B, L, D], what was normalised; dx_out: the gradient that reaches it past the norm. dbranch and dgate are None
-    without a gate (then dbranch equals dx), dshift and dscale without modulation.
+    x: [B, L, D], what was normalised; dx_out, dcopy: gradients that reach it past the norm, through itself and through
+    its copy. branch_dtype: also return dx in this dtype as dbranch, where there is no gate. first_norm: weight, bias,
+    mean and rstd of a first norm, which x entered. linear_bias: a parameter [D] that was added to the branch, or to x
+    where there is none.
     """
     batch, tokens, width = x.shape
     config = config_for(width)
-    dy, dx_out, x, branch = (unit_stride(tensor) for tensor in (dy, dx_out, x, branch))
+    dy, dx_out, dcopy, x, branch = (unit_stride(tensor) for tensor in (dy, dx_out, dcopy, x, branch))
     gate, scale = unit_stride(gate), unit_stride(scale)
     weight, bias = weight.contiguous(), bias.contiguous()
     per_program = _tokens_per_program(config)
@@ -355,15 +499,22 @@ def launch_backward(
         return None if like is None else torch.empty(shape, dtype=like.dtype, device=x.device)
 
     dx, dbranch = empty(x, x.shape), None if gate is None else empty(branch, x.shape)
+    if gate is None and branch_dtype not in (None, x.dtype):
+        dbranch = torch.empty(x.shape, dtype=branch_dtype, device=x.device)
+    first_weight, first_bias, first_mean, first_rstd = first_norm or (None,) * 4
+    dfirst_weight, dfirst_bias = empty(first_weight, (width,)), empty(first_bias, (width,))
+    dlinear_bias = empty(linear_bias, (width,))
+    extra = 2 * (first_weight is not None) + (linear_bias is not None)
     dgate, dscale = empty(gate, (batch, width)), empty(scale, (batch, width))
     dshift = None if scale is None else empty(shift, (batch, width))
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    sums = empty(mean, (batch * chunks, 2 if gate is None else 3, width))
+    sums = empty(mean, (batch * chunks, 2 + (gate is not None) + extra, width))
     columns = triton.cdiv(width, COLUMNS)
     with torch.cuda.device_of(x):
         _norm_modulate_bwd_kernel[(chunks, batch)](
             dy,
             dx_out,
+            dcopy,
             x,
             branch,
             gate,
@@ -374,11 +525,17 @@ def launch_backward(
             dx,
             dbranch,
             sums,
+            first_weight,
+            first_bias,
+            first_mean,
+            first_rstd,
             tokens,
             dy.stride(0),
             dy.stride(1),
             stride(dx_out, 0),
             stride(dx_out, 1),
+            stride(dcopy, 0),
+            stride(dcopy, 1),
             x.stride(0),
             x.stride(1),
             stride(branch, 0),
@@ -386,13 +543,14 @@ def launch_backward(
             stride(gate, 0),
             stride(scale, 0),
             D=width,
+            BIAS=linear_bias is not None,
             TOKENS=per_program,
             ROWS=config.rows_backward,
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
         if scale is not None or gate is not None:
-            scaled = empty(mean, (batch, 2, width))
+            scaled = empty(mean, (batch, 2 + extra, width))
             _norm_modulate_bwd_batch_kernel[(columns, batch)](
                 sums,
                 weight,
@@ -405,22 +563,27 @@ def launch_backward(
                 chunks,
                 stride(scale, 0),
                 D=width,
+                EXTRA=extra,
                 TILES=_tiles(chunks),
                 TILE=TILE,
                 COLUMNS=COLUMNS,
             )
             sums = scaled
-        _norm_modulate_bwd_parameter_kernel[(columns,)](
+        _norm_modulate_bwd_parameter_kernel[(columns, 2 + extra)](
             sums,
-            dweight,
             dbias,
+            dweight,
+            dfirst_weight,
+            dfirst_bias,
+            dlinear_bias,
             sums.shape[0],
             D=width,
             TILES=_tiles(sums.shape[0]),
             TILE=TILE,
             COLUMNS=COLUMNS,
         )
-    return dx, dbranch, dgate, dweight, dbias, dshift, dscale
+    gradients = dx, dbranch, dgate, dweight, dbias, dshift, dscale
+    return NormBackward(*gradients, dfirst_weight, dfirst_bias, dlinear_bias)
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
@@ -436,8 +599,11 @@ def _tiles(rows: int) -> int:
     return triton.next_power_of_2(triton.cdiv(rows, TILE))
 
 
-def row_cases(width: int, dtype: str, residual: bool, fp8: bool = False) -> list[AotCase]:
-    """The row kernels with modulation, with (residual) or without a gated branch; FP8 has no backward pass."""
+def row_cases(width: int, dtype: str, residual=False, fp8=False, twice=False, bias=False) -> list[AotCase]:
+    """The row kernels with modulation, with a gated branch (residual) or after a first norm (twice).
+
+    FP8 has no backward pass. bias: of the linear layer before, which gets its gradient here.
+    """
     config = config_for(width)
     y = "fp8e4nv" if fp8 else dtype
     forward = {"x": dtype, "weight": "fp32", "bias": "fp32", "shift": dtype, "scale": dtype, "y": y}
@@ -447,23 +613,30 @@ def row_cases(width: int, dtype: str, residual: bool, fp8: bool = False) -> list
     if residual:
         forward |= {"branch": dtype, "gate": dtype, "x_out": dtype}
         backward |= {"branch": dtype, "gate": dtype, "dx_out": dtype, "dbranch": dtype}
+    if twice:
+        first = dict.fromkeys(("first_weight", "first_bias", "first_mean", "first_rstd"), "fp32")
+        forward |= first | {"x_out": dtype}
+        backward |= first | {"dx_out": dtype}
     constexprs = {"D": width, "BLOCK": config.block}
-    shape = f"D={width}{' gated' if residual else ''}"
+    shape = f"D={width}{' gated' * residual}{' twice' * twice}{' bias' * bias}"
     forward_constexprs = constexprs | {"EPS": 1e-5, "FP8_MAX": FP8_MAX, "ROWS": config.rows}
     cases = [_case(_norm_modulate_fwd_kernel, forward, forward_constexprs, config.num_warps, shape, dtype, fp8)]
     if not fp8:
         backward_constexprs = constexprs | {"TOKENS": _tokens_per_program(config), "ROWS": config.rows_backward}
+        backward_constexprs["BIAS"] = bias
         cases.append(_case(_norm_modulate_bwd_kernel, backward, backward_constexprs, config.num_warps, shape, dtype))
     return cases
 
 
-def summing_cases(width: int, dtype: str, residual: bool) -> list[AotCase]:
+def summing_cases(width: int, dtype: str, residual: bool = False) -> list[AotCase]:
     per_batch = {"partial": "fp32", "weight": "fp32", "bias": "fp32", "scale": dtype, "dshift": dtype, "dscale": dtype}
     per_batch |= {"scaled": "fp32"} | ({"dgate": dtype} if residual else {})
-    parameters = {"sums": "fp32", "dweight": "fp32", "dbias": "fp32"}
+    names = ("sums", "dweight", "dbias", "dfirst_weight", "dfirst_bias", "dlinear_bias")
+    parameters = dict.fromkeys(names, "fp32")
     constexprs = {"D": width, "TILES": 8, "TILE": TILE, "COLUMNS": COLUMNS}
-    shape = f"D={width}{' gated' if residual else ''}"
-    cases = [_case(_norm_modulate_bwd_batch_kernel, per_batch, constexprs, 4, shape, dtype)]
+    shape = f"D={width}{' gated' * residual}"
+    per_batch_constexprs = constexprs | {"EXTRA": 3}
+    cases = [_case(_norm_modulate_bwd_batch_kernel, per_batch, per_batch_constexprs, 4, shape, dtype)]
     if not residual:
         cases.append(_case(_norm_modulate_bwd_parameter_kernel, parameters, constexprs, 4, shape, dtype))
     return cases
@@ -479,10 +652,15 @@ def _case(kernel, pointers: dict[str, str], constexprs: dict, num_warps: int, sh
         "x_out",
         "row_scale",
         "dx_out",
+        "dcopy",
         "dbranch",
         "dshift",
         "dscale",
         "dgate",
+        "first_weight",
+        "first_bias",
+        "first_mean",
+        "first_rstd",
     }
     absent = {name: None for name in kernel.arg_names if name in optional and name not in pointers}
     known = pointers | constexprs | absent

@@ -21,14 +21,14 @@ def gate_residual_norm_modulate_fwd(
 
     x, branch: [B, L, D]; weight, bias: [D]; gate: [B, D] or None for 1; shift, scale: [B, D] or both None.
     """
-    x_out, y, _, mean, rstd = launch_forward(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
-    return x_out, y, mean, rstd
+    done = launch_forward(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
+    return done.x_out, done.y, done.mean, done.rstd
 
 
 def gate_residual_norm_modulate_fp8(x, branch, gate, weight, bias, shift, scale, eps):
     """Returns x + gate * branch, y / row_scale [B, L, D] in float8_e4m3fn and row_scale [B, L]."""
-    x_out, y, row_scale, _, _ = launch_forward(x, branch, gate, weight, bias, shift, scale, eps, torch.float8_e4m3fn)
-    return x_out, y, row_scale
+    done = launch_forward(x, branch, gate, weight, bias, shift, scale, eps, torch.float8_e4m3fn)
+    return done.x_out, done.y, done.row_scale
 
 
 def gate_residual_norm_modulate_bwd(
@@ -48,7 +48,7 @@ def gate_residual_norm_modulate_bwd(
 
     dbranch and dgate are None without a gate (then dbranch equals dx), dshift and dscale without modulation.
     """
-    return launch_backward(dy, dx_out, x_out, branch, gate, weight, bias, shift, scale, mean, rstd)
+    return launch_backward(dy, dx_out, x_out, branch, gate, weight, bias, shift, scale, mean, rstd)[:7]
 
 
 def aot_cases() -> list[AotCase]:

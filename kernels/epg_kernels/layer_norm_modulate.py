@@ -14,22 +14,25 @@ def layer_norm_modulate_fwd(
     scale: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns y [B, L, D] in out_dtype (default: x's) and, for the backward pass, mean and rstd [B, L].
+    copy_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns y [B, L, D] in out_dtype (default: x's), mean and rstd [B, L], and x in copy_dtype, if that is wanted.
 
     x: [B, L, D]; weight, bias: [D]; shift, scale: [B, D] or both None.
     """
-    _, y, _, mean, rstd = launch_forward(x, None, None, weight, bias, shift, scale, eps, out_dtype)
-    return y, mean, rstd
+    done = launch_forward(x, None, None, weight, bias, shift, scale, eps, out_dtype, copy_dtype=copy_dtype)
+    return done.y, done.mean, done.rstd, done.x_out
 
 
 def layer_norm_modulate_fp8(x, weight, bias, shift, scale, eps) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y / row_scale [B, L, D] in float8_e4m3fn and row_scale [B, L]."""
-    _, y, row_scale, _, _ = launch_forward(x, None, None, weight, bias, shift, scale, eps, torch.float8_e4m3fn)
-    return y, row_scale
+    done = launch_forward(x, None, None, weight, bias, shift, scale, eps, torch.float8_e4m3fn)
+    return done.y, done.row_scale
 
 
 def layer_norm_modulate_bwd(
+    dx_out: torch.Tensor | None,
+    dcopy: torch.Tensor | None,
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -39,19 +42,20 @@ def layer_norm_modulate_bwd(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Returns dx, dweight, dbias, dshift, dscale (the last two None when scale is)."""
-    dx, _, _, dweight, dbias, dshift, dscale = launch_backward(
-        dy, None, x, None, None, weight, bias, shift, scale, mean, rstd
-    )
-    return dx, dweight, dbias, dshift, dscale
+    """Returns dx, dweight, dbias, dshift, dscale (the last two None when scale is).
+
+    dx_out, dcopy: the gradients that reach x past the norm, through itself and through its copy, or None.
+    """
+    done = launch_backward(dy, dx_out, x, None, None, weight, bias, shift, scale, mean, rstd, dcopy=dcopy)
+    return done.dx, done.dweight, done.dbias, done.dshift, done.dscale
 
 
 def aot_cases() -> list[AotCase]:
     """The row kernels in every configuration and at the presets' widths; float32 and the summing kernels once."""
     cases = []
     for width in (256, 512, 768, 1024, 1584, 1920, 2688):
-        cases += row_cases(width, "bf16", residual=False)
+        cases += row_cases(width, "bf16")
     for width in (768, 1584, 2688):
-        cases += row_cases(width, "bf16", residual=False, fp8=True)
-    cases += row_cases(1584, "fp32", residual=False)
-    return cases + summing_cases(1584, "bf16", residual=False)
+        cases += row_cases(width, "bf16", fp8=True)
+    cases += row_cases(1584, "fp32")
+    return cases + summing_cases(1584, "bf16")

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import COLUMNS, ROWS, TILE, empty_partial_sums, second_stage_case, sum_partial_sums
-from epg_kernels._matmul import BY_POINTERS, BY_TMA, BY_TMA_TF32, IEEE, gaussian_tail, linear, linear_case, rows_of
+from epg_kernels._matmul import BY_POINTERS, BY_TMA, BY_TMA_TF32, IEEE, gelu_gradient, linear, linear_case, rows_of
 
 
 @triton.jit
@@ -33,9 +33,7 @@ def _linear_gelu_bwd_kernel(
         offsets = row[:, None] * N + columns[None, :]
         grad = tl.load(dy + row[:, None] * stride_dy + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
-        tail = gaussian_tail(tl.abs(values), z.dtype.element_ty == tl.float32)
-        density = 0.3989422804014327 * tl.exp2(values * values * -0.7213475204444817)
-        grad *= tl.where(values > 0, 1.0 - tail, tail) + values * density  # Phi(z) + z phi(z)
+        grad *= gelu_gradient(values, z.dtype.element_ty == tl.float32)
         total += grad
         tl.store(dz + offsets, grad.to(dz.dtype.element_ty), mask=mask)
     if partial is not None:
@@ -69,12 +67,18 @@ def linear_gelu_bwd(
     partial = empty_partial_sums(z) if need_bias else None
     with torch.cuda.device_of(z):
         _linear_gelu_bwd_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(rows, ROWS))](
-            dy, z, dz, partial, rows, dy.stride(0), N=width, TILES=ROWS // TILE, TILE=TILE, COLUMNS=COLUMNS
+            dy, z, dz, partial, rows, dy.stride(0), N=width, **_tiling(z.itemsize)
         )
     # The products have nothing left to fuse, and cuBLAS sets their ceiling.
     dx = torch.mm(dz, weight).view(x.shape) if need_x else None
     dweight = torch.mm(dz.t(), rows_of(x)) if need_weight else None
     return dx, dweight, sum_partial_sums(partial, bias.dtype) if need_bias else None
+
+
+def _tiling(itemsize: int) -> dict[str, int]:
+    """As many bytes at a time in every dtype: with as many values, registers spill in float32."""
+    tile = TILE * 2 // itemsize
+    return {"TILES": ROWS // tile, "TILE": tile, "COLUMNS": COLUMNS}
 
 
 def aot_cases() -> list[AotCase]:
@@ -99,7 +103,7 @@ def _backward_case(width: int, dtype: str) -> AotCase:
     return AotCase(
         kernel=_linear_gelu_bwd_kernel,
         signature=pointers | {"M": "i32", "stride_dy": "i32"},
-        constexprs={"N": width, "TILES": ROWS // TILE, "TILE": TILE, "COLUMNS": COLUMNS},
+        constexprs={"N": width} | _tiling(4 if dtype == "fp32" else 2),
         num_warps=4,
         shape=f"N={width}",
         dtype=dtype,

@@ -1,57 +1,86 @@
-"""Linear layer over a long skip connection, and the LayerNorm after it; its backward pass."""
+"""Linear layer over a long skip connection, and the norms after it; its backward pass."""
 
 import torch
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import column_sums, first_stage_case, second_stage_case
 from epg_kernels._matmul import BY_POINTERS, BY_POINTERS_TF32, BY_TMA, BY_TMA_TF32, IEEE, linear, linear_case, rows_of
-from epg_kernels.layer_norm_modulate import layer_norm_modulate_bwd, layer_norm_modulate_fwd
+from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases
 
 
-def skip_linear_fwd(
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+def skip_linear_fwd(x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x: [B, L, D], skip: [B, L, E], weight: [N, D + E], all in one dtype; bias: [N]. Returns [B, L, N]."""
+    return linear(x, skip, weight, bias)[0]
+
+
+def skip_norms_fwd(
+    z: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    next_bias: torch.Tensor | None,
+    next_shift: torch.Tensor | None,
+    next_scale: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Returns y [B, L, N] and, for the backward pass of the norm, z [B, L, N], mean and rstd [B, L] (None without it).
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns y, the next norm of y, z, mean and rstd of z, of y: None for what norms that are not there would make.
 
-    x: [B, L, D], skip: [B, L, E], weight: [N, D + E], all in one dtype; bias, norm_weight, norm_bias: [N].
+    z: [B, L, N]; norm_weight, norm_bias, next_weight, next_bias: [N]; next_shift, next_scale: [B, N].
     """
-    z, _ = linear(x, skip, weight, bias)
     if norm_weight is None:
-        return z, None, None, None
-    y, mean, rstd = layer_norm_modulate_fwd(z, norm_weight, norm_bias, None, None, eps)
-    return y, z, mean, rstd
+        return z, *[None] * 6
+    if next_weight is None:
+        done = launch_forward(z, None, None, norm_weight, norm_bias, None, None, eps)
+        return done.y, None, z, done.mean, done.rstd, None, None
+    first = norm_weight, norm_bias
+    done = launch_forward(z, None, None, next_weight, next_bias, next_shift, next_scale, eps, first_norm=first)
+    return done.x_out, done.y, z, done.first_mean, done.first_rstd, done.mean, done.rstd
 
 
 def skip_linear_bwd(
-    dy: torch.Tensor,
+    dy: torch.Tensor | None,
+    dnext: torch.Tensor | None,
     x: torch.Tensor,
     skip: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
-    z: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    next_bias: torch.Tensor | None,
+    next_shift: torch.Tensor | None,
+    next_scale: torch.Tensor | None,
+    z: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    next_mean: torch.Tensor,
+    next_rstd: torch.Tensor,
     need_x: bool,
     need_skip: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Returns dx, dskip, dweight, dbias (None where not needed), dnorm_weight, dnorm_bias (None without the norm)."""
-    dnorm_weight = dnorm_bias = None
-    dz = dy
-    if norm_weight is not None:
-        dz, dnorm_weight, dnorm_bias, _, _ = layer_norm_modulate_bwd(
-            dy, z, norm_weight, norm_bias, None, None, mean, rstd
-        )
-    dz, split = rows_of(dz), x.shape[-1]
+    """Returns dx, dskip, dweight, dbias (None where not needed), then the gradients of the norms' parameters.
+
+    dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None.
+    """
+    linear_bias = bias if need_bias else None
+    norms = [None] * 6
+    if norm_weight is None:
+        dz, dbias = rows_of(dy), None
+        if need_bias:
+            dbias = column_sums(dz, bias.dtype)
+    elif next_weight is None:
+        given = z, None, None, norm_weight, norm_bias, None, None, mean, rstd
+        done = launch_backward(dy, None, *given, linear_bias=linear_bias)
+        dz, dbias, norms[:2] = rows_of(done.dx), done.dlinear_bias, (done.dweight, done.dbias)
+    else:
+        first = norm_weight, norm_bias, mean, rstd
+        given = z, None, None, next_weight, next_bias, next_shift, next_scale, next_mean, next_rstd
+        done = launch_backward(dnext, dy, *given, first_norm=first, linear_bias=linear_bias)
+        dz, dbias = rows_of(done.dx), done.dlinear_bias
+        norms = [done.dfirst_weight, done.dfirst_bias, done.dweight, done.dbias, done.dshift, done.dscale]
+    split = x.shape[-1]
     # Nothing is left to fuse into these products, and cuBLAS sets their ceiling.
     dx = torch.mm(dz, weight[:, :split]).view(x.shape) if need_x else None
     dskip = torch.mm(dz, weight[:, split:]).view(skip.shape) if need_skip else None
@@ -60,8 +89,7 @@ def skip_linear_bwd(
         dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         torch.mm(dz.t(), rows_of(x), out=dweight[:, :split])
         torch.mm(dz.t(), rows_of(skip), out=dweight[:, split:])
-    dbias = column_sums(dz, bias.dtype) if need_bias else None
-    return dx, dskip, dweight, dbias, dnorm_weight, dnorm_bias
+    return dx, dskip, dweight, dbias, *norms
 
 
 def aot_cases() -> list[AotCase]:
@@ -74,6 +102,7 @@ def aot_cases() -> list[AotCase]:
         linear_case(BY_POINTERS, 1584, 1584, 768, "bf16", gelu=False),
         linear_case(BY_POINTERS_TF32, 1584, 1584, 768, "fp32", gelu=False),
         linear_case(IEEE, 1584, 1584, 768, "fp32", gelu=False, precision="ieee"),
+        *(case for width, _ in presets for case in row_cases(width, "bf16", twice=True, bias=True)),
         first_stage_case(1584, "bf16"),
         second_stage_case(1584),
     ]

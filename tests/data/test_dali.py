@@ -265,7 +265,14 @@ def with_transparent_colour(image):
     return content[:33] + chunk + content[33:]
 
 
+def with_texts(image):
+    content = encode(image, "PNG")
+    data = b"zTXtworkflow\0\0" + zlib.compress(bytes(2_000_000))
+    return content[:33] + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data)) + content[33:]
+
+
 UNUSUAL = {
+    "texts.png": with_texts,
     "cmyk.jpg": lambda i: encode(i.convert("CMYK"), "JPEG"),
     "gray.jpg": lambda i: encode(i.convert("L"), "JPEG"),
     "gray.png": lambda i: encode(i.convert("L"), "PNG"),

@@ -1,7 +1,11 @@
+import io
+import json
 import logging
 import os
 import shutil
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -92,6 +96,121 @@ def test_links_back_to_a_folder_above_are_not_followed(make_folder, tmp_path, ca
     assert ImageFolder(tmp_path / "near").paths == ["a/x.png"]
 
 
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+def test_what_systems_and_storage_boxes_leave_is_neither_class_nor_image_and_said(tmp_path, caplog):
+    wanted = [f"n{i}/{i}.jpg" for i in range(3)]
+    clean = ImageFolder(touch(tmp_path / "clean", *wanted))
+    caplog.set_level(logging.INFO, "epg_fast")
+    junk = ("__MACOSX/n0/._0.jpg", "@eaDir/0.jpg", "lost+found/x.jpg", "$RECYCLE.BIN/x.jpg", "#recycle/n1/1.jpg")
+    junk += ("System Volume Information/x.jpg", "n0/@eaDir/0.jpg/SYNOPHOTO_THUMB_XL.jpg", "n1/.ipynb_checkpoints/1.jpg")
+    folder = ImageFolder(
+        touch(tmp_path / "m", *wanted, *junk, "n0/Thumbs.db", "n1/thumbs.db", ".DS_Store", "n2/._2.jpg")
+    )
+    assert folder.classes == ["n0", "n1", "n2"] and folder.paths == wanted
+    assert folder.fingerprint() == clean.fingerprint()
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "2 '@eaDir'" in line and "hidden, or of an operating system" in line
+
+
+def test_a_folder_of_the_file_system_is_not_even_opened(tmp_path, monkeypatch):
+    """Only root may read lost+found."""
+    opened, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: opened.append(os.path.basename(path)) or scandir(path))
+    ImageFolder(touch(tmp_path, "a/0.png", "lost+found/x.png"))
+    assert "a" in opened and "lost+found" not in opened
+
+
+def test_other_files_are_counted_in_one_line(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "epg_fast")
+    touch(tmp_path, "a/0.JFIF", "a/1.jpe", "a/2.Gif", "a/3.tif", "b/0.PNG", "b/1.TIF", "b/2.txt", "README")
+    assert len(ImageFolder(tmp_path)) == 4
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "ignored 4 files that are no images: 2 '.tif', 1 '" in line
+
+
+@pytest.mark.parametrize(
+    "names, passes",
+    [
+        ("train/n01/0.JPEG train/n02/0.JPEG val/0.JPEG test/0.JPEG", "train"),
+        ("v/train/a/0.jpg v/valid/a/0.jpg", "v/train"),
+        ("Train/a/0.jpg Test/a/0.jpg __MACOSX/a/0.jpg", "Train"),
+        ("Training~Set/a/0.jpg Validation_Set/a/0.jpg Annotations/a.xml", "Training Set"),
+        ("train2017/a/0.jpg val2017/a/0.jpg a/0.jpg b/0.jpg c/0.jpg", "train2017"),
+        ("train/n01.tar val/0.jpg", "train"),
+        ("training/a/0.jpg training/b/0.jpg", "training"),
+        ("eval/a/0.jpg", "eval"),
+        ("train/a/0.jpg train/b/0.jpg Annotations/a.xml", "train"),
+        ("a/train/0.jpg a/test/0.jpg b/train/0.jpg", "as train/a"),
+    ],
+)
+def test_splits_are_refused_with_the_folder_to_pass(tmp_path, names, passes):
+    touch(tmp_path, *(name.replace("~", " ") for name in names.split()))
+    with pytest.raises(ValueError, match=r"holds the split.*wanted a folder of class folders with images; ") as caught:
+        ImageFolder(tmp_path)
+    assert str(caught.value).endswith(passes)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["train/0.jpg bus/0.jpg plane/0.jpg", "train/0.jpg", "bullet_train/0.jpg test_tube/0.jpg a/0.jpg b/0.jpg c/0.jpg"],
+)
+def test_classes_may_have_names_of_splits(tmp_path, names):
+    assert len(ImageFolder(touch(tmp_path, *names.split())).classes) == len(names.split())
+
+
+def test_more_images_beside_the_class_folders_than_in_them_are_refused(tmp_path, caplog):
+    touch(tmp_path, "thumbnails/0.jpg", "0.jpg")
+    assert ImageFolder(tmp_path).paths == ["thumbnails/0.jpg"] and "ignored 1 images" in caplog.text
+    with pytest.raises(ValueError, match=r"2 images itself and 1 in its folders \(thumbnails\), wanted one of these"):
+        ImageFolder(touch(tmp_path, "1.jpg"))
+
+
+def test_class_folders_one_folder_deeper_are_pointed_out(tmp_path, caplog):
+    folder = ImageFolder(touch(tmp_path, "imagenette/n01/0.jpg", "imagenette/n02/0.jpg"))
+    assert folder.classes == ["imagenette"]
+    assert f"pass {tmp_path / 'imagenette'} if these are the classes" in caplog.text
+
+
+def edm(root, labels):
+    touch(root, "00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png")
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return root
+
+
+def test_a_folder_of_edm_has_the_labels_of_its_dataset_json(tmp_path, caplog):
+    labels = {"00001/img00001000.png": 2, "00000/img00000000.png": 10, "00000/img00000001.png": 2}
+    folder = ImageFolder(edm(tmp_path / "edm", list(labels.items())))
+    assert dict(zip(folder.paths, folder.labels, strict=True)) == labels
+    assert folder.classes == [f"{label:02d}" for label in range(11)]  # which sort as the numbers do
+    assert not caplog.records
+    # StyleGAN's tool may write no labels, nor folders
+    (tmp_path / "flat").mkdir()
+    for name in ("img00000000.png", "img00000001.png"):
+        touch(tmp_path / "flat", name)
+    (tmp_path / "flat" / "dataset.json").write_text('{"labels": null}')
+    assert ImageFolder(tmp_path / "flat").classes == ["all"] and "no labels in dataset.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([["00000/img00000000.png", 1]], "has no label of 00000/img00000001.png; add it"),
+        ([["00000/img00000000.png", [0.0, 1.0]]], "has other labels, wanted a list of .file, class index."),
+        ([["00000/img00000000.png", -1]], "has other labels"),
+        ({"00000/img00000000.png": 1}, "has other labels"),
+    ],
+)
+def test_a_dataset_json_of_other_labels_is_refused(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(edm(tmp_path, labels))
+
+
 def test_mistaken_paths_are_named_with_a_remedy(tmp_path, make_folder):
     file = tmp_path / "file"
     file.write_text("x")
@@ -107,7 +226,7 @@ def test_mistaken_paths_are_named_with_a_remedy(tmp_path, make_folder):
         (tmp_path / "empty", "is empty.*prepare"),
         (tmp_path / "flat", "1 images but no class folders.*move them"),
         (tmp_path / "bare", "none of the 1 class folders"),
-        (tmp_path / "data", "splits test, train.*pass .*data/train"),
+        (tmp_path / "data", "splits train, test.*pass .*data/train$"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             ImageFolder(path)
@@ -184,6 +303,48 @@ def test_malformed_exif_does_not_spoil_intact_pixels(tmp_path):
     with pytest.raises(SyntaxError):  # the precondition: Pillow itself cannot read this block
         Image.open(tmp_path / "c" / "x.png").getexif()
     np.testing.assert_array_equal(load_only(tmp_path), GRADIENT)
+
+
+def png_with(chunks, pixels=GRADIENT):
+    """A PNG with `chunks` (kind, content) behind its header."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    parts = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    return buffer.getvalue()[:33] + b"".join(parts) + buffer.getvalue()[33:]
+
+
+LARGE = b'{"workflow": "' + b"node " * 300_000 + b'"}'
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TEXTS = {
+    "tEXt": [(b"tEXt", b"prompt\0" + LARGE * 50)],
+    "zTXt": [(b"zTXt", b"workflow\0\0" + zlib.compress(LARGE))],
+    "iTXt": [(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(LARGE))],
+    "iCCP": [(b"iCCP", b"profile\0\0" + zlib.compress(LARGE))],
+    "many": [(b"zTXt", b"workflow\0\0" + zlib.compress(LARGE)), (b"gAMA", b"\0\0\xb1\x8f"), (b"tEXt", b"a\0b")] * 2,
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_large_texts_and_profiles_do_not_spoil_the_pixels_of_a_png(tmp_path, kind):
+    """As programs that generate images write their workflows."""
+    (tmp_path / "c").mkdir()
+    content = png_with(TEXTS[kind])
+    (tmp_path / "c" / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="(?i)too large|too much memory"):  # the precondition: Pillow refuses this file
+        Image.open(io.BytesIO(content)).load()
+    np.testing.assert_array_equal(load_only(tmp_path), GRADIENT)
+
+
+@pytest.mark.parametrize("behind_the_pixels", [False, True])
+def test_an_orientation_among_the_texts_of_a_png_is_applied(tmp_path, behind_the_pixels):
+    chunks = [*TEXTS["zTXt"], (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)]
+    content = png_with(chunks)
+    if behind_the_pixels:
+        bare = png_with([])
+        content = bare[:-12] + content[33 : 33 + len(content) - len(bare)] + bare[-12:]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.png").write_bytes(content)
+    np.testing.assert_array_equal(load_only(tmp_path), np.rot90(GRADIENT, -1))
 
 
 def test_damaged_files_raise_instead_of_returning_half_an_image(tmp_path):

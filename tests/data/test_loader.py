@@ -2,10 +2,12 @@ import errno
 import itertools
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ import torch
 from PIL import Image
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, training_views
-from epg_fast.data import loader as loader_module
+from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, source, training_views
+from epg_fast.data.encoded import EncodedBatches
+from epg_fast.data.faults import ReadError
+from epg_fast.data.loader import DecodedBatches
+from epg_fast.data.workers import WorkerStream
 
 
 def batches(folder, count, **options):
@@ -206,12 +211,19 @@ def test_more_than_one_percent_of_damaged_files_stops_with_their_names(make_fold
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_disk_that_goes_away_is_waited_for_and_changes_nothing(make_folder, workers):
+@pytest.mark.parametrize("mount_point", [False, True])
+def test_a_disk_that_goes_away_is_waited_for_and_changes_nothing(make_folder, workers, mount_point):
     root = make_folder(60)
     folder = ImageFolder(root)
     expected = batches(folder, 6)
     root.rename(root.with_name("elsewhere"))
-    timer = threading.Timer(0.5, lambda: root.with_name("elsewhere").rename(root))
+    if mount_point:
+        root.mkdir()  # of a disk that was mounted there, the empty folder stays
+
+    def come_back():
+        root.with_name("elsewhere").rename(root)
+
+    timer = threading.Timer(0.5, come_back)
     timer.start()
     assert_same(batches(folder, 6, workers=workers), expected)
     timer.join()
@@ -222,11 +234,9 @@ def test_a_disk_that_stays_away_stops_training_with_one_line(make_folder, monkey
     root = make_folder(60)
     folder = ImageFolder(root)
     root.rename(root.with_name("elsewhere"))
-    monkeypatch.setattr(loader_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(source, "_PATIENCE", 0.2)
     with PillowLoader(folder, image_size=16, batch_size=60, seed=0, workers=workers) as loader:
-        with pytest.raises(
-            OSError, match="could not be read for . s .*is the disk there.*same command resumes"
-        ) as error:
+        with pytest.raises(OSError, match="could not be read for . s .*is the disk there.*same command again") as error:
             next(loader)
         assert "\n" not in str(error.value) and not loader.bad_files
 
@@ -243,6 +253,72 @@ def test_a_passing_error_of_a_network_disk_makes_no_file_bad(make_folder, monkey
 
     monkeypatch.setattr(folder, "read", unsteady)
     assert_same(batches(folder, 4), expected)
+
+
+FAULTS = {
+    errno.EMFILE: "Too many open files.*ulimit -n",
+    errno.ENFILE: "Too many open files in system.*fs.file-max",
+    errno.ENOMEM: "Cannot allocate memory.*fewer workers",
+    errno.EBADF: "Bad file descriptor.*not of the image",
+    errno.EUCLEAN: "Structure needs cleaning.*not of the image",
+}
+
+
+@pytest.mark.parametrize("make, workers", [(DecodedBatches, 1), (EncodedBatches, 0)])
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        *((OSError(number, os.strerror(number), "x.png"), message) for number, message in FAULTS.items()),
+        (MemoryError(), "Cannot allocate memory.*fewer workers"),
+    ],
+)
+def test_what_the_process_or_the_machine_lacks_is_no_images_fault(
+    make_folder, monkeypatch, make, workers, error, message
+):
+    folder = ImageFolder(make_folder(20))
+
+    def fail(i):
+        raise error
+
+    monkeypatch.setattr(folder, "read", fail)
+    with PillowLoader(folder, image_size=16, batch_size=20, seed=0, workers=0, max_bad_fraction=0.9) as loader:
+        stream = WorkerStream(make(loader), 0, workers)
+        with pytest.raises(ReadError, match=f"cannot read .*class./0...png .{message}.*same command again") as caught:
+            next(stream)
+        assert "\n" not in str(caught.value) and not loader._bad.any()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP])
+def test_what_is_wrong_with_one_file_is_its_own_fault(make_folder, monkeypatch, number):
+    folder = ImageFolder(make_folder(20))
+    read = folder.read
+
+    def fail(i):
+        if i == 7:
+            raise OSError(number, os.strerror(number), folder.paths[i])
+        return read(i)
+
+    monkeypatch.setattr(folder, "read", fail)
+    with PillowLoader(folder, image_size=16, batch_size=20, seed=0, workers=0, max_bad_fraction=0.1) as loader:
+        next(loader)
+        assert list(loader.bad_files) == [folder.paths[7]] and os.strerror(number) in loader.bad_files[folder.paths[7]]
+
+
+def test_an_image_that_decodes_with_more_memory_is_not_broken(make_folder):
+    """Decoders of JPEG call the data broken when they get no memory."""
+    folder = ImageFolder(make_folder(3, suffix=".jpg"))
+
+    def decode(content):
+        raise OSError("broken data stream when reading image file")
+
+    assert folder.examine(0, decode)[1] == "OSError: broken data stream when reading image file"
+    limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 25), limits[1]))
+    try:
+        with pytest.raises(ReadError, match="Cannot allocate memory"):
+            folder.examine(0, decode)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_an_image_too_narrow_to_crop_is_a_bad_file(make_folder):
@@ -264,16 +340,6 @@ def test_a_reader_that_is_killed_stops_training_with_a_remedy(make_folder):
             for _ in range(20):
                 next(loader)
         assert "\n" not in str(error.value)
-
-
-def test_full_shared_memory_stops_training_with_a_remedy(make_folder, monkeypatch):
-    def full(storage):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
-
-    with PillowLoader(ImageFolder(make_folder(20)), image_size=16, batch_size=8, seed=0, workers=1) as loader:
-        monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)  # forked into the worker
-        with pytest.raises(RuntimeError, match="no room in shared memory, /dev/shm.*--shm-size"):
-            next(loader)
 
 
 PROGRAM = """

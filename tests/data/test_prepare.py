@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from epg_fast.__main__ import main
 from epg_fast.data import (
     DataError,
     ImageFolder,
@@ -28,6 +30,21 @@ def snapshot(root):
         for path in root.rglob("*")
         if path.is_file()
     }
+
+
+@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
+def test_labels_of_a_dataset_json_survive(tmp_path, prepare_images):
+    wanted, root = {}, tmp_path / "edm"
+    (root / "00000").mkdir(parents=True)
+    for i, label in enumerate((10, 2, 0, 2)):
+        Image.new("RGB", (8, 8), (20 * i, label, 7)).save(root / "00000" / f"img{i:08d}.png")
+        wanted[20 * i, label, 7] = label
+    names = [f"00000/img{i:08d}.png" for i in range(4)]
+    (root / "dataset.json").write_text(json.dumps({"labels": list(zip(names, wanted.values(), strict=True))}))
+    prepare_images(root, tmp_path / "out", 8, workers=0)
+    images = open_images(tmp_path / "out")
+    found = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
+    assert found == wanted and len(images.classes) == 11
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -152,6 +169,50 @@ def test_over_one_percent_of_bad_files_is_an_error_after_the_work(make_folder, t
     Image.new("RGB", (20, 20)).save(source / "class2" / "002.png")
     Image.new("RGB", (20, 20)).save(source / "class2" / "005.png")
     assert prepare_folder(source, out, 16, workers=0)["complete"]
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+def test_the_flag_that_too_many_bad_files_name_makes_the_output_complete(make_folder, tmp_path, capsys, layout):
+    source, out = make_folder(60), tmp_path / "out"
+    for path in sorted(source.glob("class1/*")):
+        path.write_text("text")
+    command = ["prepare-data", "--source", str(source), "--outdir", str(out), "--layout", layout]
+    command += ["--image_size", "16", "--workers", "0"]
+    assert main(command) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "20 of 60 images (33.33%)" in message and "data." not in message and "elete" not in message
+    flag = re.search(r"--max_bad_fraction \S+(?=;)", message)[0].split()
+    with pytest.raises(ValueError, match="could not decode 20 images.*--max_bad_fraction"):
+        open_images(out)
+    assert main(command + flag) == 0
+    assert len(open_images(out)) == 40 and len(json.loads((out / "manifest.json").read_text())["bad_files"]) == 20
+
+
+def test_no_share_of_bad_files_makes_an_output_without_images(make_folder, tmp_path):
+    source = make_folder(3)
+    for path in source.glob("*/*"):
+        path.write_text("text")
+    with pytest.raises(DataError, match="3 of 3 images.*Restore these files; then"):
+        prepare_folder(source, tmp_path / "out", 16, workers=0, max_bad_fraction=1.0)
+
+
+@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_machine_ends_the_work_and_leaves_no_image_out(
+    make_folder, tmp_path, monkeypatch, prepare_images, workers
+):
+    source, out = make_folder(20), tmp_path / "out"
+
+    def read(folder, i, real=ImageFolder.read):
+        if i == 7:
+            raise OSError(23, os.strerror(23))
+        return real(folder, i)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot read .*open files in system.*again"):
+        patch.setattr(ImageFolder, "read", read)
+        prepare_images(source, out, 16, workers=workers)
+    assert not json.loads((out / "manifest.json").read_text())["bad_files"]
+    assert prepare_images(source, out, 16, workers=0)["complete"] and len(open_images(out)) == 20
 
 
 def test_training_on_an_output_that_lost_or_gained_files_is_refused(make_folder, tmp_path):

@@ -1,9 +1,11 @@
 import io
 import itertools
+import json
 import logging
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import tarfile
 import threading
@@ -32,7 +34,10 @@ def png(seed, size=(12, 10)):
 
 
 def pack(path, members, format=tarfile.PAX_FORMAT):
-    """Write {name: content} as the tar `path`, with Python's tarfile; a str is a link's target, None a directory."""
+    """Write {name: content} as the tar `path`, with Python's tarfile.
+
+    A str is the target of a symbolic link, or of a hard one behind "hard:"; None is a directory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members.items():
@@ -40,7 +45,9 @@ def pack(path, members, format=tarfile.PAX_FORMAT):
             if content is None:
                 info.type = tarfile.DIRTYPE
             elif isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
+                hard = content.startswith("hard:")
+                info.type = tarfile.LNKTYPE if hard else tarfile.SYMTYPE
+                info.linkname = content.removeprefix("hard:")
             else:
                 info.size = len(content)
             tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
@@ -133,13 +140,74 @@ def test_the_tar_of_class_tars_is_read_without_unpacking(tmp_path, path):
     }
 
 
-def test_images_without_labels_are_one_class(tmp_path, caplog):
-    for i in range(3):
-        pack(tmp_path / "shards" / f"x-{i:05d}.tar", {f"{i}.png": png(i)})
-    source = open_images(tmp_path / "shards")
-    assert source.classes == ["all"] and source.labels.tolist() == [0, 0, 0]
-    assert "one class, 'all'" in caplog.text
-    assert open_images(tmp_path / "shards" / "x-00001.tar").classes == ["all"]
+@pytest.mark.parametrize(
+    "tars",
+    [
+        {f"x-{i:05d}.tar": [f"{i}.png"] for i in range(3)},
+        {"cc3m-train-0001.tar": ["a.jpg"], "cc3m-train-0002.tar": ["b.jpg"]},
+        {"0.tar": ["a.jpg"], "7.TAR": ["b.jpg"]},
+        {"data-1-of-2.tar": ["data/a.png"], "data-2-of-2.tar": ["data/b.png"]},
+        # img2dataset: a key begins with its shard's number, captions lie beside the images
+        {"00000.tar": ["000000001.jpg", "000000001.txt"], "00003.tar": ["000030001.jpg", "000030001.json"]},
+        {"east.tar": ["a.jpg", "a.txt"], "west.tar": ["b.jpg", "b.txt"]},
+    ],
+    ids=lambda tars: next(iter(tars)),
+)
+def test_shards_without_labels_are_one_class_and_no_classes(tmp_path, tars, caplog):
+    for name, members in tars.items():
+        pack(tmp_path / name, {member: png(0) if member.endswith("g") else b"{}" for member in members})
+    for _ in range(2):
+        # the second time from the index
+        caplog.clear()
+        source = open_images(tmp_path)
+        assert source.classes == ["all"] and set(source.labels.tolist()) == {0} and len(source) == len(tars)
+        assert caplog.text.count("no image has a label: one class, 'all'") == 1
+    assert open_images(tmp_path / next(iter(tars))).classes == ["all"]
+
+
+@pytest.mark.parametrize(
+    "tars",
+    [
+        {"n01440764.tar": ["n01440764_18.JPEG", "n01440764_36.JPEG"], "n01443537.TAR": ["n01443537_2.JPEG"]},
+        {"class1.tar": ["class1/0.png"], "class2.tar": ["class2/0.png", "@eaDir/class2/0.png", "__MACOSX/._0.png"]},
+        {"dog.tar": ["dog.0.jpg", "dog1.jpg", "dog.txt"], "cat.tar": ["cat (1).jpg"]},
+        {"dogs.tar": ["1.jpg"], "cats.tar": ["2.jpg"]},
+    ],
+    ids=lambda tars: next(iter(tars)),
+)
+def test_tars_of_classes_are_classes(tmp_path, tars):
+    for name, members in tars.items():
+        pack(tmp_path / name, {member: png(0) for member in members})
+    (tmp_path / "@eaDir").mkdir()
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    source = open_images(tmp_path)
+    assert source.classes == sorted(name[: -len(".tar")] for name in tars)
+    for path, label in zip(source.paths, source.labels, strict=True):
+        assert path.startswith(source.classes[label]) and "@eaDir" not in path
+
+
+def test_labels_in_json_and_names_in_any_case(tmp_path, caplog):
+    entries = [{"label": 3}, {"caption": "x", "cls": "4"}, {"label": "cat", "class_id": 5}, {"class": 2, "target": 7}]
+    members = {}
+    for i, entry in enumerate(entries):
+        members |= {f"{i}.JPG": png(i), f"{i}.json": json.dumps(entry).encode()}
+    pack(tmp_path / "a.tar", members | {"9.jfif": png(9), "9.CLS": b"1", "9.Json": b'{"label": 8}'})
+    pack(tmp_path / "B.TAR", samples(20, 2))
+    caplog.set_level(logging.INFO, "epg_fast")
+    source = open_images(tmp_path)
+    found = {path: int(label) for path, label in zip(source.paths, source.labels, strict=True)}
+    assert found == {
+        "B.TAR/0020.png": 2,
+        "B.TAR/0021.png": 0,
+        **{f"a.tar/{i}.JPG": label for i, label in enumerate((3, 4, 5, 2))},
+        "a.tar/9.jfif": 1,
+    }
+    assert "ignored" not in caplog.text
+    # one that has no class index is no label
+    for content in (b'{"label": "cat"}', b'{"label": true}', b'{"label": -1}', b'{"label": 1.5}', b"[3]", b"3", b"{"):
+        pack(tmp_path / "x" / "a.tar", {"0.png": png(0), "0.json": content, "1.png": png(1), "1.json": b'{"label": 0}'})
+        with pytest.raises(ValueError, match=r"a.tar has 0.png but no 0.cls \(or .json with label/cls/class/"):
+            open_images(tmp_path / "x")
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -156,12 +224,90 @@ def test_long_and_odd_names(tmp_path, format):
         assert source.labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_hidden_members_links_and_other_files_are_ignored_and_counted(tmp_path, caplog):
-    extra = {"sub": None, "link.png": "0000.png", "._0000.png": b"", ".git/x.png": b"", "README.md": b"", "a.json": b""}
+def test_hidden_members_and_other_files_are_ignored_and_counted(tmp_path, caplog):
+    extra = {"sub": None, "._0000.png": b"", ".git/x.png": b"", "README.md": b"", "a.json": b""}
     with caplog.at_level(logging.INFO, "epg_fast"):
         source = open_images(pack(tmp_path / "x.tar", extra | samples(0, 2)))
     assert list(source.paths) == ["x.tar/0000.png", "x.tar/0001.png"]
-    assert caplog.text.count("ignored 2 members") == 1
+    assert "ignored 1 '._*', 1 '.git': hidden" in caplog.text
+    assert caplog.text.count("ignored 2 files that are no images or labels: 1 '.md', 1 '.json'") == 1
+
+
+def test_links_are_followed_as_when_unpacking(tmp_path, caplog):
+    members = {
+        ".store/a": png(0),  # as tools that keep each content once lay it out
+        ".store/1": b"1",
+        "x/a.png": "../.store/a",
+        "x/a.cls": "../.store/1",
+        "x/b.png": "hard:.store/a",
+        "x/b.cls": "hard:./.store/1",
+        "later.png": "x/c.png",
+        "later.cls": "x/a.cls",  # a link to a link
+        "again.png": "hard:later.png",
+        "again.cls": "hard:.store/1",
+        "current": "x",
+        "through.png": "current/c.png",  # by a link to a folder
+        "through.cls": "current/../x/./c.cls",
+        "x/c.png": png(1),
+        "x/c.cls": b"2",
+        "replaced.png": "x/a.png",
+        "old.png": "hard:replaced.png",
+    }
+    members |= {"old.cls": b"0", "replaced.cls": b"0"}
+    path = pack(tmp_path / "x.tar", members)
+    with tarfile.open(path, "a") as tar:  # what was a link is a file in the end
+        info = tarfile.TarInfo("replaced.png")
+        info.size = len(png(7))
+        tar.addfile(info, io.BytesIO(png(7)))
+    (tmp_path / "unpacked").mkdir()
+    # not Python's tarfile, which writes through links
+    subprocess.run(["tar", "-xf", path, "-C", tmp_path / "unpacked"], check=True)
+    unpacked = {str(file.relative_to(tmp_path / "unpacked")): file for file in (tmp_path / "unpacked").rglob("[!.]*")}
+    unpacked = {name: file.read_bytes() for name, file in unpacked.items() if file.is_file() and name[0] != "."}
+    for _ in range(2):
+        # the second time from the index
+        source = open_images(path)
+        assert contents(source) == {f"x.tar/{name}": c for name, c in unpacked.items() if name.endswith(".png")}
+        labels = {
+            str(Path(name).relative_to("x.tar").with_suffix(".cls")): label
+            for name, label in zip(source.paths, source.labels, strict=True)
+        }
+        assert labels == {name: int(content) for name, content in unpacked.items() if name.endswith(".cls")}
+    assert [record.getMessage().split("tar: ")[1] for record in caplog.records] == ["x.tar/current -> x (a folder)"]
+
+
+def test_links_that_lead_to_no_file_of_the_tar_are_named_once(tmp_path, caplog):
+    lost = {
+        "gone.png": ("0007.png", "nothing"),
+        "hard.png": ("hard:0007.png", "nothing"),
+        "up.png": ("../0000.png", "outside of the tar"),
+        "root.png": ("/data/0000.png", "outside of the tar"),
+        "self.png": ("self.png", "a circle"),
+        "sub": (".", "a folder"),
+    }
+    for name, (target, reason) in lost.items():
+        caplog.clear()
+        source = open_images(pack(tmp_path / name / "x.tar", samples(0, 2) | {name: target}))
+        assert list(source.paths) == ["x.tar/0000.png", "x.tar/0001.png"]
+        (record,) = caplog.records
+        target = target.removeprefix("hard:")
+        assert (
+            f"left out 1 links that lead to no file in the same tar: x.tar/{name} -> {target} (" in record.getMessage()
+        )
+        assert record.getMessage().endswith(f"({reason})")
+
+
+def test_class_tars_of_links_alone_keep_their_class(tmp_path, caplog):
+    pack(tmp_path / "classes" / "cat.tar", {"a.png": png(0), "b.png": "a.png", "c.png": "hard:a.png"})
+    pack(tmp_path / "classes" / "dog.tar", {"a.png": "../cat/a.png", "b.png": "hard:../cat/a.png"})
+    source = open_images(tmp_path / "classes")
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 0]
+    assert set(contents(source).values()) == {png(0)}
+    assert "left out 2 links" in caplog.text and "dog.tar/b.png -> ../cat/a.png" in caplog.text
+    inner = {"n01.tar": (tmp_path / "classes" / "cat.tar").read_bytes(), "n00.tar": "n01.tar"}
+    source = open_images(pack(tmp_path / "nested.tar", inner))
+    assert source.classes == ["n00", "n01"] and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert set(contents(source).values()) == {png(0)}
 
 
 def test_the_last_of_the_members_with_one_name_counts(tmp_path, caplog):
@@ -243,6 +389,11 @@ def test_what_is_no_dataset_is_refused_with_a_remedy(tmp_path):
     for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
         pack(tmp_path / "splits" / name, good)
     refused(tmp_path / "splits", "of training and of other images; pass one tar")
+    for name in ("cc3m-Train-0001.tar", "cc3m-Valid-0001.TAR"):
+        pack(tmp_path / "shards of splits" / name, good)
+    refused(tmp_path / "shards of splits", "of training and of other images; pass one tar")
+    (tmp_path / "edm.zip").write_bytes(b"PK")
+    refused(tmp_path / "edm.zip", "is a file", "unzip it and pass the folder")
     refused(pack(tmp_path / "mixed.tar", good | {"n01.tar": b""}), "has both tars and images")
     imagenet(tmp_path)
     pack(tmp_path / "nested" / "more.tar", good)
@@ -366,6 +517,19 @@ def test_a_damaged_index_is_made_again_with_one_line(tmp_path, monkeypatch, capl
         assert len(warned) == 1 and "index.npz" in warned[0] and warned[0].endswith("the tars are indexed again")
         assert (root / "index.npz").read_bytes() == good
     assert len(scanned) == 9
+
+
+def test_an_index_of_an_earlier_version_is_made_again_unless_prepare_data_wrote_it(make_folder, tmp_path, monkeypatch):
+    prepare_shards(make_folder(6), tmp_path / "prepared", 8, workers=0)
+    pack(tmp_path / "others" / "s.tar", samples(0, 3))
+    open_images(tmp_path / "others")
+    scanned = count_scans(monkeypatch)
+    for name in ("prepared", "others"):
+        with np.load(tmp_path / name / "index.npz") as file:
+            columns = dict(file)
+        np.savez(tmp_path / name / "index.npz", **columns | {"version": 1})
+        assert len(open_images(tmp_path / name)) == len(columns["label"])
+    assert [root.name for root, _ in scanned] == ["others"]
 
 
 def test_an_index_npz_of_somebody_else_is_left_alone(tmp_path, monkeypatch, cache):
@@ -510,10 +674,11 @@ def test_a_wrong_checksum_is_a_bad_file_for_the_loader(make_folder, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tars_give_exactly_the_batches_of_the_folder_they_were_packed_from(make_folder, tmp_path, workers):
     folder = ImageFolder(make_folder(21, size=(40, 31)))
-    for label, name in enumerate(folder.classes):
+    for label in range(len(folder.classes)):
         files = [path for path, of in zip(folder.paths, folder.labels, strict=True) if of == label]
         pack(
-            tmp_path / "tars" / f"{name}-x.tar", {Path(path).name: (folder.root / path).read_bytes() for path in files}
+            tmp_path / "tars" / f"{'abc'[label]}.tar",
+            {Path(path).name: (folder.root / path).read_bytes() for path in files},
         )
     source = open_images(tmp_path / "tars")
     assert source.labels.tolist() == folder.labels

@@ -85,6 +85,9 @@ def test_missing_settings_and_unequal_classes_are_named(digits, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "zero" / "a.png")
     with pytest.raises(ValueError, match=r"same class folders.*'zero'"):
         evaluate_samples(EvaluateConfig(samples="x", train=str(digits / "train"), test=str(tmp_path)))
+    one_class = EvaluateConfig(samples="x", train=str(tmp_path), test=str(tmp_path))
+    with pytest.raises(ValueError, match="one class, zero, want two at least.*--reference"):
+        evaluate_samples(one_class)
 
 
 class PixelEncoder(nn.Module):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from epg_fast.data import ImageFolder
 from epg_fast.evaluation.images import load_images, round_trip, stored_size
 from epg_fast.sampling.writers import save_npz, save_pngs
 
@@ -81,6 +82,18 @@ def test_other_npz_files_are_refused_with_what_was_found(tmp_path, arrays, messa
     np.savez(tmp_path / "samples.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         load_images(tmp_path / "samples.npz", 8)
+
+
+def test_an_error_of_the_machine_is_not_blamed_on_an_image(tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "0" / "a.png")
+
+    def read(folder, i):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(ImageFolder, "read", read)
+    with pytest.raises(OSError, match=r"cannot read .*a\.png \(Too many open files\): raise the limit"):
+        load_images(tmp_path, 8)
 
 
 def test_missing_empty_unlabelled_and_broken_sources_are_refused(tmp_path):

@@ -89,7 +89,7 @@ def test_a_result_of_other_settings_is_left_alone(tmp_path, figure, fields):
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work_starts(tmp_path, figure):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file is a file; choose another --output"):
+    with pytest.raises(ValueError, match=r"file: Not a directory\); choose another --output"):
         job.run(config(tmp_path / "file" / "sub" / "out.json"))
     with pytest.raises(ValueError, match="no result of `evaluate`"):
         job.run(config(tmp_path))

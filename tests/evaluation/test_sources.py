@@ -67,9 +67,24 @@ def test_other_arrays_are_refused(tmp_path, array):
 def test_missing_and_empty_sources_and_output_folders_of_sample_are_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         open_stream(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no images in it"):
+    with pytest.raises(ValueError, match="is empty"):
         open_stream(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
     save_npz(colors(), np.arange(7), tmp_path / "samples.npz")
     with pytest.raises(ValueError, match=r"holds samples\.npz.*pass its samples\.npz"):
         open_stream(tmp_path)
+
+
+def test_a_flat_folder_stays_the_flat_folder_whatever_lies_in_subfolders(tmp_path):
+    images = colors()
+    save_pngs(images, np.zeros(7, int), tmp_path)
+    flat = tmp_path / "0000"
+    (flat / "logs").mkdir()
+    (flat / "logs" / "log.txt").write_text("x")
+    save_pngs(images[::-1], np.zeros(7, int), flat / "@eaDir")
+    assert np.array_equal(everything(flat), images)
+    save_pngs(images[:2], np.zeros(2, int), flat / "grids")
+    with pytest.raises(
+        ValueError, match=r"7 images itself and 2 in its folders \(grids, \.\.\.\), wanted one of these"
+    ):
+        open_stream(flat)

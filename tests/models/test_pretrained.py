@@ -1,10 +1,16 @@
 """Checkpoints of both worlds: official .pth files and our safetensors, right and wrong ones."""
 
+import argparse
+import functools
+import json
 import os
+import pathlib
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from epg_fast import create_model, from_pretrained, list_presets
 from epg_fast.models import EPGViT, RCMViT, create_encoder, export, load_into, save_weights
@@ -31,19 +37,119 @@ def _images(model, batch=2):
     return (x, t) if y is None else (x, t, y)
 
 
-@pytest.mark.parametrize("layout", ["file", "folder", "wrapped", "compiled"])
-def test_official_pth_loads_strictly_and_computes_the_same(small, tmp_path, layout):
-    state = small.state_dict()
-    if layout == "wrapped":
-        state = {f"module.{k}": v for k, v in state.items()}
-    if layout == "compiled":
-        state = {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in state.items()}
-    path = tmp_path / "nnet_ema.pth"
-    torch.save(state, path)
-    model = from_pretrained(tmp_path if layout == "folder" else path, **HEADS)
+def _prefixed(prefix):
+    return lambda model: {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def _noise(model):
+    return {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _with_objects(model):
+    args = argparse.Namespace(lr=1e-4, out=pathlib.Path("x"))
+    return {"model": model.state_dict(), "args": args, "best": np.float64(2.04), "numbers": np.arange(3)}
+
+
+def _distributed(model):
+    """What FSDP2 leaves: DTensors, here of one rank, of which a file holds all."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        return {"model": {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in model.state_dict().items()}}
+    finally:
+        dist.destroy_process_group()
+
+
+FILES_OF_OTHERS = {
+    "file": lambda model: model.state_dict(),
+    "ddp": _prefixed("module."),
+    "ddp twice": _prefixed("module.module."),
+    "lightning": lambda model: {"state_dict": _prefixed("model.")(model), "epoch": 3},
+    "fabric": _prefixed("_forward_module."),
+    "compiled ddp": _prefixed("_orig_mod.module."),
+    "compiled block": lambda model: {
+        k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in model.state_dict().items()
+    },
+    "fsdp": lambda model: {
+        f"_fsdp_wrapped_module.{k}".replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): v
+        for k, v in model.state_dict().items()
+    },
+    "averaged model": lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
+    "ema beside": lambda model: {
+        "model": _noise(model),
+        "ema": model.state_dict(),
+        "opt": {"state": {0: _noise(model)}},
+    },
+    "nested": lambda model: {"checkpoint": {"model_ema": _prefixed("module.")(model), "model": _noise(model)}},
+    "objects": _with_objects,
+    "whole module": lambda model: model,
+    "dtensors": _distributed,
+}
+
+
+@pytest.mark.parametrize("layout", FILES_OF_OTHERS)
+def test_the_network_in_a_file_of_another_tool_is_found_and_computes_the_same(small, tmp_path, layout):
+    torch.save(FILES_OF_OTHERS[layout](small), tmp_path / "nnet_ema.pth")
+    model = from_pretrained(tmp_path, **HEADS)
     inputs = _images(small)
     assert torch.equal(model(*inputs), small(*inputs))
     assert not model.training
+
+
+def test_safetensors_are_known_by_their_content_and_put_together_from_shards(small, tmp_path):
+    state = small.state_dict()
+    names = sorted(state)
+    save_file({f"module.{k}": v for k, v in state.items()}, tmp_path / "pytorch_model.bin")
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({k: state[k] for k in part}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {k: file for file, part in files.items() for k in part}}))
+    for source in (tmp_path / "pytorch_model.bin", tmp_path, index):
+        model = from_pretrained(source, **HEADS)
+        assert all(torch.equal(model.state_dict()[k], state[k]) for k in names), source
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match="b.safetensors"):
+        from_pretrained(index, **HEADS)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="not an index of weights"):
+        from_pretrained(index, **HEADS)
+
+
+def test_a_file_that_leaves_open_which_network_is_meant_is_refused(small, tmp_path):
+    torch.save({"teacher": small.state_dict(), "student": _noise(small)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"several networks \(teacher, student\)"):
+        from_pretrained(tmp_path / "x.pth", **HEADS)
+    torch.save({"vae": {"conv.weight": torch.ones(1)}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"patch_embed.proj.weight is missing; it holds vae.conv.weight"):
+        from_pretrained(tmp_path / "x.pth", **HEADS)
+
+
+def test_a_part_of_sharded_tensors_is_refused_in_one_short_line(small, tmp_path):
+    content = _distributed(small)
+    part = content["model"]["out.weight"]
+    part._local_tensor = part._local_tensor[:7]
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="out.weight is one rank's part .*full_state_dict=True") as caught:
+        from_pretrained(tmp_path / "x.pth", **HEADS)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n", "Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html>\n<html>", "web page.*download"),
+    ],
+)
+def test_what_stands_in_for_a_file_is_named(tmp_path, name, content, wanted):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=wanted):
+        from_pretrained(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["digits_32", "epg_b_16_256"])
@@ -120,6 +226,15 @@ def test_weights_that_do_not_fit_are_named(small):
         load_into(small, state, "x.pth")
 
 
+@pytest.mark.parametrize("classes", [7, 0])
+def test_another_number_of_classes_is_said_as_such(small, classes):
+    other = EPGViT(image_size=32, patch_size=8, num_classes=classes, **(SMALL | HEADS))
+    with pytest.raises(
+        ValueError, match=rf"x.pth has {classes} classes, the model 5; pass --model.num_classes {classes}"
+    ):
+        load_into(small, other.state_dict(), "x.pth")
+
+
 def test_encoder_only_takes_the_trunk_and_leaves_the_rest(small):
     encoder = _randomized(RCMViT(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, hidden_dim=16))
     before = {k: v.clone() for k, v in small.state_dict().items()}
@@ -145,9 +260,14 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Evil()}))
-    with pytest.raises(ValueError, match="not a file of plain tensors"):
-        from_pretrained(tmp_path / "evil.pth")
+    for save in (functools.partial(pickle.dump, protocol=2), torch.save):
+        with open(tmp_path / "evil.pth", "wb") as file:
+            save({"x": Evil()}, file)
+        with pytest.raises(ValueError, match=r"posix.mkdir.*torch.save\(model.state_dict\(\), path\)"):
+            from_pretrained(tmp_path / "evil.pth")
+    torch.save({"args": argparse.Namespace()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="argparse.Namespace"):
+        from_pretrained(tmp_path / "old.pth")
     assert not (tmp_path / "executed").exists()
 
 

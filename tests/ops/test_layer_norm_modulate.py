@@ -14,6 +14,7 @@ from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_fp8,
     layer_norm_modulate_ref,
     quantize_rows_ref,
+    residual_norm_modulate,
 )
 from tests.ops.kernel_checks import (
     DEVICE,
@@ -99,6 +100,46 @@ def test_kernel_accepts_tensors_that_are_not_contiguous():
     inputs = [tensor.detach().requires_grad_() for tensor in (cropped, weight, bias)]
     dy = torch.ones((), device=DEVICE).expand(batch, tokens, width)
     assert_accurate(KERNEL, layer_norm_modulate_ref, inputs, [dy])
+
+
+def residual_norm(backend, copy_dtype):
+    """(2 x, its norm, 2 times its copy) of x, weight, bias, shift and scale; an input itself would have no gradient."""
+
+    def function(*inputs):
+        x, y, copied = residual_norm_modulate(*inputs, out_dtype=copy_dtype, copy_dtype=copy_dtype, backend=backend)
+        return 2 * x, y, 2 * copied
+
+    return function
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("copy_dtype", [None, torch.bfloat16], ids=["no copy", "bf16 copy"])
+@pytest.mark.parametrize("shape", [SMALL, (3, 35, 40)], ids=str)
+def test_gradients_past_the_norm_and_through_the_copy_meet_in_its_kernel(shape, copy_dtype):
+    grads = [randn(*shape, seed=seed, requires_grad=False) for seed in (5, 6, 7)]
+    for dtypes in (DTYPES["fp32"], DTYPES["bf16 with fp32 parameters"]):
+        inputs = make_inputs(shape, dtypes)
+        functions = [residual_norm(backend, copy_dtype) for backend in ("triton", "reference")]
+        results = [run(function, inputs, grads) for function in functions]
+        exact = run(residual_norm("reference", None), in_double(inputs), grads)
+        for got, same, want in zip(results[0][0], results[1][0], exact[0], strict=True):
+            assert_close_to_reference(got, same, want, name="output")
+        for got, same, want in zip(results[0][1], results[1][1], exact[1], strict=True):
+            assert_close_to_reference(got, same, want, factor=GRADIENT, name="gradient")
+        assert_compiles_into_one_graph(functions[0], inputs, grads)
+
+
+@needs_triton
+def test_the_norm_of_a_residual_alone_has_its_gradient():
+    inputs = make_inputs(SMALL, DTYPES["fp32"])
+    for copy_dtype in (None, torch.float16):
+        got, want = (
+            torch.autograd.grad(residual_norm(backend, copy_dtype)(*inputs)[1].square().sum(), inputs)
+            for backend in ("triton", "reference")
+        )
+        tolerance = 1e-4 if copy_dtype is None else 2e-3  # y in float16: 11 bits
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=10 * tolerance)
 
 
 @needs_triton

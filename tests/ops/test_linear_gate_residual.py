@@ -32,7 +32,10 @@ FP32 = (torch.float32,) * 4
 SMALL = (3, 17, 40, 24)
 SHAPES = [*SPEC.shapes, *SPEC.odd_shapes, (9, 258, 72, 176), (1, 2000, 64, 528)]
 CUDA = functools.partial(linear_gate_residual, backend="cuda")
-SCHEMA = "linear_gate_residual_out(Tensor(a!) out, Tensor x, Tensor gate, Tensor h, Tensor weight, Tensor bias) -> ()"
+SCHEMA = (
+    "linear_gate_residual_out(Tensor(a!) out, Tensor(b!)? branch, Tensor x, Tensor? gate, Tensor h, Tensor weight, "
+    "Tensor bias) -> ()"
+)
 
 
 def make_inputs(shape, dtypes=FP32):
@@ -82,6 +85,29 @@ def test_gate_may_be_a_chunk_of_the_modulation(dtypes):
 
 
 @needs_gemms
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_kernel_without_a_gate_and_with_the_branch_that_training_keeps(shape, dtypes):
+    def kernel(x, gate, h, weight, bias):
+        out, branch = torch.empty_like(x), torch.empty(*x.shape, dtype=h.dtype, device=DEVICE)
+        torch.ops.epg_fast.linear_gate_residual_out(out, branch, x, gate, h, weight, bias.to(h.dtype))
+        return out, branch
+
+    def reference(x, gate, h, weight, bias):
+        branch = torch.nn.functional.linear(h, weight, bias.to(h.dtype))
+        return (x + (branch if gate is None else gate[:, None] * branch)).to(x.dtype), branch
+
+    inputs = [tensor.detach() for tensor in make_inputs(shape, dtypes)]
+    assert_accurate(kernel, reference, inputs, None)
+    without_gate = [inputs[0], None, *inputs[2:]]
+    assert_accurate(kernel, reference, without_gate, None)
+    out = torch.empty_like(inputs[0])
+    torch.ops.epg_fast.linear_gate_residual_out(out, None, *without_gate[:4], inputs[4].to(inputs[2].dtype))
+    assert torch.equal(out, kernel(*without_gate)[0])
+
+
+@needs_gemms
 def test_cuda_kernel_repeats_its_results_is_capturable_and_compiles_into_one_graph():
     shape, dtypes = (5, 258, 64, 528), DTYPES["bf16"]
     assert_repeatable(CUDA, make_inputs(shape, dtypes), make_grads(shape))
@@ -94,7 +120,7 @@ def test_cuda_kernel_repeats_its_results_is_capturable_and_compiles_into_one_gra
 def test_the_extension_itself_refuses_what_its_kernel_cannot_read():
     good = dict(zip(("x", "gate", "h", "weight", "bias"), make_inputs(SMALL, DTYPES["bf16"]), strict=True))
     good = {name: tensor.detach() for name, tensor in good.items()}
-    good["out"] = torch.empty_like(good["x"])
+    good |= {"out": torch.empty_like(good["x"]), "branch": None}
     for change in (
         {"x": good["x"].transpose(0, 1).contiguous().transpose(0, 1)},
         {"x": good["x"].half()},
@@ -107,6 +133,8 @@ def test_the_extension_itself_refuses_what_its_kernel_cannot_read():
         {"h": good["h"].float(), "weight": good["weight"].float()},
         {"bias": good["bias"].float()},
         {"out": good["out"][:2]},
+        {"branch": good["out"][:2]},
+        {"branch": good["out"].float()},
         {"weight": good["weight"].cpu()},
     ):
         with pytest.raises(RuntimeError, match="linear_gate_residual"):
@@ -159,8 +187,8 @@ def test_operator_compiles_into_one_graph_on_the_cpu():
 
 
 def test_launcher_hands_the_kernel_what_it_takes():
-    def kernel(out, x, gate, h, weight, bias):
-        assert bias.dtype == h.dtype and bias.is_contiguous()
+    def kernel(out, branch, x, gate, h, weight, bias):
+        assert branch is None and bias.dtype == h.dtype and bias.is_contiguous()
         out.copy_(linear_gate_residual_ref(x, gate, h, weight, bias))
 
     x, gate, h, weight, _ = (tensor.detach().cpu() for tensor in make_inputs(SMALL, DTYPES["bf16"]))

@@ -97,6 +97,58 @@ def test_kernel_accepts_tensors_that_are_not_contiguous():
         assert_accurate(KERNEL, skip_linear_ref, inputs, [torch.ones((), device=DEVICE).expand(x.shape)])
 
 
+def with_next_norm(function, modulated=True):
+    """`function` of x, skip, weight, bias, both norms' parameters and the second one's shift and scale."""
+    return lambda *inputs: function(*inputs[:6], next_norm=inputs[6:] if modulated else (*inputs[6:], None, None))
+
+
+def make_inputs_of_two_norms(shape, dtypes, modulated=True):
+    batch, _, width, _ = shape
+    inputs = make_inputs(shape, dtypes) + [randn(width, dtype=dtypes[3], seed=seed) for seed in (6, 7)]
+    return inputs + [randn(batch, 1, width, dtype=dtypes[0], seed=seed) for seed in (8, 9)] * modulated
+
+
+def grads_of_two_norms(shape):
+    return [*make_grads(shape), randn(*shape[:3], seed=10, requires_grad=False)]
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", shapes_of(SPEC), ids=str)
+def test_the_next_norm_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, modulated):
+    kernel, reference = (with_next_norm(function, modulated) for function in (KERNEL, skip_linear_ref))
+    assert_accurate(kernel, reference, make_inputs_of_two_norms(shape, dtypes, modulated), grads_of_two_norms(shape))
+
+
+@needs_triton
+def test_the_next_norm_passes_opcheck_repeats_its_bits_and_compiles_into_one_graph():
+    dtypes = DTYPES["bf16 with fp32 parameters"]
+    inputs, grads = make_inputs_of_two_norms(SMALL, dtypes), grads_of_two_norms(SMALL)
+    assert_repeatable(with_next_norm(KERNEL), inputs, grads)
+    assert_compiles_into_one_graph(with_next_norm(KERNEL), inputs, grads)
+    inputs = make_inputs_of_two_norms(SMALL, DTYPES["fp32"])
+    inputs = [*inputs[:8], *(tensor.detach().squeeze(1).requires_grad_() for tensor in inputs[8:])]
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, 1e-5))
+    detached = [tensor.detach() for tensor in inputs]
+    _, _, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
+    arguments = (*grads, *detached, *saved, [True] * 4)
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear_bwd.default, arguments)
+
+
+@needs_triton
+def test_either_result_of_two_norms_alone_has_its_gradient():
+    inputs = make_inputs_of_two_norms(SMALL, DTYPES["fp32"])
+    for used in (0, 1):
+        wanted = inputs if used else inputs[:6]
+        got, want = (
+            torch.autograd.grad(with_next_norm(function)(*inputs)[used].square().sum(), wanted)
+            for function in (KERNEL, skip_linear_ref)
+        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @needs_triton
 def test_kernel_repeats_its_results_bit_for_bit():
     shape = (2, 150, 40, 24)
@@ -123,13 +175,13 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen, normed):
 @NORMED
 def test_operators_pass_opcheck(normed):
     inputs = make_inputs(SMALL, normed=normed)
-    arguments = (*inputs, *([] if normed else [None, None]))
+    arguments = (*inputs, *([None] * 4 if normed else [None] * 6))
     torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*arguments, 1e-5))
     detached = [None if tensor is None else tensor.detach() for tensor in arguments]
-    y, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
+    y, _, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
     for needed in ([True, True, True, True], [True, False, False, True]):
         torch.library.opcheck(
-            torch.ops.epg_fast.skip_linear_bwd.default, (torch.randn_like(y), *detached, *saved, needed)
+            torch.ops.epg_fast.skip_linear_bwd.default, (torch.randn_like(y), None, *detached, *saved, needed)
         )
 
 
@@ -169,7 +221,7 @@ def test_operator_on_the_cpu_is_the_reference(monkeypatch, normed):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, normed=normed)]
     dy = torch.randn(SMALL[:3])
-    y = torch.ops.epg_fast.skip_linear(*inputs, *([] if normed else [None, None]), 1e-5)[0]
+    y = torch.ops.epg_fast.skip_linear(*inputs, *([None] * 4 if normed else [None] * 6), 1e-5)[0]
     (reference,), reference_gradients = run(skip_linear_ref, inputs, [dy])
     torch.testing.assert_close(y, reference)
     torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), reference_gradients)
@@ -303,8 +355,8 @@ def test_the_norm_after_backend_cuda_asks_for_triton(monkeypatch):
 @NORMED
 def test_operator_of_backend_cuda_passes_opcheck_on_the_cpu(normed):
     inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, normed=normed)]
-    norm = [] if normed else [None, None]
-    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, *norm, 1e-5, "cuda"))
+    norms = [None] * (4 if normed else 6)
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, *norms, 1e-5, "cuda"))
 
 
 @needs_triton
@@ -318,10 +370,10 @@ def test_launcher_of_backend_cuda_hands_the_kernel_what_it_takes(normed):
     dtypes = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32)
     inputs = [tensor.detach() for tensor in make_inputs(SMALL, dtypes, normed)]
     inputs[3] = torch.randn(40, 2)[:, 0]
-    norm = [] if normed else [None, None]
+    norms = [None] * (4 if normed else 6)
     module = importlib.import_module("epg_fast.ops.skip_linear")
     with native_operator_on_cpu(SCHEMA, kernel):
-        y, z, mean, rstd = module._forward_cuda(*inputs, *norm, 1e-5)
+        y, _, z, mean, rstd, *_ = module._forward_cuda(*inputs, *norms, 1e-5)
     torch.testing.assert_close(y, skip_linear_ref(*inputs), rtol=2e-2, atol=2e-2)
     expected = [(2, 5, 40), (2, 5), (2, 5)] if normed else [(0,)] * 3
     assert [tensor.shape for tensor in (z, mean, rstd)] == expected

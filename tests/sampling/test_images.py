@@ -5,7 +5,7 @@ import pytest
 
 from epg_fast.sampling.image_writer import ImageWriter
 from epg_fast.sampling.images import Images, runs
-from epg_fast.sampling.writers import save_npz
+from epg_fast.sampling.writers import png_path, save_npz
 
 LABELS = np.arange(10) % 3
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
@@ -32,6 +32,20 @@ def test_batches_are_the_same_for_any_number_of_ranks_and_whole_ones_come_first(
     assert images(tmp_path).missing(100) == [range(5, 9), range(2)]
     put(held, 0, 2), put(held, 5, 9)
     assert images(tmp_path).missing(4) == []
+
+
+def test_class_folders_sort_as_their_numbers_do_however_many_there_are(tmp_path):
+    labels = np.array([2, 10_000, 1_001, 9_999])
+    held = Images(tmp_path, labels, 4)
+    for i in range(4):
+        held.save_png(i, PIXELS[i])
+    found = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert [int(name) for name in found] == sorted(labels)
+    held = Images(tmp_path, labels, 4)
+    held.scan()
+    assert held.has_png.all()
+    names = [png_path("", 0, index, images=1_000_001).name for index in (3, 999_999, 1_000_000)]
+    assert names == sorted(names)
 
 
 def test_parts_of_several_batch_sizes_may_overlap(tmp_path):

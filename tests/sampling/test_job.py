@@ -306,7 +306,7 @@ def test_folders_that_cannot_be_used_are_refused_and_left_alone(command, whole, 
     (tmp_path / "file").write_text("dear")
     fails(capsys, [*command, "--outdir", tmp_path / "mine"], "not one of `sample`")
     fails(capsys, [*command, "--outdir", tmp_path / "file"], "is a file, want a folder")
-    fails(capsys, [*command, "--outdir", tmp_path / "file" / "s"], "cannot write to", "--outdir", code=1)
+    fails(capsys, [*command, "--outdir", tmp_path / "file" / "s"], "cannot be written", "Not a directory", "--outdir")
     assert content(tmp_path / "mine") == {"thesis.txt": b"dear"} and (tmp_path / "file").read_text() == "dear"
 
 

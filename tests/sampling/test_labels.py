@@ -62,6 +62,15 @@ def test_the_other_ways_are_as_before():
     assert choose_labels("random", 4, 3, 0) == np.random.default_rng(0).integers(3, size=4).tolist()
 
 
+def test_classes_that_were_never_trained_are_drawn_only_when_they_are_asked_for(log):
+    untrained = [0, 3]
+    assert choose_labels("balanced", 5, 5, 0, untrained) == [1, 2, 4, 1, 2]
+    assert set(choose_labels("random", 200, 5, 0, untrained)) == {1, 2, 4}
+    assert choose_labels("2,4", 2, 5, 0, untrained) == [2, 4] and not log.messages
+    assert choose_labels("3,2", 2, 5, 0, untrained) == [3, 2]
+    assert log.messages == ["labels: the model was trained on no image of class 3: expect noise"]
+
+
 def test_a_list_may_have_spaces_and_is_no_longer_than_the_images():
     for how in ("2,0,1", "2, 0, 1", " 2 0 1 ", "2 ,0\t1"):
         assert choose_labels(how, 4, 3, 0) == [2, 0, 1, 2]

@@ -16,8 +16,8 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
+import torch.distributed.checkpoint  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401
 
 from epg_fast import config as configs
 from epg_fast import training

@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 def test_a_full_disk_leaves_the_previous_weights(tmp_path):
     from epg_fast.models import load_weights, save_weights
 
-    save_weights(tmp_path / "model.safetensors", {"x": torch.ones(3)}, {"step": 1})
+    save_weights(tmp_path / "model.safetensors", {"patch_embed.proj.weight": torch.ones(3)}, {"step": 1})
     code = (
         "import resource, sys, torch; from epg_fast.models import save_weights;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"

@@ -9,7 +9,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
-from epg_fast.training import compilation, loop
+from epg_fast.training import loop
 from epg_fast.training.compilation import begin_step, check_compilation, compile_networks
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import make_step_module
@@ -112,11 +112,11 @@ def test_every_update_begins_a_step_of_the_cuda_graphs(tiny_run, tmp_path, monke
     began = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: began.append(1))
     monkeypatch.setattr(loop, "check_compilation", lambda config, ranks: None)
-    monkeypatch.setattr(compilation, "compile_networks", lambda stage, **options: began.append(options))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: began.append(options["options"]))
     command = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--steps", "3"]
     command += ["--preview.every", "0", "--compile", "network", "--cuda_graphs", "true"]
     assert main([*command, "--outdir", str(tmp_path / "run")]) == 0
-    assert began == [{"mode": "reduce-overhead"}, 1, 1, 1]
+    assert began == [{"triton.cudagraphs": True}, 1, 1, 1]
     began.clear()
     begin_step(DiffusionConfig(compile="network"))
     assert not began

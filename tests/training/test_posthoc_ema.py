@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from epg_fast.__main__ import main
@@ -85,6 +86,11 @@ def test_tracked_averages_are_those_of_the_whole_trajectory(backend, digits):
         torch.testing.assert_close(_flat(average).double(), direct_average(trajectory, sigma_rel), rtol=1e-6, atol=1e-6)
 
 
+def _content(snapshot):
+    with safe_open(snapshot, framework="pt") as file:
+        return load_file(snapshot), json.loads(file.metadata()["epg_fast"])
+
+
 def test_kill_9_and_resume_gives_the_same_snapshots(diffusion, tmp_path):
     command = [*diffusion, "--steps", "33", "--posthoc_ema.every", "4", "--outdir"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -105,7 +111,7 @@ def test_kill_9_and_resume_gives_the_same_snapshots(diffusion, tmp_path):
     assert main([*command, str(killed)]) == 0
     assert sorted(f.name for f in folder.iterdir()) == [f"step_{step:09d}.safetensors" for step in steps]
     for one, two in zip(list_snapshots(whole / "posthoc_ema"), list_snapshots(folder), strict=True):
-        (a, about_a), (b, about_b) = load_weights(one), load_weights(two)
+        (a, about_a), (b, about_b) = _content(one), _content(two)
         assert about_a == about_b and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -141,7 +147,7 @@ def test_training_goes_on_while_a_snapshot_is_written(diffusion, tmp_path, monke
     assert main([*command, str(tmp_path / "slow")]) == 0
     assert saw == [(3, True), (6, True), (7, True)]
     for one, two in zip(*(list_snapshots(tmp_path / run / "posthoc_ema") for run in ("whole", "slow")), strict=True):
-        (a, about_a), (b, about_b) = load_weights(one), load_weights(two)
+        (a, about_a), (b, about_b) = _content(one), _content(two)
         assert about_a == about_b and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -388,7 +394,9 @@ def test_a_snapshot_with_one_bit_changed_is_named(capsys, damaged, tmp_path):
 
 def test_snapshots_of_another_model_or_run_are_named(capsys, damaged, tmp_path):
     run, snapshots = damaged
-    tensors, metadata = load_weights(snapshots[3])
+    tensors, metadata = _content(snapshots[3])
+    with pytest.raises(ValueError, match="is a snapshot of averages; `epg-fast reconstruct-ema`"):
+        load_weights(snapshots[3])
 
     def change(tensors=tensors, **about):
         save_weights(snapshots[3], tensors, metadata | about)

@@ -1,0 +1,297 @@
+"""The end of a block's half: a linear layer, gated, on the residual, and the norm that the next half begins with.
+
+    x_out = x + gate * (h @ weight^T + bias)                      gate left out: 1
+    y = LayerNorm(x_out) * norm_weight + norm_bias                over the last axis, biased variance
+    y = y * (1 + scale) + shift                                   only with modulation
+
+Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), adaLN-Zero blocks; without gate and
+modulation the step of a pre-LayerNorm transformer. Gate and residual ride in the epilogue of the product.
+
+Shapes: x: [B, L, N]; h: [B, L, K]; weight: [N, K]; bias, norm_weight, norm_bias: [N]; gate, shift, scale: [B, N] or
+[B, 1, N]; gate, or shift and scale, may be None.
+Dtypes: h float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype, which y has; weight is
+converted to it. x and the others: any of these. Products are accumulated and everything after them is computed in
+float32; x_out is rounded once, to x's dtype, and what is normalised is the rounded x_out.
+Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
+
+With g the gradient of x_out, the one that arrives there plus the one through the norm: dx = g, dz = gate * g,
+dh = dz @ weight, dweight = dz^T h, dbias = sum dz, dgate = sum_l z * g with z = h @ weight^T + bias, which is kept.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes
+from epg_fast.ops.gate_residual_norm_modulate import SPEC as NORM
+from epg_fast.ops.layer_norm_modulate import (
+    check_norm_shapes,
+    layer_norm_modulate_bwd_ref,
+    layer_norm_modulate_ref,
+    norm_statistics,
+    per_sample,
+    require_triton_norm,
+)
+from epg_fast.ops.spec import OpSpec
+
+_OP = "linear_residual_norm"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear_residual_norm_ref(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    x_out = gated_residual_ref(x, F.linear(h, weight.to(h.dtype), bias.to(h.dtype)), gate)
+    return x_out, layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
+
+
+def gated_residual_ref(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """x + gate * branch in x's dtype."""
+    return (x + (branch if gate is None else per_sample(gate).unsqueeze(1) * branch)).to(x.dtype)
+
+
+@torch.library.custom_op("epg_fast::linear_residual_norm", mutates_args=(), device_types="cpu")
+def _forward_op(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    parameter: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    gate: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    save_branch: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x_out, y, the branch, empty unless saved, mean, rstd).
+
+    weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.
+    """
+    if interpreting():
+        return _forward_triton(
+            x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch
+        )
+    branch = F.linear(h, weight, bias.to(h.dtype))
+    x_out = gated_residual_ref(x, branch, gate).contiguous()
+    y = layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
+    return x_out, y, branch if save_branch else x.new_empty(0), *norm_statistics(x_out, eps)
+
+
+@_forward_op.register_kernel("cuda")
+def _forward_triton(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
+    from epg_kernels.linear_residual_norm import linear_residual_norm_fwd
+
+    norm = norm_weight, norm_bias, shift, scale, eps, h.dtype
+    x_out, y, branch, *statistics = linear_residual_norm_fwd(x, h, weight, bias, gate, *norm, save_branch)
+    return x_out, y, x.new_empty(0) if branch is None else branch, *statistics
+
+
+@_forward_op.register_fake
+def _(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
+    statistics = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    y = h.new_empty(x.shape)
+    branch = torch.empty_like(y) if save_branch else x.new_empty(0)
+    return x.new_empty(x.shape), y, branch, statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("epg_fast::linear_residual_norm_bwd", mutates_args=(), device_types="cpu")
+def _backward_op(
+    dx_out: torch.Tensor | None,
+    dy: torch.Tensor,
+    x_out: torch.Tensor,
+    branch: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    weight_dtype: torch.dtype,
+    bias: torch.Tensor,
+    gate: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needed: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, h, weight and bias, the last three empty where not `needed`, gate, norm and modulation.
+
+    Empty for what is not there.
+    """
+    norm = norm_weight, norm_bias, shift, scale, mean, rstd
+    if interpreting():
+        return _backward_triton(dx_out, dy, x_out, branch, h, weight, weight_dtype, bias, gate, *norm, needed)
+    # In the statistics' dtype, so that the gradient of x_out is rounded once.
+    g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), *norm)
+    g = g if dx_out is None else g + dx_out.to(g.dtype)
+    dz = g if gate is None else g * gate.to(g.dtype).unsqueeze(1)
+    rows = dz.to(h.dtype).flatten(0, 1)
+    dh = (rows @ weight).view(h.shape) if needed[0] else None
+    dweight = (rows.t() @ h.flatten(0, 1)).to(weight_dtype) if needed[1] else None
+    dbias = dz.sum((0, 1)).to(bias.dtype) if needed[2] else None
+    dgate = None if gate is None else (g * branch.to(g.dtype)).sum(1).to(gate.dtype)
+    norm_grads = [grad if grad.numel() else None for grad in norm_grads]
+    return without_none(x_out, [g.to(x_out.dtype), dh, dweight, dbias, dgate, *norm_grads])
+
+
+def without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """An operator cannot return None: empty tensors in its place."""
+    return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
+
+
+@_backward_op.register_kernel("cuda")
+def _backward_triton(dx_out, dy, x_out, branch, *arguments):
+    from epg_kernels.linear_residual_norm import linear_residual_norm_bwd
+
+    *arguments, needed = arguments
+    return without_none(x_out, linear_residual_norm_bwd(dx_out, dy, x_out, branch, *arguments, *needed))
+
+
+@_backward_op.register_fake
+def _(dx_out, dy, x_out, branch, h, weight, weight_dtype, bias, gate, *norm_and_needed):
+    *norm, _, _, needed = norm_and_needed
+    tensors = (x_out, h, weight, bias, gate, *norm)
+    made = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors]
+    made[2] = made[2].to(weight_dtype)
+    made[1:4] = [tensor if need else None for tensor, need in zip(made[1:4], needed, strict=True)]
+    return without_none(x_out, made)
+
+
+def _setup_context(ctx, inputs, output):
+    _, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, *_ = inputs
+    x_out, _, branch, mean, rstd = output
+    ctx.weight_dtype = parameter.dtype
+    ctx.save_for_backward(x_out, branch, h, weight, bias, gate, norm_weight, norm_bias, shift, scale, mean, rstd)
+    ctx.mark_non_differentiable(branch, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dx_out, dy, *_):
+    x_out, branch, h, weight, bias, gate, norm_weight, norm_bias, shift, scale, *statistics = ctx.saved_tensors
+    dy = torch.zeros_like(x_out, dtype=h.dtype) if dy is None else dy
+    norm = norm_weight, norm_bias, shift, scale, *statistics
+    needed = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
+    given = dx_out, dy, x_out, branch, h, weight, ctx.weight_dtype, bias, gate, *norm, needed
+    dx, *products, dgate, dweight, dbias, dshift, dscale = _backward_op(*given)
+    dh, dparameter, dlinear_bias = (grad if need else None for grad, need in zip(products, needed, strict=True))
+    dgate, dshift, dscale = (
+        None if tensor is None else grad for tensor, grad in ((gate, dgate), (shift, dshift), (scale, dscale))
+    )
+    return dx, dh, dparameter, None, dlinear_bias, dweight, dbias, dgate, dshift, dscale, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.epg_fast.linear_residual_norm)
+def _forward_flops(x_shape, h_shape, *args, out_shape=None, **kwargs) -> int:
+    return _flops((*h_shape, x_shape[-1]))
+
+
+@register_flop_formula(torch.ops.epg_fast.linear_residual_norm_bwd)
+def _backward_flops(dx_out_shape, dy_shape, x_shape, branch_shape, h_shape, *args, out_shape=None, **kwargs) -> int:
+    needs_h, needs_weight, _ = args[-1]
+    return _flops((*h_shape, x_shape[-1])) * (needs_h + needs_weight)
+
+
+def linear_residual_norm(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_out, y): x + gate * (h @ weight^T + bias), in x's dtype, and its modulated norm, in h's or autocast's.
+
+    x: [B, L, N]; h: [B, L, K]; weight: [N, K]; bias, norm_weight, norm_bias: [N]; gate, shift, scale: [B, N], [B, 1, N]
+    or None. backend: "reference" (plain PyTorch), "triton" (two kernels forward) or "auto": the reference.
+    Raises ValueError for shapes that do not fit and for a backend that cannot run here.
+    """
+    check_backend(_OP, backend, ("auto", "triton", "reference"))
+    check_norm_shapes(_OP, x, norm_weight, norm_bias, gate=gate, shift=shift, scale=scale)
+    check_linear(_OP, "h", h, x, weight, bias)
+    dtype = autocast_dtype(h) or h.dtype
+    h, operand = h.to(dtype), weight.detach().to(dtype)
+    gate, shift, scale = per_sample(gate), per_sample(shift), per_sample(scale)
+    if backend != "triton":
+        return linear_residual_norm_ref(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps)
+    require_triton_norm(_OP, x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
+    require_dtypes(_OP, DTYPES, x=x, h=h, bias=bias, gate=gate)
+    save_branch = gate is not None and needs_gradient(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
+    norm = norm_weight, norm_bias, gate, shift, scale, eps
+    return _forward_op(x, h, weight, operand, bias, *norm, save_branch)[:2]
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_linear(op: str, name: str, h, x, weight, bias) -> None:
+    """Raise ValueError unless weight [N, K] and bias [N] take h [B, L, K] to x's shape [B, L, N]."""
+    for what, tensor in ((name, h), ("weight", weight), ("bias", bias)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{op}: got {what} in {tensor.dtype}, wanted a floating dtype; convert it")
+    if h.dim() != 3 or weight.dim() != 2 or h.shape[2] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: got {name} of shape {tuple(h.shape)} and weight of shape {tuple(weight.shape)}, wanted [B, L, K] "
+            "and [N, K] with the same K; weight is that of a Linear, one row per output"
+        )
+    if x.shape != (*h.shape[:2], weight.shape[0]):
+        wanted = [*h.shape[:2], weight.shape[0]]
+        raise ValueError(f"{op}: got x of shape {tuple(x.shape)}, wanted {wanted}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: got bias of shape {tuple(bias.shape)}, wanted [{weight.shape[0]}]")
+
+
+def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:
+    """Forward reads x, h and weight, writes x_out, and reads it to write y; training writes the branch beside x_out.
+
+    Backward is that of the norm with its gated branch, and reads the branch's gradient twice, weight and h, and writes
+    their gradients.
+    """
+    batch, tokens, k, n = shape
+    rows = batch * tokens
+    h, weight, out = rows * k * itemsize, n * k * itemsize, rows * n * itemsize
+    if backward:
+        return NORM.bytes((batch, tokens, n), itemsize, True) + 2 * out + 2 * h + 2 * weight
+    return h + weight + 4 * out + (3 * batch + 3) * n * itemsize
+
+
+def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
+    """Of the matrix products alone: one forward, two backward."""
+    batch, tokens, k, n = shape
+    return (4 if backward else 2) * batch * tokens * k * n
+
+
+SPEC = OpSpec(  # shapes: (B, L, K, N)
+    name=_OP,
+    shapes=(
+        (64, 258, 1584, 1584),
+        (64, 258, 768, 768),
+        (64, 258, 1024, 1024),
+        (64, 258, 1920, 1920),
+        (64, 258, 2688, 2688),
+    ),
+    odd_shapes=((3, 17, 40, 24), (1, 5, 72, 40), (2, 18, 17, 9)),
+    bytes=_bytes,
+    flops=_flops,
+)

@@ -1,0 +1,255 @@
+"""The second half of a block: the MLP, gated, on the residual.
+
+    z = y @ fc1_weight^T + fc1_bias
+    x_out = x + gate * (gelu(z) @ fc2_weight^T + fc2_bias)        gate left out: 1; gelu is the exact one, z Phi(z)
+
+Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), adaLN-Zero blocks; Hendrycks & Gimpel,
+"Gaussian Error Linear Units" (2016). GELU, gate and residual ride in the epilogues of the products, and in the backward
+pass the derivative of GELU and the sums of fc1's bias in that of the product with fc2's weight.
+
+Shapes: x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc1_bias: [H]; fc2_weight: [D, H]; fc2_bias: [D]; gate: [B, D],
+[B, 1, D] or None; x_out: [B, L, D].
+Dtypes: y float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype; the weights are converted
+to it. x and the others: any of these; x_out has x's dtype. Products are accumulated and everything after them is
+computed in float32; gelu(z) and x_out are rounded once.
+Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients. For 16-bit
+results the kernels take 1 - Phi from a polynomial with a relative error of 1.5e-5.
+
+With g the gradient of x_out: dx = g, dr = gate * g, dgate = sum_l r * g with r what the gate scales, which is kept;
+dz = (dr @ fc2_weight) gelu'(z), gelu'(z) = Phi(z) + z phi(z); the rest follows as for two linear layers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from epg_fast.ops.backends import (
+    autocast_dtype,
+    check_backend,
+    interpreting,
+    require_dtypes,
+    require_grid,
+    require_triton,
+)
+from epg_fast.ops.layer_norm_modulate import per_sample
+from epg_fast.ops.linear_residual_norm import DTYPES, check_linear, gated_residual_ref, needs_gradient, without_none
+from epg_fast.ops.spec import OpSpec
+
+_OP = "mlp_residual"
+
+
+def mlp_residual_ref(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    h = F.gelu(F.linear(y, fc1_weight.to(y.dtype), fc1_bias.to(y.dtype)))
+    return gated_residual_ref(x, F.linear(h, fc2_weight.to(y.dtype), fc2_bias.to(y.dtype)), gate)
+
+
+@torch.library.custom_op("epg_fast::mlp_residual", mutates_args=(), device_types="cpu")
+def _forward_op(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    fc1_parameter: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_parameter: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    gate: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x_out, z, gelu(z), what the gate scales), the last three empty unless they are kept for a backward pass.
+
+    fc1_weight, fc2_weight: the parameters in y's dtype. Products read these, and the gradients of the parameters are
+    written in their own dtype.
+    """
+    if interpreting():
+        return _forward_triton(
+            x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save
+        )
+    z = F.linear(y, fc1_weight, fc1_bias.to(y.dtype))
+    h = F.gelu(z)
+    branch = F.linear(h, fc2_weight, fc2_bias.to(y.dtype))
+    x_out = gated_residual_ref(x, branch, gate).contiguous()
+    kept = (z, h, None if gate is None else branch) if save else (None,) * 3
+    return x_out, *without_none(x, kept)
+
+
+@_forward_op.register_kernel("cuda")
+def _forward_triton(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save):
+    from epg_kernels.mlp_residual import mlp_residual_fwd
+
+    x_out, *kept = mlp_residual_fwd(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
+    return x_out, *without_none(x, kept)
+
+
+@_forward_op.register_fake
+def _(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save):
+    kept = [None] * 3
+    if save:
+        z = y.new_empty((*y.shape[:-1], fc1_weight.shape[0]))
+        kept = [z, torch.empty_like(z), None if gate is None else y.new_empty(x.shape)]
+    return x.new_empty(x.shape), *without_none(x, kept)
+
+
+@torch.library.custom_op("epg_fast::mlp_residual_bwd", mutates_args=(), device_types="cpu")
+def _backward_op(
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    z: torch.Tensor,
+    h: torch.Tensor,
+    branch: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Gradients of y, fc1's weight and bias, fc2's, and of the gate, empty without one; weights' in weight_dtype."""
+    if interpreting():
+        parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        return _backward_triton(dout, y, z, h, branch, *parameters, gate, weight_dtype)
+    acc_dtype = torch.promote_types(z.dtype, torch.float32)
+    g = dout.to(acc_dtype)
+    dr = g if gate is None else g * gate.to(acc_dtype).unsqueeze(1)
+    rows = dr.to(z.dtype).flatten(0, 1)
+    dh = (rows @ fc2_weight).view(z.shape)
+    dz = torch.ops.aten.gelu_backward(dh.to(acc_dtype), z.to(acc_dtype)).flatten(0, 1)
+    dgate = None if gate is None else (g * branch.to(acc_dtype)).sum(1).to(gate.dtype)
+    dfc1_bias, dfc2_bias = dz.sum(0).to(fc1_bias.dtype), dr.sum((0, 1)).to(fc2_bias.dtype)
+    dz = dz.to(z.dtype)
+    dfc1_weight, dfc2_weight = ((a.t() @ b.flatten(0, 1)).to(weight_dtype) for a, b in ((dz, y), (rows, h)))
+    return without_none(y, [(dz @ fc1_weight).view(y.shape), dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate])
+
+
+@_backward_op.register_kernel("cuda")
+def _backward_triton(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype):
+    from epg_kernels.mlp_residual import mlp_residual_bwd
+
+    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    return without_none(y, mlp_residual_bwd(dout, y, z, h, branch, *parameters, gate, weight_dtype))
+
+
+@_backward_op.register_fake
+def _(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype):
+    dweights = [weight.new_empty(weight.shape, dtype=weight_dtype) for weight in (fc1_weight, fc2_weight)]
+    dy, dfc1_bias, dfc2_bias = (tensor.new_empty(tensor.shape) for tensor in (y, fc1_bias, fc2_bias))
+    dgate = None if gate is None else gate.new_empty(gate.shape)
+    return without_none(y, [dy, dweights[0], dfc1_bias, dweights[1], dfc2_bias, dgate])
+
+
+def _setup_context(ctx, inputs, output):
+    _, y, fc1_parameter, *fc1, _, fc2_weight, fc2_bias, gate, _ = inputs
+    ctx.save_for_backward(y, *output[1:], *fc1, fc2_weight, fc2_bias, gate)
+    ctx.weight_dtype = fc1_parameter.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, *_):
+    *saved, gate = ctx.saved_tensors
+    dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate = _backward_op(dout, *saved, gate, ctx.weight_dtype)
+    dgate = None if gate is None else dgate
+    return dout, dy, dfc1_weight, None, dfc1_bias, dfc2_weight, None, dfc2_bias, dgate, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.epg_fast.mlp_residual)
+def _forward_flops(x_shape, y_shape, fc1_shape, *args, out_shape=None, **kwargs) -> int:
+    return _flops((*x_shape, fc1_shape[0]))
+
+
+@register_flop_formula(torch.ops.epg_fast.mlp_residual_bwd)
+def _backward_flops(dout_shape, y_shape, z_shape, *args, out_shape=None, **kwargs) -> int:
+    return _flops((*dout_shape, z_shape[-1]), backward=True)
+
+
+def mlp_residual(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """x + gate * (gelu(y @ fc1_weight^T + fc1_bias) @ fc2_weight^T + fc2_bias), with the exact GELU: [B, L, D].
+
+    x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc2_weight: [D, H]; gate: [B, D], [B, 1, D] or None for ones.
+    backend: "reference" (plain PyTorch), "triton" (two kernels forward; it keeps what the backward pass needs only
+    where there will be one) or "auto": the reference.
+    Raises ValueError for shapes that do not fit and for a backend that cannot run here.
+    """
+    check_backend(_OP, backend, ("auto", "triton", "reference"))
+    _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate)
+    dtype = autocast_dtype(y) or y.dtype
+    y, gate = y.to(dtype), per_sample(gate)
+    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate
+    if backend != "triton":
+        return mlp_residual_ref(x, y, *parameters)
+    if fc1_weight.dtype != fc2_weight.dtype:
+        raise ValueError(
+            f"{_OP}: got weights in {fc1_weight.dtype} and {fc2_weight.dtype}, wanted one dtype; convert one"
+        )
+    require_triton(_OP, x, y, *parameters)
+    require_grid(_OP, x.shape[0])
+    require_dtypes(_OP, DTYPES, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
+    fc1, fc2 = ((weight, weight.detach().to(dtype)) for weight in (fc1_weight, fc2_weight))
+    return _forward_op(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, needs_gradient(x, y, *parameters))[0]
+
+
+def _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate) -> None:
+    hidden = y[..., :1].expand(*y.shape[:-1], fc1_weight.shape[0])
+    check_linear(_OP, "y", y, hidden, fc1_weight, fc1_bias)
+    check_linear(_OP, "gelu(z)", hidden, x, fc2_weight, fc2_bias)
+    batch, _, width = x.shape
+    if gate is not None and gate.shape not in ((batch, width), (batch, 1, width)):
+        raise ValueError(
+            f"{_OP}: got gate of shape {tuple(gate.shape)}, wanted [{batch}, {width}] or [{batch}, 1, {width}]"
+        )
+
+
+def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:
+    """For K = D. Forward reads x, y, the weights and gelu(z), and writes gelu(z) and x_out; training writes z too.
+
+    Backward reads dout and the branch and writes dr, reads dr twice, z, gelu(z), dz twice, y and the weights, and
+    writes dz, dy and the weights' gradients.
+    """
+    batch, tokens, width, hidden = shape
+    rows = batch * tokens
+    x, z, weights = rows * width * itemsize, rows * hidden * itemsize, 2 * width * hidden * itemsize
+    if backward:
+        return 7 * x + 5 * z + 2 * weights
+    return 3 * x + 2 * z + weights
+
+
+def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
+    """Of the matrix products alone: two forward, four backward."""
+    batch, tokens, width, hidden = shape
+    return (8 if backward else 4) * batch * tokens * width * hidden
+
+
+SPEC = OpSpec(  # shapes: (B, L, D, H)
+    name=_OP,
+    shapes=(
+        (64, 258, 1584, 6336),
+        (64, 258, 768, 3072),
+        (64, 258, 1024, 4096),
+        (64, 258, 1920, 7680),
+        (64, 258, 2688, 10752),
+    ),
+    odd_shapes=((3, 17, 40, 24), (1, 5, 24, 72), (2, 18, 17, 9)),
+    bytes=_bytes,
+    flops=_flops,
+)

@@ -1,0 +1,73 @@
+"""A linear layer added to the residual in its product's epilogue, and the norm of the sum; their backward pass."""
+
+import torch
+
+from epg_kernels import AotCase
+from epg_kernels._launch import weight_gradient
+from epg_kernels._matmul import linear, rows_of
+from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases
+
+
+def linear_residual_norm_fwd(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gate: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    save_branch: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Returns x_out = x + gate * (h @ weight^T + bias), its norm in out_dtype, the branch if saved, mean, rstd [B, L].
+
+    x: [B, L, N]; h: [B, L, K]; weight: [N, K], in h's dtype; bias, norm_weight, norm_bias: [N]; gate, shift, scale:
+    [B, N]. The branch is what the gate scales.
+    """
+    x_out, branch = linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], save_branch=save_branch)
+    done = launch_forward(x_out, None, None, norm_weight, norm_bias, shift, scale, eps, out_dtype)
+    return x_out, done.y, branch, done.mean, done.rstd
+
+
+def linear_residual_norm_bwd(
+    dx_out: torch.Tensor | None,
+    dy: torch.Tensor,
+    x_out: torch.Tensor,
+    branch: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    weight_dtype: torch.dtype,
+    bias: torch.Tensor,
+    gate: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    need_h: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns dx, dh, dweight, dbias (None where not needed), dgate, dnorm_weight, dnorm_bias, dshift, dscale.
+
+    weight is in h's dtype, dweight in weight_dtype.
+    """
+    norm = norm_weight, norm_bias, shift, scale, mean, rstd
+    linear_bias = bias if need_bias else None
+    branch = None if gate is None else branch
+    done = launch_backward(dy, dx_out, x_out, branch, gate, *norm, branch_dtype=h.dtype, linear_bias=linear_bias)
+    dbranch = rows_of(done.dx if done.dbranch is None else done.dbranch)
+    # Nothing is left to fuse into these products, and cuBLAS sets their ceiling.
+    dh = torch.mm(dbranch, weight).view(h.shape) if need_h else None
+    dweight = weight_gradient(dbranch, rows_of(h), weight_dtype) if need_weight else None
+    return done.dx, dh, dweight, done.dlinear_bias, done.dgate, done.dweight, done.dbias, done.dshift, done.dscale
+
+
+def aot_cases() -> list[AotCase]:
+    """The norm's backward pass with the bias's sums; the product's cases stand beside it."""
+    widths = (768, 1024, 1584, 1920, 2688)
+    return [case for width in widths for case in row_cases(width, "bf16", residual=True, bias=True)]

@@ -1,0 +1,230 @@
+"""What the ledger counts of small graphs, against counts by hand and Inductor's own; what should not be is reported.
+
+Needs a CUDA build of PyTorch and the stand-in for its runtime, preloaded: `make ledger` runs it so.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if "standin" not in os.environ.get("LD_PRELOAD", ""):
+    pytest.skip("needs a CUDA build of PyTorch and a GPU that is not there: `make ledger`", allow_module_level=True)
+
+from bench.ledger import device
+from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, NORMS, OPTIMISER, PRODUCTS, REDUCTIONS, total
+
+device.prepare()
+
+from bench.ledger.count import Counter  # noqa: E402
+from bench.ledger.jobs import JOBS, VARIANTS, NotCounted, compiling_as_is, count  # noqa: E402
+from epg_fast import ops  # noqa: E402
+from epg_fast.ops.fused_adamw_ema import SPEC as ADAMW  # noqa: E402
+from epg_fast.ops.global_norm import SPEC as GLOBAL_NORM  # noqa: E402
+
+BF16 = torch.bfloat16
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def counted(call, *shapes, dtype=BF16, compiled=True, grad=False):
+    """The counter of a second call of `call`."""
+    counter = Counter()
+    with compiling_as_is(counter), torch.set_grad_enabled(grad):
+        inputs = [empty(*shape, dtype=dtype).requires_grad_(grad) for shape in shapes]
+        run = torch.compile(call, dynamic=False) if compiled else call
+        run(*inputs)
+        with counter.counting():
+            run(*inputs)
+    return counter
+
+
+def only(counter):
+    (kernel,) = counter.kernels
+    return kernel
+
+
+def test_an_elementwise_graph_is_one_kernel_that_reads_and_writes_once():
+    kernel = only(counted(lambda x: F.gelu(x) * 2 + x, (128, 256)))
+    assert (kernel.read, kernel.written) == (128 * 256 * 2, 128 * 256 * 2)
+    assert (kernel.kind, kernel.by, kernel.flops) == (ELEMENTWISE, "generated", 0)
+
+
+def test_a_slice_and_what_is_expanded_count_with_their_own_size():
+    kernel = only(counted(lambda x, b: x[:, :64] + b, (128, 256), (64,)))
+    assert (kernel.read, kernel.written) == (128 * 64 * 2 + 64 * 2, 128 * 64 * 2)
+
+
+def test_a_product_and_what_follows_are_two_kernels():
+    found = counted(lambda x, w: F.relu(x @ w), (128, 256), (256, 512))
+    product, relu = found.kernels
+    assert (product.kind, product.flops) == (PRODUCTS, 2 * 128 * 256 * 512)
+    assert product.bytes == 2 * (128 * 256 + 256 * 512 + 128 * 512)
+    assert (relu.read, relu.written) == (128 * 512 * 2, 128 * 512 * 2)
+    assert total(found.kernels).kernels == 2
+
+
+def test_forward_and_backward_are_counted():
+    found = counted(lambda x, w: (x @ w).sum().backward(), (128, 256), (256, 512), compiled=False, grad=True)
+    assert sum(kernel.flops for kernel in found.kernels) == 3 * 2 * 128 * 256 * 512
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype) @ w,
+        lambda x, w: torch.cat([F.silu(x), x @ w], dim=-1),
+        lambda x, w: F.softmax((x @ w).float(), dim=-1).sum(0),
+    ],
+)
+def test_bytes_are_inductors_own_count(call):
+    (graph,) = counted(call, (1024, 768), (768, 768)).graphs
+    assert sum(kernel.bytes for kernel in graph.kernels) == pytest.approx(graph.check, rel=0.005)
+
+
+def test_kinds_of_generated_kernels():
+    def kinds(call):
+        return {kernel.kind for kernel in counted(call, (1024, 768)).kernels}
+
+    assert kinds(lambda x: F.layer_norm(x.float(), (768,))) == {NORMS}
+    assert kinds(lambda x: x.t().contiguous()) == {COPIES}
+    assert kinds(lambda x: x.float()) == {COPIES}
+    assert kinds(lambda x: x.sum(1)) == {REDUCTIONS}
+    assert kinds(lambda x: F.scaled_dot_product_attention(*(x.view(4, 4, 256, 192),) * 3)) == {ATTENTION}
+
+
+def test_a_planted_copy_is_a_kernel_more():
+    def plain(x):
+        return F.gelu(x)
+
+    def copying(x):
+        return F.gelu(x.t().contiguous())
+
+    before, after = (counted(call, (128, 256), compiled=False) for call in (plain, copying))
+    (added,) = [kernel for kernel in after.kernels if kernel.kind == COPIES]
+    assert len(after.kernels) == len(before.kernels) + 1
+    assert added.bytes == 2 * 128 * 256 * 2 and not after.problems
+
+
+def problem(counter):
+    (text,) = counter.problems
+    return text
+
+
+def test_a_planted_graph_break_is_reported():
+    def breaking(x):
+        x = F.gelu(x)
+        torch._dynamo.graph_break()
+        return F.gelu(x)
+
+    found = counted(breaking, (128, 256))
+    assert "graph break" in problem(found) and len(found.graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (lambda x: x * x.sum().item(), "a value of the GPU is read"),
+        (lambda x: x.cpu(), "a copy to the host that waits"),
+        (lambda x: x * torch.ones(128, 1).to(x), "a copy from the host that waits"),
+    ],
+)
+def test_a_planted_host_sync_is_reported(call, wanted):
+    assert wanted in problem(counted(call, (128, 256), compiled=False))
+
+
+def test_a_tensor_on_the_cpu_in_a_graph_is_reported():
+    found = counted(lambda x: x + torch.arange(256).float().cumsum(0).to("cuda"), (128, 256))
+    assert any("CPU" in text for text in found.problems)
+
+
+def test_a_second_compilation_is_reported():
+    counter = Counter()
+    with compiling_as_is(counter), torch.no_grad():
+        call = torch.compile(F.gelu, dynamic=False)
+        call(empty(4, 4))
+        with counter.counting():
+            call(empty(8, 4))
+    assert "compiled again" in problem(counter)
+
+
+def test_a_launcher_that_disagrees_with_its_fake_is_reported():
+    @torch.library.custom_op("epg_fast::planted", mutates_args=(), device_types="cpu")
+    def planted(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    planted.register_kernel("cuda")(lambda x: torch.empty_like(x, dtype=torch.float32))
+    planted.register_fake(torch.empty_like)
+    text = problem(counted(planted, (4, 8), compiled=False))
+    assert "epg_fast::planted, output 0" in text and "float32" in text and "bfloat16" in text
+
+
+def test_skip_linear_by_hand():
+    batch, tokens, width, skip = 2, 256, 512, 256
+    shapes = ((batch, tokens, width), (batch, tokens, skip), (width, width + skip), (width,))
+    kernel = only(counted(lambda *x: ops.skip_linear(*x, backend="triton"), *shapes))
+    rows = batch * tokens
+    assert (kernel.kind, kernel.by) == (PRODUCTS, "ours")
+    assert kernel.flops == 2 * rows * width * (width + skip)
+    assert kernel.read == 2 * (rows * (width + skip) + width * (width + skip) + width)
+    assert kernel.written == 2 * rows * width
+    assert (kernel.tiles.rows, kernel.tiles.columns, kernel.tiles.count) == (rows, width, 4 * 4)
+
+
+def test_what_a_kernel_wrote_itself_is_not_read_again():
+    shape = (2, 128, 3, 4, 64)
+
+    def backward(qkv):
+        return torch.autograd.grad(ops.attention(qkv, 0.125, backend="triton").sum(), qkv)
+
+    found = counted(backward, shape, compiled=False, grad=True)
+    (kernel,) = [k for k in found.kernels if k.name == "_attention_bwd_kernel"]
+    result, statistics = 2 * 128 * 4 * 64, 2 * 128 * 4 * 4
+    assert kernel.read == 2 * (3 * result + 2 * result) + statistics  # qkv, gradient and output, log-sum-exp
+    assert kernel.written == 2 * 3 * result + 4 * result + statistics  # dqkv, dq in float32, delta
+
+
+def test_the_fused_optimiser_moves_what_its_specification_says():
+    shapes = [(1000, 64)] * 3
+
+    def update(*params):
+        grads, first, second, average = ([torch.empty_like(p) for p in params] for _ in range(4))
+        norm, found_inf = ops.global_norm(grads, backend="extension")
+        numbers = {name: empty(3, dtype=torch.float64) for name in ("lrs", "weight_decays")}
+        ops.fused_adamw_ema_(
+            list(params),
+            grads,
+            first,
+            second,
+            steps=empty(3, dtype=torch.float32),
+            norm=norm,
+            found_inf=found_inf,
+            max_norm=empty(dtype=torch.float64),
+            emas=[average],
+            ema_weights=empty(1, dtype=torch.float64),
+            backend="extension",
+            **numbers,
+        )
+
+    norm, step = counted(update, *shapes, dtype=torch.float32, compiled=False).kernels
+    assert {norm.kind, step.kind} == {OPTIMISER} and (norm.launches, step.launches) == (2, 2)
+    values = (3, 64_000)
+    assert norm.bytes == pytest.approx(GLOBAL_NORM.bytes(values, 4), rel=1e-3)
+    assert step.bytes == pytest.approx(ADAMW.bytes(values, 4), rel=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["ours-blocks", "auto-blocks", "plain-blocks"])
+def test_a_job_of_a_small_network_is_counted_without_problems(variant):
+    import dataclasses
+
+    job = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
+    found = count(job, VARIANTS[variant])
+    assert total(found.of_phase("call")).kernels > 20 and not found.problems
+
+
+def test_what_cannot_be_counted_says_why():
+    with pytest.raises(NotCounted, match="no FP8"):
+        count(JOBS["sample_xl_fp8"], VARIANTS["plain-blocks"])

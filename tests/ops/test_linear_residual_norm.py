@@ -1,0 +1,167 @@
+import functools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from epg_fast.ops.linear_residual_norm import SPEC, linear_residual_norm, linear_residual_norm_ref
+from tests.ops.kernel_checks import (
+    DEVICE,
+    assert_accurate,
+    assert_compiles_into_one_graph,
+    assert_repeatable,
+    needs_triton,
+    randn,
+    shapes_of,
+)
+
+# dtypes of the residual, of h and its weight, of gate and modulation, and of the other parameters
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, torch.float32, torch.float32),
+    "bf16 with fp32 parameters": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16 on an fp32 residual": (torch.float32, torch.bfloat16, torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16, torch.float16, torch.float16),
+}
+SMALL = (2, 5, 40, 24)
+KERNEL = functools.partial(linear_residual_norm, backend="triton")
+FORMS = pytest.mark.parametrize("form", ["gated and modulated", "gated", "neither"])
+
+
+def make_inputs(shape, dtypes=DTYPES["fp32"], form="gated and modulated"):
+    """x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale."""
+    batch, tokens, k, n = shape
+    residual, product, modulation, parameters = dtypes
+    weight = randn(n, k, seed=1, requires_grad=False) * k**-0.5
+    vectors = [randn(n, dtype=parameters, seed=seed) for seed in range(2, 5)]
+    images = [randn(batch, 1, n, dtype=modulation, seed=seed) for seed in range(5, 8)]
+    present = {"gated and modulated": 3, "gated": 1, "neither": 0}[form]
+    images = images[:present] + [None] * (3 - present)
+    x, h = randn(batch, tokens, n, dtype=residual), randn(batch, tokens, k, dtype=product, seed=9)
+    return [x, h, weight.to(product).requires_grad_(), *vectors, *images]
+
+
+def make_grads(shape):
+    batch, tokens, _, n = shape
+    return [randn(batch, tokens, n, seed=seed, requires_grad=False) for seed in (10, 11)]
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+@FORMS
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", shapes_of(SPEC), ids=str)
+def test_kernel_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, form):
+    assert_accurate(KERNEL, linear_residual_norm_ref, make_inputs(shape, dtypes, form), make_grads(shape))
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+def test_kernel_accepts_tensors_that_are_not_contiguous():
+    batch, tokens, width = 3, 6, 24
+    expanded = torch.randn(1, tokens, width, device=DEVICE).expand(batch, -1, -1)
+    transposed = torch.randn(batch, width, tokens, device=DEVICE).transpose(1, 2)
+    gate, shift, scale = torch.randn(batch, 3 * width, device=DEVICE).chunk(3, 1)
+    weight, (bias, a, b) = torch.randn(width, width, device=DEVICE).t(), torch.randn(width, 3, device=DEVICE).unbind(1)
+    for x, h in ((expanded, transposed), (transposed, expanded)):
+        tensors = (x, h, weight, bias, a, b, gate, shift, scale)
+        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        assert_accurate(KERNEL, linear_residual_norm_ref, inputs, [h, torch.ones((), device=DEVICE).expand(x.shape)])
+
+
+@needs_triton
+@pytest.mark.parametrize("frozen", [(1,), (2, 3), (6,), (0, 1, 2, 3, 4, 5, 7, 8)], ids=str)
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen):
+    inputs = make_inputs(SMALL)
+    for i in frozen:
+        inputs[i].requires_grad_(False)
+    assert_accurate(KERNEL, linear_residual_norm_ref, inputs, make_grads(SMALL))
+    with FlopCounterMode(display=False) as counter:
+        sum(out.sum() for out in KERNEL(*inputs)).backward()
+    products = 1 + inputs[1].requires_grad + inputs[2].requires_grad
+    assert counter.get_total_flops() == products * SPEC.flops(SMALL)
+
+
+@needs_triton
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_result_alone_has_its_gradient(used):
+    inputs = make_inputs(SMALL)
+    wanted = inputs if used else [*inputs[:4], inputs[6]]
+    got, want = (
+        torch.autograd.grad(f(*inputs)[used].square().sum(), wanted) for f in (KERNEL, linear_residual_norm_ref)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@FORMS
+def test_kernel_repeats_its_bits_and_compiles_into_one_graph(form):
+    inputs = make_inputs(SMALL, DTYPES["bf16 on an fp32 residual"], form)
+    assert_repeatable(KERNEL, inputs, make_grads(SMALL))
+    assert_compiles_into_one_graph(KERNEL, inputs, make_grads(SMALL))
+
+
+@needs_triton
+@FORMS
+def test_operators_pass_opcheck(form):
+    *inputs, gate, shift, scale = make_inputs(SMALL, form=form)
+    images = [None if t is None else t.detach().squeeze(1).requires_grad_() for t in (gate, shift, scale)]
+    saving = gate is not None
+    inputs = [*inputs[:3], inputs[2].detach(), *inputs[3:]]
+    torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm.default, (*inputs, *images, 1e-5, saving))
+    x, h, parameter, weight, bias, *norm = (tensor.detach() for tensor in inputs)
+    gate, *modulation = (None if t is None else t.detach() for t in images)
+    x_out, y, branch, *statistics = torch.ops.epg_fast.linear_residual_norm(
+        x, h, parameter, weight, bias, *norm, gate, *modulation, 1e-5, saving
+    )
+    saved = (x_out, branch, h, weight, torch.float64, bias, gate, *norm, *modulation, *statistics)
+    for needed in ([True] * 3, [False, True, False]):
+        torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm_bwd.default, (x, y, *saved, needed))
+
+
+@needs_triton
+def test_under_autocast_products_are_16_bit_and_the_weight_s_gradient_is_float32():
+    inputs = make_inputs(SMALL)
+    results = []
+    for backend in ("triton", "reference"):
+        with torch.autocast(DEVICE, torch.float16):
+            x_out, y = linear_residual_norm(*inputs, backend=backend)
+        assert (x_out.dtype, y.dtype) == (torch.float32, torch.float16)
+        grads = [grad.to(out.dtype) for grad, out in zip(make_grads(SMALL), (x_out, y), strict=True)]
+        results.append(torch.autograd.grad((x_out, y), inputs, grads))
+    for got, want, tensor in zip(*results, inputs, strict=True):
+        assert got.dtype == tensor.dtype
+        # sums of at most 10 x 40 products, each rounded to 11 bits
+        torch.testing.assert_close(got, want, rtol=0, atol=4e-3 * want.abs().max().item())
+
+
+@FORMS
+def test_operator_on_the_cpu_is_the_reference_and_right_in_float64(monkeypatch, form):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = [None if t is None else t.detach().cpu().double().requires_grad_() for t in make_inputs(SMALL, form=form)]
+    *others, gate, shift, scale = inputs
+    images = [None if tensor is None else tensor.squeeze(1) for tensor in (gate, shift, scale)]
+    others = [*others[:3], others[2].detach(), *others[3:]]
+    got = torch.ops.epg_fast.linear_residual_norm(*others, *images, 1e-5, gate is not None)[:2]
+    want = linear_residual_norm_ref(*inputs)
+    grads, given = [torch.randn(2, 5, 24).double() for _ in range(2)], [t for t in inputs if t is not None]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, given, grads), torch.autograd.grad(want, given, grads))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "cublas"}, "got backend='cublas', wanted one of auto, triton, reference"),
+        ({"h": torch.zeros(2, 5, 39)}, r"got h of shape \(2, 5, 39\) and weight of shape \(24, 40\), wanted"),
+        ({"x": torch.zeros(2, 4, 24)}, r"got x of shape \(2, 4, 24\), wanted \[2, 5, 24\]"),
+        ({"bias": torch.zeros(40)}, r"got bias of shape \(40,\), wanted \[24\]"),
+        ({"gate": torch.zeros(1, 24)}, r"got gate of shape \(1, 24\), wanted \[2, 24\] or \[2, 1, 24\]"),
+        ({"scale": None}, "got no scale, wanted both shift and scale, or neither"),
+        ({"h": torch.zeros(2, 5, 40).int()}, "got h in torch.int32, wanted a floating dtype"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_was_wanted(change, message):
+    names = ("x", "h", "weight", "bias", "norm_weight", "norm_bias", "gate", "shift", "scale")
+    arguments = dict(zip(names, (tensor.detach().cpu() for tensor in make_inputs(SMALL)), strict=True))
+    with pytest.raises(ValueError, match=message):
+        linear_residual_norm(**(arguments | change))
