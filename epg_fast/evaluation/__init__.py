@@ -79,7 +79,6 @@ def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: st
     """
     from epg_fast.diffusion import NoiseSchedule
     from epg_fast.evaluation.probe import encoder_features, linear_probe, load_rgb
-    from epg_fast.runtime import suitable_threads
 
     _check_folders(config, config.probe, "probe")
     size = encoder.image_size
@@ -87,8 +86,7 @@ def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: st
     metadata = getattr(encoder, "metadata", {})
     normalization = normalization or metadata.get("normalization") or "imagenet"
     features_of = encoder_features(encoder, NoiseSchedule(**metadata.get("noise", {})))
-    with suitable_threads(encoder):
-        accuracy = linear_probe(features_of, train, test, config.sigmas, normalization, config.seed)
+    accuracy = linear_probe(features_of, train, test, config.sigmas, normalization, config.seed)
     return {
         "kind": "probe",
         "probe": str(config.probe),

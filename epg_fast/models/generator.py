@@ -191,12 +191,12 @@ class EPGViT(ViTEncoder):
     def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """SiLU'd condition [B, E] -> [B, 1, 6 D] for every decoder block; None if the blocks must compute their own.
 
-        One matrix product for all blocks: one for each would read its weights at a fraction of a GPU's bandwidth. On a
-        CPU, joining them in a call costs more than that saves. Adapters, hooks and sharded or quantised weights have
-        their effect inside the block's own module.
+        One matrix product for all blocks: one for each would read its weights at a fraction of a GPU's bandwidth. For a
+        forward pass alone on a CPU, joining them costs more than that saves. Adapters, hooks and sharded or quantised
+        weights have their effect inside the block's own module.
         """
         joined = self._joined_projection
-        if joined is None and condition.device.type != "cpu":
+        if joined is None and (torch.is_grad_enabled() or condition.device.type != "cpu"):
             joined = self._projection()
         if joined is None:
             return None

@@ -123,7 +123,7 @@ def test_networks_run_in_pure_16_bit_and_under_autocast(dtype):
 
 
 @pytest.mark.slow
-def test_torch_compile_sees_one_graph():
+def test_torch_compile_sees_one_graph(inductor):
     model = EPGViT(**SIZES, **DECODER)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)

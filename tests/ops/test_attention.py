@@ -187,7 +187,7 @@ def test_reference_gradients_are_right_in_float64():
     assert torch.autograd.gradcheck(functools.partial(attention_ref, scale=0.7), inputs)
 
 
-def test_reference_compiles_into_one_graph():
+def test_reference_compiles_into_one_graph(inductor):
     inputs, grads = make_inputs(SMALL, torch.bfloat16), make_grads(SMALL)
     actual, eager = run(torch.compile(attention_ref, fullgraph=True), inputs, grads), run(attention_ref, inputs, grads)
     exact = run(attention_ref, in_double(inputs), grads)

@@ -167,7 +167,7 @@ def test_extension_compiles_into_one_graph(clamp, function):
 
 @needs_extension
 @pytest.mark.slow
-def test_inductor_gives_the_same_bits_around_the_step_in_place():
+def test_inductor_gives_the_same_bits_around_the_step_in_place(inductor):
     def twice(x, denoised, denoised_next):
         x = x * 2
         heun_step_(x, denoised, denoised_next, **STEP, backend="extension")

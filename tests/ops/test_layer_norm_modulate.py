@@ -247,7 +247,7 @@ def test_autocast_changes_neither_the_dtype_nor_the_values_of_the_reference(dtyp
     assert torch.equal(under_autocast, layer_norm_modulate(*inputs))
 
 
-def test_reference_compiles_into_one_graph():
+def test_reference_compiles_into_one_graph(inductor):
     inputs, grads = make_inputs(SMALL, DTYPES["bf16 with fp32 parameters"]), make_grads(SMALL)
     compiled = torch.compile(layer_norm_modulate_ref, fullgraph=True)
     actual, eager = run(compiled, inputs, grads), run(layer_norm_modulate_ref, inputs, grads)

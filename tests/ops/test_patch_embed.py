@@ -273,7 +273,7 @@ def test_reference_gradients_are_right_in_float64():
     assert torch.autograd.gradcheck(with_backend("reference"), inputs)
 
 
-def test_reference_compiles_into_one_graph():
+def test_reference_compiles_into_one_graph(inductor):
     inputs = make_inputs(SMALL)
     compiled = torch.compile(with_backend("reference"), fullgraph=True)
     assert_accurate(compiled, with_backend("reference"), inputs, [gradient_like(inputs)])

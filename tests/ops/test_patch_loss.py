@@ -204,7 +204,7 @@ def test_a_weight_of_zero_at_zero_distance_gives_neither_loss_nor_gradient():
     assert not loss.any() and not torch.autograd.grad(loss.sum(), tokens)[0].any()
 
 
-def test_reference_compiles_into_one_graph():
+def test_reference_compiles_into_one_graph(inductor):
     inputs = make_inputs(SMALL, DTYPES["bf16 tokens, fp32 images"])
     compiled = torch.compile(loss_of("reference", 0.06), fullgraph=True)
     assert_accurate(compiled, loss_of("reference", 0.06), inputs, [torch.randn(SMALL[0], device=DEVICE)])

@@ -316,14 +316,13 @@ def _unfit(network, kind):
     ("kind", "message"),
     [("channels_last", "patch_embed.proj.weight has strides"), ("float64", "cls_token is torch.float64")],
 )
-def test_what_the_fused_update_cannot_take_is_named_and_auto_takes_torch(network, kind, message, caplog):
-    caplog.set_level("INFO", "epg_fast")
+def test_what_the_fused_update_cannot_take_is_named_and_auto_takes_torch(network, kind, message, log):
     network = _unfit(network, kind)
     with pytest.raises(ValueError, match=f"{message}.*--optimizer.backend torch"):
         make_optimizer(network, OptimizerConfig(backend="fused"))
     assert type(make_optimizer(network, OptimizerConfig())) is module.Optimizer
     if DEVICE == "cpu":
-        assert message in caplog.text
+        assert message in log.messages[-1]
     with pytest.raises(ValueError, match="there are 5 averages"):
         make_optimizer(copy.deepcopy(network), OptimizerConfig(backend="fused"), [network] * 5)
 
@@ -381,12 +380,11 @@ def test_one_decay_for_each_average(network):
 
 @needs_extension
 @pytest.mark.skipif(DEVICE == "cuda", reason="the choice on a CPU")
-def test_auto_is_fused_on_a_cpu_and_torch_without_the_extension_and_says_so(network, monkeypatch, caplog):
-    caplog.set_level("INFO", "epg_fast")
+def test_auto_is_fused_on_a_cpu_and_torch_without_the_extension_and_says_so(network, monkeypatch, log):
     assert isinstance(make_optimizer(network, OptimizerConfig()), module.FusedOptimizer)
     monkeypatch.setattr(module, "extension_status", lambda: (False, "not built: run this"))
     assert type(make_optimizer(network, OptimizerConfig())) is module.Optimizer
-    assert [r.message for r in caplog.records] == [
+    assert log.messages == [
         "optimiser: fused (one pass in the C++ extension)",
         "optimiser: torch (the extension is not built: run this)",
     ]
