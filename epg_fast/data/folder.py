@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from epg_fast.data.dataset_json import read_labels
 from epg_fast.data.manifest import check_complete, check_counts, read_manifest
-from epg_fast.data.names import IMAGES, Ignored, is_image, is_split, splits
+from epg_fast.data.names import IMAGES, Ignored, find_splits, is_image, is_split
 from epg_fast.data.source import ImageSource
 
 _WANTED = "wanted a folder of class folders with images"
@@ -108,18 +107,13 @@ class ImageFolder(ImageSource):
 
     def _check_splits(self, folders: list[str]) -> None:
         """The splits of a dataset hold class folders of their own and would be taken for classes, the test set too."""
-        subfolders = defaultdict(list)
-        for folder in folders:
-            above, _, name = folder.rpartition("/")
-            subfolders[above].append(name)
-        for above, names in subfolders.items():
-            found = splits(names)
-            if found:
-                where = self.root / above
-                remedy = f"pass {where / found[0]}"
-                if above and len(self.classes) > 1:
-                    remedy = f"move one of them into a folder of its own, as {found[0]}/{above.replace('/', '_')}"
-                raise ValueError(f"data path: {where} holds the splits {', '.join(found)}, {_WANTED}; {remedy}")
+        if held := find_splits(folders):
+            above, found = held
+            where = self.root / above
+            remedy = f"pass {where / found[0]}"
+            if above and len(self.classes) > 1:
+                remedy = f"move one of them into a folder of its own, as {found[0]}/{above.replace('/', '_')}"
+            raise ValueError(f"data path: {where} holds the splits {', '.join(found)}, {_WANTED}; {remedy}")
         used = sorted({path.split("/", 1)[0] for path in self.paths})
         inner = sorted({path.split("/", 2)[1] for path in self.paths if path.count("/") > 1})
         if used and all(map(is_split, used)) and all(path.count("/") > 1 for path in self.paths):

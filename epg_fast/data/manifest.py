@@ -35,7 +35,7 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         # behind one whole value more of them: no file of prepare-data is like this, however it is damaged
         manifest = None
         if not getattr(error, "msg", "").startswith("Extra data"):
@@ -118,8 +118,10 @@ def load_class_frequencies(path: str | os.PathLike) -> list[float]:
         frequencies = [float(value) for value in manifest["class_frequencies"]]
         complete = manifest["complete"]
     except OSError as error:
-        raise ValueError(f"class frequencies: cannot read {file} ({error.strerror}); pass the {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"class frequencies: cannot read {file} ({error.strerror}); prepare-data makes it: pass its output"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"class frequencies: {file} has no class_frequencies; wanted a {MANIFEST} of prepare-data, "
             "which an earlier version wrote without them: run prepare-data again"

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 IMAGES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif")
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
@@ -74,10 +74,22 @@ def splits(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda name: (order.index(found[name][0]), name))
 
 
-class Ignored:
-    """Counts what a reader leaves out, to say so in one line of each kind."""
+def find_splits(folders: Iterable[str]) -> tuple[str, list[str]] | None:
+    """The first folder that holds `splits`, and these; those above `folders` (relative, with `/`) are implied."""
+    below = defaultdict(set)
+    for folder in folders:
+        while folder:
+            above, _, name = folder.rpartition("/")
+            below[above].add(name)
+            folder = above
+    return next(((above, found) for above in sorted(below) if (found := splits(below[above]))), None)
 
-    def __init__(self):
+
+class Ignored:
+    """Counts what a reader leaves out, but for names in `own`, to say so in one line of each kind."""
+
+    def __init__(self, own: Collection[str] = OWN):
+        self.own = own
         self.junk: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
 
@@ -85,13 +97,13 @@ class Ignored:
         """Whether `name` is junk, which is counted."""
         if not is_junk(name):
             return False
-        if name not in OWN:
+        if name not in self.own:
             self.junk["._*" if name.startswith("._") else name] += 1
         return True
 
     def add_other(self, name: str) -> None:
         """Count a file that is no image."""
-        if name not in OWN:
+        if name not in self.own:
             self.others[os.path.splitext(name)[1].lower() or name] += 1
 
     def report(self, where: object, wanted: str = "images") -> None:

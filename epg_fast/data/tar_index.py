@@ -15,7 +15,8 @@ from epg_fast.data.files import open_atomically
 
 INDEX = "index.npz"
 # 2: what counts as an image, a label and a class tar is another, and links are followed.
-_VERSION = 2
+# 3: whole floats are labels, and splits beside each other are refused.
+_VERSION = 3
 # Nothing that `prepare-data` writes has changed.
 _VERSION_OF_CHECKSUMS = 1
 _ZIP = b"PK\3\4"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.names import IMAGES, Ignored, is_image, is_junk, is_tar
+from epg_fast.data.names import IMAGES, Ignored, find_splits, is_image, is_junk, is_tar
 from epg_fast.data.source import LABEL_KEYS, MOST_CLASSES, NO_LABELS, printable
 from epg_fast.data.tar_index import Names, TarIndex
 
@@ -35,7 +35,7 @@ def scan_tars(folder: Path, tars: list[str]) -> TarIndex:
     Only headers and labels are read. See `ImageTars` for the layouts. Raises ValueError for what is none of them.
     """
     status = [os.stat(folder / name) for name in tars]
-    ignored = Ignored()
+    ignored = Ignored(own=())
     scans = [_scan(folder / name, ignored) for name in tars]
     ignored.report(f"members of {_some(folder, tars)}", "images or labels")
     superseded = sum(scan.superseded for scan in scans)
@@ -305,17 +305,27 @@ def _json_label(content: bytes) -> int | None:
     """The first of the known entries that is a class index; None without: it may be a caption's or be damaged."""
     try:
         entries = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     for key in LABEL_KEYS if isinstance(entries, dict) else ():
-        text = str(entries.get(key))
-        if re.fullmatch("[0-9]{1,6}", text):
-            return int(text)
+        value = entries.get(key)
+        # pandas writes a column with gaps as floats
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, (int, str)) and re.fullmatch("[0-9]{1,6}", str(value)):
+            return int(value)
     return None
 
 
 def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[str], np.ndarray]:
     """Return the class names and each image's label."""
+    labelled = any(scan.labels is not None for scan in scans)
+    if not labelled and (held := find_splits({name.rpartition("/")[0] for scan in scans for name in scan.names})):
+        above, found = held
+        raise ValueError(
+            f"data path: the splits {', '.join(found)} lie {f'below {above} ' * bool(above)}in {_some(folder, tars)}, "
+            f"wanted the images of one split; unpack, and pass the folder {found[0]} or a tar of it alone"
+        )
     if any(scan.inner for scan in scans):
         if len(scans) > 1:
             raise ValueError(
@@ -324,7 +334,7 @@ def _classes(folder: Path, tars: list[str], scans: list[_Scan]) -> tuple[list[st
         classes = sorted(set(scans[0].inner))
         numbers = {name: label for label, name in enumerate(classes)}
         return classes, np.array([numbers[name] for name in scans[0].inner], np.int64)
-    if any(scan.labels is not None for scan in scans):
+    if labelled:
         labels = np.concatenate([_sample_labels(folder / tar, scan) for tar, scan in zip(tars, scans, strict=True)])
         return [str(label) for label in range(labels.max() + 1)], labels
     counts, stems = [len(scan.names) for scan in scans], [os.path.splitext(tar)[0] for tar in tars]

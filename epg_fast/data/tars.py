@@ -60,10 +60,11 @@ class ImageTars(ImageSource):
     tar; below `$XDG_CACHE_HOME/epg_fast` if it cannot be written there), which serves as long as names, sizes and
     times of the tars are the same. Objects may be used by threads, forked and pickled.
 
-    Raises ValueError for compressed, truncated or damaged tars, missing labels, a mixture of layouts, and a folder of
-    `prepare-data` that is not complete or not as its manifest.json says, or has lost it. A folder is that of
-    `prepare-data` if manifest.json says so, or index.npz has checksums; a manifest.json that cannot be read is taken
-    for that of `prepare-data` beside tars named shard-000000.tar, ..., and else ignored with a warning.
+    Raises ValueError for compressed, truncated or damaged tars, missing labels, splits side by side without labels, a
+    mixture of layouts, and a folder of `prepare-data` that is not complete or not as its manifest.json says, or has
+    lost it. A folder is that of `prepare-data` if manifest.json says so, or index.npz has checksums; a manifest.json
+    that cannot be read is taken for that of `prepare-data` beside tars named shard-000000.tar, ..., and else ignored
+    with a warning.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -204,11 +204,45 @@ def test_a_folder_of_edm_has_the_labels_of_its_dataset_json(tmp_path, caplog):
         ([["00000/img00000000.png", [0.0, 1.0]]], "has other labels, wanted a list of .file, class index."),
         ([["00000/img00000000.png", -1]], "has other labels"),
         ({"00000/img00000000.png": 1}, "has other labels"),
+        (
+            [["00000/img00000000.png", 1], ["00000\\img00000000.png", 2]],
+            "names 00000/img00000000.png with the labels 1 and 2; delete one of them",
+        ),
     ],
 )
 def test_a_dataset_json_of_other_labels_is_refused(tmp_path, labels, message):
     with pytest.raises(ValueError, match=message):
         ImageFolder(edm(tmp_path, labels))
+
+
+def test_splits_of_a_dataset_json_are_refused_with_the_folder_to_pass(tmp_path):
+    names = ["train/00000/0.png", "train/1.png", "val/2.png", "test/3.png"]
+    touch(tmp_path, *names)
+    for labels in ([[name, 0] for name in names], [[name, 0] for name in names[:2]], None):
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+        with pytest.raises(
+            ValueError, match=r"holds the splits train, val, test, wanted .*; write .*/train/dataset.json"
+        ):
+            ImageFolder(tmp_path)
+    (tmp_path / "train" / "dataset.json").write_text('{"labels": [["00000/0.png", 1], ["1.png", 0]]}')
+    with pytest.raises(ValueError, match=f"; pass {tmp_path / 'train'}$"):
+        ImageFolder(tmp_path)
+    assert ImageFolder(tmp_path / "train").labels == [1, 0]
+    # one kind may be anything
+    touch(tmp_path / "other", "train/0.png", "extra/0.png")
+    (tmp_path / "other" / "dataset.json").write_text('{"labels": [["train/0.png", 1], ["extra/0.png", 0]]}')
+    assert ImageFolder(tmp_path / "other").labels == [0, 1]
+
+
+def test_a_dataset_json_that_cannot_be_read_is_named(tmp_path):
+    path = edm(tmp_path, []) / "dataset.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"dataset.json is no JSON \(.*\); get it again, or move it away"):
+        ImageFolder(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"cannot read .*dataset.json \(Is a directory\).*; mend it, or move it away"):
+        ImageFolder(tmp_path)
 
 
 def test_mistaken_paths_are_named_with_a_remedy(tmp_path, make_folder):

@@ -203,8 +203,21 @@ def test_labels_in_json_and_names_in_any_case(tmp_path, caplog):
         "a.tar/9.jfif": 1,
     }
     assert "ignored" not in caplog.text
+    # pandas writes whole numbers beside gaps as floats
+    source = open_images(pack(tmp_path / "y" / "a.tar", {"0.png": png(0), "0.json": b'{"label": 4.0}'}))
+    assert source.labels.tolist() == [4]
     # one that has no class index is no label
-    for content in (b'{"label": "cat"}', b'{"label": true}', b'{"label": -1}', b'{"label": 1.5}', b"[3]", b"3", b"{"):
+    for content in (
+        b"[" * 100_000,
+        b'{"label": 1e400}',
+        b'{"label": "cat"}',
+        b'{"label": true}',
+        b'{"label": -1}',
+        b'{"label": 1.5}',
+        b"[3]",
+        b"3",
+        b"{",
+    ):
         pack(tmp_path / "x" / "a.tar", {"0.png": png(0), "0.json": content, "1.png": png(1), "1.json": b'{"label": 0}'})
         with pytest.raises(ValueError, match=r"a.tar has 0.png but no 0.cls \(or .json with label/cls/class/"):
             open_images(tmp_path / "x")
@@ -225,12 +238,12 @@ def test_long_and_odd_names(tmp_path, format):
 
 
 def test_hidden_members_and_other_files_are_ignored_and_counted(tmp_path, caplog):
-    extra = {"sub": None, "._0000.png": b"", ".git/x.png": b"", "README.md": b"", "a.json": b""}
+    extra = {"sub": None, "._0000.png": b"", ".git/x.png": b"", "README.md": b"", "a.json": b"", "dataset.json": b""}
     with caplog.at_level(logging.INFO, "epg_fast"):
         source = open_images(pack(tmp_path / "x.tar", extra | samples(0, 2)))
     assert list(source.paths) == ["x.tar/0000.png", "x.tar/0001.png"]
     assert "ignored 1 '._*', 1 '.git': hidden" in caplog.text
-    assert caplog.text.count("ignored 2 files that are no images or labels: 1 '.md', 1 '.json'") == 1
+    assert caplog.text.count("ignored 3 files that are no images or labels: 2 '.json', 1 '.md'") == 1
 
 
 def test_links_are_followed_as_when_unpacking(tmp_path, caplog):
@@ -392,6 +405,13 @@ def test_what_is_no_dataset_is_refused_with_a_remedy(tmp_path):
     for name in ("cc3m-Train-0001.tar", "cc3m-Valid-0001.TAR"):
         pack(tmp_path / "shards of splits" / name, good)
     refused(tmp_path / "shards of splits", "of training and of other images; pass one tar")
+    for above in ("", "data/"):
+        members = {f"{above}{name}.png": png(0) for name in ("train/a/0", "train/b/1", "val/2")}
+        refused(
+            pack(tmp_path / "whole.tar", members), "the splits train, val lie", "pass the folder train or a tar of it"
+        )
+    one = pack(tmp_path / "one.tar", {"train/0.png": png(0), "extra/0.png": png(1)})
+    assert open_images(one).classes == ["all"]
     (tmp_path / "edm.zip").write_bytes(b"PK")
     refused(tmp_path / "edm.zip", "is a file", "unzip it and pass the folder")
     refused(pack(tmp_path / "mixed.tar", good | {"n01.tar": b""}), "has both tars and images")

@@ -43,7 +43,7 @@ def test_frequencies_that_cannot_be_used_are_refused(tmp_path):
             choose_labels(f"frequencies:{path}", 10, 2, 0)
 
     refused(tmp_path / "nowhere.json", "cannot read .*nowhere.json")
-    refused(tmp_path, "cannot read .*manifest.json")
+    refused(tmp_path, "cannot read .*manifest.json .*; prepare-data makes it: pass its output")
     refused("", "cannot read")
     refused(write(tmp_path / "a.json", class_frequencies=[1 / 3] * 3), "frequencies of 3 classes, the model has 2")
     refused(write(tmp_path / "b.json"), "has no class_frequencies")
