@@ -381,7 +381,12 @@ def _keep_streams_harmless() -> None:
 def console() -> None:
     """Entry point of `epg-fast` and `python -m epg_fast`."""
     _keep_streams_harmless()
-    code = main()
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the help has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     if code and os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         # A failed rank must not wait for the others on its way out: torchrun stops them once it is gone.
         sys.stdout.flush()

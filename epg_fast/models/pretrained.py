@@ -11,8 +11,10 @@ import importlib
 import json
 import logging
 import os
+import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +35,7 @@ _FILES_IN_FOLDER = ("model.safetensors", "nnet_ema.pth", "nnet.pth", "model.safe
 _STAND_INS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`",
     b"<!doctype html": "a web page, not the file that it offers; download that",
+    b"<html": "a web page, not the file that it offers; download that",
 }
 # Each network has this tensor once: what stands before the name is where a file keeps the network.
 _MARK = "patch_embed.proj.weight"
@@ -266,22 +269,39 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 class _Inert:
     """Stands for an object in a file that weights do not need: what the file wants done with it is not done."""
 
+    state = None
+
     def __new__(cls, *arguments):
         return super().__new__(cls)
 
     def __init__(self, *arguments):
-        self.state = None
+        pass
 
     def __setstate__(self, state):
         self.state = state
 
 
+class _InertDict:
+    """Stands for a mapping of another class: its items are kept, for the network may be among them."""
+
+    def __new__(cls, *arguments):
+        return OrderedDict()
+
+
+class _InertList:
+    def __new__(cls, *arguments):
+        return []
+
+
 def _read_pickle(path: Path) -> dict:
-    """What torch.save has written; nothing in the file is executed, and objects are `_Inert`."""
+    """What torch.save has written; nothing in the file is executed, and objects are inert."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start or (start == b"PK" and not zipfile.is_zipfile(path)):
+        raise ValueError(f"{path} is {'truncated' if start else 'empty'}; get it again")
     try:
         names = _foreign(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load_inert(path, names)
     except Exception as error:  # what a file of other things makes the unpickler raise is no closed list
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         text = (str(error).partition("WeightsUnpickler error:")[2] or str(error)).strip()
@@ -295,6 +315,20 @@ def _read_pickle(path: Path) -> dict:
     if names:
         log.info("%s: left out its objects of %s", path, ", ".join(sorted(names)[:4]) + " ..." * (len(names) > 4))
     return content if isinstance(content, dict) else {"": content}
+
+
+def _load_inert(path: Path, names: list[str]):
+    """torch.load with a stand-in for each of `names`, which turns out to be a mapping or a list when it is filled."""
+    stand_ins = [type(f"_Inert{i}", (_Inert,), {}) for i in range(len(names))]
+    while True:
+        try:
+            with torch.serialization.safe_globals(list(zip(stand_ins, names, strict=True))):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            filled = re.search(r"Can only (SETITEM|append|extend).*_Inert(\d+)'", str(error))
+            if filled is None:
+                raise
+            stand_ins[int(filled[2])] = _InertDict if filled[1] == "SETITEM" else _InertList
 
 
 def _foreign(path: Path) -> list[str]:
@@ -433,4 +467,6 @@ def export(source: str | os.PathLike, output: str | os.PathLike, form: str = "sa
     if lost:
         flags = " ".join(f"--{k} {v}" for k, v in lost.items())
         log.warning("official files do not say how they are to be used; sample from these with %s", flags)
+    if untrained := metadata.get("untrained_classes"):
+        log.warning("official files do not say that %d classes were never trained: %s", len(untrained), untrained)
     return files

@@ -42,7 +42,9 @@ def note_classes(stage: Stage, source: ImageSource) -> None:
     if stage.untrained_classes:
         used = classes - len(absent)
         remedy = "if labels count from 1 or have gaps, write them as 0, 1, ..."
-        if not counts[used:].any():
+        if before is not None:
+            remedy = "for a network of fewer classes start from a pre-trained encoder"
+        elif not counts[used:].any():
             remedy = f"pass --model.num_classes {used} for a model without them"
         effect = f"{len(stage.untrained_classes)} stay untrained, and `sample` does not draw them; {remedy}"
     log.warning(

@@ -144,7 +144,7 @@ def _tensorboard_writer(folder: Path, step: int):
         return SummaryWriter(str(folder), purge_step=step + 1)
     except UnicodeEncodeError:
         log.warning(
-            "tensorboard takes no path that is not UTF-8, as %s is not: metrics go to metrics.jsonl only", folder
+            "tensorboard takes no path that the locale cannot write, as %s: metrics go to metrics.jsonl only", folder
         )
         return None
 

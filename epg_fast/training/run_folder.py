@@ -63,7 +63,9 @@ def check_run_folder(outdir: Path, config: RunConfig) -> None:
         if differing:
             shown = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:4])
             raise ValueError(f"{outdir} holds a run of another configuration ({shown}); choose another --outdir")
-    elif outdir.exists() and (not outdir.is_dir() or not all(is_junk(f.name) for f in outdir.iterdir())):
+    elif outdir.exists() and not outdir.is_dir():
+        raise ValueError(f"{outdir} is a file, wanted a folder; choose another --outdir")
+    elif outdir.exists() and not all(is_junk(f.name) for f in outdir.iterdir()):
         raise ValueError(f"{outdir} is not empty and not a run folder (no config.yaml); choose another --outdir")
     else:
         check_writable(outdir, "outdir")

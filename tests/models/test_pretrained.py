@@ -1,6 +1,7 @@
 """Checkpoints of both worlds: official .pth files and our safetensors, right and wrong ones."""
 
 import argparse
+import collections
 import functools
 import json
 import os
@@ -50,6 +51,28 @@ def _with_objects(model):
     return {"model": model.state_dict(), "args": args, "best": np.float64(2.04), "numbers": np.arange(3)}
 
 
+class _EasyDict(dict):
+    pass
+
+
+class _Items(list):
+    pass
+
+
+class _Nothing:
+    pass
+
+
+_Pair = collections.namedtuple("_Pair", "first second")
+
+
+def _with_containers(model):
+    """Mappings and lists of other classes, objects without a state, and the network in one of the mappings."""
+    log = collections.defaultdict(list, {"loss": [1.0]})
+    others = {"pair": _Pair(1, 2), "nothing": _Nothing(), "log": log, "last": collections.deque([1, 2])}
+    return _EasyDict(net=_EasyDict(model.state_dict()), items=_Items([1, 2]), **others)
+
+
 def _distributed(model):
     """What FSDP2 leaves: DTensors, here of one rank, of which a file holds all."""
     import torch.distributed as dist
@@ -85,6 +108,7 @@ FILES_OF_OTHERS = {
     },
     "nested": lambda model: {"checkpoint": {"model_ema": _prefixed("module.")(model), "model": _noise(model)}},
     "objects": _with_objects,
+    "containers": _with_containers,
     "whole module": lambda model: model,
     "dtensors": _distributed,
 }
@@ -144,6 +168,7 @@ def test_a_part_of_sharded_tensors_is_refused_in_one_short_line(small, tmp_path)
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n", "Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html>\n<html>", "web page.*download"),
+        (b"<html><body>Not found", "web page.*download"),
     ],
 )
 def test_what_stands_in_for_a_file_is_named(tmp_path, name, content, wanted):
@@ -248,7 +273,23 @@ def test_encoder_only_takes_the_trunk_and_leaves_the_rest(small):
     torch.testing.assert_close(small.encode(x, t), encoder.encode(x, t))
 
 
-@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"\x00" * 100, b"]a.", b"hello"])
+def test_a_file_that_is_cut_off_is_said_to_be(small, tmp_path):
+    torch.save(small.state_dict(), tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    for size, wanted in ((len(content) // 2, "is truncated; get it again"), (0, "is empty; get it again")):
+        (tmp_path / "cut.pth").write_bytes(content[:size])
+        with pytest.raises(ValueError, match=wanted):
+            from_pretrained(tmp_path / "cut.pth")
+
+
+def test_official_files_say_when_written_that_they_forget_untrained_classes(small, tmp_path, caplog):
+    metadata = {"config": {"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS}
+    save_weights(tmp_path / "x.safetensors", small.state_dict(), metadata | {"untrained_classes": [0, 4]})
+    export(tmp_path / "x.safetensors", tmp_path / "official", "official")
+    assert "do not say that 2 classes were never trained: [0, 4]" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"\x00" * 100, b"]a.", b"hello"])
 def test_a_file_of_other_things_is_refused(tmp_path, content):
     (tmp_path / "other.pth").write_bytes(content)
     with pytest.raises(ValueError, match="not a file of plain tensors"):

@@ -48,6 +48,7 @@ def test_classes_of_the_weights_to_start_from_count_as_trained(log):
     it = stage(4, before=[1])
     note_classes(it, source([0, 2]))
     assert it.untrained_classes == [1] and "2 of the model's 4 classes (1, 3): 1 stay untrained" in log.messages[0]
+    assert "--model.num_classes" not in log.messages[0]  # the weights to start from have their number
     it = stage(4, before=[])
     note_classes(it, source([0, 2]))
     assert it.untrained_classes == [] and "they stay as they are in --init_from" in log.messages[1]
