@@ -203,15 +203,16 @@ def test_a_slow_disk_shows_as_data_wait(train_on_a_slow_disk):
     assert all(0.6 < line["data_wait"] <= 1 for line in lines[1:4])
 
 
-def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(train_on_a_slow_disk, monkeypatch, capsys):
+def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(train_on_a_slow_disk, digits, monkeypatch, capsys):
     monkeypatch.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.2))
-    monkeypatch.setattr(progress_module, "_LONG_STALL", 0.5)
-    train_on_a_slow_disk(lambda i: 1.6 * (i == 3))
+    monkeypatch.setattr(progress_module, "_LONG_STALL", 1.5)  # longer than a loaded machine takes for another batch
+    train_on_a_slow_disk(lambda i: 2.5 * (i == 3))
     shown = capsys.readouterr().err
     assert "images are decoded by Pillow (in the training process)" in shown
     assert "data wait=1 s" in shown
     assert shown.count("rank 0 has been waiting for data for") == 1
-    assert "digits0/train, decoded by Pillow (in the training process)" in shown.partition("waiting for data for")[2]
+    images = f"{digits}/train, decoded by Pillow (in the training process)"
+    assert images in shown.partition("waiting for data for")[2]
 
 
 def test_the_wait_is_shown_in_place_of_its_share_until_data_comes(capsys):
