@@ -282,7 +282,7 @@ def residual_norm_modulate(
     """
     copy_dtype = None if copy_dtype in (None, x.dtype) else copy_dtype
     if backend != "triton":
-        y = layer_norm_modulate(x, weight, bias, shift, scale, eps, out_dtype, backend)
+        y = layer_norm_modulate(x, weight, bias, shift, scale, eps, out_dtype, backend=backend)
         return x, y, x if copy_dtype is None else x.to(copy_dtype)
     check_norm_shapes("residual_norm_modulate", x, weight, bias, shift=shift, scale=scale)
     require_triton_norm("residual_norm_modulate", x, weight, bias, shift, scale)
