@@ -24,6 +24,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _logger_of_a_library():
+    """The package's logger as an import leaves it: a command that ran in this process before has set it up."""
+    logger = logging.getLogger("epg_fast")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+
+
 class _Log(logging.Handler):
     """What the package logs, from INFO on."""
 
