@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -130,6 +131,11 @@ def _wanted_of_operand(tensor: torch.Tensor) -> str | None:
     if not torch.compiler.is_compiling() and tensor.data_ptr() % 16:
         return "it to start at a multiple of 16 bytes for backend='cuda'; call .clone()"
     return None
+
+
+def without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """An operator cannot return None: empty tensors in its place."""
+    return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes
+from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, without_none
 from epg_fast.ops.gate_residual_norm_modulate import SPEC as NORM
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
@@ -145,11 +145,6 @@ def _backward_op(
     dgate = None if gate is None else (g * branch.to(g.dtype)).sum(1).to(gate.dtype)
     norm_grads = [grad if grad.numel() else None for grad in norm_grads]
     return without_none(x_out, [g.to(x_out.dtype), dh, dweight, dbias, dgate, *norm_grads])
-
-
-def without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """An operator cannot return None: empty tensors in its place."""
-    return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
 @_backward_op.register_kernel("cuda")

@@ -30,9 +30,10 @@ from epg_fast.ops.backends import (
     require_dtypes,
     require_grid,
     require_triton,
+    without_none,
 )
 from epg_fast.ops.layer_norm_modulate import per_sample
-from epg_fast.ops.linear_residual_norm import DTYPES, check_linear, gated_residual_ref, needs_gradient, without_none
+from epg_fast.ops.linear_residual_norm import DTYPES, check_linear, gated_residual_ref, needs_gradient
 from epg_fast.ops.spec import OpSpec
 
 _OP = "mlp_residual"

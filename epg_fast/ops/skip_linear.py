@@ -30,6 +30,7 @@ from epg_fast.ops.backends import (
     require_grid,
     require_triton,
     require_triton_for_cuda,
+    without_none,
 )
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.layer_norm_modulate import (
@@ -109,7 +110,7 @@ def _forward_kernel(x, skip, weight, bias, *norms_and_eps, backend="triton"):
 def _forward_triton(x, skip, weight, bias, *norms_and_eps):
     from epg_kernels.skip_linear import skip_linear_fwd, skip_norms_fwd
 
-    return _without_none(x, skip_norms_fwd(skip_linear_fwd(x, skip, weight, bias), *norms_and_eps))
+    return tuple(without_none(x, skip_norms_fwd(skip_linear_fwd(x, skip, weight, bias), *norms_and_eps)))
 
 
 def _forward_cuda(x, skip, weight, bias, norm_weight, *norms_and_eps):
@@ -119,7 +120,7 @@ def _forward_cuda(x, skip, weight, bias, norm_weight, *norms_and_eps):
         return z, *_empty(x, 6)
     from epg_kernels.skip_linear import skip_norms_fwd
 
-    return _without_none(x, skip_norms_fwd(z, norm_weight, *norms_and_eps))
+    return tuple(without_none(x, skip_norms_fwd(z, norm_weight, *norms_and_eps)))
 
 
 @_forward_op.register_fake
@@ -180,7 +181,7 @@ def _backward_op(
     acc_dtype = torch.promote_types(dz.dtype, torch.float32)
     dbias = dz.flatten(0, -2).sum(0, dtype=acc_dtype).to(bias.dtype) if needed[3] else None
     grads = [dx, dskip, dweight, dbias, *norm_grads, *next_grads]
-    return list(_without_none(x, [g if g is None or g.numel() else None for g in grads]))
+    return without_none(x, [g if g is None or g.numel() else None for g in grads])
 
 
 @_backward_op.register_kernel("cuda")
@@ -188,12 +189,7 @@ def _backward_triton(dy, dnext, x, *arguments):
     from epg_kernels.skip_linear import skip_linear_bwd
 
     *arguments, needed = arguments
-    return list(_without_none(x, skip_linear_bwd(dy, dnext, x, *arguments, *needed)))
-
-
-def _without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-    """An operator cannot return None: empty tensors in its place."""
-    return tuple(x.new_empty(0) if tensor is None else tensor for tensor in tensors)
+    return without_none(x, skip_linear_bwd(dy, dnext, x, *arguments, *needed))
 
 
 @_backward_op.register_fake
@@ -202,7 +198,7 @@ def _(dy, dnext, x, skip, weight, bias, *norms_and_saved):
     grads = [tensor.new_empty(tensor.shape) for tensor in (x, skip, weight, bias)]
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     norms = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norms_and_saved[:6]]
-    return list(_without_none(x, (*grads, *norms)))
+    return without_none(x, (*grads, *norms))
 
 
 def _setup_context(ctx, inputs, output):
