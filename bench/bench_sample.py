@@ -184,7 +184,7 @@ class Sampling(Ladder):
             options["steps_backend"] = rung.options["steps_backend"]
         if self.device.type != "cuda" and options["cuda_graphs"]:
             raise NotHere("needs a CUDA device")
-        self.model.use_ops(rung.options.get("ops", "auto"))
+        self.model.use_ops(rung.options.get("ops", "plain"))
         engine = SamplingEngine(
             self.model,
             sampler=self.kind,

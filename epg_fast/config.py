@@ -275,7 +275,7 @@ class RunConfig:
     averages, which saves memory and sends each block's weights round for every forward and backward pass."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
-    ops: Literal["auto", "triton", "reference"] = "auto"
+    ops: Literal["plain", "triton"] = "plain"
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     fp8: Literal["rowwise"] | None = None
     """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
@@ -330,7 +330,7 @@ class RunConfig:
             if wanted and self.parallelism == "fsdp":
                 raise ValueError(f"{name}: got parallelism fsdp, want ddp: sharded networks do not take it")
         if self.fp8 and self.ops == "triton":
-            raise ValueError("fp8: got ops triton, whose fused operations take weights in 16 bits; want ops auto")
+            raise ValueError("fp8: got ops triton, whose fused operations take weights in 16 bits; want ops plain")
 
 
 @dataclass
@@ -529,7 +529,7 @@ class SampleConfig:
     """torch.compile of the transformer blocks or of the whole network; `auto`: of the blocks, on a GPU."""
     cuda_graphs: bool | None = None
     """Launch all evaluations of a batch as one CUDA graph; `null`: on a GPU."""
-    ops: Literal["auto", "triton", "reference"] = "auto"
+    ops: Literal["plain", "triton"] = "plain"
     """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample."""

@@ -15,13 +15,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # Every backend of the operations must reproduce what was recorded; the Triton kernels do not compute in float64.
 _TRITON = pytest.param("triton", marks=pytest.mark.skipif(not find_spec("triton"), reason="needs Triton"))
-each_backend = pytest.mark.parametrize("ops", ["auto", "reference", _TRITON])
+each_backend = pytest.mark.parametrize("ops", ["plain", _TRITON])
 each_backend_and_dtype = pytest.mark.parametrize(
     ("ops", "dtype"),
     [
-        pytest.param("auto", torch.float32, id="auto-float32"),
-        pytest.param("auto", torch.float64, id="auto-float64"),
-        pytest.param("reference", torch.float64, id="reference-float64"),
+        pytest.param("plain", torch.float32, id="plain-float32"),
+        pytest.param("plain", torch.float64, id="plain-float64"),
         pytest.param("triton", torch.float32, id="triton-float32", marks=_TRITON.marks),
     ],
 )

@@ -39,7 +39,10 @@ class NotCounted(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of doing jobs. code: "plain", "auto" or "ours"; how: what torch.compile gets."""
+    """A way of doing jobs. code: "plain" (bench/plain), "auto" (ours, with PyTorch's operators) or "ours".
+
+    how: what torch.compile gets.
+    """
 
     name: str
     code: str
@@ -57,7 +60,7 @@ class Variant:
 
     @property
     def ops(self) -> str:
-        return "triton" if self.ours else "auto"
+        return "triton" if self.ours else "plain"
 
 
 VARIANTS = {

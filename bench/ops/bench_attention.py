@@ -4,25 +4,12 @@ import functools
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.ops.compare import DIRECTIONS, PROVIDERS, compare, shapes
 from epg_fast.ops.attention import SPEC, attention, attention_ref
 
-SDPA = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-
-
-def _sdpa(backend: SDPBackend, qkv: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(backend):
-        return attention(qkv, backend="sdpa")
-
-
-LIBRARIES = {name: functools.partial(_sdpa, backend) for name, backend in SDPA.items()}
-LIBRARIES["flash_attn"] = functools.partial(attention, backend="flash_attn")
+NAMES = ("flash", "cudnn", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4")
+LIBRARIES = {name: functools.partial(attention, backend=name) for name in NAMES}
 
 
 def _inputs(shape, dtype, device, seed):

@@ -80,7 +80,7 @@ def _provider(name, shape, device, dtype):
             pytest.skip(f"extension: {REASON}")
         if name == "eager" and device == "cuda":
             pytest.skip("eager: the reference reads found_inf on the host, which no CUDA graph holds")
-        backend = "extension" if name == "extension" else "reference"
+        backend = "extension" if name == "extension" else "plain"
         assert_follows_torch(make_state(max_norm=MAX_NORM), backend, 3, (dtype,))
         return functools.partial(Ours, shape, device, dtype, backend)
     if dtype != torch.float32:

@@ -17,7 +17,7 @@ def _provider(name):
         if not AVAILABLE:
             pytest.skip(f"extension: {REASON}")
         return functools.partial(global_norm, backend="extension")
-    reference = functools.partial(global_norm, backend="reference")
+    reference = functools.partial(global_norm, backend="plain")
     if name == "compile":
         torch.compiler.reset()
         return torch.compile(reference, fullgraph=True, dynamic=False)

@@ -1,6 +1,6 @@
 """Training's FP8 linear, rounding included, against the same linear in 16 bits; both compiled.
 
-"reference" multiplies the rounded values in float32 and shows only what the rounding alone would cost.
+"plain" multiplies the rounded values in float32 and shows only what the rounding alone would cost.
 """
 
 import functools
@@ -15,7 +15,7 @@ from tests.ops.tolerance import assert_close_to_reference
 
 _PROVIDERS = {
     "scaled_mm": linear_fp8_dynamic,
-    "reference": functools.partial(linear_fp8_dynamic, backend="reference"),
+    "plain": functools.partial(linear_fp8_dynamic, backend="plain"),
     "16-bit linear": lambda x, weight, bias: F.linear(x, weight.bfloat16(), bias.bfloat16()),
 }
 
@@ -64,7 +64,7 @@ def test_linear_fp8_dynamic(measure, device, shape, direction, provider):
 
 def _check(function, backward, inputs):
     """Not timed where it is less accurate than the reference; a result near a tie may be rounded to the other side."""
-    reference = _PROVIDERS["reference"]
+    reference = _PROVIDERS["plain"]
     exact = _run(functools.partial(reference, dtype=torch.float64), backward, *(t.double() for t in inputs))
     for values in zip(_run(function, backward, *inputs), _run(reference, backward, *inputs), exact, strict=True):
         assert_close_to_reference(*values, factor=3)

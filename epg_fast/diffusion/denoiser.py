@@ -23,7 +23,7 @@ class PatchEstimate:
 
     tokens: torch.Tensor
     patch_size: int
-    ops: str
+    backend: str
     scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     offset_scale: torch.Tensor | None = None
@@ -38,7 +38,7 @@ class PatchEstimate:
             offset_scale=self.offset_scale,
             weight=weight,
             huber_c=huber_c,
-            backend=self.ops,
+            backend=self.backend,
         )
 
     def patches(self) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Denoiser:
         """What `__call__` returns, left in patch space, where a loss needs no image; the network is an EPGViT."""
         x_in, t = self.network_input(x, per_sample(sigma, x))
         tokens = self.network(x_in, t, y, patches=True)
-        estimate = PatchEstimate(tokens, self.network.patch_size, self.network.ops)
+        estimate = PatchEstimate(tokens, self.network.patch_size, self.network.ops["loss"])
         if self.parameterization == "edm":
             c_skip, c_out, _ = self.scalings(per_sample(sigma, x), x.shape[-2])
             estimate.scale, estimate.offset, estimate.offset_scale = c_out, x, c_skip

@@ -35,7 +35,7 @@ def sample_euler(
     *,
     clamp: Clamp = (-1.0, 1.0),
     trajectory: bool = False,
-    steps_backend: str = "auto",
+    steps_backend: str = "plain",
 ) -> torch.Tensor:
     """Euler's method on the probability-flow ODE: one evaluation per interval."""
     estimate, bounds = _estimator(denoiser, y, clamp, steps_backend)
@@ -55,7 +55,7 @@ def sample_heun(
     *,
     clamp: Clamp = (-1.0, 1.0),
     trajectory: bool = False,
-    steps_backend: str = "auto",
+    steps_backend: str = "plain",
 ) -> torch.Tensor:
     """Heun's method (EDM algorithm 2 without churn): two evaluations in every interval, the last included."""
     estimate, bounds = _estimator(denoiser, y, clamp, steps_backend, own=True)

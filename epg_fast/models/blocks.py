@@ -22,7 +22,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, computed in float32, optionally followed by `* (1 + scale) + shift`."""
 
-    backend = "auto"
+    backend = "plain"
 
     def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
         """x: [B, L, D]; shift, scale: [B, 1, D] or None. Returns x's shape and dtype."""
@@ -55,7 +55,7 @@ class DropPath(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection (order q, k, v)."""
 
-    backend = "auto"
+    backend = "plain"
 
     def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
         super().__init__()

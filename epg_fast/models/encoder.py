@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from epg_fast.models.blocks import Attention, BatchNorm1d, Block, LayerNorm, PatchEmbed
+from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed
+from epg_fast.models.sites import PLAIN, site_choices
 from epg_fast.ops import timestep_condition
-from epg_fast.ops.backends import check_backend
 
 # Arguments of the official classes for features that EPG does not use, with the only value that is accepted.
 _OFFICIAL_UNUSED = {
@@ -38,7 +38,8 @@ class ViTEncoder(nn.Module):
     the released models do not use.
     """
 
-    ops = "auto"
+    ops: Mapping[str, str] = PLAIN
+    """Backend by site."""
 
     def __init__(
         self,
@@ -89,22 +90,18 @@ class ViTEncoder(nn.Module):
         """Names of the parameters that are usually exempt from weight decay."""
         return {"pos_embed", "cls_token"}
 
-    def use_ops(self, backend: str) -> ViTEncoder:
-        """Compute with one backend of `epg_fast.ops` from now on, and return the network.
+    def use_ops(self, ops: str | Mapping[str, str]) -> ViTEncoder:
+        """Compute with these backends of `epg_fast.ops` from now on, and return the network.
 
-        backend: "auto" (the default: plain PyTorch, until a kernel has been measured to be faster), "triton" (the fused
-        kernels, for which modules must be the original ones and free of forward hooks: ValueError in the forward pass
-        otherwise) or "reference" (plain formulas, attention included). Parameters and results are the same with any of
-        them, up to rounding.
+        ops: "plain" (the default: PyTorch's own operators), "triton" (every Triton kernel) or backends by site, such as
+        {"attention": "cudnn", "decoder.mlp": "triton"}, the others plain: see `epg_fast.models.sites`. Where a fused
+        operation computes, modules must be the original ones and free of forward hooks: ValueError in the forward pass
+        otherwise. Parameters and results are the same with any of them, up to rounding.
         """
-        from epg_fast.models.fused import fuse, unfuse
+        from epg_fast.models.fused import fuse
 
-        check_backend("use_ops", backend, ("auto", "triton", "reference"))
-        self.ops = backend
-        for module in self.modules():
-            if isinstance(module, LayerNorm | Attention):
-                module.backend = backend
-        return fuse(self) if backend == "triton" else unfuse(self)
+        self.ops = site_choices(ops)
+        return fuse(self)
 
     def large_linears(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the linears that do nearly all work: those of attention, MLP and skip in each block.
@@ -149,7 +146,7 @@ class ViTEncoder(nn.Module):
     def _condition(self, t: torch.Tensor, label: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(time token, SiLU(time + label)): [B, E] each, from t [B] and the label embedding [B, E] or None."""
         dtype = self.cls_token.dtype
-        return timestep_condition(t, self.embed_dim, label, dtype=dtype, backend=self.ops)
+        return timestep_condition(t, self.embed_dim, label, dtype=dtype, backend=self.ops["condition"])
 
     def _run(self, index: int, block: nn.Module, *args: torch.Tensor | None):
         if torch.is_grad_enabled() and is_recomputed(index, self.use_checkpoint):

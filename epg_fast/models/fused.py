@@ -1,12 +1,14 @@
-"""The networks with fused operations in the place of the plain ones.
+"""The networks with fused operations in the place of the plain ones, site by site.
 
 `fuse` changes classes of a network's modules and nothing else: parameters, their names and the results, up to
-rounding, stay. What a fused operation would bypass is refused by name: an adapter, a quantised layer, a hook.
+rounding, stay. A fused block hands each operation the backend of its site, "plain" for those that stay as they were.
+What a fused operation would bypass is refused by name: an adapter, a quantised layer, a hook.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from epg_fast.models.blocks import Attention, Block, DecoderBlock, LayerNorm, Mlp, PatchEmbed, is_plain
 from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
+from epg_fast.models.sites import of_half
 from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,
@@ -39,8 +42,8 @@ def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
         changed = "" if type(module) is not kind else " with forward hooks or a forward of its own"
         found = f"a {type(module).__name__}{changed}"
         raise ValueError(
-            f"ops='triton': got {found} in the place of a plain {kind.__name__}, which fused operations would bypass; "
-            "use ops='auto'"
+            f"ops: got {found} in the place of a plain {kind.__name__}, which fused operations would bypass; "
+            "use ops='plain'"
         )
 
 
@@ -51,14 +54,15 @@ def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tupl
     batch, length, width = x.shape
     qkv = F.linear(y, *parameters_of(attn.qkv)).view(batch, length, 3, attn.num_heads, width // attn.num_heads)
     dropout = attn.attn_drop if block.training else 0.0
-    h = attention(qkv, attn.scale, dropout, backend="triton").flatten(2)
+    h = attention(qkv, attn.scale, dropout, backend=attn.backend).flatten(2)
     norm, eps = parameters_of(block.norm2, LayerNorm), block.norm2.eps
     linear = parameters_of(attn.proj)
-    if block.training and attn.proj_drop.p:
+    backend = block.ops["proj"]
+    if backend == "norm" or (block.training and attn.proj_drop.p):
         branch = attn.proj_drop(F.linear(h, *linear))
-        dtype = autocast_dtype(x)
-        return gate_residual_norm_modulate(x, branch, gate, *norm, *modulation, eps, dtype, backend="triton")
-    return linear_residual_norm(x, h, *linear, *norm, gate, *modulation, eps, backend="triton")
+        dtype, backend = autocast_dtype(x), "plain" if backend == "plain" else "triton"
+        return gate_residual_norm_modulate(x, branch, gate, *norm, *modulation, eps, dtype, backend)
+    return linear_residual_norm(x, h, *linear, *norm, gate, *modulation, eps, backend)
 
 
 def _mlp_half(block: Block | DecoderBlock, x, y, gate) -> torch.Tensor:
@@ -68,23 +72,27 @@ def _mlp_half(block: Block | DecoderBlock, x, y, gate) -> torch.Tensor:
     if block.training and mlp.drop.p:
         branch = mlp(y)
         return x + (branch if gate is None else gate * branch)
-    return mlp_residual(x, y, *parameters_of(mlp.fc1), *parameters_of(mlp.fc2), gate, backend="triton")
+    return mlp_residual(x, y, *parameters_of(mlp.fc1), *parameters_of(mlp.fc2), gate, block.ops["mlp"])
 
 
-def _residual_norm(norm, x, shift=None, scale=None, skip=False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _residual_norm(
+    backend, norm, x, shift=None, scale=None, skip=False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x, the next product's input, x as a skip, if that is wanted in the dtype of products): [B, L, D] each."""
     parameters, dtype = parameters_of(norm, LayerNorm), autocast_dtype(x)
     copy_dtype = dtype if skip else None
-    return residual_norm_modulate(x, *parameters, shift, scale, norm.eps, dtype, copy_dtype, backend="triton")
+    return residual_norm_modulate(x, *parameters, shift, scale, norm.eps, dtype, copy_dtype, backend)
 
 
 class FusedBlock(Block):
+    ops: Mapping[str, str]
+    """Backend by site of a block."""
     makes_skip = False
     """Whether the input is wanted as a skip in the dtype of products."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [B, L, E] -> (what `Block` returns, x as a skip)."""
-        x, y, skip = _residual_norm(self.norm1, x, skip=self.makes_skip)
+        x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
         x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None))
         return _mlp_half(self, x, y, self._drawn_gate(y)), skip
 
@@ -96,10 +104,13 @@ class FusedBlock(Block):
 
 
 class FusedDecoderBlock(DecoderBlock):
+    ops: Mapping[str, str]
+    """Backend by site of a block."""
+
     def forward(self, x, cond, skip=None, modulation=None) -> torch.Tensor:
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
         if skip is None:
-            x, y, _ = _residual_norm(self.norm1, x, shift1, scale1)
+            x, y, _ = _residual_norm(self.ops["norm"], self.norm1, x, shift1, scale1)
         else:
             x, y = self._skip(x, skip, (*parameters_of(self.norm1, LayerNorm), shift1, scale1))
         x, y = _attention_half(self, x, y, gate1, modulation2)
@@ -111,7 +122,7 @@ class FusedDecoderBlock(DecoderBlock):
         if not is_plain(self.skip_norm, nn.Identity):
             norm = parameters_of(self.skip_norm, LayerNorm)
         linear, eps = parameters_of(self.skip_linear), self.norm1.eps
-        return skip_linear(x, skip, *linear, *norm, eps, backend="triton", next_norm=next_norm)
+        return skip_linear(x, skip, *linear, *norm, eps, self.ops["skip"], next_norm)
 
 
 class FusedTrunk(ViTEncoder):
@@ -120,7 +131,7 @@ class FusedTrunk(ViTEncoder):
     def _embed(self, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
         require_plain(self.patch_embed, PatchEmbed)
         weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
-        return patch_embed(x, weight, bias, self.pos_embed, prefix, backend="triton")
+        return patch_embed(x, weight, bias, self.pos_embed, prefix, backend=self.ops["embedding"])
 
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.blocks):
@@ -143,7 +154,7 @@ class FusedEPGViT(FusedTrunk, EPGViT):
         for i, block in enumerate(self.blocks):
             x, entered = self._entered(i, block, x)
             skips.append(entered)
-        _, normalised, last = _residual_norm(self.norm, x, skip=True)
+        _, normalised, last = _residual_norm(self.ops["encoder.norm"], self.norm, x, skip=True)
         return [*skips[1:], last], normalised
 
 
@@ -158,20 +169,45 @@ def _fused_network(kind: type[ViTEncoder]) -> type[ViTEncoder]:
 
 
 def fuse(network: ViTEncoder) -> ViTEncoder:
-    """Let `network` compute with fused operations, in place. Subclasses of blocks stay plain."""
-    for module in network.modules():
-        module.__class__ = _FUSED.get(type(module), type(module))
-        if isinstance(module, FusedBlock):
-            module.makes_skip = isinstance(network, EPGViT)
+    """Let `network` compute as its `ops` say, in place.
+
+    Subclasses of blocks stay plain, but for their norms and attention.
+    """
+    blocks = {"encoder": network.blocks, "decoder": getattr(network, "decoder_blocks", ())}
+    for half, modules in blocks.items():
+        ops = of_half(network.ops, half)
+        for block in modules:
+            _choose(block, ops)
+            if isinstance(block, FusedBlock):
+                block.makes_skip = isinstance(network, EPGViT)
+    network.norm.backend = network.ops["encoder.norm"]
+    if hasattr(network, "out_norm"):
+        network.out_norm.backend = network.ops["decoder.norm"]
+    fused = network.ops["embedding"] != "plain" or any(isinstance(block, FusedBlock) for block in network.blocks)
+    return _as_fused(network) if fused else _as_plain(network)
+
+
+def _choose(block: nn.Module, ops: dict[str, str]) -> None:
+    """Give a block its operations: attention and norms take theirs alone, for the others the block is another class."""
+    fused = any(ops[site] != "plain" for site in ops if site != "attention")
+    classes = _FUSED if fused else _PLAIN
+    block.__class__ = classes.get(type(block), type(block))
+    if fused:
+        block.ops = ops
+    for module in block.modules():
+        if isinstance(module, LayerNorm):
+            module.backend = ops["norm"]
+        elif isinstance(module, Attention):
+            module.backend = ops["attention"]
+
+
+def _as_fused(network: ViTEncoder) -> ViTEncoder:
     if not isinstance(network, FusedTrunk):
-        network.__class__ = _fused_network(type(network))
+        network.__class__ = _FUSED.get(type(network)) or _fused_network(type(network))
     return network
 
 
-def unfuse(network: ViTEncoder) -> ViTEncoder:
-    """Undo `fuse`."""
-    for module in network.modules():
-        module.__class__ = _PLAIN.get(type(module), type(module))
+def _as_plain(network: ViTEncoder) -> ViTEncoder:
     if isinstance(network, FusedTrunk):
-        network.__class__ = type(network).__bases__[1]
+        network.__class__ = _PLAIN.get(type(network)) or type(network).__bases__[1]
     return network

@@ -16,19 +16,35 @@ reach the hundreds, gradients are within 2e-3 of the largest, whatever the refer
 With g = do v^T and delta = sum_d(do * o): dv = p^T do, ds = p * (g - delta), dq = scale * ds k, dk = scale * ds^T q.
 """
 
+import contextlib
+import functools
+import importlib
 import importlib.util
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, require_triton
 from epg_fast.ops.spec import OpSpec
 
-_BACKENDS = ("auto", "triton", "reference", "sdpa", "flash_attn")
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+SDPA = ("plain", *_SDPA)
+"""PyTorch's scaled_dot_product_attention: as it chooses itself, and each of its kernels."""
+_PACKAGES = {
+    "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash_attn_3": ("flash_attn_interface", "build the folder hopper of flash-attention"),
+    "flash_attn_4": ("flash_attn.cute", "pip install flash-attn-4"),
+}
+_BACKENDS = (*SDPA, *_PACKAGES, "triton")
 _MAX_TRITON_HEAD_DIM = 128
-_HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
 def attention_ref(qkv: torch.Tensor, scale: float | None = None) -> torch.Tensor:
@@ -139,16 +155,15 @@ def _backward_flops(dout_shape, qkv_shape, *args, out_shape=None, **kwargs) -> i
 
 
 def attention(
-    qkv: torch.Tensor, scale: float | None = None, dropout_p: float = 0.0, backend: str = "auto"
+    qkv: torch.Tensor, scale: float | None = None, dropout_p: float = 0.0, backend: str = "plain"
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v for every image and head of packed queries, keys and values.
 
     qkv: [B, L, 3, H, d]; scale: positive, d^-1/2 if None; dropout_p: probability of dropping an attention weight, the
-    others scaled by 1 / (1 - dropout_p), for "sdpa" and "flash_attn" only. Returns [B, L, H, d], contiguous, in qkv's
-    dtype, or in autocast's where that is on.
-    backend: "sdpa" (PyTorch's scaled_dot_product_attention), "triton" (the hand-written kernel), "reference" (plain
-    matrix products and softmax), "flash_attn" (the package of that name) or "auto": "sdpa", until the kernel has been
-    measured to beat it on a GPU.
+    others scaled by 1 / (1 - dropout_p), not for "triton", "flash_attn_3" and "flash_attn_4". Returns [B, L, H, d],
+    contiguous, in qkv's dtype, or in autocast's where that is on.
+    backend: "plain" (PyTorch's scaled_dot_product_attention), "flash", "cudnn", "efficient" or "math" (that kernel of
+    it and no other), "triton" (the hand-written kernel), "flash_attn", "flash_attn_3" or "flash_attn_4" (the package).
     Raises ValueError for a shape, scale or dropout_p that does not fit and for a backend that cannot run here.
     """
     check_backend("attention", backend, _BACKENDS)
@@ -157,20 +172,45 @@ def attention(
     if dtype is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
     scale = _scale(qkv, scale)
-    if backend == "flash_attn":
-        _require_flash_attn(qkv)
-        from flash_attn import flash_attn_qkvpacked_func
-
-        return flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale=scale)
-    if backend in ("auto", "sdpa"):
+    if dropout_p > 0 and backend in ("triton", "flash_attn_3", "flash_attn_4"):
+        raise ValueError(
+            f"attention: got dropout_p={dropout_p} with backend={backend!r}, wanted 0; use backend='plain'"
+        )
+    if backend == "triton":
+        _require_triton_attention(qkv)
+        return _forward_op(qkv, scale)[0]
+    if backend in _PACKAGES:
+        return _of_package(backend, qkv, scale, dropout_p)
+    with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(*_heads(qkv), dropout_p=dropout_p, scale=scale)
-        return out.transpose(1, 2).contiguous()
-    if dropout_p > 0:
-        raise ValueError(f"attention: got dropout_p={dropout_p} with backend={backend!r}, wanted 0; use backend='sdpa'")
-    if backend == "reference":
-        return attention_ref(qkv, scale)
-    _require_triton_attention(qkv)
-    return _forward_op(qkv, scale)[0]
+    return out.transpose(1, 2).contiguous()
+
+
+def _of_package(backend: str, qkv: torch.Tensor, scale: float, dropout_p: float) -> torch.Tensor:
+    """Attention of Dao et al.'s packages; raises ValueError where the package or what it needs is missing."""
+    name, remedy = _PACKAGES[backend]
+    if not _installed(name):
+        raise ValueError(
+            f"attention: got backend={backend!r}, but {name} is not installed; {remedy}, or use backend='plain'"
+        )
+    if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention: got qkv in {qkv.dtype} on {qkv.device}, wanted bfloat16 or float16 on a CUDA device for "
+            f"backend={backend!r}; convert it or use backend='plain'"
+        )
+    package = importlib.import_module(name)
+    if backend == "flash_attn":
+        return package.flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale=scale)
+    out = package.flash_attn_func(*qkv.unbind(2), softmax_scale=scale)
+    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp, too
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of what the package would be a part of
+        return False
 
 
 def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float) -> None:
@@ -195,20 +235,7 @@ def _require_triton_attention(qkv: torch.Tensor) -> None:
     if qkv.shape[-1] > _MAX_TRITON_HEAD_DIM:
         raise ValueError(
             f"attention: got head dimension d={qkv.shape[-1]}, wanted at most {_MAX_TRITON_HEAD_DIM} for "
-            "backend='triton'; use backend='sdpa'"
-        )
-
-
-def _require_flash_attn(qkv: torch.Tensor) -> None:
-    if not _HAS_FLASH_ATTN:
-        raise ValueError(
-            "attention: got backend='flash_attn', but flash-attn is not installed; run "
-            "`pip install flash-attn --no-build-isolation` or use backend='sdpa'"
-        )
-    if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"attention: got qkv in {qkv.dtype} on {qkv.device}, wanted bfloat16 or float16 on a CUDA device for "
-            "backend='flash_attn'; convert it or use backend='sdpa'"
+            "backend='triton'; use backend='plain'"
         )
 
 

@@ -94,23 +94,23 @@ def augment_view(
     x: uint8 [B, H, W, 3], contiguous, H, W >= 1. The parameters are on the CPU: operations: int8 [B, 4], codes of
     `JitterOperation` in the order in which they are applied; values: float64 [B, 4], their factors (0 or more), for the
     hue turns of the circle; grayscale, solarize, flip: bool [B]; sigma: float64 [B], standard deviation of the blur in
-    pixels, 0 for none, at most 1024. backend: "reference" (plain PyTorch), "extension" (C++ on the CPU, images split
+    pixels, 0 for none, at most 1024. backend: "plain" (plain PyTorch), "extension" (C++ on the CPU, images split
     over PyTorch's threads) or "auto": the extension where x is on the CPU and it is built, else the reference.
     Raises ValueError for other shapes, dtypes and devices, for codes, factors and sigmas that have no meaning and for a
     backend that cannot run here.
     """
-    check_backend(_OP, backend, ("auto", "extension", "reference"))
+    check_backend(_OP, backend, ("auto", "extension", "plain"))
     parameters = (operations, values, grayscale, sigma, solarize, flip)
     _check_images(x)
     _check_parameters(x, *parameters)
     if backend == "auto":
-        backend = "extension" if prefers_extension([x], (torch.uint8,)) else "reference"
-    if backend == "reference":
+        backend = "extension" if prefers_extension([x], (torch.uint8,)) else "plain"
+    if backend == "plain":
         return augment_view_ref(x, *parameters)
     if x.device.type != "cpu":
         raise ValueError(
             f"{_OP}: got x on {x.device}, wanted it on the CPU for backend='extension'; move it there or use "
-            "backend='reference'"
+            "backend='plain'"
         )
     require_extension(_OP, x)
     _register_fake()

@@ -20,7 +20,7 @@ def require_triton_for_cuda(op: str, part: str) -> None:
     if not _HAS_TRITON:
         raise ValueError(
             f"{op}: got backend='cuda', whose {part} is Triton's, which is not installed; run "
-            "`pip install 'triton>=3.6'` or use backend='reference'"
+            "`pip install 'triton>=3.6'` or use backend='plain'"
         )
 
 
@@ -34,12 +34,12 @@ def require_triton(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> No
     if not _HAS_TRITON:
         raise ValueError(
             f"{op}: got backend='triton', but Triton is not installed; run `pip install 'triton>=3.6'` "
-            "or use backend='reference'"
+            "or use backend='plain'"
         )
     if not (x.is_cuda or interpreting()):
         raise ValueError(
             f"{op}: got backend='triton' with a tensor on {x.device}, wanted one on a CUDA device; move it there, "
-            "use backend='reference', or set TRITON_INTERPRET=1 before Python starts, for Triton's interpreter"
+            "use backend='plain', or set TRITON_INTERPRET=1 before Python starts, for Triton's interpreter"
         )
 
     for other in others:
@@ -49,7 +49,7 @@ def require_triton(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> No
         if tensor is not None and tensor.numel() == 0:
             raise ValueError(
                 f"{op}: got an empty tensor of shape {tuple(tensor.shape)}, wanted at least one value for "
-                "backend='triton'; leave out the call or use backend='reference'"
+                "backend='triton'; leave out the call or use backend='plain'"
             )
     refuse_transforms(op)
 
@@ -59,7 +59,7 @@ def refuse_transforms(op: str) -> None:
     if not torch.compiler.is_compiling() and _transformed():
         raise ValueError(
             f"{op}: got a tensor inside torch.func.jvp or torch.func.grad, which would not see the kernel's "
-            "derivative; use backend='reference'"
+            "derivative; use backend='plain'"
         )
 
 
@@ -75,7 +75,7 @@ def require_grid(op: str, batch: int) -> None:
     if batch > _MAX_GRID:
         raise ValueError(
             f"{op}: got a batch of {batch}, wanted at most {_MAX_GRID} for backend='triton'; split it or use "
-            "backend='reference'"
+            "backend='plain'"
         )
 
 
@@ -88,7 +88,7 @@ def require_dtypes(
             wanted = ", ".join(str(dtype) for dtype in allowed)
             raise ValueError(
                 f"{op}: got {name} in {tensor.dtype}, wanted one of {wanted} for backend={backend!r}; convert it or "
-                "use backend='reference'"
+                "use backend='plain'"
             )
 
 
@@ -113,12 +113,12 @@ def require_gemm_operands(
         if wanted is not None:
             raise ValueError(
                 f"{op}: got {name} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}, "
-                f"wanted {wanted} or use backend='reference'"
+                f"wanted {wanted} or use backend='plain'"
             )
     if width % 8:
         raise ValueError(
             f"{op}: got a weight for {width} outputs, wanted a multiple of 8 for backend='cuda'; pad it or use "
-            "backend='reference'"
+            "backend='plain'"
         )
 
 

@@ -60,16 +60,16 @@ def euler_step(
     sigma: float,
     sigma_next: float,
     clamp: tuple[float, float] | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """One Euler step from sigma to sigma_next; returns a new tensor shaped like x.
 
     x, denoised: the same shape; sigma, sigma_next: floats, both shifted or both unshifted; clamp: (lo, hi) for the
-    denoised estimate. backend: "reference" (plain PyTorch), "extension" (one pass in C++ or CUDA; float32, contiguous,
-    no autograd) or "auto": the reference, until the extension has been measured to beat torch.compile on a GPU.
+    denoised estimate. backend: "plain" (plain PyTorch), "extension" (one pass in C++ or CUDA; float32, contiguous,
+    no autograd).
     Raises ValueError for shapes that differ, for sigma = 0 and for a backend that cannot run here.
     """
-    check_backend("euler_step", backend, ("auto", "extension", "reference"))
+    check_backend("euler_step", backend, ("plain", "extension"))
     check_step("euler_step", x, sigma, denoised=denoised)
     if backend != "extension":
         return euler_step_ref(x, denoised, sigma, sigma_next, clamp)
@@ -87,7 +87,7 @@ def euler_step_(
     sigma: float,
     sigma_next: float,
     clamp: tuple[float, float] | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """`euler_step` in place: overwrites x with the step and returns it.
 
@@ -95,7 +95,7 @@ def euler_step_(
     Raises ValueError as `euler_step` does, and on every backend for tensors of different dtypes or on different devices
     and for an x that requires a gradient.
     """
-    check_backend("euler_step_", backend, ("auto", "extension", "reference"))
+    check_backend("euler_step_", backend, ("plain", "extension"))
     check_step("euler_step_", x, sigma, denoised=denoised)
     check_in_place("euler_step_", x, denoised=denoised)
     if backend != "extension":
@@ -139,7 +139,7 @@ def clamp_bounds(op: str, clamp: tuple[float, float] | None) -> tuple[float | No
         if isinstance(bound, torch.Tensor) or (bound is not None and math.isnan(bound)):
             raise ValueError(
                 f"{op}: got clamp={clamp}, wanted two numbers for backend='extension'; clamp denoised first or use "
-                "backend='reference'"
+                "backend='plain'"
             )
     lo, hi = clamp
     return lo, hi

@@ -162,7 +162,7 @@ def _lacks_code_for(device: torch.device) -> str | None:
     return None
 
 
-def require_extension(op: str, x: torch.Tensor, remedy: str = "backend='reference'") -> None:
+def require_extension(op: str, x: torch.Tensor, remedy: str = "backend='plain'") -> None:
     """Raise ValueError unless the extension can run `op` on x's device, saying how to build it or to do without."""
     available, reason = extension_status()
     if not available:
@@ -186,12 +186,12 @@ def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
         if tensor.dtype != torch.float32:
             raise ValueError(
                 f"{op}: got {name} in {tensor.dtype}, wanted torch.float32 for backend='extension'; "
-                "convert it or use backend='reference'"
+                "convert it or use backend='plain'"
             )
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{op}: got {name} with strides {tensor.stride()}, wanted it contiguous for backend='extension'; "
-                "call .contiguous() or use backend='reference'"
+                "call .contiguous() or use backend='plain'"
             )
         if tensor.device != first.device:
             raise ValueError(
@@ -203,12 +203,12 @@ def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
             and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
         ):
             raise ValueError(
-                f"{op}: got {name} with a tangent, which backend='extension' does not carry on; use backend='reference'"
+                f"{op}: got {name} with a tangent, which backend='extension' does not carry on; use backend='plain'"
             )
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(
                 f"{op}: got {name} that requires a gradient, which backend='extension' has not; "
-                "use torch.no_grad() or backend='reference'"
+                "use torch.no_grad() or backend='plain'"
             )
 
 
@@ -236,16 +236,16 @@ def require_gemms(op: str, device: torch.device) -> None:
     """Raise ValueError with the remedy unless the extension's matrix products can run on the device."""
     available, reason = extension_status()
     if not available:
-        raise ValueError(f"{op}: got backend='cuda', but the extension is {reason}; or use backend='reference'")
+        raise ValueError(f"{op}: got backend='cuda', but the extension is {reason}; or use backend='plain'")
     if not extension_has_gemms():
         raise ValueError(
             f"{op}: got backend='cuda', but the extension was built without CUTLASS, without nvcc or not for sm_90a; "
             "put nvcc on PATH, run `pip install --no-deps nvidia-cutlass`, then "
-            f"{_rebuild('EPG_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a')}, or use backend='reference'"
+            f"{_rebuild('EPG_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a')}, or use backend='plain'"
         )
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         raise ValueError(
             f"{op}: got backend='cuda' with tensors on {found}, wanted a GPU of compute capability 9.0 (H100, H200); "
-            "use backend='reference'"
+            "use backend='plain'"
         )

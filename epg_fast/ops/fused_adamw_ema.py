@@ -120,12 +120,12 @@ def fused_adamw_ema_(
     decay of 0 exempts a tensor. norm, found_inf: as `global_norm(grads)` returns them. max_norm: [], limit of the norm,
     inf for none. grad_scale: [], what the loss was multiplied by; None for 1. emas: K averages, each N tensors, with
     ema_weights: [K], 1 - decay. copies: N bfloat16 tensors or none.
-    backend: "reference" (plain PyTorch), "extension" (one pass in C++ or CUDA) or "auto": on a CPU the extension where
+    backend: "plain" (plain PyTorch), "extension" (one pass in C++ or CUDA) or "auto": on a CPU the extension where
     it is built and takes the tensors, else the reference; on a GPU the reference until the extension has been measured.
     Raises ValueError for a backend that cannot run here and for lists whose lengths do not fit, and RuntimeError that
     names the tensor for a wrong shape, dtype, device or memory layout; nothing has been changed then.
     """
-    check_backend(_OP, backend, ("auto", "extension", "reference"))
+    check_backend(_OP, backend, ("auto", "extension", "plain"))
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{_OP}: got betas={tuple(betas)}, wanted two values in [0, 1)")
     if ema_weights is None:
@@ -145,8 +145,8 @@ def fused_adamw_ema_(
             (copies, (torch.bfloat16,)),
         )
         taken = len(emas) <= _MAX_EMAS and all(extension_takes(*tensors) for tensors in dtypes)
-        backend = "extension" if taken else "reference"
-    if backend == "reference":
+        backend = "extension" if taken else "plain"
+    if backend == "plain":
         _check_shapes_and_dtypes(params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, emas=flat_emas)
         extras = {"emas": emas, "ema_weights": ema_weights, "copies": copies, "betas": betas, "eps": eps}
         return fused_adamw_ema_ref(params, grads, exp_avgs, exp_avg_sqs, **scalars, **extras)

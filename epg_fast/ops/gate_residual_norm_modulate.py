@@ -210,14 +210,14 @@ def gate_residual_norm_modulate(
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + gate * branch, and LayerNorm of it, then `* (1 + scale) + shift` when both are given.
 
     x, branch: [B, L, D]; weight, bias: [D]; gate, shift, scale: [B, D], [B, 1, D] or None. Returns (x_out, y), both
     [B, L, D], the first in x's dtype, the second in out_dtype (default: x's dtype).
-    backend: "reference" (plain PyTorch, which torch.compile fuses with its neighbours), "triton" (the hand-written
-    kernel) or "auto": the reference, until the kernel has been measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch, which torch.compile fuses with its neighbours), "triton" (the hand-written
+    kernel).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     _check("gate_residual_norm_modulate", backend, x, branch, gate, weight, bias, shift, scale)
@@ -237,7 +237,7 @@ def gate_residual_norm_modulate_fp8(
     shift: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`gate_residual_norm_modulate` with y quantised row by row.
 
@@ -255,7 +255,7 @@ def gate_residual_norm_modulate_fp8(
 
 
 def _check(op, backend, x, branch, gate, weight, bias, shift, scale) -> None:
-    check_backend(op, backend, ("auto", "triton", "reference"))
+    check_backend(op, backend, ("plain", "triton"))
     check_norm_shapes(op, x, weight, bias, gate=gate, shift=shift, scale=scale)
     if branch.shape != x.shape:
         raise ValueError(f"{op}: got branch of shape {tuple(branch.shape)}, wanted {tuple(x.shape)} as x")

@@ -55,16 +55,16 @@ def _register_fake() -> None:
 def global_norm(tensors: Sequence[torch.Tensor], backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """(norm, found_inf), two tensors of shape [] on the device of the tensors.
 
-    tensors: gradients, say, of any shapes; an empty list has norm 0. backend: "reference" (plain PyTorch), "extension"
+    tensors: gradients, say, of any shapes; an empty list has norm 0. backend: "plain" (plain PyTorch), "extension"
     (one pass in C++ or CUDA; float32 and bfloat16, contiguous) or "auto": on a CPU the extension where it is built and
     takes the tensors, else the reference; on a GPU the reference until the extension has been measured there.
     Raises ValueError for a backend that cannot run here, and ValueError or RuntimeError for tensors that are not
     contiguous, not float32 or bfloat16, or on several devices.
     """
-    check_backend(_OP, backend, ("auto", "extension", "reference"))
+    check_backend(_OP, backend, ("auto", "extension", "plain"))
     if backend == "auto":
-        backend = "extension" if prefers_extension(tensors, _DTYPES) else "reference"
-    if backend == "reference" or not tensors:
+        backend = "extension" if prefers_extension(tensors, _DTYPES) else "plain"
+    if backend == "plain" or not tensors:
         return global_norm_ref(tensors)
     require_one_device(_OP, tensors[0], tensors=tensors)
     _load_op(tensors[0])

@@ -69,14 +69,14 @@ def heun_step(
     sigma: float,
     sigma_next: float,
     clamp: tuple[float, float] | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """Heun's corrected step from sigma to sigma_next; returns a new tensor shaped like x.
 
     x: the state at sigma; denoised: the estimate there; denoised_next: the estimate at the state that `euler_step`
     reaches at sigma_next; all of one shape. sigma, sigma_next: floats, both shifted or both unshifted; clamp: (lo, hi)
-    for both estimates. backend: "reference" (plain PyTorch), "extension" (one pass in C++ or CUDA; float32, contiguous,
-    no autograd) or "auto": the reference, until the extension has been measured to beat torch.compile on a GPU.
+    for both estimates. backend: "plain" (plain PyTorch), "extension" (one pass in C++ or CUDA; float32, contiguous,
+    no autograd).
     Raises ValueError for shapes that differ, for sigma or sigma_next = 0 and for a backend that cannot run here.
     """
     _check("heun_step", x, denoised, denoised_next, sigma, sigma_next, backend)
@@ -97,7 +97,7 @@ def heun_step_(
     sigma: float,
     sigma_next: float,
     clamp: tuple[float, float] | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """`heun_step` in place: overwrites x with the step and returns it.
 
@@ -119,7 +119,7 @@ def heun_step_(
 
 
 def _check(op, x, denoised, denoised_next, sigma, sigma_next, backend) -> None:
-    check_backend(op, backend, ("auto", "extension", "reference"))
+    check_backend(op, backend, ("plain", "extension"))
     check_step(op, x, sigma, denoised=denoised, denoised_next=denoised_next)
     if sigma_next == 0:
         raise ValueError(f"{op}: got sigma_next=0, wanted a level above 0; take `euler_step` for the step to 0")

@@ -246,17 +246,17 @@ def layer_norm_modulate(
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """LayerNorm over the last axis of x, then `* (1 + scale) + shift` when both are given.
 
     x: [B, L, D]; weight, bias: [D]; shift, scale: [B, D], [B, 1, D] or None. Returns [B, L, D] in out_dtype (default:
     x's dtype).
-    backend: "reference" (plain PyTorch, which torch.compile fuses with its neighbours), "triton" (the hand-written
-    kernel) or "auto": the reference, until the kernel has been measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch, which torch.compile fuses with its neighbours), "triton" (the hand-written
+    kernel).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("layer_norm_modulate", backend, ("auto", "triton", "reference"))
+    check_backend("layer_norm_modulate", backend, ("plain", "triton"))
     check_norm_shapes("layer_norm_modulate", x, weight, bias, shift=shift, scale=scale)
     if backend != "triton":
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
@@ -273,7 +273,7 @@ def residual_norm_modulate(
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
     copy_dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x, `layer_norm_modulate` of x, x in copy_dtype), for an x that also goes on as residual and as skip.
 
@@ -298,13 +298,13 @@ def layer_norm_modulate_fp8(
     shift: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`layer_norm_modulate` quantised row by row: (y / row_scale [B, L, D] in float8_e4m3fn, row_scale [B, L]).
 
     Arguments, backends and errors as there. There is no gradient: ValueError if one would be needed.
     """
-    check_backend("layer_norm_modulate_fp8", backend, ("auto", "triton", "reference"))
+    check_backend("layer_norm_modulate_fp8", backend, ("plain", "triton"))
     check_norm_shapes("layer_norm_modulate_fp8", x, weight, bias, shift=shift, scale=scale)
     refuse_gradient("layer_norm_modulate_fp8", x, weight, bias, shift, scale)
     if backend != "triton":
@@ -325,12 +325,12 @@ def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, 
     if x.shape[-1] > _MAX_TRITON_WIDTH:
         raise ValueError(
             f"{op}: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "
-            "use backend='reference'"
+            "use backend='plain'"
         )
     if fp8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         raise ValueError(
             f"{op}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU with FP8 (compute capability 8.9 or more) "
-            "for backend='triton'; use backend='reference'"
+            "for backend='triton'; use backend='plain'"
         )
 
 

@@ -85,19 +85,18 @@ def linear_fp8(
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     gelu: bool = False,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """(x * x_scale) @ (weight * weight_scale)^T + bias, then exact GELU if asked for.
 
     x: [..., K] and weight: [N, K] in float8_e4m3fn; x_scale: [...] and weight_scale: [N] in float32; bias: [N]. Returns
     [..., N] in the dtype of bias.
-    backend: "reference" (plain PyTorch on dequantised operands), "cuda" (one kernel of the C++/CUDA extension, for
-    compute capability 9.0), "scaled_mm" (PyTorch's FP8 product, then GELU) or "auto": the reference, until a kernel has
-    been measured on a GPU. There is no gradient.
+    backend: "plain" (plain PyTorch on dequantised operands), "cuda" (one kernel of the C++/CUDA extension, for
+    compute capability 9.0), "scaled_mm" (PyTorch's FP8 product, then GELU). There is no gradient.
     Raises ValueError for shapes and dtypes that do not fit, for a tensor that requires a gradient and for a backend
     that cannot run here.
     """
-    check_backend(_OP, backend, ("auto", "cuda", "scaled_mm", "reference"))
+    check_backend(_OP, backend, ("plain", "cuda", "scaled_mm"))
     _check(x, x_scale, weight, weight_scale, bias)
     refuse_gradient(_OP, x_scale, weight_scale, bias)
     if backend == "cuda":
@@ -117,13 +116,13 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
         if size % 16:
             raise ValueError(
                 f"{_OP}: got {name}={size}, wanted a multiple of 16 for backend='scaled_mm'; pad it or use "
-                "backend='reference'"
+                "backend='plain'"
             )
     compiling = torch.compiler.is_compiling()
     if not compiling and x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
         raise ValueError(
             f"{_OP}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU of compute capability 9.0 or more for "
-            "backend='scaled_mm'; use backend='reference'"
+            "backend='scaled_mm'; use backend='plain'"
         )
     require_row_scales(_OP, x.device)
     z = torch._scaled_mm(
@@ -142,7 +141,7 @@ def require_row_scales(op: str, device: torch.device) -> None:
     if device.type == "cpu" and not torch.compiler.is_compiling() and not cpu_has_row_scales():
         raise ValueError(
             f"{op}: got torch {torch.__version__}, whose FP8 product on a CPU takes one scale per tensor, wanted one "
-            "that takes a scale per row (2.13 does); use backend='reference'"
+            "that takes a scale per row (2.13 does); use backend='plain'"
         )
 
 

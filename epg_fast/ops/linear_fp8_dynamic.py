@@ -14,7 +14,7 @@ the third bit behind the leading one halves the error.
 
 Shapes: x: [..., K]; weight: [N, K]; bias: [N] or None; y: [..., N]. K and N are multiples of 16.
 Dtypes: x, weight and bias in any floating dtype; the products take x, and give y and dx, in `dtype`, bfloat16 for the
-backend "scaled_mm"; gradients have the dtypes of what they belong to. "reference" multiplies in float32, or in float64
+backend "scaled_mm"; gradients have the dtypes of what they belong to. "plain" multiplies in float32, or in float64
 where x and weight are that.
 Error: against float64 products of the quantised operands, the rounding of y, of the bias and of the sum; q itself is
 off by at most 2^-4 of a value, unless that is more than 2^14 times smaller than its row's largest.
@@ -60,7 +60,7 @@ def _product(a, b, bias, backend, fast):
     """q(a) [M, K] times q(b)^T, b: [N, K], plus bias [N] or None: [M, N] in a's dtype."""
     # Strides are given up before rounding: the product reads both operands along K.
     (a, a_scale), (b, b_scale), dtype = _quantize(a), _quantize(b), a.dtype
-    if backend == "reference":
+    if backend == "plain":
         bias = torch.zeros(b.shape[0], dtype=dtype, device=b.device) if bias is None else bias.to(dtype)
         with torch.autocast(a.device.type, enabled=False):
             return linear_fp8_ref(a, a_scale, b, b_scale, bias)
@@ -83,7 +83,7 @@ def linear_fp8_dynamic_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
     """The same rounding with products in float32 on dequantised operands, forward and backward, on any device."""
-    return linear_fp8_dynamic(x, weight, bias, dtype, backend="reference")
+    return linear_fp8_dynamic(x, weight, bias, dtype, backend="plain")
 
 
 def linear_fp8_dynamic(
@@ -96,17 +96,17 @@ def linear_fp8_dynamic(
     """x weight^T + bias with both operands rounded to FP8 on the way; differentiable once.
 
     x: [..., K]; weight: [N, K]; bias: [N] or None; returns [..., N] in `dtype`.
-    backend: "scaled_mm" (PyTorch's FP8 product, on GPUs that have it) or "reference" (float32 products of the rounded
+    backend: "scaled_mm" (PyTorch's FP8 product, on GPUs that have it) or "plain" (float32 products of the rounded
     values, which show what the rounding does and save no time).
     Raises ValueError for shapes that do not fit or are no multiples of 16, and for a dtype that the backend cannot
     return.
     """
-    check_backend(_OP, backend, ("scaled_mm", "reference"))
+    check_backend(_OP, backend, ("scaled_mm", "plain"))
     _check(x, weight, bias)
     if backend == "scaled_mm" and dtype != torch.bfloat16:
         raise ValueError(
             f"{_OP}: got dtype {dtype}, wanted torch.bfloat16 for backend='scaled_mm'; convert the result, or use "
-            "backend='reference'"
+            "backend='plain'"
         )
     if backend == "scaled_mm":
         require_row_scales(_OP, x.device)

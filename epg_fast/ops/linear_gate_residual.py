@@ -92,16 +92,15 @@ def linear_gate_residual(
     h: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """x + gate * (h @ weight^T + bias).
 
     x: [B, L, N]; gate: [B, N] or [B, 1, N]; h: [B, L, K]; weight: [N, K]; bias: [N]. Returns [B, L, N] in x's dtype.
-    backend: "reference" (plain PyTorch), "cuda" (one kernel of the C++/CUDA extension, for compute capability 9.0) or
-    "auto": the reference, until the kernel has been measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch), "cuda" (one kernel of the C++/CUDA extension, for compute capability 9.0) or.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend(_OP, backend, ("auto", "cuda", "reference"))
+    check_backend(_OP, backend, ("plain", "cuda"))
     _check_shapes(x, gate, h, weight, bias)
     dtype = autocast_dtype(h) or h.dtype
     h, weight = h.to(dtype), weight.to(dtype)
@@ -121,7 +120,7 @@ def _require_cuda(x, gate, h, weight, bias) -> None:
     if gate.stride(1) != 1 or gate.stride(0) % 2 or odd:
         raise ValueError(
             f"{_OP}: got gate with strides {gate.stride()}, wanted contiguous rows that start at even offsets for "
-            "backend='cuda'; call .contiguous() or use backend='reference'"
+            "backend='cuda'; call .contiguous() or use backend='plain'"
         )
     require_gemms(_OP, h.device)
 

@@ -148,16 +148,15 @@ def _product_flops(x_shape, weight_shape) -> int:
     return 2 * rows * weight_shape[0] * weight_shape[1]
 
 
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, backend: str = "plain") -> torch.Tensor:
     """gelu(x @ weight^T + bias), with the exact GELU.
 
     x: [..., K]; weight: [N, K]; bias: [N]. Returns [..., N] in x's dtype, or autocast's where it is on.
-    backend: "reference" (plain PyTorch), "triton" (one kernel forward; it keeps z for the backward pass only where
-    there will be one), "cuda" (the same in the C++/CUDA extension, for compute capability 9.0) or "auto": the
-    reference, until a kernel has been measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch), "triton" (one kernel forward; it keeps z for the backward pass only where
+    there will be one), "cuda" (the same in the C++/CUDA extension, for compute capability 9.0).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("linear_gelu", backend, ("auto", "triton", "cuda", "reference"))
+    check_backend("linear_gelu", backend, ("plain", "triton", "cuda"))
     _check_shapes(x, weight, bias)
     dtype = autocast_dtype(x) or x.dtype
     x, weight = x.to(dtype), weight.to(dtype)

@@ -213,15 +213,15 @@ def linear_residual_norm(
     shift: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_out, y): x + gate * (h @ weight^T + bias), in x's dtype, and its modulated norm, in h's or autocast's.
 
     x: [B, L, N]; h: [B, L, K]; weight: [N, K]; bias, norm_weight, norm_bias: [N]; gate, shift, scale: [B, N], [B, 1, N]
-    or None. backend: "reference" (plain PyTorch), "triton" (two kernels forward) or "auto": the reference.
+    or None. backend: "plain" (plain PyTorch), "triton" (two kernels forward).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend(_OP, backend, ("auto", "triton", "reference"))
+    check_backend(_OP, backend, ("plain", "triton"))
     check_norm_shapes(_OP, x, norm_weight, norm_bias, gate=gate, shift=shift, scale=scale)
     check_linear(_OP, "h", h, x, weight, bias)
     dtype = autocast_dtype(h) or h.dtype

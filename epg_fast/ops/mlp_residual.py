@@ -183,16 +183,16 @@ def mlp_residual(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """x + gate * (gelu(y @ fc1_weight^T + fc1_bias) @ fc2_weight^T + fc2_bias), with the exact GELU: [B, L, D].
 
     x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc2_weight: [D, H]; gate: [B, D], [B, 1, D] or None for ones.
-    backend: "reference" (plain PyTorch), "triton" (two kernels forward; it keeps what the backward pass needs only
-    where there will be one) or "auto": the reference.
+    backend: "plain" (plain PyTorch), "triton" (two kernels forward; it keeps what the backward pass needs only
+    where there will be one).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend(_OP, backend, ("auto", "triton", "reference"))
+    check_backend(_OP, backend, ("plain", "triton"))
     _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate)
     dtype = autocast_dtype(y) or y.dtype
     y, gate = y.to(dtype), per_sample(gate)

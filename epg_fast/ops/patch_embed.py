@@ -342,7 +342,7 @@ def patch_embed(
     noise_batch: int | None = None,
     c_in: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """Tokens [B, T+N, E]: prefix tokens, then the patches of the normalised, noised and scaled image, plus position.
 
@@ -352,12 +352,11 @@ def patch_embed(
     sample first_sample + b mod noise_batch (default B), so that stacked views of a step can share theirs. Both may be
     int64 tensors of one element, which a captured CUDA graph reads at each replay.
     dtype: of the tokens; by default what torch.cat and the sum with position promote to.
-    backend: "reference" (plain PyTorch), "triton" (the hand-written kernels) or "auto": the reference, until the
-    kernels have been measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch), "triton" (the hand-written kernels).
     Gradients reach weight, bias, position, prefix and a floating image. Raises ValueError for shapes that do not fit,
     for sigma, noise or c_in that requires a gradient, and for a backend that cannot run here.
     """
-    check_backend("patch_embed", backend, ("auto", "triton", "reference"))
+    check_backend("patch_embed", backend, ("plain", "triton"))
     mean, std = (value.tolist() if isinstance(value, torch.Tensor) else value for value in (mean, std))
     _check_shapes(image, weight, bias, position, prefix)
     _check_prologue(image, mean, std, sigma, noise, seed, first_sample, noise_batch, c_in)

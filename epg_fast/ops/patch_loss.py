@@ -173,19 +173,18 @@ def patch_loss(
     offset_scale: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     huber_c: float | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss [B], squared_error [B]) of `scale * tokens + offset_scale * offset` against target, in patch space.
 
     tokens: [B, N, p*p*C], features in the order (row, column, channel); target: [B, C, H, W] or tokens' shape; offset:
     [B, C, H, W]; scale, offset_scale, weight: [B]. huber_c: positive, for the pseudo-Huber weighting, else the weighted
     mean. squared_error is the unweighted sum and carries no gradient; both are float32, float64 for float64 tokens.
-    backend: "reference" (plain PyTorch, which torch.compile fuses), "triton" (the hand-written kernels) or "auto": the
-    reference, until the kernels have been measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch, which torch.compile fuses), "triton" (the hand-written kernels).
     Raises ValueError for shapes that do not fit, for a gradient wanted of anything but tokens, and for a backend that
     cannot run here.
     """
-    check_backend("patch_loss", backend, ("auto", "triton", "reference"))
+    check_backend("patch_loss", backend, ("plain", "triton"))
     tensors = {"target": target, "scale": scale, "offset": offset, "offset_scale": offset_scale, "weight": weight}
     _check_shapes(tokens, **tensors)
     _check_gradients(**tensors)

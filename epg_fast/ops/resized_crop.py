@@ -129,22 +129,22 @@ def resized_crop(
     halvings: int64 [B]. boxes: float64 [B, 4], left, top, right, bottom in pixels of the halved image, rounded to
     float32. resized: int64 [B, 2], width and height that the box is resampled to. offsets: int64 [B, 2], left and top
     of the window in that. filter: "box", "bilinear" or "bicubic". All parameters are on the CPU.
-    backend: "reference" (plain PyTorch), "extension" (C++, images on the CPU and contiguous) or "auto": the extension
+    backend: "plain" (plain PyTorch), "extension" (C++, images on the CPU and contiguous) or "auto": the extension
     where it can, as it is faster.
     Raises ValueError for shapes, dtypes, boxes and windows that do not fit, and for a backend that cannot run here.
     """
-    check_backend("resized_crop", backend, ("auto", "extension", "reference"))
+    check_backend("resized_crop", backend, ("auto", "extension", "plain"))
     parameters = {"halvings": halvings, "boxes": boxes, "resized": resized, "offsets": offsets}
     _check(images, size, filter, **parameters)
     if backend == "auto":
-        backend = "extension" if extension_takes(images, (torch.uint8,)) else "reference"
-    if backend == "reference":
+        backend = "extension" if extension_takes(images, (torch.uint8,)) else "plain"
+    if backend == "plain":
         return resized_crop_ref(images, halvings, boxes, resized, offsets, size, filter)
     for i, image in enumerate(images):
         if image.device.type != "cpu" or not image.is_contiguous():
             raise ValueError(
                 f"resized_crop: got images[{i}] on {image.device} with strides {image.stride()}, wanted it contiguous "
-                "on the CPU for backend='extension'; call .cpu().contiguous() or use backend='reference'"
+                "on the CPU for backend='extension'; call .cpu().contiguous() or use backend='plain'"
             )
     require_extension("resized_crop", halvings)
     _register_fake()

@@ -240,7 +240,7 @@ def skip_linear(
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
     eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str = "plain",
     next_norm: NextNorm | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm(concat[x, skip] @ weight^T + bias), without the norm if norm_weight is None.
@@ -248,12 +248,11 @@ def skip_linear(
     x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E], x's columns first; bias, norm_weight, norm_bias: [N]. Returns
     [B, L, N] in x's dtype, or autocast's where it is on. next_norm: weight, bias [N], shift, scale [B, N], [B, 1, N] or
     None: returns (y, LayerNorm(y) * (1 + scale) + shift); kernels make both in one pass each way.
-    backend: "reference" (plain PyTorch, which stores the concatenation), "triton" (which does not), "cuda"
-    (nor does the C++/CUDA extension, for compute capability 9.0) or "auto": the reference, until a kernel has been
-    measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch, which stores the concatenation), "triton" (which does not), "cuda"
+    (nor does the C++/CUDA extension, for compute capability 9.0).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("skip_linear", backend, ("auto", "triton", "cuda", "reference"))
+    check_backend("skip_linear", backend, ("plain", "triton", "cuda"))
     _check_shapes(x, skip, weight, bias, norm_weight, norm_bias)
     dtype = autocast_dtype(x) or x.dtype
     x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)

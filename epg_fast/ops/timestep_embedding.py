@@ -177,17 +177,16 @@ def timestep_embedding(
     *,
     of_sigma: bool = False,
     dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> torch.Tensor:
     """Sinusoidal embedding of t [B]: [B, dim], cosines, then sines, then a zero column if dim is odd.
 
     t: 250 ln(sigma), may be negative; with of_sigma the level sigma > 0 itself (shifted). dtype: of the result, by
     default float32, or float64 when t is float64.
-    backend: "reference" (plain PyTorch), "triton" (one kernel; t not in float64) or "auto": the reference, until the
-    kernel has been measured to beat torch.compile on a GPU.
+    backend: "plain" (plain PyTorch), "triton" (one kernel; t not in float64).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("timestep_embedding", backend, ("auto", "triton", "reference"))
+    check_backend("timestep_embedding", backend, ("plain", "triton"))
     _check("timestep_embedding", t, dim, max_period, None)
     if backend != "triton":
         return timestep_embedding_ref(t, dim, max_period, of_sigma=of_sigma, dtype=dtype)
@@ -203,13 +202,13 @@ def timestep_condition(
     *,
     of_sigma: bool = False,
     dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(embedding of t, SiLU(embedding + label)): [B, dim] each, the second in the dtype of the sum.
 
     label: class embedding [B, dim] or None. The other arguments, and the errors, are those of `timestep_embedding`.
     """
-    check_backend("timestep_condition", backend, ("auto", "triton", "reference"))
+    check_backend("timestep_condition", backend, ("plain", "triton"))
     _check("timestep_condition", t, dim, max_period, label)
     if backend != "triton":
         return timestep_condition_ref(t, dim, label, max_period, of_sigma=of_sigma, dtype=dtype)

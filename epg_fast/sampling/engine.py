@@ -15,6 +15,7 @@ from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import autoguided, guided
 from epg_fast.models import EPGViT
+from epg_fast.models.sites import has_custom_operators
 from epg_fast.runtime import compile_options, float32_products
 from epg_fast.sampling.graphs import GraphedFunction
 from epg_fast.sampling.precision import available_precision, inference_network
@@ -74,7 +75,7 @@ class SamplingEngine:
         precision: str = "fp32",
         compile: str = "auto",
         cuda_graphs: bool | None = None,
-        steps_backend: str = "auto",
+        steps_backend: str = "plain",
         **sampler_options,
     ):
         networks = [model] if weak is None else [model, weak]
@@ -271,7 +272,7 @@ class _Arriving:
 
 def _compile(network: EPGViT, how: str) -> None:
     """torch.compile for static shapes, in place."""
-    options = compile_options(network.ops == "triton")
+    options = compile_options(has_custom_operators(network.ops))
     if how == "network":
         for name in ("conditioning", "denoise"):
             setattr(network, name, torch.compile(getattr(network, name), fullgraph=True, **options))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import LayerNorm, is_plain
+from epg_fast.models.sites import has_custom_operators
 from epg_fast.ops import linear_fp8
 from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
 from epg_fast.ops.linear_fp8 import cpu_has_row_scales
@@ -130,10 +131,12 @@ class _Fp8Linear(nn.Module):
 
 def _use_fp8(network: EPGViT, model: EPGViT) -> None:
     """Replace the large linears of `network`, with the weights of `model` quantised; logs how many."""
-    if network.ops == "triton":
-        raise ValueError("precision fp8: got ops triton, whose fused operations take weights in 16 bits; want ops auto")
+    if has_custom_operators(network.ops):
+        raise ValueError(
+            "precision fp8: got ops triton, whose fused operations take weights in 16 bits; want ops plain"
+        )
     device = next(model.parameters()).device
-    backend = "scaled_mm" if device.type == "cuda" or cpu_has_row_scales() else "reference"
+    backend = "scaled_mm" if device.type == "cuda" or cpu_has_row_scales() else "plain"
     names = [name for name, linear in model.large_linears() if is_plain(linear, nn.Linear) and _fits(linear)]
     if not names:
         raise ValueError("precision fp8: the network has no linear with sides that are multiples of 16; want bf16")

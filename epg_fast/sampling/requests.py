@@ -79,7 +79,7 @@ def sampler_arguments(sampler: str, steps: int, options: dict, steps_backend: st
         raise ValueError(f"steps is {steps!r}, want an integer")
     if sampler != "onestep" and steps < 2:
         raise ValueError(f"steps is {steps}: {sampler} needs at least 2 noise levels")
-    if steps_backend != "auto":
+    if steps_backend != "plain":
         if sampler not in ("euler", "heun"):
             raise ValueError(f"steps_backend {steps_backend!r}: an option of euler and heun, not of {sampler}")
         options = options | {"steps_backend": steps_backend}

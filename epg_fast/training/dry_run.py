@@ -102,7 +102,7 @@ def planned_stage(config: RunConfig, stage_class: type[Stage], gpus: int) -> Sta
     absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
     meta = torch.device("meta")
     with meta:
-        plain = dataclasses.replace(config, ops="auto", offload_ema=False, **absent)
+        plain = dataclasses.replace(config, ops="plain", offload_ema=False, **absent)
         stage = stage_class(plain, _Planned(0, gpus, meta))
         if perceptual:
             stage.perceptual = encoder_from_config(network_config(config)).eval().requires_grad_(False)

@@ -147,7 +147,7 @@ class Optimizer:
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)  # torch's fused AdamW pairs values as they lie in memory
         grads = [p.grad for p in parameters]
-        norm, found_inf = self._over_ranks(*global_norm(grads, backend="reference"))
+        norm, found_inf = self._over_ranks(*global_norm(grads, backend="plain"))
         if grad_scale is not None:
             torch._foreach_div_(grads, grad_scale)
             norm = norm / grad_scale

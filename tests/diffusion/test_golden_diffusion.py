@@ -78,7 +78,7 @@ def test_consistency_stage(entry):
         assert consistency_stage(step, d0, d1, entry["delta"], inclusive=False) == entry["stage_in_training_loop"][i]
 
 
-def _network(case, ops="auto"):
+def _network(case, ops="plain"):
     network = EPGViT(**case.config["model"]).use_ops(ops)
     network.load_state_dict(case.weights())
     return network.eval().requires_grad_(False)

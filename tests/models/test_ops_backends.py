@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import EPGViT, RCMViT
+from epg_fast.models.sites import PLAIN, SITES
 from epg_fast.objectives import consistency_loss, denoising_loss
 from tests.golden_data import interpret_only
 
@@ -64,6 +65,28 @@ def test_the_generator_computes_the_same_with_the_fused_kernels(form):
     torch.testing.assert_close(images[1].grad, images[0].grad, rtol=1e-4, atol=1e-5)
 
 
+MIXED = [
+    {"norm": "triton"},
+    {"attention": "triton"},
+    {"proj": "triton"},
+    {"proj": "norm"},
+    {"mlp": "triton"},
+    {"skip": "triton"},
+    {"embedding": "triton", "condition": "triton"},
+    {"encoder.attention": "math", "decoder.mlp": "triton", "decoder.norm": "triton"},
+]
+
+
+@pytest.mark.parametrize("ops", MIXED, ids=str)
+def test_every_site_alone_and_mixtures_compute_the_same(ops):
+    plain = make(**DECODER)
+    mixed = copy.deepcopy(plain).use_ops(ops)
+    assert {site: backend for site, backend in mixed.ops.items() if backend != "plain"}.keys() >= {*ops} & {*SITES}
+    results = [outputs_and_gradients(model, inputs(plain)) for model in (plain, mixed)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert type(mixed.use_ops("plain")) is EPGViT and type(mixed.blocks[0]) is type(plain.blocks[0])
+
+
 def test_the_encoder_computes_the_same_with_the_fused_kernels():
     plain = make(RCMViT, hidden_dim=32, output_dim=16)
     fused = copy.deepcopy(plain).use_ops("triton")
@@ -77,7 +100,7 @@ def test_fused_kernels_run_in_16_bit_as_the_plain_path_does(mode):
     x, t, y = inputs(model)
     want = model(x, t, y)
     errors = {}
-    for ops in ("auto", "triton"):
+    for ops in ("plain", "triton"):
         if mode == "autocast":
             with torch.autocast(DEVICE, HALF):
                 got = copy.deepcopy(model).use_ops(ops)(x, t, y)
@@ -87,7 +110,7 @@ def test_fused_kernels_run_in_16_bit_as_the_plain_path_does(mode):
         dtypes = errors.setdefault("dtypes", set())
         dtypes.add(got.dtype)
     assert len(errors["dtypes"]) == 1
-    assert errors["triton"] < 2 * errors["auto"] < 0.1
+    assert errors["triton"] < 2 * errors["plain"] < 0.1
 
 
 def test_the_objectives_compute_the_same_with_the_fused_kernels():
@@ -134,13 +157,19 @@ def test_the_switch_changes_no_parameter_and_can_be_turned_back():
     state, arguments = copy.deepcopy(model.state_dict()), inputs(model)
     before = model(*arguments)
     assert model.use_ops("triton") is model
-    assert {module.ops for module in model.modules() if hasattr(module, "ops")} == {"triton"}
+    assert {backend for module in model.modules() for backend in getattr(module, "ops", {}).values()} == {"triton"}
     after = model.state_dict()
     assert list(after) == list(state) and all(torch.equal(after[name], state[name]) for name in state)
-    assert torch.equal(model.use_ops("auto")(*arguments), before)
-    assert EPGViT(**SIZES, **DECODER).ops == "auto"
-    with pytest.raises(ValueError, match="use_ops: got backend='cuda', wanted one of auto, triton, reference"):
+    assert torch.equal(model.use_ops("plain")(*arguments), before)
+    assert EPGViT(**SIZES, **DECODER).ops == PLAIN
+    with pytest.raises(ValueError, match="ops 'cuda': want plain, triton, or sites"):
         model.use_ops("cuda")
+    for ops, message in (
+        ({"atention": "triton"}, "got site 'atention' .did you mean 'attention'"),
+        ({"mlp": "cudnn"}, "got mlp='cudnn', want one of plain, triton"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.use_ops(ops)
 
 
 def test_fused_kernels_compile_into_one_graph():
@@ -205,7 +234,7 @@ def test_a_changed_module_has_its_effect_or_is_refused(path, how):
     if "adaLN" in path:
         torch.testing.assert_close(model.use_ops("triton")(*arguments), changed, rtol=1e-4, atol=1e-4)
     else:
-        with pytest.raises(ValueError, match="in the place of a plain .* would bypass; use ops='auto'"):
+        with pytest.raises(ValueError, match="in the place of a plain .* would bypass; use ops='plain'"):
             model.use_ops("triton")(*arguments)
 
 
@@ -242,7 +271,7 @@ def test_a_network_with_its_own_forward_is_trained_on_images():
         torch.testing.assert_close(result.per_sample, wanted.per_sample)
 
 
-@pytest.mark.parametrize("ops", ["auto", "triton"])
+@pytest.mark.parametrize("ops", ["plain", "triton"])
 def test_one_graph_serves_every_batch_size(ops):
     model = make(**DECODER).use_ops(ops).eval()
     x, t, y = inputs(model)
@@ -265,7 +294,7 @@ def test_autocast_leaves_float64_alone():
 def test_a_derivative_that_the_kernels_have_not_is_refused_not_zero(transform):
     model = make(**DECODER).use_ops("triton")
     x, t, y = inputs(model)
-    with pytest.raises(ValueError, match="torch.func.jvp or torch.func.grad.*use backend='reference'"):
+    with pytest.raises(ValueError, match="torch.func.jvp or torch.func.grad.*use backend='plain'"):
         if transform == "jvp":
             torch.func.jvp(lambda x: model(x, t, y), (x,), (x,))
         else:
@@ -323,8 +352,8 @@ def test_training_on_the_command_line_takes_the_switch(tiny_run, tmp_path):
 
     flags = [*tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--steps", "2", "--batch_size", "2"]
     flags += ["--preview.every", "0"]
-    for ops in ("auto", "triton"):
+    for ops in ("plain", "triton"):
         assert main(["finetune-diffusion", *flags, "--outdir", str(tmp_path / ops), "--ops", ops]) == 0
-    lines = [(tmp_path / ops / "metrics.jsonl").read_text().splitlines() for ops in ("auto", "triton")]
+    lines = [(tmp_path / ops / "metrics.jsonl").read_text().splitlines() for ops in ("plain", "triton")]
     losses = [[json.loads(line)["loss"] for line in run] for run in lines]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -15,7 +15,7 @@ if AVAILABLE and DEVICE == "cuda":
     AVAILABLE, REASON = extension.extension_has_cuda(), "the extension was built without CUDA"
 needs_extension = pytest.mark.skipif(not AVAILABLE, reason=f"extension: {REASON}")
 each_steps_backend = pytest.mark.parametrize(
-    "steps_backend", ["auto", "reference", pytest.param("extension", marks=needs_extension)]
+    "steps_backend", ["plain", pytest.param("extension", marks=needs_extension)]
 )
 
 

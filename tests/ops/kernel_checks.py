@@ -1,7 +1,7 @@
 """What the test of every operation asks of its kernel, written once.
 
 A function under test takes the inputs in order and returns a tensor or a tuple of tensors. `kernel` is the public
-operation with backend="triton", `reference` the same with backend="reference"; the exact result is the reference's in
+operation with backend="triton", `reference` the same with backend="plain"; the exact result is the reference's in
 float64.
 """
 

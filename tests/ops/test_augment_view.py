@@ -15,7 +15,7 @@ from tests.ops.extension_checks import DEVICE
 
 AVAILABLE, REASON = extension.extension_status()
 needs_extension = pytest.mark.skipif(not AVAILABLE, reason=f"extension: {REASON}")
-BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("extension", marks=needs_extension)])
+BACKENDS = pytest.mark.parametrize("backend", ["plain", pytest.param("extension", marks=needs_extension)])
 SIZES = sorted({shape[1:3] for shape in SPEC.odd_shapes})
 JITTER = {
     "brightness": JitterOperation.BRIGHTNESS,
@@ -29,7 +29,7 @@ PLAIN = AugmentedView((0, 0, 1, 1), (), False, None, False, False)
 def augment(images, views, backend):
     """The views [B, H, W, 3] of the images by Pillow's parameters, and a check that the images stay as they were."""
     x = torch.from_numpy(np.stack(images))
-    x = x.to(DEVICE) if backend == "reference" else x
+    x = x.to(DEVICE) if backend == "plain" else x
     before = x.clone()
     out = augment_view(x, **parameters_of(views), backend=backend)
     assert torch.equal(x, before) and out.is_contiguous() and out.device == x.device
@@ -168,7 +168,7 @@ def test_the_extension_is_the_reference_bit_for_bit(size):
     rng = np.random.default_rng(6)
     images = [make_image(rng, *size) for _ in range(40)]
     views = [make_view(rng, rng.choice([None, 0.1, 1.0, 2 * rng.random() + 0.01, 9.0])) for _ in range(40)]
-    np.testing.assert_array_equal(augment(images, views, "extension"), augment(images, views, "reference"))
+    np.testing.assert_array_equal(augment(images, views, "extension"), augment(images, views, "plain"))
 
 
 @needs_extension
@@ -193,7 +193,7 @@ def arguments(batch=2, **change):
     return {"x": torch.zeros(batch, 3, 5, 3, dtype=torch.uint8)} | parameters_of([PLAIN] * batch) | change
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("extension", marks=needs_extension)])
+@pytest.mark.parametrize("backend", ["auto", "plain", pytest.param("extension", marks=needs_extension)])
 def test_a_batch_of_nothing_gives_nothing(backend):
     assert augment_view(**arguments(0), backend=backend).shape == (0, 3, 3, 5)
 
@@ -257,7 +257,7 @@ WRONG_TENSORS = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "extension"])
+@pytest.mark.parametrize("backend", ["auto", "plain", "extension"])
 @pytest.mark.parametrize(("change", "message", "_"), WRONG_VALUES + WRONG_TENSORS)
 def test_a_mistake_is_answered_with_what_was_wanted(change, message, _, backend):
     with pytest.raises(ValueError, match=f"augment_view: .*{message}.*; "):
@@ -283,7 +283,7 @@ def test_operator_refuses_a_result_of_another_shape_and_over_its_input():
 
 
 def test_other_backends_and_devices_are_refused():
-    with pytest.raises(ValueError, match="got backend='cuda', wanted one of auto, extension, reference"):
+    with pytest.raises(ValueError, match="got backend='cuda', wanted one of plain, extension"):
         augment_view(**arguments(), backend="cuda")
     with pytest.raises(ValueError, match=r"got flip on meta, wanted it on the CPU"):
         augment_view(**arguments(flip=torch.zeros(2, dtype=torch.bool, device="meta")))

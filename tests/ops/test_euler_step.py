@@ -144,7 +144,7 @@ def test_operator_refuses_what_it_cannot_compute(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "triton"}, "got backend='triton', wanted one of auto, extension, reference"),
+        ({"backend": "triton"}, "got backend='triton', wanted one of plain, extension"),
         ({"denoised": torch.zeros(5)}, r"got denoised of shape \(5,\), wanted \(4,\) as x"),
         ({"sigma": 0.0}, "got sigma=0, wanted a level above 0"),
         (
@@ -163,7 +163,7 @@ def test_a_mistake_is_answered_with_what_was_wanted(function, change, message):
         function(**({"backend": "extension"} | arguments))
 
 
-@pytest.mark.parametrize("backend", ["reference", "extension"])
+@pytest.mark.parametrize("backend", ["plain", "extension"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -192,7 +192,7 @@ def test_a_missing_extension_says_how_to_build_it(monkeypatch, tmp_path):
     try:
         assert not available
         assert reason.startswith("not built") and "\n" not in reason
-        with pytest.raises(ValueError, match="not built.*pip install.*backend='reference'"):
+        with pytest.raises(ValueError, match="not built.*pip install.*backend='plain'"):
             euler_step(torch.zeros(4), torch.zeros(4), 1.0, 0.5, backend="extension")
     finally:
         extension.extension_status.cache_clear()

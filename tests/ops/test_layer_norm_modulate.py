@@ -120,9 +120,9 @@ def test_gradients_past_the_norm_and_through_the_copy_meet_in_its_kernel(shape, 
     grads = [randn(*shape, seed=seed, requires_grad=False) for seed in (5, 6, 7)]
     for dtypes in (DTYPES["fp32"], DTYPES["bf16 with fp32 parameters"]):
         inputs = make_inputs(shape, dtypes)
-        functions = [residual_norm(backend, copy_dtype) for backend in ("triton", "reference")]
+        functions = [residual_norm(backend, copy_dtype) for backend in ("triton", "plain")]
         results = [run(function, inputs, grads) for function in functions]
-        exact = run(residual_norm("reference", None), in_double(inputs), grads)
+        exact = run(residual_norm("plain", None), in_double(inputs), grads)
         for got, same, want in zip(results[0][0], results[1][0], exact[0], strict=True):
             assert_close_to_reference(got, same, want, name="output")
         for got, same, want in zip(results[0][1], results[1][1], exact[1], strict=True):
@@ -136,7 +136,7 @@ def test_the_norm_of_a_residual_alone_has_its_gradient():
     for copy_dtype in (None, torch.float16):
         got, want = (
             torch.autograd.grad(residual_norm(backend, copy_dtype)(*inputs)[1].square().sum(), inputs)
-            for backend in ("triton", "reference")
+            for backend in ("triton", "plain")
         )
         tolerance = 1e-4 if copy_dtype is None else 2e-3  # y in float16: 11 bits
         torch.testing.assert_close(got, want, rtol=tolerance, atol=10 * tolerance)
@@ -191,7 +191,7 @@ def test_fp8_keeps_three_mantissa_bits_of_each_row_and_a_row_of_zeros():
 
 
 @needs_triton
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_fp8_does_not_hide_nan(backend):
     if backend == "triton" and interpreting():
         pytest.skip("the interpreter converts NaN to a number")
@@ -259,7 +259,7 @@ def test_reference_compiles_into_one_graph(inductor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, triton, reference"),
+        ({"backend": "cuda"}, "got backend='cuda', wanted one of plain, triton"),
         ({"x": torch.zeros(5, 40)}, r"got x of shape \(5, 40\), wanted \[B, L, D\]"),
         ({"weight": torch.zeros(41)}, r"got weight of shape \(41,\), wanted \[40\]"),
         ({"shift": None}, "got no shift, wanted both shift and scale, or neither"),
@@ -276,7 +276,7 @@ def test_a_mistake_is_answered_with_what_was_wanted(change, message):
 def test_triton_on_a_cpu_tensor_says_what_to_do(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="on cpu, wanted one on a CUDA device.*backend='reference'"):
+    with pytest.raises(ValueError, match="on cpu, wanted one on a CUDA device.*backend='plain'"):
         layer_norm_modulate(torch.zeros(SMALL), torch.ones(40), torch.zeros(40), backend="triton")
 
 

@@ -164,7 +164,7 @@ def arguments():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "triton"}, "got backend='triton', wanted one of auto, cuda, scaled_mm, reference"),
+        ({"backend": "triton"}, "got backend='triton', wanted one of plain, cuda, scaled_mm"),
         ({"x": torch.zeros(5, 47)}, r"got x of shape \(5, 47\) and weight of shape \(24, 48\).*with the same K"),
         ({"x_scale": torch.ones(5, 1)}, r"got x_scale of shape \(5, 1\), wanted \[5\]"),
         ({"weight_scale": torch.ones(1)}, r"got weight_scale of shape \(1,\), wanted \[24\]"),
@@ -206,7 +206,7 @@ def test_a_backend_refuses_what_it_cannot_read(monkeypatch, backend, change, mes
 def test_an_older_pytorch_that_lacks_the_product_on_a_cpu_is_named(monkeypatch):
     monkeypatch.setattr(importlib.import_module("epg_fast.ops.linear_fp8"), "cpu_has_row_scales", lambda: False)
     inputs = [tensor.cpu() for tensor in make_inputs((33, 64, 32))]
-    with pytest.raises(ValueError, match="got torch .*one scale per tensor.*use backend='reference'"):
+    with pytest.raises(ValueError, match="got torch .*one scale per tensor.*use backend='plain'"):
         SCALED_MM(*inputs)
 
 

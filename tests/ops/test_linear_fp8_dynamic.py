@@ -20,7 +20,7 @@ FUNCTIONS = pytest.mark.parametrize(
         linear_fp8_dynamic_ref,
         pytest.param(scaled_mm, marks=pytest.mark.skipif(not HAS_FP8, reason="PyTorch has no such product here")),
     ],
-    ids=["reference", "scaled_mm"],
+    ids=["plain", "scaled_mm"],
 )
 
 
@@ -162,7 +162,7 @@ def test_there_is_no_second_derivative():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "auto"}, "got backend='auto', wanted one of scaled_mm, reference"),
+        ({"backend": "auto"}, "got backend='auto', wanted one of scaled_mm, plain"),
         ({"x": torch.zeros(5, 47)}, r"got x of shape \(5, 47\) and weight of shape \(32, 48\).*with the same K"),
         ({"bias": torch.zeros(48)}, r"got bias of shape \(48,\), wanted \[32\]"),
         ({"x": torch.zeros(5, 40), "weight": torch.zeros(32, 40)}, "got a weight of 32 x 40, wanted multiples of 16"),

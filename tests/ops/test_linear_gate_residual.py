@@ -214,7 +214,7 @@ def test_autocast_treats_it_as_a_linear_layer_and_keeps_the_dtype_of_the_residua
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "triton"}, "got backend='triton', wanted one of auto, cuda, reference"),
+        ({"backend": "triton"}, "got backend='triton', wanted one of plain, cuda"),
         ({"h": torch.zeros(3, 40)}, r"got h of shape \(3, 40\).*wanted \[B, L, K\]"),
         ({"h": torch.zeros(3, 17, 39)}, r"got h of shape \(3, 17, 39\).*with the same K"),
         ({"x": torch.zeros(3, 16, 24)}, r"got x of shape \(3, 16, 24\), wanted \[3, 17, 24\]"),

@@ -164,7 +164,7 @@ def test_kernel_compiles_into_one_graph(dtypes):
 
 
 @needs_triton
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_autocast_treats_it_as_a_linear_layer(backend):
     linear = nn.Linear(40, 24).to(DEVICE)
     x = randn(3, 5, 40)
@@ -201,7 +201,7 @@ def test_reference_gradients_are_right_in_float64():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cublas"}, "got backend='cublas', wanted one of auto, triton, cuda, reference"),
+        ({"backend": "cublas"}, "got backend='cublas', wanted one of plain, triton, cuda"),
         ({"x": torch.zeros(40)}, r"got x of shape \(40,\) and weight of shape \(24, 40\), wanted \[..., K\]"),
         ({"x": torch.zeros(5, 39)}, r"got x of shape \(5, 39\).*with the same K"),
         ({"weight": torch.zeros(40)}, r"weight of shape \(40,\), wanted"),
@@ -218,7 +218,7 @@ def test_a_mistake_is_answered_with_what_was_got_and_wanted(change, message):
 @needs_triton
 def test_float64_is_refused_by_the_kernel_and_says_what_to_do():
     inputs = [tensor.detach().double() for tensor in make_inputs(SMALL)]
-    with pytest.raises(ValueError, match="got x in torch.float64.*use backend='reference'"):
+    with pytest.raises(ValueError, match="got x in torch.float64.*use backend='plain'"):
         KERNEL(*inputs)
 
 

@@ -68,7 +68,7 @@ def gradient_like(inputs):
 
 
 def assert_kernel_is_accurate(inputs, dtokens=None, **options):
-    kernel, reference = (with_backend(backend, **options) for backend in ("triton", "reference"))
+    kernel, reference = (with_backend(backend, **options) for backend in ("triton", "plain"))
     assert_accurate(kernel, reference, inputs, [gradient_like(inputs) if dtokens is None else dtokens])
 
 
@@ -138,7 +138,7 @@ def test_tensor_cores_serve_float32_when_pytorch_allows_it():
     try:
         torch.set_float32_matmul_precision("high")
         inputs = make_inputs(SMALL)
-        torch.testing.assert_close(*(with_backend(b)(*inputs) for b in ("triton", "reference")), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(*(with_backend(b)(*inputs) for b in ("triton", "plain")), rtol=1e-2, atol=1e-2)
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -220,7 +220,7 @@ def test_operator_on_the_cpu_is_the_reference(drawn, monkeypatch):
     inputs = [tensor.detach().cpu().requires_grad_(tensor.requires_grad) for tensor in make_inputs(SMALL)]
     options = dict(NORMALISATION, seed=5) if drawn else NORMALISATION
     inputs[5] = None if drawn else inputs[5]
-    wanted, dtokens = with_backend("reference", **options)(*inputs), gradient_like(inputs).cpu()
+    wanted, dtokens = with_backend("plain", **options)(*inputs), gradient_like(inputs).cpu()
     tokens = torch.ops.epg_fast.patch_embed(*op_arguments(inputs, **options))[0]
     torch.testing.assert_close(tokens, wanted)
     gradients, wanted = (torch.autograd.grad(value, inputs[:5], dtokens) for value in (tokens, wanted))
@@ -244,7 +244,7 @@ def test_reference_is_the_convolution_behind_the_denoisers_input_scaling(autocas
 def test_kernel_multiplies_in_autocasts_dtype():
     inputs = make_inputs(SMALL)
     with torch.autocast(DEVICE, torch.bfloat16):
-        tokens, wanted = (with_backend(backend)(*inputs) for backend in ("triton", "reference"))
+        tokens, wanted = (with_backend(backend)(*inputs) for backend in ("triton", "plain"))
     assert tokens.dtype == wanted.dtype == torch.float32
     torch.testing.assert_close(tokens, wanted, rtol=2e-2, atol=2e-2)
     assert not torch.allclose(tokens, with_backend("triton")(*inputs), rtol=1e-6, atol=1e-6)
@@ -270,13 +270,13 @@ def test_reference_multiplies_each_patch_with_the_weight():
 
 def test_reference_gradients_are_right_in_float64():
     inputs = make_inputs((2, 2, 4, 2, 3), (torch.float64,) * 3)
-    assert torch.autograd.gradcheck(with_backend("reference"), inputs)
+    assert torch.autograd.gradcheck(with_backend("plain"), inputs)
 
 
 def test_reference_compiles_into_one_graph(inductor):
     inputs = make_inputs(SMALL)
-    compiled = torch.compile(with_backend("reference"), fullgraph=True)
-    assert_accurate(compiled, with_backend("reference"), inputs, [gradient_like(inputs)])
+    compiled = torch.compile(with_backend("plain"), fullgraph=True)
+    assert_accurate(compiled, with_backend("plain"), inputs, [gradient_like(inputs)])
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_the_noise_of_a_sample_depends_on_neither_the_batch_nor_the_rank():
 
 
 @needs_triton
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_stacked_views_share_their_samples_noise(backend):
     image, weight, bias, *_ = make_inputs((2, 3, 8, 4, 24))
     drawn = {"sigma": torch.ones(4, device=DEVICE), "seed": 3, "noise_batch": 2}
@@ -333,7 +333,7 @@ def test_stacked_views_share_their_samples_noise(backend):
 
 
 @needs_triton
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_flop_counter_counts_the_products(backend):
     inputs = make_inputs(SMALL)
     batch, channels, size, _, width = SMALL
@@ -349,7 +349,7 @@ def test_flop_counter_counts_the_products(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, triton, reference"),
+        ({"backend": "cuda"}, "got backend='cuda', wanted one of plain, triton"),
         ({"image": torch.zeros(3, 8, 8)}, r"got image of shape \(3, 8, 8\), wanted \[B, C, H, W\]"),
         (
             {"image": torch.zeros(2, 3, 8, 8, dtype=torch.int64)},
@@ -396,14 +396,14 @@ def test_float64_is_refused_for_the_kernel(name):
     names = ("image", "weight", "bias", "position", "prefix", "noise", "sigma", "c_in")
     arguments = dict(zip(names, make_inputs(SMALL), strict=True))
     arguments[name] = arguments[name].detach().double()
-    with pytest.raises(ValueError, match=f"got {name} in torch.float64, wanted one of .* use backend='reference'"):
+    with pytest.raises(ValueError, match=f"got {name} in torch.float64, wanted one of .* use backend='plain'"):
         patch_embed(**arguments, backend="triton")
 
 
 def test_triton_on_a_cpu_tensor_says_what_to_do(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="on cpu, wanted one on a CUDA device.*backend='reference'"):
+    with pytest.raises(ValueError, match="on cpu, wanted one on a CUDA device.*backend='plain'"):
         patch_embed(torch.zeros(1, 3, 8, 8), torch.zeros(24, 3, 4, 4), torch.zeros(24), backend="triton")
 
 

@@ -58,7 +58,7 @@ def squared_error_of(backend):
 
 def assert_kernel_is_accurate(inputs, huber_c=None, dloss=None):
     dloss = torch.randn(inputs[0].shape[0], device=DEVICE) if dloss is None else dloss
-    assert_accurate(loss_of("triton", huber_c), loss_of("reference", huber_c), inputs, [dloss])
+    assert_accurate(loss_of("triton", huber_c), loss_of("plain", huber_c), inputs, [dloss])
 
 
 @needs_triton
@@ -72,7 +72,7 @@ def test_kernel_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, para
     inputs = make_inputs(shape, dtypes, parameterization, target_is_image)
     assert_kernel_is_accurate(inputs, huber_c)
     inputs[0] = inputs[0].detach()
-    assert_accurate(squared_error_of("triton"), squared_error_of("reference"), inputs, None)
+    assert_accurate(squared_error_of("triton"), squared_error_of("plain"), inputs, None)
 
 
 @needs_triton
@@ -143,7 +143,7 @@ def test_operator_on_the_cpu_is_the_reference(huber_c, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = [tensor.detach().cpu() for tensor in make_inputs(SMALL)]
     inputs[0].requires_grad_()
-    (wanted, wanted_error), dloss = call(*inputs, huber_c=huber_c, backend="reference"), torch.randn(SMALL[0])
+    (wanted, wanted_error), dloss = call(*inputs, huber_c=huber_c, backend="plain"), torch.randn(SMALL[0])
     loss, squared_error = torch.ops.epg_fast.patch_loss(*inputs, huber_c)
     torch.testing.assert_close((loss, squared_error), (wanted, wanted_error))
     (gradient,), (wanted,) = (torch.autograd.grad(value, inputs[:1], dloss) for value in (loss, wanted))
@@ -159,7 +159,7 @@ def test_patchify_is_the_inverse_of_the_networks_unpatchify():
 
 def test_reference_is_the_denoising_loss_of_the_unpatchified_output():
     tokens, target, *_, weight = make_inputs(SMALL, (torch.float64, torch.float64), "x0")
-    loss, squared_error = call(tokens, target, None, None, None, weight, backend="auto")
+    loss, squared_error = call(tokens, target, None, None, None, weight, backend="plain")
     error = (unpatchified(tokens) - target).square().flatten(1)
     torch.testing.assert_close(loss, weight * error.mean(1))
     torch.testing.assert_close(squared_error, error.sum(1))
@@ -172,12 +172,12 @@ def test_reference_is_the_consistency_loss_of_the_unpatchified_output():
     output = c_skip.view(-1, 1, 1, 1) * noised + c_out.view(-1, 1, 1, 1) * unpatchified(tokens)
     distance = (output - target).square().flatten(1).sum(1)
     wanted = weight * distance / (distance.detach() + 0.06**2).sqrt()
-    loss = call(*inputs, huber_c=0.06, backend="auto")[0]
+    loss = call(*inputs, huber_c=0.06, backend="plain")[0]
     torch.testing.assert_close(loss, wanted)
     dloss = torch.randn_like(loss)
     gradient, wanted = (torch.autograd.grad(value, tokens, dloss)[0] for value in (loss, wanted))
     torch.testing.assert_close(gradient, wanted)
-    in_patch_space = call(tokens, patchify(target, 4), c_out, noised, c_skip, weight, huber_c=0.06, backend="auto")[0]
+    in_patch_space = call(tokens, patchify(target, 4), c_out, noised, c_skip, weight, huber_c=0.06, backend="plain")[0]
     torch.testing.assert_close(in_patch_space, loss)
 
 
@@ -194,7 +194,7 @@ def unpatchified(tokens):
 
 def test_reference_gradients_are_right_in_float64():
     inputs = make_inputs(SMALL, (torch.float64, torch.float64))
-    assert torch.autograd.gradcheck(loss_of("reference"), inputs)
+    assert torch.autograd.gradcheck(loss_of("plain"), inputs)
 
 
 def test_a_weight_of_zero_at_zero_distance_gives_neither_loss_nor_gradient():
@@ -206,14 +206,14 @@ def test_a_weight_of_zero_at_zero_distance_gives_neither_loss_nor_gradient():
 
 def test_reference_compiles_into_one_graph(inductor):
     inputs = make_inputs(SMALL, DTYPES["bf16 tokens, fp32 images"])
-    compiled = torch.compile(loss_of("reference", 0.06), fullgraph=True)
-    assert_accurate(compiled, loss_of("reference", 0.06), inputs, [torch.randn(SMALL[0], device=DEVICE)])
+    compiled = torch.compile(loss_of("plain", 0.06), fullgraph=True)
+    assert_accurate(compiled, loss_of("plain", 0.06), inputs, [torch.randn(SMALL[0], device=DEVICE)])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, triton, reference"),
+        ({"backend": "cuda"}, "got backend='cuda', wanted one of plain, triton"),
         ({"tokens": torch.zeros(2, 48)}, r"got tokens of shape \(2, 48\), wanted \[B, N, p\*p\*C\]"),
         (
             {"target": torch.zeros(2, 4, 47)},
@@ -252,14 +252,14 @@ def test_an_image_that_does_not_cut_into_patches_is_refused():
 @needs_triton
 def test_float64_is_refused_for_the_kernel():
     inputs = make_inputs(SMALL, (torch.float64, torch.float64))
-    with pytest.raises(ValueError, match="got tokens in torch.float64, wanted one of .* use backend='reference'"):
+    with pytest.raises(ValueError, match="got tokens in torch.float64, wanted one of .* use backend='plain'"):
         call(*inputs, backend="triton")
 
 
 def test_triton_on_a_cpu_tensor_says_what_to_do(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="on cpu, wanted one on a CUDA device.*backend='reference'"):
+    with pytest.raises(ValueError, match="on cpu, wanted one on a CUDA device.*backend='plain'"):
         patch_loss(torch.zeros(2, 4, 48), torch.zeros(2, 3, 8, 8), backend="triton")
 
 

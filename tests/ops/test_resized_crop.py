@@ -15,7 +15,7 @@ from tests.ops.extension_checks import DEVICE
 
 AVAILABLE, REASON = extension.extension_status()
 needs_extension = pytest.mark.skipif(not AVAILABLE, reason=f"extension: {REASON}")
-BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("extension", marks=needs_extension)])
+BACKENDS = pytest.mark.parametrize("backend", ["plain", pytest.param("extension", marks=needs_extension)])
 EACH_FILTER = pytest.mark.parametrize("filter", FILTERS)
 SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0}
 
@@ -35,7 +35,7 @@ def whole(image, resized, offset=(0, 0)):
 def run(crops, size, filter, backend):
     """The crops [B, size, size, 3], and a check that the inputs stay as they were."""
     images = [torch.from_numpy(crop.image.copy()) for crop in crops]
-    images = [image.to(DEVICE) for image in images] if backend == "reference" else images
+    images = [image.to(DEVICE) for image in images] if backend == "plain" else images
     parameters = parameters_of(crops)
     before = [tensor.clone() for tensor in (*images, *parameters.values())]
     out = resized_crop(images, **parameters, size=size, filter=filter, backend=backend)
@@ -257,7 +257,7 @@ def test_the_extension_is_the_reference_bit_for_bit(shape, filter):
     rng = np.random.default_rng(6)
     crops = [whole(make_image(rng, height, width), (size, size)) for _ in range(batch)]
     crops += [make_crop(rng, size, longest=200, halvings=int(rng.integers(3))) for _ in range(40)]
-    np.testing.assert_array_equal(run(crops, size, filter, "extension"), run(crops, size, filter, "reference"))
+    np.testing.assert_array_equal(run(crops, size, filter, "extension"), run(crops, size, filter, "plain"))
 
 
 @needs_extension
@@ -309,7 +309,7 @@ def arguments(batch=2, **change):
     return {"images": [IMAGE] * batch} | parameters | {"size": 4, "filter": "bicubic"} | change
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("extension", marks=needs_extension)])
+@pytest.mark.parametrize("backend", ["auto", "plain", pytest.param("extension", marks=needs_extension)])
 def test_a_batch_of_nothing_gives_nothing(backend):
     out = resized_crop(**arguments(0), backend=backend)
     assert out.shape == (0, 4, 4, 3) and out.dtype == torch.uint8
@@ -410,7 +410,7 @@ WRONG_TENSORS = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "extension"])
+@pytest.mark.parametrize("backend", ["auto", "plain", "extension"])
 @pytest.mark.parametrize(("change", "message", "_"), WRONG_VALUES + WRONG_TENSORS)
 def test_a_mistake_is_answered_with_what_was_wanted(change, message, _, backend):
     with pytest.raises(ValueError, match=f"resized_crop: .*{message}"):
@@ -458,14 +458,14 @@ def test_sizes_filters_and_backends_that_do_not_exist_are_refused():
         ({"size": 0}, "got size=0, wanted at least 1"),
         ({"size": -3}, "got size=-3, wanted at least 1"),
         ({"filter": "lanczos"}, "got filter='lanczos', wanted one of box, bilinear, bicubic"),
-        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, extension, reference"),
+        ({"backend": "cuda"}, "got backend='cuda', wanted one of plain, extension"),
         ({"boxes": torch.zeros(2, 4, dtype=torch.float64, device="meta")}, r"got boxes torch.float64 \[2, 4\] on meta"),
     ):
         with pytest.raises(ValueError, match=f"resized_crop: .*{message}"):
             resized_crop(**arguments(**change))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "extension"])
+@pytest.mark.parametrize("backend", ["auto", "plain", "extension"])
 def test_images_whose_pixels_float32_cannot_count_are_refused(backend):
     image = torch.zeros(1, 2**24 + 1, 3, dtype=torch.uint8)
     inputs = arguments(1, images=[image], halvings=torch.tensor([0]), boxes=torch.tensor([[0, 0, 4, 1]]).double())

@@ -194,7 +194,7 @@ def test_kernel_compiles_into_one_graph(dtypes, normed):
 
 @needs_triton
 @NORMED
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_autocast_treats_it_as_a_linear_layer_and_a_norm(backend, normed):
     linear = nn.Linear(64, 40).to(DEVICE)
     norm = nn.LayerNorm(40).to(DEVICE)
@@ -244,7 +244,7 @@ def test_reference_gradients_are_right_in_float64(normed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cublas"}, "got backend='cublas', wanted one of auto, triton, cuda, reference"),
+        ({"backend": "cublas"}, "got backend='cublas', wanted one of plain, triton, cuda"),
         ({"x": torch.zeros(5, 40)}, r"got x of shape \(5, 40\) and skip of shape \(2, 5, 24\), wanted \[B, L, D\] and"),
         ({"skip": torch.zeros(2, 4, 24)}, r"skip of shape \(2, 4, 24\).*with the same B and L"),
         ({"weight": torch.zeros(40, 63)}, r"got weight of shape \(40, 63\), wanted \[N, 64\].*\(40\).*skip \(24\)"),
@@ -264,7 +264,7 @@ def test_a_mistake_is_answered_with_what_was_got_and_wanted(change, message):
 @needs_triton
 def test_float64_is_refused_by_the_kernel_and_says_what_to_do():
     inputs = [tensor.detach().double() for tensor in make_inputs(SMALL)]
-    with pytest.raises(ValueError, match="got x in torch.float64.*use backend='reference'"):
+    with pytest.raises(ValueError, match="got x in torch.float64.*use backend='plain'"):
         KERNEL(*inputs)
 
 

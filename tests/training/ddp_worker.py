@@ -48,7 +48,7 @@ def gradients(config, stage_name, step, ranks, scaled=False):
         assert all(p.grad._base is not None and p.grad.stride() == p.stride() for p in _trained(stage))
     if stage_name == "DiffusionStage":
         found = {name: value.clone() for name, value in found.items()}
-        use_fp8(stage.network, "reference")
+        use_fp8(stage.network, "plain")
         stage.network.zero_grad()
         compute(batch, draws, step)
         found |= {f"fp8.{n}": p.grad for n, p in stage.network.named_parameters() if p.grad is not None}

@@ -23,7 +23,7 @@ def names_of(network):
 def test_the_large_linears_of_the_blocks_change_and_nothing_else():
     network = create_model("digits_32", **SMALL)
     before, names = dict(network.named_parameters()), list(network.state_dict())
-    line = use_fp8(network, "reference")
+    line = use_fp8(network, "plain")
     assert list(network.state_dict()) == names
     assert all(p is before[name] for name, p in network.named_parameters())
     blocks = [f"blocks.{i}" for i in range(2)] + [f"decoder_blocks.{i}" for i in range(3)]
@@ -37,7 +37,7 @@ def test_the_large_linears_of_the_blocks_change_and_nothing_else():
 
 def test_linears_of_odd_sizes_stay_in_16_bits_and_are_named():
     network = create_model("digits_32", **(SMALL | {"decoder_embed_dim": 40}))
-    line = use_fp8(network, "reference")
+    line = use_fp8(network, "plain")
     assert names_of(network) == {f"blocks.{i}.{name}" for i in range(2) for name in LARGE}
     assert "fp8: 8 linears" in line and "3 x fc1 40 to 160" in line and "2 x skip_linear 72 to 40" in line
     with pytest.raises(ValueError, match="no multiples of 16 .*2 x qkv 24 to 72.*leave out --fp8"):
@@ -66,7 +66,7 @@ def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
         loss.backward()
         results.append((loss.detach(), {n: p.grad for n, p in stage.network.named_parameters() if p.grad is not None}))
         if not names_of(stage.network):
-            use_fp8(stage.network, "reference")
+            use_fp8(stage.network, "plain")
     assert names_of(stage.network) and not names_of(stage.average)
     assert job != "finetune-consistency" or not names_of(stage.perceptual)
     (loss, gradients), (other, others) = results
@@ -84,7 +84,7 @@ def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
 
 def test_a_block_in_fp8_is_one_graph():
     network = create_encoder("digits_32", **{k: SIZES[k] for k in ("embed_dim", "depth", "num_heads")})
-    use_fp8(network, "reference")
+    use_fp8(network, "plain")
     x = torch.randn(2, 18, 32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = network.blocks[0](x)
@@ -102,7 +102,7 @@ def train(fp8, steps=12, checkpointing=False):
     stage = make_stage("finetune-diffusion", config)
     optimizer = make_optimizer(stage.network, config.optimizer, [])
     if fp8:
-        use_fp8(stage.network, "reference")
+        use_fp8(stage.network, "plain")
     losses = []
     for _ in range(steps):
         torch.manual_seed(3)

@@ -1,0 +1,76 @@
+"""Where a network computes, and with what: every site of `EPGViT` and `RCMViT`, and the backends it can have.
+
+A choice is a mapping {site: backend}. Parameters, their names and the results, up to rounding, are the same with any.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from epg_fast.ops.attention import SDPA
+
+_BLOCK = {
+    "norm": ("plain", "triton"),
+    "attention": ("plain", *SDPA[1:], "flash_attn", "flash_attn_3", "flash_attn_4", "triton"),
+    "proj": ("plain", "norm", "triton"),
+    "mlp": ("plain", "triton"),
+}
+SITES: dict[str, tuple[str, ...]] = {
+    "embedding": ("plain", "triton"),
+    "condition": ("plain", "triton"),
+    **{f"encoder.{name}": backends for name, backends in _BLOCK.items()},
+    "decoder.skip": ("plain", "triton"),
+    **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
+    "loss": ("plain", "triton"),
+}
+"""Site -> backends.
+
+embedding: patches, position and class tokens. condition: time embedding and its SiLU. norm: the first norm of a block,
+and the final one. attention: softmax attention, without its products with weights. proj: attention's output
+projection, its gate, the residual and the second norm; "norm" takes the product from PyTorch and the rest as one Triton
+kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm of the
+block. loss: the loss of patches.
+"""
+PLAIN = dict.fromkeys(SITES, "plain")
+
+
+def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
+    """{site: backend} of every site, from "plain", "triton" (every Triton kernel) or {site: backend}, the rest plain.
+
+    A name without its half, such as "attention", stands for the encoder's and the decoder's.
+    Raises ValueError for a site or backend that does not exist, with the nearest that does.
+    """
+    if ops in ("plain", "triton"):
+        return dict.fromkeys(SITES, ops)
+    if isinstance(ops, str):
+        raise ValueError(f"ops {ops!r}: want plain, triton, or sites with their backends such as {{'mlp': 'triton'}}")
+    chosen = dict(PLAIN)
+    for name, backend in ops.items():
+        sites = [site for site in SITES if name in (site, site.partition(".")[2])]
+        if not sites:
+            shown = sorted({site.rpartition(".")[2] for site in SITES})
+            raise ValueError(
+                f"ops: got site {name!r}{_nearest(name, [*SITES, *shown])}, want one of {', '.join(shown)}"
+            )
+        for site in sites:
+            if backend not in SITES[site]:
+                raise ValueError(f"ops: got {name}={backend!r}, want one of {', '.join(SITES[site])}")
+            chosen[site] = backend
+    return chosen
+
+
+def of_half(ops: Mapping[str, str], half: str) -> dict[str, str]:
+    """{name: backend} of the blocks of one half, "encoder" or "decoder"."""
+    prefix = f"{half}."
+    return {site.removeprefix(prefix): backend for site, backend in ops.items() if site.startswith(prefix)}
+
+
+def has_custom_operators(ops: Mapping[str, str]) -> bool:
+    """Whether anything but PyTorch's own operators computes."""
+    return any(backend not in SDPA for backend in ops.values())
+
+
+def _nearest(name: str, valid) -> str:
+    match = difflib.get_close_matches(name, list(valid), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
