@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from epg_fast.models.blocks import Attention, Block, DecoderBlock, LayerNorm, Mlp, PatchEmbed, is_plain
 from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
-from epg_fast.models.sites import of_half
 from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,
@@ -28,6 +27,7 @@ from epg_fast.ops import (
     skip_linear,
 )
 from epg_fast.ops.backends import autocast_dtype
+from epg_fast.plans.sites import of_half
 
 
 def parameters_of(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -95,6 +95,15 @@ def _description() -> str:
     return f"CPU and CUDA for {architectures}, {gemms} CUTLASS, {info['compiler']}, nvcc {info['nvcc']}"
 
 
+def extension_code() -> str:
+    """What the extension has code for, in few words: "none", "cpu", or "cuda 9.0a" and whether with CUTLASS."""
+    if not _is_available():
+        return "none"
+    if not extension_has_cuda():
+        return "cpu"
+    return f"cuda {_build_info()['cuda_architectures']}{' with CUTLASS' if extension_has_gemms() else ''}"
+
+
 def extension_has_cuda() -> bool:
     """Whether the loaded extension was built with CUDA."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("epg_fast::euler_step_out", "CUDA")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import LayerNorm, is_plain
-from epg_fast.models.sites import has_custom_operators
 from epg_fast.ops import linear_fp8
 from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
 from epg_fast.ops.linear_fp8 import cpu_has_row_scales
+from epg_fast.plans.sites import has_custom_operators
 
 log = logging.getLogger("epg_fast")
 
@@ -54,7 +55,7 @@ def available_precision(precision: str, device: torch.device) -> str:
 
 
 @torch.no_grad()
-def inference_network(model: EPGViT, precision: str) -> EPGViT:
+def inference_network(model: EPGViT, precision: str, ops: Mapping[str, str] | None = None) -> EPGViT:
     """A network of its own, in eval mode, with `model`'s weights cast once; it shares those that keep their dtype.
 
     Modules of any kind come along with their hooks, which are called as in `model`. Raises ValueError for a module
@@ -64,6 +65,8 @@ def inference_network(model: EPGViT, precision: str) -> EPGViT:
     norms = [module for module in model.modules() if isinstance(module, LayerNorm)]
     cast = _Cast(dtype, {id(p) for norm in norms for p in norm.parameters()})
     network = _twin(model, cast, {})
+    if ops is not None and ops != network.ops:
+        network.use_ops(ops)
     if precision == "fp8":
         _use_fp8(network, model)
     if dtype is not None:

@@ -59,26 +59,31 @@ def make_optimizer(
     network: torch.nn.Module,
     config: OptimizerConfig,
     averages: Sequence[torch.nn.Module] = (),
+    planned: str | None = None,
 ) -> Optimizer:
     """The optimiser of `network`'s trainable parameters with the backend that `config.backend` names.
 
-    averages: networks of the same structure on the same device, whose parameters follow `network`'s.
-    `auto` is `fused` on a CPU where the extension is built, else `torch`; the log says which.
-    Raises ValueError for a backend that cannot run here, saying what is missing.
+    averages: networks of the same structure on the same device, whose parameters follow `network`'s. planned: the
+    backend of a plan's site "optimizer".
+    `auto` is what is planned, else `fused` on a CPU and `torch` on a GPU; where the fused one cannot run it is `torch`.
+    The log says which. Raises ValueError for a backend that cannot run here, saying what is missing.
     """
-    return _BACKENDS[_backend(network, config.backend, averages)](network, config, averages)
+    return _BACKENDS[_backend(network, config.backend, averages, planned)](network, config, averages)
 
 
-def _backend(network: torch.nn.Module, wanted: str, averages: Sequence[torch.nn.Module]) -> str:
+def _backend(
+    network: torch.nn.Module, wanted: str, averages: Sequence[torch.nn.Module], planned: str | None = None
+) -> str:
     if wanted != "auto":
         return wanted
-    device = next(network.parameters()).device
-    available, reason = extension_status()
-    obstacle = _fused_obstacle(network, averages) if available else f"the extension is {reason}"
-    if device.type == "cpu":
-        chosen, why = ("torch", obstacle) if obstacle else ("fused", "one pass in the C++ extension")
-    else:
-        chosen, why = "torch", "the fused one has not been measured on a GPU yet: --optimizer.backend fused takes it"
+    chosen, why = {"plain": "torch"}.get(planned, planned), "as planned"
+    if planned is None:
+        chosen = "fused" if next(network.parameters()).device.type == "cpu" else "torch"
+        why = "one pass in the C++ extension" if chosen == "fused" else "no plan says more"
+    if chosen == "fused":
+        available, reason = extension_status()
+        obstacle = _fused_obstacle(network, averages) if available else f"the extension is {reason}"
+        chosen, why = ("torch", obstacle) if obstacle else (chosen, why)
     log.info("optimiser: %s (%s)", chosen, why)
     return chosen
 

@@ -21,6 +21,7 @@ from epg_fast.training.levels import names_by_level, sums_by_level
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
+from epg_fast.training.planning import choice_record
 from epg_fast.training.posthoc_ema import PosthocEma
 from epg_fast.training.sharded_checkpoint import read_any, save_sharded, together
 from epg_fast.training.sharding import load_parts, shard
@@ -44,7 +45,10 @@ class RunState:
         averages = [average for average in (stage.average, *self.posthoc_ema.averages) if average is not None]
         # The first so many are updated with the weights, on their device.
         self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)
-        self.optimizer = make_optimizer(stage.network, config.optimizer, averages[: self._on_device])
+        planned = stage.chosen.ops["optimizer"] if stage.chosen.plan else None
+        self.optimizer = make_optimizer(stage.network, config.optimizer, averages[: self._on_device], planned)
+        self.choice = choice_record(stage.chosen, ranks.device)
+        """What computes, as checkpoints record it."""
         self.host_averages = HostAverages(stage.network, averages[self._on_device :])
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
@@ -139,6 +143,7 @@ class RunState:
             "data": self.data_fingerprint,
             "data_backend": self.data_backend,
             "bad_files": dict(self.bad_files),
+            "plan": self.choice,
         }
         snapshot = self.posthoc_ema.snapshot() if self.posthoc_ema.is_due(step) else None
         self.host_averages.wait()

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import EPGViT, RCMViT
-from epg_fast.models.sites import PLAIN, SITES
 from epg_fast.objectives import consistency_loss, denoising_loss
+from epg_fast.plans.sites import PLAIN, SITES
 from tests.golden_data import interpret_only
 
 pytest.importorskip("triton")

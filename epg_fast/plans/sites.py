@@ -1,4 +1,4 @@
-"""Where a network computes, and with what: every site of `EPGViT` and `RCMViT`, and the backends it can have.
+"""Where a job computes, and with what: every site of the networks, the optimiser and the samplers, and its backends.
 
 A choice is a mapping {site: backend}. Parameters, their names and the results, up to rounding, are the same with any.
 """
@@ -23,6 +23,8 @@ SITES: dict[str, tuple[str, ...]] = {
     "decoder.skip": ("plain", "triton"),
     **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
     "loss": ("plain", "triton"),
+    "optimizer": ("plain", "fused", "apex"),
+    "steps": ("plain", "extension"),
 }
 """Site -> backends.
 
@@ -30,8 +32,11 @@ embedding: patches, position and class tokens. condition: time embedding and its
 and the final one. attention: softmax attention, without its products with weights. proj: attention's output
 projection, its gate, the residual and the second norm; "norm" takes the product from PyTorch and the rest as one Triton
 kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm of the
-block. loss: the loss of patches.
+block. loss: the loss of patches. optimizer: "plain" is PyTorch's fused AdamW, "fused" the extension's update. steps:
+of the samplers `euler` and `heun`.
 """
+NETWORK = tuple(site for site in SITES if site not in ("optimizer", "steps"))
+"""Those that a network's `use_ops` asks."""
 PLAIN = dict.fromkeys(SITES, "plain")
 
 
@@ -42,12 +47,12 @@ def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
     Raises ValueError for a site or backend that does not exist, with the nearest that does.
     """
     if ops in ("plain", "triton"):
-        return dict.fromkeys(SITES, ops)
+        return PLAIN | {site: ops for site, backends in SITES.items() if ops in backends}
     if isinstance(ops, str):
         raise ValueError(f"ops {ops!r}: want plain, triton, or sites with their backends such as {{'mlp': 'triton'}}")
     chosen = dict(PLAIN)
     for name, backend in ops.items():
-        sites = [site for site in SITES if name in (site, site.partition(".")[2])]
+        sites = sites_of(name)
         if not sites:
             shown = sorted({site.rpartition(".")[2] for site in SITES})
             raise ValueError(
@@ -60,6 +65,11 @@ def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
     return chosen
 
 
+def sites_of(name: str) -> list[str]:
+    """The site of that name, or those of both halves."""
+    return [site for site in SITES if name in (site, site.partition(".")[2])]
+
+
 def of_half(ops: Mapping[str, str], half: str) -> dict[str, str]:
     """{name: backend} of the blocks of one half, "encoder" or "decoder"."""
     prefix = f"{half}."
@@ -68,7 +78,13 @@ def of_half(ops: Mapping[str, str], half: str) -> dict[str, str]:
 
 def has_custom_operators(ops: Mapping[str, str]) -> bool:
     """Whether anything but PyTorch's own operators computes."""
-    return any(backend not in SDPA for backend in ops.values())
+    return any(ops[site] not in SDPA for site in NETWORK)
+
+
+def has_fused_operations(ops: Mapping[str, str]) -> bool:
+    """Whether a block is computed by operations that read its weights themselves, past its linear layers."""
+    sites = [f"{half}.{name}" for half in ("encoder", "decoder") for name in ("norm", "proj", "mlp")]
+    return any(ops[site] != "plain" for site in (*sites, "decoder.skip"))
 
 
 def _nearest(name: str, valid) -> str:
