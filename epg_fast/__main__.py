@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             job, config_class, rest, own = _tuned_job(rest)
         config, options = _parse(name, config_class, rest)
         if name == "tune":
-            return job(config, own)
+            return job(config, own) or 0
         return _dry_run(name, config, options) if options and options.dry_run else job(config) or 0
     except (ValueError, ImportError) as error:
         if os.environ.get("EPG_DEBUG"):

@@ -40,9 +40,12 @@ class _Log(logging.Handler):
     def __init__(self):
         super().__init__()
         self.messages: list[str] = []
+        self.ops: list[str] = []
+        """Lines that say what computes; apart, since every engine and run has one."""
 
     def emit(self, record):
-        self.messages.append(record.getMessage())
+        line = record.getMessage()
+        (self.ops if line.startswith("ops: ") else self.messages).append(line)
 
 
 @pytest.fixture

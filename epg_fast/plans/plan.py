@@ -164,7 +164,8 @@ class Plan:
     @property
     def name(self) -> str:
         """Of its file."""
-        c, digest = self.case, hashlib.sha256(repr((dict(self.case.network), self.machine)).encode()).hexdigest()[:8]
+        machine = dataclasses.replace(self.machine, driver="")
+        c, digest = self.case, hashlib.sha256(repr((dict(self.case.network), machine)).encode()).hexdigest()[:8]
         device = re.sub(r"[^A-Za-z0-9]+", "-", self.machine.device).strip("-")[:60]
         return f"{c.job}_{c.precision}_b{c.batch}_{c.network['image_size']}px_{device}_{digest}.json"
 

@@ -27,7 +27,7 @@ from epg_fast.tuning.tuner import Failed
 from epg_fast.tuning.workloads import Sampling, Training, checked_batch, errors, worst
 
 _PAIRS = (5, 60)  # at least, at most
-_ROUNDING = {"bf16": 2**-8, "fp16": 2**-11, "tf32": 2**-11, "fp32": 1e-4, "fp8": 2**-4}
+_ROUNDING = {"bf16": 2**-8, "fp16": 2**-11, "tf32": 2**-11, "fp32": 1e-6, "fp8": 2**-4}
 _SAME = {"fp32": 1e-2, "tf32": 3e-2}  # of the whole job; 16 bits: 0.3
 _FLUSHED = 1 << 28  # bytes, several times a GPU's L2
 
@@ -72,7 +72,7 @@ class Worker:
             return self._same_as_plain(variant, _SAME.get(precision, 0.3))
         batch = checked_batch(self.job.batch, self.device)
         plain = Variant(threads=variant.threads)
-        exact = self._reference(unit, plain, batch, "fp32")
+        exact = self._reference(unit, plain, batch, "fp32" if unit == "optimizer" else "fp64")
         found = errors(self._make(unit, variant, batch).results(), self._reference(unit, plain, batch, None), exact)
         wrong = worst(found, 1e-5 if unit == "optimizer" else _ROUNDING[precision])
         if wrong is not None:
@@ -163,11 +163,13 @@ class Worker:
 
     def _new(self, unit: str, variant: Variant, batch: int, precision: str | None):
         job, config = self.job, self.job.config
+        dtype = None
         if precision is not None:
-            config = dataclasses.replace(config, precision=precision, **({"fp8": None} if job.stage else {}))
+            config = dataclasses.replace(config, precision="fp32", **({"fp8": None} if job.stage else {}))
+            dtype = torch.float64 if precision == "fp64" else None
         if job.stage is None:
-            return Sampling(config, job.network, unit, variant, batch)
-        return Training(config, job.stage, unit, variant, batch)
+            return Sampling(config, job.network, unit, variant, batch, dtype)
+        return Training(config, job.stage, unit, variant, batch, dtype)
 
     def _forget(self) -> None:
         self._made.clear()

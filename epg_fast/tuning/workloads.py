@@ -48,16 +48,18 @@ def lively(network: ViTEncoder) -> ViTEncoder:
 
 
 class Sampling:
-    """A few steps of the sampler. config: what `sample` would get; network: arguments of EPGViT."""
+    """A few steps of the sampler. config: what `sample` would get; network: arguments of EPGViT; dtype: of weights."""
 
-    def __init__(self, config: SampleConfig, network: dict, unit: str, variant: Variant, batch: int):
+    def __init__(
+        self, config: SampleConfig, network: dict, unit: str, variant: Variant, batch: int, dtype: torch.dtype | None
+    ):
         device = resolve_device(config.device)
         arguments = network | (
             {} if unit == "whole" else dict(zip(("depth", "decoder_depth"), UNITS[unit], strict=True))
         )
         torch.manual_seed(0)
         with device:
-            model = lively(generator_from_config(arguments)).eval()
+            model = lively(generator_from_config(arguments)).eval().to(dtype)
         sampler = config.sampler if config.sampler in (*PLANNED_STEPS, "onestep") else "heun"
         self.engine = SamplingEngine(
             model,
@@ -85,9 +87,20 @@ class Sampling:
 
 
 class Training:
-    """An update of a stage on images that are on the device; with unit "optimizer" what follows the gradients."""
+    """An update of a stage on images that are on the device; with unit "optimizer" what follows the gradients.
 
-    def __init__(self, config: RunConfig, stage_class: type[Stage], unit: str, variant: Variant, batch: int):
+    dtype: of weights and images, for results alone.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage_class: type[Stage],
+        unit: str,
+        variant: Variant,
+        batch: int,
+        dtype: torch.dtype | None,
+    ):
         device, perceptual = resolve_device(config.device), getattr(config, "perceptual", None)
         absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
         self.config = dataclasses.replace(
@@ -110,6 +123,9 @@ class Training:
                 stage.perceptual = lively(encoder_from_config(network_config(self.config)))
                 stage.perceptual.use_ops(stage.chosen.ops).eval().requires_grad_(False)
             stage.average.load_state_dict(stage.network.state_dict())
+        if dtype is not None:
+            for network in filter(None, (stage.network, stage.average, getattr(stage, "perceptual", None))):
+                network.to(dtype)
         self.stage, self.unit = stage, unit
         self.state = RunState(stage.config, stage, _NoImages(), ranks)
         if config.fp8:
@@ -117,7 +133,7 @@ class Training:
         self._module, self._metrics = make_step_module(stage), _NoMetrics()
         if unit != "optimizer":
             compile_stage(stage)
-        self._batch = _images(stage, batch, device)
+        self._batch = {k: v.to(dtype) if k != "label" else v for k, v in _images(stage, batch, device).items()}
 
     def step(self) -> None:
         """One update."""
@@ -143,7 +159,7 @@ class Training:
         scale = self.state.loss_scale.value
         for name, parameter in self.stage.network.named_parameters():
             if parameter.grad is not None:
-                found[name] = parameter.grad.float() / (1 if scale is None else scale)
+                found[name] = parameter.grad / (1 if scale is None else scale)
         self.state.optimizer.zero_grad()
         return found
 
