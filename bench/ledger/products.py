@@ -199,7 +199,11 @@ def _only(fused: set[str]) -> Iterator[None]:
 
 
 def _plain(call):
-    def plain(*args, backend: str = "auto", **kwargs):
-        return call(*args, backend="auto", **kwargs)
+    signature = inspect.signature(call)
+
+    def plain(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.arguments["backend"] = "plain"
+        return call(*given.args, **given.kwargs)
 
     return plain

@@ -291,7 +291,7 @@ class _Arriving:
         return self.part, self.tensors[0].numpy()
 
 
-def _compile(network: EPGViT, how: str, more: Mapping[str, object]) -> None:
+def _compile(network: EPGViT, how: str, more: Mapping[str, object] | None = None) -> None:
     """torch.compile for static shapes, in place."""
     options = compile_options(has_custom_operators(network.ops), more=more)
     if how == "network":
