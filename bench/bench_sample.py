@@ -44,6 +44,7 @@ RUNGS = (
     Rung("ours, Triton kernels, CUDA graphs", "bf16", _GRAPHS | {"ops": "triton"}),
     Rung("ours, extension's steps, CUDA graphs", "bf16", _GRAPHS | {"steps_backend": "extension"}, later=True),
     Rung("ours, FP8, CUDA graphs", "fp8", _GRAPHS, profiled=True),
+    Rung("ours, FP8, Triton kernels, CUDA graphs", "fp8", _GRAPHS | {"ops": "triton"}),
 )
 
 

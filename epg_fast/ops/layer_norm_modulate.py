@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.fp8 import refuse_gradient, require_conversion
+from epg_fast.ops.quantize_rows import quantize_rows_ref
 from epg_fast.ops.spec import OpSpec
 
 _MAX_TRITON_WIDTH = 4096
-_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-_FP8_TINY = 1e-30  # the scale of a smaller row would leave float32's normal numbers
 
 
 def layer_norm_modulate_ref(
@@ -53,16 +53,6 @@ def layer_norm_modulate_fp8_ref(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y / row_scale in float8_e4m3fn, row_scale [B, L]) in plain PyTorch."""
     return quantize_rows_ref(layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, _accumulation_dtype(x)))
-
-
-def quantize_rows_ref(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [..., D] as float8_e4m3fn and a scale per row [...], of which it is the product; a row below 1e-30 is zero.
-
-    Rows with values that are not finite have NaN in them.
-    """
-    largest = y.abs().amax(-1)
-    row_scale = torch.where(largest > _FP8_TINY, largest / _FP8_MAX, 1.0)
-    return (y / row_scale.unsqueeze(-1)).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), row_scale
 
 
 def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
@@ -327,16 +317,8 @@ def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, 
             f"{op}: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "
             "use backend='plain'"
         )
-    if fp8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        raise ValueError(
-            f"{op}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU with FP8 (compute capability 8.9 or more) "
-            "for backend='triton'; use backend='plain'"
-        )
-
-
-def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ValueError(f"{op}: got a tensor that requires a gradient, which FP8 output has not; use torch.no_grad()")
+    if fp8:
+        require_conversion(op, x.device)
 
 
 def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | None) -> None:
