@@ -23,10 +23,8 @@ def _inputs(shape, device, seed):
     return [x, randn(batch, tokens, width), randn(batch, width), randn(batch, tokens, skip_width)]
 
 
-def _restored(function, *inputs):
-    """Values of rows, which can be compared."""
-    rows, scale = function(*inputs)
-    return rows.float() * scale.unsqueeze(-1)
+def _values(rows, scale):
+    return rows.float() * scale.float().unsqueeze(-1)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -43,4 +41,5 @@ def test_quantize_rows(measure, device, shape, provider):
         dtype=torch.bfloat16,
         direction="forward",
         provider=provider,
+        checked=_values,
     )

@@ -10,6 +10,7 @@ import epg_fast
 from epg_fast.models import EPGViT
 from epg_fast.models.fused_fp8 import Fp8Block, Fp8DecoderBlock, QuantizedLinear
 from epg_fast.sampling.precision import inference_network
+from tests.golden_data import Case
 from tests.ops.kernel_checks import pretend_gemms_run
 
 pytest.importorskip("triton")
@@ -71,6 +72,17 @@ def test_a_network_errs_with_the_kernels_as_much_as_with_pytorch(form):
     # The same roundings of other values: what they add up to differs by chance, in thousands of outputs by little.
     assert errors["triton"] == pytest.approx(errors["plain"], rel=0.1)
     assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) == errors["triton"] > 2e-3
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("name", ["epgvit_equal_depth", "epgvit_head_dim_72"])
+def test_official_outputs_are_met_as_nearly_as_by_pytorchs_way(name):
+    case = Case(name)
+    model = EPGViT(**case.config["model"]).eval()
+    model.load_state_dict(case.weights())
+    arguments = case["x"], case["t"], case["y"]
+    errors = [error(in_fp8(model, arguments, {"fp8": ops}), case["out"]) for ops in ("triton", "plain")]
+    assert 1e-3 < errors[0] < 1.1 * errors[1] < 0.1
 
 
 def test_use_ops_triton_samples_in_fp8_and_says_what_is_not_asked(log):
