@@ -110,9 +110,9 @@ class ViTEncoder(nn.Module):
         """
         for prefix, block in self._named_blocks():
             for outer, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")):
-                linear = block._modules[outer]._modules.get(name)
-                if linear is not None:  # an adapter around the whole of attention or MLP hides what is in it
-                    yield f"{prefix}.{outer}.{name}", linear
+                module = block._modules[outer]
+                # an adapter around the whole of attention or MLP is in the place of what is in it
+                yield f"{prefix}.{outer}.{name}", module._modules.get(name, module)
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for i, block in enumerate(self.blocks):

@@ -205,15 +205,17 @@ def use_fp8(network: ViTEncoder, model: ViTEncoder) -> str:
 def _use_blocks(network: ViTEncoder) -> str:
     """Give blocks and network the classes that compute with rows in FP8; says which blocks do not."""
     blocks = [*network.blocks, *getattr(network, "decoder_blocks", ())]
-    taken = [block for block in blocks if _calls_nothing_else(block)]
+    taken = [block for block in blocks if _is_unchanged(block)]
     for block in taken:
         block.__class__ = _FP8[type(block)]
     network.__class__ = _fp8_network(type(network))
     left = len(blocks) - len(taken)
-    return f"; {left} of {len(blocks)} blocks quantise apart from their kernels, being changed inside" if left else ""
+    if not left:
+        return ""
+    return f"; {left} of {len(blocks)} blocks call their modules (hooks, adapters or other sides), not the kernels"
 
 
-_CALLED = {
+_BYPASSED = {
     "norm1": LayerNorm,
     "norm2": LayerNorm,
     "attn": Attention,
@@ -226,12 +228,12 @@ _CALLED = {
     "mlp.drop": nn.Dropout,
     "drop_path": DropPath,
 }
-"""What an `Fp8Block` does not call."""
+"""What a block in FP8 does not call."""
 
 
-def _calls_nothing_else(block: nn.Module) -> bool:
+def _is_unchanged(block: nn.Module) -> bool:
     """Whether a block in FP8 would compute what this one does."""
     norm = getattr(block, "skip_norm", None)
     plain = norm is None or is_plain(norm, LayerNorm) or is_plain(norm, nn.Identity)
     plain = plain and type(block) in _FP8 and is_plain(block, type(block))
-    return plain and all(is_plain(block.get_submodule(name), kind) for name, kind in _CALLED.items())
+    return plain and all(is_plain(block.get_submodule(name), kind) for name, kind in _BYPASSED.items())

@@ -20,7 +20,7 @@ dgate = sum_l branch * g.
 
 import torch
 
-from epg_fast.ops.backends import check_backend, interpreting
+from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting
 from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
@@ -78,7 +78,7 @@ def _forward_triton(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
 
 @_forward_op.register_fake
 def _(x, branch, gate, weight, bias, shift, scale, eps, out_dtype):
-    statistics = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    statistics = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
     y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
     return x.new_empty(x.shape), y, statistics, torch.empty_like(statistics)
 
@@ -186,7 +186,7 @@ def _fp8_triton(x, branch, gate, weight, bias, shift, scale, eps):
 
 @_fp8_op.register_fake
 def _(x, branch, gate, weight, bias, shift, scale, eps):
-    row_scale = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    row_scale = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float8_e4m3fn), row_scale
 
 

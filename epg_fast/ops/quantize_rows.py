@@ -18,7 +18,7 @@ lies between two. A row whose largest value is below 1e-30 is zero. One with val
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting, require_grid, require_triton
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.spec import OpSpec
 
@@ -36,7 +36,7 @@ def quantize_rows_ref(
     gelu: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
-    z = gated_sum_ref(x, branch, gate).to(_accumulation_dtype(x))
+    z = gated_sum_ref(x, branch, gate).to(accumulation_dtype(x))
     z = F.gelu(z) if gelu else z
     z = z if skip is None else torch.cat([z, skip.to(z.dtype)], -1)
     largest = z.abs().amax(-1)
@@ -48,14 +48,10 @@ def gated_sum_ref(x: torch.Tensor, branch: torch.Tensor | None, gate: torch.Tens
     """x + gate * branch, rounded once, to x's dtype; x without a branch."""
     if branch is None:
         return x
-    branch = branch.to(_accumulation_dtype(x))
+    branch = branch.to(accumulation_dtype(x))
     if gate is not None:
         branch = branch * (gate.unsqueeze(1) if gate.dim() == 2 else gate).to(branch.dtype)
     return (x.to(branch.dtype) + branch).to(x.dtype)
-
-
-def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("epg_fast::quantize_rows", mutates_args=(), device_types="cpu")
@@ -83,7 +79,7 @@ def _forward_triton(x, branch, gate, skip, gelu):
 def _(x, branch, gate, skip, gelu):
     width = x.shape[-1] + (0 if skip is None else skip.shape[-1])
     rows = x.new_empty((*x.shape[:-1], width), dtype=torch.float8_e4m3fn)
-    return rows, x.new_empty(x.shape[:-1], dtype=_accumulation_dtype(x))
+    return rows, x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
 
 
 # No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.

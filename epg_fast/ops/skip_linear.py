@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import (
+    accumulation_dtype,
     autocast_dtype,
     check_backend,
     interpreting,
@@ -131,7 +132,7 @@ def _(x, skip, weight, bias, norm_weight, norm_bias, next_weight, next_bias, nex
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if norm_weight is None:
         return y, *_empty(x, 6)
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(y)
     statistics = [y.new_empty(y.shape[:-1], dtype=dtype) for _ in range(4)]
     if next_weight is None:
         return y, *_empty(x, 1), torch.empty_like(y), *statistics[:2], *_empty(x, 2)
@@ -313,7 +314,7 @@ def _norms_fp8_triton(z, *norms_and_eps):
 
 @_norms_fp8_op.register_fake
 def _(z, *norms_and_eps):
-    row_scale = z.new_empty(z.shape[:-1], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    row_scale = z.new_empty(z.shape[:-1], dtype=accumulation_dtype(z))
     return z.new_empty(z.shape), z.new_empty(z.shape, dtype=torch.float8_e4m3fn), row_scale
 
 

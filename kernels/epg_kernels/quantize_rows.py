@@ -9,6 +9,7 @@ import triton.language as tl
 from epg_kernels import AotCase
 from epg_kernels._launch import stride, unit_stride
 from epg_kernels._matmul import gelu
+from epg_kernels._norm_modulate import accumulation_dtype
 from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
@@ -103,8 +104,7 @@ def quantize_rows_fwd(
     skip_width = 0 if skip is None else skip.shape[-1]
     x, branch, gate, skip = (unit_stride(tensor) for tensor in (x, branch, gate, skip))
     rows = torch.empty((batch, tokens, width + skip_width), dtype=torch.float8_e4m3fn, device=x.device)
-    acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    row_scale = torch.empty((batch, tokens), dtype=acc_dtype, device=x.device)
+    row_scale = torch.empty((batch, tokens), dtype=accumulation_dtype(x), device=x.device)
     config = config_for(width)
     with torch.cuda.device_of(x):
         _quantize_rows_kernel[(triton.cdiv(tokens, config.rows), batch)](

@@ -202,7 +202,7 @@ def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path,
         model.get_submodule(path).register_forward_hook(lambda module, args, out: Adapter.factor * out)
     log.messages.clear()
     assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) == pytest.approx(error_before, rel=0.15)
-    assert ("; 1 of 4 blocks quantise" in log.messages[0]) == (kept is not None)
+    assert ("; 1 of 4 blocks call their modules" in log.messages[0]) == (kept is not None)
     network = inference_network(model.use_ops("triton"), "fp8")
     names = {n for n, m in network.named_modules() if isinstance(m, (Fp8Block, Fp8DecoderBlock))}
     blocks = {f"{half}.{i}" for half in ("blocks", "decoder_blocks") for i in range(2)}
