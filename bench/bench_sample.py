@@ -45,6 +45,7 @@ RUNGS = (
     Rung("ours, extension's steps, CUDA graphs", "bf16", _GRAPHS | {"ops": "plain,steps=extension"}, later=True),
     Rung("ours, planned", "bf16", {"compile": "auto", "cuda_graphs": None, "ops": "auto"}, profiled=True),
     Rung("ours, FP8, CUDA graphs", "fp8", _GRAPHS, profiled=True),
+    Rung("ours, FP8, Triton kernels, CUDA graphs", "fp8", _GRAPHS | {"ops": "triton"}),
 )
 
 

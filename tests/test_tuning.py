@@ -313,7 +313,7 @@ def test_candidates_say_why_they_cannot_run_here():
     )
     assert candidates.obstacle("optimizer", "apex", case, cuda) == "NVIDIA's apex is not installed"
     for job in ("sample", "pretrain", "finetune-diffusion", "finetune-consistency"):
-        asked = candidates.sites_of_job(type("Case", (), {"job": job}))
+        asked = candidates.sites_of_job(type("Case", (), {"job": job, "precision": "bf16"}))
         assert set(asked) <= set(SITES) and len(set(asked)) == len(asked)
         assert ("decoder.mlp" in asked) == (job != "pretrain")
 

@@ -121,8 +121,10 @@ class ViTEncoder(nn.Module):
         What is left are the first and last layers and products with a row per image only.
         """
         for prefix, block in self._named_blocks():
-            for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-                yield f"{prefix}.{name}", block.get_submodule(name)
+            for outer, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")):
+                module = block._modules[outer]
+                # an adapter around the whole of attention or MLP is in the place of what is in it
+                yield f"{prefix}.{outer}.{name}", module._modules.get(name, module)
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for i, block in enumerate(self.blocks):

@@ -138,6 +138,11 @@ def without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> lis
     return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    """What norms and quantisation of x compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products with x, None outside autocast and for float64, which it leaves.
 

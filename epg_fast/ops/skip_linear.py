@@ -3,7 +3,8 @@
     z = concat[x, skip] @ weight^T + bias = x @ weight[:, :D]^T + skip @ weight[:, D:]^T + bias
     y = LayerNorm(z) * norm_weight + norm_bias        or z without norm_weight
 
-and, as a block begins with a norm of y, that norm with its modulation in the same pass if it is wanted.
+and, as a block begins with a norm of y, that norm with its modulation in the same pass if it is wanted;
+`skip_norms_fp8` is these two norms alone, the second as `layer_norm_modulate_fp8` returns it.
 
 Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2023); the norm: SPEC 3.
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import (
+    accumulation_dtype,
     autocast_dtype,
     check_backend,
     interpreting,
@@ -33,9 +35,11 @@ from epg_fast.ops.backends import (
     without_none,
 )
 from epg_fast.ops.extension import require_gemms
+from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
     layer_norm_modulate_bwd_ref,
+    layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
     norm_statistics,
     per_sample,
@@ -128,7 +132,7 @@ def _(x, skip, weight, bias, norm_weight, norm_bias, next_weight, next_bias, nex
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if norm_weight is None:
         return y, *_empty(x, 6)
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(y)
     statistics = [y.new_empty(y.shape[:-1], dtype=dtype) for _ in range(4)]
     if next_weight is None:
         return y, *_empty(x, 1), torch.empty_like(y), *statistics[:2], *_empty(x, 2)
@@ -277,6 +281,65 @@ def skip_linear(
     )
     require_triton_norm("skip_linear", x, *after, *modulation)
     return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, *after, *modulation, eps, backend)[:2]
+
+
+@torch.library.custom_op("epg_fast::skip_norms_fp8", mutates_args=(), device_types="cpu")
+def _norms_fp8_op(
+    z: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    next_weight: torch.Tensor,
+    next_bias: torch.Tensor,
+    next_shift: torch.Tensor | None,
+    next_scale: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
+    if interpreting():
+        return _norms_fp8_triton(z, *norms, eps)
+    return tuple(tensor.contiguous() for tensor in _skip_norms_fp8_ref(z, *norms, eps))
+
+
+def _skip_norms_fp8_ref(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps):
+    y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
+    return y, *layer_norm_modulate_fp8_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
+
+
+@_norms_fp8_op.register_kernel("cuda")
+def _norms_fp8_triton(z, *norms_and_eps):
+    from epg_kernels.skip_linear import skip_norms_fp8
+
+    return skip_norms_fp8(z, *norms_and_eps)
+
+
+@_norms_fp8_op.register_fake
+def _(z, *norms_and_eps):
+    row_scale = z.new_empty(z.shape[:-1], dtype=accumulation_dtype(z))
+    return z.new_empty(z.shape), z.new_empty(z.shape, dtype=torch.float8_e4m3fn), row_scale
+
+
+def skip_norms_fp8(
+    z: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    next_norm: NextNorm,
+    eps: float = 1e-5,
+    backend: str = "plain",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norms of `skip_linear` alone, of a z that is there, the second quantised row by row.
+
+    Returns (y [B, L, N], next norm of y / row_scale [B, L, N] in float8_e4m3fn, row_scale [B, L]). backend: "plain" or
+    "triton". Arguments and errors as there. There is no gradient: ValueError if one would be needed.
+    """
+    op, after, modulation = "skip_norms_fp8", next_norm[:2], [per_sample(tensor) for tensor in next_norm[2:]]
+    check_backend(op, backend, ("plain", "triton"))
+    check_norm_shapes(op, z, norm_weight, norm_bias, shift=modulation[0], scale=modulation[1])
+    check_norm_shapes(op, z, *after, shift=None, scale=None)
+    refuse_gradient(op, z, norm_weight, norm_bias, *after, *modulation)
+    if backend != "triton":
+        return _skip_norms_fp8_ref(z, norm_weight, norm_bias, *after, *modulation, eps)
+    require_triton_norm(op, z, norm_weight, norm_bias, *after, *modulation, fp8=True)
+    return _norms_fp8_op(z, norm_weight, norm_bias, *after, *modulation, eps)
 
 
 def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:

@@ -36,7 +36,7 @@ def unit_of(site: str) -> str:
     half = site.partition(".")[0]
     if half in ("encoder", "decoder"):
         return half
-    return "optimizer" if site == "optimizer" else "ends"
+    return {"optimizer": "optimizer", "fp8": "decoder"}.get(site, "ends")
 
 
 def sites_of_job(case: Case) -> list[str]:
@@ -45,6 +45,8 @@ def sites_of_job(case: Case) -> list[str]:
     halves = ["encoder"] if case.job == "pretrain" else ["decoder", "encoder"]
     sites = [f"{half}.{name}" for half in halves for name in order if f"{half}.{name}" in SITES]
     if case.job == "sample":
+        if case.precision == "fp8":  # which asks no others within blocks
+            sites = ["fp8", *(site for site in sites if site.endswith(".attention"))]
         return [*sites, "embedding", "condition", "steps"]
     loss = [] if case.job == "pretrain" else ["loss"]
     return [*sites, "embedding", "condition", *loss, "optimizer"]
@@ -67,6 +69,6 @@ def obstacle(site: str, backend: str, case: Case, device: torch.device) -> str |
         return "the extension is not built for this device"
     if backend == "apex" and not installed("amp_C"):
         return "NVIDIA's apex is not installed"
-    if case.precision == "fp8" and site.partition(".")[2] in ("norm", "proj", "mlp", "skip") and case.job != "sample":
+    if case.precision == "fp8" and site.partition(".")[2] in ("norm", "proj", "mlp", "skip"):
         return "reads weights past FP8's linears"
     return None

@@ -37,6 +37,13 @@ def skip_norms_fwd(
     return done.x_out, done.y, z, done.first_mean, done.first_rstd, done.mean, done.rstd
 
 
+def skip_norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps):
+    """Returns y, and the next norm of y divided by row_scale, in float8_e4m3fn, and row_scale [B, L]."""
+    first, out_dtype = (norm_weight, norm_bias), torch.float8_e4m3fn
+    done = launch_forward(z, None, None, next_weight, next_bias, next_shift, next_scale, eps, out_dtype, first)
+    return done.x_out, done.y, done.row_scale
+
+
 def skip_linear_bwd(
     dy: torch.Tensor | None,
     dnext: torch.Tensor | None,
@@ -103,6 +110,7 @@ def aot_cases() -> list[AotCase]:
         linear_case(BY_POINTERS_TF32, 1584, 1584, 768, "fp32", gelu=False),
         linear_case(IEEE, 1584, 1584, 768, "fp32", gelu=False, precision="ieee"),
         *(case for width, _ in presets for case in row_cases(width, "bf16", twice=True, bias=True)),
+        *(case for width in (1584, 2688) for case in row_cases(width, "bf16", twice=True, fp8=True)),
         first_stage_case(1584, "bf16"),
         second_stage_case(1584),
     ]

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast.ops import backends, extension
-from epg_fast.ops.skip_linear import SPEC, skip_linear, skip_linear_ref
+from epg_fast.ops.layer_norm_modulate import layer_norm_modulate_fp8
+from epg_fast.ops.skip_linear import SPEC, skip_linear, skip_linear_ref, skip_norms_fp8
 from tests.ops.kernel_checks import (
     DEVICE,
     assert_accurate,
     assert_capturable,
     assert_compiles_into_one_graph,
     assert_repeatable,
+    comparable_fp8,
     native_operator_on_cpu,
     needs_gemms,
     needs_triton,
@@ -120,6 +122,38 @@ def test_the_next_norm_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtype
     dtypes = DTYPES[dtypes]
     kernel, reference = (with_next_norm(function, modulated) for function in (KERNEL, skip_linear_ref))
     assert_accurate(kernel, reference, make_inputs_of_two_norms(shape, dtypes, modulated), grads_of_two_norms(shape))
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
+def test_both_norms_alone_with_the_second_in_fp8_are_a_norm_and_layer_norm_modulate_fp8_of_it(modulated):
+    _, _, _, _, *norms = (t.detach() for t in make_inputs_of_two_norms(SMALL, DTYPES["fp32"], modulated))
+    norm, after = norms[:2], (*norms[2:], *([] if modulated else [None, None]))
+    z = randn(*SMALL[:3], requires_grad=False)
+    y, rows, scale = skip_norms_fp8(z, *norm, after, backend="triton")
+    torch.testing.assert_close(y, F.layer_norm(z, z.shape[-1:], *norm), rtol=1e-5, atol=1e-5)
+    wanted, wanted_scale = layer_norm_modulate_fp8(y, *after)
+    torch.testing.assert_close(scale, wanted_scale, rtol=1e-5, atol=0)
+    rows, wanted = (tensor.float()[comparable_fp8(wanted)] for tensor in (rows, wanted))
+    # A float32 rounding can move a value across the boundary between two neighbouring FP8 numbers.
+    assert (rows != wanted).sum() <= 2
+    torch.testing.assert_close(rows, wanted, rtol=0.13, atol=2**-9)
+    torch.library.opcheck(torch.ops.epg_fast.skip_norms_fp8.default, (z, *norm, *after, 1e-5))
+
+
+def test_the_norms_in_fp8_on_the_cpu_are_the_reference_and_have_no_gradient(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    norms = [tensor.cpu() for tensor in make_inputs_of_two_norms(SMALL, DTYPES["fp32"])[4:]]
+    z = torch.randn(SMALL[:3])
+    with pytest.raises(ValueError, match="skip_norms_fp8: got a tensor that requires a gradient"):
+        skip_norms_fp8(z, *norms[:2], norms[2:])
+    with torch.no_grad():
+        given = *norms[:4], *(tensor.squeeze(1) for tensor in norms[4:])
+        got = torch.ops.epg_fast.skip_norms_fp8(z, *given, 1e-5)
+        torch.testing.assert_close(got, skip_norms_fp8(z, *norms[:2], norms[2:]))
+    with pytest.raises(ValueError, match=r"skip_norms_fp8: got x of shape \(5, 40\), wanted"):
+        skip_norms_fp8(z[0], *norms[:2], norms[2:])
 
 
 @needs_triton

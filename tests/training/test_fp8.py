@@ -49,6 +49,9 @@ def test_another_layer_in_the_place_of_a_linear_is_refused():
     network.blocks[0].mlp.fc1 = torch.nn.LazyLinear(128)
     with pytest.raises(ValueError, match=r"got a LazyLinear in the place of blocks.0.mlp.fc1"):
         use_fp8(network)
+    network.blocks[0].attn = torch.nn.Sequential(network.blocks[0].attn)
+    with pytest.raises(ValueError, match=r"got a Sequential in the place of blocks.0.attn.qkv"):
+        use_fp8(network)
 
 
 @pytest.mark.parametrize("job", JOBS)
