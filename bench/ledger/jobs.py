@@ -25,6 +25,7 @@ from bench.plain.sampling import Sampler
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
+from epg_fast.models.sites import SITES
 from epg_fast.sampling.engine import _compile
 from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_blocks, compile_networks
@@ -53,13 +54,17 @@ class Variant:
     """The only one of PyTorch's that is allowed."""
     optimizer: str = "fused"
     """Of the package, in whole updates: "fused" is the extension's, "torch" PyTorch's."""
+    cutlass: bool = False
+    """With the extension's products in the place of Triton's."""
 
     @property
     def ours(self) -> bool:
         return self.code == "ours"
 
     @property
-    def ops(self) -> str:
+    def ops(self) -> str | dict[str, str]:
+        if self.cutlass:
+            return {site: "cuda" if "cuda" in backends else "triton" for site, backends in SITES.items()}
         return "triton" if self.ours else "plain"
 
 
@@ -74,6 +79,7 @@ VARIANTS = {
         Variant("auto-network", "auto", "network", optimizer="torch"),
         Variant("ours-blocks", "ours", "blocks"),
         Variant("ours-network", "ours", "network"),
+        Variant("ours-cuda", "ours", "blocks", cutlass=True),
     )
 }
 

@@ -13,14 +13,14 @@ from epg_fast.ops.attention import SDPA
 _BLOCK = {
     "norm": ("plain", "triton"),
     "attention": ("plain", *SDPA[1:], "flash_attn", "flash_attn_3", "flash_attn_4", "triton"),
-    "proj": ("plain", "norm", "triton"),
-    "mlp": ("plain", "triton"),
+    "proj": ("plain", "norm", "triton", "cuda"),
+    "mlp": ("plain", "triton", "cuda"),
 }
 SITES: dict[str, tuple[str, ...]] = {
     "embedding": ("plain", "triton"),
     "condition": ("plain", "triton"),
     **{f"encoder.{name}": backends for name, backends in _BLOCK.items()},
-    "decoder.skip": ("plain", "triton"),
+    "decoder.skip": ("plain", "triton", "cuda"),
     **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
     "loss": ("plain", "triton"),
 }
@@ -30,7 +30,8 @@ embedding: patches, position and class tokens. condition: time embedding and its
 and the final one. attention: softmax attention, without its products with weights. proj: attention's output
 projection, its gate, the residual and the second norm; "norm" takes the product from PyTorch and the rest as one Triton
 kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm of the
-block. loss: the loss of patches.
+block. loss: the loss of patches. "cuda" takes products with an epilogue from the extension (compute capability 9.0,
+bfloat16), and the rest as "triton" does.
 """
 PLAIN = dict.fromkeys(SITES, "plain")
 
