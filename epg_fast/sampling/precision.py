@@ -23,6 +23,7 @@ from epg_fast.models import EPGViT
 from epg_fast.models.blocks import LayerNorm, is_plain
 from epg_fast.models.sites import has_custom_operators
 from epg_fast.ops import linear_fp8
+from epg_fast.ops.attention import SDPA
 from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
 from epg_fast.ops.linear_fp8 import cpu_has_row_scales
 
@@ -132,8 +133,9 @@ class _Fp8Linear(nn.Module):
 def _use_fp8(network: EPGViT, model: EPGViT) -> None:
     """Replace the large linears of `network`, with the weights of `model` quantised; logs how many."""
     if has_custom_operators(network.ops):
+        fused = ", ".join(sorted({*network.ops.values()} - {*SDPA}))
         raise ValueError(
-            "precision fp8: got ops triton, whose fused operations take weights in 16 bits; want ops plain"
+            f"precision fp8: got ops {fused}, whose fused operations take weights in 16 bits; want ops plain"
         )
     device = next(model.parameters()).device
     backend = "scaled_mm" if device.type == "cuda" or cpu_has_row_scales() else "plain"

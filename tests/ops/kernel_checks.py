@@ -139,14 +139,22 @@ def pretend_gemms_run(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
 
 
 @contextlib.contextmanager
-def gemms_on_cpu() -> Iterator[None]:
-    """Inside, backend "cuda" of the networks' operations runs on CPU tensors: formulas stand for the products."""
+def gemms_on_cpu() -> Iterator[list[str]]:
+    """Inside, backend "cuda" of the networks' operations runs on CPU tensors: formulas stand for the products.
+
+    Yields a list that the names of the products that are called are appended to.
+    """
+    called = []
+
+    def noting(name: str, formula: Callable) -> Callable:
+        return lambda *arguments: called.append(name) or formula(*arguments)
+
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.ExitStack() as stack:
         for op in ("linear_residual_norm", "skip_linear"):
             pretend_gemms_run(monkeypatch, op)
         for schema, formula in _FORMULAS.items():
-            stack.enter_context(native_operator_on_cpu(schema, formula))
-        yield
+            stack.enter_context(native_operator_on_cpu(schema, noting(schema.partition("(")[0], formula)))
+        yield called
 
 
 def _linear(x, weight, bias):

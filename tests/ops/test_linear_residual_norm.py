@@ -99,9 +99,9 @@ def test_around_a_product_in_float32_nothing_is_rounded(form):
 @pytest.mark.usefixtures("gemms")
 @FORMS
 def test_product_of_the_extension_compiles_into_one_graph_and_takes_what_a_network_has(form):
-    """Autocast, float32 parameters, a bias that is not contiguous, and gate and modulation that are chunks of one."""
+    """Autocast, a float32 weight, a bias that is not contiguous, and gate and modulation that are chunks of one."""
     x, h, weight, bias, *norm = make_inputs(SMALL, form="neither")[:6]
-    bias = torch.stack([bias, bias], 1).detach()[:, 0].requires_grad_()
+    bias = torch.stack([bias, bias], 1).detach().bfloat16()[:, 0].requires_grad_()
     chunks = randn(2, 1, 6 * 24, seed=8, requires_grad=False).chunk(6, -1)[2:5]
     present = {"gated and modulated": 3, "gated": 1, "neither": 0}[form]
     images = [chunk.requires_grad_() for chunk in chunks[:present]] + [None] * (3 - present)

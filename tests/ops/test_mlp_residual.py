@@ -111,9 +111,11 @@ def test_around_products_in_float32_nothing_is_rounded(gated):
 @pytest.mark.usefixtures("gemms")
 @GATED
 def test_products_of_the_extension_compile_into_one_graph_and_take_what_a_network_has(gated):
-    """Autocast, float32 parameters, biases that are not contiguous, and a gate that is a chunk of the modulation."""
+    """Autocast, float32 weights, biases that are not contiguous, and a gate that is a chunk of the modulation."""
     x, y, fc1, fc1_bias, fc2, fc2_bias, _ = make_inputs(SMALL, gated=False)
-    fc1_bias, fc2_bias = (torch.stack([b, b], 1).detach()[:, 0].requires_grad_() for b in (fc1_bias, fc2_bias))
+    fc1_bias, fc2_bias = (
+        torch.stack([b, b], 1).detach().bfloat16()[:, 0].requires_grad_() for b in (fc1_bias, fc2_bias)
+    )
     gate = randn(2, 1, 6 * 24, seed=8, requires_grad=False).chunk(6, -1)[4].requires_grad_() if gated else None
 
     def call(*inputs, backend="cuda"):
@@ -143,13 +145,16 @@ def test_kernel_repeats_its_bits_and_compiles_into_one_graph(gated):
 
 
 @needs_triton
-def test_flops_are_those_of_six_products_and_nothing_is_kept_without_a_gradient():
-    inputs = make_inputs(SMALL)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_flops_are_those_of_six_products_and_nothing_is_kept_without_a_gradient(backend, request):
+    if backend == "cuda":
+        request.getfixturevalue("gemms")
+    inputs = make_inputs(SMALL, DTYPES["bf16 with fp32 biases"])
     with FlopCounterMode(display=False) as counter:
-        KERNEL(*inputs).sum().backward()
+        mlp_residual(*inputs, backend=backend).sum().backward()
     assert counter.get_total_flops() == SPEC.flops(SMALL) + SPEC.flops(SMALL, True)
     detached = [tensor.detach() for tensor in inputs]
-    kept = torch.ops.epg_fast.mlp_residual(*doubled(detached[:6]), detached[6].squeeze(1), False, "triton")[1:]
+    kept = torch.ops.epg_fast.mlp_residual(*doubled(detached[:6]), detached[6].squeeze(1), False, backend)[1:]
     assert [tensor.numel() for tensor in kept] == [0, 0, 0]
 
 

@@ -102,8 +102,9 @@ def test_sides_that_fp8_does_not_take_stay_in_bf16_and_are_counted(log):
     assert line.startswith("precision fp8: 8 linears of the blocks; 14 stay in bf16, ")
     with pytest.raises(ValueError, match="no linear with sides that are multiples of 16; want bf16"):
         inference_network(make_model(embed_dim=24, decoder_embed_dim=40), "fp8")
-    with pytest.raises(ValueError, match="got ops triton, .*want ops plain"):
-        inference_network(make_model().use_ops("triton"), "fp8")
+    for ops, found in (("triton", "triton"), ({"mlp": "cuda", "norm": "triton"}, "cuda, triton")):
+        with pytest.raises(ValueError, match=f"got ops {found}, whose .*want ops plain"):
+            inference_network(make_model().use_ops(ops), "fp8")
 
 
 def test_precisions_that_the_device_lacks_give_way_and_say_so(log, monkeypatch):
