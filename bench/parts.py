@@ -1,9 +1,10 @@
 """What the networks and their jobs are made of: calls of operations, with the work and the traffic of each.
 
 A part is one operation in the largest fusion that the package has: a norm needs whole rows, so it cannot ride in a
-matrix product, but everything else element-wise can. Bytes are those of the operations' `SPEC`s; a linear without
-fusion moves what `linear_gelu`, whose GELU moves nothing, moves forward, and twice that backward. Work is matrix
-products, counted as `epg_fast.training.flops` counts them: two gradients per product, nothing twice.
+matrix product, but everything else element-wise can. Bytes are those of the operations' `SPEC`s, of which norms and
+the MLP's first product are taken out as parts of their own; a linear moves its operands and result once forward, and
+twice backward. Work is matrix products, counted as `epg_fast.training.flops` counts them: two gradients per product,
+nothing twice.
 
 Left out, being small or hidden: casts of weights, embeddings of time and label, BatchNorm, mixing in guidance, random
 numbers, the host.
@@ -29,8 +30,8 @@ from epg_fast.ops.fused_adamw_ema import SPEC as ADAMW
 from epg_fast.ops.global_norm import SPEC as GLOBAL_NORM
 from epg_fast.ops.heun_step import SPEC as HEUN_STEP
 from epg_fast.ops.layer_norm_modulate import SPEC as NORM
-from epg_fast.ops.linear_gate_residual import SPEC as LINEAR_RESIDUAL
-from epg_fast.ops.linear_gelu import SPEC as LINEAR_GELU
+from epg_fast.ops.linear_residual_norm import SPEC as LINEAR_RESIDUAL_NORM
+from epg_fast.ops.mlp_residual import SPEC as MLP_RESIDUAL
 from epg_fast.ops.patch_embed import SPEC as PATCH_EMBED
 from epg_fast.ops.patch_loss import SPEC as PATCH_LOSS
 from epg_fast.ops.skip_linear import SPEC as SKIP_LINEAR
@@ -240,17 +241,18 @@ def _generator(network: EPGViT, batch: int) -> list[_Op]:
     length, depth, width = network.extras + network.num_patches, len(network.blocks), network.out.in_features
     ops = _encoder(network, batch, norm=length)
     if network.encoder_to_decoder is not None:
-        ops.append(_linear("encoder_to_decoder", batch * length, network.encoder_to_decoder))
+        ops.append(_linear("encoder_to_decoder", batch * length, *_sizes(network.encoder_to_decoder)))
     modulations = sum(block.adaLN_modulation[-1].out_features for block in network.decoder_blocks)
-    joined = _product("adaLN of all blocks", LINEAR_GELU, (batch, network.embed_dim, modulations), plain=True)
+    joined = _linear("adaLN of all blocks", batch, network.embed_dim, modulations)
     # The time embedding has no parameter: without a class embedding the condition needs no gradient.
     ops.append(joined if network.num_classes else dataclasses.replace(joined, inputs=0))
     for j, block in enumerate(network.decoder_blocks):
         if j < depth:
-            ops.append(_product("decoder skip_linear", SKIP_LINEAR, (batch, length, width, network.embed_dim)))
+            shape = (batch, length, width, network.embed_dim)
+            ops.append(_product("decoder skip_linear", shape, SKIP_LINEAR.flops(shape), *_moved(SKIP_LINEAR, shape)))
         ops += _block("decoder", block, batch, length)
     ops.append(_elementwise("out_norm", NORM, (batch, network.num_patches, width)))
-    return [*ops, _linear("out", batch * network.num_patches, network.out)]
+    return [*ops, _linear("out", batch * network.num_patches, *_sizes(network.out))]
 
 
 def _encoder(network: ViTEncoder, batch: int, norm: int = 1, image_gradient: bool = False) -> list[_Op]:
@@ -267,25 +269,27 @@ def _block(where: str, block: Block | DecoderBlock, batch: int, length: int) -> 
     rows, tokens = batch * length, (batch, length)
     shape = (*tokens, heads, width // heads)
     products = ATTENTION.flops(shape)
+    norm = _elementwise(f"{where} norm, modulate", NORM, (*tokens, width))
+    fc1 = _linear(f"{where} fc1, GELU", rows, width, hidden)
     return [
-        norm := _elementwise(f"{where} norm, modulate", NORM, (*tokens, width)),
-        _linear(f"{where} qkv", rows, block.attn.qkv),
-        _Op(f"{where} attention", shape, *_moved(ATTENTION, shape), products, 0, 2 * products),
-        _product(f"{where} proj, gate, residual", LINEAR_RESIDUAL, (*tokens, width, width)),
         norm,
-        _product(f"{where} fc1, GELU", LINEAR_GELU, (rows, width, hidden)),
-        _product(f"{where} fc2, gate, residual", LINEAR_RESIDUAL, (*tokens, hidden, width)),
+        _linear(f"{where} qkv", rows, *_sizes(block.attn.qkv)),
+        _Op(f"{where} attention", shape, *_moved(ATTENTION, shape), products, 0, 2 * products),
+        _rest(f"{where} proj, gate, residual", LINEAR_RESIDUAL_NORM, (*tokens, width, width), norm),
+        norm,
+        fc1,
+        _rest(f"{where} fc2, gate, residual", MLP_RESIDUAL, (*tokens, width, hidden), fc1),
     ]
 
 
 def _head(network: RCMViT, batch: int) -> list[_Op]:
     linears = [module for module in network.projection_head if isinstance(module, nn.Linear)]
-    return [_linear("projection head", batch, module) for module in linears]
+    return [_linear("projection head", batch, *_sizes(module)) for module in linears]
 
 
 def _patch_embed(network: ViTEncoder, batch: int, image_gradient: bool) -> _Op:
     weight = network.patch_embed.proj.weight
-    products = LINEAR_GELU.flops((batch * network.num_patches, weight[0].numel(), network.embed_dim))
+    products = 2 * batch * network.num_patches * weight.numel()
     shape = (batch, network.in_chans, network.image_size, network.patch_size, network.embed_dim)
     moved = _moved(PATCH_EMBED, shape)
     return _Op("patch_embed", shape, *moved, products, products, products if image_gradient else 0)
@@ -297,20 +301,33 @@ def _patch_loss(network: ViTEncoder, batch: int) -> _Op:
 
 def _similarity(batch: int, width: int) -> _Op:
     """Of each query with all keys, which get no gradient; float32."""
-    shape = (batch, width, batch)
-    products, moved = LINEAR_GELU.flops(shape), LINEAR_GELU.bytes(shape, 4)
-    return _Op("similarities", shape, moved, moved, products, 0, products)
+    products, moved = 2 * batch * width * batch, _linear_bytes(batch, width, batch, 4)
+    return _Op("similarities", (batch, width, batch), moved, moved, products, 0, products)
 
 
-def _linear(name: str, rows: int, module: nn.Linear) -> _Op:
-    return _product(name, LINEAR_GELU, (rows, module.in_features, module.out_features), plain=True)
+def _sizes(module: nn.Linear) -> tuple[int, int]:
+    return module.in_features, module.out_features
 
 
-def _product(name: str, spec: OpSpec, shape: tuple[int, ...], plain: bool = False) -> _Op:
-    """An operation with a weight; plain: nothing is fused to it."""
+def _linear(name: str, rows: int, k: int, n: int) -> _Op:
+    moved = _linear_bytes(rows, k, n, ITEMSIZE)
+    return _product(name, (rows, k, n), 2 * rows * k * n, moved, 2 * moved)
+
+
+def _linear_bytes(rows: int, k: int, n: int, itemsize: int) -> int:
+    """Operands and result once; the bias is float32."""
+    return (rows * k + n * k + rows * n) * itemsize + 4 * n
+
+
+def _product(name: str, shape: tuple[int, ...], products: int, moved: int, moved_back: int) -> _Op:
+    """An operation with a weight."""
+    return _Op(name, shape, moved, moved_back, products, products, products)
+
+
+def _rest(name: str, spec: OpSpec, shape: tuple[int, ...], part: _Op) -> _Op:
+    """An operation without a part of it that is listed by itself."""
     moved, moved_back = _moved(spec, shape)
-    products = spec.flops(shape)
-    return _Op(name, shape, moved, 2 * moved if plain else moved_back, products, products, products)
+    return _product(name, shape, spec.flops(shape) - part.products, moved - part.moved, moved_back - part.moved_back)
 
 
 def _elementwise(name: str, spec: OpSpec, shape: tuple[int, ...]) -> _Op:

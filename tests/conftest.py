@@ -60,6 +60,24 @@ def log(monkeypatch):
     logger.setLevel(level)
 
 
+@pytest.fixture
+def gemms():
+    """Backend "cuda" on a GPU that has it, and without any with formulas in the place of the extension's products.
+
+    The names of the formulas that are called; empty on a GPU.
+    """
+    pytest.importorskip("triton")
+    from tests.ops import kernel_checks
+
+    if torch.cuda.is_available():
+        if not kernel_checks.gemms_run():
+            pytest.skip(kernel_checks.NO_GEMMS)
+        yield []
+    else:
+        with kernel_checks.gemms_on_cpu() as called:
+            yield called
+
+
 @pytest.fixture(scope="session")
 def inductor():
     """Skips a test for which Inductor's C++ has to compile, where it does not: without a C++ compiler."""

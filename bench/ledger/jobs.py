@@ -1,9 +1,10 @@
 """What the ledger counts: jobs of sampling and training, each done in several ways.
 
-The ways are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what a
-keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks and with a
-compiled network. Weights of the plain code are cast for sampling once, as anyone would, and its optimiser is PyTorch's
-fused one with one foreach call for the average, not the loops that `bench.plain` has.
+The ways are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what
+a keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks, with
+a compiled network and with the extension's products. Weights of the plain code are cast for sampling once, as anyone
+would, and its optimiser is PyTorch's fused one with one foreach call for the average, not the loops that
+`bench.plain` has.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench.plain.sampling import Sampler
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
+from epg_fast.plans.sites import SITES
 from epg_fast.sampling.engine import _compile
 from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_blocks, compile_networks
@@ -53,13 +55,17 @@ class Variant:
     """The only one of PyTorch's that is allowed."""
     optimizer: str = "fused"
     """Of the package, in whole updates: "fused" is the extension's, "torch" PyTorch's."""
+    cutlass: bool = False
+    """With the extension's products in the place of Triton's."""
 
     @property
     def ours(self) -> bool:
         return self.code == "ours"
 
     @property
-    def ops(self) -> str:
+    def ops(self) -> str | dict[str, str]:
+        if self.cutlass:
+            return {site: "cuda" if "cuda" in backends else "triton" for site, backends in SITES.items()}
         return "triton" if self.ours else "plain"
 
 
@@ -74,6 +80,7 @@ VARIANTS = {
         Variant("auto-network", "auto", "network", optimizer="torch"),
         Variant("ours-blocks", "ours", "blocks"),
         Variant("ours-network", "ours", "network"),
+        Variant("ours-cuda", "ours", "blocks", cutlass=True),
     )
 }
 

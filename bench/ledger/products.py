@@ -7,20 +7,24 @@ gives away more than that. Tiles and waves are the part of such a slow-down that
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
-import sys
-from collections.abc import Iterator
 
 import torch
 
 from bench.ledger.cost import Kernel, Tiles, break_even, resident, verdict
 from bench.ledger.count import Counter, Launch, extension_tiles
-from bench.ledger.jobs import VARIANTS, compiling_as_is
+from bench.ledger.jobs import compiling_as_is
 from bench.resources import usage_of
 from bench.results import Row
+from epg_fast.plans.sites import SITES
 
+# Where a network has an operation with products.
+_SITES = {
+    "linear_residual_norm": "proj",
+    "mlp_residual": "mlp",
+    "patch_embed": "embedding",
+    "skip_linear": "skip",
+}
 # The extension's product of an operation, where it has one.
 _CUTLASS = {
     "linear_residual_norm": "linear_gate_residual_out",
@@ -51,12 +55,12 @@ class Product:
 
 def study(preset: str, batch: int) -> list[Product]:
     """Of a sampling call in bfloat16, block by block."""
-    every = _operations()
+    every = {site.rpartition(".")[2] for site in SITES}
     none, full = _blocks(preset, batch, set()), _blocks(preset, batch, every)
     own = {op for kernels in full[0].values() for op in _own(kernels)}
     found = []
     for op in sorted(own):
-        alone, without = _blocks(preset, batch, {op}), _blocks(preset, batch, every - {op})
+        alone, without = _blocks(preset, batch, {_SITES[op]}), _blocks(preset, batch, every - {_SITES[op]})
         for where, kernels in full[0].items():
             products = _own(kernels).get(op, [])
             saved = min(_floor(none, where) - _floor(alone, where), _floor(without, where) - _floor(full, where))
@@ -140,27 +144,16 @@ def _floor(counted: tuple[dict[str, list[Kernel]], Counter], where: str) -> floa
     return sum(kernel.seconds for kernel in counted[0][where])
 
 
-def _operations() -> set[str]:
-    from epg_fast import ops
-
-    calls = {name: getattr(ops, name) for name in ops.__all__}
-    return {name for name, call in calls.items() if callable(call) and "backend" in _parameters(call)}
-
-
-def _parameters(call) -> set[str]:
-    return set(inspect.signature(call).parameters) if inspect.isfunction(call) else set()
-
-
-def _blocks(preset: str, batch: int, fused: set[str]) -> tuple[dict[str, list[Kernel]], Counter]:
-    """Kernels of one block of each kind and of what is around them, with these operations by their kernels."""
+def _blocks(preset: str, batch: int, sites: set[str]) -> tuple[dict[str, list[Kernel]], Counter]:
+    """Kernels of one block of each kind and of what is around them, with the package's kernels at these sites."""
     from epg_fast.models import create_model
     from epg_fast.sampling.engine import _compile
     from epg_fast.sampling.precision import inference_network
 
     counter = Counter()
-    with compiling_as_is(counter), _only(fused), torch.no_grad():
+    with compiling_as_is(counter), torch.no_grad():
         with torch.device("cuda"):
-            model = create_model(preset, depth=1, decoder_depth=1).use_ops(VARIANTS["ours-blocks"].ops).eval()
+            model = create_model(preset, depth=1, decoder_depth=1).use_ops(dict.fromkeys(sites, "triton")).eval()
             size = model.image_size
             x = torch.empty(batch, 3, size, size, dtype=torch.bfloat16)
             t, y = torch.empty(batch), torch.empty(batch, dtype=torch.int64)
@@ -176,34 +169,3 @@ def _blocks(preset: str, batch: int, fused: set[str]) -> tuple[dict[str, list[Ke
     for kernel in counter.kernels:
         found[names.get(kernel.graph, "around")].append(kernel)
     return found, counter
-
-
-@contextlib.contextmanager
-def _only(fused: set[str]) -> Iterator[None]:
-    """Let other operations than these fall back to their plain formulas where "triton" is asked for."""
-    from epg_fast import ops
-
-    replaced = []
-    for name in _operations() - fused:
-        call = getattr(ops, name)
-        for module in [m for n, m in sys.modules.items() if n.startswith("epg_fast")]:
-            for known, value in list(vars(module).items()):
-                if value is call:
-                    replaced.append((module, known, call))
-                    setattr(module, known, _plain(call))
-    try:
-        yield
-    finally:
-        for module, name, call in replaced:
-            setattr(module, name, call)
-
-
-def _plain(call):
-    signature = inspect.signature(call)
-
-    def plain(*args, **kwargs):
-        given = signature.bind(*args, **kwargs)
-        given.arguments["backend"] = "plain"
-        return call(*given.args, **given.kwargs)
-
-    return plain

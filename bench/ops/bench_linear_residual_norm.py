@@ -1,4 +1,4 @@
-"""Linear, gate, residual and norm: the kernels against torch.compile of the reference and against eager PyTorch."""
+"""Linear, gate, residual and norm: the Triton and CUDA kernels against torch.compile and eager PyTorch."""
 
 import functools
 
@@ -21,7 +21,7 @@ def _inputs(shape, dtype, device, seed):
     return [randn(batch, tokens, n), randn(batch, tokens, k), randn(n, k, scale=k**-0.5), *vectors, *images]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", [*PROVIDERS, "cuda"])
 @DIRECTIONS
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
 @shapes(SPEC, on_cpu=((1, 66, 768, 768),))
@@ -36,4 +36,5 @@ def test_linear_residual_norm(measure, device, shape, dtype, direction, provider
         dtype=dtype,
         direction=direction,
         provider=provider,
+        libraries={"cuda": functools.partial(linear_residual_norm, backend="cuda")},
     )

@@ -1,4 +1,4 @@
-"""The MLP on the residual: the kernels against torch.compile of the reference and against eager PyTorch."""
+"""The MLP on the residual: the Triton and CUDA kernels against torch.compile and eager PyTorch."""
 
 import functools
 
@@ -27,7 +27,7 @@ def _inputs(shape, dtype, device, seed):
     ]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", [*PROVIDERS, "cuda"])
 @DIRECTIONS
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
 @shapes(SPEC, on_cpu=((1, 66, 768, 3072),))
@@ -42,4 +42,5 @@ def test_mlp_residual(measure, device, shape, dtype, direction, provider):
         dtype=dtype,
         direction=direction,
         provider=provider,
+        libraries={"cuda": functools.partial(mlp_residual, backend="cuda")},
     )

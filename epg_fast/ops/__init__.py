@@ -23,8 +23,6 @@ from epg_fast.ops.layer_norm_modulate import (
 )
 from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
-from epg_fast.ops.linear_gate_residual import linear_gate_residual, linear_gate_residual_ref
-from epg_fast.ops.linear_gelu import linear_gelu, linear_gelu_ref
 from epg_fast.ops.linear_residual_norm import linear_residual_norm, linear_residual_norm_ref
 from epg_fast.ops.mlp_residual import mlp_residual, mlp_residual_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal, philox_normal_of
@@ -66,10 +64,6 @@ __all__ = [
     "linear_fp8_dynamic",
     "linear_fp8_dynamic_ref",
     "linear_fp8_ref",
-    "linear_gate_residual",
-    "linear_gate_residual_ref",
-    "linear_gelu",
-    "linear_gelu_ref",
     "linear_residual_norm",
     "linear_residual_norm_ref",
     "mlp_residual",

@@ -13,6 +13,8 @@ Dtypes: h float32, bfloat16 or float16 (float64: reference only), or under autoc
 converted to it. x and the others: any of these. Products are accumulated and everything after them is computed in
 float32; x_out is rounded once, to x's dtype, and what is normalised is the rounded x_out.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
+Backend "cuda" takes its product from the extension: h bfloat16, x and gate in h's dtype or float32, h, weight and x
+contiguous, K and N multiples of 8; the bias is added in h's dtype. Norm and backward pass are those of "triton".
 
 With g the gradient of x_out, the one that arrives there plus the one through the norm: dx = g, dz = gate * g,
 dh = dz @ weight, dweight = dz^T h, dbias = sum dz, dgate = sum_l z * g with z = h @ weight^T + bias, which is kept.
@@ -24,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, without_none
+from epg_fast.ops.backends import (
+    autocast_dtype,
+    check_backend,
+    interpreting,
+    require_dtypes,
+    require_gemm_operands,
+    require_triton_for_cuda,
+    without_none,
+)
+from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.gate_residual_norm_modulate import SPEC as NORM
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
@@ -76,15 +87,15 @@ def _forward_op(
     scale: torch.Tensor | None,
     eps: float,
     save_branch: bool,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x_out, y, the branch, empty unless saved, mean, rstd).
 
     weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.
     """
     if interpreting():
-        return _forward_triton(
-            x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch
-        )
+        norm = norm_weight, norm_bias, gate, shift, scale, eps
+        return _forward_kernel(x, h, parameter, weight, bias, *norm, save_branch, backend)
     branch = F.linear(h, weight, bias.to(h.dtype))
     x_out = gated_residual_ref(x, branch, gate).contiguous()
     y = layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
@@ -92,16 +103,33 @@ def _forward_op(
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_triton(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
-    from epg_kernels.linear_residual_norm import linear_residual_norm_fwd
+def _forward_kernel(x, h, _, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch, backend):
+    from epg_kernels.layer_norm_modulate import layer_norm_modulate_fwd
+    from epg_kernels.linear_residual_norm import linear_residual
 
-    norm = norm_weight, norm_bias, shift, scale, eps, h.dtype
-    x_out, y, branch, *statistics = linear_residual_norm_fwd(x, h, weight, bias, gate, *norm, save_branch)
+    product = linear_residual if backend == "triton" else linear_residual_cuda
+    x_out, branch = product(x, h, weight, bias, gate, save_branch)
+    y, *statistics, _ = layer_norm_modulate_fwd(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
     return x_out, y, x.new_empty(0) if branch is None else branch, *statistics
 
 
+def linear_residual_cuda(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gate: torch.Tensor | None,
+    save_branch: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(x + gate * (h @ weight^T + bias), what the gate scales, if saved) from the extension's product."""
+    x_out = x.new_empty(x.shape)
+    branch = h.new_empty(x.shape) if save_branch else None
+    torch.ops.epg_fast.linear_gate_residual_out(x_out, branch, x, gate, h, weight, bias.to(h.dtype).contiguous())
+    return x_out, branch
+
+
 @_forward_op.register_fake
-def _(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch):
+def _(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch, backend):
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     y = h.new_empty(x.shape)
     branch = torch.empty_like(y) if save_branch else x.new_empty(0)
@@ -185,7 +213,7 @@ def _backward(ctx, dx_out, dy, *_):
     dgate, dshift, dscale = (
         None if tensor is None else grad for tensor, grad in ((gate, dgate), (shift, dshift), (scale, dscale))
     )
-    return dx, dh, dparameter, None, dlinear_bias, dweight, dbias, dgate, dshift, dscale, None, None
+    return dx, dh, dparameter, None, dlinear_bias, dweight, dbias, dgate, dshift, dscale, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -218,26 +246,57 @@ def linear_residual_norm(
     """(x_out, y): x + gate * (h @ weight^T + bias), in x's dtype, and its modulated norm, in h's or autocast's.
 
     x: [B, L, N]; h: [B, L, K]; weight: [N, K]; bias, norm_weight, norm_bias: [N]; gate, shift, scale: [B, N], [B, 1, N]
-    or None. backend: "plain" (plain PyTorch), "triton" (two kernels forward).
+    or None. backend: "plain" (plain PyTorch), "triton" (two kernels forward), "cuda" (the product by the C++/CUDA
+    extension, for compute capability 9.0).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend(_OP, backend, ("plain", "triton"))
+    check_backend(_OP, backend, ("plain", "triton", "cuda"))
     check_norm_shapes(_OP, x, norm_weight, norm_bias, gate=gate, shift=shift, scale=scale)
     check_linear(_OP, "h", h, x, weight, bias)
     dtype = autocast_dtype(h) or h.dtype
     h, operand = h.to(dtype), weight.detach().to(dtype)
     gate, shift, scale = per_sample(gate), per_sample(shift), per_sample(scale)
-    if backend != "triton":
+    if backend == "plain":
         return linear_residual_norm_ref(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps)
+    if backend == "cuda":
+        require_triton_for_cuda(_OP, "norm")
+        require_dtypes(_OP, (torch.bfloat16,), "cuda", h=h)
+        require_residual_product(_OP, x, gate, {"h": h, "weight": operand}, {"bias": bias})
     require_triton_norm(_OP, x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
-    require_dtypes(_OP, DTYPES, x=x, h=h, bias=bias, gate=gate)
+    require_dtypes(_OP, DTYPES, backend, x=x, h=h, bias=bias, gate=gate)
     save_branch = gate is not None and needs_gradient(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
     norm = norm_weight, norm_bias, gate, shift, scale, eps
-    return _forward_op(x, h, weight, operand, bias, *norm, save_branch)[:2]
+    return _forward_op(x, h, weight, operand, bias, *norm, save_branch, backend)[:2]
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def require_residual_product(
+    op: str,
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    operands: dict[str, torch.Tensor],
+    others: dict[str, torch.Tensor],
+) -> None:
+    """Raise ValueError for what `linear_residual_cuda` cannot read, and where it cannot run.
+
+    operands: of all products of the operation; others only have to be on their device.
+    """
+    require_dtypes(op, (torch.bfloat16, torch.float32), "cuda", x=x, gate=gate)
+    require_dtypes(op, DTYPES, "cuda", **others)
+    others = others if gate is None else others | {"gate": gate}
+    require_gemm_operands(op, x.shape[-1], operands | {"x": x}, others)
+    if gate is not None:
+        # The kernel reads two values of a row at once.
+        odd = not torch.compiler.is_compiling() and gate.data_ptr() % (2 * gate.element_size())
+        if gate.stride(1) != 1 or gate.stride(0) % 2 or odd:
+            raise ValueError(
+                f"{op}: got gate with strides {gate.stride()}, wanted contiguous rows that start at even offsets for "
+                "backend='cuda'; call .contiguous() or use backend='plain'"
+            )
+    require_gemms(op, x.device)
 
 
 def check_linear(op: str, name: str, h, x, weight, bias) -> None:

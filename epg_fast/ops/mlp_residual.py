@@ -14,10 +14,15 @@ to it. x and the others: any of these; x_out has x's dtype. Products are accumul
 computed in float32; gelu(z) and x_out are rounded once.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients. For 16-bit
 results the kernels take 1 - Phi from a polynomial with a relative error of 1.5e-5.
+Backend "cuda" takes the products that have an epilogue from the extension: y bfloat16, x and gate in y's dtype or
+float32, y, x and the weights contiguous, K, H and D multiples of 8; biases are added in y's dtype. The rest of its
+backward pass is that of "triton".
 
 With g the gradient of x_out: dx = g, dr = gate * g, dgate = sum_l r * g with r what the gate scales, which is kept;
 dz = (dr @ fc2_weight) gelu'(z), gelu'(z) = Phi(z) + z phi(z); the rest follows as for two linear layers.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +35,22 @@ from epg_fast.ops.backends import (
     require_dtypes,
     require_grid,
     require_triton,
+    require_triton_for_cuda,
     without_none,
 )
 from epg_fast.ops.layer_norm_modulate import per_sample
-from epg_fast.ops.linear_residual_norm import DTYPES, check_linear, gated_residual_ref, needs_gradient
+from epg_fast.ops.linear_residual_norm import (
+    DTYPES,
+    check_linear,
+    gated_residual_ref,
+    linear_residual_cuda,
+    needs_gradient,
+    require_residual_product,
+)
 from epg_fast.ops.spec import OpSpec
 
 _OP = "mlp_residual"
+_TILE = 128, 256  # rows and columns for which the extension sums up at once; it checks them
 
 
 def mlp_residual_ref(
@@ -65,6 +79,7 @@ def _forward_op(
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None,
     save: bool,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x_out, z, gelu(z), what the gate scales), the last three empty unless they are kept for a backward pass.
 
@@ -72,9 +87,8 @@ def _forward_op(
     written in their own dtype.
     """
     if interpreting():
-        return _forward_triton(
-            x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save
-        )
+        fc1, fc2 = (fc1_parameter, fc1_weight, fc1_bias), (fc2_parameter, fc2_weight, fc2_bias)
+        return _forward_kernel(x, y, *fc1, *fc2, gate, save, backend)
     z = F.linear(y, fc1_weight, fc1_bias.to(y.dtype))
     h = F.gelu(z)
     branch = F.linear(h, fc2_weight, fc2_bias.to(y.dtype))
@@ -84,15 +98,28 @@ def _forward_op(
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_triton(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save):
-    from epg_kernels.mlp_residual import mlp_residual_fwd
+def _forward_kernel(x, y, _, fc1_weight, fc1_bias, __, fc2_weight, fc2_bias, gate, save, backend):
+    given = x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save
+    if backend == "cuda":
+        x_out, *kept = _forward_cuda(*given)
+    else:
+        from epg_kernels.mlp_residual import mlp_residual_fwd
 
-    x_out, *kept = mlp_residual_fwd(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
+        x_out, *kept = mlp_residual_fwd(*given)
     return x_out, *without_none(x, kept)
 
 
+def _forward_cuda(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save):
+    """As `mlp_residual_fwd`, with the extension's products."""
+    h = y.new_empty((*y.shape[:-1], fc1_weight.shape[0]))
+    z = torch.empty_like(h) if save else None
+    torch.ops.epg_fast.linear_gelu_out(h, z, y, fc1_weight, fc1_bias.to(y.dtype).contiguous())
+    x_out, branch = linear_residual_cuda(x, h, fc2_weight, fc2_bias, gate, save and gate is not None)
+    return x_out, z, h if save else None, branch
+
+
 @_forward_op.register_fake
-def _(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save):
+def _(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save, backend):
     kept = [None] * 3
     if save:
         z = y.new_empty((*y.shape[:-1], fc1_weight.shape[0]))
@@ -113,11 +140,12 @@ def _backward_op(
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None,
     weight_dtype: torch.dtype,
+    backend: str,
 ) -> list[torch.Tensor]:
     """Gradients of y, fc1's weight and bias, fc2's, and of the gate, empty without one; weights' in weight_dtype."""
     if interpreting():
         parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-        return _backward_triton(dout, y, z, h, branch, *parameters, gate, weight_dtype)
+        return _backward_kernel(dout, y, z, h, branch, *parameters, gate, weight_dtype, backend)
     acc_dtype = torch.promote_types(z.dtype, torch.float32)
     g = dout.to(acc_dtype)
     dr = g if gate is None else g * gate.to(acc_dtype).unsqueeze(1)
@@ -132,15 +160,27 @@ def _backward_op(
 
 
 @_backward_op.register_kernel("cuda")
-def _backward_triton(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype):
-    from epg_kernels.mlp_residual import mlp_residual_bwd
+def _backward_kernel(dout, y, *arguments):
+    from epg_kernels.mlp_residual import linear_dgelu, mlp_residual_bwd
 
-    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    return without_none(y, mlp_residual_bwd(dout, y, z, h, branch, *parameters, gate, weight_dtype))
+    *arguments, backend = arguments
+    product = linear_dgelu if backend == "triton" else linear_dgelu_cuda
+    return without_none(y, mlp_residual_bwd(dout, y, *arguments, product))
+
+
+def linear_dgelu_cuda(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """((dy @ weight) * gelu'(z), the sums of its columns in float32) from the extension's product."""
+    from epg_kernels._column_sums import sum_partial_sums
+
+    dz, columns = torch.empty_like(z), z.shape[-1]
+    tiles = math.ceil(z.numel() / columns / _TILE[0]), math.ceil(columns / _TILE[1]) * _TILE[1]
+    sums = z.new_empty(tiles, dtype=torch.float32)
+    torch.ops.epg_fast.linear_dgelu_out(dz, sums, dy, weight, z)
+    return dz, sum_partial_sums(sums[:, :columns], torch.float32)
 
 
 @_backward_op.register_fake
-def _(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype):
+def _(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype, backend):
     dweights = [weight.new_empty(weight.shape, dtype=weight_dtype) for weight in (fc1_weight, fc2_weight)]
     dy, dfc1_bias, dfc2_bias = (tensor.new_empty(tensor.shape) for tensor in (y, fc1_bias, fc2_bias))
     dgate = None if gate is None else gate.new_empty(gate.shape)
@@ -148,7 +188,7 @@ def _(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, w
 
 
 def _setup_context(ctx, inputs, output):
-    _, y, fc1_parameter, *fc1, _, fc2_weight, fc2_bias, gate, _ = inputs
+    _, y, fc1_parameter, *fc1, _, fc2_weight, fc2_bias, gate, _, ctx.backend = inputs
     ctx.save_for_backward(y, *output[1:], *fc1, fc2_weight, fc2_bias, gate)
     ctx.weight_dtype = fc1_parameter.dtype
     ctx.mark_non_differentiable(*output[1:])
@@ -157,9 +197,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, *_):
     *saved, gate = ctx.saved_tensors
-    dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate = _backward_op(dout, *saved, gate, ctx.weight_dtype)
+    grads = _backward_op(dout, *saved, gate, ctx.weight_dtype, ctx.backend)
+    dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate = grads
     dgate = None if gate is None else dgate
-    return dout, dy, dfc1_weight, None, dfc1_bias, dfc2_weight, None, dfc2_bias, dgate, None
+    return dout, dy, dfc1_weight, None, dfc1_bias, dfc2_weight, None, dfc2_bias, dgate, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -189,25 +230,33 @@ def mlp_residual(
 
     x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc2_weight: [D, H]; gate: [B, D], [B, 1, D] or None for ones.
     backend: "plain" (plain PyTorch), "triton" (two kernels forward; it keeps what the backward pass needs only
-    where there will be one).
+    where there will be one), "cuda" (the same two by the C++/CUDA extension, for compute capability 9.0).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend(_OP, backend, ("plain", "triton"))
+    check_backend(_OP, backend, ("plain", "triton", "cuda"))
     _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate)
     dtype = autocast_dtype(y) or y.dtype
     y, gate = y.to(dtype), per_sample(gate)
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate
-    if backend != "triton":
+    if backend == "plain":
         return mlp_residual_ref(x, y, *parameters)
     if fc1_weight.dtype != fc2_weight.dtype:
         raise ValueError(
             f"{_OP}: got weights in {fc1_weight.dtype} and {fc2_weight.dtype}, wanted one dtype; convert one"
         )
-    require_triton(_OP, x, y, *parameters)
-    require_grid(_OP, x.shape[0])
-    require_dtypes(_OP, DTYPES, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
     fc1, fc2 = ((weight, weight.detach().to(dtype)) for weight in (fc1_weight, fc2_weight))
-    return _forward_op(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, needs_gradient(x, y, *parameters))[0]
+    save = needs_gradient(x, y, *parameters)
+    if backend == "cuda":
+        if save:
+            require_triton_for_cuda(_OP, "backward pass")
+        require_dtypes(_OP, (torch.bfloat16,), "cuda", y=y)
+        operands = {"y": y, "fc1_weight": fc1[1], "fc2_weight": fc2[1]}
+        require_residual_product(_OP, x, gate, operands, {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias})
+    else:
+        require_triton(_OP, x, y, *parameters)
+    require_grid(_OP, x.shape[0])
+    require_dtypes(_OP, DTYPES, backend, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
+    return _forward_op(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, save, backend)[0]
 
 
 def _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate) -> None:

@@ -86,8 +86,8 @@ def _forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, the next norm of y, z, mean and rstd of z, of y); empty what the norms that are there do not make."""
     norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
-    if interpreting() and backend == "triton":
-        return _forward_triton(x, skip, weight, bias, *norms, eps)
+    if interpreting():
+        return _forward_kernel(x, skip, weight, bias, *norms, eps, backend)
     z = skip_linear_ref(x, skip, weight, bias)
     if norm_weight is None:
         return z, *_empty(x, 6)

@@ -13,14 +13,14 @@ from epg_fast.ops.attention import SDPA
 _BLOCK = {
     "norm": ("plain", "triton"),
     "attention": ("plain", *SDPA[1:], "flash_attn", "flash_attn_3", "flash_attn_4", "triton"),
-    "proj": ("plain", "norm", "triton"),
-    "mlp": ("plain", "triton"),
+    "proj": ("plain", "norm", "triton", "cuda"),
+    "mlp": ("plain", "triton", "cuda"),
 }
 SITES: dict[str, tuple[str, ...]] = {
     "embedding": ("plain", "triton"),
     "condition": ("plain", "triton"),
     **{f"encoder.{name}": backends for name, backends in _BLOCK.items()},
-    "decoder.skip": ("plain", "triton"),
+    "decoder.skip": ("plain", "triton", "cuda"),
     **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
     "loss": ("plain", "triton"),
     "fp8": ("plain", "triton", "cuda"),
@@ -36,7 +36,8 @@ kernel. mlp: both products, GELU, gate and residual. skip: the long skip's produ
 block. loss: the loss of patches. fp8: blocks in FP8, with which precision fp8 samples; "plain" quantises in PyTorch's
 operators, "triton" in the kernels around the products, which are PyTorch's, "cuda" likewise around those of the
 extension. Sites norm, proj, mlp and skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW,
-"fused" the extension's update. steps: of the samplers `euler` and `heun`.
+"fused" the extension's update. steps: of the samplers `euler` and `heun`. Elsewhere "cuda"
+takes products with an epilogue from the extension (compute capability 9.0, bfloat16), and the rest as "triton" does.
 """
 NETWORK = tuple(site for site in SITES if site not in ("optimizer", "steps"))
 """Those that a network's `use_ops` asks."""

@@ -65,6 +65,8 @@ def obstacle(site: str, backend: str, case: Case, device: torch.device) -> str |
         return "takes 16 bits on a CUDA device"
     if backend == "cuda" and "CUTLASS" not in extension_code():
         return "the extension is built without CUTLASS"
+    if backend == "cuda" and case.precision not in ("bf16", "fp8"):
+        return "takes bfloat16"
     if backend in ("fused", "extension") and (not extension_status()[0] or (cuda and extension_code() == "cpu")):
         return "the extension is not built for this device"
     if backend == "apex" and not installed("amp_C"):

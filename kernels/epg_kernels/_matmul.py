@@ -529,9 +529,18 @@ def linear_dgelu_case(
 
 
 def aot_cases() -> list[AotCase]:
-    """What no operation's own table holds: products onto a residual, and the gradient through GELU."""
+    """What no operation's own table holds: GELU, products onto a residual, and the gradient through GELU."""
+    saving = {"gelu": True, "save_preactivation": True}
+    cases = [linear_case(BY_TMA, 4 * width, width, 0, "bf16", gelu=True) for width in (768, 1584, 2688)]
+    cases += [linear_case(BY_TMA, 4 * width, width, 0, "bf16", **saving) for width in (768, 1584, 2688)]
+    cases += [
+        linear_case(BY_TMA, 6336, 1584, 0, "fp16", **saving),
+        linear_case(BY_TMA_TF32, 6336, 1584, 0, "fp32", **saving),
+        linear_case(BY_POINTERS, 6336, 1584, 0, "bf16", **saving),
+        linear_case(IEEE, 6336, 1584, 0, "fp32", precision="ieee", **saving),
+    ]
     gated = {"gelu": False, "residual": "bf16", "tokens": 258}
-    cases = [
+    cases += [
         linear_case(BY_TMA, width, 4 * width, 0, "bf16", save_preactivation=True, **gated)
         for width in (1024, 1584, 1920, 2688)
     ]

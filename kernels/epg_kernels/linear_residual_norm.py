@@ -1,35 +1,26 @@
-"""A linear layer added to the residual in its product's epilogue, and the norm of the sum; their backward pass."""
+"""A linear layer added to the residual in its product's epilogue; the backward pass of that and the norm of the sum."""
 
 import torch
 
 from epg_kernels import AotCase
 from epg_kernels._launch import weight_gradient
 from epg_kernels._matmul import linear, rows_of
-from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases
+from epg_kernels._norm_modulate import launch_backward, row_cases
 
 
-def linear_residual_norm_fwd(
+def linear_residual(
     x: torch.Tensor,
     h: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     gate: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
     save_branch: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Returns x_out = x + gate * (h @ weight^T + bias), its norm in out_dtype, the branch if saved, mean, rstd [B, L].
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns x + gate * (h @ weight^T + bias) and the branch, which the gate scales, if it is to be saved.
 
-    x: [B, L, N]; h: [B, L, K]; weight: [N, K], in h's dtype; bias, norm_weight, norm_bias: [N]; gate, shift, scale:
-    [B, N]. The branch is what the gate scales.
+    x: [B, L, N]; h: [B, L, K]; weight: [N, K], in h's dtype; bias: [N]; gate: [B, N] or None for ones.
     """
-    x_out, branch = linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], save_branch=save_branch)
-    done = launch_forward(x_out, None, None, norm_weight, norm_bias, shift, scale, eps, out_dtype)
-    return x_out, done.y, branch, done.mean, done.rstd
+    return linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], save_branch=save_branch)
 
 
 def linear_residual_norm_bwd(

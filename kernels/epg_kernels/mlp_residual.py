@@ -1,11 +1,13 @@
 """The MLP of a block, GELU and the gated residual in its products' epilogues; its backward pass."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
-from epg_kernels._column_sums import sum_partial_sums
+from epg_kernels._column_sums import second_stage_case, sum_partial_sums
 from epg_kernels._launch import stride, unit_stride, weight_gradient
 from epg_kernels._matmul import linear, linear_dgelu, rows_of
 
@@ -89,13 +91,14 @@ def mlp_residual_bwd(
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None,
     weight_dtype: torch.dtype,
+    product: Callable = linear_dgelu,
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate (None without a gate); x has dout itself.
 
-    The weights are in y's dtype, their gradients in weight_dtype.
+    The weights are in y's dtype, their gradients in weight_dtype. product: `linear_dgelu` or what does the same.
     """
     dbranch, dfc2_bias, dgate = residual_bwd(dout, branch, gate, z.dtype, fc2_bias.dtype)
-    dz, dfc1_bias = linear_dgelu(dbranch, fc2_weight, z)
+    dz, dfc1_bias = product(dbranch, fc2_weight, z)
     dz, dbranch = rows_of(dz), rows_of(dbranch)
     # Nothing is left to fuse into these products, and cuBLAS sets their ceiling.
     dy = torch.mm(dz, fc1_weight).view(y.shape)
@@ -143,9 +146,9 @@ def residual_bwd(
 
 
 def aot_cases() -> list[AotCase]:
-    """Of the kernel that is not a product, at the presets' widths, gated and not."""
+    """Of what is not a product: the gated residual's backward pass at the presets' widths, and fc1's bias's sums."""
     cases = [_case(width, "bf16", gated=True) for width in (1024, 1584, 1920, 2688)]
-    return [*cases, _case(768, "fp32", gated=False)]
+    return [*cases, _case(768, "fp32", gated=False), second_stage_case(6336)]
 
 
 def _case(width: int, dtype: str, gated: bool) -> AotCase:

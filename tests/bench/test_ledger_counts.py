@@ -216,7 +216,7 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
     assert step.bytes == pytest.approx(ADAMW.bytes(values, 4), rel=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["ours-blocks", "auto-blocks", "plain-blocks"])
+@pytest.mark.parametrize("variant", ["ours-blocks", "ours-cuda", "auto-blocks", "plain-blocks"])
 def test_a_job_of_a_small_network_is_counted_without_problems(variant):
     import dataclasses
 

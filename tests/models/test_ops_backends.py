@@ -87,6 +87,37 @@ def test_every_site_alone_and_mixtures_compute_the_same(ops):
     assert type(mixed.use_ops("plain")) is EPGViT and type(mixed.blocks[0]) is type(plain.blocks[0])
 
 
+# Operations, and the extension's products that they take
+CUTLASS = [
+    ({"mlp": "cuda"}, {"linear_gelu_out", "linear_gate_residual_out", "linear_dgelu_out"}),
+    ({"proj": "cuda"}, {"linear_gate_residual_out"}),
+    ({"skip": "cuda"}, {"skip_linear_out"}),
+    (
+        {"decoder.mlp": "cuda", "encoder.mlp": "triton", "proj": "cuda", "skip": "cuda", "norm": "triton"},
+        {"linear_gelu_out", "linear_gate_residual_out", "linear_dgelu_out", "skip_linear_out"},
+    ),
+]
+
+
+@pytest.mark.parametrize("form", ["as released", "no norm after the skips"])
+@pytest.mark.parametrize("ops, products", CUTLASS, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_products_of_the_extension_compute_the_same_in_bfloat16(ops, products, form, gemms):
+    """Output within twice the error that PyTorch makes in bfloat16, gradients together within three times theirs."""
+    plain = make(**DECODER | FORMS[form])
+    arguments = inputs(plain)
+    exact, exact_gradients = outputs_and_gradients(copy.deepcopy(plain), arguments)
+    errors = []
+    for chosen in ("plain", ops):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out, gradients = outputs_and_gradients(copy.deepcopy(plain).use_ops(chosen), arguments)
+        assert gradients.keys() == exact_gradients.keys()
+        each = [(gradients[name] - g).norm() / g.norm() for name, g in exact_gradients.items()]
+        errors.append(((out - exact).norm(), torch.stack(each).norm()))
+    assert errors[1][0] < 2 * errors[0][0] and errors[1][1] < 3 * errors[0][1]
+    assert errors[0][0] < 0.05 * exact.norm()
+    assert DEVICE == "cuda" or {*gemms} == products
+
+
 def test_the_encoder_computes_the_same_with_the_fused_kernels():
     plain = make(RCMViT, hidden_dim=32, output_dim=16)
     fused = copy.deepcopy(plain).use_ops("triton")
@@ -169,7 +200,8 @@ def test_the_switch_changes_no_parameter_and_can_be_turned_back():
         model.use_ops("cuda")
     for ops, message in (
         ({"atention": "triton"}, "got site 'atention' .did you mean 'attention'"),
-        ({"mlp": "cudnn"}, "got mlp='cudnn', want one of plain, triton"),
+        ({"mlp": "cudnn"}, "got mlp='cudnn', want one of plain, triton, cuda"),
+        ({"norm": "cuda"}, "got norm='cuda', want one of plain, triton"),
     ):
         with pytest.raises(ValueError, match=message):
             model.use_ops(ops)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from epg_fast.ops.backends import interpreting
 from epg_fast.ops.extension import extension_has_gemms, extension_status
@@ -27,9 +28,14 @@ def gemms_run() -> bool:
     return hopper and extension_status()[0] and extension_has_gemms()
 
 
+NO_GEMMS = "needs a GPU of compute capability 9.0 and the extension built with CUTLASS"
+GEMMS = (pytest.mark.gpu, pytest.mark.skipif(not gemms_run(), reason=NO_GEMMS))
+
+
 def needs_gemms(test: Callable) -> Callable:
-    reason = "needs a GPU of compute capability 9.0 and the extension built with CUTLASS"
-    return pytest.mark.gpu(pytest.mark.skipif(not gemms_run(), reason=reason)(test))
+    for mark in GEMMS:
+        test = mark(test)
+    return test
 
 
 Inputs = Sequence[torch.Tensor | None]
@@ -123,13 +129,83 @@ def native_operator_on_cpu(schema: str, function: Callable) -> Iterator[None]:
 
 
 def pretend_gemms_run(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    """Backend "cuda" of an operation passes its checks of the build and the GPU; on the CPU it runs the reference."""
+    """Backend "cuda" of an operation passes its checks of the build and the GPU."""
 
     @torch.compiler.assume_constant_result
     def require_gemms(op: str, device: torch.device) -> None:
         return None
 
     monkeypatch.setattr(importlib.import_module(f"epg_fast.ops.{op}"), "require_gemms", require_gemms)
+
+
+@contextlib.contextmanager
+def gemms_on_cpu() -> Iterator[list[str]]:
+    """Inside, backend "cuda" of the networks' operations runs on CPU tensors: formulas stand for the products.
+
+    Yields a list that the names of the products that are called are appended to.
+    """
+    called = []
+
+    def noting(name: str, formula: Callable) -> Callable:
+        return lambda *arguments: called.append(name) or formula(*arguments)
+
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.ExitStack() as stack:
+        for op in ("linear_residual_norm", "skip_linear"):
+            pretend_gemms_run(monkeypatch, op)
+        for schema, formula in _FORMULAS.items():
+            stack.enter_context(native_operator_on_cpu(schema, noting(schema.partition("(")[0], formula)))
+        yield called
+
+
+def _linear(x, weight, bias):
+    """Accumulated in float32, as under no autocast; what CUTLASS asks of its operands is asked here."""
+    assert all(t.is_contiguous() and t.dtype == x.dtype and t.shape[-1] % 8 == 0 for t in (x, weight, bias))
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x.float(), weight.float(), bias.float())
+
+
+def _linear_gelu(y, z, x, weight, bias):
+    value = _linear(x, weight, bias)
+    y.copy_(F.gelu(value))
+    if z is not None:
+        z.copy_(value)
+
+
+def _linear_gate_residual(out, branch, x, gate, h, weight, bias):
+    value = _linear(h, weight, bias)
+    assert x.is_contiguous() and x.dtype == out.dtype and x.dtype in (h.dtype, torch.float32)
+    if branch is not None:
+        branch.copy_(value)
+    if gate is not None:
+        assert gate.dim() == 2 and gate.stride(1) == 1 and gate.stride(0) % 2 == 0
+        value = value * gate.float()[:, None]
+    out.copy_(x.float() + value)
+
+
+def _linear_dgelu(dz, sums, dy, weight, z):
+    """A row of sums for 128 of dz, padded to a multiple of 256 columns."""
+    assert all(t.is_contiguous() and t.dtype == z.dtype for t in (dz, dy, weight, z))
+    value = torch.ops.aten.gelu_backward(dy.float() @ weight.float(), z.float())
+    dz.copy_(value)
+    if sums is None:
+        return
+    rows = value.flatten(0, -2)
+    padded = F.pad(rows, (0, -rows.shape[1] % 256, 0, -rows.shape[0] % 128))
+    sums.copy_(padded.view(-1, 128, padded.shape[1]).sum(1))
+
+
+def _skip_linear(z, x, skip, weight, bias):
+    assert x.is_contiguous() and skip.is_contiguous() and x.shape[-1] % 8 == skip.shape[-1] % 8 == 0
+    z.copy_(_linear(torch.cat([x, skip], dim=-1), weight, bias))
+
+
+_FORMULAS = {
+    "linear_gelu_out(Tensor(a!) y, Tensor(b!)? z, Tensor x, Tensor weight, Tensor bias) -> ()": _linear_gelu,
+    "linear_gate_residual_out(Tensor(a!) out, Tensor(b!)? branch, Tensor x, Tensor? gate, Tensor h, Tensor weight, "
+    "Tensor bias) -> ()": _linear_gate_residual,
+    "linear_dgelu_out(Tensor(a!) dz, Tensor(b!)? sums, Tensor dy, Tensor weight, Tensor z) -> ()": _linear_dgelu,
+    "skip_linear_out(Tensor(a!) z, Tensor x, Tensor skip, Tensor weight, Tensor bias) -> ()": _skip_linear,
+}
 
 
 def _assert_same_bits(first, second):

@@ -4,12 +4,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from epg_fast.ops import backends, extension
 from epg_fast.ops.linear_residual_norm import SPEC, linear_residual_norm, linear_residual_norm_ref
 from tests.ops.kernel_checks import (
     DEVICE,
+    GPU,
     assert_accurate,
+    assert_capturable,
     assert_compiles_into_one_graph,
     assert_repeatable,
+    needs_gemms,
     needs_triton,
     randn,
     shapes_of,
@@ -24,6 +28,9 @@ DTYPES = {
 }
 SMALL = (2, 5, 40, 24)
 KERNEL = functools.partial(linear_residual_norm, backend="triton")
+# Backend "cuda": bfloat16, K and N multiples of 8
+CUDA = functools.partial(linear_residual_norm, backend="cuda")
+CUDA_SHAPES = [*SPEC.odd_shapes[:2], *(pytest.param(shape, marks=GPU) for shape in SPEC.shapes)]
 FORMS = pytest.mark.parametrize("form", ["gated and modulated", "gated", "neither"])
 
 
@@ -59,6 +66,62 @@ def make_grads(shape):
 def test_kernel_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, form):
     inputs = make_inputs(shape, DTYPES[dtypes], form)
     assert_accurate(KERNEL, linear_residual_norm_ref, inputs, make_grads(shape))
+
+
+CUDA_FORMS = [
+    ("bf16 with fp32 parameters", "gated and modulated"),
+    ("bf16 on an fp32 residual", "gated and modulated"),
+    ("bf16 with fp32 parameters", "gated"),
+    ("bf16 on an fp32 residual", "neither"),
+]
+
+
+@pytest.mark.usefixtures("poisoned_empty", "gemms")
+@pytest.mark.parametrize(("dtypes", "form"), CUDA_FORMS)
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_product_of_the_extension_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtypes, form):
+    inputs = make_inputs(shape, DTYPES[dtypes], form)
+    assert_accurate(CUDA, linear_residual_norm_ref, inputs, make_grads(shape))
+
+
+@FORMS
+@pytest.mark.usefixtures("poisoned_empty", "gemms")
+@pytest.mark.skipif(DEVICE == "cuda", reason="only the formulas that stand for the products take float32")
+def test_around_a_product_in_float32_nothing_is_rounded(form):
+    def operator(x, h, weight, *others):
+        images = [None if t is None else t.squeeze(1) for t in others[3:]]
+        arguments = (x, h, weight, weight.detach(), *others[:3], *images, 1e-5, images[0] is not None, "cuda")
+        return torch.ops.epg_fast.linear_residual_norm(*arguments)[:2]
+
+    assert_accurate(operator, linear_residual_norm_ref, make_inputs(SMALL, form=form), make_grads(SMALL))
+
+
+@pytest.mark.usefixtures("gemms")
+@FORMS
+def test_product_of_the_extension_compiles_into_one_graph_and_takes_what_a_network_has(form):
+    """Autocast, a float32 weight, a bias that is not contiguous, and gate and modulation that are chunks of one."""
+    x, h, weight, bias, *norm = make_inputs(SMALL, form="neither")[:6]
+    bias = torch.stack([bias, bias], 1).detach().bfloat16()[:, 0].requires_grad_()
+    chunks = randn(2, 1, 6 * 24, seed=8, requires_grad=False).chunk(6, -1)[2:5]
+    present = {"gated and modulated": 3, "gated": 1, "neither": 0}[form]
+    images = [chunk.requires_grad_() for chunk in chunks[:present]] + [None] * (3 - present)
+
+    def call(*inputs, backend="cuda"):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return linear_residual_norm(*inputs, backend=backend)
+
+    inputs = [x, h, weight, bias, *norm, *images]
+    assert_compiles_into_one_graph(call, inputs, make_grads(SMALL))
+    assert_accurate(call, functools.partial(call, backend="plain"), inputs, make_grads(SMALL))
+
+
+@needs_gemms
+def test_product_of_the_extension_repeats_its_bits_and_can_be_captured():
+    shape = (5, 258, 64, 528)
+    inputs = make_inputs(shape, DTYPES["bf16 with fp32 parameters"])
+    assert_repeatable(CUDA, inputs, make_grads(shape))
+    inputs = [tensor.detach() for tensor in inputs]
+    assert_capturable(CUDA, inputs, [tensor + 1 for tensor in inputs])
 
 
 @needs_triton
@@ -109,16 +172,21 @@ def test_kernel_repeats_its_bits_and_compiles_into_one_graph(form):
 
 @needs_triton
 @FORMS
-def test_operators_pass_opcheck(form):
-    *inputs, gate, shift, scale = make_inputs(SMALL, form=form)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_operators_pass_opcheck(backend, form, request):
+    if backend == "cuda":
+        request.getfixturevalue("gemms")
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    *inputs, gate, shift, scale = make_inputs(SMALL, (dtype,) * 4, form)
     images = [None if t is None else t.detach().squeeze(1).requires_grad_() for t in (gate, shift, scale)]
     saving = gate is not None
     inputs = [*inputs[:3], inputs[2].detach(), *inputs[3:]]
-    torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm.default, (*inputs, *images, 1e-5, saving))
+    arguments = (*inputs, *images, 1e-5, saving, backend)
+    torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm.default, arguments)
     x, h, parameter, weight, bias, *norm = (tensor.detach() for tensor in inputs)
     gate, *modulation = (None if t is None else t.detach() for t in images)
     x_out, y, branch, *statistics = torch.ops.epg_fast.linear_residual_norm(
-        x, h, parameter, weight, bias, *norm, gate, *modulation, 1e-5, saving
+        x, h, parameter, weight, bias, *norm, gate, *modulation, 1e-5, saving, backend
     )
     saved = (x_out, branch, h, weight, torch.float64, bias, gate, *norm, *modulation, *statistics)
     for needed in ([True] * 3, [False, True, False]):
@@ -148,7 +216,7 @@ def test_operator_on_the_cpu_is_the_reference_and_right_in_float64(monkeypatch, 
     *others, gate, shift, scale = inputs
     images = [None if tensor is None else tensor.squeeze(1) for tensor in (gate, shift, scale)]
     others = [*others[:3], others[2].detach(), *others[3:]]
-    got = torch.ops.epg_fast.linear_residual_norm(*others, *images, 1e-5, gate is not None)[:2]
+    got = torch.ops.epg_fast.linear_residual_norm(*others, *images, 1e-5, gate is not None, "triton")[:2]
     want = linear_residual_norm_ref(*inputs)
     grads, given = [torch.randn(2, 5, 24).double() for _ in range(2)], [t for t in inputs if t is not None]
     torch.testing.assert_close(got, want)
@@ -158,7 +226,7 @@ def test_operator_on_the_cpu_is_the_reference_and_right_in_float64(monkeypatch, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cublas"}, "got backend='cublas', wanted one of plain, triton"),
+        ({"backend": "cublas"}, "got backend='cublas', wanted one of plain, triton, cuda"),
         ({"h": torch.zeros(2, 5, 39)}, r"got h of shape \(2, 5, 39\) and weight of shape \(24, 40\), wanted"),
         ({"x": torch.zeros(2, 4, 24)}, r"got x of shape \(2, 4, 24\), wanted \[2, 5, 24\]"),
         ({"bias": torch.zeros(40)}, r"got bias of shape \(40,\), wanted \[24\]"),
@@ -172,3 +240,25 @@ def test_a_mistake_is_answered_with_what_was_wanted(change, message):
     arguments = dict(zip(names, (tensor.detach().cpu() for tensor in make_inputs(SMALL)), strict=True))
     with pytest.raises(ValueError, match=message):
         linear_residual_norm(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.zeros(2, 5, 40)}, "got h in torch.float32, wanted one of torch.bfloat16 for backend='cuda'"),
+        ({"x": torch.zeros(2, 5, 24).half()}, "got x in torch.float16, wanted one of torch.bfloat16, torch.float32"),
+        ({"weight": torch.zeros(40, 24).bfloat16().t()}, "got weight.*wanted it contiguous"),
+        ({"gate": torch.zeros(2, 25)[:, :24]}, r"got gate with strides \(25, 1\), wanted contiguous rows"),
+        ({}, "but the extension is not built"),
+    ],
+)
+def test_backend_cuda_refuses_what_its_kernel_cannot_read(monkeypatch, change, message):
+    monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built"))
+    names = ("x", "h", "weight", "bias", "norm_weight", "norm_bias", "gate", "shift", "scale")
+    inputs = make_inputs(SMALL, DTYPES["bf16 with fp32 parameters"])
+    arguments = dict(zip(names, (tensor.detach().cpu() for tensor in inputs), strict=True))
+    with pytest.raises(ValueError, match=message):
+        CUDA(**(arguments | change))
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    with pytest.raises(ValueError, match="whose norm is Triton's, which is not installed"):
+        CUDA(**arguments)

@@ -1,5 +1,4 @@
 import functools
-import importlib
 
 import pytest
 import torch
@@ -12,15 +11,14 @@ from epg_fast.ops.layer_norm_modulate import layer_norm_modulate_fp8
 from epg_fast.ops.skip_linear import SPEC, skip_linear, skip_linear_ref, skip_norms_fp8
 from tests.ops.kernel_checks import (
     DEVICE,
+    GPU,
     assert_accurate,
     assert_capturable,
     assert_compiles_into_one_graph,
     assert_repeatable,
     comparable_fp8,
-    native_operator_on_cpu,
     needs_gemms,
     needs_triton,
-    pretend_gemms_run,
     randn,
     run,
     shapes_of,
@@ -38,8 +36,8 @@ KERNEL = functools.partial(skip_linear, backend="triton")
 # Backend "cuda": 16-bit dtypes, all widths multiples of 8
 CUDA = functools.partial(skip_linear, backend="cuda")
 CUDA_DTYPES = {name: dtypes for name, dtypes in DTYPES.items() if dtypes[0] == torch.bfloat16}
-CUDA_SHAPES = [*SPEC.shapes, (3, 17, 40, 24), (1, 5, 72, 40), (2, 130, 176, 64), (5, 258, 264, 8), (1, 1, 8, 8)]
-SCHEMA = "skip_linear_out(Tensor(a!) z, Tensor x, Tensor skip, Tensor weight, Tensor bias) -> ()"
+CUDA_SHAPES = [(3, 17, 40, 24), (1, 5, 72, 40), (1, 1, 8, 8)]
+CUDA_SHAPES += [pytest.param(shape, marks=GPU) for shape in (*SPEC.shapes, (2, 130, 176, 64), (5, 258, 264, 8))]
 NORMED = pytest.mark.parametrize("normed", [True, False], ids=["norm", "no norm"])
 
 
@@ -302,8 +300,7 @@ def test_float64_is_refused_by_the_kernel_and_says_what_to_do():
         KERNEL(*inputs)
 
 
-@needs_gemms
-@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.usefixtures("poisoned_empty", "gemms")
 @NORMED
 @pytest.mark.parametrize("dtypes", CUDA_DTYPES.values(), ids=CUDA_DTYPES)
 @pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
@@ -386,37 +383,14 @@ def test_the_norm_after_backend_cuda_asks_for_triton(monkeypatch):
         CUDA(inputs[0].requires_grad_(), *inputs[1:4])
 
 
-@NORMED
-def test_operator_of_backend_cuda_passes_opcheck_on_the_cpu(normed):
-    inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, normed=normed)]
-    norms = [None] * (4 if normed else 6)
-    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, *norms, 1e-5, "cuda"))
-
-
-@needs_triton
-@NORMED
-@pytest.mark.skipif(DEVICE == "cuda", reason="puts Triton's interpreter behind an operator on the CPU")
-def test_launcher_of_backend_cuda_hands_the_kernel_what_it_takes(normed):
-    def kernel(z, x, skip, weight, bias):
-        assert bias.dtype == x.dtype and bias.is_contiguous()
-        z.copy_(F.linear(torch.cat([x, skip], dim=-1), weight, bias))
-
-    dtypes = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32)
-    inputs = [tensor.detach() for tensor in make_inputs(SMALL, dtypes, normed)]
-    inputs[3] = torch.randn(40, 2)[:, 0]
-    norms = [None] * (4 if normed else 6)
-    module = importlib.import_module("epg_fast.ops.skip_linear")
-    with native_operator_on_cpu(SCHEMA, kernel):
-        y, _, z, mean, rstd, *_ = module._forward_cuda(*inputs, *norms, 1e-5)
-    torch.testing.assert_close(y, skip_linear_ref(*inputs), rtol=2e-2, atol=2e-2)
-    expected = [(2, 5, 40), (2, 5), (2, 5)] if normed else [(0,)] * 3
-    assert [tensor.shape for tensor in (z, mean, rstd)] == expected
-
-
-def test_backend_cuda_is_traced_into_one_graph(monkeypatch):
-    pretend_gemms_run(monkeypatch, "skip_linear")
-    inputs = [tensor.detach().cpu().bfloat16().requires_grad_() for tensor in make_inputs(SMALL)]
-    assert_compiles_into_one_graph(CUDA, inputs, [torch.randn(2, 5, 40)])
+@pytest.mark.usefixtures("gemms")
+def test_backend_cuda_passes_opcheck_and_compiles_into_one_graph():
+    dtypes = DTYPES["bf16 with fp32 parameters"]
+    inputs = make_inputs_of_two_norms(SMALL, dtypes)
+    inputs[3] = torch.randn(40, 2, device=DEVICE)[:, 0].requires_grad_()
+    assert_compiles_into_one_graph(with_next_norm(CUDA), inputs, grads_of_two_norms(SMALL))
+    inputs = [tensor.to(torch.bfloat16) for tensor in make_inputs(SMALL, normed=False)]
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, *[None] * 6, 1e-5, "cuda"))
 
 
 def test_traffic_model_counts_each_tensor_once():

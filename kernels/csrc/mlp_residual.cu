@@ -1,6 +1,8 @@
-// gelu(x @ weight^T + bias) for Hopper: bias and GELU in the epilogue of the matrix product, which also stores z, the
-// value before GELU, where there will be a backward pass. And (dy @ weight) * gelu'(z), the gradient through GELU and the
-// linear layer after it, with the sums of its columns over the rows of each tile.
+// The MLP's products with GELU, for Hopper; its last one, onto the residual, is that of linear_residual_norm.cu.
+//
+// gelu(x @ weight^T + bias): bias and GELU in the epilogue of the matrix product, which also stores z, the value before
+// GELU, where there will be a backward pass. And (dy @ weight) * gelu'(z), the gradient through GELU and the linear layer
+// after it, with the sums of its columns over the rows of each tile.
 
 #include "gemm_sm90.cuh"
 
