@@ -138,6 +138,21 @@ def without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> lis
     return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
+def product_operand(op: str, weight: torch.Tensor, operand: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What a product with `weight` reads: `operand`, a copy of it in `dtype`, or without one it is cast.
+
+    Raises ValueError for an operand of another shape or dtype.
+    """
+    if operand is None:
+        return weight.detach().to(dtype)
+    if operand.shape != weight.shape or operand.dtype != dtype:
+        raise ValueError(
+            f"{op}: got an operand of shape {tuple(operand.shape)} in {operand.dtype} for a weight of shape "
+            f"{tuple(weight.shape)}, wanted a copy of the weight in {dtype}; leave it out"
+        )
+    return operand
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products with x, None outside autocast and for float64, which it leaves.
 

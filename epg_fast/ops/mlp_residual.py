@@ -27,6 +27,7 @@ from epg_fast.ops.backends import (
     autocast_dtype,
     check_backend,
     interpreting,
+    product_operand,
     require_dtypes,
     require_grid,
     require_triton,
@@ -184,12 +185,14 @@ def mlp_residual(
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None = None,
     backend: str = "plain",
+    operands: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """x + gate * (gelu(y @ fc1_weight^T + fc1_bias) @ fc2_weight^T + fc2_bias), with the exact GELU: [B, L, D].
 
     x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc2_weight: [D, H]; gate: [B, D], [B, 1, D] or None for ones.
     backend: "plain" (plain PyTorch), "triton" (two kernels forward; it keeps what the backward pass needs only
-    where there will be one).
+    where there will be one). operands: copies of the weights in the dtype of products, which kernels read instead of
+    casting them; "plain" leaves them.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend(_OP, backend, ("plain", "triton"))
@@ -206,7 +209,8 @@ def mlp_residual(
     require_triton(_OP, x, y, *parameters)
     require_grid(_OP, x.shape[0])
     require_dtypes(_OP, DTYPES, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
-    fc1, fc2 = ((weight, weight.detach().to(dtype)) for weight in (fc1_weight, fc2_weight))
+    weights = zip((fc1_weight, fc2_weight), operands, strict=True)
+    fc1, fc2 = ((weight, product_operand(_OP, weight, operand, dtype)) for weight, operand in weights)
     return _forward_op(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, needs_gradient(x, y, *parameters))[0]
 
 
