@@ -166,6 +166,7 @@ class Optimizer:
         if self._max_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
         self._adamw_step(found_inf)
+        torch.autograd.graph.increment_version(parameters)  # which neither torch's fused kernel does nor apex's
         for (averages, sources), decay in zip(self._averages, self._decays, strict=True):
             weight = torch.where(found_inf > 0, 0.0, torch.full_like(found_inf, 1 - decay, dtype=torch.float64))
             weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in averages}}
