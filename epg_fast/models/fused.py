@@ -91,7 +91,7 @@ def _residual_norm(
 
 class _Fused:
     ops: Mapping[str, str]
-    """Backend by site of a block."""
+    """Backend by site, of a block or of the network."""
     operands: Mapping[str, torch.Tensor] = {}
     """Copies of weights in the dtype of products by their linears, such as "mlp.fc1"; a weight without one is cast."""
 
@@ -132,7 +132,7 @@ class FusedDecoderBlock(_Fused, DecoderBlock):
         return skip_linear(x, skip, *weight_and_bias, *norm, self.norm1.eps, self.ops["skip"], next_norm, operand)
 
 
-class FusedTrunk(ViTEncoder):
+class FusedTrunk(_Fused, ViTEncoder):
     """What a network does outside of its blocks."""
 
     def _embed(self, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
@@ -164,22 +164,37 @@ class FusedEPGViT(FusedTrunk, EPGViT):
         _, normalised, last = _residual_norm(self.ops["encoder.norm"], self.norm, x, skip=True)
         return [*skips[1:], last], normalised
 
+    def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        linears = self._projections()
+        joined = self._joined_projection is not None or autocast_dtype(condition) is None
+        if joined or not (torch.is_grad_enabled() and linears):
+            return super()._modulations(condition)
+        weights, biases = zip(*((module.weight, module.bias) for module in linears), strict=True)
+        made = linear(condition, weights, torch.cat(biases), self.operands.get(_MODULATION))
+        return made[:, None].chunk(len(linears), dim=-1)
+
 
 _FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 
+_MODULATION = "adaLN_modulation"
 _SITES = {"attn.qkv": None, "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp", "skip_linear": "skip"}
 
 
-def linears_with_operands(network: ViTEncoder) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(block, name in its `operands`, linear) of each large product that reads a copy of its weight if it has one."""
+def linears_with_operands(network: ViTEncoder) -> Iterator[tuple[nn.Module, str, list[nn.Linear]]]:
+    """(module, name in its `operands`, linears) of each large product that reads a copy of its weight if it has one.
+
+    The product of several linears reads their weights one below the other.
+    """
     for path, module in network.large_linears():
         half, index, name = path.split(".", 2)
         block = network.get_submodule(f"{half}.{index}")
         fused = isinstance(block, _Fused) and block.ops.get(_SITES[name]) != "plain"
         if fused and is_plain(module, nn.Linear):
-            yield block, name, module
+            yield block, name, [module]
+    if isinstance(network, FusedEPGViT) and (linears := network._projections()):
+        yield network, _MODULATION, linears
 
 
 @functools.cache

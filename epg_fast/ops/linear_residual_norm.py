@@ -268,9 +268,10 @@ def _weight_gradient_flops(dy_shape, x_shape, *args, out_shape=None, **kwargs) -
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, operand, bias):
+    def forward(ctx, h, operand, bias, *weights):
         ctx.save_for_backward(h, operand)
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        ctx.weight_dtype, ctx.bias_dtype = weights[0].dtype, None if bias is None else bias.dtype
+        ctx.rows = [weight.shape[0] for weight in weights]
         return F.linear(h, operand, None if bias is None else bias.to(h.dtype))
 
     @staticmethod
@@ -279,26 +280,32 @@ class _Linear(torch.autograd.Function):
         h, operand = ctx.saved_tensors
         rows = dy.flatten(0, -2)
         dh = (rows @ operand).view(h.shape) if ctx.needs_input_grad[0] else None
-        dweight = _weight_gradient(rows, h.flatten(0, -2), ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        needs_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[3]
+        needs_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
         dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
-        return dh, dweight, None, dbias
+        dweights = [None] * len(ctx.rows)
+        if any(ctx.needs_input_grad[3:]):
+            dweights = _weight_gradient(rows, h.flatten(0, -2), ctx.weight_dtype).split(ctx.rows)
+        return dh, None, dbias, *dweights
 
 
 def linear(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, operand: torch.Tensor | None = None
+    h: torch.Tensor,
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    bias: torch.Tensor | None = None,
+    operand: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h @ weight^T + bias, [..., N], in h's dtype or autocast's; differentiable once where weight has another dtype.
 
-    h: [..., K]; weight: [N, K]; bias: [N] or None; operand: a copy of weight in the result's dtype.
+    h: [..., K]; weight: [N, K], or several whose rows add up to N; bias: [N] or None; operand: a copy of weight in the
+    result's dtype.
     """
-    dtype = autocast_dtype(h) or h.dtype
-    if weight.dtype == dtype:
-        return F.linear(h, weight, bias)
-    h, operand = h.to(dtype), product_operand("linear", weight, operand, dtype)
-    if not needs_gradient(h, weight, bias):
+    dtype, weights = autocast_dtype(h) or h.dtype, [weight] if isinstance(weight, torch.Tensor) else list(weight)
+    if weights[0].dtype == dtype:
+        return F.linear(h, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    h, operand = h.to(dtype), product_operand("linear", weights, operand, dtype)
+    if not needs_gradient(h, bias, *weights):
         return F.linear(h, operand, None if bias is None else bias.to(dtype))
-    return _Linear.apply(h, weight, operand, bias)
+    return _Linear.apply(h, operand, bias, *weights)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

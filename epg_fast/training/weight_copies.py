@@ -39,16 +39,17 @@ class WeightCopies:
         self._copies: list[torch.Tensor] = []
         self._operands: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
         for network in networks if dtype else ():
-            for block, name, linear in linears_with_operands(network):
-                weight = linear.weight
-                if weight.dtype in (dtype, torch.float64) or is_sharded(weight):
+            for module, name, linears in linears_with_operands(network):
+                weights = [linear.weight for linear in linears]
+                if any(weight.dtype in (dtype, torch.float64) or is_sharded(weight) for weight in weights):
                     continue
-                copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-                if copy.is_cuda:
-                    torch._dynamo.mark_static_address(copy, guard=False)
-                self._linears.append(linear)
-                self._copies.append(copy)
-                self._operands.setdefault(block, {})[name] = copy
+                rows = [len(weight) for weight in weights]
+                operand = weights[0].new_empty(sum(rows), weights[0].shape[1], dtype=dtype, requires_grad=False)
+                if operand.is_cuda:
+                    torch._dynamo.mark_static_address(operand, guard=False)
+                self._linears += linears
+                self._copies += operand.split(rows)
+                self._operands.setdefault(module, {})[name] = operand
         self._written: list[tuple[torch.Tensor, int] | None] = [None] * len(self._copies)
         """Per copy, the weight that it was made of and how often that had been changed then."""
         self._places = {linear.weight: i for i, linear in enumerate(self._linears)}
@@ -61,13 +62,13 @@ class WeightCopies:
     def in_use(self) -> Iterator[None]:
         """Inside, the products of the networks read the copies of the weights as they are now."""
         self.refresh()
-        for block, operands in self._operands.items():
-            block.operands = operands
+        for module, operands in self._operands.items():
+            module.operands = operands
         try:
             yield
         finally:
-            for block in self._operands:
-                del block.operands
+            for module in self._operands:
+                del module.operands
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -83,8 +84,9 @@ class WeightCopies:
         """Take note that one call has changed `weights` and written their copies, if these were right before."""
         for weight in weights:
             place = self._places.get(weight)
-            if place is not None and _is(self._written[place], weight, changes=1):
-                self._written[place] = weight, weight._version
+            if place is not None:
+                right = _is(self._written[place], weight, changes=1)
+                self._written[place] = (weight, weight._version) if right else None
 
 
 def _is(written: tuple[torch.Tensor, int] | None, weight: torch.Tensor, changes: int = 0) -> bool:
