@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Before any caller has chosen another number.
 _DEFAULT_THREADS = torch.get_num_threads()
 _SMALL_NETWORK = 4_000_000  # parameters
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions in which autocast computes."""
 log = logging.getLogger("epg_fast")
 
 
@@ -71,9 +72,9 @@ def autocast(device: torch.device, precision: str, cache: bool = True) -> contex
     """Autocast context of `bf16` or `fp16`; nothing for `fp32`. cache: keep 16-bit copies of weights for its time."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    if precision not in _AUTOCAST:
+    if precision not in AUTOCAST:
         raise ValueError(f"precision {precision!r}: want fp32, bf16 or fp16")
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)
+    return torch.autocast(device.type, dtype=AUTOCAST[precision], cache_enabled=cache)
 
 
 def compile_options(fused: bool, cuda_graphs: bool = False, more: Mapping[str, object] | None = None) -> dict:

@@ -210,11 +210,16 @@ class EPGViT(ViTEncoder):
 
     def _projection(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(weight [blocks 6 D, E], bias) of all adaLN projections; None if the blocks must compute their own."""
-        modules = [block.adaLN_modulation for block in self.decoder_blocks]
-        if not modules or not all(_is_plain_modulation(module) for module in modules):
+        linears = self._projections()
+        if not linears:
             return None
-        dtype = autocast_dtype(modules[0][1].weight) or modules[0][1].weight.dtype
-        return tuple(torch.cat([getattr(m[1], name).to(dtype) for m in modules]) for name in ("weight", "bias"))
+        dtype = autocast_dtype(linears[0].weight) or linears[0].weight.dtype
+        return tuple(torch.cat([getattr(linear, name).to(dtype) for linear in linears]) for name in ("weight", "bias"))
+
+    def _projections(self) -> list[nn.Linear]:
+        """The adaLN projections of all blocks; none if the blocks must compute their own."""
+        modules = [block.adaLN_modulation for block in self.decoder_blocks]
+        return [module[1] for module in modules] if all(map(_is_plain_modulation, modules)) else []
 
     @torch.no_grad()
     def join_projection(self) -> None:

@@ -23,7 +23,7 @@ from epg_fast.ops.layer_norm_modulate import (
 )
 from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
-from epg_fast.ops.linear_residual_norm import linear_residual_norm, linear_residual_norm_ref
+from epg_fast.ops.linear_residual_norm import linear, linear_residual_norm, linear_residual_norm_ref
 from epg_fast.ops.mlp_residual import mlp_residual, mlp_residual_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal, philox_normal_of
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
@@ -64,6 +64,7 @@ __all__ = [
     "linear_fp8_dynamic",
     "linear_fp8_dynamic_ref",
     "linear_fp8_ref",
+    "linear",
     "linear_residual_norm",
     "linear_residual_norm_ref",
     "mlp_residual",

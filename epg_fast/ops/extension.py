@@ -24,6 +24,9 @@ OPERATORS = (
     "resized_crop_out",
 )
 
+INTERFACE = "2"
+"""What those take, as kernels/csrc/register.cpp counts its changes."""
+
 # EPG_EXTENSION chooses another build of the library, such as one with AddressSanitizer.
 _CHOSEN = os.environ.get("EPG_EXTENSION")
 _LIBRARY = Path(_CHOSEN) if _CHOSEN else Path(__file__).with_name("_extension.abi3.so")
@@ -65,6 +68,9 @@ def extension_status() -> tuple[bool, str]:
     missing = [name for name in OPERATORS if not hasattr(torch.ops.epg_fast, name)]
     if missing:
         return False, (f"from another version of epg_fast: {_LIBRARY} has no {', '.join(missing)}; {_REMEDY}")
+    found = _build_info().get("interface", "1")
+    if found != INTERFACE:
+        return False, f"from another version of epg_fast: {_LIBRARY} has interface {found}, not {INTERFACE}; {_REMEDY}"
     return True, f"{_description()}, loaded from {_LIBRARY}"
 
 

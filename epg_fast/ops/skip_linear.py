@@ -27,6 +27,7 @@ from epg_fast.ops.backends import (
     autocast_dtype,
     check_backend,
     interpreting,
+    product_operand,
     require_dtypes,
     require_gemm_operands,
     require_grid,
@@ -73,6 +74,7 @@ def skip_linear_ref(
 def _forward_op(
     x: torch.Tensor,
     skip: torch.Tensor,
+    parameter: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -84,7 +86,10 @@ def _forward_op(
     eps: float,
     backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, the next norm of y, z, mean and rstd of z, of y); empty what the norms that are there do not make."""
+    """(y, the next norm of y, z, mean and rstd of z, of y); empty what the norms that are there do not make.
+
+    weight: parameter in x's dtype. Products read the one, and the gradient of the other is written in its own dtype.
+    """
     norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
     if interpreting():
         return _forward_kernel(x, skip, weight, bias, *norms, eps, backend)
@@ -104,7 +109,7 @@ def _empty(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_kernel(x, skip, weight, bias, *norms_and_eps, backend="triton"):
+def _forward_kernel(x, skip, parameter, weight, bias, *norms_and_eps, backend="triton"):
     if len(norms_and_eps) == 8:
         *norms_and_eps, backend = norms_and_eps
     forward = _forward_triton if backend == "triton" else _forward_cuda
@@ -128,7 +133,7 @@ def _forward_cuda(x, skip, weight, bias, norm_weight, *norms_and_eps):
 
 
 @_forward_op.register_fake
-def _(x, skip, weight, bias, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps, backend=""):
+def _(x, skip, parameter, weight, bias, norm_weight, norm_bias, next_weight, *_):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if norm_weight is None:
         return y, *_empty(x, 6)
@@ -146,6 +151,7 @@ def _backward_op(
     x: torch.Tensor,
     skip: torch.Tensor,
     weight: torch.Tensor,
+    weight_dtype: torch.dtype,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
@@ -166,9 +172,8 @@ def _backward_op(
     """
     norm, after = (norm_weight, norm_bias), (next_weight, next_bias, next_shift, next_scale)
     if interpreting():
-        return _backward_triton(
-            dy, dnext, x, skip, weight, bias, *norm, *after, z, mean, rstd, next_mean, next_rstd, needed
-        )
+        saved = *norm, *after, z, mean, rstd, next_mean, next_rstd
+        return _backward_triton(dy, dnext, x, skip, weight, weight_dtype, bias, *saved, needed)
     dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
     if next_weight is not None:
         y = (z.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight + norm_bias
@@ -181,7 +186,7 @@ def _backward_op(
     rows, split = dz.to(z.dtype if norm_weight is not None else dz.dtype).flatten(0, -2), x.shape[-1]
     dx = (rows @ weight[:, :split]).view(x.shape) if needed[0] else None
     dskip = (rows @ weight[:, split:]).view(skip.shape) if needed[1] else None
-    dweight = rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2) if needed[2] else None
+    dweight = (rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2)).to(weight_dtype) if needed[2] else None
     acc_dtype = torch.promote_types(dz.dtype, torch.float32)
     dbias = dz.flatten(0, -2).sum(0, dtype=acc_dtype).to(bias.dtype) if needed[3] else None
     grads = [dx, dskip, dweight, dbias, *norm_grads, *next_grads]
@@ -197,17 +202,20 @@ def _backward_triton(dy, dnext, x, *arguments):
 
 
 @_backward_op.register_fake
-def _(dy, dnext, x, skip, weight, bias, *norms_and_saved):
+def _(dy, dnext, x, skip, weight, weight_dtype, bias, *norms_and_saved):
     *norms_and_saved, needed = norms_and_saved
     grads = [tensor.new_empty(tensor.shape) for tensor in (x, skip, weight, bias)]
+    grads[2] = grads[2].to(weight_dtype)
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     norms = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norms_and_saved[:6]]
     return without_none(x, (*grads, *norms))
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:10], *output[2:])
-    ctx.mark_non_differentiable(*output[2:], *(() if inputs[6] is not None else output[1:2]))
+    x, skip, parameter, *others = inputs[:11]
+    ctx.weight_dtype = parameter.dtype
+    ctx.save_for_backward(x, skip, *others, *output[2:])
+    ctx.mark_non_differentiable(*output[2:], *(() if inputs[7] is not None else output[1:2]))
     ctx.set_materialize_grads(False)
 
 
@@ -215,9 +223,11 @@ def _backward(ctx, dy, dnext, *_):
     saved = ctx.saved_tensors
     if dnext is None and saved[6] is not None:
         dnext = torch.zeros_like(saved[10])  # z's shape
-    grads = _backward_op(dy, dnext, *saved, ctx.needs_input_grad[:4])
-    wanted = [*ctx.needs_input_grad[:4], *(tensor is not None for tensor in saved[4:10])]
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    grads = _backward_op(dy, dnext, *saved[:3], ctx.weight_dtype, *saved[3:], needed)
+    wanted = [*needed, *(tensor is not None for tensor in saved[4:10])]
+    dx, dskip, dparameter, *others = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return dx, dskip, dparameter, None, *others, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -246,6 +256,7 @@ def skip_linear(
     eps: float = 1e-5,
     backend: str = "plain",
     next_norm: NextNorm | None = None,
+    operand: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm(concat[x, skip] @ weight^T + bias), without the norm if norm_weight is None.
 
@@ -253,20 +264,22 @@ def skip_linear(
     [B, L, N] in x's dtype, or autocast's where it is on. next_norm: weight, bias [N], shift, scale [B, N], [B, 1, N] or
     None: returns (y, LayerNorm(y) * (1 + scale) + shift); kernels make both in one pass each way.
     backend: "plain" (plain PyTorch, which stores the concatenation), "triton" (which does not), "cuda"
-    (nor does the C++/CUDA extension, for compute capability 9.0).
+    (nor does the C++/CUDA extension, for compute capability 9.0). operand: a copy of weight in the dtype of products,
+    which kernels read instead of casting it; "plain" leaves it.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend("skip_linear", backend, ("plain", "triton", "cuda"))
     _check_shapes(x, skip, weight, bias, norm_weight, norm_bias)
     dtype = autocast_dtype(x) or x.dtype
-    x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
+    x, skip = x.to(dtype), skip.to(dtype)
     if backend not in ("triton", "cuda"):
         return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps, next_norm)
     if next_norm is not None and norm_weight is None:
-        z = skip_linear(x, skip, weight, bias, backend=backend)
+        z = skip_linear(x, skip, weight, bias, backend=backend, operand=operand)
         return residual_norm_modulate(z, *next_norm, eps, backend="triton")[:2]
+    parameter, weight = weight, product_operand("skip_linear", weight, operand, dtype)
     if backend == "cuda":
-        _require_cuda(x, skip, weight, bias, norm_weight, norm_bias)
+        _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias)
     else:
         require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
         require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -274,13 +287,14 @@ def skip_linear(
         require_triton_norm("skip_linear", weight.t())
         require_grid("skip_linear", x.shape[0])
     if next_norm is None:
-        return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
+        return _forward_op(x, skip, parameter, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
     after, *modulation = next_norm[:2], *(per_sample(tensor) for tensor in next_norm[2:])
     check_norm_shapes(
         "skip_linear", x[..., :1].expand(*x.shape[:2], len(weight)), *after, shift=modulation[0], scale=modulation[1]
     )
     require_triton_norm("skip_linear", x, *after, *modulation)
-    return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, *after, *modulation, eps, backend)[:2]
+    norm = norm_weight, norm_bias
+    return _forward_op(x, skip, parameter, weight, bias, *norm, *after, *modulation, eps, backend)[:2]
 
 
 @torch.library.custom_op("epg_fast::skip_norms_fp8", mutates_args=(), device_types="cpu")
@@ -342,7 +356,7 @@ def skip_norms_fp8(
     return _norms_fp8_op(z, norm_weight, norm_bias, *after, *modulation, eps)
 
 
-def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:
+def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> None:
     require_dtypes("skip_linear", (torch.bfloat16,), "cuda", x=x)
     require_dtypes("skip_linear", _DTYPES, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -350,7 +364,7 @@ def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:
     require_gemm_operands("skip_linear", weight.shape[0], operands, {"bias": bias, **norm})
     if norm:
         require_triton_for_cuda("skip_linear", "norm")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*operands.values(), bias)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, skip, parameter, bias)):
         require_triton_for_cuda("skip_linear", "backward pass")
     require_gemms("skip_linear", x.device)
 

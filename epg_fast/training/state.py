@@ -11,6 +11,7 @@ from epg_fast.config import RunConfig
 from epg_fast.data import ImageSource, PixelNormalization
 from epg_fast.models import save_weights
 from epg_fast.objectives import Loss
+from epg_fast.runtime import AUTOCAST
 from epg_fast.training import distributed
 from epg_fast.training.accumulation import Gradients
 from epg_fast.training.bad_files import still_bad
@@ -26,6 +27,7 @@ from epg_fast.training.posthoc_ema import PosthocEma
 from epg_fast.training.sharded_checkpoint import read_any, save_sharded, together
 from epg_fast.training.sharding import load_parts, shard
 from epg_fast.training.stages import Stage
+from epg_fast.training.weight_copies import WeightCopies
 
 log = logging.getLogger("epg_fast")
 
@@ -45,8 +47,11 @@ class RunState:
         averages = [average for average in (stage.average, *self.posthoc_ema.averages) if average is not None]
         # The first so many are updated with the weights, on their device.
         self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)
+        called = [stage.network, stage.average if stage.calls_average else None, getattr(stage, "perceptual", None)]
+        self.copies = WeightCopies(filter(None, called), AUTOCAST.get(config.precision))
         planned = stage.chosen.ops["optimizer"] if stage.chosen.plan else None
-        self.optimizer = make_optimizer(stage.network, config.optimizer, averages[: self._on_device], planned)
+        updated = averages[: self._on_device]
+        self.optimizer = make_optimizer(stage.network, config.optimizer, updated, self.copies, planned)
         self.choice = choice_record(stage.chosen, ranks.device)
         """What computes, as checkpoints record it."""
         self.host_averages = HostAverages(stage.network, averages[self._on_device :])
@@ -74,7 +79,8 @@ class RunState:
         # The running statistics of BatchNorm change in the forward pass already.
         buffers = [b.clone() for b in self.stage.network.buffers()]
         gradients = Gradients(self.stage, step_module, self.normalization, self.loss_scale)
-        result = gradients(batch, draws, self.step)
+        with self.copies.in_use():
+            result = gradients(batch, draws, self.step)
         o, decays = config.optimizer, [self.stage.average_decay(self.step), *self.posthoc_ema.decays(self.step)]
         self.optimizer.schedule(
             lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),

@@ -4,6 +4,7 @@ import torch
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import column_sums, first_stage_case, second_stage_case
+from epg_kernels._launch import weight_gradient
 from epg_kernels._matmul import BY_POINTERS, BY_POINTERS_TF32, BY_TMA, BY_TMA_TF32, IEEE, linear, linear_case, rows_of
 from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases
 
@@ -50,6 +51,7 @@ def skip_linear_bwd(
     x: torch.Tensor,
     skip: torch.Tensor,
     weight: torch.Tensor,
+    weight_dtype: torch.dtype,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
@@ -69,7 +71,8 @@ def skip_linear_bwd(
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns dx, dskip, dweight, dbias (None where not needed), then the gradients of the norms' parameters.
 
-    dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None.
+    dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None. weight is in
+    x's dtype, dweight in weight_dtype.
     """
     linear_bias = bias if need_bias else None
     norms = [None] * 6
@@ -93,9 +96,9 @@ def skip_linear_bwd(
     dskip = torch.mm(dz, weight[:, split:]).view(skip.shape) if need_skip else None
     dweight = None
     if need_weight:
-        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        torch.mm(dz.t(), rows_of(x), out=dweight[:, :split])
-        torch.mm(dz.t(), rows_of(skip), out=dweight[:, split:])
+        dweight = torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
+        weight_gradient(dz, rows_of(x), weight_dtype, out=dweight[:, :split])
+        weight_gradient(dz, rows_of(skip), weight_dtype, out=dweight[:, split:])
     return dx, dskip, dweight, dbias, *norms
 
 

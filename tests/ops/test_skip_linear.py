@@ -53,6 +53,16 @@ def make_grads(shape):
     return [randn(*shape[:3], seed=5, requires_grad=False)]
 
 
+def of_operator(inputs):
+    """The public function's inputs as the operator takes them: the parameter, then the weight that products read."""
+    return [*inputs[:3], inputs[2].detach(), *inputs[3:]]
+
+
+def of_backward(inputs):
+    """The operator's inputs as its backward pass takes them."""
+    return [*inputs[:2], inputs[3], inputs[2].dtype, *inputs[4:]]
+
+
 @needs_triton
 @pytest.mark.usefixtures("poisoned_empty")
 @NORMED
@@ -161,11 +171,11 @@ def test_the_next_norm_passes_opcheck_repeats_its_bits_and_compiles_into_one_gra
     assert_repeatable(with_next_norm(KERNEL), inputs, grads)
     assert_compiles_into_one_graph(with_next_norm(KERNEL), inputs, grads)
     inputs = make_inputs_of_two_norms(SMALL, DTYPES["fp32"])
-    inputs = [*inputs[:8], *(tensor.detach().squeeze(1).requires_grad_() for tensor in inputs[8:])]
+    inputs = of_operator([*inputs[:8], *(tensor.detach().squeeze(1).requires_grad_() for tensor in inputs[8:])])
     torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, 1e-5))
     detached = [tensor.detach() for tensor in inputs]
     _, _, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
-    arguments = (*grads, *detached, *saved, [True] * 4)
+    arguments = (*grads, *of_backward(detached), *saved, [True] * 4)
     torch.library.opcheck(torch.ops.epg_fast.skip_linear_bwd.default, arguments)
 
 
@@ -206,14 +216,15 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen, normed):
 @needs_triton
 @NORMED
 def test_operators_pass_opcheck(normed):
-    inputs = make_inputs(SMALL, normed=normed)
+    inputs = of_operator(make_inputs(SMALL, normed=normed))
     arguments = (*inputs, *([None] * 4 if normed else [None] * 6))
     torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*arguments, 1e-5))
     detached = [None if tensor is None else tensor.detach() for tensor in arguments]
     y, _, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
     for needed in ([True, True, True, True], [True, False, False, True]):
         torch.library.opcheck(
-            torch.ops.epg_fast.skip_linear_bwd.default, (torch.randn_like(y), None, *detached, *saved, needed)
+            torch.ops.epg_fast.skip_linear_bwd.default,
+            (torch.randn_like(y), None, *of_backward(detached), *saved, needed),
         )
 
 
@@ -253,7 +264,8 @@ def test_operator_on_the_cpu_is_the_reference(monkeypatch, normed):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, normed=normed)]
     dy = torch.randn(SMALL[:3])
-    y = torch.ops.epg_fast.skip_linear(*inputs, *([None] * 4 if normed else [None] * 6), 1e-5)[0]
+    arguments = (*of_operator(inputs), *([None] * 4 if normed else [None] * 6))
+    y = torch.ops.epg_fast.skip_linear(*arguments, 1e-5)[0]
     (reference,), reference_gradients = run(skip_linear_ref, inputs, [dy])
     torch.testing.assert_close(y, reference)
     torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), reference_gradients)
@@ -390,7 +402,7 @@ def test_backend_cuda_passes_opcheck_and_compiles_into_one_graph():
     inputs[3] = torch.randn(40, 2, device=DEVICE)[:, 0].requires_grad_()
     assert_compiles_into_one_graph(with_next_norm(CUDA), inputs, grads_of_two_norms(SMALL))
     inputs = [tensor.to(torch.bfloat16) for tensor in make_inputs(SMALL, normed=False)]
-    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, *[None] * 6, 1e-5, "cuda"))
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*of_operator(inputs), *[None] * 6, 1e-5, "cuda"))
 
 
 def test_traffic_model_counts_each_tensor_once():
