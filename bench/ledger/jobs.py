@@ -1,9 +1,10 @@
 """What the ledger counts: jobs of sampling and training, each done in several ways.
 
-The ways are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what a
-keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks, with a
-compiled network and with the extension's products. Weights of the plain code are cast for sampling once, as anyone would, and its optimiser is PyTorch's
-fused one with one foreach call for the average, not the loops that `bench.plain` has.
+The ways are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what
+a keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks, with
+a compiled network and with the extension's products. Weights of the plain code are cast for sampling once, as anyone
+would, and its optimiser is PyTorch's fused one with one foreach call for the average, not the loops that
+`bench.plain` has.
 """
 
 from __future__ import annotations
