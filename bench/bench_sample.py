@@ -42,8 +42,10 @@ RUNGS = (
     Rung("ours, blocks, CUDA graphs", "bf16", _GRAPHS, profiled=True),
     Rung("ours, network, CUDA graphs", "bf16", {"compile": "network", "cuda_graphs": True}, later=True),
     Rung("ours, Triton kernels, CUDA graphs", "bf16", _GRAPHS | {"ops": "triton"}),
-    Rung("ours, extension's steps, CUDA graphs", "bf16", _GRAPHS | {"steps_backend": "extension"}, later=True),
+    Rung("ours, extension's steps, CUDA graphs", "bf16", _GRAPHS | {"ops": "plain,steps=extension"}, later=True),
+    Rung("ours, planned", "bf16", {"compile": "auto", "cuda_graphs": None, "ops": "auto"}, profiled=True),
     Rung("ours, FP8, CUDA graphs", "fp8", _GRAPHS, profiled=True),
+    Rung("ours, FP8, Triton kernels, CUDA graphs", "fp8", _GRAPHS | {"ops": "triton"}),
 )
 
 
@@ -178,13 +180,11 @@ class Sampling(Ladder):
 
     def _ours(self, rung: Rung) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         options = {"compile": rung.options["compile"], "cuda_graphs": rung.options["cuda_graphs"]}
-        if "steps_backend" in rung.options:
-            if self.kind == "onestep":
-                raise NotHere("one step has no step of a sampler")
-            options["steps_backend"] = rung.options["steps_backend"]
+        options["ops"] = rung.options.get("ops", "plain")
+        if "steps" in options["ops"] and self.kind == "onestep":
+            raise NotHere("one step has no step of a sampler")
         if self.device.type != "cuda" and options["cuda_graphs"]:
             raise NotHere("needs a CUDA device")
-        self.model.use_ops(rung.options.get("ops", "plain"))
         engine = SamplingEngine(
             self.model,
             sampler=self.kind,
@@ -197,12 +197,14 @@ class Sampling(Ladder):
             precision=rung.dtype,
             **options,
         )
+        if options["ops"] == "auto" and engine.chosen.plan is None:
+            raise NotHere(engine.chosen.why)
         if engine.precision != rung.dtype:
             raise NotHere(f"this device has no {rung.dtype}; the engine computes in {engine.precision}")
 
         def draw(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             images = engine(labels, noise=noise)
-            if engine.cuda_graphs != options["cuda_graphs"]:
+            if options["cuda_graphs"] and not engine.cuda_graphs:
                 raise RuntimeError("the engine could not record CUDA graphs, and says why in the log")
             return images
 

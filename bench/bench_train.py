@@ -39,6 +39,7 @@ _OURS = (
     Rung("ours, compiled network", "bf16", _NETWORK, later=True),
     Rung("ours, network, CUDA graphs", "bf16", _NETWORK | {"cuda_graphs": True}, later=True),
     Rung("ours, blocks, Triton kernels", "bf16", _BLOCKS | {"ops": "triton"}, profiled=True),
+    Rung("ours, planned", "bf16", {"optimizer": "auto", "compile": "auto", "ops": "auto"}, profiled=True),
     Rung("ours, blocks, FP8", "fp8", _BLOCKS | {"fp8": "rowwise"}, profiled=True),
 )
 _PLAIN_16 = (
@@ -119,7 +120,10 @@ class Training(Ladder):
                 raise NotHere(str(reason)) from None
         if options["optimizer"] == "fused" and (reason := _no_extension(self.device)):
             raise NotHere(reason)
-        return OurTraining(self.problem, **options)
+        made = OurTraining(self.problem, **options)
+        if options.get("ops") == "auto" and made.state.stage.chosen.plan is None:
+            raise NotHere(made.state.stage.chosen.why)
+        return made
 
 
 def _no_extension(device: torch.device) -> str | None:

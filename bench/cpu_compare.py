@@ -4,7 +4,8 @@
 
 Both take turns and every turn gives a ratio of two times that lie beside each other, so that a machine that is busy for
 a while spoils a few ratios and not their median. Outputs (losses of updates) are compared before: what differs is not
-timed. The package is as it comes on a CPU: nothing compiled, its own optimiser where the extension is built.
+timed. The package is as it comes on a CPU: nothing compiled, its own optimiser where the extension is built; or as a
+plan says that `epg-fast tune` has made for the job ("planned").
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Pair:
     plain: Callable[[], object]
     ours: Callable[[], object]
     error: float
+    plan: str | None = None
+    """By which ours computes, if `epg-fast tune` has made one for this processor and shape."""
 
 
 def pairs(preset: str, batch: int, steps: int) -> Iterator[Pair]:
@@ -51,12 +54,13 @@ def pairs(preset: str, batch: int, steps: int) -> Iterator[Pair]:
     options = {"sampler": "heun", "steps": steps, "guidance": GUIDANCE, "interval": INTERVAL, "batch_size": batch}
     engine = SamplingEngine(ladder.model, parameterization="x0", normalization="imagenet", **options)
     calls = partial(sampler, noise, labels), partial(engine, labels, noise=noise)
-    yield Pair("sample-heun", f"{shape}, {steps} levels", *calls, _error(calls[1](), calls[0]()))
+    error = _error(calls[1](), calls[0]())
+    yield Pair("sample-heun", f"{shape}, {steps} levels", *calls, error, engine.chosen.plan)
     for job in JOBS:
         problem = Problem(job, preset, batch, torch.device("cpu"))
         plain, ours = PlainTraining(problem, None), OurTraining(problem, "auto", precision="fp32")
         losses = [torch.tensor(training.losses(3)) for training in (ours, plain)]
-        yield Pair(job, shape, plain.step, ours.step, _error(*losses))
+        yield Pair(job, shape, plain.step, ours.step, _error(*losses), ours.state.stage.chosen.plan)
 
 
 def _forward(ladder: Sampling, shape: str) -> Pair:
@@ -102,7 +106,8 @@ def compare(pair: Pair, seconds: float, least: int = 5) -> tuple[Row, Row]:
         p20, median, p80 = (1e3 * value for value in percentiles(times[rung]))
         error = pair.error if rung == "ours" else None
         numbers = {"median": median, "p20": p20, "p80": p80, "error": error}
-        rows.append(Row(rung=rung, details=details[rung], **numbers, **identity))
+        note = "planned" if pair.plan and rung == "ours" else ""
+        rows.append(Row(rung=rung, details=details[rung], note=note, **numbers, **identity))
     return tuple(rows)
 
 

@@ -39,7 +39,7 @@ _PATTERNS = (
     (GEMM, r"linear\w*_kernel"),
     (GEMM, r"patch_embed_(fwd|bwd_weight|bwd_image)_kernel"),
     (ELEMENTWISE, r"elementwise|reduce|norm|gelu|modulate|distribution|random|index|scatter|gather|embedding|patch_"),
-    (ELEMENTWISE, r"heun_step|euler_step|welford|fill|silu|_backward\d*$"),
+    (ELEMENTWISE, r"heun_step|euler_step|quantize_rows|welford|fill|silu|_backward\d*$"),
     (ELEMENTWISE, r"::(add|sub|mul|div|sum|mean|neg|exp|log|sin|cos|sqrt|rsqrt|pow|clamp|where|sigmoid|relu)_?\b"),
     (ELEMENTWISE, r"::(normal_|uniform_|rand|zero_|ne|eq|lt|gt|le|ge|abs|arange|maximum|minimum|argmin|logsumexp)\b"),
 )

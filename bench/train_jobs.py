@@ -161,7 +161,7 @@ class OurTraining:
         if (judge := problem.judge()) is not None:
             encoder = encoder_from_config(preset_config(problem.preset)).to(problem.device)
             encoder.load_state_dict(judge, strict=True)
-            stage.perceptual = encoder.use_ops(config.ops).eval().requires_grad_(False)
+            stage.perceptual = encoder.use_ops(stage.chosen.ops).eval().requires_grad_(False)
         self.state = RunState(config, stage, _NoImages(), ranks)
         if config.fp8:
             use_fp8(stage.network)

@@ -17,6 +17,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -39,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     job, config_class = _JOBS[name]
     try:
         _set_up_logging()
+        if name == "tune":
+            job, config_class, rest, own = _tuned_job(rest)
         config, options = _parse(name, config_class, rest)
+        if name == "tune":
+            return job(config, own) or 0
         return _dry_run(name, config, options) if options and options.dry_run else job(config) or 0
     except (ValueError, ImportError) as error:
         if os.environ.get("EPG_DEBUG"):
@@ -73,22 +78,16 @@ def _dry_run(name: str, config: configs.RunConfig, options: configs.DryRunConfig
     return 0
 
 
-def _pretrain(config: configs.PretrainConfig) -> None:
-    from epg_fast.training import PretrainStage, train
+def _train(config: configs.RunConfig, stage: str) -> None:
+    from epg_fast import training
+    from epg_fast.plans import parse_ops
 
-    train(config, PretrainStage)
+    stage_class = getattr(training, stage)
+    if parse_ops(config.ops).base == "tune":  # before anything is on the GPU
+        from epg_fast.tuning import ensure_plan
 
-
-def _finetune_diffusion(config: configs.DiffusionConfig) -> None:
-    from epg_fast.training import DiffusionStage, train
-
-    train(config, DiffusionStage)
-
-
-def _finetune_consistency(config: configs.ConsistencyConfig) -> None:
-    from epg_fast.training import ConsistencyStage, train
-
-    train(config, ConsistencyStage)
+        ensure_plan(config, stage_class)
+    training.train(config, stage_class)
 
 
 def _prepare_data(config: configs.PrepareDataConfig) -> None:
@@ -113,13 +112,44 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
 
 
 def _sample(config: configs.SampleConfig) -> int | None:
+    from epg_fast.plans import parse_ops
     from epg_fast.sampling.interruption import Interrupted
     from epg_fast.sampling.job import run
 
+    if parse_ops(config.ops).base == "tune":
+        from epg_fast.tuning import ensure_plan
+
+        ensure_plan(config, None)
     try:
         run(config)
     except Interrupted as stop:
         return _fail(stop.code, str(stop))
+
+
+def _tune(config, options: configs.TuneConfig) -> None:
+    from epg_fast import training
+    from epg_fast.tuning import tune
+
+    stages = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
+    stage = getattr(training, f"{stages[options.job]}Stage") if options.job in stages else None
+    tune(config, stage, options, getattr(config, "model", None))
+
+
+def _tuned_job(argv: list[str]):
+    """Of the words behind `tune`: (what to call, the configuration of the job to tune, its words, TuneConfig)."""
+    names, own, rest = {field.name for field in dataclasses.fields(configs.TuneConfig)}, [], []
+    words = iter(argv)
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag.removeprefix("--") in names and flag.startswith("--"):
+            own += [word] if equals else [word, next(words, "")]
+        else:
+            rest.append(word)
+    if any(word in ("-h", "--help") for word in rest):
+        return _tune, configs.TuneConfig, ["--help"], None
+    options, _ = _parse("tune", configs.TuneConfig, own)
+    config_class = configs.TunedSampleConfig if options.job == "sample" else _JOBS[options.job][1]
+    return _tune, config_class, rest, options
 
 
 def _evaluate(config: configs.EvaluateConfig) -> None:
@@ -153,10 +183,11 @@ def _env(config: None) -> None:
 
 _JOBS: dict[str, tuple[Callable, type | None]] = {
     "prepare-data": (_prepare_data, configs.PrepareDataConfig),
-    "pretrain": (_pretrain, configs.PretrainConfig),
-    "finetune-diffusion": (_finetune_diffusion, configs.DiffusionConfig),
-    "finetune-consistency": (_finetune_consistency, configs.ConsistencyConfig),
+    "pretrain": (partial(_train, stage="PretrainStage"), configs.PretrainConfig),
+    "finetune-diffusion": (partial(_train, stage="DiffusionStage"), configs.DiffusionConfig),
+    "finetune-consistency": (partial(_train, stage="ConsistencyStage"), configs.ConsistencyConfig),
     "sample": (_sample, configs.SampleConfig),
+    "tune": (_tune, configs.TuneConfig),
     "evaluate": (_evaluate, configs.EvaluateConfig),
     "export": (_export, configs.ExportConfig),
     "reconstruct-ema": (_reconstruct_ema, configs.ReconstructEmaConfig),
@@ -168,6 +199,7 @@ _SUMMARIES = {
     "finetune-diffusion": "stage 2a: diffusion fine-tuning of encoder and decoder",
     "finetune-consistency": "stage 2b: consistency fine-tuning for one-step generation",
     "sample": "draw images from a trained model",
+    "tune": "measure on this device what computes a job fastest, and keep it as a plan that the job then takes",
     "evaluate": "judge samples against real images, or probe an encoder",
     "export": "write weights as safetensors or as official .pth files",
     "reconstruct-ema": "write the weights averaged over any length, from a run's snapshots of tracked averages",
@@ -228,7 +260,11 @@ def _configs_first(argv: list[str], config_class: type) -> list[str]:
             files.append(argument.removeprefix("--config="))
         else:
             flags.append(argument)
-    return [flag for name in files for flag in _recipe(name, config_class)] + flags
+    found = [flag for name in files for flag in _recipe(name, config_class)]
+    if config_class is configs.TunedSampleConfig:  # of a training recipe, the network is what counts
+        known = _field_names(config_class)
+        found = [flag for flag in found if flag[2:].partition("=")[0] in known and not flag.startswith("--steps=")]
+    return found + flags
 
 
 def _recipe(name: str, config_class: type) -> list[str]:

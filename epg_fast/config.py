@@ -275,13 +275,16 @@ class RunConfig:
     averages, which saves memory and sends each block's weights round for every forward and backward pass."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
-    ops: Literal["plain", "triton"] = "plain"
-    """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
+    ops: str = "auto"
+    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
+    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), a plan's file; then single sites,
+    such as `auto,attention=triton,mlp=plain`."""
     fp8: Literal["rowwise"] | None = None
     """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
     on GPUs that have it; needs precision bf16."""
     compile: Literal["auto", "off", "blocks", "network"] = "auto"
-    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: blocks on a GPU only."""
+    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: as the plan says, else
+    blocks on a GPU only."""
     cuda_graphs: bool = False
     """Experimental: launch the networks as CUDA graphs; one GPU, compile network."""
     activation_checkpointing: bool | float = False
@@ -329,8 +332,6 @@ class RunConfig:
         for name, wanted in refused.items():
             if wanted and self.parallelism == "fsdp":
                 raise ValueError(f"{name}: got parallelism fsdp, want ddp: sharded networks do not take it")
-        if self.fp8 and self.ops == "triton":
-            raise ValueError("fp8: got ops triton, whose fused operations take weights in 16 bits; want ops plain")
 
 
 @dataclass
@@ -526,11 +527,14 @@ class SampleConfig:
     error_images: int = 8
     """Images to draw in fp32 as well, at most a batch, to report how far those in `precision` are from them."""
     compile: Literal["auto", "off", "blocks", "network"] = "auto"
-    """torch.compile of the transformer blocks or of the whole network; `auto`: of the blocks, on a GPU."""
+    """torch.compile of the transformer blocks or of the whole network; `auto`: as the plan says, else of the blocks, on
+    a GPU."""
     cuda_graphs: bool | None = None
-    """Launch all evaluations of a batch as one CUDA graph; `null`: on a GPU."""
-    ops: Literal["plain", "triton"] = "plain"
-    """Backend of the network's operations; `triton` takes the fused kernels, which need a GPU."""
+    """Launch all evaluations of a batch as one CUDA graph; `null`: as the plan says, else on a GPU."""
+    ops: str = "auto"
+    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
+    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), a plan's file; then single sites,
+    such as `auto,attention=triton,mlp=plain`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample."""
     npz: bool = True
@@ -568,6 +572,36 @@ class SampleConfig:
         _check(self, 0, math.inf, "s_churn", "s_min", "s_noise")
         if not self.s_min <= self.s_max:
             raise ValueError(f"s_max is {self.s_max}, want at least s_min ({self.s_min})")
+
+
+@dataclass
+class TuneConfig:
+    """What `tune` has beside the options of the job that it makes a plan for."""
+
+    job: Literal["sample", "pretrain", "finetune-diffusion", "finetune-consistency"] = "sample"
+    """The job to make a plan for; its options follow, `--config` and `--batch_size` as in the job itself."""
+    minutes: float = 10.0
+    """After so long nothing more is begun; what was not tried is said."""
+    gpus: int | None = None
+    """Training: GPUs that share the batch; `null`: those that are visible."""
+    output: str | None = None
+    """A further file to write the plan to, such as one for other users of this device."""
+    seconds: float = 3.0
+    """Of timing, for each pair of candidates."""
+    limit: float = 240.0
+    """Seconds after which a candidate that gives no answer counts as hung."""
+
+    def __post_init__(self):
+        _check_positive(self, "minutes", "seconds", "limit")
+        _check(self, 1, math.inf, "gpus")
+
+
+@dataclass
+class TunedSampleConfig(SampleConfig):
+    """A `sample` command to make a plan for: of a checkpoint, or of a preset's shapes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network, where there is no checkpoint."""
 
 
 @dataclass

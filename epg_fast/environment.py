@@ -27,7 +27,7 @@ def report() -> str:
         "flash-attn",
     ):
         lines[package] = _version(package)
-    lines |= _devices() | {"extension": _extension()}
+    lines |= _devices() | {"extension": _extension(), "plans": _plans()}
     width = max(map(len, lines)) + 1
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in lines.items())
 
@@ -59,3 +59,15 @@ def _extension() -> str:
     if not available:
         return f"not available ({reason})"
     return "; ".join([f"available ({reason})", *gpus_without_code()])
+
+
+def _plans() -> str:
+    try:
+        from epg_fast.plans import Machine, plans_folder, stored_plans
+        from epg_fast.runtime import resolve_device
+    except ImportError as error:
+        return f"unknown ({error})"
+    here = Machine.here(resolve_device())
+    plans = [plan for _, plan in stored_plans()]
+    used = [f"{plan.case} ({plan.speedup:.2f}x)" for plan in plans if not here.differences(plan.machine)]
+    return "; ".join([f"{len(plans)} in {plans_folder()}, {len(used)} for this device", *used])

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Before any caller has chosen another number.
 _DEFAULT_THREADS = torch.get_num_threads()
 _SMALL_NETWORK = 4_000_000  # parameters
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions in which autocast computes."""
 log = logging.getLogger("epg_fast")
 
 
@@ -38,20 +39,29 @@ def resolve_device(name: str = "auto") -> torch.device:
     return torch.device("cpu")
 
 
+def is_small(network: torch.nn.Module) -> bool:
+    """Whether threads have so little to do that they mostly wait for each other."""
+    return sum(p.numel() for p in network.parameters()) <= _SMALL_NETWORK
+
+
 @contextlib.contextmanager
-def suitable_threads(network: torch.nn.Module) -> Iterator[None]:
+def suitable_threads(network: torch.nn.Module, planned: int | None = None) -> Iterator[None]:
     """Inside, one thread computes a small network on a CPU, unless the user has chosen a number of threads.
+
+    planned: the number of a plan, which counts instead of that rule.
 
     Threads spin until the last one is done with an operation. Where operations take microseconds and another process
     needs a core, two are several times slower than one; on two idle cores they are only 1.3 times as fast.
     """
-    threads, size = torch.get_num_threads(), sum(p.numel() for p in network.parameters())
+    threads = torch.get_num_threads()
     chosen = threads != _DEFAULT_THREADS or os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS")
-    if next(network.parameters()).device.type != "cpu" or size > _SMALL_NETWORK or threads == 1 or chosen:
+    number = planned or (1 if is_small(network) else threads)
+    if next(network.parameters()).device.type != "cpu" or number == threads or chosen:
         yield
         return
-    log.info("one thread, as the network is small; on idle cores, OMP_NUM_THREADS=%d is faster", threads)
-    torch.set_num_threads(1)
+    if planned is None:
+        log.info("one thread, as the network is small; on idle cores, OMP_NUM_THREADS=%d is faster", threads)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
@@ -62,18 +72,18 @@ def autocast(device: torch.device, precision: str, cache: bool = True) -> contex
     """Autocast context of `bf16` or `fp16`; nothing for `fp32`. cache: keep 16-bit copies of weights for its time."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    if precision not in _AUTOCAST:
+    if precision not in AUTOCAST:
         raise ValueError(f"precision {precision!r}: want fp32, bf16 or fp16")
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)
+    return torch.autocast(device.type, dtype=AUTOCAST[precision], cache_enabled=cache)
 
 
-def compile_options(fused: bool, cuda_graphs: bool = False) -> dict:
+def compile_options(fused: bool, cuda_graphs: bool = False, more: Mapping[str, object] | None = None) -> dict:
     """Arguments of torch.compile for a network: static shapes, and Inductor's settings.
 
     fused: it computes with custom operators. They take exact strides, and rows that Inductor has padded are copied
-    for them. cuda_graphs: torch's graph trees record what is compiled.
+    for them. cuda_graphs: torch's graph trees record what is compiled. more: further settings of Inductor.
     """
-    options = {"comprehensive_padding": False} if fused else {}
+    options = ({"comprehensive_padding": False} if fused else {}) | dict(more or {})
     if cuda_graphs:
         options["triton.cudagraphs"] = True
     return {"dynamic": False, "options": options or None}

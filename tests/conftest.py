@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No test depends on the plans that the user has made on this machine.
+os.environ["EPG_FAST_PLANS"] = os.path.join(tempfile.gettempdir(), f"no_plans_{os.getuid()}")
 # Inductor's own folder may hold C++ for another ATEN_CPU_CAPABILITY, which does not compile for this one.
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 os.environ.setdefault(
@@ -38,9 +40,12 @@ class _Log(logging.Handler):
     def __init__(self):
         super().__init__()
         self.messages: list[str] = []
+        self.ops: list[str] = []
+        """Lines that say what computes; apart, since every engine and run has one."""
 
     def emit(self, record):
-        self.messages.append(record.getMessage())
+        line = record.getMessage()
+        (self.ops if line.startswith("ops: ") else self.messages).append(line)
 
 
 @pytest.fixture

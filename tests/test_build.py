@@ -289,6 +289,13 @@ def test_a_library_without_an_operation_of_this_version_is_not_used(use_library,
     )
 
 
+@pytest.mark.skipif(not extension.extension_status()[0], reason="needs the extension")
+def test_a_library_whose_operators_take_something_else_is_not_used(use_library, monkeypatch):
+    monkeypatch.setattr(extension, "INTERFACE", "of tomorrow")
+    status = use_library(extension._LIBRARY)
+    assert_unavailable(status, "from another version of epg_fast", "not of tomorrow; to rebuild it, run")
+
+
 def test_every_operator_of_the_sources_is_expected_of_a_library():
     defined = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "kernels/csrc/register.cpp").read_text())
     assert defined and sorted(defined) == sorted(extension.OPERATORS)

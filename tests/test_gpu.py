@@ -12,7 +12,7 @@ from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, OptimizerConfig
 from epg_fast.data import ImageFolder
 from epg_fast.models import EPGViT, create_model
-from epg_fast.models.sites import SITES
+from epg_fast.plans.sites import SITES
 from epg_fast.training.compilation import compile_blocks
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws

@@ -1,5 +1,7 @@
 """What only a GPU can show of sampling: recorded trajectories, its precisions, and that nobody waits."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,6 +11,7 @@ from epg_fast.diffusion import SAMPLERS
 from epg_fast.models import EPGViT
 from epg_fast.sampling import image_error
 from tests.golden_data import Case
+from tests.ops.kernel_checks import gemms_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +66,20 @@ def test_precisions_move_the_images_as_little_as_on_a_cpu(model, precision):
     want = engine_of(model, compile="off", cuda_graphs=False)(LABELS)
     error = image_error(engine_of(model, compile="off", precision=precision)(LABELS), want)
     assert 0 < error["relative_l2"] < {"tf32": 5e-3, "bf16": 2e-2, "fp16": 5e-3, "fp8": 1e-1}[precision]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("compile", ["off", "blocks", "network"])
+def test_fp8_on_the_kernels_that_quantise_errs_as_on_pytorchs_operators(model, compile, backend):
+    if torch.cuda.get_device_capability() < (9, 0) or (backend == "cuda" and not gemms_run()):
+        pytest.skip("needs compute capability 9.0, and for backend cuda the extension built with CUTLASS")
+    want = engine_of(model, compile="off", cuda_graphs=False)(LABELS)
+    errors = []
+    for ops in ("plain", backend):
+        engine = engine_of(copy.deepcopy(model).use_ops({"fp8": ops}), compile=compile, precision="fp8")
+        errors.append(image_error(engine(LABELS), want)["relative_l2"])
+    # as many roundings, of other values
+    assert 0 < errors[1] < 1.25 * errors[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])

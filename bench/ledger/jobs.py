@@ -26,10 +26,11 @@ from bench.plain.sampling import Sampler
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
-from epg_fast.models.sites import SITES
+from epg_fast.plans.sites import SITES
 from epg_fast.sampling.engine import _compile
 from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_blocks, compile_networks
+from epg_fast.training.weight_copies import WeightCopies
 
 GUIDANCE, INTERVAL = 2.5, (0.19, 1.61)
 _XL, _G, _L = "epg_xl_16_256", "epg_g_16_256", "epg_l_16_256"
@@ -166,7 +167,8 @@ def _images(counter: Counter, job: Job, variant: Variant) -> None:
 
 
 def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
-    """Forward and backward pass of the network alone, from a gradient of its output."""
+    """Forward and backward pass of the network alone, from a gradient of its output; the optimiser wrote the copies."""
+    copies = WeightCopies((), None)
     if variant.code == "plain":
         network = _plain_generator(job, variant, train=True)
     else:
@@ -174,15 +176,17 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
         config = SimpleNamespace(cuda_graphs=False)
         stage = SimpleNamespace(network=network, average=None, name="finetune-diffusion", sharding=None, config=config)
         (compile_networks if variant.how == "network" else compile_blocks)(stage)
+        copies = WeightCopies([network], torch.bfloat16)
     x, t, y = _inputs(job, torch.float32)
 
     def step():
         network.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            out = network(x, t, y)
-        counter.end("forward")
-        out.backward(torch.empty_like(out))
-        counter.end("backward")
+        with copies.in_use():
+            with torch.autocast("cuda", torch.bfloat16):
+                out = network(x, t, y)
+            counter.end("forward")
+            out.backward(torch.empty_like(out))
+            counter.end("backward")
 
     _second(counter, step)
 

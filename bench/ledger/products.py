@@ -16,7 +16,7 @@ from bench.ledger.count import Counter, Launch, extension_tiles
 from bench.ledger.jobs import compiling_as_is
 from bench.resources import usage_of
 from bench.results import Row
-from epg_fast.models.sites import SITES
+from epg_fast.plans.sites import SITES
 
 # Where a network has an operation with products.
 _SITES = {

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.ops.compare import compare, shapes
-from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
 from epg_fast.ops.linear_fp8 import SPEC, linear_fp8, linear_fp8_ref
+from epg_fast.ops.quantize_rows import quantize_rows_ref
 
 _SHAPES = shapes(SPEC, on_cpu=((66, 768, 3072),))
 _GELU = pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])

@@ -36,17 +36,20 @@ def compare(
     direction: str,
     provider: str,
     libraries: dict[str, Callable] | None = None,
+    checked: Callable | None = None,
     **labels,
 ) -> None:
     """Check and time one provider in one direction.
 
     kernel, reference: functions of the inputs; kernel is the public operation with backend="triton", or "cuda".
     make_inputs: seed -> inputs on the device, leaves that require a gradient where one is wanted.
-    libraries: further providers, by name, "cuda" among them where kernel is Triton's. labels: more of the row.
+    libraries: further providers, by name, "cuda" among them where kernel is Triton's. checked: makes of outputs what
+    is compared, by default themselves. labels: more of the row.
     """
     function = _function(provider, kernel, reference, libraries or {})
     step = _forward if direction == "forward" else _forward_and_backward
-    _check(step, function, reference, make_inputs(0))
+    compared = (function, reference) if checked is None else (_then(f, checked) for f in (function, reference))
+    _check(step, *compared, make_inputs(0))
     backward = direction != "forward"
     traffic, flops = spec.bytes(shape, dtype.itemsize), spec.flops(shape)
     if backward:
@@ -79,6 +82,10 @@ def _function(provider: str, kernel: Callable, reference: Callable, libraries: d
         torch.compiler.reset()
         return torch.compile(reference, fullgraph=True, dynamic=False)
     return libraries.get(provider, reference)
+
+
+def _then(function: Callable, checked: Callable) -> Callable:
+    return lambda *inputs: checked(*function(*inputs))
 
 
 def _forward(function, inputs, grads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 
@@ -10,8 +11,11 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed
-from epg_fast.models.sites import PLAIN, site_choices
 from epg_fast.ops import timestep_condition
+from epg_fast.plans import PLAIN, Case, choose, site_choices
+from epg_fast.plans.plan import architecture
+
+log = logging.getLogger("epg_fast")
 
 # Arguments of the official classes for features that EPG does not use, with the only value that is accepted.
 _OFFICIAL_UNUSED = {
@@ -90,16 +94,24 @@ class ViTEncoder(nn.Module):
         """Names of the parameters that are usually exempt from weight decay."""
         return {"pos_embed", "cls_token"}
 
-    def use_ops(self, ops: str | Mapping[str, str]) -> ViTEncoder:
+    def use_ops(
+        self, ops: str | Mapping[str, str], *, job: str = "sample", precision: str = "bf16", batch_size: int = 64
+    ) -> ViTEncoder:
         """Compute with these backends of `epg_fast.ops` from now on, and return the network.
 
-        ops: "plain" (the default: PyTorch's own operators), "triton" (every Triton kernel) or backends by site, such as
-        {"attention": "cudnn", "decoder.mlp": "triton"}, the others plain: see `epg_fast.models.sites`. Where a fused
-        operation computes, modules must be the original ones and free of forward hooks: ValueError in the forward pass
-        otherwise. Parameters and results are the same with any of them, up to rounding.
+        ops: "plain" (the default: PyTorch's own operators), "triton" (every Triton kernel), backends by site, such as
+        {"attention": "cudnn", "decoder.mlp": "triton"}, the others plain (see `epg_fast.plans.sites`), or whatever else
+        `--ops` takes: "auto" is the plan that `epg-fast tune` has made on this device for this job, precision and
+        number of images per call, or plain code if there is none, which the log says.
+        Where a fused operation computes, modules must be the original ones and free of forward hooks: ValueError in the
+        forward pass otherwise. Parameters and results are the same with any of them, up to rounding.
         """
         from epg_fast.models.fused import fuse
 
+        if isinstance(ops, str) and ops not in ("plain", "triton"):
+            chosen = choose(ops, Case(job, architecture(self), precision, batch_size), self.pos_embed.device)
+            log.info("%s", chosen.why)
+            ops = chosen.ops
         self.ops = site_choices(ops)
         return fuse(self)
 
@@ -109,8 +121,10 @@ class ViTEncoder(nn.Module):
         What is left are the first and last layers and products with a row per image only.
         """
         for prefix, block in self._named_blocks():
-            for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-                yield f"{prefix}.{name}", block.get_submodule(name)
+            for outer, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")):
+                module = block._modules[outer]
+                # an adapter around the whole of attention or MLP is in the place of what is in it
+                yield f"{prefix}.{outer}.{name}", module._modules.get(name, module)
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for i, block in enumerate(self.blocks):

@@ -3,24 +3,26 @@
 `fuse` changes classes of a network's modules and nothing else: parameters, their names and the results, up to
 rounding, stay. A fused block hands each operation the backend of its site, "plain" for those that stay as they were.
 What a fused operation would bypass is refused by name: an adapter, a quantised layer, a hook.
+
+Where autocast computes in 16 bits and weights are float32, each product casts its weight, unless whoever keeps copies
+of the weights up to date lends them to the blocks, as `operands` (`epg_fast.training.weight_copies`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from epg_fast.models.blocks import Attention, Block, DecoderBlock, LayerNorm, Mlp, PatchEmbed, is_plain
 from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
-from epg_fast.models.sites import of_half
 from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,
+    linear,
     linear_residual_norm,
     mlp_residual,
     patch_embed,
@@ -28,6 +30,7 @@ from epg_fast.ops import (
     skip_linear,
 )
 from epg_fast.ops.backends import autocast_dtype
+from epg_fast.plans.sites import of_half
 
 
 def parameters_of(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -52,17 +55,18 @@ def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tupl
     attn = block.attn
     require_plain(attn, Attention)
     batch, length, width = x.shape
-    qkv = F.linear(y, *parameters_of(attn.qkv)).view(batch, length, 3, attn.num_heads, width // attn.num_heads)
+    qkv = linear(y, *parameters_of(attn.qkv), block.operands.get("attn.qkv"))
+    qkv = qkv.view(batch, length, 3, attn.num_heads, width // attn.num_heads)
     dropout = attn.attn_drop if block.training else 0.0
     h = attention(qkv, attn.scale, dropout, backend=attn.backend).flatten(2)
     norm, eps = parameters_of(block.norm2, LayerNorm), block.norm2.eps
-    linear = parameters_of(attn.proj)
+    proj, operand = parameters_of(attn.proj), block.operands.get("attn.proj")
     backend = block.ops["proj"]
     if backend == "norm" or (block.training and attn.proj_drop.p):
-        branch = attn.proj_drop(F.linear(h, *linear))
+        branch = attn.proj_drop(linear(h, *proj, operand))
         dtype, backend = autocast_dtype(x), "plain" if backend == "plain" else "triton"
         return gate_residual_norm_modulate(x, branch, gate, *norm, *modulation, eps, dtype, backend)
-    return linear_residual_norm(x, h, *linear, *norm, gate, *modulation, eps, backend)
+    return linear_residual_norm(x, h, *proj, *norm, gate, *modulation, eps, backend, operand)
 
 
 def _mlp_half(block: Block | DecoderBlock, x, y, gate) -> torch.Tensor:
@@ -72,7 +76,8 @@ def _mlp_half(block: Block | DecoderBlock, x, y, gate) -> torch.Tensor:
     if block.training and mlp.drop.p:
         branch = mlp(y)
         return x + (branch if gate is None else gate * branch)
-    return mlp_residual(x, y, *parameters_of(mlp.fc1), *parameters_of(mlp.fc2), gate, block.ops["mlp"])
+    operands = block.operands.get("mlp.fc1"), block.operands.get("mlp.fc2")
+    return mlp_residual(x, y, *parameters_of(mlp.fc1), *parameters_of(mlp.fc2), gate, block.ops["mlp"], operands)
 
 
 def _residual_norm(
@@ -84,9 +89,14 @@ def _residual_norm(
     return residual_norm_modulate(x, *parameters, shift, scale, norm.eps, dtype, copy_dtype, backend)
 
 
-class FusedBlock(Block):
+class _Fused:
     ops: Mapping[str, str]
-    """Backend by site of a block."""
+    """Backend by site, of a block or of the network."""
+    operands: Mapping[str, torch.Tensor] = {}
+    """Copies of weights in the dtype of products by their linears, such as "mlp.fc1"; a weight without one is cast."""
+
+
+class FusedBlock(_Fused, Block):
     makes_skip = False
     """Whether the input is wanted as a skip in the dtype of products."""
 
@@ -103,10 +113,7 @@ class FusedBlock(Block):
         return self.drop_path(torch.ones_like(y[:, :1]))
 
 
-class FusedDecoderBlock(DecoderBlock):
-    ops: Mapping[str, str]
-    """Backend by site of a block."""
-
+class FusedDecoderBlock(_Fused, DecoderBlock):
     def forward(self, x, cond, skip=None, modulation=None) -> torch.Tensor:
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
         if skip is None:
@@ -121,11 +128,11 @@ class FusedDecoderBlock(DecoderBlock):
         norm = (None, None)
         if not is_plain(self.skip_norm, nn.Identity):
             norm = parameters_of(self.skip_norm, LayerNorm)
-        linear, eps = parameters_of(self.skip_linear), self.norm1.eps
-        return skip_linear(x, skip, *linear, *norm, eps, self.ops["skip"], next_norm)
+        weight_and_bias, operand = parameters_of(self.skip_linear), self.operands.get("skip_linear")
+        return skip_linear(x, skip, *weight_and_bias, *norm, self.norm1.eps, self.ops["skip"], next_norm, operand)
 
 
-class FusedTrunk(ViTEncoder):
+class FusedTrunk(_Fused, ViTEncoder):
     """What a network does outside of its blocks."""
 
     def _embed(self, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
@@ -157,9 +164,37 @@ class FusedEPGViT(FusedTrunk, EPGViT):
         _, normalised, last = _residual_norm(self.ops["encoder.norm"], self.norm, x, skip=True)
         return [*skips[1:], last], normalised
 
+    def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        linears = self._projections()
+        joined = self._joined_projection is not None or autocast_dtype(condition) is None
+        if joined or not (torch.is_grad_enabled() and linears):
+            return super()._modulations(condition)
+        weights, biases = zip(*((module.weight, module.bias) for module in linears), strict=True)
+        made = linear(condition, weights, torch.cat(biases), self.operands.get(_MODULATION))
+        return made[:, None].chunk(len(linears), dim=-1)
+
 
 _FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+
+
+_MODULATION = "adaLN_modulation"
+_SITES = {"attn.qkv": None, "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp", "skip_linear": "skip"}
+
+
+def linears_with_operands(network: ViTEncoder) -> Iterator[tuple[nn.Module, str, list[nn.Linear]]]:
+    """(module, name in its `operands`, linears) of each large product that reads a copy of its weight if it has one.
+
+    The product of several linears reads their weights one below the other.
+    """
+    for path, module in network.large_linears():
+        half, index, name = path.split(".", 2)
+        block = network.get_submodule(f"{half}.{index}")
+        fused = isinstance(block, _Fused) and block.ops.get(_SITES[name]) != "plain"
+        if fused and is_plain(module, nn.Linear):
+            yield block, name, [module]
+    if isinstance(network, FusedEPGViT) and (linears := network._projections()):
+        yield network, _MODULATION, linears
 
 
 @functools.cache

@@ -177,8 +177,12 @@ class EPGViT(ViTEncoder):
         modulations = conditioning.modulations or [None] * len(self.decoder_blocks)
         for i, (block, modulation) in enumerate(zip(self.decoder_blocks, modulations, strict=True), len(self.blocks)):
             x = self._run(i, block, x, conditioning.cond, skips.pop() if skips else None, modulation)
-        tokens = self.out(self.out_norm(x[:, self.extras :]))
+        tokens = self.out(self._normalised_patches(x))
         return tokens if patches else self.unpatchify(tokens)
+
+    def _normalised_patches(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the last decoder block [B, L, D] -> norm of its patches [B, N, D]."""
+        return self.out_norm(x[:, self.extras :])
 
     def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Tokens [B, L, E] -> (output of every encoder block, normalised output of the last)."""
@@ -206,11 +210,16 @@ class EPGViT(ViTEncoder):
 
     def _projection(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(weight [blocks 6 D, E], bias) of all adaLN projections; None if the blocks must compute their own."""
-        modules = [block.adaLN_modulation for block in self.decoder_blocks]
-        if not modules or not all(_is_plain_modulation(module) for module in modules):
+        linears = self._projections()
+        if not linears:
             return None
-        dtype = autocast_dtype(modules[0][1].weight) or modules[0][1].weight.dtype
-        return tuple(torch.cat([getattr(m[1], name).to(dtype) for m in modules]) for name in ("weight", "bias"))
+        dtype = autocast_dtype(linears[0].weight) or linears[0].weight.dtype
+        return tuple(torch.cat([getattr(linear, name).to(dtype) for linear in linears]) for name in ("weight", "bias"))
+
+    def _projections(self) -> list[nn.Linear]:
+        """The adaLN projections of all blocks; none if the blocks must compute their own."""
+        modules = [block.adaLN_modulation for block in self.decoder_blocks]
+        return [module[1] for module in modules] if all(map(_is_plain_modulation, modules)) else []
 
     @torch.no_grad()
     def join_projection(self) -> None:

@@ -23,12 +23,13 @@ from epg_fast.ops.layer_norm_modulate import (
 )
 from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
-from epg_fast.ops.linear_residual_norm import linear_residual_norm, linear_residual_norm_ref
+from epg_fast.ops.linear_residual_norm import linear, linear_residual_norm, linear_residual_norm_ref
 from epg_fast.ops.mlp_residual import mlp_residual, mlp_residual_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal, philox_normal_of
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
+from epg_fast.ops.quantize_rows import quantize_rows, quantize_rows_ref
 from epg_fast.ops.resized_crop import resized_crop, resized_crop_ref
-from epg_fast.ops.skip_linear import skip_linear, skip_linear_ref
+from epg_fast.ops.skip_linear import skip_linear, skip_linear_ref, skip_norms_fp8
 from epg_fast.ops.timestep_embedding import (
     timestep_condition,
     timestep_condition_ref,
@@ -63,6 +64,7 @@ __all__ = [
     "linear_fp8_dynamic",
     "linear_fp8_dynamic_ref",
     "linear_fp8_ref",
+    "linear",
     "linear_residual_norm",
     "linear_residual_norm_ref",
     "mlp_residual",
@@ -74,11 +76,14 @@ __all__ = [
     "patchify",
     "philox_normal",
     "philox_normal_of",
+    "quantize_rows",
+    "quantize_rows_ref",
     "residual_norm_modulate",
     "resized_crop",
     "resized_crop_ref",
     "skip_linear",
     "skip_linear_ref",
+    "skip_norms_fp8",
     "timestep_condition",
     "timestep_condition_ref",
     "timestep_embedding",

@@ -38,12 +38,12 @@ _SDPA = {
 }
 SDPA = ("plain", *_SDPA)
 """PyTorch's scaled_dot_product_attention: as it chooses itself, and each of its kernels."""
-_PACKAGES = {
+PACKAGES = {
     "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
     "flash_attn_3": ("flash_attn_interface", "build the folder hopper of flash-attention"),
     "flash_attn_4": ("flash_attn.cute", "pip install flash-attn-4"),
 }
-_BACKENDS = (*SDPA, *_PACKAGES, "triton")
+_BACKENDS = (*SDPA, *PACKAGES, "triton")
 _MAX_TRITON_HEAD_DIM = 128
 
 
@@ -179,7 +179,7 @@ def attention(
     if backend == "triton":
         _require_triton_attention(qkv)
         return _forward_op(qkv, scale)[0]
-    if backend in _PACKAGES:
+    if backend in PACKAGES:
         return _of_package(backend, qkv, scale, dropout_p)
     with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(*_heads(qkv), dropout_p=dropout_p, scale=scale)
@@ -188,8 +188,8 @@ def attention(
 
 def _of_package(backend: str, qkv: torch.Tensor, scale: float, dropout_p: float) -> torch.Tensor:
     """Attention of Dao et al.'s packages; raises ValueError where the package or what it needs is missing."""
-    name, remedy = _PACKAGES[backend]
-    if not _installed(name):
+    name, remedy = PACKAGES[backend]
+    if not installed(name):
         raise ValueError(
             f"attention: got backend={backend!r}, but {name} is not installed; {remedy}, or use backend='plain'"
         )
@@ -206,7 +206,8 @@ def _of_package(backend: str, qkv: torch.Tensor, scale: float, dropout_p: float)
 
 
 @functools.cache
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether the package can be imported; it is not."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of what the package would be a part of

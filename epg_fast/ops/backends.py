@@ -138,6 +138,31 @@ def without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> lis
     return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    """What norms and quantisation of x compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def product_operand(
+    op: str, weight: torch.Tensor | Sequence[torch.Tensor], operand: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What a product with `weight` reads: `operand`, a copy of it in `dtype`, or without one it is cast.
+
+    weight: one, or several one below the other. Raises ValueError for an operand of another shape or dtype.
+    """
+    weights = [weight] if isinstance(weight, torch.Tensor) else weight
+    if operand is None:
+        casts = [weight.detach().to(dtype) for weight in weights]
+        return casts[0] if len(casts) == 1 else torch.cat(casts)
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    if operand.shape != shape or operand.dtype != dtype:
+        raise ValueError(
+            f"{op}: got an operand of shape {tuple(operand.shape)} in {operand.dtype} for a weight of shape {shape}, "
+            f"wanted a copy of the weight in {dtype}; leave it out"
+        )
+    return operand
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products with x, None outside autocast and for float64, which it leaves.
 

@@ -24,6 +24,9 @@ OPERATORS = (
     "resized_crop_out",
 )
 
+INTERFACE = "2"
+"""What those take, as kernels/csrc/register.cpp counts its changes."""
+
 # EPG_EXTENSION chooses another build of the library, such as one with AddressSanitizer.
 _CHOSEN = os.environ.get("EPG_EXTENSION")
 _LIBRARY = Path(_CHOSEN) if _CHOSEN else Path(__file__).with_name("_extension.abi3.so")
@@ -65,6 +68,9 @@ def extension_status() -> tuple[bool, str]:
     missing = [name for name in OPERATORS if not hasattr(torch.ops.epg_fast, name)]
     if missing:
         return False, (f"from another version of epg_fast: {_LIBRARY} has no {', '.join(missing)}; {_REMEDY}")
+    found = _build_info().get("interface", "1")
+    if found != INTERFACE:
+        return False, f"from another version of epg_fast: {_LIBRARY} has interface {found}, not {INTERFACE}; {_REMEDY}"
     return True, f"{_description()}, loaded from {_LIBRARY}"
 
 
@@ -93,6 +99,15 @@ def _description() -> str:
     gemms = "with" if extension_has_gemms() else "without"
     architectures = info["cuda_architectures"]
     return f"CPU and CUDA for {architectures}, {gemms} CUTLASS, {info['compiler']}, nvcc {info['nvcc']}"
+
+
+def extension_code() -> str:
+    """What the extension has code for, in few words: "none", "cpu", or "cuda 9.0a" and whether with CUTLASS."""
+    if not _is_available():
+        return "none"
+    if not extension_has_cuda():
+        return "cpu"
+    return f"cuda {_build_info()['cuda_architectures']}{' with CUTLASS' if extension_has_gemms() else ''}"
 
 
 def extension_has_cuda() -> bool:

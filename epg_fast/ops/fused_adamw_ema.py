@@ -1,4 +1,4 @@
-"""AdamW, weight averages and a 16-bit copy of the weights, for all tensors of a model, in one pass over memory.
+"""AdamW, weight averages and 16-bit copies of the weights, for all tensors of a model, in one pass over memory.
 
 For tensor i with gradient g, where nothing below happens if found_inf is not 0:
 
@@ -9,18 +9,18 @@ For tensor i with gradient g, where nothing below happens if found_inf is not 0:
     param = (1 - lr_i weight_decay_i) param
             - lr_i / (1 - beta1^step_i) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step_i)) + eps)
     ema_k = ema_k + ema_weight_k (param - ema_k)        for each average k
-    copy = bfloat16(param)
+    copy = round(param), ema_copy = round(ema_0)        to bfloat16 or float16
 
 Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2, as torch.optim.AdamW computes
 it; clipping as torch.nn.utils.clip_grad_norm_; ema_weight is 1 - decay.
 
 Shapes: params, grads, exp_avgs, exp_avg_sqs: N tensors each, equal shapes place by place; emas: K lists of N (K up to
-4); copies: N or none. steps, lrs, weight_decays: [N]; ema_weights: [K]; norm, found_inf, max_norm, grad_scale: []. What
-changes from step to step is in these tensors, on the device of the parameters, and none is read on the host: a captured
-CUDA graph stays right when they are written to.
-Dtypes: extension: params, moments and averages float32, grads float32 or bfloat16 (also mixed), copies bfloat16; steps,
-norm, found_inf and grad_scale float32; lrs, weight_decays, ema_weights and max_norm float64. reference: any floating
-dtypes.
+4); copies, ema_copies: N or none, with None for a tensor that none is wanted of. steps, lrs, weight_decays: [N];
+ema_weights: [K]; norm, found_inf, max_norm, grad_scale: []. What changes from step to step is in these tensors, on the
+device of the parameters, and none is read on the host: a captured CUDA graph stays right when they are written to.
+Dtypes: extension: params, moments and averages float32, grads float32 or bfloat16 (also mixed), copies all bfloat16 or
+all float16; steps, norm, found_inf and grad_scale float32; lrs, weight_decays, ema_weights and max_norm float64.
+reference: any floating dtypes.
 Error: each value within a few float32 roundings of the formula, as torch's fused AdamW; coefficients are computed in
 float64. An average with weight 1 equals the parameter, with weight 0 it stays as it is, bit for bit.
 """
@@ -36,6 +36,7 @@ from epg_fast.ops.spec import OpSpec
 
 _OP = "fused_adamw_ema_"
 Tensors = Sequence[torch.Tensor]
+Copies = Sequence[torch.Tensor | None]
 
 
 @torch.no_grad()
@@ -54,7 +55,8 @@ def fused_adamw_ema_ref(
     grad_scale: torch.Tensor | None = None,
     emas: Sequence[Tensors] = (),
     ema_weights: torch.Tensor | None = None,
-    copies: Tensors = (),
+    copies: Copies = (),
+    ema_copies: Copies = (),
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> None:
@@ -75,8 +77,9 @@ def fused_adamw_ema_ref(
         param -= (lr / (1 - beta1**step)).to(param.dtype) * exp_avg / denominator
         for k, averages in enumerate(emas):
             averages[i].lerp_(param, ema_weights[k].to(param.dtype))
-        if copies:
-            copies[i].copy_(param)
+        for made, value in ((copies, param), (ema_copies, emas[0][i] if emas else None)):
+            if made and made[i] is not None:
+                made[i].copy_(value)
 
 
 # The schema and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
@@ -109,7 +112,8 @@ def fused_adamw_ema_(
     grad_scale: torch.Tensor | None = None,
     emas: Sequence[Tensors] = (),
     ema_weights: torch.Tensor | None = None,
-    copies: Tensors = (),
+    copies: Copies = (),
+    ema_copies: Copies = (),
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     backend: str = "auto",
@@ -119,7 +123,8 @@ def fused_adamw_ema_(
     params, grads, exp_avgs, exp_avg_sqs: N tensors each. steps, lrs, weight_decays: [N], steps counted so far; a weight
     decay of 0 exempts a tensor. norm, found_inf: as `global_norm(grads)` returns them. max_norm: [], limit of the norm,
     inf for none. grad_scale: [], what the loss was multiplied by; None for 1. emas: K averages, each N tensors, with
-    ema_weights: [K], 1 - decay. copies: N bfloat16 tensors or none.
+    ema_weights: [K], 1 - decay. copies, ema_copies: of params and of the first average, N tensors in bfloat16 or in
+    float16, or none; None in the place of one that is not wanted.
     backend: "plain" (plain PyTorch), "extension" (one pass in C++ or CUDA) or "auto": on a CPU the extension where
     it is built and takes the tensors, else the reference; on a GPU the reference until the extension has been measured.
     Raises ValueError for a backend that cannot run here and for lists whose lengths do not fit, and RuntimeError that
@@ -131,7 +136,9 @@ def fused_adamw_ema_(
     if ema_weights is None:
         ema_weights = torch.empty(0, dtype=torch.float64, device=steps.device)
     flat_emas = [tensor for average in emas for tensor in average]
-    _check_lengths(params, emas, ema_weights, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, copies=copies)
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_lengths(params, emas, ema_weights, **lists, copies=copies, ema_copies=ema_copies)
+    made = [copy for copy in (*copies, *ema_copies) if copy is not None]
     written = [*params, *exp_avgs, *exp_avg_sqs, *flat_emas]
     scalars = {"steps": steps, "lrs": lrs, "weight_decays": weight_decays, "norm": norm, "found_inf": found_inf}
     scalars |= {"max_norm": max_norm, "grad_scale": grad_scale}
@@ -142,21 +149,22 @@ def fused_adamw_ema_(
             (float32, (torch.float32,)),
             (float64, (torch.float64,)),
             (grads, _GRADS),
-            (copies, (torch.bfloat16,)),
+            (made, _COPIES),
         )
         taken = len(emas) <= _MAX_EMAS and all(extension_takes(*tensors) for tensors in dtypes)
+        taken = taken and len({copy.dtype for copy in made}) <= 1
         backend = "extension" if taken else "plain"
     if backend == "plain":
-        _check_shapes_and_dtypes(params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, emas=flat_emas)
-        extras = {"emas": emas, "ema_weights": ema_weights, "copies": copies, "betas": betas, "eps": eps}
-        return fused_adamw_ema_ref(params, grads, exp_avgs, exp_avg_sqs, **scalars, **extras)
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "emas": flat_emas}
+        _check_shapes_and_dtypes(params, **lists, emas=flat_emas, copies=copies, ema_copies=ema_copies)
+        extras = {"emas": emas, "ema_weights": ema_weights, "copies": copies, "ema_copies": ema_copies}
+        return fused_adamw_ema_ref(params, **lists, **scalars, **extras, betas=betas, eps=eps)
+    lists = {"params": params, **lists, "emas": flat_emas}
     named = {name: [tensor] for name, tensor in (scalars | {"ema_weights": ema_weights}).items() if tensor is not None}
-    require_one_device(_OP, steps, **lists, copies=copies, **named)
+    require_one_device(_OP, steps, **lists, copies=made, **named)
     _load_op(steps)
     torch.ops.epg_fast.fused_adamw_ema_(
         *map(list, lists.values()),
-        list(copies),
+        _joined(params, copies, ema_copies, made),
         steps,
         lrs,
         weight_decays,
@@ -170,12 +178,23 @@ def fused_adamw_ema_(
     )
     if not torch.compiler.is_compiling():
         # Autograd counts writes, to notice a backward pass that needs what was overwritten.
-        torch.autograd.graph.increment_version([*written, *copies, steps])
+        torch.autograd.graph.increment_version([*written, *made, steps])
     return None
 
 
+def _joined(params: Tensors, copies: Copies, ema_copies: Copies, made: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The operator's one list of copies: the parameters', then the average's; an empty tensor for None."""
+    if not made:
+        return []
+    absent = made[0].new_empty(0)
+    wanted = [*(copies or [None] * len(params)), *ema_copies]
+    return [absent if copy is None else copy for copy in wanted]
+
+
 _GRADS = (torch.float32, torch.bfloat16)
+_COPIES = (torch.bfloat16, torch.float16)
 _MAX_EMAS = 4
+_OF_PARAMETERS_DTYPE = ("exp_avgs", "exp_avg_sqs", "emas")
 
 
 def _check_shapes_and_dtypes(params, **lists) -> None:
@@ -183,16 +202,20 @@ def _check_shapes_and_dtypes(params, **lists) -> None:
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             param = params[i % len(params)]
+            if tensor is None:
+                continue
             if tensor.shape != param.shape:
                 raise ValueError(f"{_OP}: got {name}[{i}] of shape {tuple(tensor.shape)}, wanted {tuple(param.shape)}")
-            if name != "grads" and tensor.dtype != param.dtype:
+            if name in _OF_PARAMETERS_DTYPE and tensor.dtype != param.dtype:
                 raise ValueError(f"{_OP}: got {name}[{i}] in {tensor.dtype}, wanted {param.dtype} as the parameter")
 
 
 def _check_lengths(params, emas, ema_weights, **lists) -> None:
     for name, tensors in lists.items():
-        if len(tensors) != len(params) and not (name == "copies" and not tensors):
+        if len(tensors) != len(params) and not (name.endswith("copies") and not tensors):
             raise ValueError(f"{_OP}: got {len(tensors)} {name} for {len(params)} params, wanted one for each")
+    if lists["ema_copies"] and not emas:
+        raise ValueError(f"{_OP}: got ema_copies and no emas, wanted an average; leave out ema_copies")
     if len(emas) != ema_weights.numel():
         raise ValueError(f"{_OP}: got {len(emas)} emas and {ema_weights.numel()} ema_weights, wanted one for each")
     for k, average in enumerate(emas):

@@ -20,7 +20,8 @@ dgate = sum_l branch * g.
 
 import torch
 
-from epg_fast.ops.backends import check_backend, interpreting
+from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting
+from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
     layer_norm_modulate_bwd_ref,
@@ -28,9 +29,9 @@ from epg_fast.ops.layer_norm_modulate import (
     layer_norm_modulate_ref,
     norm_statistics,
     per_sample,
-    refuse_gradient,
     require_triton_norm,
 )
+from epg_fast.ops.quantize_rows import gated_sum_ref
 from epg_fast.ops.spec import OpSpec
 
 
@@ -46,16 +47,8 @@ def gate_residual_norm_modulate_ref(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
-    x_out = _gate_residual_ref(x, branch, gate)
+    x_out = gated_sum_ref(x, branch, gate)
     return x_out, layer_norm_modulate_ref(x_out, weight, bias, shift, scale, eps, out_dtype)
-
-
-def _gate_residual_ref(x, branch, gate):
-    acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    branch = branch.to(acc_dtype)
-    if gate is not None:
-        branch = branch * per_sample(gate).unsqueeze(1).to(acc_dtype)
-    return (x.to(acc_dtype) + branch).to(x.dtype)
 
 
 @torch.library.custom_op("epg_fast::gate_residual_norm_modulate", mutates_args=(), device_types="cpu")
@@ -85,7 +78,7 @@ def _forward_triton(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
 
 @_forward_op.register_fake
 def _(x, branch, gate, weight, bias, shift, scale, eps, out_dtype):
-    statistics = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    statistics = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
     y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
     return x.new_empty(x.shape), y, statistics, torch.empty_like(statistics)
 
@@ -179,7 +172,7 @@ def _fp8_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if interpreting():
         return _fp8_triton(x, branch, gate, weight, bias, shift, scale, eps)
-    x_out = _gate_residual_ref(x, branch, gate).contiguous()
+    x_out = gated_sum_ref(x, branch, gate).contiguous()
     y, row_scale = layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
     return x_out, y.contiguous(), row_scale
 
@@ -193,7 +186,7 @@ def _fp8_triton(x, branch, gate, weight, bias, shift, scale, eps):
 
 @_fp8_op.register_fake
 def _(x, branch, gate, weight, bias, shift, scale, eps):
-    row_scale = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    row_scale = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float8_e4m3fn), row_scale
 
 
@@ -248,7 +241,7 @@ def gate_residual_norm_modulate_fp8(
     _check(op, backend, x, branch, gate, weight, bias, shift, scale)
     refuse_gradient(op, x, branch, gate, weight, bias, shift, scale)
     if backend != "triton":
-        x_out = _gate_residual_ref(x, branch, gate)
+        x_out = gated_sum_ref(x, branch, gate)
         return x_out, *layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
     require_triton_norm(op, x, branch, gate, weight, bias, shift, scale, fp8=True)
     return _fp8_op(x, branch, per_sample(gate), weight, bias, per_sample(shift), per_sample(scale), eps)

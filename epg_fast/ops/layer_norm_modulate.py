@@ -18,12 +18,12 @@ dshift = G, dscale = weight * H + bias * G, dweight = sum_b (1 + scale) * H, dbi
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.fp8 import refuse_gradient, require_conversion
+from epg_fast.ops.quantize_rows import quantize_rows_ref
 from epg_fast.ops.spec import OpSpec
 
 _MAX_TRITON_WIDTH = 4096
-_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-_FP8_TINY = 1e-30  # the scale of a smaller row would leave float32's normal numbers
 
 
 def layer_norm_modulate_ref(
@@ -36,7 +36,7 @@ def layer_norm_modulate_ref(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
-    acc_dtype = _accumulation_dtype(x)
+    acc_dtype = accumulation_dtype(x)
     y = F.layer_norm(x.to(acc_dtype), x.shape[-1:], weight.to(acc_dtype), bias.to(acc_dtype), eps)
     if scale is not None:
         y = y * (1 + _per_token(scale).to(acc_dtype)) + _per_token(shift).to(acc_dtype)
@@ -52,21 +52,7 @@ def layer_norm_modulate_fp8_ref(
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y / row_scale in float8_e4m3fn, row_scale [B, L]) in plain PyTorch."""
-    return quantize_rows_ref(layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, _accumulation_dtype(x)))
-
-
-def quantize_rows_ref(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [..., D] as float8_e4m3fn and a scale per row [...], of which it is the product; a row below 1e-30 is zero.
-
-    Rows with values that are not finite have NaN in them.
-    """
-    largest = y.abs().amax(-1)
-    row_scale = torch.where(largest > _FP8_TINY, largest / _FP8_MAX, 1.0)
-    return (y / row_scale.unsqueeze(-1)).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), row_scale
-
-
-def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return quantize_rows_ref(layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, accumulation_dtype(x)))
 
 
 def _per_token(modulation: torch.Tensor) -> torch.Tensor:
@@ -94,7 +80,7 @@ def _forward_op(
 
 def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, 1 / sqrt(variance + eps)) of each row of x [B, L, D]: [B, L] each."""
-    variance, mean = torch.var_mean(x.to(_accumulation_dtype(x)), -1, correction=0)
+    variance, mean = torch.var_mean(x.to(accumulation_dtype(x)), -1, correction=0)
     return mean, torch.rsqrt(variance + eps)
 
 
@@ -108,7 +94,7 @@ def _forward_triton(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype=No
 
 @_forward_op.register_fake
 def _(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype=None):
-    statistics = x.new_empty(x.shape[:-1], dtype=_accumulation_dtype(x))
+    statistics = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
     y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
     copied = x.new_empty(0) if copy_dtype is None else x.new_empty(x.shape, dtype=copy_dtype)
     return y, statistics, torch.empty_like(statistics), copied
@@ -231,7 +217,7 @@ def _fp8_triton(x, weight, bias, shift, scale, eps):
 
 @_fp8_op.register_fake
 def _(x, weight, bias, shift, scale, eps):
-    row_scale = x.new_empty(x.shape[:-1], dtype=_accumulation_dtype(x))
+    row_scale = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), row_scale
 
 
@@ -327,16 +313,8 @@ def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, 
             f"{op}: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "
             "use backend='plain'"
         )
-    if fp8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        raise ValueError(
-            f"{op}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU with FP8 (compute capability 8.9 or more) "
-            "for backend='triton'; use backend='plain'"
-        )
-
-
-def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ValueError(f"{op}: got a tensor that requires a gradient, which FP8 output has not; use torch.no_grad()")
+    if fp8:
+        require_conversion(op, x.device)
 
 
 def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | None) -> None:

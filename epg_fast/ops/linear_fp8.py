@@ -14,15 +14,13 @@ Error: at most 2x that of the reference in the same dtypes, which is the roundin
 sums of 128 products to the tensor cores, which keep fewer bits of them than float32 has, and adds these in float32.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import check_backend, require_dtypes, require_gemm_operands
 from epg_fast.ops.extension import require_gemms
-from epg_fast.ops.layer_norm_modulate import refuse_gradient
+from epg_fast.ops.fp8 import refuse_gradient, require_row_scales
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_fp8"
@@ -134,26 +132,6 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
         out_dtype=bias.dtype,
     ).view(*x.shape[:-1], weight.shape[0])
     return F.gelu(z) if gelu else z
-
-
-def require_row_scales(op: str, device: torch.device) -> None:
-    """Raise ValueError on a CPU whose PyTorch multiplies FP8 operands with one scale per tensor only."""
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not cpu_has_row_scales():
-        raise ValueError(
-            f"{op}: got torch {torch.__version__}, whose FP8 product on a CPU takes one scale per tensor, wanted one "
-            "that takes a scale per row (2.13 does); use backend='plain'"
-        )
-
-
-@functools.cache
-def cpu_has_row_scales() -> bool:
-    """Whether this PyTorch multiplies FP8 operands with a scale per row on a CPU; 2.11 does not."""
-    operand, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(operand, operand.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
 
 
 def require_linear_shapes(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:

@@ -27,8 +27,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from epg_fast.ops.backends import check_backend
-from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
-from epg_fast.ops.linear_fp8 import linear_fp8_ref, require_linear_shapes, require_row_scales
+from epg_fast.ops.fp8 import fits, require_row_scales
+from epg_fast.ops.linear_fp8 import linear_fp8_ref, require_linear_shapes
+from epg_fast.ops.quantize_rows import quantize_rows_ref
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_fp8_dynamic"
@@ -59,7 +60,7 @@ class _LinearFp8Dynamic(torch.autograd.Function):
 def _product(a, b, bias, backend, fast):
     """q(a) [M, K] times q(b)^T, b: [N, K], plus bias [N] or None: [M, N] in a's dtype."""
     # Strides are given up before rounding: the product reads both operands along K.
-    (a, a_scale), (b, b_scale), dtype = _quantize(a), _quantize(b), a.dtype
+    (a, a_scale), (b, b_scale), dtype = quantize_rows_ref(a.contiguous()), quantize_rows_ref(b.contiguous()), a.dtype
     if backend == "plain":
         bias = torch.zeros(b.shape[0], dtype=dtype, device=b.device) if bias is None else bias.to(dtype)
         with torch.autocast(a.device.type, enabled=False):
@@ -73,10 +74,6 @@ def _product(a, b, bias, backend, fast):
         out_dtype=dtype,
         use_fast_accum=fast,
     )
-
-
-def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_rows_ref(rows.contiguous().to(torch.promote_types(rows.dtype, torch.float32)))
 
 
 def linear_fp8_dynamic_ref(
@@ -112,11 +109,6 @@ def linear_fp8_dynamic(
         require_row_scales(_OP, x.device)
     y = _LinearFp8Dynamic.apply(x.to(dtype).flatten(0, -2), weight, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def fits(weight: torch.Tensor) -> bool:
-    """Whether weight [N, K] has sides that the FP8 products of both directions take: multiples of 16."""
-    return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
 
 
 def _check(x, weight, bias) -> None:

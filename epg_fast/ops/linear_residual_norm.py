@@ -18,18 +18,22 @@ contiguous, K and N multiples of 8; the bias is added in h's dtype. Norm and bac
 
 With g the gradient of x_out, the one that arrives there plus the one through the norm: dx = g, dz = gate * g,
 dh = dz @ weight, dweight = dz^T h, dbias = sum dz, dgate = sum_l z * g with z = h @ weight^T + bias, which is kept.
+
+`linear` is the product alone, with the same gradients: that of a float32 weight is written as it was accumulated.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import (
     autocast_dtype,
     check_backend,
     interpreting,
+    product_operand,
     require_dtypes,
     require_gemm_operands,
     require_triton_for_cuda,
@@ -242,22 +246,25 @@ def linear_residual_norm(
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
     backend: str = "plain",
+    operand: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_out, y): x + gate * (h @ weight^T + bias), in x's dtype, and its modulated norm, in h's or autocast's.
 
     x: [B, L, N]; h: [B, L, K]; weight: [N, K]; bias, norm_weight, norm_bias: [N]; gate, shift, scale: [B, N], [B, 1, N]
     or None. backend: "plain" (plain PyTorch), "triton" (two kernels forward), "cuda" (the product by the C++/CUDA
-    extension, for compute capability 9.0).
+    extension, for compute capability 9.0). operand: a copy of weight in the dtype of products, which kernels read
+    instead of casting it; "plain" leaves it.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend(_OP, backend, ("plain", "triton", "cuda"))
     check_norm_shapes(_OP, x, norm_weight, norm_bias, gate=gate, shift=shift, scale=scale)
     check_linear(_OP, "h", h, x, weight, bias)
     dtype = autocast_dtype(h) or h.dtype
-    h, operand = h.to(dtype), weight.detach().to(dtype)
+    h = h.to(dtype)
     gate, shift, scale = per_sample(gate), per_sample(shift), per_sample(scale)
     if backend == "plain":
         return linear_residual_norm_ref(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps)
+    operand = product_operand(_OP, weight, operand, dtype)
     if backend == "cuda":
         require_triton_for_cuda(_OP, "norm")
         require_dtypes(_OP, (torch.bfloat16,), "cuda", h=h)
@@ -267,6 +274,66 @@ def linear_residual_norm(
     save_branch = gate is not None and needs_gradient(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
     norm = norm_weight, norm_bias, gate, shift, scale, eps
     return _forward_op(x, h, weight, operand, bias, *norm, save_branch, backend)[:2]
+
+
+@torch.library.custom_op("epg_fast::weight_gradient", mutates_args=(), device_types=("cpu", "cuda"))
+def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An operator, because torch.compile does not know of products whose result has another dtype in every version."""
+    from epg_kernels._launch import weight_gradient
+
+    return weight_gradient(dy, x, dtype)
+
+
+@_weight_gradient.register_fake
+def _(dy, x, dtype):
+    return x.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)
+
+
+@register_flop_formula(torch.ops.epg_fast.weight_gradient)
+def _weight_gradient_flops(dy_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * dy_shape[0] * dy_shape[1] * x_shape[1]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, operand, bias, *weights):
+        ctx.save_for_backward(h, operand)
+        ctx.weight_dtype, ctx.bias_dtype = weights[0].dtype, None if bias is None else bias.dtype
+        ctx.rows = [weight.shape[0] for weight in weights]
+        return F.linear(h, operand, None if bias is None else bias.to(h.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        h, operand = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        dh = (rows @ operand).view(h.shape) if ctx.needs_input_grad[0] else None
+        needs_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
+        dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
+        dweights = [None] * len(ctx.rows)
+        if any(ctx.needs_input_grad[3:]):
+            dweights = _weight_gradient(rows, h.flatten(0, -2), ctx.weight_dtype).split(ctx.rows)
+        return dh, None, dbias, *dweights
+
+
+def linear(
+    h: torch.Tensor,
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    bias: torch.Tensor | None = None,
+    operand: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """h @ weight^T + bias, [..., N], in h's dtype or autocast's; differentiable once where weight has another dtype.
+
+    h: [..., K]; weight: [N, K], or several whose rows add up to N; bias: [N] or None; operand: a copy of weight in the
+    result's dtype.
+    """
+    dtype, weights = autocast_dtype(h) or h.dtype, [weight] if isinstance(weight, torch.Tensor) else list(weight)
+    if weights[0].dtype == dtype:
+        return F.linear(h, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    h, operand = h.to(dtype), product_operand("linear", weights, operand, dtype)
+    if not needs_gradient(h, bias, *weights):
+        return F.linear(h, operand, None if bias is None else bias.to(dtype))
+    return _Linear.apply(h, operand, bias, *weights)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -32,6 +32,7 @@ from epg_fast.ops.backends import (
     autocast_dtype,
     check_backend,
     interpreting,
+    product_operand,
     require_dtypes,
     require_grid,
     require_triton,
@@ -225,12 +226,14 @@ def mlp_residual(
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None = None,
     backend: str = "plain",
+    operands: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """x + gate * (gelu(y @ fc1_weight^T + fc1_bias) @ fc2_weight^T + fc2_bias), with the exact GELU: [B, L, D].
 
     x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc2_weight: [D, H]; gate: [B, D], [B, 1, D] or None for ones.
     backend: "plain" (plain PyTorch), "triton" (two kernels forward; it keeps what the backward pass needs only
-    where there will be one), "cuda" (the same two by the C++/CUDA extension, for compute capability 9.0).
+    where there will be one), "cuda" (the same two by the C++/CUDA extension, for compute capability 9.0). operands:
+    copies of the weights in the dtype of products, which kernels read instead of casting them; "plain" leaves them.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend(_OP, backend, ("plain", "triton", "cuda"))
@@ -244,14 +247,15 @@ def mlp_residual(
         raise ValueError(
             f"{_OP}: got weights in {fc1_weight.dtype} and {fc2_weight.dtype}, wanted one dtype; convert one"
         )
-    fc1, fc2 = ((weight, weight.detach().to(dtype)) for weight in (fc1_weight, fc2_weight))
+    weights = zip((fc1_weight, fc2_weight), operands, strict=True)
+    fc1, fc2 = ((weight, product_operand(_OP, weight, operand, dtype)) for weight, operand in weights)
     save = needs_gradient(x, y, *parameters)
     if backend == "cuda":
         if save:
             require_triton_for_cuda(_OP, "backward pass")
         require_dtypes(_OP, (torch.bfloat16,), "cuda", y=y)
-        operands = {"y": y, "fc1_weight": fc1[1], "fc2_weight": fc2[1]}
-        require_residual_product(_OP, x, gate, operands, {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias})
+        read = {"y": y, "fc1_weight": fc1[1], "fc2_weight": fc2[1]}
+        require_residual_product(_OP, x, gate, read, {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias})
     else:
         require_triton(_OP, x, y, *parameters)
     require_grid(_OP, x.shape[0])

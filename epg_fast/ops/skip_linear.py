@@ -3,7 +3,8 @@
     z = concat[x, skip] @ weight^T + bias = x @ weight[:, :D]^T + skip @ weight[:, D:]^T + bias
     y = LayerNorm(z) * norm_weight + norm_bias        or z without norm_weight
 
-and, as a block begins with a norm of y, that norm with its modulation in the same pass if it is wanted.
+and, as a block begins with a norm of y, that norm with its modulation in the same pass if it is wanted;
+`skip_norms_fp8` is these two norms alone, the second as `layer_norm_modulate_fp8` returns it.
 
 Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2023); the norm: SPEC 3.
 
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import (
+    accumulation_dtype,
     autocast_dtype,
     check_backend,
     interpreting,
+    product_operand,
     require_dtypes,
     require_gemm_operands,
     require_grid,
@@ -33,9 +36,11 @@ from epg_fast.ops.backends import (
     without_none,
 )
 from epg_fast.ops.extension import require_gemms
+from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
     layer_norm_modulate_bwd_ref,
+    layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
     norm_statistics,
     per_sample,
@@ -69,6 +74,7 @@ def skip_linear_ref(
 def _forward_op(
     x: torch.Tensor,
     skip: torch.Tensor,
+    parameter: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -80,7 +86,10 @@ def _forward_op(
     eps: float,
     backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, the next norm of y, z, mean and rstd of z, of y); empty what the norms that are there do not make."""
+    """(y, the next norm of y, z, mean and rstd of z, of y); empty what the norms that are there do not make.
+
+    weight: parameter in x's dtype. Products read the one, and the gradient of the other is written in its own dtype.
+    """
     norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
     if interpreting():
         return _forward_kernel(x, skip, weight, bias, *norms, eps, backend)
@@ -100,7 +109,7 @@ def _empty(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
 
 
 @_forward_op.register_kernel("cuda")
-def _forward_kernel(x, skip, weight, bias, *norms_and_eps, backend="triton"):
+def _forward_kernel(x, skip, parameter, weight, bias, *norms_and_eps, backend="triton"):
     if len(norms_and_eps) == 8:
         *norms_and_eps, backend = norms_and_eps
     forward = _forward_triton if backend == "triton" else _forward_cuda
@@ -124,11 +133,11 @@ def _forward_cuda(x, skip, weight, bias, norm_weight, *norms_and_eps):
 
 
 @_forward_op.register_fake
-def _(x, skip, weight, bias, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps, backend=""):
+def _(x, skip, parameter, weight, bias, norm_weight, norm_bias, next_weight, *_):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if norm_weight is None:
         return y, *_empty(x, 6)
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(y)
     statistics = [y.new_empty(y.shape[:-1], dtype=dtype) for _ in range(4)]
     if next_weight is None:
         return y, *_empty(x, 1), torch.empty_like(y), *statistics[:2], *_empty(x, 2)
@@ -142,6 +151,7 @@ def _backward_op(
     x: torch.Tensor,
     skip: torch.Tensor,
     weight: torch.Tensor,
+    weight_dtype: torch.dtype,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
@@ -162,9 +172,8 @@ def _backward_op(
     """
     norm, after = (norm_weight, norm_bias), (next_weight, next_bias, next_shift, next_scale)
     if interpreting():
-        return _backward_triton(
-            dy, dnext, x, skip, weight, bias, *norm, *after, z, mean, rstd, next_mean, next_rstd, needed
-        )
+        saved = *norm, *after, z, mean, rstd, next_mean, next_rstd
+        return _backward_triton(dy, dnext, x, skip, weight, weight_dtype, bias, *saved, needed)
     dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
     if next_weight is not None:
         y = (z.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight + norm_bias
@@ -177,7 +186,7 @@ def _backward_op(
     rows, split = dz.to(z.dtype if norm_weight is not None else dz.dtype).flatten(0, -2), x.shape[-1]
     dx = (rows @ weight[:, :split]).view(x.shape) if needed[0] else None
     dskip = (rows @ weight[:, split:]).view(skip.shape) if needed[1] else None
-    dweight = rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2) if needed[2] else None
+    dweight = (rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2)).to(weight_dtype) if needed[2] else None
     acc_dtype = torch.promote_types(dz.dtype, torch.float32)
     dbias = dz.flatten(0, -2).sum(0, dtype=acc_dtype).to(bias.dtype) if needed[3] else None
     grads = [dx, dskip, dweight, dbias, *norm_grads, *next_grads]
@@ -193,17 +202,20 @@ def _backward_triton(dy, dnext, x, *arguments):
 
 
 @_backward_op.register_fake
-def _(dy, dnext, x, skip, weight, bias, *norms_and_saved):
+def _(dy, dnext, x, skip, weight, weight_dtype, bias, *norms_and_saved):
     *norms_and_saved, needed = norms_and_saved
     grads = [tensor.new_empty(tensor.shape) for tensor in (x, skip, weight, bias)]
+    grads[2] = grads[2].to(weight_dtype)
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     norms = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norms_and_saved[:6]]
     return without_none(x, (*grads, *norms))
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:10], *output[2:])
-    ctx.mark_non_differentiable(*output[2:], *(() if inputs[6] is not None else output[1:2]))
+    x, skip, parameter, *others = inputs[:11]
+    ctx.weight_dtype = parameter.dtype
+    ctx.save_for_backward(x, skip, *others, *output[2:])
+    ctx.mark_non_differentiable(*output[2:], *(() if inputs[7] is not None else output[1:2]))
     ctx.set_materialize_grads(False)
 
 
@@ -211,9 +223,11 @@ def _backward(ctx, dy, dnext, *_):
     saved = ctx.saved_tensors
     if dnext is None and saved[6] is not None:
         dnext = torch.zeros_like(saved[10])  # z's shape
-    grads = _backward_op(dy, dnext, *saved, ctx.needs_input_grad[:4])
-    wanted = [*ctx.needs_input_grad[:4], *(tensor is not None for tensor in saved[4:10])]
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    grads = _backward_op(dy, dnext, *saved[:3], ctx.weight_dtype, *saved[3:], needed)
+    wanted = [*needed, *(tensor is not None for tensor in saved[4:10])]
+    dx, dskip, dparameter, *others = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return dx, dskip, dparameter, None, *others, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -242,6 +256,7 @@ def skip_linear(
     eps: float = 1e-5,
     backend: str = "plain",
     next_norm: NextNorm | None = None,
+    operand: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm(concat[x, skip] @ weight^T + bias), without the norm if norm_weight is None.
 
@@ -249,20 +264,22 @@ def skip_linear(
     [B, L, N] in x's dtype, or autocast's where it is on. next_norm: weight, bias [N], shift, scale [B, N], [B, 1, N] or
     None: returns (y, LayerNorm(y) * (1 + scale) + shift); kernels make both in one pass each way.
     backend: "plain" (plain PyTorch, which stores the concatenation), "triton" (which does not), "cuda"
-    (nor does the C++/CUDA extension, for compute capability 9.0).
+    (nor does the C++/CUDA extension, for compute capability 9.0). operand: a copy of weight in the dtype of products,
+    which kernels read instead of casting it; "plain" leaves it.
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend("skip_linear", backend, ("plain", "triton", "cuda"))
     _check_shapes(x, skip, weight, bias, norm_weight, norm_bias)
     dtype = autocast_dtype(x) or x.dtype
-    x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
+    x, skip = x.to(dtype), skip.to(dtype)
     if backend not in ("triton", "cuda"):
         return skip_linear_ref(x, skip, weight, bias, norm_weight, norm_bias, eps, next_norm)
     if next_norm is not None and norm_weight is None:
-        z = skip_linear(x, skip, weight, bias, backend=backend)
+        z = skip_linear(x, skip, weight, bias, backend=backend, operand=operand)
         return residual_norm_modulate(z, *next_norm, eps, backend="triton")[:2]
+    parameter, weight = weight, product_operand("skip_linear", weight, operand, dtype)
     if backend == "cuda":
-        _require_cuda(x, skip, weight, bias, norm_weight, norm_bias)
+        _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias)
     else:
         require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
         require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -270,16 +287,76 @@ def skip_linear(
         require_triton_norm("skip_linear", weight.t())
         require_grid("skip_linear", x.shape[0])
     if next_norm is None:
-        return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
+        return _forward_op(x, skip, parameter, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
     after, *modulation = next_norm[:2], *(per_sample(tensor) for tensor in next_norm[2:])
     check_norm_shapes(
         "skip_linear", x[..., :1].expand(*x.shape[:2], len(weight)), *after, shift=modulation[0], scale=modulation[1]
     )
     require_triton_norm("skip_linear", x, *after, *modulation)
-    return _forward_op(x, skip, weight, bias, norm_weight, norm_bias, *after, *modulation, eps, backend)[:2]
+    norm = norm_weight, norm_bias
+    return _forward_op(x, skip, parameter, weight, bias, *norm, *after, *modulation, eps, backend)[:2]
 
 
-def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:
+@torch.library.custom_op("epg_fast::skip_norms_fp8", mutates_args=(), device_types="cpu")
+def _norms_fp8_op(
+    z: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    next_weight: torch.Tensor,
+    next_bias: torch.Tensor,
+    next_shift: torch.Tensor | None,
+    next_scale: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
+    if interpreting():
+        return _norms_fp8_triton(z, *norms, eps)
+    return tuple(tensor.contiguous() for tensor in _skip_norms_fp8_ref(z, *norms, eps))
+
+
+def _skip_norms_fp8_ref(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps):
+    y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
+    return y, *layer_norm_modulate_fp8_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
+
+
+@_norms_fp8_op.register_kernel("cuda")
+def _norms_fp8_triton(z, *norms_and_eps):
+    from epg_kernels.skip_linear import skip_norms_fp8
+
+    return skip_norms_fp8(z, *norms_and_eps)
+
+
+@_norms_fp8_op.register_fake
+def _(z, *norms_and_eps):
+    row_scale = z.new_empty(z.shape[:-1], dtype=accumulation_dtype(z))
+    return z.new_empty(z.shape), z.new_empty(z.shape, dtype=torch.float8_e4m3fn), row_scale
+
+
+def skip_norms_fp8(
+    z: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    next_norm: NextNorm,
+    eps: float = 1e-5,
+    backend: str = "plain",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norms of `skip_linear` alone, of a z that is there, the second quantised row by row.
+
+    Returns (y [B, L, N], next norm of y / row_scale [B, L, N] in float8_e4m3fn, row_scale [B, L]). backend: "plain" or
+    "triton". Arguments and errors as there. There is no gradient: ValueError if one would be needed.
+    """
+    op, after, modulation = "skip_norms_fp8", next_norm[:2], [per_sample(tensor) for tensor in next_norm[2:]]
+    check_backend(op, backend, ("plain", "triton"))
+    check_norm_shapes(op, z, norm_weight, norm_bias, shift=modulation[0], scale=modulation[1])
+    check_norm_shapes(op, z, *after, shift=None, scale=None)
+    refuse_gradient(op, z, norm_weight, norm_bias, *after, *modulation)
+    if backend != "triton":
+        return _skip_norms_fp8_ref(z, norm_weight, norm_bias, *after, *modulation, eps)
+    require_triton_norm(op, z, norm_weight, norm_bias, *after, *modulation, fp8=True)
+    return _norms_fp8_op(z, norm_weight, norm_bias, *after, *modulation, eps)
+
+
+def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> None:
     require_dtypes("skip_linear", (torch.bfloat16,), "cuda", x=x)
     require_dtypes("skip_linear", _DTYPES, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -287,7 +364,7 @@ def _require_cuda(x, skip, weight, bias, norm_weight, norm_bias) -> None:
     require_gemm_operands("skip_linear", weight.shape[0], operands, {"bias": bias, **norm})
     if norm:
         require_triton_for_cuda("skip_linear", "norm")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*operands.values(), bias)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, skip, parameter, bias)):
         require_triton_for_cuda("skip_linear", "backward pass")
     require_gemms("skip_linear", x.device)
 

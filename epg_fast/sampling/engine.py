@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import autoguided, guided
 from epg_fast.models import EPGViT
-from epg_fast.models.sites import has_custom_operators
+from epg_fast.plans import PLAIN, Case, Chosen, choose
+from epg_fast.plans.plan import architecture
+from epg_fast.plans.sites import has_custom_operators
 from epg_fast.runtime import compile_options, float32_products
 from epg_fast.sampling.graphs import GraphedFunction
 from epg_fast.sampling.precision import available_precision, inference_network
@@ -34,6 +36,8 @@ from epg_fast.sampling.writers import quantize
 log = logging.getLogger("epg_fast")
 
 _COMPILE = ("auto", "off", "blocks", "network")
+PLANNED_STEPS = ("euler", "heun")
+"""Samplers whose steps are a site."""
 _SHAPES = 64
 
 
@@ -47,12 +51,15 @@ class SamplingEngine:
     official ([-1, 1]), data (the true range), none. sampler_options: s_churn, s_min, s_max, s_noise of `edm_sde`.
     precision: fp32, tf32, bf16, fp16 or fp8 (`epg_fast.sampling.precision`); one that the device lacks gives way to the
     nearest, which is logged. compile: torch.compile of the transformer "blocks", of the whole "network", "off", or
-    "auto", blocks on a GPU. cuda_graphs: launch all evaluations of a batch as one CUDA graph; None: on a GPU. With
-    either, batches have one of a few sizes: a smaller last one is filled up.
-    steps_backend: of the steps of `euler` and `heun`, see `epg_fast.diffusion.samplers`.
+    "auto": as the plan says, else blocks on a GPU. cuda_graphs: launch all evaluations of a batch as one CUDA graph;
+    None: as the plan says, else on a GPU. With either, batches have one of a few sizes: the last one is filled up.
+    ops: what computes at each site, see `epg_fast.plans.choose`; "auto" is the plan that `epg-fast tune` has made on
+    this device for this network, precision and batch size; a function gets the `Case` and returns what is `Chosen`.
+    None: as the network has it, and auto if that is plain.
 
-    `evaluations` is the number of network evaluations per image; `precision`, `parameterization`, `normalization`,
-    `compile` and `cuda_graphs` are what is done, and `model` is the network that is run.
+    `evaluations` is the number of network evaluations per image; `chosen` is what computes; `precision`,
+    `parameterization`, `normalization`, `compile` and `cuda_graphs` are what is done, and `model` is the network that
+    is run.
     Weights that are changed later may or may not be seen: make another engine then. In fp32 and tf32 an autocast around
     a call is obeyed. Threads that call one engine take turns. The conditioning of all noise levels is kept at once.
     Raises ValueError for unknown names and options, too few steps, guidance without classes.
@@ -75,14 +82,14 @@ class SamplingEngine:
         precision: str = "fp32",
         compile: str = "auto",
         cuda_graphs: bool | None = None,
-        steps_backend: str = "plain",
+        ops: str | Mapping[str, str] | Callable[[Case], Chosen] | None = None,
         **sampler_options,
     ):
         networks = [model] if weak is None else [model, weak]
         check_networks(networks, guidance)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
-        options = sampler_arguments(sampler, steps, sampler_options, steps_backend)
+        options = sampler_arguments(sampler, steps, sampler_options)
         metadata = getattr(model, "metadata", {})
         schedule = schedule_of(metadata, noise_schedule)
         self.parameterization = parameterization or metadata.get("parameterization") or "x0"
@@ -99,12 +106,16 @@ class SamplingEngine:
         self.batch_size = batch_size
         self.device = next(model.parameters()).device
         self.precision = available_precision(precision, self.device)
-        self.compile, self.cuda_graphs = _ways(compile, cuda_graphs, self.device)
+        self.chosen = self._choose(ops, model, guided=guidance != 1 and weak is None)
+        self.compile, self.cuda_graphs = _ways(compile, cuda_graphs, self.chosen, self.device)
         # the networks themselves where that changes nothing in them
         as_they_are = self.compile == "off" and self.precision in ("fp32", "tf32")
+        as_they_are &= all(network.ops == self.chosen.ops for network in networks)
         if not as_they_are or any(module.training for network in networks for module in network.modules()):
-            networks = [inference_network(network, self.precision) for network in networks]
+            networks = [inference_network(network, self.precision, self.chosen.ops) for network in networks]
         self.model = networks[0]
+        if sampler in PLANNED_STEPS:
+            options["steps_backend"] = self.chosen.ops["steps"]
         self._trajectory = Trajectory(
             networks,
             guide,
@@ -120,11 +131,21 @@ class SamplingEngine:
             log.warning("guidance %g does nothing: no noise level of %s lies in its interval", guidance, sampler)
         if self.compile != "off":
             for network in networks:
-                _compile(network, self.compile)
+                _compile(network, self.compile, self.chosen.options)
             self._trajectory.noise = torch.compile(self._trajectory.noise, **compile_options(fused=False))
         self._lock = threading.Lock()
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
+
+    def _choose(self, ops, model: EPGViT, guided: bool) -> Chosen:
+        """What computes, which a line of the log explains unless the caller has said it."""
+        if ops is None and model.ops != PLAIN:
+            ops = model.ops
+        case = Case("sample", architecture(model), self.precision, self.batch_size * (2 if guided else 1))
+        chosen = ops(case) if callable(ops) else choose("auto" if ops is None else ops, case, self.device)
+        if not isinstance(ops, Mapping):
+            log.info("%s", chosen.why)
+        return chosen
 
     def __call__(
         self,
@@ -270,9 +291,9 @@ class _Arriving:
         return self.part, self.tensors[0].numpy()
 
 
-def _compile(network: EPGViT, how: str) -> None:
+def _compile(network: EPGViT, how: str, more: Mapping[str, object] | None = None) -> None:
     """torch.compile for static shapes, in place."""
-    options = compile_options(has_custom_operators(network.ops))
+    options = compile_options(has_custom_operators(network.ops), more=more)
     if how == "network":
         for name in ("conditioning", "denoise"):
             setattr(network, name, torch.compile(getattr(network, name), fullgraph=True, **options))
@@ -281,15 +302,17 @@ def _compile(network: EPGViT, how: str) -> None:
         block.compile(**options)
 
 
-def _ways(compile: str, cuda_graphs: bool | None, device: torch.device) -> tuple[str, bool]:
-    """(compile, whether CUDA graphs are used) on this device."""
+def _ways(compile: str, cuda_graphs: bool | None, chosen: Chosen, device: torch.device) -> tuple[str, bool]:
+    """(compile, whether CUDA graphs are used) on this device: as asked, else as chosen, else by the device."""
     if compile not in _COMPILE:
         raise ValueError(f"compile {compile!r}: want one of {', '.join(_COMPILE)}")
     cuda = device.type == "cuda"
     if cuda_graphs and not cuda:
         log.warning("no CUDA graphs: the network is on %s", device)
     if compile == "auto":
-        compile = "blocks" if cuda else "off"
+        compile = chosen.compile or ("blocks" if cuda else "off")
+    if cuda_graphs is None:
+        cuda_graphs = chosen.cuda_graphs
     return compile, cuda and cuda_graphs is not False
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
 from epg_fast.models import EPGViT, from_pretrained
+from epg_fast.plans import PLAIN, Case, Chosen, Machine, choose
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.folder import FolderLock, check_folder, note_settings, read_settings
@@ -54,7 +55,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
         left = model.num_classes - len(untrained)
         log.info("%s was trained on %d of its %d classes: these are drawn", config.checkpoint, left, model.num_classes)
     labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained))
-    engine = SamplingEngine(model, weak=weak, **_options(config))
+    engine = SamplingEngine(model, weak=weak, ops=lambda case: _agreed(config, case, device, ranks), **_options(config))
     settings = resolved(config, model, weak, labels, engine)
     everyone = ranks.gather((settings, device_name(device)))
     different = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != everyone[0][0]]
@@ -62,7 +63,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
         raise ValueError(f"rank {different[0]} has read other weights or labels than rank 0; give all the same files")
     using = drawn_with(config, engine, [name for _, name in everyone])
     images = Images(outdir, labels, model.image_size)
-    with suitable_threads(engine.model), FolderLock(outdir) as lock:
+    with suitable_threads(engine.model, engine.chosen.threads), FolderLock(outdir) as lock:
         missing = ranks.decide(lambda: _claim(config, images, settings, using, lock))
         if missing is None:
             log.info("%s already holds these samples", outdir)
@@ -75,6 +76,19 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
             _draw_missing(config, engine, images, missing, ranks)
             if ranks.main:
                 _finish(config, images)
+
+
+def _agreed(config: SampleConfig, case: Case, device: torch.device, ranks: Ranks) -> Chosen:
+    """What the main rank chooses, on every rank. Raises ValueError, on all of them, where their devices differ."""
+    chosen = ranks.decide(lambda: choose(config.ops, case, device))
+    machines = ranks.gather(Machine.here(device))
+    for rank, machine in enumerate(machines):
+        if chosen.plan and (differences := machine.differences(machines[0])):
+            raise ValueError(
+                f"ops: rank {rank} is on another machine than rank 0, whose plan it cannot share "
+                f"({'; '.join(differences)}); take like machines, or --ops plain"
+            )
+    return chosen
 
 
 def _claim(config: SampleConfig, images: Images, settings: dict, using: dict, lock: FolderLock) -> list[range] | None:
@@ -175,7 +189,7 @@ def _wants_error(config: SampleConfig, engine: SamplingEngine, images: Images) -
 def _report_error(config: SampleConfig, engine: SamplingEngine, model: EPGViT, weak: EPGViT | None, images: Images):
     """Draw the first images in fp32, too, and write down how far they are from those of the engine."""
     number = min(config.error_images, config.batch_size, config.num)
-    options = _options(config) | {"precision": "fp32", "compile": "off", "cuda_graphs": False}
+    options = _options(config) | {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops": PLAIN}
     want = SamplingEngine(model, weak=weak, **options)(_labels(model, images.labels[:number]), seed=config.seed)
     # of a whole batch where another number of images would have to be compiled for
     drawn = images.labels[: config.batch_size if engine.fills_batches else number]
@@ -223,4 +237,4 @@ def _generator(source: str, config: SampleConfig, device: torch.device) -> EPGVi
     model = from_pretrained(source, device=device)
     if not isinstance(model, EPGViT):
         raise ValueError(f"{source} holds a pre-trained encoder, which cannot draw images; fine-tune it first")
-    return model.use_ops(config.ops)
+    return model

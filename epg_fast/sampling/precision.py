@@ -14,18 +14,17 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from epg_fast.models import EPGViT
-from epg_fast.models.blocks import LayerNorm, is_plain
-from epg_fast.models.sites import has_custom_operators
-from epg_fast.ops import linear_fp8
-from epg_fast.ops.attention import SDPA
-from epg_fast.ops.layer_norm_modulate import quantize_rows_ref
-from epg_fast.ops.linear_fp8 import cpu_has_row_scales
+from epg_fast.models.blocks import LayerNorm
+from epg_fast.models.fused_fp8 import use_fp8
+from epg_fast.ops import linear_fp8, quantize_rows_ref
+from epg_fast.ops.fp8 import product_backend, product_refusal
 
 log = logging.getLogger("epg_fast")
 
@@ -46,27 +45,30 @@ def available_precision(precision: str, device: torch.device) -> str:
     if precision == "fp8" and device.type == "cuda":
         refusal = _fp8_refusal(device)
         if refusal:
-            log.warning("precision fp8: %s; computing in bf16", refusal)
+            log.warning("precision fp8: got %s, wanted a GPU that multiplies FP8; computing in bf16", refusal)
             return "bf16"
     if precision == "fp8" and device.type != "cuda":
-        how = "PyTorch's FP8 product" if cpu_has_row_scales() else "float32 products of the rounded values"
+        scaled = product_backend(device) == "scaled_mm"
+        how = "PyTorch's FP8 product" if scaled else "float32 products of the rounded values"
         log.warning("precision fp8: on a CPU with %s, which shows its numbers and is not faster than fp32", how)
     return precision
 
 
 @torch.no_grad()
-def inference_network(model: EPGViT, precision: str) -> EPGViT:
+def inference_network(model: EPGViT, precision: str, ops: Mapping[str, str] | None = None) -> EPGViT:
     """A network of its own, in eval mode, with `model`'s weights cast once; it shares those that keep their dtype.
 
     Modules of any kind come along with their hooks, which are called as in `model`. Raises ValueError for a module
-    whose `forward` is another object's, and when fp8 finds no linear to convert or fused operations.
+    whose `forward` is another object's, and when fp8 finds no linear to convert.
     """
     dtype = _DTYPES.get(precision)
     norms = [module for module in model.modules() if isinstance(module, LayerNorm)]
     cast = _Cast(dtype, {id(p) for norm in norms for p in norm.parameters()})
     network = _twin(model, cast, {})
+    if ops is not None and ops != network.ops:
+        network.use_ops(ops)
     if precision == "fp8":
-        _use_fp8(network, model)
+        log.info("%s", use_fp8(network, model))
     if dtype is not None:
         with torch.autocast(network.pos_embed.device.type, enabled=False):
             network.join_projection()
@@ -112,60 +114,15 @@ def _twin(module: nn.Module | None, cast: _Cast, made: dict[int, nn.Module]) -> 
     return twin
 
 
-class _Fp8Linear(nn.Module):
-    """A Linear with its weight in float8_e4m3fn and a scale per output channel, which rounds its input row by row."""
-
-    def __init__(self, linear: nn.Linear, backend: str):
-        super().__init__()
-        weight, scale = quantize_rows_ref(linear.weight.float())
-        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", bias.detach().to(torch.bfloat16))
-        self.backend = backend
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., K] -> [..., N] bfloat16."""
-        rows, scale = quantize_rows_ref(x.float())
-        return linear_fp8(rows, scale, self.weight, self.weight_scale, self.bias, backend=self.backend)
-
-
-def _use_fp8(network: EPGViT, model: EPGViT) -> None:
-    """Replace the large linears of `network`, with the weights of `model` quantised; logs how many."""
-    if has_custom_operators(network.ops):
-        fused = ", ".join(sorted({*network.ops.values()} - {*SDPA}))
-        raise ValueError(
-            f"precision fp8: got ops {fused}, whose fused operations take weights in 16 bits; want ops plain"
-        )
-    device = next(model.parameters()).device
-    backend = "scaled_mm" if device.type == "cuda" or cpu_has_row_scales() else "plain"
-    names = [name for name, linear in model.large_linears() if is_plain(linear, nn.Linear) and _fits(linear)]
-    if not names:
-        raise ValueError("precision fp8: the network has no linear with sides that are multiples of 16; want bf16")
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, _Fp8Linear(model.get_submodule(name), backend))
-    left = sum(1 for _ in model.large_linears()) - len(names)
-    also = f"; {left} stay in bf16, being adapted or with sides that are no multiples of 16" if left else ""
-    log.info("precision fp8: %d linears of the blocks%s", len(names), also)
-
-
-def _fits(linear: nn.Linear) -> bool:
-    return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
+def _trial(device: torch.device) -> bool:
+    rows, scale = quantize_rows_ref(torch.ones(32, 64, device=device))
+    bias = torch.zeros(32, dtype=torch.bfloat16, device=device)
+    return bool((linear_fp8(rows, scale, rows, scale, bias, backend="scaled_mm") == 64).all())
 
 
 @functools.cache
 def _fp8_refusal(device: torch.device) -> str | None:
-    """Why the FP8 products cannot be had on this GPU, found out with a small one; None if it is right."""
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return f"{_name(device)} has no FP8 products with a scale per row (compute capability 9.0, H100 and later, has)"
-    rows, scale = quantize_rows_ref(torch.ones(32, 64, device=device))
-    bias = torch.zeros(32, dtype=torch.bfloat16, device=device)
-    try:
-        right = bool((linear_fp8(rows, scale, rows, scale, bias, backend="scaled_mm") == 64).all())
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        return f"torch {torch.__version__} refuses on {_name(device)}: {str(error).splitlines()[0]}"
-    return None if right else f"torch {torch.__version__} multiplies FP8 wrongly on {_name(device)}"
+    return product_refusal(device, (9, 0), _trial)
 
 
 def _name(device: torch.device) -> str:

@@ -66,7 +66,7 @@ def schedule_of(metadata: dict, given: ScheduleConfig | None = None) -> NoiseSch
         ) from None
 
 
-def sampler_arguments(sampler: str, steps: int, options: dict, steps_backend: str) -> dict:
+def sampler_arguments(sampler: str, steps: int, options: dict) -> dict:
     """Further arguments of the sampler of that name. Raises ValueError for what does not go together."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r}: want one of {', '.join(SAMPLERS)}")
@@ -79,10 +79,6 @@ def sampler_arguments(sampler: str, steps: int, options: dict, steps_backend: st
         raise ValueError(f"steps is {steps!r}, want an integer")
     if sampler != "onestep" and steps < 2:
         raise ValueError(f"steps is {steps}: {sampler} needs at least 2 noise levels")
-    if steps_backend != "plain":
-        if sampler not in ("euler", "heun"):
-            raise ValueError(f"steps_backend {steps_backend!r}: an option of euler and heun, not of {sampler}")
-        options = options | {"steps_backend": steps_backend}
     return options
 
 

@@ -12,7 +12,7 @@ import torch
 from epg_fast.config import SampleConfig
 from epg_fast.sampling.engine import SamplingEngine
 
-_UNRELATED = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs")
+_UNRELATED = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
 _CHOSEN = ("precision", "parameterization", "normalization")
 
 
@@ -56,6 +56,8 @@ def drawn_with(config: SampleConfig, engine: SamplingEngine, devices: list[str])
     return {
         "compile": engine.compile,
         "cuda_graphs": engine.cuda_graphs,
+        "plan": engine.chosen.plan,
+        "ops": engine.chosen.record()["ops"],
         "torch": torch.__version__,
         "device": ", ".join(sorted(set(devices))),
         "processes": len(devices),

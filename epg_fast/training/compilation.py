@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from epg_fast.config import RunConfig
-from epg_fast.models.sites import has_custom_operators
+from epg_fast.plans.sites import has_custom_operators
 from epg_fast.runtime import compile_options
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.stages import Stage
@@ -93,7 +93,7 @@ def compile_networks(stage: Stage, **options) -> None:
 
 
 def _options(stage: Stage) -> dict:
-    return compile_options(has_custom_operators(stage.network.ops), stage.config.cuda_graphs)
+    return compile_options(has_custom_operators(stage.network.ops), stage.config.cuda_graphs, stage.chosen.options)
 
 
 def _compile_method(module: nn.Module, name: str, options: dict) -> None:

@@ -10,7 +10,8 @@ import torch.nn as nn
 
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.ops.backends import autocast_dtype
-from epg_fast.ops.linear_fp8_dynamic import fits, linear_fp8_dynamic
+from epg_fast.ops.fp8 import fits, product_refusal
+from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic
 
 log = logging.getLogger("epg_fast")
 
@@ -29,13 +30,7 @@ class Fp8Linear(nn.Linear):
 
 def require_fp8(device: torch.device) -> None:
     """Raise ValueError unless `device` multiplies FP8 operands with a scale per row."""
-    if device.type != "cuda":
-        found = f"device {device.type}"
-    elif torch.cuda.get_device_capability(device) < _LOWEST:
-        major, minor = torch.cuda.get_device_capability(device)
-        found = f"{torch.cuda.get_device_name(device)} of compute capability {major}.{minor}"
-    else:
-        found = _refusal(device)
+    found = product_refusal(device, _LOWEST, _trial)
     if found:
         raise ValueError(
             f"fp8: got {found}, wanted a GPU that multiplies FP8 (compute capability 8.9 or more: RTX 40, L40S, H100 "
@@ -43,18 +38,12 @@ def require_fp8(device: torch.device) -> None:
         )
 
 
-def _refusal(device: torch.device) -> str | None:
-    """What PyTorch says to small products of both directions; None if they are right."""
-    here = f"{torch.cuda.get_device_name(device)}, where torch {torch.__version__}"
+def _trial(device: torch.device) -> bool:
+    """Both directions."""
     x = torch.ones(256, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
-    try:
-        y = linear_fp8_dynamic(x, torch.ones(48, 64, device=device))
-        dx = torch.autograd.grad(y.sum(), x)[0]
-        # A library without code for the architecture may leave the result as it was.
-        right = bool((y == 64).all() and (dx == 48).all())
-    except (RuntimeError, NotImplementedError) as error:
-        return f"{here} refuses: {str(error).splitlines()[0]}"
-    return None if right else f"{here} multiplies wrongly"
+    y = linear_fp8_dynamic(x, torch.ones(48, 64, device=device))
+    dx = torch.autograd.grad(y.sum(), x)[0]
+    return bool((y == 64).all() and (dx == 48).all())
 
 
 def use_fp8(network: ViTEncoder, backend: str = "scaled_mm") -> str:

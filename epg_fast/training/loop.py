@@ -31,12 +31,13 @@ from epg_fast.runtime import suitable_threads
 from epg_fast.training import distributed
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
-from epg_fast.training.checkpoint import remove_temporaries, set_aside
+from epg_fast.training.checkpoint import list_checkpoints, remove_temporaries, set_aside
 from epg_fast.training.classes import note_classes
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics, require_wandb
+from epg_fast.training.planning import kept_choice, note_choice
 from epg_fast.training.preview import preview_is_due, preview_path, write_preview
 from epg_fast.training.progress import Progress
 from epg_fast.training.run_folder import RunLock, check_run_folder, claim_run_folder
@@ -75,12 +76,12 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
         require_fp8(ranks.device)
 
     torch.manual_seed(config.seed)
-    stage = stage_class(config, ranks)
-    note_classes(stage, source)
     check_parts(config, ranks.world_size)
-    with suitable_threads(stage.network), RunLock(outdir, ranks) as lock:
+    stage = stage_class(config, ranks, kept_choice(outdir) if list_checkpoints(outdir / "checkpoints") else None)
+    note_classes(stage, source)
+    with suitable_threads(stage.network, stage.chosen.threads), RunLock(outdir, ranks) as lock:
         check_run_folder(outdir, config)
-        state = RunState(config, stage, source, ranks)
+        state = RunState(stage.config, stage, source, ranks)
         if config.fp8:
             log.info(use_fp8(stage.network))  # after the averages were made of it, which stay in 16 bits
         state.resume(outdir / "checkpoints")
@@ -91,8 +92,9 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
             _go_on(config, state, lock)
 
 
-def _go_on(config: RunConfig, state: RunState, lock: RunLock) -> None:
-    ranks, stage, source = state.ranks, state.stage, state.source
+def _go_on(asked: RunConfig, state: RunState, lock: RunLock) -> None:
+    """asked: the configuration as it was given, without what a plan has put in the place of `auto`."""
+    config, ranks, stage, source = state.config, state.ranks, state.stage, state.source
     state.data_backend = choose_backend(config.data.backend, state.data_backend, ranks.device)
     check_one_backend(state.data_backend, ranks)
     loader = make_loader(
@@ -109,26 +111,29 @@ def _go_on(config: RunConfig, state: RunState, lock: RunLock) -> None:
         device=ranks.device,
     )
     with contextlib.closing(loader):
-        _Run(config, state, loader, lock).train()
+        _Run(asked, state, loader, lock).train()
 
 
 class _Run:
     """A run from the step it has reached: the loop, and what the loop writes to."""
 
-    def __init__(self, config: RunConfig, state: RunState, loader, lock: RunLock):
-        ranks, stage, source, outdir = state.ranks, state.stage, state.source, lock.outdir
+    def __init__(self, asked: RunConfig, state: RunState, loader, lock: RunLock):
+        config, ranks, stage, source, outdir = state.config, state.ranks, state.stage, state.source, lock.outdir
         self.config, self.state, self.outdir = config, state, outdir
         self.bad_files = BadFiles(state.bad_files, loader, source, config.data.max_bad_fraction, outdir, ranks)
         decoder = _decoder(state.data_backend, config.data.workers)
         log.info("images are decoded by %s", decoder)
         # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-        claim_run_folder(stage.name, config, lock)
+        claim_run_folder(stage.name, asked, lock)
         if ranks.main:
             set_aside(state.unreadable)
             remove_temporaries(outdir)
+            note_choice(outdir, state.choice)
         state.posthoc_ema.discard_after(state.made)
         writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
         self.metrics = Metrics(outdir, ranks.main, state.made, *writers, Utilization(stage))
+        if stage.chosen.plan:
+            self.metrics.begin_with({"plan": state.choice})
         self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)
         self.step_module = make_step_module(stage)
         compile_stage(stage)

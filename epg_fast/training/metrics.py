@@ -2,7 +2,8 @@
 
 A line has `step` (updates made), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
 (`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
-are left out), `images_per_second`, `data_wait` (share of the time), and on a GPU `peak_memory_gib` and `mfu`.
+are left out), `images_per_second`, `data_wait` (share of the time), and on a GPU `peak_memory_gib` and `mfu`. The file
+of a run with a plan begins with a line of step 0, which has the `plan`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Metrics:
         both = torch.where(made, torch.stack([sums, counts]).double(), 0.0)
         self._groups[names] = self._groups[names] + both if names in self._groups else both
 
+    def begin_with(self, header: dict) -> None:
+        """Let the file of a new run begin with a line of step 0 that has the header's entries."""
+        if self.enabled and not (self._path.exists() and self._path.stat().st_size):
+            self._append({"step": 0} | header)
+
     def count(self, images: int, waited: float) -> None:
         """Count images consumed and seconds spent waiting for data, for the rates of the next line."""
         self._images += images
@@ -74,18 +80,21 @@ class Metrics:
         self._groups, self._written = {}, step
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
         if self.enabled:
-            try:
-                with open(self._path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(line) + "\n")
-            except OSError as error:
-                remedy = "if the disk is full, free some space; the same command goes on"
-                raise OSError(f"could not write {self._path} ({error}); {remedy}") from None
+            self._append(line)
             for name, value in line.items():
                 if self._tensorboard and name != "step":
                     self._tensorboard.add_scalar(name, value, step)
             if self._wandb:
                 self._wandb.log(line, step=step)
         return line
+
+    def _append(self, line: dict) -> None:
+        try:
+            with open(self._path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as error:
+            remedy = "if the disk is full, free some space; the same command goes on"
+            raise OSError(f"could not write {self._path} ({error}); {remedy}") from None
 
     def add_image(self, name: str, image, step: int) -> None:
         """Show an image, uint8 [H, W, 3], in TensorBoard."""

@@ -8,11 +8,14 @@ The first two read nothing on the host; apex has no other way to skip an update.
 
 Of sharded parameters (`epg_fast.training.sharding`) a rank updates its parts and their averages; only the sum of
 squares of the gradients and whether one is not finite are exchanged. apex does not take them.
+
+`fused` also writes the 16-bit copies of weights that there are (`epg_fast.training.weight_copies`).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 import re
@@ -26,6 +29,7 @@ from epg_fast.config import OptimizerConfig
 from epg_fast.ops import extension_status, fused_adamw_ema_, global_norm
 from epg_fast.ops.extension import require_extension
 from epg_fast.training.sharding import is_sharded, local
+from epg_fast.training.weight_copies import WeightCopies
 
 log = logging.getLogger("epg_fast")
 
@@ -59,26 +63,33 @@ def make_optimizer(
     network: torch.nn.Module,
     config: OptimizerConfig,
     averages: Sequence[torch.nn.Module] = (),
+    copies: WeightCopies | None = None,
+    planned: str | None = None,
 ) -> Optimizer:
     """The optimiser of `network`'s trainable parameters with the backend that `config.backend` names.
 
-    averages: networks of the same structure on the same device, whose parameters follow `network`'s.
-    `auto` is `fused` on a CPU where the extension is built, else `torch`; the log says which.
-    Raises ValueError for a backend that cannot run here, saying what is missing.
+    averages: networks of the same structure on the same device, whose parameters follow `network`'s. copies: of the
+    weights of `network` and of the first average, in 16 bits; `fused` keeps them up to date, the others leave them.
+    planned: the backend of a plan's site "optimizer".
+    `auto` is what is planned, else `fused` on a CPU and `torch` on a GPU; where the fused one cannot run it is `torch`.
+    The log says which. Raises ValueError for a backend that cannot run here, saying what is missing.
     """
-    return _BACKENDS[_backend(network, config.backend, averages)](network, config, averages)
+    return _BACKENDS[_backend(network, config.backend, averages, planned)](network, config, averages, copies)
 
 
-def _backend(network: torch.nn.Module, wanted: str, averages: Sequence[torch.nn.Module]) -> str:
+def _backend(
+    network: torch.nn.Module, wanted: str, averages: Sequence[torch.nn.Module], planned: str | None = None
+) -> str:
     if wanted != "auto":
         return wanted
-    device = next(network.parameters()).device
-    available, reason = extension_status()
-    obstacle = _fused_obstacle(network, averages) if available else f"the extension is {reason}"
-    if device.type == "cpu":
-        chosen, why = ("torch", obstacle) if obstacle else ("fused", "one pass in the C++ extension")
-    else:
-        chosen, why = "torch", "the fused one has not been measured on a GPU yet: --optimizer.backend fused takes it"
+    chosen, why = {"plain": "torch"}.get(planned, planned), "as planned"
+    if planned is None:
+        chosen = "fused" if next(network.parameters()).device.type == "cpu" else "torch"
+        why = "one pass in the C++ extension" if chosen == "fused" else "no plan says more"
+    if chosen == "fused":
+        available, reason = extension_status()
+        obstacle = _fused_obstacle(network, averages) if available else f"the extension is {reason}"
+        chosen, why = ("torch", obstacle) if obstacle else (chosen, why)
     log.info("optimiser: %s (%s)", chosen, why)
     return chosen
 
@@ -102,7 +113,13 @@ def _fused_obstacle(network: torch.nn.Module, averages: Sequence[torch.nn.Module
 class Optimizer:
     """The `torch` backend, and what the others share: the groups, the pairs to average, the state in torch's layout."""
 
-    def __init__(self, network: torch.nn.Module, config: OptimizerConfig, averages: Sequence[torch.nn.Module]):
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        config: OptimizerConfig,
+        averages: Sequence[torch.nn.Module],
+        copies: WeightCopies | None = None,
+    ):
         own = {p: torch.nn.Parameter(local(p), p.requires_grad) if is_sharded(p) else p for p in network.parameters()}
         self._shards = [(parameter, part) for parameter, part in own.items() if is_sharded(parameter)]
         groups = _groups(network, config)
@@ -154,9 +171,11 @@ class Optimizer:
         if self._max_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
         self._adamw_step(found_inf)
+        torch.autograd.graph.increment_version(parameters)  # which neither torch's fused kernel does nor apex's
         for (averages, sources), decay in zip(self._averages, self._decays, strict=True):
             weight = torch.where(found_inf > 0, 0.0, torch.full_like(found_inf, 1 - decay, dtype=torch.float64))
-            torch._foreach_lerp_(averages, sources, [weight.to(average.dtype) for average in averages])
+            weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in averages}}
+            torch._foreach_lerp_(averages, sources, [weights[average.dtype] for average in averages])
         return norm, found_inf
 
     def _adamw_step(self, found_inf: torch.Tensor) -> None:
@@ -218,6 +237,8 @@ class _Lists:
     exp_avgs: list[torch.Tensor]
     exp_avg_sqs: list[torch.Tensor]
     emas: list[list[torch.Tensor]]
+    copies: list[torch.Tensor | None]
+    ema_copies: list[torch.Tensor | None]
     others: list[tuple[list[torch.Tensor], list[torch.Tensor]]]
     """Per average: the averages of parameters without a gradient, frozen ones too, and those parameters."""
 
@@ -225,12 +246,13 @@ class _Lists:
 class FusedOptimizer(Optimizer):
     """The `fused` backend: two calls into the extension per step; `step` can be captured in a CUDA graph."""
 
-    def __init__(self, network, config, averages):
+    def __init__(self, network, config, averages, copies=None):
         device = next(network.parameters()).device
         require_extension("optimiser 'fused'", torch.empty(0, device=device), remedy="--optimizer.backend torch")
         if obstacle := _fused_obstacle(network, averages):
             raise ValueError(f"optimiser 'fused': {obstacle}; choose --optimizer.backend torch")
         super().__init__(network, config, averages)
+        self._copies = WeightCopies((), None) if copies is None else copies
         groups = self._adamw.param_groups
         self._parameters = [p for group in groups for p in group["params"]]
         self._betas, self._eps = config.betas, config.eps
@@ -276,10 +298,13 @@ class FusedOptimizer(Optimizer):
             grad_scale=grad_scale,
             emas=lists.emas,
             ema_weights=self._ema_weights,
+            copies=lists.copies,
+            ema_copies=lists.ema_copies,
             betas=self._betas,
             eps=self._eps,
             backend="extension",
         )
+        self._copies.updated([*lists.params, *itertools.chain(*lists.emas[:1])])
         if not isinstance(lists.index, slice):
             self._steps[lists.index] = steps
         for (averages, sources), weight in zip(lists.others, self._ema_weights, strict=True):
@@ -295,6 +320,7 @@ class FusedOptimizer(Optimizer):
             every = len(places) == len(self._parameters)
             updated = set(params)
             follower = [dict(zip(sources, averages, strict=True)) for averages, sources in self._averages]
+            emas = [[average[p] for p in params] for average in follower]
             rest = [[(a, p) for p, a in average.items() if p not in updated] for average in follower]
             self._lists = _Lists(
                 places=places,
@@ -302,10 +328,17 @@ class FusedOptimizer(Optimizer):
                 params=params,
                 exp_avgs=[self.state[p]["exp_avg"] for p in params],
                 exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
-                emas=[[average[p] for p in params] for average in follower],
+                emas=emas,
+                copies=self._copies_of(params),
+                ema_copies=self._copies_of(emas[0]) if emas else [],
                 others=[([a for a, _ in pairs], [p for _, p in pairs]) for pairs in rest],
             )
         return self._lists
+
+    def _copies_of(self, weights: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Empty if there is none."""
+        copies = [self._copies.get(weight) for weight in weights]
+        return [] if all(copy is None for copy in copies) else copies
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
@@ -326,7 +359,7 @@ class FusedOptimizer(Optimizer):
 class ApexOptimizer(Optimizer):
     """The `apex` backend: NVIDIA's FusedAdam does AdamW's part."""
 
-    def __init__(self, network, config, averages):
+    def __init__(self, network, config, averages, copies=None):
         if any(map(is_sharded, network.parameters())):
             raise ValueError("optimiser 'apex': does not take sharded parameters; choose --optimizer.backend torch")
         fused_adam = _apex_fused_adam()

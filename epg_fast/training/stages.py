@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
@@ -12,11 +13,12 @@ from epg_fast.diffusion import NoiseSchedule, consistency_r, consistency_stage, 
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
 from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
-from epg_fast.ops.backends import require_triton
+from epg_fast.plans.sites import has_fused_operations
 from epg_fast.training.accumulation import Gradients, Part, merged, nothing_of
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
 from epg_fast.training.host_average import follower
+from epg_fast.training.planning import agreed_choice, applied, training_case
 
 log = logging.getLogger("epg_fast")
 
@@ -39,11 +41,16 @@ class Stage:
     untrained_classes: list[int] = []
     """Those that will not have been trained at the end: see `note_classes`."""
 
-    def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks):
-        self.config, self.ranks = config, ranks
-        if config.ops == "triton":
-            require_triton("--ops triton", torch.empty(1, device=ranks.device))
-        self.network = network.use_ops(config.ops).train()
+    def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks, kept: Mapping | None):
+        """kept: the record of what the run has computed with so far."""
+        case = training_case(self.name, config, network, ranks.world_size)
+        self.chosen = agreed_choice(config, case, ranks, kept)
+        if config.fp8 and has_fused_operations(self.chosen.ops):
+            raise ValueError(
+                f"fp8: got ops {config.ops}, whose fused operations take weights in 16 bits; want ops plain"
+            )
+        self.config, self.ranks = applied(config, self.chosen, ranks.world_size), ranks
+        self.network = network.use_ops(self.chosen.ops).train()
         if config.parallelism == "ddp":
             self.network.to(ranks.device)  # sharded networks come to it part by part
         self.average = follower(self.network, ranks, config.offload_ema and not self.calls_average)
@@ -97,9 +104,9 @@ class PretrainStage(Stage):
     by_level = "consistency"  # the contrastive term is always at the cleanest level
     config: PretrainConfig
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks):
+    def __init__(self, config: PretrainConfig, ranks: Ranks, kept: Mapping | None = None):
         arguments = network_config(config, use_checkpoint=config.activation_checkpointing)
-        super().__init__(config, encoder_from_config(arguments), ranks)
+        super().__init__(config, encoder_from_config(arguments), ranks, kept)
 
     @property
     def exported(self):
@@ -165,7 +172,7 @@ def _views(batch: dict[str, torch.Tensor], draws: Draws) -> tuple[torch.Tensor, 
 class _FineTuning(Stage):
     config: DiffusionConfig | ConsistencyConfig
 
-    def __init__(self, config, ranks):
+    def __init__(self, config, ranks, kept):
         arguments = network_config(config, drop=config.dropout, use_checkpoint=config.activation_checkpointing)
         network = generator_from_config(arguments)
         if config.init_from:
@@ -177,7 +184,7 @@ class _FineTuning(Stage):
         for block in network.decoder_blocks[len(network.blocks) :]:
             block.skip_linear.requires_grad_(False)
             block.skip_norm.requires_grad_(False)
-        super().__init__(config, network, ranks)
+        super().__init__(config, network, ranks, kept)
         self.preview = config.preview
 
     def accumulate(self, gradients, parts, step):
@@ -204,9 +211,9 @@ class DiffusionStage(_FineTuning):
     by_level = "squared_error"
     config: DiffusionConfig
 
-    def __init__(self, config: DiffusionConfig, ranks: Ranks):
+    def __init__(self, config: DiffusionConfig, ranks: Ranks, kept: Mapping | None = None):
         self.parameterization = config.parameterization
-        super().__init__(config, ranks)
+        super().__init__(config, ranks, kept)
 
     def loss(self, batch, draws, step):
         c = self.config
@@ -230,9 +237,9 @@ class ConsistencyStage(_FineTuning):
     parameterization = "edm"
     config: ConsistencyConfig
 
-    def __init__(self, config: ConsistencyConfig, ranks: Ranks):
-        super().__init__(config, ranks)
-        self.perceptual = _frozen_encoder(config, ranks) if config.perceptual else None
+    def __init__(self, config: ConsistencyConfig, ranks: Ranks, kept: Mapping | None = None):
+        super().__init__(config, ranks, kept)
+        self.perceptual = _frozen_encoder(config, ranks, self.chosen.ops) if config.perceptual else None
 
     def loss(self, batch, draws, step, keys=None):
         c = self.config
@@ -293,7 +300,7 @@ def _initialize(network, source: str, parameterization: str, sigma_data: float) 
     return metadata.get("untrained_classes", [])
 
 
-def _frozen_encoder(config: ConsistencyConfig, ranks: Ranks):
+def _frozen_encoder(config: ConsistencyConfig, ranks: Ranks, ops: Mapping[str, str]):
     state, metadata = load_weights(config.perceptual)
     if is_generator(state) or not any(k.startswith("projection_head.") for k in state):
         raise ValueError(
@@ -304,4 +311,4 @@ def _frozen_encoder(config: ConsistencyConfig, ranks: Ranks):
     wanted = network_config(config)["image_size"]
     if encoder.image_size != wanted:
         raise ValueError(f"perceptual {config.perceptual}: made for {encoder.image_size} pixels, the run has {wanted}")
-    return encoder.use_ops(config.ops).to(ranks.device).eval().requires_grad_(False)
+    return encoder.use_ops(ops).to(ranks.device).eval().requires_grad_(False)

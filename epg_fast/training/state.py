@@ -11,6 +11,7 @@ from epg_fast.config import RunConfig
 from epg_fast.data import ImageSource, PixelNormalization
 from epg_fast.models import save_weights
 from epg_fast.objectives import Loss
+from epg_fast.runtime import AUTOCAST
 from epg_fast.training import distributed
 from epg_fast.training.accumulation import Gradients
 from epg_fast.training.bad_files import still_bad
@@ -21,10 +22,12 @@ from epg_fast.training.levels import names_by_level, sums_by_level
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import lr_factor, make_optimizer
+from epg_fast.training.planning import choice_record
 from epg_fast.training.posthoc_ema import PosthocEma
 from epg_fast.training.sharded_checkpoint import read_any, save_sharded, together
 from epg_fast.training.sharding import load_parts, shard
 from epg_fast.training.stages import Stage
+from epg_fast.training.weight_copies import WeightCopies
 
 log = logging.getLogger("epg_fast")
 
@@ -44,7 +47,13 @@ class RunState:
         averages = [average for average in (stage.average, *self.posthoc_ema.averages) if average is not None]
         # The first so many are updated with the weights, on their device.
         self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)
-        self.optimizer = make_optimizer(stage.network, config.optimizer, averages[: self._on_device])
+        called = [stage.network, stage.average if stage.calls_average else None, getattr(stage, "perceptual", None)]
+        self.copies = WeightCopies(filter(None, called), AUTOCAST.get(config.precision))
+        planned = stage.chosen.ops["optimizer"] if stage.chosen.plan else None
+        updated = averages[: self._on_device]
+        self.optimizer = make_optimizer(stage.network, config.optimizer, updated, self.copies, planned)
+        self.choice = choice_record(stage.chosen, ranks.device)
+        """What computes, as checkpoints record it."""
         self.host_averages = HostAverages(stage.network, averages[self._on_device :])
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
@@ -70,7 +79,8 @@ class RunState:
         # The running statistics of BatchNorm change in the forward pass already.
         buffers = [b.clone() for b in self.stage.network.buffers()]
         gradients = Gradients(self.stage, step_module, self.normalization, self.loss_scale)
-        result = gradients(batch, draws, self.step)
+        with self.copies.in_use():
+            result = gradients(batch, draws, self.step)
         o, decays = config.optimizer, [self.stage.average_decay(self.step), *self.posthoc_ema.decays(self.step)]
         self.optimizer.schedule(
             lr_factor(self.step, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
@@ -139,6 +149,7 @@ class RunState:
             "data": self.data_fingerprint,
             "data_backend": self.data_backend,
             "bad_files": dict(self.bad_files),
+            "plan": self.choice,
         }
         snapshot = self.posthoc_ema.snapshot() if self.posthoc_ema.is_due(step) else None
         self.host_averages.wait()

@@ -1,4 +1,4 @@
-// AdamW, averages and the 16-bit copy on the CPU: one pass over memory. Small blocks, so that all arrays stream at once, go
+// AdamW, averages and 16-bit copies on the CPU: one pass over memory. Small blocks, so that all arrays stream at once, go
 // through the parts one after another, each part a loop that the compiler vectorises.
 
 #include "fused_adamw_ema.h"
@@ -41,10 +41,17 @@ EPG_CPU_CLONES void lerp_block(float* __restrict ema, const float* __restrict pa
   }
 }
 
-EPG_CPU_CLONES void copy_block(uint16_t* __restrict copy, const float* __restrict param, int64_t size) {
+EPG_CPU_CLONES void copy_bfloat16(uint16_t* __restrict copy, const float* __restrict values, int64_t size) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    copy[i] = to_bfloat16(param[i]);
+    copy[i] = to_bfloat16(values[i]);
+  }
+}
+
+EPG_CPU_CLONES void copy_float16(uint16_t* __restrict copy, const float* __restrict values, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    copy[i] = to_float16(values[i]);
   }
 }
 
@@ -77,6 +84,8 @@ void fused_adamw_ema_cpu(TensorList params, TensorList grads, TensorList exp_avg
                                        static_cast<const double*>(weight_decays.const_data_ptr())[i], step[i], adamw);
   }
 
+  const bool is_float16 = !copies.empty() && copies[0].scalar_type() == ScalarType::Half;
+  const auto copy_block = is_float16 ? copy_float16 : copy_bfloat16;
   const auto update = [&](size_t i, int64_t begin, int64_t end) {
     float* const param = data<float>(params, i);
     float* const exp_avg = data<float>(exp_avgs, i);
@@ -84,6 +93,7 @@ void fused_adamw_ema_cpu(TensorList params, TensorList grads, TensorList exp_avg
     const void* const grad = grads[i].const_data_ptr();
     const bool is_float32 = grads[i].scalar_type() == ScalarType::Float;
     uint16_t* const copy = copies.empty() ? nullptr : data<uint16_t>(copies, i);
+    uint16_t* const ema_copy = lists.copies_averages() ? data<uint16_t>(copies, count + i) : nullptr;
     std::array<float*, kMaxEmas> ema{};
     for (size_t k = 0; k < averages; ++k) {
       ema[k] = data<float>(emas, k * count + i);
@@ -102,6 +112,9 @@ void fused_adamw_ema_cpu(TensorList params, TensorList grads, TensorList exp_avg
       }
       if (copy != nullptr) {
         copy_block(copy + at, param + at, size);
+      }
+      if (ema_copy != nullptr) {
+        copy_block(ema_copy + at, ema[0] + at, size);
       }
     }
   };

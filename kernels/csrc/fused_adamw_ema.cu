@@ -1,4 +1,4 @@
-// AdamW, averages and the 16-bit copy on CUDA: one small kernel counts the step and works out each tensor's coefficients,
+// AdamW, averages and 16-bit copies on CUDA: one small kernel counts the step and works out each tensor's coefficients,
 // one kernel updates everything. All that changes from step to step is read on the device.
 
 #include "fused_adamw_ema.h"
@@ -13,8 +13,8 @@ namespace {
 
 constexpr const char* kOp = "fused_adamw_ema_";
 // Rows of a table's pointers; the averages follow.
-enum List { kParam, kGrad, kExpAvg, kExpAvgSq, kCopy, kEma };
-constexpr int kFixedLists = 5;
+enum List { kParam, kGrad, kExpAvg, kExpAvgSq, kCopy, kEmaCopy, kEma };
+constexpr int kFixedLists = 6;
 
 struct DeviceScalars {
   const float* norm;
@@ -35,14 +35,16 @@ __global__ void adamw_prepare_kernel(TensorStep* tensor_steps, float* steps, con
   }
 }
 
-// The same offset into every list's tensor. No copy of the weights is wanted where `copy` is null.
+// The same offset into every list's tensor. A copy in 16 bits is not wanted where it is null.
 template <int kEmas>
 struct Slice {
   float* param;
   const void* grad;
   float* exp_avg;
   float* exp_avg_sq;
-  __nv_bfloat16* copy;
+  uint16_t* copy;
+  uint16_t* ema_copy;
+  bool float16;  // the copies, which are bfloat16 otherwise
   float* emas[kEmas > 0 ? kEmas : 1];
 };
 
@@ -53,8 +55,24 @@ __device__ __forceinline__ bool is_aligned(const Slice<kEmas>& s) {
   for (int k = 0; k < kEmas; ++k) {
     wide |= reinterpret_cast<uintptr_t>(s.emas[k]);
   }
-  return wide % 16 == 0 && reinterpret_cast<uintptr_t>(s.copy) % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(s.grad) % (4 * sizeof(Grad)) == 0;
+  const uintptr_t copies = reinterpret_cast<uintptr_t>(s.copy) | reinterpret_cast<uintptr_t>(s.ema_copy);
+  return wide % 16 == 0 && copies % 8 == 0 && reinterpret_cast<uintptr_t>(s.grad) % (4 * sizeof(Grad)) == 0;
+}
+
+__device__ __forceinline__ void copy_four(uint16_t* to, int64_t at, bool float16, const float (&from)[4]) {
+  if (to != nullptr && float16) {
+    store4(reinterpret_cast<__half*>(to) + at, from);
+  } else if (to != nullptr) {
+    store4(reinterpret_cast<__nv_bfloat16*>(to) + at, from);
+  }
+}
+
+__device__ __forceinline__ void copy_one(uint16_t* to, int64_t at, bool float16, float from) {
+  if (to != nullptr && float16) {
+    reinterpret_cast<__half*>(to)[at] = __float2half_rn(from);
+  } else if (to != nullptr) {
+    reinterpret_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(from);
+  }
 }
 
 template <int kEmas, class Grad>
@@ -85,8 +103,9 @@ __device__ __forceinline__ void update_four(const Slice<kEmas>& s, int64_t at, f
   for (int k = 0; k < kEmas; ++k) {
     store4(s.emas[k] + at, emas[k]);
   }
-  if (s.copy != nullptr) {
-    store4(s.copy + at, param);
+  copy_four(s.copy, at, s.float16, param);
+  if constexpr (kEmas > 0) {
+    copy_four(s.ema_copy, at, s.float16, emas[0]);
   }
 }
 
@@ -102,8 +121,9 @@ __device__ __forceinline__ void update_one(const Slice<kEmas>& s, int64_t at, fl
   for (int k = 0; k < kEmas; ++k) {
     s.emas[k][at] = lerp(s.emas[k][at], param, ema_weights[k]);
   }
-  if (s.copy != nullptr) {
-    s.copy[at] = __float2bfloat16_rn(param);
+  copy_one(s.copy, at, s.float16, param);
+  if constexpr (kEmas > 0) {
+    copy_one(s.ema_copy, at, s.float16, s.emas[0][at]);
   }
 }
 
@@ -124,7 +144,8 @@ __device__ __forceinline__ void update_chunk(const Slice<kEmas>& s, int64_t size
 template <int kEmas>
 __global__ void __launch_bounds__(kThreads)
     fused_adamw_ema_kernel(const __grid_constant__ TensorTable<kFixedLists + kEmas> table,
-                           const TensorStep* tensor_steps, const DeviceScalars scalars, const AdamW adamw) {
+                           const TensorStep* tensor_steps, const DeviceScalars scalars, const AdamW adamw,
+                           bool float16_copies) {
   if (*scalars.found_inf != 0.0f) {
     return;
   }
@@ -146,8 +167,13 @@ __global__ void __launch_bounds__(kThreads)
     s.grad = static_cast<const char*>(table.pointers[kGrad][row]) + begin * (bfloat16 ? 2 : 4);
     s.exp_avg = at(kExpAvg);
     s.exp_avg_sq = at(kExpAvgSq);
-    __nv_bfloat16* const copy = static_cast<__nv_bfloat16*>(table.pointers[kCopy][row]);
-    s.copy = copy == nullptr ? nullptr : copy + begin;
+    const auto copy_at = [&](int list) {
+      uint16_t* const copy = static_cast<uint16_t*>(table.pointers[list][row]);
+      return copy == nullptr ? nullptr : copy + begin;
+    };
+    s.copy = copy_at(kCopy);
+    s.ema_copy = copy_at(kEmaCopy);
+    s.float16 = float16_copies;
 #pragma unroll
     for (int k = 0; k < kEmas; ++k) {
       s.emas[k] = at(kEma + k);
@@ -172,14 +198,16 @@ void update(const AdamWEmaLists& lists, const TensorStep* tensor_steps, const De
     pointers[kExpAvg] = lists.exp_avgs[i].mutable_data_ptr();
     pointers[kExpAvgSq] = lists.exp_avg_sqs[i].mutable_data_ptr();
     pointers[kCopy] = lists.copies.empty() ? nullptr : lists.copies[i].mutable_data_ptr();
+    pointers[kEmaCopy] = lists.copies_averages() ? lists.copies[count + i].mutable_data_ptr() : nullptr;
     for (int k = 0; k < kEmas; ++k) {
       pointers[kEma + k] = lists.emas[k * count + i].mutable_data_ptr();
     }
     return lists.grads[i].scalar_type() == ScalarType::BFloat16;
   };
+  const bool float16_copies = !lists.copies.empty() && lists.copies[0].scalar_type() == ScalarType::Half;
   for_each_table<kLists>(lists.params, describe, [&](const TensorTable<kLists>& table) {
     launch(grid_for(table.chunks(), device), kThreads, fused_adamw_ema_kernel<kEmas>, table, tensor_steps, scalars,
-           adamw);
+           adamw, float16_copies);
   });
 }
 

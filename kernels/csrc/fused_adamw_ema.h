@@ -62,7 +62,11 @@ struct AdamWEmaLists {
   const TensorList& exp_avgs;
   const TensorList& exp_avg_sqs;
   const TensorList& emas;  // one per parameter and average: the first average of all parameters, then the second ...
+  // In 16 bits: of all parameters, or of all parameters and then of the first average, or none. One without elements is
+  // not wanted.
   const TensorList& copies;
+
+  bool copies_averages() const { return copies.size() > params.size(); }
 };
 
 // One value or one per tensor, on the device of the parameters.
@@ -111,7 +115,10 @@ inline void check_adamw_ema(const AdamWEmaLists& lists, const AdamWEmaScalars& s
   check_adamw_ema_length("exp_avgs", lists.exp_avgs.size(), count);
   check_adamw_ema_length("exp_avg_sqs", lists.exp_avg_sqs.size(), count);
   check_adamw_ema_length("emas", lists.emas.size(), count * emas);
-  check_adamw_ema_length("copies", lists.copies.size(), lists.copies.empty() ? 0 : count);
+  if (!lists.copies.empty()) {
+    const bool averages = emas > 0 && lists.copies_averages();
+    check_adamw_ema_length("copies", lists.copies.size(), averages ? 2 * count : count);
+  }
 
   const auto check = [&](const char* name, const TensorList& list, bool bfloat16_too) {
     for (size_t i = 0; i < list.size(); ++i) {
@@ -128,9 +135,16 @@ inline void check_adamw_ema(const AdamWEmaLists& lists, const AdamWEmaScalars& s
   check("exp_avg_sqs", lists.exp_avg_sqs, false);
   check("emas", lists.emas, false);
   for (size_t i = 0; i < lists.copies.size(); ++i) {
-    STD_TORCH_CHECK(lists.copies[i].scalar_type() == ScalarType::BFloat16, op, ": copies[", i, "] must be bfloat16");
+    const Tensor& copy = lists.copies[i];
+    const ScalarType dtype = copy.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": copies[", i,
+                    "] must be bfloat16 or float16");
+    STD_TORCH_CHECK(dtype == lists.copies[0].scalar_type(), op, ": copies[", i, "] must have the dtype of copies[0]");
+    if (copy.numel() > 0) {
+      check_list_memory(op, "copies", i, copy, scalars.steps);
+      check_list_shape(op, "copies", i, copy, "params", lists.params[i % count]);
+    }
   }
-  check("copies", lists.copies, true);
 }
 
 }  // namespace epg_fast

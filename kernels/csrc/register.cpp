@@ -7,8 +7,9 @@
 namespace {
 
 // What this library was built with, for `epg-fast env` and for the check that it holds code for the GPU at hand.
+// interface: another number for every change of what an operator takes, which epg_fast/ops/extension.py expects.
 std::string build_info() {
-  return "compiler=" EPG_COMPILER ";nvcc=" EPG_NVCC ";cuda_architectures=" EPG_CUDA_ARCHITECTURES;
+  return "interface=2;compiler=" EPG_COMPILER ";nvcc=" EPG_NVCC ";cuda_architectures=" EPG_CUDA_ARCHITECTURES;
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "tensor_list.h"
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <memory>
 
@@ -103,6 +104,14 @@ __device__ __forceinline__ void store4(float* to, const float (&from)[4]) {
 
 __device__ __forceinline__ void store4(__nv_bfloat16* to, const float (&from)[4]) {
   const __nv_bfloat162 low = __floats2bfloat162_rn(from[0], from[1]), high = __floats2bfloat162_rn(from[2], from[3]);
+  uint2 bits;
+  memcpy(&bits.x, &low, sizeof(low));
+  memcpy(&bits.y, &high, sizeof(high));
+  *reinterpret_cast<uint2*>(to) = bits;
+}
+
+__device__ __forceinline__ void store4(__half* to, const float (&from)[4]) {
+  const __half2 low = __floats2half2_rn(from[0], from[1]), high = __floats2half2_rn(from[2], from[3]);
   uint2 bits;
   memcpy(&bits.x, &low, sizeof(low));
   memcpy(&bits.y, &high, sizeof(high));

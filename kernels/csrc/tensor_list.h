@@ -3,6 +3,8 @@
 
 #include "common.h"
 
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -11,15 +13,20 @@ namespace epg_fast {
 using TensorList = std::vector<Tensor>;
 
 // The message names the list and the place in it, as Python counts.
+inline void check_list_memory(const char* op, const char* name, size_t i, const Tensor& tensor,
+                              const Tensor& device_of) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, "[", i, "] must be contiguous");
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == device_of.is_cuda() && tensor.get_device_index() == device_of.get_device_index(), op, ": ",
+      name, "[", i, "] must be on the same device as the other tensors");
+}
+
 inline void check_list_tensor(const char* op, const char* name, size_t i, const Tensor& tensor, const Tensor& device_of,
                               bool bfloat16_too) {
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || (bfloat16_too && dtype == ScalarType::BFloat16), op, ": ", name, "[", i,
                   "] must be float32", bfloat16_too ? " or bfloat16" : "");
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, "[", i, "] must be contiguous");
-  STD_TORCH_CHECK(
-      tensor.is_cuda() == device_of.is_cuda() && tensor.get_device_index() == device_of.get_device_index(), op, ": ",
-      name, "[", i, "] must be on the same device as the other tensors");
+  check_list_memory(op, name, i, tensor, device_of);
 }
 
 inline void check_list_shape(const char* op, const char* name, size_t i, const Tensor& tensor, const char* other_name,
@@ -71,5 +78,7 @@ inline uint16_t to_bfloat16(float value) {
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
+
+inline uint16_t to_float16(float value) { return torch::headeronly::detail::fp16_ieee_from_fp32_value(value); }
 
 }  // namespace epg_fast

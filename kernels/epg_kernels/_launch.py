@@ -13,11 +13,16 @@ def stride(tensor: torch.Tensor | None, dim: int) -> int:
     return 0 if tensor is None else tensor.stride(dim)
 
 
-def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def weight_gradient(
+    dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """dy^T x in `dtype`: [N, K] from [M, N] and [M, K]. A GPU writes float32 as it accumulates it, without a cast."""
     if dtype == torch.float32 != x.dtype and x.is_cuda:
-        return torch.mm(dy.t(), x, out_dtype=dtype)
-    return torch.mm(dy.t(), x).to(dtype)
+        return torch.mm(dy.t(), x, out_dtype=dtype, out=out)
+    if dtype == x.dtype:
+        return torch.mm(dy.t(), x, out=out)
+    product = torch.mm(dy.t(), x)
+    return product.to(dtype) if out is None else out.copy_(product)
 
 
 def matmul_precision() -> str:

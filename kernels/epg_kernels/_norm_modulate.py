@@ -15,6 +15,7 @@ import triton.language as tl
 
 from epg_kernels import AotCase
 from epg_kernels._launch import stride, unit_stride
+from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ MAX_WIDTH = CONFIGS[-1].block
 TOKENS = 33
 COLUMNS = 64  # columns per program of the summing kernels
 TILE = 16  # rows they load at a time
-FP8_MAX = 448.0  # largest value of float8_e4m3fn
 
 
 class NormForward(NamedTuple):
@@ -163,10 +163,9 @@ def _norm_modulate_fwd_kernel(
         out = out * factor + tl.load(shift + batch * stride_shift + columns, mask=inside, other=0.0).to(acc_dtype)
     if row_scale is not None:
         largest = tl.max(tl.abs(tl.where(live, out, 0.0)), 1, keep_dims=True)
-        step = tl.where(largest > 1e-30, largest / FP8_MAX, 1.0)  # the step stays a normal number
+        step = row_step(largest, FP8_MAX)
         tl.store(row_scale + row, step, mask=exists)
-        out /= step
-        out = tl.where(out == out, tl.minimum(tl.maximum(out, -FP8_MAX), FP8_MAX), out)  # NaN stays
+        out = in_steps(out, step, FP8_MAX)
 
     tl.store(y + row * D + columns, out.to(y.dtype.element_ty), mask=live)
     tl.store(mean + row, mu, mask=exists)

@@ -4,6 +4,7 @@ import torch
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import column_sums, first_stage_case, second_stage_case
+from epg_kernels._launch import weight_gradient
 from epg_kernels._matmul import BY_POINTERS, BY_POINTERS_TF32, BY_TMA, BY_TMA_TF32, IEEE, linear, linear_case, rows_of
 from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases
 
@@ -37,12 +38,20 @@ def skip_norms_fwd(
     return done.x_out, done.y, z, done.first_mean, done.first_rstd, done.mean, done.rstd
 
 
+def skip_norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps):
+    """Returns y, and the next norm of y divided by row_scale, in float8_e4m3fn, and row_scale [B, L]."""
+    first, out_dtype = (norm_weight, norm_bias), torch.float8_e4m3fn
+    done = launch_forward(z, None, None, next_weight, next_bias, next_shift, next_scale, eps, out_dtype, first)
+    return done.x_out, done.y, done.row_scale
+
+
 def skip_linear_bwd(
     dy: torch.Tensor | None,
     dnext: torch.Tensor | None,
     x: torch.Tensor,
     skip: torch.Tensor,
     weight: torch.Tensor,
+    weight_dtype: torch.dtype,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
@@ -62,7 +71,8 @@ def skip_linear_bwd(
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns dx, dskip, dweight, dbias (None where not needed), then the gradients of the norms' parameters.
 
-    dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None.
+    dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None. weight is in
+    x's dtype, dweight in weight_dtype.
     """
     linear_bias = bias if need_bias else None
     norms = [None] * 6
@@ -86,9 +96,9 @@ def skip_linear_bwd(
     dskip = torch.mm(dz, weight[:, split:]).view(skip.shape) if need_skip else None
     dweight = None
     if need_weight:
-        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        torch.mm(dz.t(), rows_of(x), out=dweight[:, :split])
-        torch.mm(dz.t(), rows_of(skip), out=dweight[:, split:])
+        dweight = torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
+        weight_gradient(dz, rows_of(x), weight_dtype, out=dweight[:, :split])
+        weight_gradient(dz, rows_of(skip), weight_dtype, out=dweight[:, split:])
     return dx, dskip, dweight, dbias, *norms
 
 
@@ -103,6 +113,7 @@ def aot_cases() -> list[AotCase]:
         linear_case(BY_POINTERS_TF32, 1584, 1584, 768, "fp32", gelu=False),
         linear_case(IEEE, 1584, 1584, 768, "fp32", gelu=False, precision="ieee"),
         *(case for width, _ in presets for case in row_cases(width, "bf16", twice=True, bias=True)),
+        *(case for width in (1584, 2688) for case in row_cases(width, "bf16", twice=True, fp8=True)),
         first_stage_case(1584, "bf16"),
         second_stage_case(1584),
     ]

@@ -46,9 +46,9 @@ def test_everything_runs_the_most_valuable_first_and_is_in_the_archive(check, tm
     code, out, calls = check()
     assert code == 0 and "failed" not in out
     order = [line.removeprefix("== ") for line in out.splitlines() if line.startswith("== ")]
-    assert order[:5] == ["build", "env", "sampling", "tests", "training"] and order.index("heun") < order.index(
-        "diffusion"
-    )
+    assert order[:6] == ["build", "env", "sampling", "tests", "training", "tune_heun"]
+    assert order.index("tune_fp8") < order.index("heun") < order.index("diffusion")
+    assert sum("epg_fast tune --minutes" in call for call in calls) == 6
     assert any("tests/test_gpu_sampling.py" in call for call in calls) and order[-1] == "resources"
     with tarfile.open(tmp_path / "out.tar.gz") as archive:
         assert {"out/logs/heun.log", "out/logs/resources.log", "out/complete"} <= set(archive.getnames())

@@ -267,9 +267,9 @@ def test_what_the_kernel_does_not_compute_is_refused():
 @pytest.mark.parametrize("backend", ["flash_attn", "flash_attn_3", "flash_attn_4"])
 def test_a_package_says_what_it_needs(backend, monkeypatch):
     module = importlib.import_module("epg_fast.ops.attention")
-    monkeypatch.setattr(module, "_installed", lambda package: False)
+    monkeypatch.setattr(module, "installed", lambda package: False)
     with pytest.raises(ValueError, match=f"got backend='{backend}', but flash_attn.* is not installed; .*flash"):
         attention(torch.zeros(2, 5, 3, 2, 8), backend=backend)
-    monkeypatch.setattr(module, "_installed", lambda package: True)
+    monkeypatch.setattr(module, "installed", lambda package: True)
     with pytest.raises(ValueError, match="got qkv in torch.float32 on .*, wanted bfloat16 or float16 on a CUDA device"):
         attention(torch.zeros(2, 5, 3, 2, 8, device=DEVICE), backend=backend)

@@ -28,6 +28,7 @@ class State:
     emas: list
     ema_weights: torch.Tensor
     copies: list
+    ema_copies: list = ()
 
     def update(self, grads, backend, **changes):
         norm, found_inf = global_norm(grads, backend="plain")
@@ -37,7 +38,8 @@ class State:
 
     def tensors(self):
         averages = [t for average in self.emas for t in average]
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *averages, *self.copies, self.steps]
+        copies = [copy for copy in (*self.copies, *self.ema_copies) if copy is not None]
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *averages, *copies, self.steps]
 
 
 def make_state(shapes=SHAPES, averages=1, copies=False, max_norm=math.inf, offset=0, dtype=torch.float32):
@@ -139,8 +141,10 @@ def test_unaligned_tensors(offset):
     state = make_state(offset=offset, max_norm=0.5)
     state.copies = [torch.zeros(p.numel() + offset, dtype=torch.bfloat16, device=DEVICE) for p in state.params]
     state.copies = [c[offset:].view(p.shape) for c, p in zip(state.copies, state.params, strict=True)]
+    state.ema_copies = [torch.zeros_like(c) for c in state.copies]
     assert_follows_torch(state, "extension", 3, MIXED)
     assert all(torch.equal(c, p.bfloat16()) for c, p in zip(state.copies, state.params, strict=True))
+    assert all(torch.equal(c, e.bfloat16()) for c, e in zip(state.ema_copies, state.emas[0], strict=True))
 
 
 @needs_extension
@@ -170,6 +174,7 @@ def test_the_reference_is_torch_adamw_in_float64():
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_leaves_every_bit(value, backend):
     state = make_state(copies=True, averages=2, max_norm=0.5)
+    state.ema_copies = [torch.full_like(copy, 7.0) for copy in state.copies]
     grads = make_tensors([p.shape for p in state.params])
     state.update(grads, backend)
     state.params[0][0, 0] = -0.0
@@ -192,15 +197,24 @@ def test_a_scaled_loss_gives_the_same_update(backend):
 
 @needs_extension
 @pytest.mark.parametrize("backend", ["extension", "plain"])
-def test_copies_are_the_rounded_weights(backend):
-    state = make_state(copies=True)
-    special = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38, 1.00390625, 1.01171875, -0.0, 1e-40], device=DEVICE)
-    state.params[6][:8], state.lrs[6] = special, 0.0
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_copies_are_the_rounded_weights_and_averages_where_they_are_wanted(dtype, backend):
+    state = make_state(averages=2)
+    special = [math.nan, math.inf, -math.inf, 3.4e38, 1.00390625, 1.01171875, -0.0, 1e-40]
+    special += [65519.0, 65520.0, 6e-8, 1.00048828125]  # where float16 ends, at both sides, and a tie
+    state.params[6][:12], state.lrs[6] = torch.tensor(special, device=DEVICE), 0.0
+    state.ema_weights[0] = 1.0
+    wanted = [i not in (1, 4) for i in range(len(state.params))]
+    state.copies = [p.to(dtype) if want else None for p, want in zip(state.params, wanted, strict=True)]
+    state.ema_copies = [None if i == 5 else torch.zeros_like(p, dtype=dtype) for i, p in enumerate(state.params)]
     state.update(make_tensors([p.shape for p in state.params]), backend)
-    for copy, param in zip(state.copies, state.params, strict=True):
-        wanted = param.bfloat16()
-        assert torch.equal(copy.isnan(), wanted.isnan())
-        assert torch.equal(copy.nan_to_num(7.0).view(torch.int16), wanted.nan_to_num(7.0).view(torch.int16))
+    pairs = [*zip(state.copies, state.params, strict=True), *zip(state.ema_copies, state.emas[0], strict=True)]
+    assert sum(copy is not None for copy, _ in pairs) == 2 * len(state.params) - 3
+    for copy, value in pairs:
+        if copy is not None:
+            rounded = value.to(dtype)
+            assert torch.equal(copy.isnan(), rounded.isnan())
+            assert torch.equal(copy.nan_to_num(7.0).view(torch.int16), rounded.nan_to_num(7.0).view(torch.int16))
 
 
 @needs_extension
@@ -258,6 +272,7 @@ def test_auto_takes_the_reference_for_what_the_extension_does_not_take():
     [
         ({"emas": [[torch.zeros(5).bfloat16()]]}, r"got emas\[0\] in torch.bfloat16, wanted torch.float32"),
         ({"grads": [torch.ones(1)]}, r"got grads\[0\] of shape \(1,\), wanted \(5,\)"),
+        ({"copies": [torch.ones(1).bfloat16()]}, r"got copies\[0\] of shape \(1,\), wanted \(5,\)"),
     ],
 )
 def test_the_reference_stops_before_it_has_changed_anything(change, message):
@@ -295,7 +310,8 @@ def test_autograd_notices_that_a_saved_weight_was_overwritten():
 
 def _op_arguments(state, grads):
     norm, found_inf = global_norm(grads)
-    lists = (state.params, grads, state.exp_avgs, state.exp_avg_sqs, [t for a in state.emas for t in a], state.copies)
+    copies = [*state.copies, *state.ema_copies]
+    lists = (state.params, grads, state.exp_avgs, state.exp_avg_sqs, [t for a in state.emas for t in a], copies)
     scalars = (state.steps, state.lrs, state.weight_decays, state.ema_weights, norm, found_inf, state.max_norm, None)
     return *lists, *scalars, *BETAS, EPS
 
@@ -305,6 +321,7 @@ def test_registration():
     state = make_state([(5, 3), (17,)], copies=True)
     grads = make_tensors([(5, 3), (17,)])
     state.update(grads, "extension")
+    state.ema_copies = [state.copies[0].clone(), state.copies[1].new_empty(0)]
     torch.library.opcheck(torch.ops.epg_fast.fused_adamw_ema_.default, _op_arguments(state, grads))
 
 
@@ -337,7 +354,10 @@ def _replaced(state, name, place, tensor):
         ("exp_avg_sqs", torch.zeros(3, 1), r"exp_avg_sqs\[1\] has 2 dimensions, params has 1 there"),
         ("exp_avgs", torch.zeros(3, dtype=torch.bfloat16), r"exp_avgs\[1\] must be float32"),
         ("exp_avgs", torch.zeros(6)[::2], r"exp_avgs\[1\] must be contiguous"),
-        ("copies", torch.zeros(3), r"copies\[1\] must be bfloat16"),
+        ("copies", torch.zeros(3), r"copies\[1\] must be bfloat16 or float16"),
+        ("copies", torch.zeros(3).half(), r"copies\[1\] must have the dtype of copies\[0\]"),
+        ("copies", torch.zeros(4).bfloat16(), r"copies\[1\] has size 4 in dimension 0, params has 3 there"),
+        ("copies", torch.zeros(6).bfloat16()[::2], r"copies\[1\] must be contiguous"),
     ],
 )
 def test_a_wrong_tensor_is_named_and_nothing_changes(name, tensor, message):
@@ -365,6 +385,7 @@ def test_a_wrong_tensor_is_named_and_nothing_changes(name, tensor, message):
         ({"emas": []}, "got 0 emas and 1 ema_weights, wanted one for each"),
         ({"emas": [[torch.zeros(2)]]}, r"got 1 tensors in emas\[0\] for 2 params, wanted as many"),
         ({"copies": [torch.zeros(2).bfloat16()]}, "got 1 copies for 2 params, wanted one for each"),
+        ({"ema_copies": [torch.zeros(2).bfloat16()]}, "got 1 ema_copies for 2 params, wanted one for each"),
         ({"norm": torch.zeros((), device="meta")}, r"got norm\[0\] on meta and others on c.*, wanted one device"),
         ({"betas": (0.9, 1.0)}, r"got betas=\(0.9, 1.0\), wanted two values in \[0, 1\)"),
     ],

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast.ops import extension
-from epg_fast.ops.layer_norm_modulate import layer_norm_modulate_fp8, quantize_rows_ref
-from epg_fast.ops.linear_fp8 import SPEC, cpu_has_row_scales, linear_fp8, linear_fp8_ref
+from epg_fast.ops.fp8 import cpu_has_row_scales
+from epg_fast.ops.layer_norm_modulate import layer_norm_modulate_fp8
+from epg_fast.ops.linear_fp8 import SPEC, linear_fp8, linear_fp8_ref
+from epg_fast.ops.quantize_rows import quantize_rows_ref
 from tests.ops.kernel_checks import (
     DEVICE,
     assert_accurate,
@@ -204,7 +206,7 @@ def test_a_backend_refuses_what_it_cannot_read(monkeypatch, backend, change, mes
 
 
 def test_an_older_pytorch_that_lacks_the_product_on_a_cpu_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("epg_fast.ops.linear_fp8"), "cpu_has_row_scales", lambda: False)
+    monkeypatch.setattr(importlib.import_module("epg_fast.ops.fp8"), "cpu_has_row_scales", lambda: False)
     inputs = [tensor.cpu() for tensor in make_inputs((33, 64, 32))]
     with pytest.raises(ValueError, match="got torch .*one scale per tensor.*use backend='plain'"):
         SCALED_MM(*inputs)

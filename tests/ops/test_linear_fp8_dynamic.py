@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from epg_fast.ops.linear_fp8 import cpu_has_row_scales
+from epg_fast.ops.fp8 import cpu_has_row_scales
 from epg_fast.ops.linear_fp8_dynamic import SPEC, linear_fp8_dynamic, linear_fp8_dynamic_ref
 from tests.ops.kernel_checks import DEVICE
 

@@ -2,9 +2,10 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from epg_fast.ops import backends, extension
+from epg_fast.ops import backends, extension, linear, mlp_residual, skip_linear
 from epg_fast.ops.linear_residual_norm import SPEC, linear_residual_norm, linear_residual_norm_ref
 from tests.ops.kernel_checks import (
     DEVICE,
@@ -262,3 +263,82 @@ def test_backend_cuda_refuses_what_its_kernel_cannot_read(monkeypatch, change, m
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="whose norm is Triton's, which is not installed"):
         CUDA(**arguments)
+
+
+def make_linear_inputs(biased, weight_dtype=torch.float32):
+    """h in float16 and float32 parameters, as autocast meets them."""
+    vectors = [randn(24, seed=2)] if biased else []
+    return [randn(2, 5, 40, dtype=torch.float16), randn(24, 40, dtype=weight_dtype, seed=1), *vectors]
+
+
+def linear_of_casts(h, weight, bias=None):
+    return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_a_linear_of_a_float32_weight_is_the_product_of_casts_and_casts_none_of_its_gradients(biased, frozen):
+    inputs, grads = make_linear_inputs(biased), [randn(2, 5, 24, seed=3, requires_grad=False)]
+    if frozen is not None:
+        inputs[frozen].requires_grad_(False)
+    assert_accurate(linear, linear_of_casts, inputs, grads)
+    assert_compiles_into_one_graph(linear, inputs, grads)
+    with FlopCounterMode(display=False) as counter:
+        linear(*inputs).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 5 * 40 * 24 * (3 if frozen is None else 2)
+    assert inputs[1].grad is None or inputs[1].grad.dtype == torch.float32
+
+
+def test_a_linear_has_no_second_derivative_that_would_be_wrong():
+    h, weight = make_linear_inputs(False)
+    (dh,) = torch.autograd.grad(linear(h, weight).square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dh.sum().backward()
+
+
+def test_the_gradient_of_a_weight_passes_opcheck():
+    dy, h = (randn(7, width, dtype=torch.float16, requires_grad=False) for width in (24, 40))
+    torch.library.opcheck(torch.ops.epg_fast.weight_gradient.default, (dy, h, torch.float32))
+
+
+def products_with_operands():
+    """(name, function of weights and of copies of them, weights)."""
+    half = {"dtype": torch.float16, "requires_grad": False}
+    x, h, vector, square, wide = (
+        randn(2, 5, 24, **half),
+        randn(2, 5, 40, **half),
+        randn(24),
+        randn(24, 24),
+        randn(24, 64),
+    )
+    norm = randn(24, seed=1), randn(24, seed=2)
+
+    def mlp(weights, operands):
+        return mlp_residual(x, x, weights[0], vector, weights[1], vector, None, "triton", operands)
+
+    def skip(weights, operands):
+        return skip_linear(x, h, weights[0], vector, *norm, backend="triton", operand=operands[0])
+
+    def proj(weights, operands):
+        return linear_residual_norm(x, x, weights[0], vector, *norm, backend="triton", operand=operands[0])[1]
+
+    def qkv(weights, operands):
+        return linear(x, weights[0], vector, operands[0])
+
+    weights = {qkv: [square], proj: [square], mlp: [square, square.detach().flip(0)], skip: [wide]}
+    return [pytest.param(function, weights, id=function.__name__) for function, weights in weights.items()]
+
+
+@needs_triton
+@pytest.mark.parametrize(("product", "weights"), products_with_operands())
+def test_products_read_the_copy_of_their_weight_and_refuse_what_is_none(product, weights):
+    copies = [weight.detach().half() for weight in weights]
+    cast = product(weights, [None] * len(weights))
+    assert torch.equal(product(weights, copies), cast)
+    assert not torch.equal(product(weights, [copies[0] + 1, *copies[1:]]), cast)
+    with pytest.raises(
+        ValueError, match="got an operand of shape .* in torch.float32 .*, wanted a copy of the weight in"
+    ):
+        product(weights, [weights[0], *copies[1:]])
+    with pytest.raises(ValueError, match=r"got an operand of shape \(2, .*leave it out"):
+        product(weights, [copies[0][:2], *copies[1:]])

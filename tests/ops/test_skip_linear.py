@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast.ops import backends, extension
-from epg_fast.ops.skip_linear import SPEC, skip_linear, skip_linear_ref
+from epg_fast.ops.layer_norm_modulate import layer_norm_modulate_fp8
+from epg_fast.ops.skip_linear import SPEC, skip_linear, skip_linear_ref, skip_norms_fp8
 from tests.ops.kernel_checks import (
     DEVICE,
     GPU,
@@ -15,6 +16,7 @@ from tests.ops.kernel_checks import (
     assert_capturable,
     assert_compiles_into_one_graph,
     assert_repeatable,
+    comparable_fp8,
     needs_gemms,
     needs_triton,
     randn,
@@ -49,6 +51,16 @@ def make_inputs(shape, dtypes=DTYPES["fp32"], normed=True):
 
 def make_grads(shape):
     return [randn(*shape[:3], seed=5, requires_grad=False)]
+
+
+def of_operator(inputs):
+    """The public function's inputs as the operator takes them: the parameter, then the weight that products read."""
+    return [*inputs[:3], inputs[2].detach(), *inputs[3:]]
+
+
+def of_backward(inputs):
+    """The operator's inputs as its backward pass takes them."""
+    return [*inputs[:2], inputs[3], inputs[2].dtype, *inputs[4:]]
 
 
 @needs_triton
@@ -121,17 +133,49 @@ def test_the_next_norm_is_as_accurate_as_pytorch_in_the_same_dtypes(shape, dtype
 
 
 @needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
+def test_both_norms_alone_with_the_second_in_fp8_are_a_norm_and_layer_norm_modulate_fp8_of_it(modulated):
+    _, _, _, _, *norms = (t.detach() for t in make_inputs_of_two_norms(SMALL, DTYPES["fp32"], modulated))
+    norm, after = norms[:2], (*norms[2:], *([] if modulated else [None, None]))
+    z = randn(*SMALL[:3], requires_grad=False)
+    y, rows, scale = skip_norms_fp8(z, *norm, after, backend="triton")
+    torch.testing.assert_close(y, F.layer_norm(z, z.shape[-1:], *norm), rtol=1e-5, atol=1e-5)
+    wanted, wanted_scale = layer_norm_modulate_fp8(y, *after)
+    torch.testing.assert_close(scale, wanted_scale, rtol=1e-5, atol=0)
+    rows, wanted = (tensor.float()[comparable_fp8(wanted)] for tensor in (rows, wanted))
+    # A float32 rounding can move a value across the boundary between two neighbouring FP8 numbers.
+    assert (rows != wanted).sum() <= 2
+    torch.testing.assert_close(rows, wanted, rtol=0.13, atol=2**-9)
+    torch.library.opcheck(torch.ops.epg_fast.skip_norms_fp8.default, (z, *norm, *after, 1e-5))
+
+
+def test_the_norms_in_fp8_on_the_cpu_are_the_reference_and_have_no_gradient(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    norms = [tensor.cpu() for tensor in make_inputs_of_two_norms(SMALL, DTYPES["fp32"])[4:]]
+    z = torch.randn(SMALL[:3])
+    with pytest.raises(ValueError, match="skip_norms_fp8: got a tensor that requires a gradient"):
+        skip_norms_fp8(z, *norms[:2], norms[2:])
+    with torch.no_grad():
+        given = *norms[:4], *(tensor.squeeze(1) for tensor in norms[4:])
+        got = torch.ops.epg_fast.skip_norms_fp8(z, *given, 1e-5)
+        torch.testing.assert_close(got, skip_norms_fp8(z, *norms[:2], norms[2:]))
+    with pytest.raises(ValueError, match=r"skip_norms_fp8: got x of shape \(5, 40\), wanted"):
+        skip_norms_fp8(z[0], *norms[:2], norms[2:])
+
+
+@needs_triton
 def test_the_next_norm_passes_opcheck_repeats_its_bits_and_compiles_into_one_graph():
     dtypes = DTYPES["bf16 with fp32 parameters"]
     inputs, grads = make_inputs_of_two_norms(SMALL, dtypes), grads_of_two_norms(SMALL)
     assert_repeatable(with_next_norm(KERNEL), inputs, grads)
     assert_compiles_into_one_graph(with_next_norm(KERNEL), inputs, grads)
     inputs = make_inputs_of_two_norms(SMALL, DTYPES["fp32"])
-    inputs = [*inputs[:8], *(tensor.detach().squeeze(1).requires_grad_() for tensor in inputs[8:])]
+    inputs = of_operator([*inputs[:8], *(tensor.detach().squeeze(1).requires_grad_() for tensor in inputs[8:])])
     torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, 1e-5))
     detached = [tensor.detach() for tensor in inputs]
     _, _, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
-    arguments = (*grads, *detached, *saved, [True] * 4)
+    arguments = (*grads, *of_backward(detached), *saved, [True] * 4)
     torch.library.opcheck(torch.ops.epg_fast.skip_linear_bwd.default, arguments)
 
 
@@ -172,14 +216,15 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen, normed):
 @needs_triton
 @NORMED
 def test_operators_pass_opcheck(normed):
-    inputs = make_inputs(SMALL, normed=normed)
+    inputs = of_operator(make_inputs(SMALL, normed=normed))
     arguments = (*inputs, *([None] * 4 if normed else [None] * 6))
     torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*arguments, 1e-5))
     detached = [None if tensor is None else tensor.detach() for tensor in arguments]
     y, _, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
     for needed in ([True, True, True, True], [True, False, False, True]):
         torch.library.opcheck(
-            torch.ops.epg_fast.skip_linear_bwd.default, (torch.randn_like(y), None, *detached, *saved, needed)
+            torch.ops.epg_fast.skip_linear_bwd.default,
+            (torch.randn_like(y), None, *of_backward(detached), *saved, needed),
         )
 
 
@@ -219,7 +264,8 @@ def test_operator_on_the_cpu_is_the_reference(monkeypatch, normed):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = [tensor.detach().cpu().requires_grad_() for tensor in make_inputs(SMALL, normed=normed)]
     dy = torch.randn(SMALL[:3])
-    y = torch.ops.epg_fast.skip_linear(*inputs, *([None] * 4 if normed else [None] * 6), 1e-5)[0]
+    arguments = (*of_operator(inputs), *([None] * 4 if normed else [None] * 6))
+    y = torch.ops.epg_fast.skip_linear(*arguments, 1e-5)[0]
     (reference,), reference_gradients = run(skip_linear_ref, inputs, [dy])
     torch.testing.assert_close(y, reference)
     torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), reference_gradients)
@@ -356,7 +402,7 @@ def test_backend_cuda_passes_opcheck_and_compiles_into_one_graph():
     inputs[3] = torch.randn(40, 2, device=DEVICE)[:, 0].requires_grad_()
     assert_compiles_into_one_graph(with_next_norm(CUDA), inputs, grads_of_two_norms(SMALL))
     inputs = [tensor.to(torch.bfloat16) for tensor in make_inputs(SMALL, normed=False)]
-    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, *[None] * 6, 1e-5, "cuda"))
+    torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*of_operator(inputs), *[None] * 6, 1e-5, "cuda"))
 
 
 def test_traffic_model_counts_each_tensor_once():

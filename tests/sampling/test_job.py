@@ -108,7 +108,7 @@ def test_the_folder_says_what_it_holds(whole, checkpoint):
     wanted = {"checkpoint": str(checkpoint), "sampler": "heun", "steps": 2, "evaluations": 2, "labels": "balanced"}
     wanted |= {"guidance": 1.0, "interval": [0.19, 1.61], "precision": "fp32", "seed": 0, "num": 8}
     assert wanted.items() <= metadata.items() and len(metadata["weights_sha256"]) == 64
-    using = {"compile": "off", "cuda_graphs": False}
+    using = {"compile": "off", "cuda_graphs": False, "plan": None, "ops": {}}
     using |= {"torch": torch.__version__, "device": "cpu", "processes": 1, "batch_size": 3}
     assert metadata["drawn_with"] == [using] and not (whole / "parts").exists()
     for i, label in enumerate(labels):

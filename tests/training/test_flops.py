@@ -19,7 +19,7 @@ def _counted(stage, images, step):
 
 def _assert_counted(job, images=2, step=0, perceptual=True, **fields):
     # Plain products for attention: torch's counter does not know what SDPA calls on a CPU.
-    config = make_config(job, ops="plain", batch_size=images, **fields)
+    config = make_config(job, ops="plain,attention=math", batch_size=images, **fields)
     stage = make_stage(job, config, perceptual)
     flops = step_flops(stage, step)
     forward, total = _counted(stage, images, step)
@@ -46,7 +46,7 @@ def test_activation_checkpointing_adds_the_forward_pass_of_the_blocks(job):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_parts_add_the_three_views_of_pretraining_only(job):
-    config = make_config(job, ops="plain", batch_size=4, gradient_accumulation=2)
+    config = make_config(job, ops="plain,attention=math", batch_size=4, gradient_accumulation=2)
     stage = make_stage(job, config)
     flops = step_flops(stage, 0)
     with FlopCounterMode(display=False) as counter:

@@ -134,6 +134,29 @@ class Run:
         return [self.weights().clone(), *(m.clone() for m in moments)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_update_counts_as_a_change_of_every_weight(network, backend):
+    run = Run(network, backend)
+    weights = [p for module in (run.network, *run.averages) for p in module.parameters()]
+    before = [weight._version for weight in weights]
+    run.update()
+    assert all(weight._version > count for weight, count in zip(weights, before, strict=True))
+
+
+def test_an_average_takes_one_cast_of_its_decay_for_all_weights(network):
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._to_copy.default
+            return func(*args, **(kwargs or {}))
+
+    run = Run(network, "torch")
+    with Casts() as casts:
+        run.update()
+    assert casts.count <= 2 * len(run.averages) < len(list(network.parameters())) / 4
+
+
 def through_a_file(state):
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -1,4 +1,4 @@
-"""Where a network computes, and with what: every site of `EPGViT` and `RCMViT`, and the backends it can have.
+"""Where a job computes, and with what: every site of the networks, the optimiser and the samplers, and its backends.
 
 A choice is a mapping {site: backend}. Parameters, their names and the results, up to rounding, are the same with any.
 """
@@ -23,6 +23,9 @@ SITES: dict[str, tuple[str, ...]] = {
     "decoder.skip": ("plain", "triton", "cuda"),
     **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
     "loss": ("plain", "triton"),
+    "fp8": ("plain", "triton", "cuda"),
+    "optimizer": ("plain", "fused", "apex"),
+    "steps": ("plain", "extension"),
 }
 """Site -> backends.
 
@@ -30,9 +33,14 @@ embedding: patches, position and class tokens. condition: time embedding and its
 and the final one. attention: softmax attention, without its products with weights. proj: attention's output
 projection, its gate, the residual and the second norm; "norm" takes the product from PyTorch and the rest as one Triton
 kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm of the
-block. loss: the loss of patches. "cuda" takes products with an epilogue from the extension (compute capability 9.0,
-bfloat16), and the rest as "triton" does.
+block. loss: the loss of patches. fp8: blocks in FP8, with which precision fp8 samples; "plain" quantises in PyTorch's
+operators, "triton" in the kernels around the products, which are PyTorch's, "cuda" likewise around those of the
+extension. Sites norm, proj, mlp and skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW,
+"fused" the extension's update. steps: of the samplers `euler` and `heun`. Elsewhere "cuda"
+takes products with an epilogue from the extension (compute capability 9.0, bfloat16), and the rest as "triton" does.
 """
+NETWORK = tuple(site for site in SITES if site not in ("optimizer", "steps"))
+"""Those that a network's `use_ops` asks."""
 PLAIN = dict.fromkeys(SITES, "plain")
 
 
@@ -43,12 +51,12 @@ def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
     Raises ValueError for a site or backend that does not exist, with the nearest that does.
     """
     if ops in ("plain", "triton"):
-        return dict.fromkeys(SITES, ops)
+        return PLAIN | {site: ops for site, backends in SITES.items() if ops in backends}
     if isinstance(ops, str):
         raise ValueError(f"ops {ops!r}: want plain, triton, or sites with their backends such as {{'mlp': 'triton'}}")
     chosen = dict(PLAIN)
     for name, backend in ops.items():
-        sites = [site for site in SITES if name in (site, site.partition(".")[2])]
+        sites = sites_of(name)
         if not sites:
             shown = sorted({site.rpartition(".")[2] for site in SITES})
             raise ValueError(
@@ -61,6 +69,11 @@ def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
     return chosen
 
 
+def sites_of(name: str) -> list[str]:
+    """The site of that name, or those of both halves."""
+    return [site for site in SITES if name in (site, site.partition(".")[2])]
+
+
 def of_half(ops: Mapping[str, str], half: str) -> dict[str, str]:
     """{name: backend} of the blocks of one half, "encoder" or "decoder"."""
     prefix = f"{half}."
@@ -69,7 +82,13 @@ def of_half(ops: Mapping[str, str], half: str) -> dict[str, str]:
 
 def has_custom_operators(ops: Mapping[str, str]) -> bool:
     """Whether anything but PyTorch's own operators computes."""
-    return any(backend not in SDPA for backend in ops.values())
+    return any(ops[site] not in SDPA for site in NETWORK)
+
+
+def has_fused_operations(ops: Mapping[str, str]) -> bool:
+    """Whether a block is computed by operations that read its weights themselves, past its linear layers."""
+    sites = [f"{half}.{name}" for half in ("encoder", "decoder") for name in ("norm", "proj", "mlp")]
+    return any(ops[site] != "plain" for site in (*sites, "decoder.skip"))
 
 
 def _nearest(name: str, valid) -> str:

@@ -1,0 +1,239 @@
+"""The networks in FP8, for inference: the large linears of the blocks multiply float8_e4m3fn.
+
+`use_fp8` replaces the linears by `QuantizedLinear`s, which round the rows that they are given. Unless site "fp8" is
+"plain" it also changes the classes of blocks, as `fuse` does: an `Fp8Block` has its rows quantised by the kernel that
+makes them. What such a block would bypass keeps the modules it has: a block with an adapter or a hook inside, or with a
+linear whose sides FP8 does not take.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from epg_fast.models.blocks import Attention, Block, DecoderBlock, DropPath, LayerNorm, Mlp, is_plain
+from epg_fast.models.encoder import ViTEncoder
+from epg_fast.models.fused import parameters_of
+from epg_fast.ops import (
+    attention,
+    gate_residual_norm_modulate,
+    gate_residual_norm_modulate_fp8,
+    layer_norm_modulate_fp8,
+    linear_fp8,
+    quantize_rows,
+    quantize_rows_ref,
+    skip_norms_fp8,
+)
+from epg_fast.ops.extension import require_gemms
+from epg_fast.ops.fp8 import fits, product_backend
+
+_NOT_ASKED = ("norm", "proj", "mlp", "skip")
+"""Sites of blocks in whose place is the site "fp8"."""
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear with its weight in float8_e4m3fn and a scale per output channel, for rows that have a scale each.
+
+    Unlike training's `Fp8Linear` it has no parameter, and quantises its weight once.
+    """
+
+    def __init__(self, linear: nn.Linear, backend: str):
+        super().__init__()
+        weight, scale = quantize_rows_ref(linear.weight.float())
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias.detach().to(torch.bfloat16))
+        self.backend = backend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., K] -> [..., N] bfloat16."""
+        return self.product(*quantize_rows_ref(x))
+
+    def product(self, rows: torch.Tensor, scale: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """rows: [..., K] in float8_e4m3fn, scale: [...] -> [..., N] bfloat16."""
+        return linear_fp8(rows, scale, self.weight, self.weight_scale, self.bias, gelu, self.backend)
+
+
+class Unsummed(NamedTuple):
+    """x + gate * branch as a block leaves it: the kernel that reads it next adds it up in its own pass."""
+
+    x: torch.Tensor
+    branch: torch.Tensor
+    gate: torch.Tensor | None
+
+    def sum(self) -> torch.Tensor:
+        return self.x + (self.branch if self.gate is None else self.gate * self.branch)
+
+
+Tokens = torch.Tensor | Unsummed
+
+
+def _summed(x: Tokens) -> torch.Tensor:
+    return x.sum() if isinstance(x, Unsummed) else x
+
+
+def _normed(norm: LayerNorm, x: Tokens, shift=None, scale=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x, rows of its modulated norm in FP8, their scales)."""
+    arguments = *parameters_of(norm, LayerNorm), shift, scale, norm.eps, "triton"
+    if isinstance(x, Unsummed):
+        return gate_residual_norm_modulate_fp8(*x, *arguments)
+    return x, *layer_norm_modulate_fp8(x, *arguments)
+
+
+def _halves(block: Fp8Block | Fp8DecoderBlock, x, rows, scale, gate1, modulation2, gate2) -> Unsummed:
+    """Both halves of a block behind its first norm: x is the residual, rows and scale are x's norm in FP8."""
+    attn, mlp = block.attn, block.mlp
+    batch, length, width = x.shape
+    qkv = attn.qkv.product(rows, scale).view(batch, length, 3, attn.num_heads, width // attn.num_heads)
+    h = attention(qkv, attn.scale, backend=attn.backend).flatten(2)
+    branch = attn.proj.product(*quantize_rows(h, backend="triton"))
+    x, rows, scale = _normed(block.norm2, Unsummed(x, branch, gate1), *modulation2)
+    in_product = mlp.fc1.backend == "cuda"  # has GELU in its epilogue
+    h = mlp.fc1.product(rows, scale, gelu=in_product)
+    return Unsummed(x, mlp.fc2.product(*quantize_rows(h, gelu=not in_product, backend="triton")), gate2)
+
+
+class Fp8Block(Block):
+    def forward(self, x: Tokens) -> tuple[Unsummed, torch.Tensor]:
+        """x: [B, L, E] -> (what `Block` returns, x as a skip)."""
+        x, *normed = _normed(self.norm1, x)
+        return _halves(self, x, *normed, None, (), None), x
+
+
+class Fp8DecoderBlock(DecoderBlock):
+    def forward(self, x: Tokens, cond, skip=None, modulation=None) -> Unsummed:
+        shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
+        if skip is not None:
+            x = self._skip(x, skip)
+        if skip is None or is_plain(self.skip_norm, nn.Identity):
+            x, *normed = _normed(self.norm1, x, shift1, scale1)
+        else:
+            norm, after = parameters_of(self.skip_norm, LayerNorm), parameters_of(self.norm1, LayerNorm)
+            x, *normed = skip_norms_fp8(x, *norm, (*after, shift1, scale1), self.norm1.eps, "triton")
+        return _halves(self, x, *normed, gate1, modulation2, gate2)
+
+    def _skip(self, x: Tokens, skip: torch.Tensor) -> torch.Tensor:
+        if not is_plain(self.skip_linear, QuantizedLinear):
+            x = _summed(x)
+            return self.skip_linear(torch.cat([x, skip.to(x.dtype)], dim=-1))
+        x, branch, gate = x if isinstance(x, Unsummed) else (x, None, None)
+        return self.skip_linear.product(*quantize_rows(x, branch, gate, skip, backend="triton"))
+
+
+_FP8 = {Block: Fp8Block, DecoderBlock: Fp8DecoderBlock}
+
+
+class Fp8Network(ViTEncoder):
+    """What a network does with blocks of which some leave their result `Unsummed`."""
+
+    def _run(self, index: int, block: nn.Module, x: Tokens, *args: torch.Tensor | None):
+        return block(x if isinstance(block, tuple(_FP8.values())) else _summed(x), *args)
+
+    def _feature(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(_summed(self._through(x)[0])[:, :1])[:, 0]
+
+    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        x, entered = self._through(x)
+        last, normalised = self._final(self.norm, x)
+        return [*entered[1:], last], normalised
+
+    def _through(self, x: Tokens) -> tuple[Tokens, list[torch.Tensor]]:
+        """(output of the last block of the encoder, what entered each)."""
+        entered = []
+        for i, block in enumerate(self.blocks):
+            if isinstance(block, Fp8Block):
+                x, before = self._run(i, block, x)
+            else:
+                before = _summed(x)
+                x = self._run(i, block, before)
+            entered.append(before)
+        return x, entered
+
+    def _normalised_patches(self, x: Tokens) -> torch.Tensor:
+        if isinstance(x, Unsummed):
+            x = x._replace(x=x.x[:, self.extras :], branch=x.branch[:, self.extras :])
+            return self._final(self.out_norm, x)[1]
+        return super()._normalised_patches(x)
+
+    def _final(self, norm: nn.Module, x: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, its norm in 16 bits)."""
+        if isinstance(x, Unsummed) and is_plain(norm, LayerNorm):
+            return gate_residual_norm_modulate(*x, *parameters_of(norm, LayerNorm), eps=norm.eps, backend="triton")
+        x = _summed(x)
+        return x, norm(x)
+
+
+@functools.cache
+def _fp8_network(kind: type[ViTEncoder]) -> type[ViTEncoder]:
+    return type(f"Fp8{kind.__name__}", (Fp8Network, kind), {"__module__": kind.__module__})
+
+
+@torch.no_grad()
+def use_fp8(network: ViTEncoder, model: ViTEncoder) -> str:
+    """Compute the large linears of `network`'s blocks in FP8, with the weights of `model`; says what was done.
+
+    network: `model`'s twin for inference, which is changed in place. Its site "fp8" decides how.
+    Raises ValueError when no linear has sides that are multiples of 16, and for a backend that cannot run here.
+    """
+    device, site = next(model.parameters()).device, network.ops["fp8"]
+    chosen = {name for name, backend in network.ops.items() if backend != "plain"}
+    left_out = [name for name in _NOT_ASKED if chosen & {f"encoder.{name}", f"decoder.{name}"}]
+    network.use_ops({k: v for k, v in network.ops.items() if k.partition(".")[2] not in _NOT_ASKED})
+    if site == "cuda":
+        require_gemms("linear_fp8", device)
+    backend = "cuda" if site == "cuda" else product_backend(device)
+    linears = dict(model.large_linears())
+    names = [name for name, linear in linears.items() if is_plain(linear, nn.Linear) and fits(linear.weight)]
+    if not names:
+        raise ValueError("precision fp8: the network has no linear with sides that are multiples of 16; want bf16")
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, QuantizedLinear(linears[name], backend))
+    line = f"precision fp8: {len(names)} linears of the blocks"
+    left = len(linears) - len(names)
+    if left:
+        line += f"; {left} stay in bf16, being adapted or with sides that are no multiples of 16"
+    if site != "plain":
+        line += _use_blocks(network)
+    return line + (f"; sites {', '.join(left_out)} are not asked" if left_out else "")
+
+
+def _use_blocks(network: ViTEncoder) -> str:
+    """Give blocks and network the classes that compute with rows in FP8; says which blocks do not."""
+    blocks = [*network.blocks, *getattr(network, "decoder_blocks", ())]
+    taken = [block for block in blocks if _is_unchanged(block)]
+    for block in taken:
+        block.__class__ = _FP8[type(block)]
+    network.__class__ = _fp8_network(type(network))
+    left = len(blocks) - len(taken)
+    if not left:
+        return ""
+    return f"; {left} of {len(blocks)} blocks call their modules (hooks, adapters or other sides), not the kernels"
+
+
+_BYPASSED = {
+    "norm1": LayerNorm,
+    "norm2": LayerNorm,
+    "attn": Attention,
+    "attn.qkv": QuantizedLinear,
+    "attn.proj": QuantizedLinear,
+    "attn.proj_drop": nn.Dropout,
+    "mlp": Mlp,
+    "mlp.fc1": QuantizedLinear,
+    "mlp.fc2": QuantizedLinear,
+    "mlp.drop": nn.Dropout,
+    "drop_path": DropPath,
+}
+"""What a block in FP8 does not call."""
+
+
+def _is_unchanged(block: nn.Module) -> bool:
+    """Whether a block in FP8 would compute what this one does."""
+    norm = getattr(block, "skip_norm", None)
+    plain = norm is None or is_plain(norm, LayerNorm) or is_plain(norm, nn.Identity)
+    plain = plain and type(block) in _FP8 and is_plain(block, type(block))
+    return plain and all(is_plain(block.get_submodule(name), kind) for name, kind in _BYPASSED.items())

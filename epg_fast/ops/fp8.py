@@ -1,0 +1,70 @@
+"""What the operations on float8_e4m3fn share: the sides they take, and which products a device has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def fits(weight: torch.Tensor) -> bool:
+    """Whether weight [N, K] has sides that FP8 products take, forward and backward: multiples of 16."""
+    return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+
+
+def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{op}: got a tensor that requires a gradient, which FP8 output has not; use torch.no_grad()")
+
+
+def require_conversion(op: str, device: torch.device) -> None:
+    """Raise ValueError on a GPU whose Triton kernels cannot write float8_e4m3fn."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            f"{op}: got {torch.cuda.get_device_name(device)}, wanted a GPU with FP8 (compute capability 8.9 or more) "
+            "for backend='triton'; use backend='plain'"
+        )
+
+
+def product_backend(device: torch.device) -> str:
+    """The backend of `linear_fp8` that a device has, a GPU being one without a `product_refusal`."""
+    return "scaled_mm" if device.type == "cuda" or cpu_has_row_scales() else "plain"
+
+
+def require_row_scales(op: str, device: torch.device) -> None:
+    """Raise ValueError on a CPU whose PyTorch multiplies FP8 operands with one scale per tensor only."""
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not cpu_has_row_scales():
+        raise ValueError(
+            f"{op}: got torch {torch.__version__}, whose FP8 product on a CPU takes one scale per tensor, wanted one "
+            "that takes a scale per row (2.13 does); use backend='plain'"
+        )
+
+
+@functools.cache
+def cpu_has_row_scales() -> bool:
+    """Whether this PyTorch multiplies FP8 operands with a scale per row on a CPU; 2.11 does not."""
+    operand, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(operand, operand.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def product_refusal(device: torch.device, lowest: tuple[int, int], trial: Callable[[torch.device], bool]) -> str | None:
+    """Why a device has not the FP8 products that are wanted; None if it has them.
+
+    lowest: the compute capability that has them. trial: computes a small one there; whether it is right. A library
+    without code for the architecture may leave the result as it was.
+    """
+    if device.type != "cuda":
+        return f"device {device.type}"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability < lowest:
+        return f"{name} of compute capability {capability[0]}.{capability[1]}"
+    try:
+        right = trial(device)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return f"{name}, where torch {torch.__version__} refuses: {str(error).splitlines()[0]}"
+    return None if right else f"{name}, where torch {torch.__version__} multiplies wrongly"

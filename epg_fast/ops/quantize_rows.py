@@ -1,0 +1,170 @@
+"""Rows in float8_e4m3fn with a scale each, for matrix products in FP8, of what a product, or attention, has returned.
+
+    z = x + gate * branch                       only with a branch; gate left out: 1
+    z = gelu(z) = z Phi(z)                      only if wanted; Phi: the normal distribution function
+    z = concat[z, skip]                         only with a skip
+    rows = z / row_scale,  row_scale = max |z| / 448 over each row
+
+Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), with a scale per row.
+
+Shapes: x, branch: [B, L, D]; gate: [B, D] or [B, 1, D]; skip: [B, L, E]; rows: [B, L, D + E]; row_scale: [B, L]. The
+reference takes any x of rows [..., D].
+Dtypes: any floating dtypes, mixed freely; rows in float8_e4m3fn. Arithmetic and row_scale are float32 (float64 when x
+is float64); a sum with a branch is rounded to x's dtype, as `gate_residual_norm_modulate` does.
+Error: row_scale as the reference's, up to float32's rounding; which moves a value by one FP8 number at most, where it
+lies between two. A row whose largest value is below 1e-30 is zero. One with values that are not finite has NaN in it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.fp8 import refuse_gradient, require_conversion
+from epg_fast.ops.spec import OpSpec
+
+_OP = "quantize_rows"
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+_FP8_TINY = 1e-30  # the scale of a smaller row would leave float32's normal numbers
+_MAX_TRITON_WIDTH = 16_384
+
+
+def quantize_rows_ref(
+    x: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    gelu: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    z = gated_sum_ref(x, branch, gate).to(accumulation_dtype(x))
+    z = F.gelu(z) if gelu else z
+    z = z if skip is None else torch.cat([z, skip.to(z.dtype)], -1)
+    largest = z.abs().amax(-1)
+    row_scale = torch.where(largest > _FP8_TINY, largest / _FP8_MAX, 1.0)
+    return (z / row_scale.unsqueeze(-1)).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), row_scale
+
+
+def gated_sum_ref(x: torch.Tensor, branch: torch.Tensor | None, gate: torch.Tensor | None) -> torch.Tensor:
+    """x + gate * branch, rounded once, to x's dtype; x without a branch."""
+    if branch is None:
+        return x
+    branch = branch.to(accumulation_dtype(x))
+    if gate is not None:
+        branch = branch * (gate.unsqueeze(1) if gate.dim() == 2 else gate).to(branch.dtype)
+    return (x.to(branch.dtype) + branch).to(x.dtype)
+
+
+@torch.library.custom_op("epg_fast::quantize_rows", mutates_args=(), device_types="cpu")
+def _forward_op(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    gelu: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if interpreting():
+        return _forward_triton(x, branch, gate, skip, gelu)
+    rows, row_scale = quantize_rows_ref(x, branch, gate, skip, gelu)
+    return rows.contiguous(), row_scale.contiguous()
+
+
+@_forward_op.register_kernel("cuda")
+def _forward_triton(x, branch, gate, skip, gelu):
+    from epg_kernels.quantize_rows import quantize_rows_fwd
+
+    return quantize_rows_fwd(x, branch, gate, skip, gelu)
+
+
+@_forward_op.register_fake
+def _(x, branch, gate, skip, gelu):
+    width = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+    rows = x.new_empty((*x.shape[:-1], width), dtype=torch.float8_e4m3fn)
+    return rows, x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
+
+
+# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    gelu: bool = False,
+    backend: str = "plain",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows in float8_e4m3fn [B, L, D + E], row_scale [B, L]) of concat[gelu(x + gate * branch), skip].
+
+    x, branch: [B, L, D]; gate: [B, D], [B, 1, D] or None; skip: [B, L, E]; each but x may be left out, as may the GELU,
+    which is the exact one.
+    backend: "plain" (plain PyTorch, which torch.compile fuses with its neighbours), "triton" (one kernel, which reads
+    and writes everything once).
+    Raises ValueError for shapes that do not fit, for a tensor that requires a gradient and for a backend that cannot
+    run here.
+    """
+    check_backend(_OP, backend, ("plain", "triton"))
+    _check(x, branch, gate, skip)
+    refuse_gradient(_OP, x, branch, gate, skip)
+    if backend != "triton":
+        return quantize_rows_ref(x, branch, gate, skip, gelu)
+    require_triton(_OP, x, branch, gate, skip)
+    require_grid(_OP, x.shape[0])
+    for name, tensor in (("x", x), ("skip", skip)):
+        if tensor is not None and tensor.shape[-1] > _MAX_TRITON_WIDTH:
+            raise ValueError(
+                f"{_OP}: got {name} of width {tensor.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for "
+                "backend='triton'; use backend='plain'"
+            )
+    require_conversion(_OP, x.device)
+    gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
+    return _forward_op(x, branch, gate, skip, gelu)
+
+
+def _check(x, branch, gate, skip) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"{_OP}: got x of shape {tuple(x.shape)}, wanted [B, L, D]")
+    batch, tokens, width = x.shape
+    if gate is not None and branch is None:
+        raise ValueError(f"{_OP}: got a gate and no branch, wanted both, or no gate")
+    for name, tensor, wanted in (
+        ("branch", branch, [(batch, tokens, width)]),
+        ("gate", gate, [(batch, width), (batch, 1, width)]),
+    ):
+        if tensor is not None and tensor.shape not in wanted:
+            shapes = " or ".join(str(list(shape)) for shape in wanted)
+            raise ValueError(f"{_OP}: got {name} of shape {tuple(tensor.shape)}, wanted {shapes}")
+    if skip is not None and (skip.dim() != 3 or skip.shape[:2] != x.shape[:2]):
+        raise ValueError(f"{_OP}: got skip of shape {tuple(skip.shape)}, wanted [{batch}, {tokens}, E]")
+    for name, tensor in (("x", x), ("branch", branch), ("gate", gate), ("skip", skip)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
+
+
+def _bytes(shape: tuple[int, int, int, int], itemsize: int) -> int:
+    """Read x and, with a skip, a gated branch and the skip; write rows of a byte per value and their scales."""
+    batch, tokens, width, skip = shape
+    rows = batch * tokens
+    read = rows * (width + skip) + (batch + rows) * width * (skip > 0)
+    return read * itemsize + rows * (width + skip) + 4 * rows
+
+
+def _flops(shape: tuple[int, int, int, int]) -> int:
+    """Per value: 3 for its size, the largest and the division; with a skip 2 for the residual, without 14 for GELU."""
+    batch, tokens, width, skip = shape
+    return batch * tokens * (3 * (width + skip) + (2 if skip else 14) * width)
+
+
+SPEC = OpSpec(
+    name=_OP,
+    shapes=(
+        (64, 258, 6336, 0),
+        (64, 258, 1584, 768),
+        (64, 258, 3072, 0),
+        (64, 258, 10_752, 0),
+        (64, 258, 1920, 768),
+    ),
+    odd_shapes=((3, 17, 40, 24), (1, 258, 40, 0), (1, 17, 768, 0), (2, 3, 1584, 768)),
+    bytes=_bytes,
+    flops=_flops,
+)
+"""Of (B, L, D, E): with a skip of width E and a gated branch, or without both and with GELU where E is 0."""

@@ -1,0 +1,166 @@
+"""From what a user asks for with `--ops` to what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from epg_fast.ops.backends import require_triton
+from epg_fast.plans.plan import Case, Machine, Plan, read_plan, stored_plans
+from epg_fast.plans.sites import PLAIN, SITES, site_choices, sites_of
+
+_BASES = ("auto", "plain", "triton", "tune")
+log = logging.getLogger("epg_fast")
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What `--ops` says: where to begin, and the sites that are named."""
+
+    base: str
+    """"auto", "plain", "triton", "tune", or "plan" for that in `path`."""
+    path: Path | None = None
+    sites: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_ops(text: str) -> Ops:
+    """`--ops`: auto, plain, triton, tune or a plan's file, and sites with their backends, separated by commas.
+
+    Sites alone begin from auto. Raises ValueError for anything else.
+    """
+    if Path(text).expanduser().is_file():
+        return Ops("plan", Path(text).expanduser())
+    words = [word.strip() for word in text.split(",")]
+    sites = dict(word.split("=", 1) for word in words if "=" in word)
+    bases = [word for word in words if "=" not in word]
+    if len(bases) > 1 or "" in words:
+        raise ValueError(
+            f"ops {text!r}: want one of {', '.join(_BASES)} or a plan's file, then sites as attention=triton"
+        )
+    site_choices(sites)  # raises for what does not exist
+    base = bases[0] if bases else "auto"
+    if base in _BASES:
+        return Ops(base, sites=sites)
+    if base.endswith(".json") or "/" in base:
+        return Ops("plan", Path(base).expanduser(), sites)
+    near = difflib.get_close_matches(base, [*_BASES, *SITES], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"ops {base!r}{hint}: want {', '.join(_BASES)}, a plan's file, or sites as attention=triton")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What runs. None where the job's own rule holds."""
+
+    ops: Mapping[str, str]
+    """Backend of every site."""
+    compile: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    cuda_graphs: bool | None = None
+    threads: int | None = None
+    plan: str | None = None
+    """Name of the plan; None without one."""
+    why: str = ""
+    """One line for the log."""
+
+    def record(self) -> dict:
+        """What settings and checkpoints keep: the sites that are not plain, and how the whole is run."""
+        ops = {site: backend for site, backend in self.ops.items() if backend != "plain"}
+        run = {"compile": self.compile, "options": dict(self.options), "cuda_graphs": self.cuda_graphs}
+        return {"plan": self.plan, "ops": ops, **run, "threads": self.threads}
+
+    @classmethod
+    def from_record(cls, record: Mapping, why: str = "") -> Chosen:
+        """What `record` returned. Raises ValueError for a site or backend that this version lacks."""
+        run = {name: record.get(name) for name in ("compile", "cuda_graphs", "threads", "plan")}
+        return cls(site_choices(record["ops"]), options=record.get("options") or {}, why=why, **run)
+
+
+def plain_choice(why: str = "") -> Chosen:
+    """PyTorch's own operators everywhere, run as the job's own rules say."""
+    return Chosen(PLAIN, why=why)
+
+
+def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device, kept: Mapping | None = None) -> Chosen:
+    """What runs for `ops`, as `parse_ops` takes it or as backends by site, the others plain, on this device.
+
+    auto takes `kept`, the record of the run that goes on, then a plan of the user's for this device, versions, job and
+    shapes, then one that the package ships, then plain code; `why` says which. Nothing is measured: "tune" is as auto.
+    Raises ValueError for a plan's file that is damaged or made for something else, and for Triton where it cannot run.
+    """
+    if isinstance(ops, Mapping):
+        ops = Ops("plain", sites={site: backend for site, backend in ops.items() if backend != "plain"})
+    asked = parse_ops(ops) if isinstance(ops, str) else ops
+    if asked.base == "plain":
+        chosen = plain_choice("ops: plain, as asked")
+    elif asked.base == "triton":
+        chosen = Chosen(site_choices("triton"), why="ops: every Triton kernel, as asked")
+    elif asked.base == "plan":
+        chosen = _of_file(asked.path, case, Machine.here(device))
+    else:
+        chosen = _automatic(case, device, kept)
+    if asked.sites:
+        named = ", ".join(f"{site}={backend}" for site, backend in asked.sites.items())
+        merged = {**chosen.ops, **_named(asked.sites)}
+        chosen = dataclasses.replace(chosen, ops=merged, why=f"{chosen.why}; {named} as asked")
+    if "triton" in chosen.ops.values():
+        require_triton("ops", torch.empty(1, device=device))
+    return chosen
+
+
+def _named(sites: Mapping[str, str]) -> dict[str, str]:
+    """The sites that are named, a name for both halves as two."""
+    return {site: backend for name, backend in sites.items() for site in sites_of(name)}
+
+
+def _of_file(path: Path, case: Case, here: Machine) -> Chosen:
+    plan = read_plan(path)
+    if not plan.case.like(case):
+        raise ValueError(f"plan {path}: made for {plan.case}; this is {case}; {_command(case)}")
+    if differences := here.differences(plan.machine):
+        raise ValueError(f"plan {path}: made elsewhere ({'; '.join(differences)}); {_command(case)}")
+    return _chosen(plan, str(path), case)
+
+
+def _automatic(case: Case, device: torch.device, kept: Mapping | None) -> Chosen:
+    here = Machine.here(device)
+    if kept is not None:
+        if kept.get("device") == here.device:
+            name = kept.get("plan") or "plain code"
+            return Chosen.from_record(
+                kept, f"ops: {name}, which this run has used so far; --ops tune or a file changes it"
+            )
+        log.warning("this run has used %s on another device; choosing anew", kept.get("plan") or "plain code")
+    others: list[str] = []
+    found: list[tuple[bool, str, Plan]] = []
+    for where, plan in stored_plans():
+        if not plan.case.like(case):
+            continue
+        differences = here.differences(plan.machine)
+        if differences:
+            others.append(f"{where} is not used ({'; '.join(differences)})")
+        else:
+            found.append((plan.case.batch != case.batch, where, plan))
+    if found:
+        _, where, plan = min(found, key=lambda entry: entry[0])
+        return _chosen(plan, where, case)
+    reason = others[0] if others else "no plan for this job on this device"
+    return plain_choice(f"ops: plain code, {reason}; {_command(case)}")
+
+
+def _chosen(plan: Plan, where: str, case: Case) -> Chosen:
+    batch = "" if plan.case.batch == case.batch else f", measured with {plan.case.batch} images a call"
+    faster = f"{plan.speedup:.2f}x plain code" if plan.speedup > 1 else "which found nothing faster than plain code"
+    why = f"ops: plan {where} of {plan.made}, {faster}{batch}"
+    run = plan.compile, dict(plan.options), plan.cuda_graphs, plan.threads
+    return Chosen(site_choices(plan.ops), *run, plan=plan.name, why=why)
+
+
+def _command(case: Case) -> str:
+    return f"`epg-fast tune --job {case.job}` measures what is faster, as does --ops tune"

@@ -1,0 +1,89 @@
+"""What computes in a training run: the same on every rank, and after a resume what it was before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from epg_fast.config import RunConfig
+from epg_fast.data.files import write_atomically
+from epg_fast.plans import Case, Chosen, Machine, choose, parse_ops
+from epg_fast.plans.plan import architecture
+from epg_fast.training.distributed import Ranks
+
+_RECORD = "plan.json"
+log = logging.getLogger("epg_fast")
+
+
+def training_case(job: str, config: RunConfig, network: torch.nn.Module, world_size: int) -> Case:
+    """What a plan for this run is for."""
+    images = config.batch_size // world_size // config.gradient_accumulation
+    return Case(job, architecture(network), "fp8" if config.fp8 else config.precision, images)
+
+
+def agreed_choice(config: RunConfig, case: Case, ranks: Ranks, kept: Mapping | None) -> Chosen:
+    """What the main rank chooses, on every rank. Raises ValueError, on all of them, for ranks on unlike devices."""
+    if ranks.world_size == 1 or parse_ops(config.ops).base in ("plain", "triton"):
+        chosen = choose(config.ops, case, ranks.device, kept)
+    else:
+        chosen = _decided(config, case, ranks, kept)
+    log.info("%s", chosen.why)
+    return chosen
+
+
+def _decided(config: RunConfig, case: Case, ranks: Ranks, kept: Mapping | None) -> Chosen:
+    chosen = error = None
+    if ranks.main:
+        try:
+            chosen = choose(config.ops, case, ranks.device, kept)
+        except ValueError as problem:
+            error = problem
+    everyone = ranks.gather_objects((Machine.here(ranks.device), chosen, error))
+    machines, (_, chosen, error) = [machine for machine, *_ in everyone], everyone[0]
+    if error is not None:
+        raise error
+    for rank, machine in enumerate(machines):
+        if chosen.plan and (differences := machine.differences(machines[0])):
+            raise ValueError(
+                f"ops: rank {rank} is on another machine than rank 0, whose plan it cannot share "
+                f"({'; '.join(differences)}); take like machines, or --ops plain"
+            )
+    return chosen
+
+
+def applied(config: RunConfig, chosen: Chosen, world_size: int) -> RunConfig:
+    """The configuration with what was chosen where it says `auto`; flags that were given stay."""
+    changes = {}
+    if config.compile == "auto" and chosen.compile:
+        changes["compile"] = chosen.compile
+    if chosen.cuda_graphs and changes.get("compile") == "network":
+        if world_size == 1 and config.gradient_accumulation == 1:
+            changes["cuda_graphs"] = True
+        else:
+            log.info("no CUDA graphs, which the plan has: they take one rank and no gradient accumulation")
+    return dataclasses.replace(config, **changes)
+
+
+def kept_choice(outdir: Path) -> dict | None:
+    """What the run in `outdir` has used so far; None for a run that has none."""
+    try:
+        return json.loads((outdir / _RECORD).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ValueError(f"{outdir / _RECORD} is damaged; delete it, and the run goes on with another plan") from None
+
+
+def choice_record(chosen: Chosen, device: torch.device) -> dict:
+    """What `kept_choice` reads, and checkpoints hold."""
+    return chosen.record() | {"device": Machine.here(device).device}
+
+
+def note_choice(outdir: Path, record: dict) -> None:
+    """Write what the run uses."""
+    write_atomically(outdir / _RECORD, (json.dumps(record, indent=2) + "\n").encode())

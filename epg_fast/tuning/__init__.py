@@ -1,0 +1,17 @@
+"""`epg-fast tune`: makes a plan by measuring on this machine; nothing else in the package measures.
+
+    command     what is to be tuned, the table, the plan's file
+    tuner       which candidate is tried against which, and who wins: no clock, no network
+    client      the process that does the work, from outside: time limits, crashes
+    worker      the same from inside
+    workloads   what is checked and timed: sampling and training as they will run, of a network with fewer blocks or all
+    candidates  which backends there are, and which cannot run here
+
+PyTorch's own `register_custom_op_autotuning` chooses while it compiles, in every process for itself, one custom
+operator at a time. It checks no result, survives no crash, sees neither the backward pass nor the whole job, and ranks
+may differ.
+"""
+
+from epg_fast.tuning.command import ensure_plan, tune
+
+__all__ = ["ensure_plan", "tune"]

@@ -1,0 +1,214 @@
+"""The process that checks and times candidates: one request a line on stdin, one answer a line on stdout.
+
+A candidate may crash it or hang in it; whoever asks starts another. Usage: `python -m epg_fast.tuning.worker`, then a
+line with the job, then requests; see `epg_fast.tuning.client`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import pickle
+import sys
+import time
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+
+from epg_fast.config import RunConfig, SampleConfig
+from epg_fast.runtime import resolve_device
+from epg_fast.tuning.candidates import Variant
+from epg_fast.tuning.tuner import Failed
+from epg_fast.tuning.workloads import Sampling, Training, checked_batch, errors, worst
+
+_PAIRS = (5, 60)  # at least, at most
+_ROUNDING = {"bf16": 2**-8, "fp16": 2**-11, "tf32": 2**-11, "fp32": 1e-6, "fp8": 2**-4}
+_SAME = {"fp32": 1e-2, "tf32": 3e-2}  # of the whole job; 16 bits: 0.3
+_FLUSHED = 1 << 28  # bytes, several times a GPU's L2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is tuned. config: of the job; network: arguments of the network; batch: images of a step."""
+
+    config: SampleConfig | RunConfig
+    stage: type | None
+    network: dict
+    batch: int
+    seconds: float
+    """Of timing, for a pair of variants."""
+
+    def line(self) -> str:
+        """For a worker's stdin."""
+        return base64.b64encode(pickle.dumps(self)).decode()
+
+    @classmethod
+    def of_line(cls, line: str) -> Job:
+        """What `line` returned."""
+        return pickle.loads(base64.b64decode(line))
+
+
+class Worker:
+    """Answers requests; keeps the networks of the two variants that were used last."""
+
+    def __init__(self, job: Job):
+        self.job, self.device = job, resolve_device(job.config.device)
+        self._threads = torch.get_num_threads()
+        self._made: dict[tuple, Sampling | Training] = {}
+        self._results: dict[tuple, dict] = {}
+        # every variant compiles the blocks' code anew, and falls back to eager code without a word beyond the limit
+        for name in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(torch._dynamo.config, name, 10_000)
+
+    def check(self, unit: str, variant: Variant) -> dict:
+        """{result: [error, error of plain code]}. Raises Failed for a variant that is wrong."""
+        precision = "fp8" if getattr(self.job.config, "fp8", None) else self.job.config.precision
+        if unit == "whole":
+            return self._same_as_plain(variant, _SAME.get(precision, 0.3))
+        batch = checked_batch(self.job.batch, self.device)
+        plain = Variant(threads=variant.threads)
+        exact = self._reference(unit, plain, batch, "fp32" if unit == "optimizer" else "fp64")
+        found = errors(self._make(unit, variant, batch).results(), self._reference(unit, plain, batch, None), exact)
+        wrong = worst(found, 1e-5 if unit == "optimizer" else _ROUNDING[precision])
+        if wrong is not None:
+            raise Failed("wrong", "{}: error {:.2g}, {:.2g} is allowed".format(*wrong))
+        return dict(list(found.items())[:8])
+
+    def _same_as_plain(self, variant: Variant, allowed: float) -> dict:
+        """The whole job is compared with plain code in the same precision: blocks have been with exact results."""
+        wanted = self._reference("whole", Variant(threads=variant.threads), self.job.batch, None)
+        found = errors(self._make("whole", variant, self.job.batch).results(), wanted, wanted)
+        total = max(found["images" if "images" in found else "loss"][0], 0.0)
+        if not total <= allowed or any(own != own for own, _ in found.values()):
+            raise Failed("wrong", f"{total:.2g} off plain code, {allowed:.2g} is allowed")
+        return {"whole": [total, 0.0]}
+
+    def memory(self) -> list[int]:
+        """[free, all] bytes of the GPU, [] on a CPU."""
+        return list(torch.cuda.mem_get_info(self.device)) if self.device.type == "cuda" else []
+
+    def times(self, unit: str, variants: list[Variant]) -> list[list[float]]:
+        """Seconds of a step of each variant, taken in turn; one after the other where memory holds but one."""
+        try:
+            return self._in_turn([(self._make(unit, v, self.job.batch), v) for v in variants])
+        except torch.OutOfMemoryError:
+            if len(variants) == 1:
+                raise
+            self._forget()
+            return self._apart(unit, variants)
+
+    def _in_turn(self, workloads: list) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in workloads]
+        for workload, variant in workloads:
+            for _ in range(2):
+                self._time(workload, variant)
+        began = time.perf_counter()
+        while len(found[0]) < _PAIRS[0] or (
+            time.perf_counter() - began < self.job.seconds and len(found[0]) < _PAIRS[1]
+        ):
+            order = list(enumerate(workloads))
+            for i, (workload, variant) in order if len(found[0]) % 2 else reversed(order):
+                found[i].append(self._time(workload, variant))
+        return found
+
+    def _apart(self, unit: str, variants: list[Variant]) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in variants]
+        for _ in range(2):
+            for times, variant in zip(found, variants, strict=True):
+                times += self._in_turn([(self._make(unit, variant, self.job.batch), variant)])[0]
+                self._forget()
+        count = min(map(len, found))
+        return [times[:count] for times in found]
+
+    def _time(self, workload, variant: Variant) -> float:
+        if self.device.type != "cuda":
+            torch.set_num_threads(variant.threads or self._threads)
+            start = time.perf_counter()
+            workload.step()
+            return time.perf_counter() - start
+        torch.empty(_FLUSHED, dtype=torch.int8, device=self.device).zero_()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks[0].record()
+        workload.step()
+        marks[1].record()
+        marks[1].synchronize()
+        return marks[0].elapsed_time(marks[1]) / 1e3
+
+    def _reference(self, unit: str, variant: Variant, batch: int, precision: str | None) -> dict:
+        key = (unit, batch, precision)
+        if key not in self._results:
+            self._results = {k: v for k, v in self._results.items() if k[0] == unit}
+            workload = self._new(unit, variant, batch, precision)
+            self._results[key] = workload.results()
+            del workload
+            self._collect()
+        return self._results[key]
+
+    def _make(self, unit: str, variant: Variant, batch: int):
+        key = (unit, batch, json.dumps(dataclasses.asdict(variant), sort_keys=True))
+        if key not in self._made:
+            if variant.threads:
+                torch.set_num_threads(variant.threads)
+            while len(self._made) > 1 or any(k[0] != unit for k in self._made):
+                self._made.pop(next(iter(self._made)))
+            self._collect()
+            self._made[key] = self._new(unit, variant, batch, None)
+        self._made[key] = self._made.pop(key)  # the newest last
+        return self._made[key]
+
+    def _new(self, unit: str, variant: Variant, batch: int, precision: str | None):
+        job, config = self.job, self.job.config
+        dtype = None
+        if precision is not None:
+            config = dataclasses.replace(config, precision="fp32", **({"fp8": None} if job.stage else {}))
+            dtype = torch.float64 if precision == "fp64" else None
+        if job.stage is None:
+            return Sampling(config, job.network, unit, variant, batch, dtype)
+        return Training(config, job.stage, unit, variant, batch, dtype)
+
+    def _forget(self) -> None:
+        self._made.clear()
+        self._results.clear()
+        self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _answer(worker: Worker, request: dict) -> dict:
+    variants = [Variant(**variant) for variant in request["variants"]]
+    try:
+        if request["kind"] == "memory":
+            return {"answer": worker.memory()}
+        if request["kind"] == "check":
+            return {"answer": worker.check(request["unit"], variants[0])}
+        return {"answer": worker.times(request["unit"], variants)}
+    except Failed as failure:
+        return {"failed": failure.kind, "why": str(failure)}
+    except Exception as error:  # whatever a candidate raises: it is out, and the rest goes on
+        text = " ".join(str(error).split())[:300]
+        with contextlib.suppress(RuntimeError):
+            worker._forget()
+        return {"failed": "crashed", "why": f"{type(error).__name__}: {text}"}
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer until `requests` ends."""
+    worker = Worker(Job.of_line(requests.readline()))
+    for line in requests:
+        answers.write(json.dumps(_answer(worker, json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    # what libraries print must not come between the answers
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
+        os.dup2(2, 1)
+        serve(sys.stdin, own)

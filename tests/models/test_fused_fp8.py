@@ -1,0 +1,255 @@
+"""Blocks in FP8 on the kernels that quantise: they err as PyTorch's way does, and bypass nothing that was changed."""
+
+import importlib
+from collections import Counter
+
+import pytest
+import torch
+
+import epg_fast
+from epg_fast.models import EPGViT
+from epg_fast.models.fused_fp8 import Fp8Block, Fp8DecoderBlock, QuantizedLinear
+from epg_fast.sampling.precision import inference_network
+from tests.golden_data import Case
+from tests.ops.kernel_checks import pretend_gemms_run
+
+pytest.importorskip("triton")
+SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_depth": 2, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
+FORMS = {
+    "as released": {},
+    "decoder deeper than the encoder": {"decoder_depth": 3},
+    "encoder as wide as the decoder": {"decoder_embed_dim": 32},
+    "three class tokens": {"tokens": 3},
+    "no classes": {"num_classes": 0},
+    "qkv bias and a scale of the scores": {"qkv_bias": True, "qk_scale": 0.3},
+    "no norm after the skips": {"skip_post_norm": False},
+    "a skip whose width FP8 does not take": {"embed_dim": 40},
+}
+KERNELS = ("quantize_rows", "layer_norm_modulate", "gate_residual_norm_modulate", "skip_linear")
+
+
+@pytest.fixture
+def references(monkeypatch):
+    """The operators' references in the place of kernels: Triton's interpreter rounds to 16 and to 8 bits badly."""
+    for op in KERNELS:
+        monkeypatch.setattr(importlib.import_module(f"epg_fast.ops.{op}"), "interpreting", lambda: False)
+
+
+def make(**config):
+    torch.manual_seed(0)
+    model = EPGViT(**(SIZES | DECODER | config)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def inputs(model, batch=32):
+    x, t = torch.randn(batch, 3, 16, 16), torch.linspace(-1500, 1400, batch)
+    return (x, t, torch.arange(batch) % 6) if model.num_classes else (x, t)
+
+
+@torch.no_grad()
+def in_fp8(model, arguments, ops):
+    x, *rest = arguments
+    network = inference_network(model.use_ops(ops), "fp8")
+    model.use_ops("plain")
+    return network(x.bfloat16(), *rest).float()
+
+
+def error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_network_errs_with_the_kernels_as_much_as_with_pytorch(form):
+    model = make(**form)
+    arguments = inputs(model)
+    with torch.no_grad():
+        want = model(*arguments)
+    errors = {ops: error(in_fp8(model, arguments, {"fp8": ops}), want) for ops in ("plain", "triton")}
+    # The same roundings of other values: what they add up to differs by chance, in thousands of outputs by little.
+    assert errors["triton"] == pytest.approx(errors["plain"], rel=0.1)
+    assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) == errors["triton"] > 2e-3
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("name", ["epgvit_equal_depth", "epgvit_head_dim_72"])
+def test_official_outputs_are_met_as_nearly_as_by_pytorchs_way(name):
+    case = Case(name)
+    model = EPGViT(**case.config["model"]).eval()
+    model.load_state_dict(case.weights())
+    arguments = case["x"], case["t"], case["y"]
+    errors = [error(in_fp8(model, arguments, {"fp8": ops}), case["out"]) for ops in ("triton", "plain")]
+    assert 1e-3 < errors[0] < 1.1 * errors[1] < 0.1
+
+
+def test_use_ops_triton_samples_in_fp8_and_says_what_is_not_asked(log):
+    model, options = make(), {"sampler": "onestep"}
+    want = epg_fast.sample(model, [0, 1, 2], **options)
+    plain = epg_fast.sample(model, [0, 1, 2], precision="fp8", **options)
+    log.messages.clear()
+    fused = epg_fast.sample(model.use_ops("triton"), [0, 1, 2], precision="fp8", **options)
+    assert log.messages[1:] == ["precision fp8: 18 linears of the blocks; sites norm, proj, mlp, skip are not asked"]
+    assert 0 < error(fused, want) < 4 * error(plain, want)  # the interpreter's roundings
+
+
+def count_calls(monkeypatch, *names):
+    """How often `fused_fp8` calls these operations."""
+    module, calls = importlib.import_module("epg_fast.models.fused_fp8"), Counter()
+
+    def counted(name, operation):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return operation(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    return calls
+
+
+@pytest.mark.usefixtures("references")
+def test_every_pass_over_the_tokens_that_can_be_shared_is(monkeypatch):
+    model = make()
+    arguments = inputs(model, 2)
+    names = ("layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate")
+    calls = count_calls(monkeypatch, *names, "skip_norms_fp8", "quantize_rows", "quantize_rows_ref", "linear_fp8")
+    in_fp8(model, arguments, {"fp8": "triton"})
+    assert calls == {
+        "layer_norm_modulate_fp8": 1,  # the first block's
+        "gate_residual_norm_modulate_fp8": 4 + 1,  # second norms, and the second block's first
+        "gate_residual_norm_modulate": 2,  # final norms
+        "skip_norms_fp8": 2,
+        "quantize_rows": 2 * 4 + 2,  # attention's outputs, GELUs, skips
+        "quantize_rows_ref": 4 * 4 + 2,  # weights, once
+        "linear_fp8": 4 * 4 + 2,
+    }
+
+
+@pytest.mark.usefixtures("references")
+def test_products_of_the_extension_have_the_gelu_in_them(monkeypatch):
+    pretend_gemms_run(monkeypatch, "linear_fp8")
+    module = importlib.import_module("epg_fast.models.fused_fp8")
+    monkeypatch.setattr(module, "require_gemms", lambda op, device: None)
+    model, seen = make(), []
+    arguments = inputs(model)
+    linear = module.linear_fp8
+
+    def noted(*args):
+        seen.append(args[-2:])
+        return linear(*args)
+
+    monkeypatch.setattr(module, "linear_fp8", noted)
+    got, want = (in_fp8(model, arguments, {"fp8": backend}) for backend in ("cuda", "triton"))
+    assert Counter(seen[:18]) == {(True, "cuda"): 4, (False, "cuda"): 14}
+    with torch.no_grad():
+        exact = model(*arguments)
+    assert error(got, exact) == pytest.approx(error(want, exact), rel=0.1)
+
+
+def test_products_of_an_extension_that_is_not_there_are_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr("epg_fast.ops.extension.extension_status", lambda: (False, "not built"))
+    with pytest.raises(ValueError, match="linear_fp8: got backend='cuda'.*but the extension is not built"):
+        epg_fast.sample(make().use_ops({"fp8": "cuda"}), [0], sampler="onestep", precision="fp8")
+
+
+class Adapter(torch.nn.Module):
+    factor = 1.0
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.factor * self.module(*args)
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        ("blocks.0", "blocks.0"),
+        ("blocks.0.attn.qkv", "blocks.0"),
+        ("blocks.1.norm2", "blocks.1"),
+        ("blocks.1.drop_path", "blocks.1"),
+        ("norm", None),
+        ("decoder_blocks.0", "decoder_blocks.0"),
+        ("decoder_blocks.0.mlp.fc1", "decoder_blocks.0"),
+        ("decoder_blocks.1.attn", "decoder_blocks.1"),
+        ("decoder_blocks.1.skip_norm", "decoder_blocks.1"),
+        ("decoder_blocks.0.skip_linear", None),
+        ("decoder_blocks.0.adaLN_modulation", None),
+        ("decoder_blocks.1", "decoder_blocks.1"),
+        ("out_norm", None),
+    ],
+)
+@pytest.mark.parametrize("how", ["adapter", "hook"])
+def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path, kept, how, log, monkeypatch):
+    if how == "adapter" and path == kept:
+        how = "hook"  # the network asks blocks for more than a call
+    model = make()
+    arguments = inputs(model)
+    with torch.no_grad():
+        want = model(*arguments)
+    error_before = error(in_fp8(model, arguments, {"fp8": "triton"}), want)
+    if how == "adapter":
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(path)))
+    else:
+        model.get_submodule(path).register_forward_hook(lambda module, args, out: Adapter.factor * out)
+    log.messages.clear()
+    assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) == pytest.approx(error_before, rel=0.15)
+    assert ("; 1 of 4 blocks call their modules" in log.messages[0]) == (kept is not None)
+    network = inference_network(model.use_ops("triton"), "fp8")
+    names = {n for n, m in network.named_modules() if isinstance(m, (Fp8Block, Fp8DecoderBlock))}
+    blocks = {f"{half}.{i}" for half in ("blocks", "decoder_blocks") for i in range(2)}
+    assert names == blocks - {kept}
+    monkeypatch.setattr(Adapter, "factor", float("nan"))
+    assert in_fp8(model, arguments, {"fp8": "triton"}).isnan().all()
+
+
+@pytest.mark.usefixtures("references")
+def test_a_subclass_and_a_network_that_encodes_alone_are_computed():
+    class Halved(EPGViT):
+        def forward(self, x, t, y=None, **options):
+            return super().forward(x, t, y, **options) / 2
+
+    model = make()
+    arguments = inputs(model)
+    want = in_fp8(model, arguments, {"fp8": "triton"})
+    halved = Halved(**SIZES, **DECODER).eval()
+    halved.load_state_dict(model.state_dict())
+    assert torch.equal(in_fp8(halved, arguments, {"fp8": "triton"}), want / 2)
+    x, t, y = arguments
+    feature = inference_network(model.use_ops({"fp8": "triton"}), "fp8").encode(x.bfloat16(), t, y)
+    assert error(feature.float(), model.use_ops("plain").encode(x, t, y)) < 0.05
+
+
+@pytest.mark.usefixtures("references")
+def test_blocks_and_network_compile_into_one_graph_each():
+    model = make().use_ops({"fp8": "triton"})
+    x, *rest = inputs(model, 3)
+    network = inference_network(model, "fp8")
+    with torch.no_grad():
+        conditioning = network.conditioning(*rest)
+        want = network.denoise(x.bfloat16(), conditioning)
+        torch.compiler.reset()
+        whole = torch.compile(network.denoise, fullgraph=True, backend="aot_eager")
+        assert torch.equal(whole(x.bfloat16(), conditioning), want)
+        for block in (network.blocks[1], network.decoder_blocks[1]):
+            block.compile(fullgraph=True, backend="aot_eager")
+        assert torch.equal(network.denoise(x.bfloat16(), conditioning), want)
+
+
+@pytest.mark.usefixtures("references")
+def test_a_cpu_without_fp8_products_multiplies_the_rounded_values(monkeypatch):
+    model = make()
+    arguments = inputs(model)
+    want = in_fp8(model, arguments, {"fp8": "triton"})
+    monkeypatch.setattr("epg_fast.ops.fp8.cpu_has_row_scales", lambda: False)
+    assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) < 0.01
+    network = inference_network(model.use_ops({"fp8": "triton"}), "fp8")
+    assert {m.backend for m in network.modules() if isinstance(m, QuantizedLinear)} == {"plain"}

@@ -1,0 +1,286 @@
+"""Plans: which one is taken, which are refused, and that runs and resumed runs compute with them."""
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+
+import epg_fast
+from epg_fast.__main__ import main
+from epg_fast.plans import PLAIN, Case, Machine, Plan, choose, parse_ops, read_plan
+from epg_fast.plans import plan as plan_module
+from epg_fast.plans.plan import architecture
+from epg_fast.sampling import SamplingEngine
+
+CPU = torch.device("cpu")
+SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+DECODER = {"decoder_depth": 2, "decoder_embed_dim": 40, "decoder_num_heads": 2, "num_classes": 5}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The user's plans."""
+    monkeypatch.setenv("EPG_FAST_PLANS", str(tmp_path / "plans"))
+    (tmp_path / "plans").mkdir()
+    return tmp_path / "plans"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    made = epg_fast.EPGViT(**SIZES, **DECODER).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def case_of(model, batch=64, precision="fp32"):
+    return Case("sample", architecture(model), precision, batch)
+
+
+def make_plan(case, ops=None, **changes):
+    return Plan(case, Machine.here(CPU), {"steps": "extension"} if ops is None else ops, "off", speedup=1.5, **changes)
+
+
+def put(folder, plan, name=None):
+    path = folder / (name or plan.name)
+    path.write_text(plan.text())
+    return path
+
+
+def test_a_plan_is_read_as_it_was_written(model, tmp_path):
+    plan = make_plan(case_of(model), {"encoder.mlp": "triton"}, evidence={"rows": [1]}, made="d")
+    assert read_plan(put(tmp_path, plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged, or not JSON"),
+        (b'{"format": "epg_fast plan 1", "case"', "damaged, or not JSON"),
+        (b"[]", "not a plan of this version"),
+        (b'{"format": "epg_fast plan 0"}', "not a plan of this version"),
+        (b'{"format": "epg_fast plan 1"}', "damaged"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_an_error_by_name_and_a_warning_in_the_folder(content, message, folder, model, log):
+    path = folder / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        choose(str(path), case_of(model), CPU)
+    assert choose("auto", case_of(model), CPU).plan is None
+    assert len(log.messages) == 1 and message in log.messages[0]
+
+
+@pytest.mark.parametrize("damage", [{"ops": {"mlp": "triton"}}, {"compile": "on"}, {"ops": {"encoder.mlp": "fast"}}])
+def test_a_plan_with_what_does_not_exist_is_damaged(damage, model, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(json.loads(make_plan(case_of(model)).text()) | damage))
+    with pytest.raises(ValueError, match=r"plan.json: damaged .*run `epg-fast tune` again"):
+        read_plan(path)
+
+
+def test_auto_takes_the_users_plan_then_the_packages_then_plain_code(folder, model, monkeypatch, tmp_path):
+    case = case_of(model)
+    assert (
+        "plain code, no plan for this job on this device; `epg-fast tune --job sample`" in choose("auto", case, CPU).why
+    )
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(plan_module, "_SHIPPED", shipped)
+    put(shipped, make_plan(case, {"optimizer": "fused"}))
+    chosen = choose("auto", case, CPU)
+    assert chosen.ops["optimizer"] == "fused" and "the package's" in chosen.why
+    put(folder, make_plan(case))
+    chosen = choose("auto", case, CPU)
+    assert chosen.ops == PLAIN | {"steps": "extension"} and str(folder) in chosen.why and "1.50x" in chosen.why
+    assert choose("plain", case, CPU).ops == PLAIN
+
+
+def test_single_sites_override_whatever_they_follow(folder, model):
+    put(folder, make_plan(case_of(model), {"steps": "extension", "encoder.attention": "math"}))
+    chosen = choose("attention=flash, steps=plain", case_of(model), CPU)
+    assert chosen.ops == PLAIN | {"encoder.attention": "flash", "decoder.attention": "flash"}
+    assert choose("plain,decoder.attention=math", case_of(model), CPU).ops == PLAIN | {"decoder.attention": "math"}
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({"batch": 60}, True),
+        ({"batch": 40}, True),
+        ({"batch": 32}, False),
+        ({"batch": 65}, False),
+        ({"precision": "bf16"}, False),
+        ({"job": "pretrain"}, False),
+        ({"network": {"embed_dim": 96}}, False),
+    ],
+)
+def test_a_plan_serves_its_job_shapes_precision_and_class_of_batches(change, taken, folder, model):
+    case = case_of(model)
+    put(folder, make_plan(case))
+    network = dict(case.network) | change.pop("network", {})
+    chosen = choose("auto", dataclasses.replace(case, network=network, **change), CPU)
+    assert (chosen.plan is not None) == taken
+    assert not taken or "measured with 64 images a call" in chosen.why
+
+
+def test_the_plan_of_the_very_batch_goes_before_its_neighbours(folder, model):
+    put(folder, make_plan(case_of(model, 60), {"optimizer": "fused"}), "a.json")
+    put(folder, make_plan(case_of(model, 64)), "b.json")
+    put(folder, make_plan(case_of(model, 50), {"optimizer": "fused"}), "c.json")
+    assert choose("auto", case_of(model), CPU).ops["steps"] == "extension"
+
+
+@pytest.mark.parametrize("field", ["torch", "triton", "epg_fast", "device", "capability", "extension"])
+def test_a_plan_of_another_machine_is_not_used_and_the_line_says_why(field, folder, model):
+    plan = make_plan(case_of(model))
+    path = put(folder, dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, **{field: "other"})))
+    chosen = choose("auto", case_of(model), CPU)
+    assert chosen.plan is None and f"{field} other there" in chosen.why and "epg-fast tune" in chosen.why
+    with pytest.raises(ValueError, match=f"made elsewhere .{field} other there, .* here"):
+        choose(str(path), case_of(model), CPU)
+
+
+def test_another_driver_is_another_machine_to_nobody(folder, model):
+    plan = make_plan(case_of(model))
+    put(folder, dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, driver="12080")))
+    assert choose("auto", case_of(model), CPU).plan == plan.name
+
+
+def test_a_file_for_another_job_is_refused(model, tmp_path):
+    path = put(tmp_path, make_plan(case_of(model)))
+    other = dataclasses.replace(case_of(model), job="pretrain")
+    with pytest.raises(ValueError, match="made for sample in fp32, 64 images a call, .*; this is pretrain"):
+        choose(str(path), other, CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tritn", "did you mean 'triton'"),
+        ("atention=triton", "got site 'atention' .did you mean 'attention'"),
+        ("mlp=cudnn", "got mlp='cudnn', want one of plain"),
+        ("plain,triton", "want one of auto, plain, triton, tune or a plan's file, then sites"),
+        ("", "want one of auto"),
+        ("auto,", "want one of auto"),
+    ],
+)
+def test_what_ops_does_not_mean_is_one_line(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ops(text)
+
+
+def test_a_plan_that_is_not_there_is_one_line(model):
+    with pytest.raises(ValueError, match="nowhere.json: No such file.*; want a file that `epg-fast tune` made"):
+        choose("nowhere.json", case_of(model), CPU)
+
+
+def test_an_engine_draws_by_the_plan_and_leaves_the_network_as_it_was(folder, model, log):
+    want = SamplingEngine(model, steps=4, batch_size=64)([0, 1])
+    put(folder, make_plan(case_of(model), {"encoder.attention": "math", "decoder.attention": "math"}))
+    engine = SamplingEngine(model, steps=4, batch_size=64)
+    assert engine.chosen.ops["encoder.attention"] == "math" and model.ops == PLAIN
+    assert [block.attn.backend for block in engine.model.blocks] == ["math"] * 2
+    assert [block.attn.backend for block in model.blocks] == ["plain"] * 2
+    torch.testing.assert_close(engine([0, 1]), want, rtol=0, atol=1e-4)
+    assert "ops: plan " in log.ops[-1]
+    assert SamplingEngine(model, steps=4, batch_size=64, ops="plain").model is model
+    assert SamplingEngine(model, steps=4, batch_size=64, guidance=2.0).chosen.plan is None  # twice the images a call
+
+
+def test_a_network_takes_a_plan_by_itself(folder, model):
+    put(folder, make_plan(case_of(model, precision="bf16"), {"decoder.attention": "math"}))
+    assert model.use_ops("auto", precision="bf16", batch_size=64).ops["decoder.attention"] == "math"
+    assert model.use_ops("auto", precision="fp16", batch_size=64).ops == PLAIN
+
+
+def training_plan(tiny_run, ops, device=CPU, **run):
+    """A plan for the command `tiny_run`."""
+    from epg_fast.__main__ import _parse
+    from epg_fast.config import DiffusionConfig
+    from epg_fast.models import generator_from_config
+    from epg_fast.training.planning import training_case
+    from epg_fast.training.stages import network_config
+
+    config, _ = _parse("finetune-diffusion", DiffusionConfig, [*tiny_run])
+    network = generator_from_config(network_config(config))
+    case = training_case("finetune-diffusion", config, network, 1)
+    return Plan(case, Machine.here(device), ops, **({"compile": "off"} | run), made="2026-01-01", speedup=1.2)
+
+
+def test_a_run_records_its_plan_and_keeps_it_when_it_goes_on(tiny_run, folder, tmp_path, caplog):
+    command = ["finetune-diffusion", *tiny_run, "--outdir", str(tmp_path / "run"), "--checkpoint_every", "2"]
+    plan = training_plan(tiny_run, {"encoder.attention": "math", "optimizer": "plain"})
+    put(folder, plan)
+    assert main([*command, "--steps", "4"]) == 0
+    record = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert record["plan"] == plan.name and record["ops"] == {"encoder.attention": "math"}
+    first, *lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first) == {"step": 0, "plan": record} and all("loss" in line for line in lines)
+    newest = max((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    assert torch.load(newest, weights_only=True)["plan"] == record
+
+    # another plan that has been made since does not change what the run computes
+    put(folder, dataclasses.replace(plan, ops={"decoder.attention": "math"}))
+    newest.unlink()
+    assert main([*command, "--steps", "4"]) == 0
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == record
+    for path in (tmp_path / "run" / "checkpoints").glob("*4.pt"):
+        path.unlink()
+    assert main([*command, "--steps", "4", "--ops", "plain"]) == 0
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["ops"] == {}
+
+
+def test_a_plan_gives_way_to_flags(tiny_run, folder):
+    from epg_fast.__main__ import _parse
+    from epg_fast.config import DiffusionConfig
+    from epg_fast.training import DiffusionStage
+    from epg_fast.training.distributed import Ranks
+
+    put(folder, training_plan(tiny_run, {}, compile="network"))
+    for flags, how in ((["--compile", "blocks"], "blocks"), ([], "network"), (["--ops", "plain"], "auto")):
+        config, _ = _parse("finetune-diffusion", DiffusionConfig, [*tiny_run, *flags])
+        assert DiffusionStage(config, Ranks(0, 1, CPU)).config.compile == how
+
+
+def test_two_ranks_take_what_the_main_one_chooses_and_unlike_machines_are_refused(monkeypatch, folder, model):
+    from epg_fast.training import planning
+    from epg_fast.training.distributed import Ranks
+
+    plan = make_plan(dataclasses.replace(case_of(model), job="pretrain"))
+    put(folder, plan)
+    config = type("Config", (), {"ops": "auto"})
+    here, told = Machine.here(CPU), []
+    of_the_main_one = choose("auto", plan.case, CPU)
+
+    class Two(Ranks):
+        def gather_objects(self, value):
+            told.append(value)
+            return [(here, of_the_main_one, None), value]
+
+    other = Two(1, 2, CPU)
+    chosen = planning.agreed_choice(config, plan.case, other, None)
+    assert chosen.plan == plan.name and told[0][1] is None  # this rank has not looked itself
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device: dataclasses.replace(here, device="H100")))
+    with pytest.raises(ValueError, match="rank 1 is on another machine than rank 0.*device .* there, H100 here"):
+        planning.agreed_choice(config, plan.case, other, None)
+
+
+def test_a_damaged_plan_on_the_command_line_is_exit_code_2(tiny_run, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text("{}")
+    command = ["finetune-diffusion", *tiny_run, "--outdir", str(tmp_path / "run"), "--ops", str(tmp_path / "plan.json")]
+    assert main(command) == 2
+    assert "not a plan of this version" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*command[:-1], "trition"]) == 2
+    assert "did you mean 'triton'" in capsys.readouterr().err
+
+
+def test_the_report_names_the_plans_of_this_device(folder, model, capsys):
+    plan = make_plan(case_of(model))
+    put(folder, plan)
+    logging.getLogger("epg_fast").setLevel(logging.ERROR)
+    assert main(["env"]) == 0
+    assert "1 for this device" in capsys.readouterr().out

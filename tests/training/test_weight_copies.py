@@ -1,0 +1,231 @@
+"""Copies of weights in 16 bits change no bit of training, and are never those of other weights."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from epg_fast.__main__ import main
+from epg_fast.runtime import AUTOCAST
+from epg_fast.training import weight_copies
+from epg_fast.training.compilation import compile_blocks, compile_networks
+from epg_fast.training.distributed import Ranks
+from epg_fast.training.loop import make_step_module
+from epg_fast.training.metrics import Metrics
+from epg_fast.training.state import RunState
+from epg_fast.training.weight_copies import WeightCopies
+from tests.ops.extension_checks import needs_extension
+from tests.training.runs import assert_same_run, crash_after_save, run_command
+from tests.training.stages import JOBS, make_config, make_stage
+
+pytest.importorskip("triton")
+CPU = torch.device("cpu")
+BACKENDS = [pytest.param("fused", marks=needs_extension), "torch"]
+SAVE = RunState.save
+SMALL = {"depth": 1, "decoder_depth": 2}
+
+
+@pytest.fixture(autouse=True)
+def _operators_without_the_interpreter(monkeypatch):
+    """Fused operations run what they are on a CPU, PyTorch's operators: Triton's interpreter takes minutes."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("epg_fast.ops.") and name != "epg_fast.ops.backends" and hasattr(module, "interpreting"):
+            monkeypatch.setattr(module, "interpreting", lambda: False)
+
+
+class _Images:
+    root = "nowhere"
+
+    def fingerprint(self):
+        return "none"
+
+
+class Training:
+    """Updates of a small network, as a run makes them, in 16 bits. ops: those of the network."""
+
+    def __init__(self, job="finetune-diffusion", backend="torch", ops="triton", precision="bf16", **fields):
+        torch.manual_seed(0)
+        config = make_config(job, SMALL, batch_size=4, precision=precision, ops=ops, **fields)
+        config.optimizer.backend, config.optimizer.warmup_steps, config.optimizer.lr = backend, 0, 1e-3
+        self.stage = make_stage(job, config)
+        with torch.no_grad():
+            for parameter in self.stage.network.parameters():  # the output layer starts at 0, and hides all others
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+        self.state = RunState(config, self.stage, _Images(), Ranks(0, 1, CPU))
+        self.step_module = make_step_module(self.stage)
+
+    def update(self, broken=False):
+        torch.manual_seed(10 + self.state.iteration)
+        batch = {name: torch.randn(4, 3, 32, 32) for name in ("x", "view1", "view2")} | {"label": torch.arange(4)}
+        if broken:
+            batch["x"][0] = float("inf")
+        self.state.update(self.step_module, batch, Metrics(None, False, 0, False, None, {}))
+
+    def tensors(self):
+        networks = {name: getattr(self.stage, name).state_dict() for name in ("network", "average")}
+        return {f"{of}.{name}": value.clone() for of, state in networks.items() for name, value in state.items()}
+
+
+def large_weights(training, *names):
+    networks = [getattr(training.stage, name) for name in names or ("network",)]
+    blocks = [block for network in networks for block in getattr(network, "decoder_blocks", ())]
+    linears = [linear for network in networks for _, linear in network.large_linears()]
+    return [linear.weight for linear in (*linears, *(block.adaLN_modulation[1] for block in blocks))]
+
+
+def assert_right(training, weights):
+    """Inside `in_use` every weight has a copy, and it is that of the weight."""
+    copies = training.state.copies
+    with copies.in_use():
+        for weight in weights:
+            assert torch.equal(copies.get(weight), weight.detach().to(copies.get(weight).dtype))
+
+
+class _Casts(TorchDispatchMode):
+    """The addresses of what is cast, and how many tensors each foreach copy writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.foreach = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.foreach.append(len(args[0]))
+        if func is torch.ops.aten._to_copy.default:
+            self.addresses.append(args[0].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("job", JOBS)
+def test_updates_with_copies_and_with_casts_are_the_same_bit_for_bit(job, backend, precision, monkeypatch):
+    with_copies = Training(job, backend, precision=precision)
+    names = {"pretrain": ["network", "average"], "finetune-consistency": ["network", "perceptual"]}
+    assert_right(with_copies, large_weights(with_copies, *names.get(job, ["network"])))
+    monkeypatch.setattr(weight_copies, "linears_with_operands", lambda network: ())
+    with_casts = Training(job, backend, precision=precision)
+    assert with_casts.state.copies.get(large_weights(with_casts)[0]) is None
+    for training in (with_copies, with_casts):
+        for _ in range(3):
+            training.update()
+    got, want = with_copies.tensors(), with_casts.tensors()
+    assert not any(
+        torch.equal(want[name], value) for name, value in Training(job).tensors().items() if ".fc1.w" in name
+    )
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(("backend", "foreach"), [pytest.param("fused", 0, marks=needs_extension), ("torch", 1)])
+@pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion"])
+def test_an_update_casts_no_large_weight_and_copies_them_in_one_call_at_most(job, backend, foreach):
+    training = Training(job, backend)
+    training.update()
+    weights = large_weights(training, *(["network", "average"] if job == "pretrain" else ["network"]))
+    with _Casts() as casts:
+        training.update()
+    assert casts.foreach.count(len(weights)) == foreach
+    assert casts.addresses and not {weight.data_ptr() for weight in weights} & {*casts.addresses}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_is_never_that_of_another_weight(backend):
+    training = Training("pretrain", backend)
+    weights = large_weights(training, "network", "average")
+    for broken in (False, True, False):
+        training.update(broken)
+        assert_right(training, weights)
+    saved = copy.deepcopy(training.stage.network.state_dict())
+    training.update()
+    training.stage.network.load_state_dict(saved)
+    assert_right(training, weights)
+    with torch.no_grad():
+        weights[2].mul_(2)
+    assert_right(training, weights)
+    # changed behind an update's back, which then leaves everything as it is
+    with torch.no_grad():
+        weights[2].mul_(2)
+    training.state.optimizer.schedule(1.0, None, [0.5])
+    for weight in training.stage.network.parameters():
+        weight.grad = torch.full_like(weight, float("nan"))
+    training.state.optimizer.step()
+    assert_right(training, weights)
+    linear = training.stage.network.blocks[0].mlp.fc1
+    linear.weight = torch.nn.Parameter(linear.weight.detach() + 1)
+    for _ in range(2):
+        with training.state.copies.in_use():
+            operand = training.stage.network.blocks[0].operands["mlp.fc1"]
+            assert torch.equal(operand, linear.weight.to(operand.dtype))
+        training.update()
+
+
+def test_only_an_update_reads_copies_and_no_copy_of_a_network_has_them():
+    training = Training()
+    training.update()
+    network = training.stage.network
+    names = [name for name, _ in network.named_buffers()]
+    assert all(not module.operands for module in [network, *network.blocks, *network.decoder_blocks])
+    with training.state.copies.in_use():
+        assert all(module.operands for module in [network, *network.blocks, *network.decoder_blocks])
+        assert [name for name, _ in network.named_buffers()] == names
+    assert "operands" not in vars(copy.deepcopy(network).blocks[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "left_out"),
+    [
+        ({"precision": "fp32"}, {"qkv", "proj", "fc1", "fc2", "skip_linear"}),
+        ({"ops": "plain"}, {"qkv", "proj", "fc1", "fc2", "skip_linear"}),
+        ({"ops": {"mlp": "triton"}}, {"proj", "skip_linear"}),
+        ({"ops": {"proj": "norm"}}, {"fc1", "fc2", "skip_linear"}),
+    ],
+    ids=str,
+)
+def test_products_that_would_not_read_a_copy_have_none(fields, left_out):
+    ops = fields.pop("ops", "triton")
+    training = Training(ops="plain", **fields)
+    training.stage.network.use_ops(ops)
+    copies = WeightCopies([training.stage.network], AUTOCAST.get(training.stage.config.precision))
+    linears = dict(training.stage.network.large_linears())
+    without = {name.rpartition(".")[2] for name, linear in linears.items() if copies.get(linear.weight) is None}
+    assert without == left_out
+
+
+@pytest.mark.parametrize("compile_stage", [compile_blocks, compile_networks])
+def test_compiled_blocks_share_one_graph_and_read_the_copies_of_their_own_weights(compile_stage):
+    eager, compiled = Training(), Training()
+    compile_stage(compiled.stage, backend="aot_eager")
+    compiled.update()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled.update()
+    for _ in range(2):
+        eager.update()
+    got, want = compiled.tensors(), eager.tensors()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("fields", [{"activation_checkpointing": 1.0}, {"gradient_accumulation": 2}], ids=str)
+def test_recomputed_blocks_and_parts_of_a_batch_read_them_too(fields, monkeypatch):
+    with_copies = Training(**fields)
+    monkeypatch.setattr(weight_copies, "linears_with_operands", lambda network: ())
+    with_casts = Training(**fields)
+    for training in (with_copies, with_casts):
+        training.update()
+    got, want = with_copies.tensors(), with_casts.tensors()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_that_was_resumed_has_the_numbers_of_one_that_never_stopped(backend, tiny_run, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"steps": 14, "ops": "triton", "precision": "bf16", "optimizer.backend": backend}
+    assert main(run_command("pretrain", tiny_run, whole, **options)) == 0
+    crash_after_save(monkeypatch, 10)
+    assert main(run_command("pretrain", tiny_run, cut, **options)) == 1
+    monkeypatch.setattr(RunState, "save", SAVE)
+    assert main(run_command("pretrain", tiny_run, cut, **options)) == 0
+    assert_same_run(cut, whole)
+    saved = torch.load(whole / "checkpoints/step_000000014.pt", weights_only=True)
+    assert {value.dtype for value in saved["network"].values()} <= {torch.float32, torch.int64}
