@@ -51,28 +51,28 @@ def _product_dtype(image: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 def _forward_op(
     image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, position: torch.Tensor, prefix: torch.Tensor
 ) -> torch.Tensor:
-    """image and weight have the dtype of the product."""
+    """image has the dtype of the product, to which weight is rounded; its gradient has its own."""
     if interpreting():
         return _forward_triton(image, weight, bias, position, prefix)
-    return patch_embed_ref(image, weight, bias, position, prefix).contiguous()
+    return patch_embed_ref(image, weight.to(image.dtype), bias, position, prefix).contiguous()
 
 
 @_forward_op.register_kernel("cuda")
 def _forward_triton(image, weight, bias, position, prefix):
     from epg_kernels.patch_embed import patch_embed_fwd
 
-    return patch_embed_fwd(image, weight, bias, position, prefix, _token_dtype(weight, position, prefix))
+    return patch_embed_fwd(image, weight, bias, position, prefix, _token_dtype(image, position, prefix))
 
 
 @_forward_op.register_fake
 def _(image, weight, bias, position, prefix):
-    dtype = _token_dtype(weight, position, prefix)
+    dtype = _token_dtype(image, position, prefix)
     return image.new_empty((image.shape[0], *position.shape[1:]), dtype=dtype)
 
 
-def _token_dtype(weight, position, prefix) -> torch.dtype:
+def _token_dtype(image, position, prefix) -> torch.dtype:
     """What torch.cat and the sum with position promote to."""
-    return torch.promote_types(torch.promote_types(weight.dtype, prefix.dtype), position.dtype)
+    return torch.promote_types(torch.promote_types(image.dtype, prefix.dtype), position.dtype)
 
 
 @torch.library.custom_op("epg_fast::patch_embed_bwd", mutates_args=(), device_types="cpu")
@@ -84,22 +84,26 @@ def _backward_op(
         return _backward_triton(dtokens, image, weight, needs)
     patch = weight.shape[-1]
     grid = (image.shape[2] // patch, image.shape[3] // patch)
-    dpatches = dtokens[:, -math.prod(grid) :].to(weight.dtype).transpose(1, 2).unflatten(2, grid)
-    dimage = torch.nn.grad.conv2d_input(image.shape, weight, dpatches, patch).contiguous() if needs[0] else None
-    dweight = torch.nn.grad.conv2d_weight(image, weight.shape, dpatches, patch).contiguous() if needs[1] else None
-    return without_none(weight, [dimage, dweight])
+    dpatches = dtokens[:, -math.prod(grid) :].to(image.dtype).transpose(1, 2).unflatten(2, grid)
+    dimage = dweight = None
+    if needs[0]:
+        dimage = torch.nn.grad.conv2d_input(image.shape, weight.to(image.dtype), dpatches, patch).contiguous()
+    if needs[1]:
+        dweight = torch.nn.grad.conv2d_weight(image, weight.shape, dpatches, patch).contiguous().to(weight.dtype)
+    return without_none(image, [dimage, dweight])
 
 
 @_backward_op.register_kernel("cuda")
 def _backward_triton(dtokens, image, weight, needs):
     from epg_kernels.patch_embed import patch_embed_bwd
 
-    return without_none(weight, patch_embed_bwd(dtokens, image, weight, needs))
+    return without_none(image, patch_embed_bwd(dtokens, image, weight, needs))
 
 
 @_backward_op.register_fake
 def _(dtokens, image, weight, needs):
-    return [weight.new_empty(t.shape if needed else 0) for t, needed in zip((image, weight), needs, strict=True)]
+    made = [t.new_empty(t.shape) if needed else None for t, needed in zip((image, weight), needs, strict=True)]
+    return without_none(image, made)
 
 
 def _setup_context(ctx, inputs, output):
@@ -161,8 +165,7 @@ def patch_embed(
     require_triton("patch_embed", image, weight, bias, position, prefix)
     tensors = {"image": image, "weight": weight, "bias": bias, "position": position, "prefix": prefix}
     require_dtypes("patch_embed", _FLOATS, **tensors)
-    product = _product_dtype(image, weight)
-    return _forward_op(image.to(product), weight.to(product), bias, position, prefix)
+    return _forward_op(image.to(_product_dtype(image, weight)), weight, bias, position, prefix)
 
 
 def _check_shapes(image, weight, bias, position, prefix) -> None:

@@ -215,12 +215,14 @@ def patch_embed_fwd(
 ) -> torch.Tensor:
     """Returns the tokens [B, T+N, E] in `dtype`.
 
-    image: [B, C, H, W]; weight: [E, C, p, p], in image's dtype; bias: [E]; position: [1, T+N, E]; prefix: [B, T, E].
+    image: [B, C, H, W]; weight: [E, C, p, p], which is rounded to image's dtype; bias: [E]; position: [1, T+N, E];
+    prefix: [B, T, E].
     """
     rows, config, constants = _constants(image, weight, position.shape[1])
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(weight.shape[0], config.block_columns)
     tokens = torch.empty((image.shape[0], *position.shape[1:]), dtype=dtype, device=image.device)
-    image, weight, bias, position = (tensor.contiguous() for tensor in (image, weight, bias, position))
+    tensors = (image, weight.to(image.dtype), bias, position)
+    image, weight, bias, position = (tensor.contiguous() for tensor in tensors)
     with torch.cuda.device_of(image):
         _patch_embed_fwd_kernel[(tiles,)](image, weight, bias, position, tokens, rows, **constants)
     extras = prefix.shape[1]
@@ -244,7 +246,7 @@ def _image_gradient(dtokens, image, weight) -> torch.Tensor:
     rows, config, constants = _constants(image, weight, dtokens.shape[1])
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(weight[0].numel(), config.block_columns)
     dimage = image.new_empty(image.shape)
-    _patch_embed_bwd_image_kernel[(tiles,)](dtokens, weight, dimage, rows, **constants)
+    _patch_embed_bwd_image_kernel[(tiles,)](dtokens, weight.to(image.dtype), dimage, rows, **constants)
     return dimage
 
 
@@ -269,9 +271,9 @@ def _constants(image: torch.Tensor, weight: torch.Tensor, length: int) -> tuple[
     batch, channels, height, width = image.shape
     patch = weight.shape[-1]
     patches = (height // patch) * (width // patch)
-    config = config_for(weight.dtype, matmul_precision(), batch * patches, weight.device)
+    config = config_for(image.dtype, matmul_precision(), batch * patches, image.device)
     sizes = {"T": length - patches, "C": channels, "H": height, "W": width, "P": patch, "E": weight.shape[0]}
-    return batch * patches, config, sizes | _tiles(config, weight.dtype)
+    return batch * patches, config, sizes | _tiles(config, image.dtype)
 
 
 def _tiles(config: Config, dtype: torch.dtype) -> dict[str, Any]:
