@@ -17,21 +17,6 @@ import torch
 _WORD = 0xFFFFFFFF
 
 
-def philox_normal(
-    seed: int | torch.Tensor,
-    first_sample: int | torch.Tensor,
-    batch: int,
-    shape: Sequence[int],
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Standard normals of samples first_sample ... first_sample + batch - 1, as the module's docstring defines them.
-
-    seed, first_sample: integers, or int64 tensors of one element. Returns [batch, *shape], float32.
-    """
-    samples = first_sample + torch.arange(batch, device=device)
-    return philox_normal_of(samples, seed, shape)
-
-
 def philox_normal_of(
     samples: torch.Tensor, seed: int | torch.Tensor, shape: Sequence[int], draw: int | torch.Tensor = 0
 ) -> torch.Tensor:
