@@ -92,7 +92,7 @@ def _forward_op(
     """
     norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
     if interpreting():
-        return _forward_kernel(x, skip, weight, bias, *norms, eps, backend)
+        return _forward_kernel(x, skip, parameter, weight, bias, *norms, eps, backend)
     z = skip_linear_ref(x, skip, weight, bias)
     if norm_weight is None:
         return z, *_empty(x, 6)
