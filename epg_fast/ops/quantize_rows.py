@@ -18,8 +18,9 @@ lies between two. A row whose largest value is below 1e-30 is zero. One with val
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
+from epg_fast.ops.registration import operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "quantize_rows"
@@ -54,35 +55,7 @@ def gated_sum_ref(x: torch.Tensor, branch: torch.Tensor | None, gate: torch.Tens
     return (x.to(branch.dtype) + branch).to(x.dtype)
 
 
-@torch.library.custom_op("epg_fast::quantize_rows", mutates_args=(), device_types="cpu")
-def _forward_op(
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    skip: torch.Tensor | None,
-    gelu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _forward_triton(x, branch, gate, skip, gelu)
-    rows, row_scale = quantize_rows_ref(x, branch, gate, skip, gelu)
-    return rows.contiguous(), row_scale.contiguous()
-
-
-@_forward_op.register_kernel("cuda")
-def _forward_triton(x, branch, gate, skip, gelu):
-    from epg_kernels.quantize_rows import quantize_rows_fwd
-
-    return quantize_rows_fwd(x, branch, gate, skip, gelu)
-
-
-@_forward_op.register_fake
-def _(x, branch, gate, skip, gelu):
-    width = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    rows = x.new_empty((*x.shape[:-1], width), dtype=torch.float8_e4m3fn)
-    return rows, x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
-
-
-# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
+_operation = operation(_OP, quantize_rows_ref, "epg_kernels.quantize_rows:quantize_rows_fwd", "rows row_scale")
 
 
 def quantize_rows(
@@ -117,7 +90,7 @@ def quantize_rows(
             )
     require_conversion(_OP, x.device)
     gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
-    return _forward_op(x, branch, gate, skip, gelu)
+    return _operation(x, branch, gate, skip, gelu)
 
 
 def _check(x, branch, gate, skip) -> None:
