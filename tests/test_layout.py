@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.stem for path in (ROOT / "epg_fast/ops").glob("*.py") if "SPEC = OpSpec(" in path.read_text())
-SHARED = {"__init__", "backends", "extension", "fp8", "registration", "spec"}
+SHARED = {"__init__", "backends", "checks", "extension", "fp8", "registration", "spec"}
 
 
 def test_the_operations_are_found():

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epg_fast.ops.backends import accumulation_dtype, autocast_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.checks import check_floating
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
@@ -160,8 +161,7 @@ def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float) -> None:
         )
     if 0 in qkv.shape:
         raise ValueError(f"attention: got qkv of shape {tuple(qkv.shape)}, wanted no empty dimension")
-    if not qkv.is_floating_point():
-        raise ValueError(f"attention: got qkv in {qkv.dtype}, wanted a floating dtype; convert it")
+    check_floating("attention", qkv=qkv)
     if scale is not None and not (0 < scale < math.inf):
         raise ValueError(f"attention: got scale={scale}, wanted a positive number, or None for d ** -0.5")
     if not 0 <= dropout_p < 1:

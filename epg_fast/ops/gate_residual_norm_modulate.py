@@ -21,6 +21,7 @@ dgate = sum_l branch * g.
 import torch
 
 from epg_fast.ops.backends import check_backend
+from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
@@ -180,8 +181,7 @@ def gate_residual_norm_modulate_fp8(
 def _check(op, backend, x, branch, gate, weight, bias, shift, scale) -> None:
     check_backend(op, backend, ("plain", "triton"))
     check_norm_shapes(op, x, weight, bias, gate=gate, shift=shift, scale=scale)
-    if branch.shape != x.shape:
-        raise ValueError(f"{op}: got branch of shape {tuple(branch.shape)}, wanted {tuple(x.shape)} as x")
+    check_shapes(op, dict(zip("BLD", x.shape, strict=True)), branch=(branch, "BLD", " as x"))
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:

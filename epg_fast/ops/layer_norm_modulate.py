@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
+from epg_fast.ops.checks import check_both, check_shapes
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.quantize_rows import quantize_rows_ref
 from epg_fast.ops.registration import Backward, operation
@@ -242,20 +243,10 @@ def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, 
 
 def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | None) -> None:
     """Raise ValueError unless x is [B, L, D], the parameters [D] and what `modulation` names [B, D] or [B, 1, D]."""
-    if x.dim() != 3:
-        raise ValueError(f"{op}: got x of shape {tuple(x.shape)}, wanted [B, L, D]")
-    batch, _, width = x.shape
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != (width,):
-            raise ValueError(f"{op}: got {name} of shape {tuple(parameter.shape)}, wanted [{width}]")
-    if (modulation["shift"] is None) != (modulation["scale"] is None):
-        missing = "shift" if modulation["shift"] is None else "scale"
-        raise ValueError(f"{op}: got no {missing}, wanted both shift and scale, or neither")
-    for name, tensor in modulation.items():
-        if tensor is not None and tensor.shape not in ((batch, width), (batch, 1, width)):
-            raise ValueError(
-                f"{op}: got {name} of shape {tuple(tensor.shape)}, wanted [{batch}, {width}] or [{batch}, 1, {width}]"
-            )
+    sizes = {}
+    check_shapes(op, sizes, x=(x, "BLD"), weight=(weight, "D"), bias=(bias, "D"))
+    check_both(op, shift=modulation["shift"], scale=modulation["scale"])
+    check_shapes(op, sizes, **{name: (tensor, "BD|B1D") for name, tensor in modulation.items()})
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:

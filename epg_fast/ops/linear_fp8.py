@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_gemm_operands
+from epg_fast.ops.checks import check_floating
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.fp8 import refuse_gradient, require_row_scales
 from epg_fast.ops.registration import operation
@@ -138,8 +139,7 @@ def _check(x, x_scale, weight, weight_scale, bias) -> None:
     for name, tensor in (("x_scale", x_scale), ("weight_scale", weight_scale)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted torch.float32; convert it")
-    if not bias.is_floating_point():
-        raise ValueError(f"{_OP}: got bias in {bias.dtype}, wanted a floating dtype; convert it")
+    check_floating(_OP, bias=bias)
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int) -> int:

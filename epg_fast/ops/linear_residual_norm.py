@@ -36,6 +36,7 @@ from epg_fast.ops.backends import (
     require_gemm_operands,
     require_triton_for_cuda,
 )
+from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.gate_residual_norm_modulate import SPEC as NORM
 from epg_fast.ops.layer_norm_modulate import (
@@ -295,19 +296,14 @@ def require_residual_product(
 
 def check_linear(op: str, name: str, h, x, weight, bias) -> None:
     """Raise ValueError unless weight [N, K] and bias [N] take h [B, L, K] to x's shape [B, L, N]."""
-    for what, tensor in ((name, h), ("weight", weight), ("bias", bias)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{op}: got {what} in {tensor.dtype}, wanted a floating dtype; convert it")
+    check_floating(op, **{name: h}, weight=weight, bias=bias)
     if h.dim() != 3 or weight.dim() != 2 or h.shape[2] != weight.shape[1]:
         raise ValueError(
             f"{op}: got {name} of shape {tuple(h.shape)} and weight of shape {tuple(weight.shape)}, wanted [B, L, K] "
             "and [N, K] with the same K; weight is that of a Linear, one row per output"
         )
-    if x.shape != (*h.shape[:2], weight.shape[0]):
-        wanted = [*h.shape[:2], weight.shape[0]]
-        raise ValueError(f"{op}: got x of shape {tuple(x.shape)}, wanted {wanted}")
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: got bias of shape {tuple(bias.shape)}, wanted [{weight.shape[0]}]")
+    batch, tokens, _ = h.shape
+    check_shapes(op, {"B": batch, "L": tokens, "N": weight.shape[0]}, x=(x, "BLN"), bias=(bias, "N"))
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:

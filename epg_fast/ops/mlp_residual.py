@@ -36,6 +36,7 @@ from epg_fast.ops.backends import (
     require_triton,
     require_triton_for_cuda,
 )
+from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.layer_norm_modulate import per_sample
 from epg_fast.ops.linear_residual_norm import (
     DTYPES,
@@ -217,11 +218,7 @@ def _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate) -> Non
     hidden = y[..., :1].expand(*y.shape[:-1], fc1_weight.shape[0])
     check_linear(_OP, "y", y, hidden, fc1_weight, fc1_bias)
     check_linear(_OP, "gelu(z)", hidden, x, fc2_weight, fc2_bias)
-    batch, _, width = x.shape
-    if gate is not None and gate.shape not in ((batch, width), (batch, 1, width)):
-        raise ValueError(
-            f"{_OP}: got gate of shape {tuple(gate.shape)}, wanted [{batch}, {width}] or [{batch}, 1, {width}]"
-        )
+    check_shapes(_OP, dict(zip("BLD", x.shape, strict=True)), gate=(gate, "BD|B1D"))
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:

@@ -21,6 +21,7 @@ import math
 import torch
 
 from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_grid, require_triton
+from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
@@ -173,11 +174,9 @@ def _check_shapes(tokens, target, scale, offset, offset_scale, weight) -> None:
         )
     if offset is None and offset_scale is not None:
         raise ValueError("patch_loss: got offset_scale without offset, wanted both, or neither")
-    for name, values in (("scale", scale), ("offset_scale", offset_scale), ("weight", weight)):
-        if values is not None and values.shape != (tokens.shape[0],):
-            raise ValueError(
-                f"patch_loss: got {name} of shape {tuple(values.shape)}, wanted [{tokens.shape[0]}], one per image"
-            )
+    each = {"scale": scale, "offset_scale": offset_scale, "weight": weight}
+    wanted = {name: (values, "B", ", one per image") for name, values in each.items()}
+    check_shapes("patch_loss", {"B": tokens.shape[0]}, **wanted)
 
 
 def _check_image(name: str, image: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -195,9 +194,8 @@ def _check_image(name: str, image: torch.Tensor, tokens: torch.Tensor) -> None:
 
 
 def _check_gradients(**tensors: torch.Tensor | None) -> None:
+    check_floating("patch_loss", **tensors)
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"patch_loss: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
                 f"patch_loss: got {name} that requires a gradient, wanted it of tokens alone; detach() {name}"

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
+from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.registration import operation
 from epg_fast.ops.spec import OpSpec
@@ -94,23 +95,10 @@ def quantize_rows(
 
 
 def _check(x, branch, gate, skip) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"{_OP}: got x of shape {tuple(x.shape)}, wanted [B, L, D]")
-    batch, tokens, width = x.shape
     if gate is not None and branch is None:
         raise ValueError(f"{_OP}: got a gate and no branch, wanted both, or no gate")
-    for name, tensor, wanted in (
-        ("branch", branch, [(batch, tokens, width)]),
-        ("gate", gate, [(batch, width), (batch, 1, width)]),
-    ):
-        if tensor is not None and tensor.shape not in wanted:
-            shapes = " or ".join(str(list(shape)) for shape in wanted)
-            raise ValueError(f"{_OP}: got {name} of shape {tuple(tensor.shape)}, wanted {shapes}")
-    if skip is not None and (skip.dim() != 3 or skip.shape[:2] != x.shape[:2]):
-        raise ValueError(f"{_OP}: got skip of shape {tuple(skip.shape)}, wanted [{batch}, {tokens}, E]")
-    for name, tensor in (("x", x), ("branch", branch), ("gate", gate), ("skip", skip)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
+    check_shapes(_OP, {}, x=(x, "BLD"), branch=(branch, "BLD"), gate=(gate, "BD|B1D"), skip=(skip, "BLE"))
+    check_floating(_OP, x=x, branch=branch, gate=gate, skip=skip)
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int) -> int:

@@ -29,6 +29,7 @@ from epg_fast.ops.backends import (
     require_triton,
     require_triton_for_cuda,
 )
+from epg_fast.ops.checks import check_both, check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
@@ -279,26 +280,17 @@ def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> N
 
 
 def _check_shapes(x, skip, weight, bias, norm_weight, norm_bias) -> None:
-    for name, tensor in (("x", x), ("skip", skip), ("weight", weight), ("bias", bias)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"skip_linear: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
+    check_floating("skip_linear", x=x, skip=skip, weight=weight, bias=bias)
     if x.dim() != 3 or skip.dim() != 3 or x.shape[:2] != skip.shape[:2]:
         raise ValueError(
             f"skip_linear: got x of shape {tuple(x.shape)} and skip of shape {tuple(skip.shape)}, wanted [B, L, D] and "
             "[B, L, E] with the same B and L"
         )
-    width = x.shape[2] + skip.shape[2]
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(
-            f"skip_linear: got weight of shape {tuple(weight.shape)}, wanted [N, {width}]: the columns of x "
-            f"({x.shape[2]}), then those of skip ({skip.shape[2]})"
-        )
-    if (norm_weight is None) != (norm_bias is None):
-        missing = "norm_weight" if norm_weight is None else "norm_bias"
-        raise ValueError(f"skip_linear: got no {missing}, wanted both norm_weight and norm_bias, or neither")
-    for name, parameter in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if parameter is not None and parameter.shape != weight.shape[:1]:
-            raise ValueError(f"skip_linear: got {name} of shape {tuple(parameter.shape)}, wanted [{weight.shape[0]}]")
+    sizes, columns = {"K": x.shape[2] + skip.shape[2]}, f": the columns of x ({x.shape[2]}), then of skip"
+    check_shapes("skip_linear", sizes, weight=(weight, "NK", f"{columns} ({skip.shape[2]})"))
+    check_both("skip_linear", norm_weight=norm_weight, norm_bias=norm_bias)
+    vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_shapes("skip_linear", sizes, **{name: (tensor, "N") for name, tensor in vectors.items()})
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:

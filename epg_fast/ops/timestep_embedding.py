@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
@@ -157,14 +158,11 @@ def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None)
 
 
 def _check(op: str, t: torch.Tensor, dim: int, max_period: float, label: torch.Tensor | None) -> None:
-    if t.dim() != 1:
-        raise ValueError(f"{op}: got t of shape {tuple(t.shape)}, wanted [B]")
+    check_shapes(op, {"D": dim}, t=(t, "B"), label=(label, "BD"))
     if not max_period > 0:
         raise ValueError(f"{op}: got max_period={max_period}, wanted a positive number")
     if dim < 2:
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
-    if label is not None and label.shape != (t.shape[0], dim):
-        raise ValueError(f"{op}: got label of shape {tuple(label.shape)}, wanted [{t.shape[0]}, {dim}]")
 
 
 def _bytes(shape: tuple[int, int], itemsize: int, backward: bool = False) -> int:
