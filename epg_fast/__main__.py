@@ -59,10 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         code = 2 if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1
         return _fail(code, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))
     except KeyboardInterrupt:
-        training = config_class is not None and issubclass(config_class, configs.RunConfig)
-        return _fail(
-            130, "interrupted; the same command resumes from the last checkpoint" if training else "interrupted"
-        )
+        message = "interrupted"
+        if name == "tune":
+            message += "; the same command goes on with what is measured"
+        elif config_class is not None and issubclass(config_class, configs.RunConfig):
+            message += "; the same command resumes from the last checkpoint"
+        return _fail(130, message)
 
 
 def _dry_run(name: str, config: configs.RunConfig, options: configs.DryRunConfig) -> int:

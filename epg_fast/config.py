@@ -277,7 +277,8 @@ class RunConfig:
     """Autocast dtype; fp16 scales the loss dynamically."""
     ops: str = "auto"
     """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
-    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), a plan's file; then single sites,
+    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
+    Triton elsewhere), a plan's file; then single sites,
     such as `auto,attention=triton,mlp=plain`."""
     fp8: Literal["rowwise"] | None = None
     """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
@@ -533,7 +534,8 @@ class SampleConfig:
     """Launch all evaluations of a batch as one CUDA graph; `null`: as the plan says, else on a GPU."""
     ops: str = "auto"
     """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
-    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), a plan's file; then single sites,
+    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
+    Triton elsewhere), a plan's file; then single sites,
     such as `auto,attention=triton,mlp=plain`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample."""

@@ -12,7 +12,7 @@ from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, OptimizerConfig
 from epg_fast.data import ImageFolder
 from epg_fast.models import EPGViT, create_model
-from epg_fast.plans.sites import SITES
+from epg_fast.plans.sites import site_choices
 from epg_fast.training.compilation import compile_blocks
 from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
@@ -76,7 +76,7 @@ def test_products_of_the_extension_serve_a_network_of_true_widths(compiled):
         x, t, y = torch.randn(64, 3, 256, 256), torch.randn(64), torch.arange(64)
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    cutlass = {site: "cuda" if "cuda" in backends else "triton" for site, backends in SITES.items()}
+    cutlass = site_choices("cuda")
     results = []
     for ops, dtype in (("plain", torch.float32), ("plain", torch.bfloat16), (cutlass, torch.bfloat16)):
         model = copy.deepcopy(plain).use_ops(ops)

@@ -163,7 +163,7 @@ def test_a_file_for_another_job_is_refused(model, tmp_path):
         ("tritn", "did you mean 'triton'"),
         ("atention=triton", "got site 'atention' .did you mean 'attention'"),
         ("mlp=cudnn", "got mlp='cudnn', want one of plain"),
-        ("plain,triton", "want one of auto, plain, triton, tune or a plan's file, then sites"),
+        ("plain,triton", "want one of auto, plain, triton, cuda, tune or a plan's file, then sites"),
         ("", "want one of auto"),
         ("auto,", "want one of auto"),
     ],

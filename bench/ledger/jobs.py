@@ -26,7 +26,7 @@ from bench.plain.sampling import Sampler
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
-from epg_fast.plans.sites import SITES
+from epg_fast.plans import plain_choice
 from epg_fast.sampling.engine import _compile
 from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_blocks, compile_networks
@@ -64,9 +64,9 @@ class Variant:
         return self.code == "ours"
 
     @property
-    def ops(self) -> str | dict[str, str]:
+    def ops(self) -> str:
         if self.cutlass:
-            return {site: "cuda" if "cuda" in backends else "triton" for site, backends in SITES.items()}
+            return "cuda"
         return "triton" if self.ours else "plain"
 
 
@@ -174,7 +174,14 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
     else:
         network = _generator(job, variant).train()
         config = SimpleNamespace(cuda_graphs=False)
-        stage = SimpleNamespace(network=network, average=None, name="finetune-diffusion", sharding=None, config=config)
+        stage = SimpleNamespace(
+            chosen=plain_choice(),
+            network=network,
+            average=None,
+            name="finetune-diffusion",
+            sharding=None,
+            config=config,
+        )
         (compile_networks if variant.how == "network" else compile_blocks)(stage)
         copies = WeightCopies([network], torch.bfloat16)
     x, t, y = _inputs(job, torch.float32)

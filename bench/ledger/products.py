@@ -16,7 +16,7 @@ from bench.ledger.count import Counter, Launch, extension_tiles
 from bench.ledger.jobs import compiling_as_is
 from bench.resources import usage_of
 from bench.results import Row
-from epg_fast.plans.sites import SITES
+from epg_fast.plans.sites import NETWORK
 
 # Where a network has an operation with products.
 _SITES = {
@@ -55,7 +55,7 @@ class Product:
 
 def study(preset: str, batch: int) -> list[Product]:
     """Of a sampling call in bfloat16, block by block."""
-    every = {site.rpartition(".")[2] for site in SITES}
+    every = {site.rpartition(".")[2] for site in NETWORK}
     none, full = _blocks(preset, batch, set()), _blocks(preset, batch, every)
     own = {op for kernels in full[0].values() for op in _own(kernels)}
     found = []

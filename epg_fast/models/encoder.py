@@ -14,6 +14,7 @@ from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed
 from epg_fast.ops import timestep_condition
 from epg_fast.plans import PLAIN, Case, choose, site_choices
 from epg_fast.plans.plan import architecture
+from epg_fast.plans.sites import KINDS
 
 log = logging.getLogger("epg_fast")
 
@@ -99,7 +100,8 @@ class ViTEncoder(nn.Module):
     ) -> ViTEncoder:
         """Compute with these backends of `epg_fast.ops` from now on, and return the network.
 
-        ops: "plain" (the default: PyTorch's own operators), "triton" (every Triton kernel), backends by site, such as
+        ops: "plain" (the default: PyTorch's own operators), "triton" (every Triton kernel), "cuda" (the extension's
+        products, and Triton's kernels elsewhere), backends by site, such as
         {"attention": "cudnn", "decoder.mlp": "triton"}, the others plain (see `epg_fast.plans.sites`), or whatever else
         `--ops` takes: "auto" is the plan that `epg-fast tune` has made on this device for this job, precision and
         number of images per call, or plain code if there is none, which the log says.
@@ -108,7 +110,7 @@ class ViTEncoder(nn.Module):
         """
         from epg_fast.models.fused import fuse
 
-        if isinstance(ops, str) and ops not in ("plain", "triton"):
+        if isinstance(ops, str) and ops not in KINDS:
             chosen = choose(ops, Case(job, architecture(self), precision, batch_size), self.pos_embed.device)
             log.info("%s", chosen.why)
             ops = chosen.ops

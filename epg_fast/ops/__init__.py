@@ -25,8 +25,9 @@ from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
 from epg_fast.ops.linear_residual_norm import linear, linear_residual_norm, linear_residual_norm_ref
 from epg_fast.ops.mlp_residual import mlp_residual, mlp_residual_ref
-from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref, philox_normal, philox_normal_of
+from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
+from epg_fast.ops.philox import philox_normal_of
 from epg_fast.ops.quantize_rows import quantize_rows, quantize_rows_ref
 from epg_fast.ops.resized_crop import resized_crop, resized_crop_ref
 from epg_fast.ops.skip_linear import skip_linear, skip_linear_ref, skip_norms_fp8
@@ -74,7 +75,6 @@ __all__ = [
     "patch_loss",
     "patch_loss_ref",
     "patchify",
-    "philox_normal",
     "philox_normal_of",
     "quantize_rows",
     "quantize_rows_ref",

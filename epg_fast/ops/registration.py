@@ -40,7 +40,7 @@ class Backward:
     `NAME_dtype`, the dtype of an input, and `need_NAME`, whether an input needs a gradient; another name is None. A
     result without a `dNAME` has no gradient; a `dNAME` that may not be None is zero where none arrives.
     gradients: the names of the inputs whose gradients `plain` returns, in its order.
-    others: (those gradients, all that plain took, both by name) -> gradients of other inputs, by name.
+    others: (those gradients, all that plain may take, both by name) -> gradients of other inputs, by name.
     only_with: inputs that are saved only where another one is given, by name.
     """
 
@@ -180,7 +180,6 @@ def _gradient_formula(parameters: list[str], results: list[str], backward: Backw
     tensors = [n for n in taken if n in (*parameters, *results) and taken[n].annotation in _TENSORS]
     constants = [n for n in taken if n in parameters and n not in tensors]
     dtypes = [n for n in taken if n.endswith("_dtype") and n not in parameters]
-    needs = [n for n in taken if n.startswith("need_")]
     returned = backward.gradients.split()
 
     def setup_context(ctx, inputs, output):
@@ -212,8 +211,8 @@ def _gradient_formula(parameters: list[str], results: list[str], backward: Backw
             if given[name] is None:
                 shape, dtype = ctx.like[name]
                 given[name] = next(t for t in saved if t is not None).new_zeros(shape, dtype=dtype)
-        for name in needs:
-            given[name] = ctx.needs_input_grad[parameters.index(name.removeprefix("need_"))]
+        # The dispatcher leaves out arguments that have their defaults.
+        given |= {f"need_{n}": needed for n, needed in zip(parameters, ctx.needs_input_grad, strict=False)}
         made = gradients(*(given.get(name) for name in taken))
         made = dict(zip(returned, made if isinstance(made, tuple) else (made,), strict=True))
         made |= backward.others(made, given) if backward.others else {}

@@ -13,9 +13,9 @@ import torch
 
 from epg_fast.ops.backends import require_triton
 from epg_fast.plans.plan import Case, Machine, Plan, read_plan, stored_plans
-from epg_fast.plans.sites import PLAIN, SITES, site_choices, sites_of
+from epg_fast.plans.sites import KINDS, PLAIN, SITES, site_choices, sites_of
 
-_BASES = ("auto", "plain", "triton", "tune")
+_BASES = ("auto", *KINDS, "tune")
 log = logging.getLogger("epg_fast")
 
 
@@ -24,13 +24,13 @@ class Ops:
     """What `--ops` says: where to begin, and the sites that are named."""
 
     base: str
-    """"auto", "plain", "triton", "tune", or "plan" for that in `path`."""
+    """"auto", "tune", one of `KINDS`, or "plan" for that in `path`."""
     path: Path | None = None
     sites: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_ops(text: str) -> Ops:
-    """`--ops`: auto, plain, triton, tune or a plan's file, and sites with their backends, separated by commas.
+    """`--ops`: auto, tune, plain, triton, cuda or a plan's file, and sites with their backends, separated by commas.
 
     Sites alone begin from auto. Raises ValueError for anything else.
     """
@@ -99,8 +99,8 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
     asked = parse_ops(ops) if isinstance(ops, str) else ops
     if asked.base == "plain":
         chosen = plain_choice("ops: plain, as asked")
-    elif asked.base == "triton":
-        chosen = Chosen(site_choices("triton"), why="ops: every Triton kernel, as asked")
+    elif asked.base in KINDS:
+        chosen = Chosen(site_choices(asked.base), why=f"ops: {asked.base} wherever there is one, as asked")
     elif asked.base == "plan":
         chosen = _of_file(asked.path, case, Machine.here(device))
     else:
@@ -109,7 +109,7 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
         named = ", ".join(f"{site}={backend}" for site, backend in asked.sites.items())
         merged = {**chosen.ops, **_named(asked.sites)}
         chosen = dataclasses.replace(chosen, ops=merged, why=f"{chosen.why}; {named} as asked")
-    if "triton" in chosen.ops.values():
+    if {"triton", "norm", "cuda"} & {*chosen.ops.values()}:
         require_triton("ops", torch.empty(1, device=device))
     return chosen
 

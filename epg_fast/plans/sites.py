@@ -42,18 +42,24 @@ takes products with an epilogue from the extension (compute capability 9.0, bflo
 NETWORK = tuple(site for site in SITES if site not in ("optimizer", "steps"))
 """Those that a network's `use_ops` asks."""
 PLAIN = dict.fromkeys(SITES, "plain")
+KINDS = {"plain": (), "triton": ("triton",), "cuda": ("cuda", "triton")}
+"""What stands for a choice of all sites: the backends that each takes the first of that it has."""
 
 
 def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
-    """{site: backend} of every site, from "plain", "triton" (every Triton kernel) or {site: backend}, the rest plain.
+    """{site: backend} of every site, from "plain", a kind of kernels, or {site: backend}, the rest plain.
+
+    "triton": every Triton kernel. "cuda": the extension's products, and Triton's kernels elsewhere.
 
     A name without its half, such as "attention", stands for the encoder's and the decoder's.
     Raises ValueError for a site or backend that does not exist, with the nearest that does.
     """
-    if ops in ("plain", "triton"):
-        return PLAIN | {site: ops for site, backends in SITES.items() if ops in backends}
     if isinstance(ops, str):
-        raise ValueError(f"ops {ops!r}: want plain, triton, or sites with their backends such as {{'mlp': 'triton'}}")
+        if ops not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise ValueError(f"ops {ops!r}: want {kinds}, or sites with their backends such as {{'mlp': 'triton'}}")
+        wanted = KINDS[ops]
+        return {site: next((kind for kind in wanted if kind in SITES[site]), "plain") for site in SITES}
     chosen = dict(PLAIN)
     for name, backend in ops.items():
         sites = sites_of(name)

@@ -14,6 +14,7 @@ from epg_fast.config import RunConfig
 from epg_fast.data.files import write_atomically
 from epg_fast.plans import Case, Chosen, Machine, choose, parse_ops
 from epg_fast.plans.plan import architecture
+from epg_fast.plans.sites import KINDS
 from epg_fast.training.distributed import Ranks
 
 _RECORD = "plan.json"
@@ -28,7 +29,7 @@ def training_case(job: str, config: RunConfig, network: torch.nn.Module, world_s
 
 def agreed_choice(config: RunConfig, case: Case, ranks: Ranks, kept: Mapping | None) -> Chosen:
     """What the main rank chooses, on every rank. Raises ValueError, on all of them, for ranks on unlike devices."""
-    if ranks.world_size == 1 or parse_ops(config.ops).base in ("plain", "triton"):
+    if ranks.world_size == 1 or parse_ops(config.ops).base in KINDS:
         chosen = choose(config.ops, case, ranks.device, kept)
     else:
         chosen = _decided(config, case, ranks, kept)

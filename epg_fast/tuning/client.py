@@ -17,6 +17,8 @@ from epg_fast.tuning.candidates import Variant
 from epg_fast.tuning.tuner import Failed
 from epg_fast.tuning.worker import Job
 
+# What torchrun tells a rank; the worker has none beside it.
+_OF_RANKS = ("RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
 _COMMAND = (sys.executable, "-m", "epg_fast.tuning.worker")
 
 
@@ -81,8 +83,10 @@ class Client:
     def _start(self) -> None:
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (until the worker ends)
         # a group of its own, so that its compilers end with it, and Ctrl-C is the tuner's to handle
+        alone = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
         self._process = subprocess.Popen(
             self._command,
+            env=alone,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,

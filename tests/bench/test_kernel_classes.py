@@ -64,7 +64,6 @@ NAMES = {
         "_norm_modulate_fwd_kernel",
         "_column_sums_kernel",
         "_patch_loss_bwd_kernel",
-        "_patch_embed_prefix_kernel",
         "_timestep_embedding_fwd_kernel",
         "heun_step_kernel",
         "aten::native_layer_norm",

@@ -17,6 +17,7 @@ from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, NORMS, OPTIMISER, 
 
 device.prepare()
 
+from bench.ledger import products  # noqa: E402
 from bench.ledger.count import Counter  # noqa: E402
 from bench.ledger.jobs import JOBS, VARIANTS, NotCounted, compiling_as_is, count  # noqa: E402
 from epg_fast import ops  # noqa: E402
@@ -223,6 +224,12 @@ def test_a_job_of_a_small_network_is_counted_without_problems(variant):
     job = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
     found = count(job, VARIANTS[variant])
     assert total(found.of_phase("call")).kernels > 20 and not found.problems
+
+
+def test_products_of_the_package_are_studied_site_by_site():
+    blocks, _ = products._blocks("digits_32", 8, {products._SITES["mlp_residual"]})
+    found = {where: {*products._own(kernels)} for where, kernels in blocks.items()}
+    assert found == {"encoder": {"mlp_residual"}, "decoder": {"mlp_residual"}, "around": set()}
 
 
 def test_what_cannot_be_counted_says_why():
