@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.stem for path in (ROOT / "epg_fast/ops").glob("*.py") if "SPEC = OpSpec(" in path.read_text())
-SHARED = {"__init__", "backends", "extension", "fp8", "spec"}
+SHARED = {"__init__", "backends", "checks", "extension", "fp8", "registration", "spec"}
 WITHOUT_KERNEL = {"philox"}  # plain PyTorch alone
 
 

@@ -25,9 +25,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import register_flop_formula
 
-from epg_fast.ops.backends import autocast_dtype, check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.backends import accumulation_dtype, autocast_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.checks import check_floating
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _SDPA = {
@@ -54,13 +55,15 @@ def attention_ref(qkv: torch.Tensor, scale: float | None = None) -> torch.Tensor
 
 def _attention_ref_with_lse(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = _heads(qkv, _accumulation_dtype(qkv))
+        q, k, v = _heads(qkv, accumulation_dtype(qkv))
         scores = scale * (q @ k.transpose(-1, -2))
         out = scores.softmax(-1) @ v
         return out.transpose(1, 2).to(qkv.dtype).contiguous(), scores.logsumexp(-1)
 
 
-def attention_bwd_ref(dout, qkv, out, lse, scale: float) -> torch.Tensor:
+def attention_bwd_ref(
+    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
+) -> torch.Tensor:
     """dqkv in plain PyTorch; dout, out: [B, L, H, d], lse: [B, H, L]."""
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = _heads(qkv, lse.dtype)
@@ -81,77 +84,13 @@ def _scale(qkv: torch.Tensor, scale: float | None) -> float:
     return qkv.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-@torch.library.custom_op("epg_fast::attention", mutates_args=(), device_types="cpu")
-def _forward_op(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _forward_triton(qkv, scale)
-    return _attention_ref_with_lse(qkv, scale)
-
-
-@_forward_op.register_kernel("cuda")
-def _forward_triton(qkv, scale):
-    from epg_kernels.attention import attention_fwd
-
-    return attention_fwd(qkv, scale)
-
-
-@_forward_op.register_fake
-def _(qkv, scale):
-    batch, length, _, heads, head_dim = qkv.shape
-    lse = qkv.new_empty((batch, heads, length), dtype=_accumulation_dtype(qkv))
-    return qkv.new_empty((batch, length, heads, head_dim)), lse
-
-
-@torch.library.custom_op("epg_fast::attention_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
-) -> torch.Tensor:
-    if interpreting():
-        return _backward_triton(dout, qkv, out, lse, scale)
-    return attention_bwd_ref(dout, qkv, out, lse, scale)
-
-
-@_backward_op.register_kernel("cuda")
-def _backward_triton(dout, qkv, out, lse, scale):
-    from epg_kernels.attention import attention_bwd
-
-    return attention_bwd(dout, qkv, out, lse, scale)
-
-
-@_backward_op.register_fake
-def _(dout, qkv, out, lse, scale):
-    return qkv.new_empty(qkv.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    qkv, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(qkv, out, lse)
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, _dlse):
-    return _backward_op(dout, *ctx.saved_tensors, ctx.scale), None
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.epg_fast.attention)
-def _forward_flops(qkv_shape, scale, out_shape=None, **kwargs) -> int:
-    batch, length, _, heads, head_dim = qkv_shape
-    return 4 * batch * heads * length * length * head_dim
-
-
-@register_flop_formula(torch.ops.epg_fast.attention_bwd)
-def _backward_flops(dout_shape, qkv_shape, *args, out_shape=None, **kwargs) -> int:
-    """Five products of the forward pass's two sizes: the scores are computed again."""
-    return 5 * _forward_flops(qkv_shape, None) // 2
+_operation = operation(
+    "attention",
+    _attention_ref_with_lse,
+    "epg_kernels.attention:attention_fwd",
+    "out lse",
+    Backward(attention_bwd_ref, "epg_kernels.attention:attention_bwd", "qkv"),
+)
 
 
 def attention(
@@ -178,7 +117,7 @@ def attention(
         )
     if backend == "triton":
         _require_triton_attention(qkv)
-        return _forward_op(qkv, scale)[0]
+        return _operation(qkv, scale)[0]
     if backend in PACKAGES:
         return _of_package(backend, qkv, scale, dropout_p)
     with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
@@ -222,8 +161,7 @@ def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float) -> None:
         )
     if 0 in qkv.shape:
         raise ValueError(f"attention: got qkv of shape {tuple(qkv.shape)}, wanted no empty dimension")
-    if not qkv.is_floating_point():
-        raise ValueError(f"attention: got qkv in {qkv.dtype}, wanted a floating dtype; convert it")
+    check_floating("attention", qkv=qkv)
     if scale is not None and not (0 < scale < math.inf):
         raise ValueError(f"attention: got scale={scale}, wanted a positive number, or None for d ** -0.5")
     if not 0 <= dropout_p < 1:

@@ -19,7 +19,6 @@ Error: both backends equal Pillow bit for bit, but for the blur, which Pillow ap
 is within 0.5 + 1e-3 of the Gaussian in float64. The extension equals the reference bit for bit, the blur included.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from enum import IntEnum
@@ -71,14 +70,6 @@ def augment_view_ref(
     return out
 
 
-# The schema and the CPU implementation are registered by the extension (kernels/csrc) when it is loaded.
-@functools.cache
-def _register_fake() -> None:
-    @torch.library.register_fake("epg_fast::augment_view_out")
-    def _(out, x, operations, values, grayscale, sigma, solarize, flip):
-        return None
-
-
 def augment_view(
     x: torch.Tensor,
     operations: torch.Tensor,
@@ -113,7 +104,6 @@ def augment_view(
             "backend='plain'"
         )
     require_extension(_OP, x)
-    _register_fake()
     batch, height, width, _ = x.shape
     out = torch.empty(batch, 3, height, width, dtype=torch.uint8)
     torch.ops.epg_fast.augment_view_out(out, x, *(parameter.contiguous() for parameter in parameters))

@@ -12,7 +12,6 @@ Error: the extension evaluates in this order with IEEE division and no fused mul
 reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is within 2x the reference's float32 error.
 """
 
-import functools
 import math
 
 import torch
@@ -36,24 +35,6 @@ def euler_step_ref(
     return x + (sigma_next - sigma) * d
 
 
-# The schemas and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
-@torch.compiler.assume_constant_result
-def _load_op(x: torch.Tensor) -> None:
-    require_extension("euler_step", x)
-    _register_fake()
-
-
-@functools.cache
-def _register_fake() -> None:
-    @torch.library.register_fake("epg_fast::euler_step_out")
-    def _(out, x, denoised, sigma, sigma_next, lo, hi):
-        return None
-
-    @torch.library.register_fake("epg_fast::euler_step_")
-    def _(x, denoised, sigma, sigma_next, lo, hi):
-        return None
-
-
 def euler_step(
     x: torch.Tensor,
     denoised: torch.Tensor,
@@ -75,7 +56,7 @@ def euler_step(
         return euler_step_ref(x, denoised, sigma, sigma_next, clamp)
     require_extension_tensors("euler_step", x=x, denoised=denoised)
     lo, hi = clamp_bounds("euler_step", clamp)
-    _load_op(x)
+    require_extension("euler_step", x)
     out = torch.empty_like(x)
     torch.ops.epg_fast.euler_step_out(out, x, denoised, sigma, sigma_next, lo, hi)
     return out
@@ -103,7 +84,7 @@ def euler_step_(
     require_extension_tensors("euler_step_", x=x, denoised=denoised)
     require_no_partial_overlap("euler_step_", "x", x, denoised=denoised)
     lo, hi = clamp_bounds("euler_step_", clamp)
-    _load_op(x)
+    require_extension("euler_step", x)
     torch.ops.epg_fast.euler_step_(x, denoised, sigma, sigma_next, lo, hi)
     mark_written(x)
     return x

@@ -71,7 +71,15 @@ def extension_status() -> tuple[bool, str]:
     found = _build_info().get("interface", "1")
     if found != INTERFACE:
         return False, f"from another version of epg_fast: {_LIBRARY} has interface {found}, not {INTERFACE}; {_REMEDY}"
+    _register_fakes()
     return True, f"{_description()}, loaded from {_LIBRARY}"
+
+
+@functools.cache
+def _register_fakes() -> None:
+    """Of the operators above, which write to tensors that they are given and return nothing."""
+    for name in set(OPERATORS) - {"build_info"}:
+        torch.library.register_fake(f"epg_fast::{name}")(lambda *arguments, **named: None)
 
 
 def _damage(library: Path) -> str | None:
@@ -177,6 +185,7 @@ def _lacks_code_for(device: torch.device) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def require_extension(op: str, x: torch.Tensor, remedy: str = "backend='plain'") -> None:
     """Raise ValueError unless the extension can run `op` on x's device, saying how to build it or to do without."""
     available, reason = extension_status()

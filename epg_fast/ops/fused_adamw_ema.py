@@ -25,7 +25,6 @@ Error: each value within a few float32 roundings of the formula, as torch's fuse
 float64. An average with weight 1 equals the parameter, with weight 0 it stays as it is, bit for bit.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -80,20 +79,6 @@ def fused_adamw_ema_ref(
         for made, value in ((copies, param), (ema_copies, emas[0][i] if emas else None)):
             if made and made[i] is not None:
                 made[i].copy_(value)
-
-
-# The schema and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
-@torch.compiler.assume_constant_result
-def _load_op(x: torch.Tensor) -> None:
-    require_extension(_OP, x)
-    _register_fake()
-
-
-@functools.cache
-def _register_fake() -> None:
-    @torch.library.register_fake("epg_fast::fused_adamw_ema_")
-    def _(*args):
-        return None
 
 
 @torch.no_grad()
@@ -161,7 +146,7 @@ def fused_adamw_ema_(
     lists = {"params": params, **lists, "emas": flat_emas}
     named = {name: [tensor] for name, tensor in (scalars | {"ema_weights": ema_weights}).items() if tensor is not None}
     require_one_device(_OP, steps, **lists, copies=made, **named)
-    _load_op(steps)
+    require_extension(_OP, steps)
     torch.ops.epg_fast.fused_adamw_ema_(
         *map(list, lists.values()),
         _joined(params, copies, ema_copies, made),

@@ -20,7 +20,8 @@ dgate = sum_l branch * g.
 
 import torch
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting
+from epg_fast.ops.backends import check_backend
+from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
@@ -32,6 +33,7 @@ from epg_fast.ops.layer_norm_modulate import (
     require_triton_norm,
 )
 from epg_fast.ops.quantize_rows import gated_sum_ref
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 
@@ -51,8 +53,7 @@ def gate_residual_norm_modulate_ref(
     return x_out, layer_norm_modulate_ref(x_out, weight, bias, shift, scale, eps, out_dtype)
 
 
-@torch.library.custom_op("epg_fast::gate_residual_norm_modulate", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     x: torch.Tensor,
     branch: torch.Tensor,
     gate: torch.Tensor | None,
@@ -62,34 +63,16 @@ def _forward_op(
     scale: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _forward_triton(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
+) -> tuple[torch.Tensor, ...]:
     x_out, y = gate_residual_norm_modulate_ref(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
-    return x_out.contiguous(), y.contiguous(), *norm_statistics(x_out, eps)
+    return x_out, y, *norm_statistics(x_out, eps)
 
 
-@_forward_op.register_kernel("cuda")
-def _forward_triton(x, branch, gate, weight, bias, shift, scale, eps, out_dtype):
-    from epg_kernels.gate_residual_norm_modulate import gate_residual_norm_modulate_fwd
-
-    return gate_residual_norm_modulate_fwd(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
-
-
-@_forward_op.register_fake
-def _(x, branch, gate, weight, bias, shift, scale, eps, out_dtype):
-    statistics = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
-    y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
-    return x.new_empty(x.shape), y, statistics, torch.empty_like(statistics)
-
-
-# An operator cannot return None: dbranch and dgate are empty without a gate, dshift and dscale without modulation.
-@torch.library.custom_op("epg_fast::gate_residual_norm_modulate_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     dx_out: torch.Tensor | None,
     dy: torch.Tensor,
     x_out: torch.Tensor,
-    branch: torch.Tensor,
+    branch: torch.Tensor | None,
     gate: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -97,70 +80,19 @@ def _backward_op(
     scale: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _backward_triton(dx_out, dy, x_out, branch, gate, weight, bias, shift, scale, mean, rstd)
+) -> tuple[torch.Tensor | None, ...]:
+    """Without a gate dbranch, which is dx then, and dgate are None."""
     # In the statistics' dtype, so that the gradient of x_out is rounded once.
-    values = x_out.to(mean.dtype)
-    g, *rest = layer_norm_modulate_bwd_ref(dy, values, weight, bias, shift, scale, mean, rstd)
-    dweight, dbias, dshift, dscale = (tensor.to(x_out.dtype) if tensor.numel() == 0 else tensor for tensor in rest)
-    if dx_out is not None:
-        g = g + dx_out.to(g.dtype)
-    if gate is None:
-        dbranch, dgate = x_out.new_empty(0), x_out.new_empty(0)
-    else:
+    g, *rest = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
+    g = g if dx_out is None else g + dx_out.to(g.dtype)
+    dbranch = dgate = None
+    if gate is not None:
         dbranch = (g * gate.to(g.dtype).unsqueeze(1)).to(branch.dtype)
         dgate = (g * branch.to(g.dtype)).sum(1).to(gate.dtype)
-    return g.to(x_out.dtype), dbranch, dgate, dweight, dbias, dshift, dscale
+    return g.to(x_out.dtype), dbranch, dgate, *rest
 
 
-@_backward_op.register_kernel("cuda")
-def _backward_triton(dx_out, dy, x_out, branch, gate, weight, bias, shift, scale, mean, rstd):
-    from epg_kernels.gate_residual_norm_modulate import gate_residual_norm_modulate_bwd
-
-    gradients = gate_residual_norm_modulate_bwd(dx_out, dy, x_out, branch, gate, weight, bias, shift, scale, mean, rstd)
-    return tuple(x_out.new_empty(0) if gradient is None else gradient for gradient in gradients)
-
-
-@_backward_op.register_fake
-def _(dx_out, dy, x_out, branch, gate, weight, bias, shift, scale, mean, rstd):
-    dbranch = x_out.new_empty(0) if gate is None else branch.new_empty(x_out.shape)
-    dgate, dshift, dscale = (
-        x_out.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in (gate, shift, scale)
-    )
-    dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    return x_out.new_empty(x_out.shape), dbranch, dgate, dweight, dbias, dshift, dscale
-
-
-def _setup_context(ctx, inputs, output):
-    _, branch, gate, weight, bias, shift, scale, *_ = inputs
-    x_out, _, mean, rstd = output
-    # Without a gate the branch itself is not needed, only its dtype.
-    ctx.save_for_backward(x_out, branch if gate is not None else None, gate, weight, bias, shift, scale, mean, rstd)
-    ctx.branch_dtype = branch.dtype
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dx_out, dy, _dmean, _drstd):
-    x_out, branch, gate, weight, bias, shift, scale, mean, rstd = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(x_out)
-    dx, dbranch, dgate, dweight, dbias, dshift, dscale = _backward_op(
-        dx_out, dy, x_out, x_out if branch is None else branch, gate, weight, bias, shift, scale, mean, rstd
-    )
-    if gate is None:
-        dbranch, dgate = dx.to(ctx.branch_dtype), None
-    if scale is None:
-        dshift, dscale = None, None
-    return dx, dbranch, dgate, dweight, dbias, dshift, dscale, None, None
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("epg_fast::gate_residual_norm_modulate_fp8", mutates_args=(), device_types="cpu")
-def _fp8_op(
+def _fp8(
     x: torch.Tensor,
     branch: torch.Tensor,
     gate: torch.Tensor | None,
@@ -169,28 +101,28 @@ def _fp8_op(
     shift: torch.Tensor | None,
     scale: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _fp8_triton(x, branch, gate, weight, bias, shift, scale, eps)
-    x_out = gated_sum_ref(x, branch, gate).contiguous()
-    y, row_scale = layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
-    return x_out, y.contiguous(), row_scale
+) -> tuple[torch.Tensor, ...]:
+    x_out = gated_sum_ref(x, branch, gate)
+    return x_out, *layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
 
 
-@_fp8_op.register_kernel("cuda")
-def _fp8_triton(x, branch, gate, weight, bias, shift, scale, eps):
-    from epg_kernels.gate_residual_norm_modulate import gate_residual_norm_modulate_fp8
-
-    return gate_residual_norm_modulate_fp8(x, branch, gate, weight, bias, shift, scale, eps)
-
-
-@_fp8_op.register_fake
-def _(x, branch, gate, weight, bias, shift, scale, eps):
-    row_scale = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float8_e4m3fn), row_scale
-
-
-# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
+_KERNELS = "epg_kernels.gate_residual_norm_modulate"
+_operation = operation(
+    "gate_residual_norm_modulate",
+    _forward,
+    f"{_KERNELS}:gate_residual_norm_modulate_fwd",
+    "x_out y mean rstd",
+    Backward(
+        _backward,
+        f"{_KERNELS}:gate_residual_norm_modulate_bwd",
+        "x branch gate weight bias shift scale",
+        others=lambda made, given: {} if given["gate"] is not None else {"branch": made["x"]},
+        only_with={"branch": "gate"},
+    ),
+)
+_fp8_operation = operation(
+    "gate_residual_norm_modulate_fp8", _fp8, f"{_KERNELS}:gate_residual_norm_modulate_fp8", "x_out y row_scale"
+)
 
 
 def gate_residual_norm_modulate(
@@ -218,7 +150,7 @@ def gate_residual_norm_modulate(
         return gate_residual_norm_modulate_ref(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
     require_triton_norm("gate_residual_norm_modulate", x, branch, gate, weight, bias, shift, scale)
     gate, shift, scale = per_sample(gate), per_sample(shift), per_sample(scale)
-    return _forward_op(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)[:2]
+    return _operation(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)[:2]
 
 
 def gate_residual_norm_modulate_fp8(
@@ -241,17 +173,15 @@ def gate_residual_norm_modulate_fp8(
     _check(op, backend, x, branch, gate, weight, bias, shift, scale)
     refuse_gradient(op, x, branch, gate, weight, bias, shift, scale)
     if backend != "triton":
-        x_out = gated_sum_ref(x, branch, gate)
-        return x_out, *layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
+        return _fp8(x, branch, gate, weight, bias, shift, scale, eps)
     require_triton_norm(op, x, branch, gate, weight, bias, shift, scale, fp8=True)
-    return _fp8_op(x, branch, per_sample(gate), weight, bias, per_sample(shift), per_sample(scale), eps)
+    return _fp8_operation(x, branch, per_sample(gate), weight, bias, per_sample(shift), per_sample(scale), eps)
 
 
 def _check(op, backend, x, branch, gate, weight, bias, shift, scale) -> None:
     check_backend(op, backend, ("plain", "triton"))
     check_norm_shapes(op, x, weight, bias, gate=gate, shift=shift, scale=scale)
-    if branch.shape != x.shape:
-        raise ValueError(f"{op}: got branch of shape {tuple(branch.shape)}, wanted {tuple(x.shape)} as x")
+    check_shapes(op, dict(zip("BLD", x.shape, strict=True)), branch=(branch, "BLD", " as x"))
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:

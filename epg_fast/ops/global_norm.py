@@ -14,7 +14,6 @@ Error: the extension sums in float64, in an order that does not depend on the nu
 float32 nearest to the exact norm, or its neighbour, and the same every time. Nothing is read on the host.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -37,20 +36,6 @@ def global_norm_ref(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torc
     return norm, (~norm.square().isfinite()).to(dtype)
 
 
-# The schema and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
-@torch.compiler.assume_constant_result
-def _load_op(x: torch.Tensor) -> None:
-    require_extension(_OP, x)
-    _register_fake()
-
-
-@functools.cache
-def _register_fake() -> None:
-    @torch.library.register_fake("epg_fast::global_norm_out")
-    def _(norm, found_inf, tensors):
-        return None
-
-
 @torch.no_grad()
 def global_norm(tensors: Sequence[torch.Tensor], backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """(norm, found_inf), two tensors of shape [] on the device of the tensors.
@@ -67,7 +52,7 @@ def global_norm(tensors: Sequence[torch.Tensor], backend: str = "auto") -> tuple
     if backend == "plain" or not tensors:
         return global_norm_ref(tensors)
     require_one_device(_OP, tensors[0], tensors=tensors)
-    _load_op(tensors[0])
+    require_extension(_OP, tensors[0])
     norm, found_inf = (torch.empty((), device=tensors[0].device, dtype=torch.float32) for _ in range(2))
     torch.ops.epg_fast.global_norm_out(norm, found_inf, list(tensors))
     return norm, found_inf

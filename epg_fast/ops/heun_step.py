@@ -17,8 +17,6 @@ Error: the extension evaluates in this order with IEEE division and no fused mul
 reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is within 2x the reference's float32 error.
 """
 
-import functools
-
 import torch
 
 from epg_fast.ops.backends import check_backend
@@ -44,24 +42,6 @@ def heun_step_ref(
     return x + (sigma_next - sigma) * (d + d_next) / 2
 
 
-# The schemas and the CPU and CUDA implementations are registered by the extension (kernels/csrc) when it is loaded.
-@torch.compiler.assume_constant_result
-def _load_op(x: torch.Tensor) -> None:
-    require_extension("heun_step", x)
-    _register_fake()
-
-
-@functools.cache
-def _register_fake() -> None:
-    @torch.library.register_fake("epg_fast::heun_step_out")
-    def _(out, x, denoised, denoised_next, sigma, sigma_next, lo, hi):
-        return None
-
-    @torch.library.register_fake("epg_fast::heun_step_")
-    def _(x, denoised, denoised_next, sigma, sigma_next, lo, hi):
-        return None
-
-
 def heun_step(
     x: torch.Tensor,
     denoised: torch.Tensor,
@@ -84,7 +64,7 @@ def heun_step(
         return heun_step_ref(x, denoised, denoised_next, sigma, sigma_next, clamp)
     require_extension_tensors("heun_step", x=x, denoised=denoised, denoised_next=denoised_next)
     lo, hi = clamp_bounds("heun_step", clamp)
-    _load_op(x)
+    require_extension("heun_step", x)
     out = torch.empty_like(x)
     torch.ops.epg_fast.heun_step_out(out, x, denoised, denoised_next, sigma, sigma_next, lo, hi)
     return out
@@ -112,7 +92,7 @@ def heun_step_(
     require_extension_tensors("heun_step_", x=x, denoised=denoised, denoised_next=denoised_next)
     require_no_partial_overlap("heun_step_", "x", x, denoised=denoised, denoised_next=denoised_next)
     lo, hi = clamp_bounds("heun_step_", clamp)
-    _load_op(x)
+    require_extension("heun_step", x)
     torch.ops.epg_fast.heun_step_(x, denoised, denoised_next, sigma, sigma_next, lo, hi)
     mark_written(x)
     return x

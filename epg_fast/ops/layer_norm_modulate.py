@@ -18,9 +18,11 @@ dshift = G, dscale = weight * H + bias * G, dweight = sum_b (1 + scale) * H, dbi
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
+from epg_fast.ops.checks import check_both, check_shapes
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.quantize_rows import quantize_rows_ref
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _MAX_TRITON_WIDTH = 4096
@@ -59,8 +61,7 @@ def _per_token(modulation: torch.Tensor) -> torch.Tensor:
     return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
 
 
-@torch.library.custom_op("epg_fast::layer_norm_modulate", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -69,13 +70,10 @@ def _forward_op(
     eps: float,
     out_dtype: torch.dtype | None,
     copy_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean, rstd, x in copy_dtype, empty if that is None)."""
-    if interpreting():
-        return _forward_triton(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
-    y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype).contiguous()
-    copied = x.new_empty(0) if copy_dtype is None else x.to(copy_dtype, copy=True).contiguous()
-    return y, *norm_statistics(x, eps), copied
+) -> tuple[torch.Tensor | None, ...]:
+    """(y, mean, rstd, x in copy_dtype, None if that is)."""
+    y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
+    return y, *norm_statistics(x, eps), None if copy_dtype is None else x.to(copy_dtype, copy=True)
 
 
 def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,25 +82,7 @@ def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Te
     return mean, torch.rsqrt(variance + eps)
 
 
-@_forward_op.register_kernel("cuda")
-def _forward_triton(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype=None):
-    from epg_kernels.layer_norm_modulate import layer_norm_modulate_fwd
-
-    *made, copied = layer_norm_modulate_fwd(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
-    return *made, x.new_empty(0) if copied is None else copied
-
-
-@_forward_op.register_fake
-def _(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype=None):
-    statistics = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
-    y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
-    copied = x.new_empty(0) if copy_dtype is None else x.new_empty(x.shape, dtype=copy_dtype)
-    return y, statistics, torch.empty_like(statistics), copied
-
-
-# An operator cannot return None, so without modulation dshift and dscale are empty tensors.
-@torch.library.custom_op("epg_fast::layer_norm_modulate_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     dx_out: torch.Tensor | None,
     dcopy: torch.Tensor | None,
     dy: torch.Tensor,
@@ -113,19 +93,17 @@ def _backward_op(
     scale: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, ...]:
     """dx_out, dcopy: the gradients that reach x past the norm, through itself and through its copy, if they do."""
-    if interpreting():
-        return _backward_triton(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd)
     # In the statistics' dtype, so that the gradient of x is rounded once.
     dx, *rest = layer_norm_modulate_bwd_ref(dy, x.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
     for passed in (dx_out, dcopy):
         dx = dx if passed is None else dx + passed.to(dx.dtype)
-    return dx.to(x.dtype), *(tensor.to(x.dtype) if tensor.numel() == 0 else tensor for tensor in rest)
+    return dx.to(x.dtype), *rest
 
 
 def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
-    """Gradients in plain PyTorch; dshift and dscale are empty without modulation."""
+    """Gradients in plain PyTorch; dshift and dscale are None without modulation."""
     acc_dtype = mean.dtype
     g, w, rstd = dy.to(acc_dtype), weight.to(acc_dtype), rstd.unsqueeze(-1)
     xhat = (x.to(acc_dtype) - mean.unsqueeze(-1)) * rstd
@@ -135,48 +113,25 @@ def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
     sum_dy, sum_dy_xhat = g.sum(1), (g * xhat).sum(1)
     dweight, dbias = (factor * sum_dy_xhat).sum(0).to(weight.dtype), (factor * sum_dy).sum(0).to(bias.dtype)
     if scale is None:
-        return dx.to(x.dtype).contiguous(), dweight, dbias, x.new_empty(0), x.new_empty(0)
+        return dx.to(x.dtype), dweight, dbias, None, None
     dscale = (w * sum_dy_xhat + bias.to(acc_dtype) * sum_dy).to(scale.dtype)
-    return dx.to(x.dtype).contiguous(), dweight, dbias, sum_dy.to(shift.dtype, copy=True), dscale
+    return dx.to(x.dtype), dweight, dbias, sum_dy.to(shift.dtype, copy=True), dscale
 
 
-@_backward_op.register_kernel("cuda")
-def _backward_triton(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd):
-    from epg_kernels.layer_norm_modulate import layer_norm_modulate_bwd
-
-    gradients = layer_norm_modulate_bwd(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd)
-    dx, dweight, dbias, dshift, dscale = gradients
-    if scale is None:
-        return dx, dweight, dbias, x.new_empty(0), x.new_empty(0)
-    return dx, dweight, dbias, dshift, dscale
-
-
-@_backward_op.register_fake
-def _(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd):
-    dshift, dscale = (x.new_empty(0) if s is None else s.new_empty(s.shape) for s in (shift, scale))
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift, dscale
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, shift, scale, *_ = inputs
-    _, mean, rstd, copied = output
-    ctx.save_for_backward(x, weight, bias, shift, scale, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd, copied)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dy, *_):
-    x, weight, bias, shift, scale, mean, rstd = ctx.saved_tensors
-    return *_gradients(None, None, dy, x, weight, bias, shift, scale, mean, rstd), None, None, None
-
-
-def _gradients(dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd):
-    given = dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd
-    dx, dweight, dbias, dshift, dscale = _backward_op(*given)
-    return dx, dweight, dbias, None if scale is None else dshift, None if scale is None else dscale
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_operation = operation(
+    "layer_norm_modulate",
+    _forward,
+    "epg_kernels.layer_norm_modulate:layer_norm_modulate_fwd",
+    "y mean rstd copy",
+    Backward(_backward, "epg_kernels.layer_norm_modulate:layer_norm_modulate_bwd", "x weight bias shift scale"),
+)
+_gradients = _operation.backward
+_fp8_operation = operation(
+    "layer_norm_modulate_fp8",
+    layer_norm_modulate_fp8_ref,
+    "epg_kernels.layer_norm_modulate:layer_norm_modulate_fp8",
+    "y row_scale",
+)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -184,44 +139,13 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, shift, scale, eps, out_dtype, copy_dtype):
-        y, mean, rstd, copied = _forward_op(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
+        y, mean, rstd, copied = _operation(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
         ctx.save_for_backward(x, weight, bias, shift, scale, mean, rstd)
-        return x.view_as(x), y, copied
+        return x.view_as(x), y, x.new_empty(0) if copied is None else copied
 
     @staticmethod
     def backward(ctx, dx_out, dy, dcopy):
         return *_gradients(dx_out, dcopy if dcopy.numel() else None, dy, *ctx.saved_tensors), None, None, None
-
-
-@torch.library.custom_op("epg_fast::layer_norm_modulate_fp8", mutates_args=(), device_types="cpu")
-def _fp8_op(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _fp8_triton(x, weight, bias, shift, scale, eps)
-    y, row_scale = layer_norm_modulate_fp8_ref(x, weight, bias, shift, scale, eps)
-    return y.contiguous(), row_scale
-
-
-@_fp8_op.register_kernel("cuda")
-def _fp8_triton(x, weight, bias, shift, scale, eps):
-    from epg_kernels.layer_norm_modulate import layer_norm_modulate_fp8
-
-    return layer_norm_modulate_fp8(x, weight, bias, shift, scale, eps)
-
-
-@_fp8_op.register_fake
-def _(x, weight, bias, shift, scale, eps):
-    row_scale = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), row_scale
-
-
-# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
 
 
 def layer_norm_modulate(
@@ -247,7 +171,7 @@ def layer_norm_modulate(
     if backend != "triton":
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
     require_triton_norm("layer_norm_modulate", x, weight, bias, shift, scale)
-    return _forward_op(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)[0]
+    return _operation(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)[0]
 
 
 def residual_norm_modulate(
@@ -296,7 +220,7 @@ def layer_norm_modulate_fp8(
     if backend != "triton":
         return layer_norm_modulate_fp8_ref(x, weight, bias, shift, scale, eps)
     require_triton_norm("layer_norm_modulate_fp8", x, weight, bias, shift, scale, fp8=True)
-    return _fp8_op(x, weight, bias, per_sample(shift), per_sample(scale), eps)
+    return _fp8_operation(x, weight, bias, per_sample(shift), per_sample(scale), eps)
 
 
 def per_sample(modulation: torch.Tensor | None) -> torch.Tensor | None:
@@ -319,20 +243,10 @@ def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, 
 
 def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | None) -> None:
     """Raise ValueError unless x is [B, L, D], the parameters [D] and what `modulation` names [B, D] or [B, 1, D]."""
-    if x.dim() != 3:
-        raise ValueError(f"{op}: got x of shape {tuple(x.shape)}, wanted [B, L, D]")
-    batch, _, width = x.shape
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != (width,):
-            raise ValueError(f"{op}: got {name} of shape {tuple(parameter.shape)}, wanted [{width}]")
-    if (modulation["shift"] is None) != (modulation["scale"] is None):
-        missing = "shift" if modulation["shift"] is None else "scale"
-        raise ValueError(f"{op}: got no {missing}, wanted both shift and scale, or neither")
-    for name, tensor in modulation.items():
-        if tensor is not None and tensor.shape not in ((batch, width), (batch, 1, width)):
-            raise ValueError(
-                f"{op}: got {name} of shape {tuple(tensor.shape)}, wanted [{batch}, {width}] or [{batch}, 1, {width}]"
-            )
+    sizes = {}
+    check_shapes(op, sizes, x=(x, "BLD"), weight=(weight, "D"), bias=(bias, "D"))
+    check_both(op, shift=modulation["shift"], scale=modulation["scale"])
+    check_shapes(op, sizes, **{name: (tensor, "BD|B1D") for name, tensor in modulation.items()})
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:

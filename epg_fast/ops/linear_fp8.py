@@ -16,11 +16,12 @@ sums of 128 products to the tensor cores, which keep fewer bits of them than flo
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from epg_fast.ops.backends import check_backend, require_dtypes, require_gemm_operands
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_gemm_operands
+from epg_fast.ops.checks import check_floating
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.fp8 import refuse_gradient, require_row_scales
+from epg_fast.ops.registration import operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_fp8"
@@ -35,26 +36,13 @@ def linear_fp8_ref(
     gelu: bool = False,
 ) -> torch.Tensor:
     """The formula in plain PyTorch, on dequantised operands; shapes and dtypes as in the module's docstring."""
-    dtype = torch.float64 if x_scale.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x_scale)
     x = x.to(dtype) * x_scale.unsqueeze(-1)
     weight = weight.to(dtype) * weight_scale.unsqueeze(-1)
     z = F.linear(x, weight, bias.to(dtype))
     return (F.gelu(z) if gelu else z).to(bias.dtype)
 
 
-@torch.library.custom_op("epg_fast::linear_fp8", mutates_args=(), device_types="cpu")
-def _forward_op(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    gelu: bool,
-) -> torch.Tensor:
-    return linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu)
-
-
-@_forward_op.register_kernel("cuda")
 def _forward_cuda(x, x_scale, weight, weight_scale, bias, gelu):
     y = bias.new_empty((*x.shape[:-1], weight.shape[0]))
     torch.ops.epg_fast.linear_fp8_out(
@@ -63,17 +51,7 @@ def _forward_cuda(x, x_scale, weight, weight_scale, bias, gelu):
     return y
 
 
-@_forward_op.register_fake
-def _(x, x_scale, weight, weight_scale, bias, gelu):
-    return bias.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@register_flop_formula(torch.ops.epg_fast.linear_fp8)
-def _forward_flops(x_shape, x_scale_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    return 2 * rows * weight_shape[0] * weight_shape[1]
+_operation = operation(_OP, linear_fp8_ref, _forward_cuda, "y", in_triton=False)
 
 
 def linear_fp8(
@@ -102,7 +80,7 @@ def linear_fp8(
         others = {"x_scale": x_scale, "weight_scale": weight_scale, "bias": bias}
         require_gemm_operands(_OP, weight.shape[0], {"x": x, "weight": weight}, others)
         require_gemms(_OP, x.device)
-        return _forward_op(x, x_scale, weight, weight_scale, bias, gelu)
+        return _operation(x, x_scale, weight, weight_scale, bias, gelu)
     if backend == "scaled_mm":
         return _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu)
     return linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu)
@@ -161,8 +139,7 @@ def _check(x, x_scale, weight, weight_scale, bias) -> None:
     for name, tensor in (("x_scale", x_scale), ("weight_scale", weight_scale)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted torch.float32; convert it")
-    if not bias.is_floating_point():
-        raise ValueError(f"{_OP}: got bias in {bias.dtype}, wanted a floating dtype; convert it")
+    check_floating(_OP, bias=bias)
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int) -> int:

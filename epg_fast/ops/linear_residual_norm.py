@@ -27,18 +27,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import (
     autocast_dtype,
     check_backend,
-    interpreting,
     product_operand,
     require_dtypes,
     require_gemm_operands,
     require_triton_for_cuda,
-    without_none,
 )
+from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.gate_residual_norm_modulate import SPEC as NORM
 from epg_fast.ops.layer_norm_modulate import (
@@ -49,6 +47,7 @@ from epg_fast.ops.layer_norm_modulate import (
     per_sample,
     require_triton_norm,
 )
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_residual_norm"
@@ -77,8 +76,7 @@ def gated_residual_ref(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor
     return (x + (branch if gate is None else per_sample(gate).unsqueeze(1) * branch)).to(x.dtype)
 
 
-@torch.library.custom_op("epg_fast::linear_residual_norm", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     x: torch.Tensor,
     h: torch.Tensor,
     parameter: torch.Tensor,
@@ -92,29 +90,25 @@ def _forward_op(
     eps: float,
     save_branch: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_out, y, the branch, empty unless saved, mean, rstd).
+) -> tuple[torch.Tensor | None, ...]:
+    """(x_out, y, the branch, None unless saved, mean, rstd).
 
     weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.
     """
-    if interpreting():
-        norm = norm_weight, norm_bias, gate, shift, scale, eps
-        return _forward_kernel(x, h, parameter, weight, bias, *norm, save_branch, backend)
     branch = F.linear(h, weight, bias.to(h.dtype))
-    x_out = gated_residual_ref(x, branch, gate).contiguous()
+    x_out = gated_residual_ref(x, branch, gate)
     y = layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
-    return x_out, y, branch if save_branch else x.new_empty(0), *norm_statistics(x_out, eps)
+    return x_out, y, branch if save_branch else None, *norm_statistics(x_out, eps)
 
 
-@_forward_op.register_kernel("cuda")
-def _forward_kernel(x, h, _, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch, backend):
+def _kernel(x, h, _, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch, backend):
     from epg_kernels.layer_norm_modulate import layer_norm_modulate_fwd
     from epg_kernels.linear_residual_norm import linear_residual
 
     product = linear_residual if backend == "triton" else linear_residual_cuda
     x_out, branch = product(x, h, weight, bias, gate, save_branch)
     y, *statistics, _ = layer_norm_modulate_fwd(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
-    return x_out, y, x.new_empty(0) if branch is None else branch, *statistics
+    return x_out, y, branch, *statistics
 
 
 def linear_residual_cuda(
@@ -132,23 +126,14 @@ def linear_residual_cuda(
     return x_out, branch
 
 
-@_forward_op.register_fake
-def _(x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps, save_branch, backend):
-    statistics = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    y = h.new_empty(x.shape)
-    branch = torch.empty_like(y) if save_branch else x.new_empty(0)
-    return x.new_empty(x.shape), y, branch, statistics, torch.empty_like(statistics)
-
-
-@torch.library.custom_op("epg_fast::linear_residual_norm_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     dx_out: torch.Tensor | None,
     dy: torch.Tensor,
     x_out: torch.Tensor,
-    branch: torch.Tensor,
+    branch: torch.Tensor | None,
     h: torch.Tensor,
     weight: torch.Tensor,
-    weight_dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
     bias: torch.Tensor,
     gate: torch.Tensor | None,
     norm_weight: torch.Tensor,
@@ -157,81 +142,34 @@ def _backward_op(
     scale: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-    needed: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Gradients of x, h, weight and bias, the last three empty where not `needed`, gate, norm and modulation.
-
-    Empty for what is not there.
-    """
-    norm = norm_weight, norm_bias, shift, scale, mean, rstd
-    if interpreting():
-        return _backward_triton(dx_out, dy, x_out, branch, h, weight, weight_dtype, bias, gate, *norm, needed)
+    need_h: bool,
+    need_parameter: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, ...]:
     # In the statistics' dtype, so that the gradient of x_out is rounded once.
+    norm = norm_weight, norm_bias, shift, scale, mean, rstd
     g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), *norm)
     g = g if dx_out is None else g + dx_out.to(g.dtype)
     dz = g if gate is None else g * gate.to(g.dtype).unsqueeze(1)
     rows = dz.to(h.dtype).flatten(0, 1)
-    dh = (rows @ weight).view(h.shape) if needed[0] else None
-    dweight = (rows.t() @ h.flatten(0, 1)).to(weight_dtype) if needed[1] else None
-    dbias = dz.sum((0, 1)).to(bias.dtype) if needed[2] else None
+    dh = (rows @ weight).view(h.shape) if need_h else None
+    dweight = (rows.t() @ h.flatten(0, 1)).to(parameter_dtype) if need_parameter else None
+    dbias = dz.sum((0, 1)).to(bias.dtype) if need_bias else None
     dgate = None if gate is None else (g * branch.to(g.dtype)).sum(1).to(gate.dtype)
-    norm_grads = [grad if grad.numel() else None for grad in norm_grads]
-    return without_none(x_out, [g.to(x_out.dtype), dh, dweight, dbias, dgate, *norm_grads])
+    return g.to(x_out.dtype), dh, dweight, dbias, dgate, *norm_grads
 
 
-@_backward_op.register_kernel("cuda")
-def _backward_triton(dx_out, dy, x_out, branch, *arguments):
-    from epg_kernels.linear_residual_norm import linear_residual_norm_bwd
-
-    *arguments, needed = arguments
-    return without_none(x_out, linear_residual_norm_bwd(dx_out, dy, x_out, branch, *arguments, *needed))
-
-
-@_backward_op.register_fake
-def _(dx_out, dy, x_out, branch, h, weight, weight_dtype, bias, gate, *norm_and_needed):
-    *norm, _, _, needed = norm_and_needed
-    tensors = (x_out, h, weight, bias, gate, *norm)
-    made = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors]
-    made[2] = made[2].to(weight_dtype)
-    made[1:4] = [tensor if need else None for tensor, need in zip(made[1:4], needed, strict=True)]
-    return without_none(x_out, made)
-
-
-def _setup_context(ctx, inputs, output):
-    _, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale, *_ = inputs
-    x_out, _, branch, mean, rstd = output
-    ctx.weight_dtype = parameter.dtype
-    ctx.save_for_backward(x_out, branch, h, weight, bias, gate, norm_weight, norm_bias, shift, scale, mean, rstd)
-    ctx.mark_non_differentiable(branch, mean, rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dx_out, dy, *_):
-    x_out, branch, h, weight, bias, gate, norm_weight, norm_bias, shift, scale, *statistics = ctx.saved_tensors
-    dy = torch.zeros_like(x_out, dtype=h.dtype) if dy is None else dy
-    norm = norm_weight, norm_bias, shift, scale, *statistics
-    needed = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
-    given = dx_out, dy, x_out, branch, h, weight, ctx.weight_dtype, bias, gate, *norm, needed
-    dx, *products, dgate, dweight, dbias, dshift, dscale = _backward_op(*given)
-    dh, dparameter, dlinear_bias = (grad if need else None for grad, need in zip(products, needed, strict=True))
-    dgate, dshift, dscale = (
-        None if tensor is None else grad for tensor, grad in ((gate, dgate), (shift, dshift), (scale, dscale))
-    )
-    return dx, dh, dparameter, None, dlinear_bias, dweight, dbias, dgate, dshift, dscale, None, None, None
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.epg_fast.linear_residual_norm)
-def _forward_flops(x_shape, h_shape, *args, out_shape=None, **kwargs) -> int:
-    return _flops((*h_shape, x_shape[-1]))
-
-
-@register_flop_formula(torch.ops.epg_fast.linear_residual_norm_bwd)
-def _backward_flops(dx_out_shape, dy_shape, x_shape, branch_shape, h_shape, *args, out_shape=None, **kwargs) -> int:
-    needs_h, needs_weight, _ = args[-1]
-    return _flops((*h_shape, x_shape[-1])) * (needs_h + needs_weight)
+_operation = operation(
+    _OP,
+    _forward,
+    _kernel,
+    "x_out y branch mean rstd",
+    Backward(
+        _backward,
+        "epg_kernels.linear_residual_norm:linear_residual_norm_bwd",
+        "x h parameter bias gate norm_weight norm_bias shift scale",
+    ),
+)
 
 
 def linear_residual_norm(
@@ -273,25 +211,15 @@ def linear_residual_norm(
     require_dtypes(_OP, DTYPES, backend, x=x, h=h, bias=bias, gate=gate)
     save_branch = gate is not None and needs_gradient(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
     norm = norm_weight, norm_bias, gate, shift, scale, eps
-    return _forward_op(x, h, weight, operand, bias, *norm, save_branch, backend)[:2]
+    return _operation(x, h, weight, operand, bias, *norm, save_branch, backend)[:2]
 
 
-@torch.library.custom_op("epg_fast::weight_gradient", mutates_args=(), device_types=("cpu", "cuda"))
-def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An operator, because torch.compile does not know of products whose result has another dtype in every version."""
-    from epg_kernels._launch import weight_gradient
-
-    return weight_gradient(dy, x, dtype)
+def _weight_gradient_ref(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (dy.t() @ x).to(dtype)
 
 
-@_weight_gradient.register_fake
-def _(dy, x, dtype):
-    return x.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)
-
-
-@register_flop_formula(torch.ops.epg_fast.weight_gradient)
-def _weight_gradient_flops(dy_shape, x_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * dy_shape[0] * dy_shape[1] * x_shape[1]
+# An operator, because torch.compile does not know of products whose result has another dtype in every version.
+_weight_gradient = operation("weight_gradient", _weight_gradient_ref, "epg_kernels._launch:weight_gradient", "dweight")
 
 
 class _Linear(torch.autograd.Function):
@@ -368,19 +296,14 @@ def require_residual_product(
 
 def check_linear(op: str, name: str, h, x, weight, bias) -> None:
     """Raise ValueError unless weight [N, K] and bias [N] take h [B, L, K] to x's shape [B, L, N]."""
-    for what, tensor in ((name, h), ("weight", weight), ("bias", bias)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{op}: got {what} in {tensor.dtype}, wanted a floating dtype; convert it")
+    check_floating(op, **{name: h}, weight=weight, bias=bias)
     if h.dim() != 3 or weight.dim() != 2 or h.shape[2] != weight.shape[1]:
         raise ValueError(
             f"{op}: got {name} of shape {tuple(h.shape)} and weight of shape {tuple(weight.shape)}, wanted [B, L, K] "
             "and [N, K] with the same K; weight is that of a Linear, one row per output"
         )
-    if x.shape != (*h.shape[:2], weight.shape[0]):
-        wanted = [*h.shape[:2], weight.shape[0]]
-        raise ValueError(f"{op}: got x of shape {tuple(x.shape)}, wanted {wanted}")
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: got bias of shape {tuple(bias.shape)}, wanted [{weight.shape[0]}]")
+    batch, tokens, _ = h.shape
+    check_shapes(op, {"B": batch, "L": tokens, "N": weight.shape[0]}, x=(x, "BLN"), bias=(bias, "N"))
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:

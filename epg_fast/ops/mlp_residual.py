@@ -26,19 +26,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import (
     autocast_dtype,
     check_backend,
-    interpreting,
     product_operand,
     require_dtypes,
     require_grid,
     require_triton,
     require_triton_for_cuda,
-    without_none,
 )
+from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.layer_norm_modulate import per_sample
 from epg_fast.ops.linear_residual_norm import (
     DTYPES,
@@ -48,6 +46,7 @@ from epg_fast.ops.linear_residual_norm import (
     needs_gradient,
     require_residual_product,
 )
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "mlp_residual"
@@ -68,8 +67,7 @@ def mlp_residual_ref(
     return gated_residual_ref(x, F.linear(h, fc2_weight.to(y.dtype), fc2_bias.to(y.dtype)), gate)
 
 
-@torch.library.custom_op("epg_fast::mlp_residual", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     x: torch.Tensor,
     y: torch.Tensor,
     fc1_parameter: torch.Tensor,
@@ -81,33 +79,25 @@ def _forward_op(
     gate: torch.Tensor | None,
     save: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_out, z, gelu(z), what the gate scales), the last three empty unless they are kept for a backward pass.
+) -> tuple[torch.Tensor | None, ...]:
+    """(x_out, z, gelu(z), what the gate scales), the last three None unless they are kept for a backward pass.
 
     fc1_weight, fc2_weight: the parameters in y's dtype. Products read these, and the gradients of the parameters are
     written in their own dtype.
     """
-    if interpreting():
-        fc1, fc2 = (fc1_parameter, fc1_weight, fc1_bias), (fc2_parameter, fc2_weight, fc2_bias)
-        return _forward_kernel(x, y, *fc1, *fc2, gate, save, backend)
     z = F.linear(y, fc1_weight, fc1_bias.to(y.dtype))
     h = F.gelu(z)
     branch = F.linear(h, fc2_weight, fc2_bias.to(y.dtype))
-    x_out = gated_residual_ref(x, branch, gate).contiguous()
-    kept = (z, h, None if gate is None else branch) if save else (None,) * 3
-    return x_out, *without_none(x, kept)
+    x_out = gated_residual_ref(x, branch, gate)
+    return x_out, *((z, h, None if gate is None else branch) if save else (None,) * 3)
 
 
-@_forward_op.register_kernel("cuda")
 def _forward_kernel(x, y, _, fc1_weight, fc1_bias, __, fc2_weight, fc2_bias, gate, save, backend):
-    given = x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save
     if backend == "cuda":
-        x_out, *kept = _forward_cuda(*given)
-    else:
-        from epg_kernels.mlp_residual import mlp_residual_fwd
+        return _forward_cuda(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
+    from epg_kernels.mlp_residual import mlp_residual_fwd
 
-        x_out, *kept = mlp_residual_fwd(*given)
-    return x_out, *without_none(x, kept)
+    return mlp_residual_fwd(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
 
 
 def _forward_cuda(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save):
@@ -119,36 +109,22 @@ def _forward_cuda(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save):
     return x_out, z, h if save else None, branch
 
 
-@_forward_op.register_fake
-def _(x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save, backend):
-    kept = [None] * 3
-    if save:
-        z = y.new_empty((*y.shape[:-1], fc1_weight.shape[0]))
-        kept = [z, torch.empty_like(z), None if gate is None else y.new_empty(x.shape)]
-    return x.new_empty(x.shape), *without_none(x, kept)
-
-
-@torch.library.custom_op("epg_fast::mlp_residual_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
-    dout: torch.Tensor,
+def _backward(
+    dx_out: torch.Tensor,
     y: torch.Tensor,
     z: torch.Tensor,
     h: torch.Tensor,
-    branch: torch.Tensor,
+    branch: torch.Tensor | None,
     fc1_weight: torch.Tensor,
     fc1_bias: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
     gate: torch.Tensor | None,
-    weight_dtype: torch.dtype,
+    fc1_parameter_dtype: torch.dtype,
     backend: str,
-) -> list[torch.Tensor]:
-    """Gradients of y, fc1's weight and bias, fc2's, and of the gate, empty without one; weights' in weight_dtype."""
-    if interpreting():
-        parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-        return _backward_kernel(dout, y, z, h, branch, *parameters, gate, weight_dtype, backend)
+) -> tuple[torch.Tensor | None, ...]:
     acc_dtype = torch.promote_types(z.dtype, torch.float32)
-    g = dout.to(acc_dtype)
+    g = dx_out.to(acc_dtype)
     dr = g if gate is None else g * gate.to(acc_dtype).unsqueeze(1)
     rows = dr.to(z.dtype).flatten(0, 1)
     dh = (rows @ fc2_weight).view(z.shape)
@@ -156,17 +132,15 @@ def _backward_op(
     dgate = None if gate is None else (g * branch.to(acc_dtype)).sum(1).to(gate.dtype)
     dfc1_bias, dfc2_bias = dz.sum(0).to(fc1_bias.dtype), dr.sum((0, 1)).to(fc2_bias.dtype)
     dz = dz.to(z.dtype)
-    dfc1_weight, dfc2_weight = ((a.t() @ b.flatten(0, 1)).to(weight_dtype) for a, b in ((dz, y), (rows, h)))
-    return without_none(y, [(dz @ fc1_weight).view(y.shape), dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate])
+    dfc1_weight, dfc2_weight = ((a.t() @ b.flatten(0, 1)).to(fc1_parameter_dtype) for a, b in ((dz, y), (rows, h)))
+    return (dz @ fc1_weight).view(y.shape), dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate
 
 
-@_backward_op.register_kernel("cuda")
-def _backward_kernel(dout, y, *arguments):
+def _backward_kernel(*arguments):
     from epg_kernels.mlp_residual import linear_dgelu, mlp_residual_bwd
 
     *arguments, backend = arguments
-    product = linear_dgelu if backend == "triton" else linear_dgelu_cuda
-    return without_none(y, mlp_residual_bwd(dout, y, *arguments, product))
+    return mlp_residual_bwd(*arguments, linear_dgelu if backend == "triton" else linear_dgelu_cuda)
 
 
 def linear_dgelu_cuda(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,41 +154,18 @@ def linear_dgelu_cuda(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -
     return dz, sum_partial_sums(sums[:, :columns], torch.float32)
 
 
-@_backward_op.register_fake
-def _(dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype, backend):
-    dweights = [weight.new_empty(weight.shape, dtype=weight_dtype) for weight in (fc1_weight, fc2_weight)]
-    dy, dfc1_bias, dfc2_bias = (tensor.new_empty(tensor.shape) for tensor in (y, fc1_bias, fc2_bias))
-    dgate = None if gate is None else gate.new_empty(gate.shape)
-    return without_none(y, [dy, dweights[0], dfc1_bias, dweights[1], dfc2_bias, dgate])
-
-
-def _setup_context(ctx, inputs, output):
-    _, y, fc1_parameter, *fc1, _, fc2_weight, fc2_bias, gate, _, ctx.backend = inputs
-    ctx.save_for_backward(y, *output[1:], *fc1, fc2_weight, fc2_bias, gate)
-    ctx.weight_dtype = fc1_parameter.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, *_):
-    *saved, gate = ctx.saved_tensors
-    grads = _backward_op(dout, *saved, gate, ctx.weight_dtype, ctx.backend)
-    dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate = grads
-    dgate = None if gate is None else dgate
-    return dout, dy, dfc1_weight, None, dfc1_bias, dfc2_weight, None, dfc2_bias, dgate, None, None
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.epg_fast.mlp_residual)
-def _forward_flops(x_shape, y_shape, fc1_shape, *args, out_shape=None, **kwargs) -> int:
-    return _flops((*x_shape, fc1_shape[0]))
-
-
-@register_flop_formula(torch.ops.epg_fast.mlp_residual_bwd)
-def _backward_flops(dout_shape, y_shape, z_shape, *args, out_shape=None, **kwargs) -> int:
-    return _flops((*dout_shape, z_shape[-1]), backward=True)
+_operation = operation(
+    _OP,
+    _forward,
+    _forward_kernel,
+    "x_out z h branch",
+    Backward(
+        _backward,
+        _backward_kernel,
+        "y fc1_parameter fc1_bias fc2_parameter fc2_bias gate",
+        others=lambda made, given: {"x": given["dx_out"]},
+    ),
+)
 
 
 def mlp_residual(
@@ -260,18 +211,14 @@ def mlp_residual(
         require_triton(_OP, x, y, *parameters)
     require_grid(_OP, x.shape[0])
     require_dtypes(_OP, DTYPES, backend, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
-    return _forward_op(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, save, backend)[0]
+    return _operation(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, save, backend)[0]
 
 
 def _check_shapes(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate) -> None:
     hidden = y[..., :1].expand(*y.shape[:-1], fc1_weight.shape[0])
     check_linear(_OP, "y", y, hidden, fc1_weight, fc1_bias)
     check_linear(_OP, "gelu(z)", hidden, x, fc2_weight, fc2_bias)
-    batch, _, width = x.shape
-    if gate is not None and gate.shape not in ((batch, width), (batch, 1, width)):
-        raise ValueError(
-            f"{_OP}: got gate of shape {tuple(gate.shape)}, wanted [{batch}, {width}] or [{batch}, 1, {width}]"
-        )
+    check_shapes(_OP, dict(zip("BLD", x.shape, strict=True)), gate=(gate, "BD|B1D"))
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:

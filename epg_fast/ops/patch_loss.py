@@ -20,7 +20,9 @@ import math
 
 import torch
 
-from epg_fast.ops.backends import check_backend, interpreting, require_dtypes, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_grid, require_triton
+from epg_fast.ops.checks import check_floating, check_shapes
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,18 +54,11 @@ def patch_loss_ref(
     huber_c: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
-    residual = _residual(tokens, target, scale, offset, offset_scale)
-    squared_error = residual.square().flatten(1).sum(1)
-    factor = _factor(squared_error.detach(), weight, huber_c, residual[0].numel())
-    return squared_error * factor, squared_error.detach()
-
-
-def _accumulation_dtype(tokens: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    return _forward(tokens, target, scale, offset, offset_scale, weight, huber_c)
 
 
 def _residual(tokens, target, scale, offset, offset_scale) -> torch.Tensor:
-    acc_dtype = _accumulation_dtype(tokens)
+    acc_dtype = accumulation_dtype(tokens)
     residual = tokens.to(acc_dtype)
     if scale is not None:
         residual = _per_image(scale, acc_dtype) * residual
@@ -86,8 +81,7 @@ def _factor(squared_error, weight, huber_c, size: int) -> torch.Tensor | float:
     return factor if weight is None else weight.to(squared_error.dtype) * factor
 
 
-@torch.library.custom_op("epg_fast::patch_loss", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     tokens: torch.Tensor,
     target: torch.Tensor,
     scale: torch.Tensor | None,
@@ -96,28 +90,13 @@ def _forward_op(
     weight: torch.Tensor | None,
     huber_c: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _forward_triton(tokens, target, scale, offset, offset_scale, weight, huber_c)
-    options = {"scale": scale, "offset": offset, "offset_scale": offset_scale, "weight": weight, "huber_c": huber_c}
-    loss, squared_error = patch_loss_ref(tokens, target, **options)
-    return loss, squared_error
+    residual = _residual(tokens, target, scale, offset, offset_scale)
+    squared_error = residual.square().flatten(1).sum(1)
+    factor = _factor(squared_error.detach(), weight, huber_c, residual[0].numel())
+    return squared_error * factor, squared_error.detach()
 
 
-@_forward_op.register_kernel("cuda")
-def _forward_triton(*arguments):
-    from epg_kernels.patch_loss import patch_loss_fwd
-
-    return patch_loss_fwd(*arguments)
-
-
-@_forward_op.register_fake
-def _(tokens, target, scale, offset, offset_scale, weight, huber_c):
-    loss = tokens.new_empty(tokens.shape[0], dtype=_accumulation_dtype(tokens))
-    return loss, torch.empty_like(loss)
-
-
-@torch.library.custom_op("epg_fast::patch_loss_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     dloss: torch.Tensor,
     squared_error: torch.Tensor,
     tokens: torch.Tensor,
@@ -128,40 +107,19 @@ def _backward_op(
     weight: torch.Tensor | None,
     huber_c: float | None,
 ) -> torch.Tensor:
-    if interpreting():
-        return _backward_triton(dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c)
     residual = _residual(tokens, target, scale, offset, offset_scale)
     factor = 2 * dloss * _factor(squared_error, weight, huber_c, residual[0].numel())
     factor = factor if scale is None else factor * scale.to(factor.dtype)
-    return (_per_image(factor, factor.dtype) * residual).to(tokens.dtype).contiguous()
+    return (_per_image(factor, factor.dtype) * residual).to(tokens.dtype)
 
 
-@_backward_op.register_kernel("cuda")
-def _backward_triton(*arguments):
-    from epg_kernels.patch_loss import patch_loss_bwd
-
-    return patch_loss_bwd(*arguments)
-
-
-@_backward_op.register_fake
-def _(dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c):
-    return tokens.new_empty(tokens.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.huber_c = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dloss, _dsquared_error):
-    return _backward_op(dloss, *ctx.saved_tensors, ctx.huber_c), *[None] * 6
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
+_operation = operation(
+    "patch_loss",
+    _forward,
+    "epg_kernels.patch_loss:patch_loss_fwd",
+    "loss squared_error",
+    Backward(_backward, "epg_kernels.patch_loss:patch_loss_bwd", "tokens"),
+)
 
 
 def patch_loss(
@@ -195,7 +153,7 @@ def patch_loss(
     require_triton("patch_loss", tokens, *tensors.values())
     require_grid("patch_loss", tokens.shape[0])
     require_dtypes("patch_loss", _FLOATS, tokens=tokens, **tensors)
-    return _forward_op(tokens, target, scale, offset, offset_scale, weight, huber_c)
+    return _operation(tokens, target, scale, offset, offset_scale, weight, huber_c)
 
 
 def _check_shapes(tokens, target, scale, offset, offset_scale, weight) -> None:
@@ -216,11 +174,9 @@ def _check_shapes(tokens, target, scale, offset, offset_scale, weight) -> None:
         )
     if offset is None and offset_scale is not None:
         raise ValueError("patch_loss: got offset_scale without offset, wanted both, or neither")
-    for name, values in (("scale", scale), ("offset_scale", offset_scale), ("weight", weight)):
-        if values is not None and values.shape != (tokens.shape[0],):
-            raise ValueError(
-                f"patch_loss: got {name} of shape {tuple(values.shape)}, wanted [{tokens.shape[0]}], one per image"
-            )
+    each = {"scale": scale, "offset_scale": offset_scale, "weight": weight}
+    wanted = {name: (values, "B", ", one per image") for name, values in each.items()}
+    check_shapes("patch_loss", {"B": tokens.shape[0]}, **wanted)
 
 
 def _check_image(name: str, image: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -238,9 +194,8 @@ def _check_image(name: str, image: torch.Tensor, tokens: torch.Tensor) -> None:
 
 
 def _check_gradients(**tensors: torch.Tensor | None) -> None:
+    check_floating("patch_loss", **tensors)
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"patch_loss: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
                 f"patch_loss: got {name} that requires a gradient, wanted it of tokens alone; detach() {name}"

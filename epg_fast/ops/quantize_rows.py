@@ -18,8 +18,10 @@ lies between two. A row whose largest value is below 1e-30 is zero. One with val
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, interpreting, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
+from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
+from epg_fast.ops.registration import operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "quantize_rows"
@@ -54,35 +56,7 @@ def gated_sum_ref(x: torch.Tensor, branch: torch.Tensor | None, gate: torch.Tens
     return (x.to(branch.dtype) + branch).to(x.dtype)
 
 
-@torch.library.custom_op("epg_fast::quantize_rows", mutates_args=(), device_types="cpu")
-def _forward_op(
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    skip: torch.Tensor | None,
-    gelu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if interpreting():
-        return _forward_triton(x, branch, gate, skip, gelu)
-    rows, row_scale = quantize_rows_ref(x, branch, gate, skip, gelu)
-    return rows.contiguous(), row_scale.contiguous()
-
-
-@_forward_op.register_kernel("cuda")
-def _forward_triton(x, branch, gate, skip, gelu):
-    from epg_kernels.quantize_rows import quantize_rows_fwd
-
-    return quantize_rows_fwd(x, branch, gate, skip, gelu)
-
-
-@_forward_op.register_fake
-def _(x, branch, gate, skip, gelu):
-    width = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    rows = x.new_empty((*x.shape[:-1], width), dtype=torch.float8_e4m3fn)
-    return rows, x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
-
-
-# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
+_operation = operation(_OP, quantize_rows_ref, "epg_kernels.quantize_rows:quantize_rows_fwd", "rows row_scale")
 
 
 def quantize_rows(
@@ -117,27 +91,14 @@ def quantize_rows(
             )
     require_conversion(_OP, x.device)
     gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
-    return _forward_op(x, branch, gate, skip, gelu)
+    return _operation(x, branch, gate, skip, gelu)
 
 
 def _check(x, branch, gate, skip) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"{_OP}: got x of shape {tuple(x.shape)}, wanted [B, L, D]")
-    batch, tokens, width = x.shape
     if gate is not None and branch is None:
         raise ValueError(f"{_OP}: got a gate and no branch, wanted both, or no gate")
-    for name, tensor, wanted in (
-        ("branch", branch, [(batch, tokens, width)]),
-        ("gate", gate, [(batch, width), (batch, 1, width)]),
-    ):
-        if tensor is not None and tensor.shape not in wanted:
-            shapes = " or ".join(str(list(shape)) for shape in wanted)
-            raise ValueError(f"{_OP}: got {name} of shape {tuple(tensor.shape)}, wanted {shapes}")
-    if skip is not None and (skip.dim() != 3 or skip.shape[:2] != x.shape[:2]):
-        raise ValueError(f"{_OP}: got skip of shape {tuple(skip.shape)}, wanted [{batch}, {tokens}, E]")
-    for name, tensor in (("x", x), ("branch", branch), ("gate", gate), ("skip", skip)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
+    check_shapes(_OP, {}, x=(x, "BLD"), branch=(branch, "BLD"), gate=(gate, "BD|B1D"), skip=(skip, "BLE"))
+    check_floating(_OP, x=x, branch=branch, gate=gate, skip=skip)
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int) -> int:

@@ -15,7 +15,6 @@ Error: both backends equal Pillow bit for bit where it goes along x first; elsew
 level of it, "bicubic" too but where sums before the second pass leave 0..255 and are clipped.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -107,13 +106,6 @@ def _bicubic(x: float, a: float = -0.5) -> float:
 _FUNCTIONS = {"box": _box, "bilinear": _bilinear, "bicubic": _bicubic}
 
 
-@functools.cache
-def _register_fake() -> None:
-    @torch.library.register_fake("epg_fast::resized_crop_out")
-    def _(out, images, halvings, boxes, resized, offsets, filter):
-        return None
-
-
 def resized_crop(
     images: Sequence[torch.Tensor],
     halvings: torch.Tensor,
@@ -147,7 +139,6 @@ def resized_crop(
                 "on the CPU for backend='extension'; call .cpu().contiguous() or use backend='plain'"
             )
     require_extension("resized_crop", halvings)
-    _register_fake()
     out = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
     contiguous = [tensor.contiguous() for tensor in parameters.values()]
     torch.ops.epg_fast.resized_crop_out(out, list(images), *contiguous, FILTERS.index(filter))

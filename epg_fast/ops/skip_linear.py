@@ -16,25 +16,20 @@ Backend "cuda" computes z for bfloat16 alone, contiguous, D, E and N multiples o
 x's dtype; its norm and its backward pass are those of "triton".
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from epg_fast.ops.backends import (
-    accumulation_dtype,
     autocast_dtype,
     check_backend,
-    interpreting,
     product_operand,
     require_dtypes,
     require_gemm_operands,
     require_grid,
     require_triton,
     require_triton_for_cuda,
-    without_none,
 )
+from epg_fast.ops.checks import check_both, check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
@@ -47,6 +42,7 @@ from epg_fast.ops.layer_norm_modulate import (
     require_triton_norm,
     residual_norm_modulate,
 )
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 NextNorm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -70,8 +66,7 @@ def skip_linear_ref(
     return y if next_norm is None else (y, layer_norm_modulate_ref(y, *next_norm, eps))
 
 
-@torch.library.custom_op("epg_fast::skip_linear", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     x: torch.Tensor,
     skip: torch.Tensor,
     parameter: torch.Tensor,
@@ -85,73 +80,45 @@ def _forward_op(
     next_scale: torch.Tensor | None,
     eps: float,
     backend: str = "triton",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, the next norm of y, z, mean and rstd of z, of y); empty what the norms that are there do not make.
+) -> tuple[torch.Tensor | None, ...]:
+    """(y, the next norm of y, z, mean and rstd of z, of y); None what the norms that are there do not make.
 
     weight: parameter in x's dtype. Products read the one, and the gradient of the other is written in its own dtype.
     """
-    norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
-    if interpreting():
-        return _forward_kernel(x, skip, parameter, weight, bias, *norms, eps, backend)
     z = skip_linear_ref(x, skip, weight, bias)
     if norm_weight is None:
-        return z, *_empty(x, 6)
+        return z, *[None] * 6
     y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
-    made = y, z, *norm_statistics(z, eps)
+    made = z, *norm_statistics(z, eps)
     if next_weight is None:
-        return y, *_empty(x, 1), *made[1:], *_empty(x, 2)
+        return y, None, *made, None, None
     after = layer_norm_modulate_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
-    return y, after, *made[1:], *norm_statistics(y, eps)
+    return y, after, *made, *norm_statistics(y, eps)
 
 
-def _empty(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    return tuple(x.new_empty(0) for _ in range(count))
+def _kernel(x, skip, _, weight, bias, norm_weight, *norms_eps_and_backend):
+    *norms_and_eps, backend = norms_eps_and_backend
+    if backend == "cuda":
+        z = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        torch.ops.epg_fast.skip_linear_out(z, x, skip, weight, bias.to(x.dtype).contiguous())
+    else:
+        from epg_kernels.skip_linear import skip_linear_fwd
 
-
-@_forward_op.register_kernel("cuda")
-def _forward_kernel(x, skip, parameter, weight, bias, *norms_and_eps, backend="triton"):
-    if len(norms_and_eps) == 8:
-        *norms_and_eps, backend = norms_and_eps
-    forward = _forward_triton if backend == "triton" else _forward_cuda
-    return forward(x, skip, weight, bias, *norms_and_eps)
-
-
-def _forward_triton(x, skip, weight, bias, *norms_and_eps):
-    from epg_kernels.skip_linear import skip_linear_fwd, skip_norms_fwd
-
-    return tuple(without_none(x, skip_norms_fwd(skip_linear_fwd(x, skip, weight, bias), *norms_and_eps)))
-
-
-def _forward_cuda(x, skip, weight, bias, norm_weight, *norms_and_eps):
-    z = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    torch.ops.epg_fast.skip_linear_out(z, x, skip, weight, bias.to(x.dtype).contiguous())
+        z = skip_linear_fwd(x, skip, weight, bias)
     if norm_weight is None:
-        return z, *_empty(x, 6)
+        return z, *[None] * 6
     from epg_kernels.skip_linear import skip_norms_fwd
 
-    return tuple(without_none(x, skip_norms_fwd(z, norm_weight, *norms_and_eps)))
+    return skip_norms_fwd(z, norm_weight, *norms_and_eps)
 
 
-@_forward_op.register_fake
-def _(x, skip, parameter, weight, bias, norm_weight, norm_bias, next_weight, *_):
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    if norm_weight is None:
-        return y, *_empty(x, 6)
-    dtype = accumulation_dtype(y)
-    statistics = [y.new_empty(y.shape[:-1], dtype=dtype) for _ in range(4)]
-    if next_weight is None:
-        return y, *_empty(x, 1), torch.empty_like(y), *statistics[:2], *_empty(x, 2)
-    return y, torch.empty_like(y), torch.empty_like(y), *statistics
-
-
-@torch.library.custom_op("epg_fast::skip_linear_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     dy: torch.Tensor | None,
     dnext: torch.Tensor | None,
     x: torch.Tensor,
     skip: torch.Tensor,
     weight: torch.Tensor,
-    weight_dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
     bias: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
@@ -159,91 +126,50 @@ def _backward_op(
     next_bias: torch.Tensor | None,
     next_shift: torch.Tensor | None,
     next_scale: torch.Tensor | None,
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    next_mean: torch.Tensor,
-    next_rstd: torch.Tensor,
-    needed: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Gradients of x, skip, weight and bias, empty where not `needed`, then of the norms, empty for what is not there.
-
-    dy: the gradient of y, None if only the next norm's result has one; dnext: of that, None without a next norm.
-    """
+    z: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor | None,
+    next_mean: torch.Tensor | None,
+    next_rstd: torch.Tensor | None,
+    need_x: bool,
+    need_skip: bool,
+    need_parameter: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """dy: the gradient of y; dnext: of the next norm's result; either may be missing."""
     norm, after = (norm_weight, norm_bias), (next_weight, next_bias, next_shift, next_scale)
-    if interpreting():
-        saved = *norm, *after, z, mean, rstd, next_mean, next_rstd
-        return _backward_triton(dy, dnext, x, skip, weight, weight_dtype, bias, *saved, needed)
     dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
     if next_weight is not None:
         y = (z.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight + norm_bias
         y = y.to(z.dtype).to(mean.dtype)  # rounded as it left
+        dnext = torch.zeros_like(z) if dnext is None else dnext
         dz, *next_grads = layer_norm_modulate_bwd_ref(dnext, y, *after, next_mean, next_rstd)
         dz = dz if dy is None else dz + dy.to(dz.dtype)
     if norm_weight is not None:
         # In the statistics' dtype, so that what leaves is rounded once.
         dz, *norm_grads = layer_norm_modulate_bwd_ref(dz, z.to(mean.dtype), *norm, None, None, mean, rstd)[:3]
     rows, split = dz.to(z.dtype if norm_weight is not None else dz.dtype).flatten(0, -2), x.shape[-1]
-    dx = (rows @ weight[:, :split]).view(x.shape) if needed[0] else None
-    dskip = (rows @ weight[:, split:]).view(skip.shape) if needed[1] else None
-    dweight = (rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2)).to(weight_dtype) if needed[2] else None
+    dx = (rows @ weight[:, :split]).view(x.shape) if need_x else None
+    dskip = (rows @ weight[:, split:]).view(skip.shape) if need_skip else None
+    dweight = None
+    if need_parameter:
+        dweight = (rows.t() @ torch.cat([x, skip], dim=-1).flatten(0, -2)).to(parameter_dtype)
     acc_dtype = torch.promote_types(dz.dtype, torch.float32)
-    dbias = dz.flatten(0, -2).sum(0, dtype=acc_dtype).to(bias.dtype) if needed[3] else None
-    grads = [dx, dskip, dweight, dbias, *norm_grads, *next_grads]
-    return without_none(x, [g if g is None or g.numel() else None for g in grads])
+    dbias = dz.flatten(0, -2).sum(0, dtype=acc_dtype).to(bias.dtype) if need_bias else None
+    return dx, dskip, dweight, dbias, *norm_grads, *next_grads
 
 
-@_backward_op.register_kernel("cuda")
-def _backward_triton(dy, dnext, x, *arguments):
-    from epg_kernels.skip_linear import skip_linear_bwd
-
-    *arguments, needed = arguments
-    return without_none(x, skip_linear_bwd(dy, dnext, x, *arguments, *needed))
-
-
-@_backward_op.register_fake
-def _(dy, dnext, x, skip, weight, weight_dtype, bias, *norms_and_saved):
-    *norms_and_saved, needed = norms_and_saved
-    grads = [tensor.new_empty(tensor.shape) for tensor in (x, skip, weight, bias)]
-    grads[2] = grads[2].to(weight_dtype)
-    grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    norms = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norms_and_saved[:6]]
-    return without_none(x, (*grads, *norms))
-
-
-def _setup_context(ctx, inputs, output):
-    x, skip, parameter, *others = inputs[:11]
-    ctx.weight_dtype = parameter.dtype
-    ctx.save_for_backward(x, skip, *others, *output[2:])
-    ctx.mark_non_differentiable(*output[2:], *(() if inputs[7] is not None else output[1:2]))
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dy, dnext, *_):
-    saved = ctx.saved_tensors
-    if dnext is None and saved[6] is not None:
-        dnext = torch.zeros_like(saved[10])  # z's shape
-    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    grads = _backward_op(dy, dnext, *saved[:3], ctx.weight_dtype, *saved[3:], needed)
-    wanted = [*needed, *(tensor is not None for tensor in saved[4:10])]
-    dx, dskip, dparameter, *others = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return dx, dskip, dparameter, None, *others, None, None
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.epg_fast.skip_linear)
-def _forward_flops(x_shape, skip_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * weight_shape[1]
-
-
-@register_flop_formula(torch.ops.epg_fast.skip_linear_bwd)
-def _backward_flops(dy_shape, dnext_shape, x_shape, skip_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    need_x, need_skip, need_weight, _ = args[-1]
-    width, skip_width = x_shape[-1], skip_shape[-1]
-    columns = width * (need_x + need_weight) + skip_width * (need_skip + need_weight)
-    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * columns
+_operation = operation(
+    "skip_linear",
+    _forward,
+    _kernel,
+    "y next z mean rstd next_mean next_rstd",
+    Backward(
+        _backward,
+        "epg_kernels.skip_linear:skip_linear_bwd",
+        "x skip parameter bias norm_weight norm_bias next_weight next_bias next_shift next_scale",
+    ),
+)
 
 
 def skip_linear(
@@ -287,18 +213,17 @@ def skip_linear(
         require_triton_norm("skip_linear", weight.t())
         require_grid("skip_linear", x.shape[0])
     if next_norm is None:
-        return _forward_op(x, skip, parameter, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
+        return _operation(x, skip, parameter, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
     after, *modulation = next_norm[:2], *(per_sample(tensor) for tensor in next_norm[2:])
     check_norm_shapes(
         "skip_linear", x[..., :1].expand(*x.shape[:2], len(weight)), *after, shift=modulation[0], scale=modulation[1]
     )
     require_triton_norm("skip_linear", x, *after, *modulation)
     norm = norm_weight, norm_bias
-    return _forward_op(x, skip, parameter, weight, bias, *norm, *after, *modulation, eps, backend)[:2]
+    return _operation(x, skip, parameter, weight, bias, *norm, *after, *modulation, eps, backend)[:2]
 
 
-@torch.library.custom_op("epg_fast::skip_norms_fp8", mutates_args=(), device_types="cpu")
-def _norms_fp8_op(
+def _norms_fp8(
     z: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
@@ -307,29 +232,14 @@ def _norms_fp8_op(
     next_shift: torch.Tensor | None,
     next_scale: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    norms = norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale
-    if interpreting():
-        return _norms_fp8_triton(z, *norms, eps)
-    return tuple(tensor.contiguous() for tensor in _skip_norms_fp8_ref(z, *norms, eps))
-
-
-def _skip_norms_fp8_ref(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps):
+) -> tuple[torch.Tensor, ...]:
     y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
     return y, *layer_norm_modulate_fp8_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
 
 
-@_norms_fp8_op.register_kernel("cuda")
-def _norms_fp8_triton(z, *norms_and_eps):
-    from epg_kernels.skip_linear import skip_norms_fp8
-
-    return skip_norms_fp8(z, *norms_and_eps)
-
-
-@_norms_fp8_op.register_fake
-def _(z, *norms_and_eps):
-    row_scale = z.new_empty(z.shape[:-1], dtype=accumulation_dtype(z))
-    return z.new_empty(z.shape), z.new_empty(z.shape, dtype=torch.float8_e4m3fn), row_scale
+_norms_fp8_operation = operation(
+    "skip_norms_fp8", _norms_fp8, "epg_kernels.skip_linear:skip_norms_fp8", "y rows row_scale"
+)
 
 
 def skip_norms_fp8(
@@ -351,9 +261,9 @@ def skip_norms_fp8(
     check_norm_shapes(op, z, *after, shift=None, scale=None)
     refuse_gradient(op, z, norm_weight, norm_bias, *after, *modulation)
     if backend != "triton":
-        return _skip_norms_fp8_ref(z, norm_weight, norm_bias, *after, *modulation, eps)
+        return _norms_fp8(z, norm_weight, norm_bias, *after, *modulation, eps)
     require_triton_norm(op, z, norm_weight, norm_bias, *after, *modulation, fp8=True)
-    return _norms_fp8_op(z, norm_weight, norm_bias, *after, *modulation, eps)
+    return _norms_fp8_operation(z, norm_weight, norm_bias, *after, *modulation, eps)
 
 
 def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> None:
@@ -370,26 +280,17 @@ def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> N
 
 
 def _check_shapes(x, skip, weight, bias, norm_weight, norm_bias) -> None:
-    for name, tensor in (("x", x), ("skip", skip), ("weight", weight), ("bias", bias)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"skip_linear: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
+    check_floating("skip_linear", x=x, skip=skip, weight=weight, bias=bias)
     if x.dim() != 3 or skip.dim() != 3 or x.shape[:2] != skip.shape[:2]:
         raise ValueError(
             f"skip_linear: got x of shape {tuple(x.shape)} and skip of shape {tuple(skip.shape)}, wanted [B, L, D] and "
             "[B, L, E] with the same B and L"
         )
-    width = x.shape[2] + skip.shape[2]
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(
-            f"skip_linear: got weight of shape {tuple(weight.shape)}, wanted [N, {width}]: the columns of x "
-            f"({x.shape[2]}), then those of skip ({skip.shape[2]})"
-        )
-    if (norm_weight is None) != (norm_bias is None):
-        missing = "norm_weight" if norm_weight is None else "norm_bias"
-        raise ValueError(f"skip_linear: got no {missing}, wanted both norm_weight and norm_bias, or neither")
-    for name, parameter in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if parameter is not None and parameter.shape != weight.shape[:1]:
-            raise ValueError(f"skip_linear: got {name} of shape {tuple(parameter.shape)}, wanted [{weight.shape[0]}]")
+    sizes, columns = {"K": x.shape[2] + skip.shape[2]}, f": the columns of x ({x.shape[2]}), then of skip"
+    check_shapes("skip_linear", sizes, weight=(weight, "NK", f"{columns} ({skip.shape[2]})"))
+    check_both("skip_linear", norm_weight=norm_weight, norm_bias=norm_bias)
+    vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_shapes("skip_linear", sizes, **{name: (tensor, "N") for name, tensor in vectors.items()})
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:

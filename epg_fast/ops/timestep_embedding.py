@@ -15,12 +15,12 @@ Error: against a float64 evaluation at most 2x that of the reference in the same
 t: a float32 phase of 1600 is known to 1e-4.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import check_backend, interpreting, require_dtypes, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.checks import check_shapes
+from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 
@@ -33,7 +33,7 @@ def timestep_embedding_ref(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The embedding in plain PyTorch."""
-    acc_dtype = _accumulation_dtype(t)
+    acc_dtype = accumulation_dtype(t)
     t = t.to(acc_dtype)
     if of_sigma:
         t = 250 * t.log()
@@ -59,12 +59,7 @@ def timestep_condition_ref(
     return time, F.silu(u.to(torch.promote_types(u.dtype, torch.float32))).to(u.dtype)
 
 
-def _accumulation_dtype(t: torch.Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-@torch.library.custom_op("epg_fast::timestep_embedding", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _forward(
     t: torch.Tensor,
     label: torch.Tensor | None,
     dim: int,
@@ -72,35 +67,12 @@ def _forward_op(
     of_sigma: bool,
     dtype: torch.dtype,
     with_condition: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(time, condition); the condition is empty if it is not wanted."""
-    if interpreting():
-        return _forward_triton(t, label, dim, max_period, of_sigma, dtype, with_condition)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     time, condition = timestep_condition_ref(t, dim, label, max_period, of_sigma=of_sigma, dtype=dtype)
-    return time, condition if with_condition else t.new_empty(0)
+    return time, condition if with_condition else None
 
 
-@_forward_op.register_kernel("cuda")
-def _forward_triton(t, label, dim, max_period, of_sigma, dtype, with_condition):
-    from epg_kernels.timestep_embedding import timestep_embedding_fwd
-
-    condition_dtype = _condition_dtype(label, dtype) if with_condition else None
-    time, condition = timestep_embedding_fwd(t, label, dim, math.log(max_period), of_sigma, dtype, condition_dtype)
-    return time, t.new_empty(0) if condition is None else condition
-
-
-def _condition_dtype(label: torch.Tensor | None, dtype: torch.dtype) -> torch.dtype:
-    return dtype if label is None else torch.promote_types(dtype, label.dtype)
-
-
-@_forward_op.register_fake
-def _(t, label, dim, max_period, of_sigma, dtype, with_condition):
-    time = t.new_empty((t.shape[0], dim), dtype=dtype)
-    return time, torch.empty_like(time, dtype=_condition_dtype(label, dtype)) if with_condition else t.new_empty(0)
-
-
-@torch.library.custom_op("epg_fast::timestep_embedding_bwd", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _backward(
     dtime: torch.Tensor | None,
     dcondition: torch.Tensor | None,
     t: torch.Tensor,
@@ -108,66 +80,29 @@ def _backward_op(
     label: torch.Tensor | None,
     max_period: float,
     of_sigma: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dt, dlabel); dlabel is empty without a label or without dcondition."""
-    if interpreting():
-        return _backward_triton(dtime, dcondition, t, time, label, max_period, of_sigma)
-    acc_dtype, half, dlabel = _accumulation_dtype(t), time.shape[1] // 2, t.new_empty(0)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    acc_dtype, half, dlabel = accumulation_dtype(t), time.shape[1] // 2, None
     grad = torch.zeros_like(time, dtype=acc_dtype) if dtime is None else dtime.to(acc_dtype)
     if dcondition is not None:
         u = (time if label is None else time + label).to(acc_dtype)
         opening = torch.sigmoid(u)
         through = dcondition.to(acc_dtype) * opening * (1 + u * (1 - opening))
         grad = grad + through
-        dlabel = dlabel if label is None else through.to(label.dtype, copy=True)
+        dlabel = None if label is None else through.to(label.dtype, copy=True)
     exact = timestep_embedding_ref(t, 2 * half, max_period, of_sigma=of_sigma)
-    frequency = timestep_embedding_frequencies(half, max_period, t.device, acc_dtype)
+    frequency = max_period ** (-torch.arange(half, device=t.device, dtype=acc_dtype) / half)
     slope = torch.cat([-exact[:, half:] * frequency, exact[:, :half] * frequency], dim=1)
     dt = (grad[:, : 2 * half] * slope).sum(1)
     return (250 * dt / t if of_sigma else dt).to(t.dtype), dlabel
 
 
-def timestep_embedding_frequencies(half: int, max_period: float, device, dtype) -> torch.Tensor:
-    """max_period^(-k / half): [half]."""
-    return max_period ** (-torch.arange(half, device=device, dtype=dtype) / half)
-
-
-@_backward_op.register_kernel("cuda")
-def _backward_triton(dtime, dcondition, t, time, label, max_period, of_sigma):
-    from epg_kernels.timestep_embedding import timestep_embedding_bwd
-
-    dt, dlabel = timestep_embedding_bwd(
-        dtime, dcondition, t, time, label, time.shape[1], math.log(max_period), of_sigma
-    )
-    return dt, t.new_empty(0) if dlabel is None else dlabel
-
-
-@_backward_op.register_fake
-def _(dtime, dcondition, t, time, label, max_period, of_sigma):
-    empty = label is None or dcondition is None
-    return t.new_empty(t.shape), t.new_empty(0) if empty else label.new_empty(label.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    t, label, _, max_period, of_sigma, _, with_condition = inputs
-    ctx.save_for_backward(t, output[0], label)
-    ctx.arguments, ctx.with_condition = (max_period, of_sigma), with_condition
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dtime, dcondition):
-    t, time, label = ctx.saved_tensors
-    dcondition = dcondition if ctx.with_condition else None
-    if dtime is None and dcondition is None:
-        return (None,) * 7
-    dt, dlabel = _backward_op(dtime, dcondition, t, time, label, *ctx.arguments)
-    has_label_gradient = label is not None and dcondition is not None
-    return dt, dlabel if has_label_gradient else None, None, None, None, None, None
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-# No FLOP formula is registered: torch.utils.flop_counter counts matrix products, and this operation has none.
+_operation = operation(
+    "timestep_embedding",
+    _forward,
+    "epg_kernels.timestep_embedding:timestep_embedding_fwd",
+    "time condition",
+    Backward(_backward, "epg_kernels.timestep_embedding:timestep_embedding_bwd", "t label"),
+)
 
 
 def timestep_embedding(
@@ -191,7 +126,7 @@ def timestep_embedding(
     if backend != "triton":
         return timestep_embedding_ref(t, dim, max_period, of_sigma=of_sigma, dtype=dtype)
     _require_triton("timestep_embedding", t)
-    return _forward_op(t.float(), None, dim, max_period, of_sigma, dtype or torch.float32, False)[0]
+    return _operation(t.float(), None, dim, max_period, of_sigma, dtype or torch.float32, False)[0]
 
 
 def timestep_condition(
@@ -213,7 +148,7 @@ def timestep_condition(
     if backend != "triton":
         return timestep_condition_ref(t, dim, label, max_period, of_sigma=of_sigma, dtype=dtype)
     _require_triton("timestep_condition", t, label)
-    return _forward_op(t.float(), label, dim, max_period, of_sigma, dtype or torch.float32, True)
+    return _operation(t.float(), label, dim, max_period, of_sigma, dtype or torch.float32, True)
 
 
 def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None) -> None:
@@ -223,14 +158,11 @@ def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None)
 
 
 def _check(op: str, t: torch.Tensor, dim: int, max_period: float, label: torch.Tensor | None) -> None:
-    if t.dim() != 1:
-        raise ValueError(f"{op}: got t of shape {tuple(t.shape)}, wanted [B]")
+    check_shapes(op, {"D": dim}, t=(t, "B"), label=(label, "BD"))
     if not max_period > 0:
         raise ValueError(f"{op}: got max_period={max_period}, wanted a positive number")
     if dim < 2:
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
-    if label is not None and label.shape != (t.shape[0], dim):
-        raise ValueError(f"{op}: got label of shape {tuple(label.shape)}, wanted [{t.shape[0]}, {dim}]")
 
 
 def _bytes(shape: tuple[int, int], itemsize: int, backward: bool = False) -> int:

@@ -3,7 +3,6 @@
 Rows are the patches of all images, the reduction runs over (channel, row, column) of a patch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,15 +210,15 @@ def patch_embed_fwd(
     bias: torch.Tensor,
     position: torch.Tensor,
     prefix: torch.Tensor,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Returns the tokens [B, T+N, E] in `dtype`.
+    """Returns the tokens [B, T+N, E] in the dtype that torch.cat and the sum with position promote to.
 
     image: [B, C, H, W]; weight: [E, C, p, p], which is rounded to image's dtype; bias: [E]; position: [1, T+N, E];
     prefix: [B, T, E].
     """
     rows, config, constants = _constants(image, weight, position.shape[1])
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(weight.shape[0], config.block_columns)
+    dtype = torch.promote_types(torch.promote_types(image.dtype, prefix.dtype), position.dtype)
     tokens = torch.empty((image.shape[0], *position.shape[1:]), dtype=dtype, device=image.device)
     tensors = (image, weight.to(image.dtype), bias, position)
     image, weight, bias, position = (tensor.contiguous() for tensor in tensors)
@@ -231,14 +230,14 @@ def patch_embed_fwd(
 
 
 def patch_embed_bwd(
-    dtokens: torch.Tensor, image: torch.Tensor, weight: torch.Tensor, needs: Sequence[bool]
+    dtokens: torch.Tensor, image: torch.Tensor, weight: torch.Tensor, need_image: bool, need_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns the gradients of image and weight where `needs` says so, else None. dtokens: [B, T+N, E]."""
+    """Returns the gradients of image and weight, None where not needed. dtokens: [B, T+N, E]."""
     dtokens, image, weight = (tensor.contiguous() for tensor in (dtokens, image, weight))
     with torch.cuda.device_of(image):
         return (
-            _image_gradient(dtokens, image, weight) if needs[0] else None,
-            _weight_gradient(dtokens, image, weight) if needs[1] else None,
+            _image_gradient(dtokens, image, weight) if need_image else None,
+            _weight_gradient(dtokens, image, weight) if need_weight else None,
         )
 
 

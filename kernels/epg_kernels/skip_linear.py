@@ -59,11 +59,11 @@ def skip_linear_bwd(
     next_bias: torch.Tensor | None,
     next_shift: torch.Tensor | None,
     next_scale: torch.Tensor | None,
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    next_mean: torch.Tensor,
-    next_rstd: torch.Tensor,
+    z: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor | None,
+    next_mean: torch.Tensor | None,
+    next_rstd: torch.Tensor | None,
     need_x: bool,
     need_skip: bool,
     need_weight: bool,
@@ -86,6 +86,7 @@ def skip_linear_bwd(
         dz, dbias, norms[:2] = rows_of(done.dx), done.dlinear_bias, (done.dweight, done.dbias)
     else:
         first = norm_weight, norm_bias, mean, rstd
+        dnext = torch.zeros_like(z) if dnext is None else dnext
         given = z, None, None, next_weight, next_bias, next_shift, next_scale, next_mean, next_rstd
         done = launch_backward(dnext, dy, *given, first_norm=first, linear_bias=linear_bias)
         dz, dbias = rows_of(done.dx), done.dlinear_bias

@@ -283,7 +283,7 @@ def test_operator_refuses_a_result_of_another_shape_and_over_its_input():
 
 
 def test_other_backends_and_devices_are_refused():
-    with pytest.raises(ValueError, match="got backend='cuda', wanted one of plain, extension"):
+    with pytest.raises(ValueError, match="got backend='cuda', wanted one of auto, extension, plain"):
         augment_view(**arguments(), backend="cuda")
     with pytest.raises(ValueError, match=r"got flip on meta, wanted it on the CPU"):
         augment_view(**arguments(flip=torch.zeros(2, dtype=torch.bool, device="meta")))

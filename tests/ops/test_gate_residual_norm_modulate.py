@@ -191,7 +191,7 @@ def test_reference_gradients_are_right_in_float64():
     [
         ({"backend": "cuda"}, "got backend='cuda', wanted one of plain, triton"),
         ({"x": torch.zeros(5, 40)}, r"got x of shape \(5, 40\), wanted \[B, L, D\]"),
-        ({"branch": torch.zeros(2, 5, 41)}, r"got branch of shape \(2, 5, 41\), wanted \(2, 5, 40\) as x"),
+        ({"branch": torch.zeros(2, 5, 41)}, r"got branch of shape \(2, 5, 41\), wanted \[2, 5, 40\] as x"),
         ({"gate": torch.zeros(40)}, r"got gate of shape \(40,\), wanted \[2, 40\] or \[2, 1, 40\]"),
         ({"scale": None}, "got no scale, wanted both shift and scale, or neither"),
     ],

@@ -136,5 +136,5 @@ def test_a_missing_extension_says_how_to_build_it(monkeypatch):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="got backend='cuda', wanted one of plain, extension"):
+    with pytest.raises(ValueError, match="got backend='cuda', wanted one of auto, extension, plain"):
         global_norm([torch.ones(3)], backend="cuda")

@@ -191,7 +191,7 @@ def test_operators_pass_opcheck(backend, form, request):
     )
     saved = (x_out, branch, h, weight, torch.float64, bias, gate, *norm, *modulation, *statistics)
     for needed in ([True] * 3, [False, True, False]):
-        torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm_bwd.default, (x, y, *saved, needed))
+        torch.library.opcheck(torch.ops.epg_fast.linear_residual_norm_bwd.default, (x, y, *saved, *needed))
 
 
 @needs_triton

@@ -458,7 +458,7 @@ def test_sizes_filters_and_backends_that_do_not_exist_are_refused():
         ({"size": 0}, "got size=0, wanted at least 1"),
         ({"size": -3}, "got size=-3, wanted at least 1"),
         ({"filter": "lanczos"}, "got filter='lanczos', wanted one of box, bilinear, bicubic"),
-        ({"backend": "cuda"}, "got backend='cuda', wanted one of plain, extension"),
+        ({"backend": "cuda"}, "got backend='cuda', wanted one of auto, extension, plain"),
         ({"boxes": torch.zeros(2, 4, dtype=torch.float64, device="meta")}, r"got boxes torch.float64 \[2, 4\] on meta"),
     ):
         with pytest.raises(ValueError, match=f"resized_crop: .*{message}"):

@@ -175,7 +175,7 @@ def test_the_next_norm_passes_opcheck_repeats_its_bits_and_compiles_into_one_gra
     torch.library.opcheck(torch.ops.epg_fast.skip_linear.default, (*inputs, 1e-5))
     detached = [tensor.detach() for tensor in inputs]
     _, _, *saved = torch.ops.epg_fast.skip_linear(*detached, 1e-5)
-    arguments = (*grads, *of_backward(detached), *saved, [True] * 4)
+    arguments = (*grads, *of_backward(detached), *saved, *[True] * 4)
     torch.library.opcheck(torch.ops.epg_fast.skip_linear_bwd.default, arguments)
 
 
@@ -224,7 +224,7 @@ def test_operators_pass_opcheck(normed):
     for needed in ([True, True, True, True], [True, False, False, True]):
         torch.library.opcheck(
             torch.ops.epg_fast.skip_linear_bwd.default,
-            (torch.randn_like(y), None, *of_backward(detached), *saved, needed),
+            (torch.randn_like(y), None, *of_backward(detached), *saved, *needed),
         )
 
 
