@@ -94,20 +94,29 @@ def _tune(config, stage, options: TuneConfig, case: Case, network: dict) -> Plan
     path = plans_folder() / draft.name
     if options.output:
         check_writable(Path(options.output), "output")
+        if Path(options.output).is_dir():
+            raise ValueError(
+                f"output: got the folder {options.output}, want a file, such as {options.output}/plan.json"
+            )
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path.with_suffix(".lock"), f"another process is making {path.name}; wait for it")
     except OSError as error:
         raise ValueError(
-            f"plans are kept in {path.parent}, which cannot be made ({error.strerror}); set EPG_FAST_PLANS to a folder"
+            f"plans are kept in {path.parent}, which cannot be made or written to ({error.strerror}); set "
+            "EPG_FAST_PLANS to a folder that can"
         ) from None
-    with lock_file(path.with_suffix(".lock"), f"another process is making {path.name}; wait for it"):
-        plan = _measured(config, stage, options, case, network, draft, path.with_suffix(".part"))
-        text = plan.text().encode()
-        for target in (path, *([Path(options.output)] if options.output else [])):
-            write_atomically(target, text)
-            log.info("plan: %s", target)
-        path.with_suffix(".part").unlink(missing_ok=True)
-    path.with_suffix(".lock").unlink(missing_ok=True)
+    with lock:
+        try:
+            plan = _measured(config, stage, options, case, network, draft, path.with_suffix(".part"))
+            text = plan.text().encode()
+            for target in (path, *([Path(options.output)] if options.output else [])):
+                write_atomically(target, text)
+                log.info("plan: %s", target)
+            path.with_suffix(".part").unlink(missing_ok=True)
+        finally:
+            path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: not that of another process
     return plan
 
 
@@ -147,6 +156,8 @@ def _measured(config, stage, options: TuneConfig, case: Case, network: dict, dra
         best = tuner.best()
     if not any(row.unit == "whole" and row.milliseconds for row in tuner.rows):
         reasons = "; ".join(row.note for row in tuner.rows if row.unit == "whole" and row.note)
+        left = {key: found for key, found in tuner.measured.items() if "failed" not in found}
+        write_atomically(part, json.dumps(left).encode())  # what failed now is tried anew
         raise RuntimeError(f"tune: the whole job could not be timed ({reasons}); no plan is written")
     lines = [*table(tuner.rows), *tuner.notes]
     print("\n".join(lines))
