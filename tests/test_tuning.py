@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,9 +60,9 @@ class Clock:
         return self.now
 
 
-def make_tuner(bench, sites, runs=(), seconds=600, **changes):
+def make_tuner(bench, sites, runs=(), seconds=600, plain=None, **changes):
     listed = [(*site, None) if len(site) == 2 else site for site in sites]
-    return Tuner(bench, listed, Variant(compile="blocks"), list(runs), seconds, **changes)
+    return Tuner(bench, listed, plain or Variant(compile="blocks"), list(runs), seconds, **changes)
 
 
 def outcomes(tuner):
@@ -114,6 +115,14 @@ def test_ways_to_run_the_whole_are_tried_with_and_without_what_the_sites_have_wo
     bench = FakeBench({"mlp=triton; compile blocks": 1.1, "plain; compile network": 1.5})
     tuner = make_tuner(bench, [("encoder.mlp", "triton")], [Variant(compile="network")])
     assert tuner.best() == Variant(compile="network")
+
+
+def test_what_runs_without_a_plan_is_what_everything_is_measured_against():
+    plain = Variant({"optimizer": "fused"})
+    tuner = make_tuner(FakeBench({}), [("optimizer", "plain")], [replace(plain, compile="network")], plain=plain)
+    assert tuner.best() == plain  # nothing is faster: the plan is what runs without one, the optimiser too
+    faster = FakeBench({"optimizer=plain": 1.5})
+    assert make_tuner(faster, [("optimizer", "plain")], plain=plain).best().ops == {"optimizer": "plain"}
 
 
 def test_what_the_time_does_not_allow_is_said_and_the_whole_is_still_measured():
