@@ -85,7 +85,7 @@ def _train(config: configs.RunConfig, stage: str) -> None:
     from epg_fast.plans import parse_ops
 
     stage_class = getattr(training, stage)
-    if parse_ops(config.ops).base == "tune":  # before anything is on the GPU
+    if parse_ops(config.ops).base == "tune" and config.outdir:  # before anything is on the GPU
         from epg_fast.tuning import ensure_plan
 
         ensure_plan(config, stage_class)
@@ -118,7 +118,7 @@ def _sample(config: configs.SampleConfig) -> int | None:
     from epg_fast.sampling.interruption import Interrupted
     from epg_fast.sampling.job import run
 
-    if parse_ops(config.ops).base == "tune":
+    if parse_ops(config.ops).base == "tune" and config.checkpoint and config.outdir:  # without: `run` says so
         from epg_fast.tuning import ensure_plan
 
         ensure_plan(config, None)

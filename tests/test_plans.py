@@ -74,7 +74,17 @@ def test_a_file_that_is_no_plan_is_an_error_by_name_and_a_warning_in_the_folder(
     assert len(log.messages) == 1 and message in log.messages[0]
 
 
-@pytest.mark.parametrize("damage", [{"ops": {"mlp": "triton"}}, {"compile": "on"}, {"ops": {"encoder.mlp": "fast"}}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"ops": {"mlp": "triton"}},
+        {"compile": "on"},
+        {"ops": {"encoder.mlp": "fast"}},
+        {"speedup": "x"},
+        {"threads": -1},
+        {"options": [1]},
+    ],
+)
 def test_a_plan_with_what_does_not_exist_is_damaged(damage, model, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(json.loads(make_plan(case_of(model)).text()) | damage))
@@ -284,3 +294,58 @@ def test_the_report_names_the_plans_of_this_device(folder, model, capsys):
     logging.getLogger("epg_fast").setLevel(logging.ERROR)
     assert main(["env"]) == 0
     assert "1 for this device" in capsys.readouterr().out
+
+
+def test_backends_by_site_are_checked_and_a_half_that_is_plain_stays_plain(model):
+    case = case_of(model)
+    halves = choose({"attention": "math", "decoder.attention": "plain"}, case, CPU).ops
+    assert (halves["encoder.attention"], halves["decoder.attention"]) == ("math", "plain")
+    for wrong in ({"atention": "math"}, {"attention": "mth"}):
+        with pytest.raises(ValueError, match="want one of"):
+            choose(wrong, case, CPU)
+
+
+def test_a_run_that_goes_on_and_asks_for_tune_takes_the_plan_that_was_made(folder, model):
+    case = case_of(model)
+    put(folder, make_plan(case, {"encoder.attention": "math"}))
+    kept = choose("plain", case, CPU).record() | {"device": Machine.here(CPU).device}
+    assert choose("auto", case, CPU, kept).plan is None
+    assert choose("tune", case, CPU, kept).ops["encoder.attention"] == "math"
+
+
+def test_a_plan_for_whole_networks_gives_way_to_sharding(tiny_run, folder, caplog):
+    from epg_fast.__main__ import _parse
+    from epg_fast.config import DiffusionConfig
+    from epg_fast.plans import Chosen
+    from epg_fast.training.planning import applied
+
+    config, _ = _parse("finetune-diffusion", DiffusionConfig, [*tiny_run, "--parallelism", "fsdp"])
+    with caplog.at_level("INFO", "epg_fast"):
+        assert applied(config, Chosen(PLAIN, compile="network", cuda_graphs=True), 1).compile == "blocks"
+    assert "sharded networks" in caplog.text
+
+
+def test_an_optimiser_that_is_named_without_a_plan_is_taken(tiny_run, folder, tmp_path, monkeypatch):
+    from epg_fast.training import state
+
+    planned, make = [], state.make_optimizer
+    monkeypatch.setattr(state, "make_optimizer", lambda *a: planned.append(a[-1]) or make(*a))
+    flags = ["--outdir", str(tmp_path / "run"), "--steps", "1", "--ops", "plain,optimizer=fused"]
+    assert main(["finetune-diffusion", *tiny_run, *flags]) == 0
+    assert planned == ["fused"]
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"ops": {"nowhere": "math"}}', "{"])
+def test_a_damaged_record_of_a_run_is_one_line(record, tmp_path):
+    from epg_fast.training.planning import kept_choice
+
+    (tmp_path / "plan.json").write_text(record)
+    with pytest.raises(ValueError, match="plan.json is damaged; delete it"):
+        kept_choice(tmp_path)
+
+
+def test_plans_that_are_a_file_are_said_not_to_be_read(folder, model, log):
+    folder.rmdir()
+    folder.write_text("")
+    assert choose("auto", case_of(model), CPU).plan is None
+    assert "are not read" in log.messages[0]

@@ -2,16 +2,19 @@
 
 import contextlib
 import json
+import signal
+import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from epg_fast.__main__ import main
 from epg_fast.plans import SITES, read_plan, stored_plans
-from epg_fast.tuning import candidates, worker
+from epg_fast.tuning import candidates, command, worker
 from epg_fast.tuning.candidates import Variant
 from epg_fast.tuning.client import Client
 from epg_fast.tuning.tuner import Failed, Tuner, compared, table
@@ -57,9 +60,9 @@ class Clock:
         return self.now
 
 
-def make_tuner(bench, sites, runs=(), seconds=600, **changes):
+def make_tuner(bench, sites, runs=(), seconds=600, plain=None, **changes):
     listed = [(*site, None) if len(site) == 2 else site for site in sites]
-    return Tuner(bench, listed, Variant(compile="blocks"), list(runs), seconds, **changes)
+    return Tuner(bench, listed, plain or Variant(compile="blocks"), list(runs), seconds, **changes)
 
 
 def outcomes(tuner):
@@ -112,6 +115,14 @@ def test_ways_to_run_the_whole_are_tried_with_and_without_what_the_sites_have_wo
     bench = FakeBench({"mlp=triton; compile blocks": 1.1, "plain; compile network": 1.5})
     tuner = make_tuner(bench, [("encoder.mlp", "triton")], [Variant(compile="network")])
     assert tuner.best() == Variant(compile="network")
+
+
+def test_what_runs_without_a_plan_is_what_everything_is_measured_against():
+    plain = Variant({"optimizer": "fused"})
+    tuner = make_tuner(FakeBench({}), [("optimizer", "plain")], [replace(plain, compile="network")], plain=plain)
+    assert tuner.best() == plain  # nothing is faster: the plan is what runs without one, the optimiser too
+    faster = FakeBench({"optimizer=plain": 1.5})
+    assert make_tuner(faster, [("optimizer", "plain")], plain=plain).best().ops == {"optimizer": "plain"}
 
 
 def test_what_the_time_does_not_allow_is_said_and_the_whole_is_still_measured():
@@ -365,9 +376,60 @@ def test_a_plan_is_made_here_and_taken(folder, tmp_path, capsys):
         (["--job", "finetune-diffusion", "--gpus", "3", "--batch_size", "16"], "does not divide over 3 GPUs"),
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--confg", "digits"], "confg"),
+        (["--output", "."], "want a file"),
     ],
 )
 def test_what_tune_does_not_understand_is_one_line(flags, message, folder, capsys):
     assert main(["tune", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("epg-fast: error:") and message in error
+
+
+def test_a_job_that_lacks_what_it_needs_is_refused_before_anything_is_tuned(folder, capsys):
+    assert main(["sample", "--ops", "tune"]) == 2
+    assert "--checkpoint and --outdir are needed" in capsys.readouterr().err
+    assert main(["finetune-diffusion", "--config", "digits_diffusion", "--ops", "tune"]) == 2
+    assert "outdir is missing" in capsys.readouterr().err and not folder.exists()
+
+
+def test_a_folder_that_takes_no_plans_is_one_line_with_what_to_do(folder, monkeypatch, capsys):
+    monkeypatch.setenv("EPG_FAST_PLANS", "/proc/self")  # there, and not even root can write to it
+    assert main(["tune", "--job", "sample", *TINY]) == 2
+    assert "set EPG_FAST_PLANS to a folder" in capsys.readouterr().err
+
+
+def test_when_the_whole_job_fails_it_is_tried_anew_and_nothing_is_locked(folder, monkeypatch, capsys):
+    class Failing(FakeBench):
+        memory = staticmethod(lambda seconds: [])
+        __enter__, __exit__ = lambda self: self, lambda self, *exception: None
+
+        def check(self, unit, variant, seconds):
+            if unit == "whole":
+                raise Failed("crashed", "out of memory")
+            return {}
+
+    monkeypatch.setattr(command, "Client", lambda job: Failing({}))
+    assert main(["tune", "--job", "sample", *TINY]) == 1
+    assert "out of memory" in capsys.readouterr().err
+    (part,) = folder.iterdir()  # no lock
+    assert part.suffix == ".part" and b"out of memory" not in part.read_bytes()
+
+
+ABANDONED = """
+    import sys, threading, time
+    from epg_fast.tuning.worker import lines_while_asked
+    for line in lines_while_asked(sys.stdin):
+        print(line, end="", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_worker_in_the_midst_of_a_candidate_ends_with_whoever_asked():
+    command = [sys.executable, "-c", textwrap.dedent(ABANDONED)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as worker:
+        worker.stdin.write(b"hang\n")
+        worker.stdin.flush()
+        assert worker.stdout.readline() == b"hang\n"
+        worker.stdin.close()  # as when the tuner is killed
+        assert worker.wait(60) == -signal.SIGKILL

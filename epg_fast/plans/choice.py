@@ -91,11 +91,13 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
     """What runs for `ops`, as `parse_ops` takes it or as backends by site, the others plain, on this device.
 
     auto takes `kept`, the record of the run that goes on, then a plan of the user's for this device, versions, job and
-    shapes, then one that the package ships, then plain code; `why` says which. Nothing is measured: "tune" is as auto.
+    shapes, then one that the package ships, then plain code; `why` says which. "tune" is as auto without `kept`:
+    nothing is measured here.
     Raises ValueError for a plan's file that is damaged or made for something else, and for Triton where it cannot run.
     """
     if isinstance(ops, Mapping):
-        ops = Ops("plain", sites={site: backend for site, backend in ops.items() if backend != "plain"})
+        given = site_choices(ops)  # raises for what does not exist
+        ops = Ops("plain", sites={site: backend for site, backend in given.items() if backend != "plain"})
     asked = parse_ops(ops) if isinstance(ops, str) else ops
     if asked.base == "plain":
         chosen = plain_choice("ops: plain, as asked")
@@ -104,7 +106,7 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
     elif asked.base == "plan":
         chosen = _of_file(asked.path, case, Machine.here(device))
     else:
-        chosen = _automatic(case, device, kept)
+        chosen = _automatic(case, device, kept if asked.base == "auto" else None)
     if asked.sites:
         named = ", ".join(f"{site}={backend}" for site, backend in asked.sites.items())
         merged = {**chosen.ops, **_named(asked.sites)}

@@ -189,7 +189,8 @@ def read_plan(path: Path, content: bytes | None = None) -> Plan:
         plan = Plan(case, machine, **found)
         _check(plan)
     except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"plan {path}: damaged ({error}); delete it and run `epg-fast tune` again") from None
+        what = f"{error} is missing or unknown" if isinstance(error, KeyError) else error
+        raise ValueError(f"plan {path}: damaged ({what}); delete it and run `epg-fast tune` again") from None
     return plan
 
 
@@ -199,8 +200,16 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"{site} has no backend {backend!r}")
     if plan.compile not in COMPILE or plan.case.job not in JOBS:
         raise ValueError(f"compile {plan.compile!r}, job {plan.case.job!r}")
-    if not isinstance(plan.case.batch, int) or not isinstance(plan.case.network, dict):
-        raise ValueError(f"batch {plan.case.batch!r}")
+    kinds = {"batch": int, "network": dict, "device": str, "options": dict, "cuda_graphs": bool, "speedup": int | float}
+    for name, kind in kinds.items():
+        value = {**vars(plan), **vars(plan.machine), **vars(plan.case)}[name]
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} {value!r}")
+    if plan.threads is not None and not (isinstance(plan.threads, int) and plan.threads > 0):
+        raise ValueError(f"threads {plan.threads!r}")
+    if not isinstance(plan.case.network["image_size"], int):
+        raise ValueError(f"image_size {plan.case.network['image_size']!r}")
+    str(plan.case)  # raises for a network without its depth and width
 
 
 def plans_folder() -> Path:
@@ -217,7 +226,9 @@ def stored_plans() -> Iterator[tuple[str, Plan]]:
     """
     files: list[tuple[str, bytes]] = []
     try:
-        own = sorted(plans_folder().glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        own = list(plans_folder().iterdir()) if os.path.lexists(plans_folder()) else []  # glob is silent about a file
+        own = [path for path in own if path.suffix == ".json"]
+        own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         files += [(str(path), path.read_bytes()) for path in own]
     except OSError as error:
         log.warning("plans in %s are not read: %s", plans_folder(), error)

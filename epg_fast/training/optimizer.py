@@ -90,6 +90,8 @@ def _backend(
         available, reason = extension_status()
         obstacle = _fused_obstacle(network, averages) if available else f"the extension is {reason}"
         chosen, why = ("torch", obstacle) if obstacle else (chosen, why)
+    if chosen == "apex" and any(map(is_sharded, network.parameters())):
+        chosen, why = "torch", "apex, which is planned, does not take sharded parameters"
     log.info("optimiser: %s (%s)", chosen, why)
     return chosen
 

@@ -62,6 +62,9 @@ def applied(config: RunConfig, chosen: Chosen, world_size: int) -> RunConfig:
     changes = {}
     if config.compile == "auto" and chosen.compile:
         changes["compile"] = chosen.compile
+        if chosen.compile == "network" and config.parallelism == "fsdp":
+            changes["compile"] = "blocks"
+            log.info("blocks are compiled, not whole networks as in the plan: sharded networks take nothing else")
     if chosen.cuda_graphs and changes.get("compile") == "network":
         if world_size == 1 and config.gradient_accumulation == 1:
             changes["cuda_graphs"] = True
@@ -73,10 +76,12 @@ def applied(config: RunConfig, chosen: Chosen, world_size: int) -> RunConfig:
 def kept_choice(outdir: Path) -> dict | None:
     """What the run in `outdir` has used so far; None for a run that has none."""
     try:
-        return json.loads((outdir / _RECORD).read_bytes())
+        record = json.loads((outdir / _RECORD).read_bytes())
+        Chosen.from_record(record)
+        return record
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{outdir / _RECORD} is damaged; delete it, and the run goes on with another plan") from None
 
 

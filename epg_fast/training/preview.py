@@ -55,6 +55,7 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
             parameterization=stage.parameterization,
             normalization=stage.config.data.normalization,
             noise_schedule=stage.config.noise,
+            ops=network.ops,  # of the run; a plan for sampling is not asked for
         )
     del network
     if not stage.ranks.main:

@@ -49,7 +49,9 @@ class RunState:
         self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)
         called = [stage.network, stage.average if stage.calls_average else None, getattr(stage, "perceptual", None)]
         self.copies = WeightCopies(filter(None, called), AUTOCAST.get(config.precision))
-        planned = stage.chosen.ops["optimizer"] if stage.chosen.plan else None
+        planned = stage.chosen.ops["optimizer"]
+        if planned == "plain" and not stage.chosen.plan:
+            planned = None  # nobody has chosen it
         updated = averages[: self._on_device]
         self.optimizer = make_optimizer(stage.network, config.optimizer, updated, self.copies, planned)
         self.choice = choice_record(stage.chosen, ranks.device)

@@ -17,6 +17,7 @@ from epg_fast.data.files import lock_file, write_atomically
 from epg_fast.models import load_weights, preset_config
 from epg_fast.models.presets import encoder_from_config, generator_from_config
 from epg_fast.models.pretrained import is_generator, model_config
+from epg_fast.ops import extension_status
 from epg_fast.outputs import check_writable
 from epg_fast.plans import SITES, Case, Machine, Plan, plans_folder, stored_plans
 from epg_fast.plans.plan import architecture
@@ -94,20 +95,29 @@ def _tune(config, stage, options: TuneConfig, case: Case, network: dict) -> Plan
     path = plans_folder() / draft.name
     if options.output:
         check_writable(Path(options.output), "output")
+        if Path(options.output).is_dir():
+            raise ValueError(
+                f"output: got the folder {options.output}, want a file, such as {options.output}/plan.json"
+            )
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path.with_suffix(".lock"), f"another process is making {path.name}; wait for it")
     except OSError as error:
         raise ValueError(
-            f"plans are kept in {path.parent}, which cannot be made ({error.strerror}); set EPG_FAST_PLANS to a folder"
+            f"plans are kept in {path.parent}, which cannot be made or written to ({error.strerror}); set "
+            "EPG_FAST_PLANS to a folder that can"
         ) from None
-    with lock_file(path.with_suffix(".lock"), f"another process is making {path.name}; wait for it"):
-        plan = _measured(config, stage, options, case, network, draft, path.with_suffix(".part"))
-        text = plan.text().encode()
-        for target in (path, *([Path(options.output)] if options.output else [])):
-            write_atomically(target, text)
-            log.info("plan: %s", target)
-        path.with_suffix(".part").unlink(missing_ok=True)
-    path.with_suffix(".lock").unlink(missing_ok=True)
+    with lock:
+        try:
+            plan = _measured(config, stage, options, case, network, draft, path.with_suffix(".part"))
+            text = plan.text().encode()
+            for target in (path, *([Path(options.output)] if options.output else [])):
+                write_atomically(target, text)
+                log.info("plan: %s", target)
+            path.with_suffix(".part").unlink(missing_ok=True)
+        finally:
+            path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: not that of another process
     return plan
 
 
@@ -115,13 +125,13 @@ def _measured(config, stage, options: TuneConfig, case: Case, network: dict, dra
     device = resolve_device(config.device)
     batch = config.batch_size if stage is None else case.batch
     job = Job(config, stage, network, batch, options.seconds)
+    plain, runs = _runs(stage, device, config, _is_small(network, stage))
     candidates = [
         (site, backend, obstacle(site, backend, case, device))
         for site in sites_of_job(case)
         for backend in SITES[site]
-        if backend not in ("plain", "math") and _for_half(site, case)
+        if backend not in (plain.ops.get(site, "plain"), "math") and _is_asked(site, case, config)
     ]
-    plain, runs = _runs(stage, device, config, _is_small(network, stage))
     log.info("tuning for %s on %s, about %g minutes", case, draft.machine.device, options.minutes)
     total = sum(reason is None for *_, reason in candidates) + 2 * len(runs) + 1
     with Client(job) as client, tqdm(total=total, desc="tune", unit="candidate", leave=False) as bar:
@@ -147,6 +157,8 @@ def _measured(config, stage, options: TuneConfig, case: Case, network: dict, dra
         best = tuner.best()
     if not any(row.unit == "whole" and row.milliseconds for row in tuner.rows):
         reasons = "; ".join(row.note for row in tuner.rows if row.unit == "whole" and row.note)
+        left = {key: found for key, found in tuner.measured.items() if "failed" not in found}
+        write_atomically(part, json.dumps(left).encode())  # what failed now is tried anew
         raise RuntimeError(f"tune: the whole job could not be timed ({reasons}); no plan is written")
     lines = [*table(tuner.rows), *tuner.notes]
     print("\n".join(lines))
@@ -168,8 +180,10 @@ def _measured(config, stage, options: TuneConfig, case: Case, network: dict, dra
     )
 
 
-def _for_half(site: str, case: Case) -> bool:
-    """Whether the network has the half that a site belongs to."""
+def _is_asked(site: str, case: Case, config) -> bool:
+    """Whether the network has the half that a site belongs to, and no flag has chosen for the site."""
+    if site == "optimizer" and config.optimizer.backend != "auto":
+        return False
     return not site.startswith("decoder.") or bool(case.network.get("decoder_depth"))
 
 
@@ -190,7 +204,9 @@ def _runs(stage, device: torch.device, config, small: bool) -> tuple[Variant, li
         tuned = {"coordinate_descent_tuning": True, "epilogue_fusion": False}
         return plain, [*runs, Variant(compile="network", options=tuned, cuda_graphs=graphs)]
     cores = torch.get_num_threads()
-    plain = Variant(threads=1 if small else cores)
+    # without a plan a CPU takes the fused update
+    fused = stage is not None and config.optimizer.backend == "auto" and extension_status()[0]
+    plain = Variant({"optimizer": "fused"} if fused else {}, threads=1 if small else cores)
     runs = [replace(plain, compile=how) for how in ("blocks", "network")]
     if cores > 1:
         other = replace(plain, threads=cores if small else 1)

@@ -104,7 +104,7 @@ class Tuner:
         return self.seconds - (self.clock() - self._began)
 
     def _of_sites(self) -> dict[str, str]:
-        ops: dict[str, str] = {}
+        ops = dict(self.plain.ops)
         end = self.seconds * _RESERVED
         for site, backend, obstacle in self.sites:
             what = f"{site}={backend}"
@@ -120,10 +120,10 @@ class Tuner:
 
     def _of_whole(self, ops: dict[str, str]) -> Variant:
         """Ways to run the whole job, each against the best so far, and that against plain code once more."""
-        best = self.plain
-        candidates = [replace(self.plain, ops=ops)] if ops else []
+        best, changed = self.plain, ops != self.plain.ops
+        candidates = [replace(self.plain, ops=ops)] if changed else []
         candidates += [replace(run, ops=ops) for run in self.runs]
-        candidates += [replace(run, ops={}) for run in self.runs if ops]
+        candidates += [replace(run, ops=self.plain.ops) for run in self.runs if changed]
         for candidate in candidates:
             if self._left() <= 0 and not self._known("whole", best, candidate):
                 self.rows.append(Row("whole", str(candidate), "not tried", note="the time was up"))

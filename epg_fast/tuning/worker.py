@@ -13,8 +13,12 @@ import gc
 import json
 import os
 import pickle
+import queue
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -199,16 +203,31 @@ def _answer(worker: Worker, request: dict) -> dict:
         return {"failed": "crashed", "why": f"{type(error).__name__}: {text}"}
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
+def serve(requests: Iterator[str], answers: TextIO) -> None:
     """Answer until `requests` ends."""
-    worker = Worker(Job.of_line(requests.readline()))
+    worker = Worker(Job.of_line(next(requests)))
     for line in requests:
         answers.write(json.dumps(_answer(worker, json.loads(line))) + "\n")
         answers.flush()
+
+
+def lines_while_asked(stream: TextIO) -> Iterator[str]:
+    """The lines of `stream`. When it ends, whoever asked is gone, and this process ends, whatever it does."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        # with the compilers it has started, if the group is its own
+        os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
 
 
 if __name__ == "__main__":
     # what libraries print must not come between the answers
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
         os.dup2(2, 1)
-        serve(sys.stdin, own)
+        serve(lines_while_asked(sys.stdin), own)

@@ -65,7 +65,7 @@ class Sampling:
             model,
             sampler=sampler,
             steps=_LEVELS,
-            guidance=config.guidance if model.num_classes else 1.0,
+            guidance=config.guidance if model.num_classes and not config.autoguidance else 1.0,
             interval=(0.0, math.inf),  # every call has the images of guidance, if there is any
             clamp="none",
             batch_size=batch,
