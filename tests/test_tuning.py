@@ -261,8 +261,9 @@ def test_kernels_are_checked_at_the_job_with_gradients():
 def test_a_wrong_kernel_is_found(monkeypatch):
     from epg_fast.models import fused
 
-    def wrong(x, y, *rest):
-        return mlp_residual(x, y, *rest[:-1], "plain") * (1.001 if rest[-1] == "triton" else 1)
+    def wrong(*inputs):
+        *tensors, backend, operands = inputs
+        return mlp_residual(*tensors, "plain", operands) * (1.001 if backend == "triton" else 1)
 
     mlp_residual = fused.mlp_residual
     monkeypatch.setattr(fused, "mlp_residual", wrong)

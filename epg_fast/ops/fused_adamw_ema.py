@@ -111,7 +111,7 @@ def fused_adamw_ema_(
     ema_weights: [K], 1 - decay. copies, ema_copies: of params and of the first average, N tensors in bfloat16 or in
     float16, or none; None in the place of one that is not wanted.
     backend: "plain" (plain PyTorch), "extension" (one pass in C++ or CUDA) or "auto": on a CPU the extension where
-    it is built and takes the tensors, else the reference; on a GPU the reference until the extension has been measured.
+    it is built and takes the tensors, else plain.
     Raises ValueError for a backend that cannot run here and for lists whose lengths do not fit, and RuntimeError that
     names the tensor for a wrong shape, dtype, device or memory layout; nothing has been changed then.
     """

@@ -42,7 +42,7 @@ def global_norm(tensors: Sequence[torch.Tensor], backend: str = "auto") -> tuple
 
     tensors: gradients, say, of any shapes; an empty list has norm 0. backend: "plain" (plain PyTorch), "extension"
     (one pass in C++ or CUDA; float32 and bfloat16, contiguous) or "auto": on a CPU the extension where it is built and
-    takes the tensors, else the reference; on a GPU the reference until the extension has been measured there.
+    takes the tensors, else plain.
     Raises ValueError for a backend that cannot run here, and ValueError or RuntimeError for tensors that are not
     contiguous, not float32 or bfloat16, or on several devices.
     """

@@ -100,7 +100,7 @@ class Machine:
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            driver = str(torch._C._cuda_getDriverVersion())
+            driver = str(getattr(torch._C, "_cuda_getDriverVersion", str)())
         else:
             name = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
             capability, driver = torch.backends.cpu.get_cpu_capability(), ""

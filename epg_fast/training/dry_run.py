@@ -106,7 +106,7 @@ def planned_stage(config: RunConfig, stage_class: type[Stage], gpus: int) -> Sta
         stage = stage_class(plain, _Planned(0, gpus, meta))
         if perceptual:
             stage.perceptual = encoder_from_config(network_config(config)).eval().requires_grad_(False)
-    plain.offload_ema = config.offload_ema
+    stage.config.offload_ema = config.offload_ema
     return stage
 
 

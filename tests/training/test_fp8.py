@@ -166,4 +166,7 @@ def test_fp8_is_refused_where_it_would_not_be_used():
     with pytest.raises(ValueError, match="got precision fp16"):
         DiffusionConfig(fp8="rowwise", precision="fp16")
     with pytest.raises(ValueError, match="got ops plain,mlp=triton, whose fused operations take weights in 16 bits"):
-        make_stage("finetune-diffusion", make_config("finetune-diffusion", fp8="rowwise", ops="plain,mlp=triton"))
+        make_stage(
+            "finetune-diffusion",
+            make_config("finetune-diffusion", fp8="rowwise", precision="bf16", ops="plain,mlp=triton"),
+        )
