@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from epg_fast.ops.backends import interpreting
@@ -81,11 +80,13 @@ def operation(
 
     def call(*arguments):
         arguments = *arguments, *defaults[len(arguments) :]
-        if torch.compiler.is_compiling() or _operators_are_watched(arguments):
-            return _none_for_empty(overload(*arguments))
-        if function is not None and torch.is_grad_enabled() and _any_requires_grad(arguments):
-            return function.apply(*arguments)
-        return run(*arguments)
+        if not torch.compiler.is_compiling() and not _operators_are_watched(arguments):
+            if not (torch.is_grad_enabled() and _any_requires_grad(arguments)):
+                return run(*arguments)
+            if function is not None:
+                return function.apply(*arguments)
+            # A second derivative, which the dispatcher refuses.
+        return _none_for_empty(overload(*arguments))
 
     call.backward = gradients
     return call
@@ -257,7 +258,7 @@ def _autograd_function(name: str, run: Callable, setup_context: Callable, differ
         setup_context(ctx, arguments, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(differentiate))}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
     return type(name, (torch.autograd.Function,), methods)
 
 
