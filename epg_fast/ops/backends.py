@@ -133,11 +133,6 @@ def _wanted_of_operand(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def without_none(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """An operator cannot return None: empty tensors in its place."""
-    return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
-
-
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     """What norms and quantisation of x compute in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -13,6 +13,7 @@ reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is withi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -50,16 +51,7 @@ def euler_step(
     no autograd).
     Raises ValueError for shapes that differ, for sigma = 0 and for a backend that cannot run here.
     """
-    check_backend("euler_step", backend, ("plain", "extension"))
-    check_step("euler_step", x, sigma, denoised=denoised)
-    if backend != "extension":
-        return euler_step_ref(x, denoised, sigma, sigma_next, clamp)
-    require_extension_tensors("euler_step", x=x, denoised=denoised)
-    lo, hi = clamp_bounds("euler_step", clamp)
-    require_extension("euler_step", x)
-    out = torch.empty_like(x)
-    torch.ops.epg_fast.euler_step_out(out, x, denoised, sigma, sigma_next, lo, hi)
-    return out
+    return take_step("euler_step", euler_step_ref, x, {"denoised": denoised}, (sigma, sigma_next), clamp, backend)
 
 
 def euler_step_(
@@ -76,31 +68,50 @@ def euler_step_(
     Raises ValueError as `euler_step` does, and on every backend for tensors of different dtypes or on different devices
     and for an x that requires a gradient.
     """
-    check_backend("euler_step_", backend, ("plain", "extension"))
-    check_step("euler_step_", x, sigma, denoised=denoised)
-    check_in_place("euler_step_", x, denoised=denoised)
+    return take_step("euler_step_", euler_step_ref, x, {"denoised": denoised}, (sigma, sigma_next), clamp, backend)
+
+
+def take_step(
+    op: str,
+    reference: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    estimates: dict[str, torch.Tensor],
+    levels: tuple[float, float],
+    clamp: tuple[float, float] | None,
+    backend: str,
+) -> torch.Tensor:
+    """A sampler's step by `reference` or by the extension's operator, in place if the name of `op` ends in "_"."""
+    check_backend(op, backend, ("plain", "extension"))
+    in_place = op.endswith("_")
+    _check(op, x, levels[0], estimates, in_place)
     if backend != "extension":
-        return x.copy_(euler_step_ref(x, denoised, sigma, sigma_next, clamp))
-    require_extension_tensors("euler_step_", x=x, denoised=denoised)
-    require_no_partial_overlap("euler_step_", "x", x, denoised=denoised)
-    lo, hi = clamp_bounds("euler_step_", clamp)
-    require_extension("euler_step", x)
-    torch.ops.epg_fast.euler_step_(x, denoised, sigma, sigma_next, lo, hi)
-    mark_written(x)
+        stepped = reference(x, *estimates.values(), *levels, clamp)
+        return x.copy_(stepped) if in_place else stepped
+    require_extension_tensors(op, x=x, **estimates)
+    if in_place:
+        require_no_partial_overlap(op, "x", x, **estimates)
+    arguments = x, *estimates.values(), *levels, *_clamp_bounds(op, clamp)
+    require_extension(op.removesuffix("_"), x)
+    if not in_place:
+        out = torch.empty_like(x)
+        getattr(torch.ops.epg_fast, f"{op}_out")(out, *arguments)
+        return out
+    getattr(torch.ops.epg_fast, op)(*arguments)
+    if not torch.compiler.is_compiling():
+        # As PyTorch's own operations in place do: autograd checks saved tensors against it.
+        torch.autograd.graph.increment_version(x)
     return x
 
 
-def check_step(op: str, x: torch.Tensor, sigma: float, **estimates: torch.Tensor) -> None:
-    """What every sampler step asks: estimates shaped like x, and a level to divide by."""
+def _check(op: str, x: torch.Tensor, sigma: float, estimates: dict[str, torch.Tensor], in_place: bool) -> None:
+    """Estimates are shaped like x; in place x can take the result as it is, and nobody needs x for a gradient."""
     for name, tensor in estimates.items():
         if x.shape != tensor.shape:
             raise ValueError(f"{op}: got {name} of shape {tuple(tensor.shape)}, wanted {tuple(x.shape)} as x")
     if sigma == 0:
         raise ValueError(f"{op}: got sigma=0, wanted a level above 0; leave the final 0 out of the loop's start points")
-
-
-def check_in_place(op: str, x: torch.Tensor, **estimates: torch.Tensor) -> None:
-    """What a step in place asks as well: x can take the result as it is, and nobody needs x for a gradient."""
+    if not in_place:
+        return
     for name, tensor in estimates.items():
         if tensor.device != x.device:
             raise ValueError(f"{op}: got {name} on {tensor.device} and x on {x.device}, wanted one device")
@@ -112,7 +123,7 @@ def check_in_place(op: str, x: torch.Tensor, **estimates: torch.Tensor) -> None:
         )
 
 
-def clamp_bounds(op: str, clamp: tuple[float, float] | None) -> tuple[float | None, float | None]:
+def _clamp_bounds(op: str, clamp: tuple[float, float] | None) -> tuple[float | None, float | None]:
     """The bounds as the extension takes them."""
     if clamp is None:
         return None, None
@@ -124,12 +135,6 @@ def clamp_bounds(op: str, clamp: tuple[float, float] | None) -> tuple[float | No
             )
     lo, hi = clamp
     return lo, hi
-
-
-def mark_written(x: torch.Tensor) -> None:
-    """Tell autograd that x changed, as PyTorch's own operations in place do: saved tensors are checked against it."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(x)
 
 
 def _bytes(shape: tuple[int, ...], itemsize: int) -> int:

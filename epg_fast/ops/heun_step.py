@@ -19,9 +19,7 @@ reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is withi
 
 import torch
 
-from epg_fast.ops.backends import check_backend
-from epg_fast.ops.euler_step import check_in_place, check_step, clamp_bounds, mark_written
-from epg_fast.ops.extension import require_extension, require_extension_tensors, require_no_partial_overlap
+from epg_fast.ops.euler_step import take_step
 from epg_fast.ops.spec import OpSpec
 
 
@@ -59,15 +57,7 @@ def heun_step(
     no autograd).
     Raises ValueError for shapes that differ, for sigma or sigma_next = 0 and for a backend that cannot run here.
     """
-    _check("heun_step", x, denoised, denoised_next, sigma, sigma_next, backend)
-    if backend != "extension":
-        return heun_step_ref(x, denoised, denoised_next, sigma, sigma_next, clamp)
-    require_extension_tensors("heun_step", x=x, denoised=denoised, denoised_next=denoised_next)
-    lo, hi = clamp_bounds("heun_step", clamp)
-    require_extension("heun_step", x)
-    out = torch.empty_like(x)
-    torch.ops.epg_fast.heun_step_out(out, x, denoised, denoised_next, sigma, sigma_next, lo, hi)
-    return out
+    return _take("heun_step", x, denoised, denoised_next, sigma, sigma_next, clamp, backend)
 
 
 def heun_step_(
@@ -85,24 +75,14 @@ def heun_step_(
     Raises ValueError as `heun_step` does, and on every backend for tensors of different dtypes or on different devices
     and for an x that requires a gradient.
     """
-    _check("heun_step_", x, denoised, denoised_next, sigma, sigma_next, backend)
-    check_in_place("heun_step_", x, denoised=denoised, denoised_next=denoised_next)
-    if backend != "extension":
-        return x.copy_(heun_step_ref(x, denoised, denoised_next, sigma, sigma_next, clamp))
-    require_extension_tensors("heun_step_", x=x, denoised=denoised, denoised_next=denoised_next)
-    require_no_partial_overlap("heun_step_", "x", x, denoised=denoised, denoised_next=denoised_next)
-    lo, hi = clamp_bounds("heun_step_", clamp)
-    require_extension("heun_step", x)
-    torch.ops.epg_fast.heun_step_(x, denoised, denoised_next, sigma, sigma_next, lo, hi)
-    mark_written(x)
-    return x
+    return _take("heun_step_", x, denoised, denoised_next, sigma, sigma_next, clamp, backend)
 
 
-def _check(op, x, denoised, denoised_next, sigma, sigma_next, backend) -> None:
-    check_backend(op, backend, ("plain", "extension"))
-    check_step(op, x, sigma, denoised=denoised, denoised_next=denoised_next)
+def _take(op, x, denoised, denoised_next, sigma, sigma_next, clamp, backend) -> torch.Tensor:
     if sigma_next == 0:
         raise ValueError(f"{op}: got sigma_next=0, wanted a level above 0; take `euler_step` for the step to 0")
+    estimates = {"denoised": denoised, "denoised_next": denoised_next}
+    return take_step(op, heun_step_ref, x, estimates, (sigma, sigma_next), clamp, backend)
 
 
 def _bytes(shape: tuple[int, ...], itemsize: int) -> int:

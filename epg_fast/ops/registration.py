@@ -5,7 +5,7 @@
 - The operators epg_fast::NAME and epg_fast::NAME_bwd. On a CPU they run the plain function, on a GPU, and in Triton's
   interpreter, the kernel; under either, autocast is off.
 - Where a function returns None, its operator, which cannot, returns an empty tensor, and the caller gets None again.
-- Their fakes: the plain function on fake tensors, its results made contiguous.
+- Their fakes: what the plain function returns on fake tensors, contiguous.
 - Their FLOPs: those of the plain function's matrix products.
 - The gradient, from the names of what the backward function takes: see `Backward`.
 - Eager calls go to the kernel, or the plain function, without the dispatcher, which takes longer than a small kernel.
@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from epg_fast.ops.backends import interpreting
@@ -49,7 +48,6 @@ class Backward:
     gradients: str
     others: Callable[[dict, dict], dict] | None = None
     only_with: dict[str, str] = field(default_factory=dict)
-    fake: Callable | None = None
 
 
 def operation(
@@ -58,25 +56,23 @@ def operation(
     kernel: Kernel,
     returns: str,
     backward: Backward | None = None,
-    fake: Callable | None = None,
     in_triton: bool = True,
 ) -> Callable:
     """A function with plain's arguments, by position, that runs `kernel` or `plain` as an operator or past it.
 
     Its attribute `backward` is such a function of the backward pass.
 
-    plain: its annotations give the operator's schema. returns: the names of its results. fake: instead of the derived
-    one. in_triton: whether Triton's interpreter can run the kernel.
+    plain: its annotations give the operator's schema. returns: the names of its results. in_triton: whether Triton's
+    interpreter can run the kernel.
     """
     results = returns.split()
-    operator, run = _operator(name, plain, kernel, len(results), fake, in_triton)
+    operator, run = _operator(name, plain, kernel, len(results), in_triton)
     parameters = inspect.signature(plain).parameters
     defaults = tuple(parameter.default for parameter in parameters.values())
     function = gradients = None
     if backward is not None:
-        gradients = operation(
-            f"{name}_bwd", backward.plain, backward.kernel, backward.gradients, None, backward.fake, in_triton
-        )
+        given = backward.plain, backward.kernel, backward.gradients
+        gradients = operation(f"{name}_bwd", *given, in_triton=in_triton)
         setup_context, differentiate = _gradient_formula(list(parameters), results, backward, gradients)
         operator.register_autograd(differentiate, setup_context=setup_context)
         function = _autograd_function(name, run, setup_context, differentiate)
@@ -84,17 +80,19 @@ def operation(
 
     def call(*arguments):
         arguments = *arguments, *defaults[len(arguments) :]
-        if torch.compiler.is_compiling() or _operators_are_watched(arguments):
-            return _none_for_empty(overload(*arguments))
-        if function is not None and torch.is_grad_enabled() and _any_requires_grad(arguments):
-            return function.apply(*arguments)
-        return run(*arguments)
+        if not torch.compiler.is_compiling() and not _operators_are_watched(arguments):
+            if not (torch.is_grad_enabled() and _any_requires_grad(arguments)):
+                return run(*arguments)
+            if function is not None:
+                return function.apply(*arguments)
+            # A second derivative, which the dispatcher refuses.
+        return _none_for_empty(overload(*arguments))
 
     call.backward = gradients
     return call
 
 
-def _operator(name: str, plain: Callable, kernel: Kernel, results: int, fake: Callable | None, in_triton: bool):
+def _operator(name: str, plain: Callable, kernel: Kernel, results: int, in_triton: bool):
     """The operator, and what it runs."""
 
     @functools.cache
@@ -146,9 +144,39 @@ def _operator(name: str, plain: Callable, kernel: Kernel, results: int, fake: Ca
     options = {"mutates_args": (), "device_types": "cpu", "schema": schema}
     operator = torch.library.custom_op(f"epg_fast::{name}", without_none(run), **options)
     operator.register_kernel("cuda")(without_none(launch))
-    operator.register_fake(without_none(fake or compute))
+    operator.register_fake(without_none(_fake(compute)))
     register_flop_formula(operator._opoverload.overloadpacket, get_raw=True)(_flop_formula(plain, completed))
     return operator, run
+
+
+def _fake(compute: Callable) -> Callable:
+    """Of the same arguments the results are described once: tracing a network asks for them hundreds of times."""
+    described: dict[tuple, tuple] = {}
+
+    def fake(*arguments):
+        key = tuple(map(_description, arguments))
+        if None in key:
+            return compute(*arguments)
+        if key not in described:
+            made = compute(*arguments)
+            made = made if isinstance(made, tuple) else (made,)
+            described[key] = tuple(None if result is None else (result.shape, result.dtype) for result in made)
+        empty = _first_tensor(arguments).new_empty
+        made = tuple(None if told is None else empty(told[0], dtype=told[1]) for told in described[key])
+        return made if len(made) > 1 else made[0]
+
+    return fake
+
+
+def _description(argument) -> tuple | None:
+    """What the results' shapes and dtypes follow from; None for what has symbols instead of numbers in it."""
+    if not isinstance(argument, torch.Tensor):
+        return None if isinstance(argument, _SYMBOLS) else ("", repr(argument))
+    sizes = *argument.shape, *argument.stride()
+    return None if any(isinstance(size, _SYMBOLS) for size in sizes) else (argument.dtype, argument.device, sizes)
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _flop_formula(plain: Callable, completed: Callable) -> Callable:
@@ -156,7 +184,7 @@ def _flop_formula(plain: Callable, completed: Callable) -> Callable:
 
     def formula(*arguments, out_val=None, **named) -> int:
         arguments = completed(arguments, named)
-        key = tuple((a.shape, a.dtype) if isinstance(a, torch.Tensor) else repr(a) for a in arguments)
+        key = tuple(map(_description, arguments))
         if key not in counted:
             with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
                 plain(*map(_without_values, arguments))
@@ -230,7 +258,7 @@ def _autograd_function(name: str, run: Callable, setup_context: Callable, differ
         setup_context(ctx, arguments, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(differentiate))}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
     return type(name, (torch.autograd.Function,), methods)
 
 

@@ -158,11 +158,13 @@ def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None)
 
 
 def _check(op: str, t: torch.Tensor, dim: int, max_period: float, label: torch.Tensor | None) -> None:
-    check_shapes(op, {"D": dim}, t=(t, "B"), label=(label, "BD"))
+    sizes = {"D": dim}
+    check_shapes(op, sizes, t=(t, "B"))
     if not max_period > 0:
         raise ValueError(f"{op}: got max_period={max_period}, wanted a positive number")
     if dim < 2:
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
+    check_shapes(op, sizes, label=(label, "BD"))
 
 
 def _bytes(shape: tuple[int, int], itemsize: int, backward: bool = False) -> int:
