@@ -183,6 +183,12 @@ def test_what_ops_does_not_mean_is_one_line(text, message):
         parse_ops(text)
 
 
+def test_a_folder_named_like_a_plan_hides_no_plan(folder, model):
+    put(folder, make_plan(case_of(model)))
+    (folder / "x.json").mkdir()
+    assert choose("auto", case_of(model), CPU).plan is not None
+
+
 def test_a_plan_that_is_not_there_is_one_line(model):
     with pytest.raises(ValueError, match="nowhere.json: No such file.*; want a file that `epg-fast tune` made"):
         choose("nowhere.json", case_of(model), CPU)
@@ -199,6 +205,14 @@ def test_an_engine_draws_by_the_plan_and_leaves_the_network_as_it_was(folder, mo
     assert "ops: plan " in log.ops[-1]
     assert SamplingEngine(model, steps=4, batch_size=64, ops="plain").model is model
     assert SamplingEngine(model, steps=4, batch_size=64, guidance=2.0).chosen.plan is None  # twice the images a call
+
+
+def test_a_planned_network_in_one_piece_gives_way_to_hooks(folder, model, log):
+    put(folder, dataclasses.replace(make_plan(case_of(model), {}), compile="network"))
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: print(output.sum().item()))
+    assert SamplingEngine(model, steps=4, batch_size=64).compile == "blocks"
+    assert "compile: blocks, not the network as planned" in log.messages[-1]
+    assert SamplingEngine(model, steps=4, batch_size=64, compile="network").compile == "network"  # as asked
 
 
 def test_a_network_takes_a_plan_by_itself(folder, model):

@@ -19,6 +19,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked
 
 
+def has_hooks(network: nn.Module) -> bool:
+    """Whether any module of the network has a forward hook or a replaced `forward`."""
+    return any(not is_plain(module, type(module)) for module in network.modules())
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, computed in float32, optionally followed by `* (1 + scale) + shift`."""
 

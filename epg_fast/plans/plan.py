@@ -227,9 +227,13 @@ def stored_plans() -> Iterator[tuple[str, Plan]]:
     files: list[tuple[str, bytes]] = []
     try:
         own = list(plans_folder().iterdir()) if os.path.lexists(plans_folder()) else []  # glob is silent about a file
-        own = [path for path in own if path.suffix == ".json"]
+        own = [path for path in own if path.suffix == ".json" and path.is_file()]
         own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        files += [(str(path), path.read_bytes()) for path in own]
+        for path in own:
+            try:
+                files.append((str(path), path.read_bytes()))
+            except OSError as error:
+                log.warning("plan %s is not read: %s", path, error.strerror)
     except OSError as error:
         log.warning("plans in %s are not read: %s", plans_folder(), error)
     if _SHIPPED.is_dir():

@@ -15,6 +15,7 @@ from epg_fast.config import ScheduleConfig
 from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import autoguided, guided
 from epg_fast.models import EPGViT
+from epg_fast.models.blocks import has_hooks
 from epg_fast.plans import PLAIN, Case, Chosen, choose
 from epg_fast.plans.plan import architecture
 from epg_fast.plans.sites import has_custom_operators
@@ -108,6 +109,11 @@ class SamplingEngine:
         self.precision = available_precision(precision, self.device)
         self.chosen = self._choose(ops, model, guided=guidance != 1 and weak is None)
         self.compile, self.cuda_graphs = _ways(compile, cuda_graphs, self.chosen, self.device)
+        if compile == "auto" and self.compile == "network" and any(has_hooks(network) for network in networks):
+            log.info(
+                "compile: blocks, as modules have hooks, through which the planned compile of the network cannot go"
+            )
+            self.compile = "blocks"
         # the networks themselves where that changes nothing in them
         as_they_are = self.compile == "off" and self.precision in ("fp32", "tf32")
         as_they_are &= all(network.ops == self.chosen.ops for network in networks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import logging
 from dataclasses import asdict, replace
@@ -124,7 +125,7 @@ def _tune(config, stage, options: TuneConfig, case: Case, network: dict) -> Plan
 def _measured(config, stage, options: TuneConfig, case: Case, network: dict, draft: Plan, part: Path) -> Plan:
     device = resolve_device(config.device)
     batch = config.batch_size if stage is None else case.batch
-    job = Job(config, stage, network, batch, options.seconds)
+    job, digest = Job(config, stage, network, batch, options.seconds), _digest(config)
     plain, runs = _runs(stage, device, config, _is_small(network, stage))
     candidates = [
         (site, backend, obstacle(site, backend, case, device))
@@ -146,8 +147,8 @@ def _measured(config, stage, options: TuneConfig, case: Case, network: dict, dra
             plain,
             runs,
             60 * options.minutes,
-            _read_part(part),
-            lambda measured: write_atomically(part, json.dumps(measured).encode()),
+            _read_part(part, config),
+            lambda measured: write_atomically(part, json.dumps({"options": digest, "measured": measured}).encode()),
             show,
             request=options.limit,
         )
@@ -202,7 +203,7 @@ def _runs(stage, device: torch.device, config, small: bool) -> tuple[Variant, li
         if stage is not None and config.gradient_accumulation == 1 and config.parallelism == "ddp":
             runs.append(Variant(compile="network", cuda_graphs=True))
         tuned = {"coordinate_descent_tuning": True, "epilogue_fusion": False}
-        return plain, [*runs, Variant(compile="network", options=tuned, cuda_graphs=graphs)]
+        return _as_asked(config, plain, [*runs, Variant(compile="network", options=tuned, cuda_graphs=graphs)])
     cores = torch.get_num_threads()
     # without a plan a CPU takes the fused update
     fused = stage is not None and config.optimizer.backend == "auto" and extension_status()[0]
@@ -211,17 +212,35 @@ def _runs(stage, device: torch.device, config, small: bool) -> tuple[Variant, li
     if cores > 1:
         other = replace(plain, threads=cores if small else 1)
         runs += [other, *(replace(other, compile=run.compile) for run in runs)]
+    return _as_asked(config, plain, runs)
+
+
+def _as_asked(config, plain: Variant, runs: list[Variant]) -> tuple[Variant, list[Variant]]:
+    """The same, but with what flags of the job say: the job obeys them, whatever a plan has."""
+    if config.compile != "auto":
+        plain = replace(plain, compile=config.compile)
+        runs = [run for run in runs if run.compile == config.compile and run != plain]
+    if isinstance(config, SampleConfig) and config.cuda_graphs is False:
+        plain, runs = replace(plain, cuda_graphs=False), [replace(run, cuda_graphs=False) for run in runs]
     return plain, runs
 
 
-def _read_part(part: Path) -> dict:
-    """What an interrupted tuning has measured."""
+def _digest(config) -> str:
+    """Of the options that measurements may depend on."""
+    return hashlib.sha256(repr(replace(config, outdir="")).encode()).hexdigest()
+
+
+def _read_part(part: Path, config) -> dict:
+    """What an interrupted tuning of the same options has measured."""
     try:
         found = json.loads(part.read_bytes())
+        if found["options"] != _digest(config):
+            return {}
+        measured = dict(found["measured"])
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         log.warning("%s is damaged: measuring anew", part)
         return {}
-    log.info("going on with %d measurements of before", len(found))
-    return found
+    log.info("going on with %d measurements of before", len(measured))
+    return measured
