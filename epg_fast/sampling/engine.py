@@ -110,9 +110,7 @@ class SamplingEngine:
         self.chosen = self._choose(ops, model, guided=guidance != 1 and weak is None)
         self.compile, self.cuda_graphs = _ways(compile, cuda_graphs, self.chosen, self.device)
         if compile == "auto" and self.compile == "network" and any(has_hooks(network) for network in networks):
-            log.info(
-                "compile: blocks, as modules have hooks, through which the planned compile of the network cannot go"
-            )
+            log.info("compile: blocks, not the network as planned: modules have hooks, which may not be traceable")
             self.compile = "blocks"
         # the networks themselves where that changes nothing in them
         as_they_are = self.compile == "off" and self.precision in ("fp32", "tf32")
