@@ -339,7 +339,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_plan_is_made_here_and_taken(folder, tmp_path, capsys):
     """With a compile of every block and of the network, which a small network gains much by."""
     command = ["tune", "--job", "sample", *TINY, "--batch_size", "2", "--guidance", "2"]
-    command += ["--seconds", "0.1", "--minutes", "0.5"]
+    command += ["--seconds", "0.1", "--minutes", "0.3"]
     assert main([*command, "--output", str(tmp_path / "mine.json")]) == 0
     text = capsys.readouterr().out
     assert "decoder.attention=flash" in text and "not here, needs a CUDA device: decoder.mlp=triton" in text
