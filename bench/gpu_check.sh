@@ -5,10 +5,11 @@
 # EPG_CUTLASS_DIR or the installed nvidia-cutlass has its headers), then correctness, then `epg-fast tune` for the jobs of
 # the ladders, whose plans lie in OUTPUT_FOLDER/plans, ready to be shipped, then the ladders of sampling and training with
 # those plans, the operations. Every part is bounded in time, and one that fails does not stop the next. PARTs choose
-# some, e.g. for three calls of at most ten minutes each:
-#   bench/gpu_check.sh OUT build env sampling tune_heun heun latency
-#   bench/gpu_check.sh OUT tune_diffusion diffusion tune_onestep onestep
-#   bench/gpu_check.sh OUT tune_pretrain tune_consistency tune_fp8 pretrain consistency training tests operations
+# some, e.g. for three calls of at most ten minutes each, the rest when there is more time:
+#   bench/gpu_check.sh OUT build env sampling tune_heun
+#   bench/gpu_check.sh OUT heun latency tune_onestep onestep
+#   bench/gpu_check.sh OUT tune_diffusion diffusion
+# A tuning that is cut off goes on where it was.
 # Parts that are complete in OUTPUT_FOLDER are not repeated, and ladders go on where they were cut short. What this machine
 # lacks is left out, which is said. OUTPUT_FOLDER/README.md holds the tables; OUTPUT_FOLDER.tar.gz, which is renewed after
 # each part, holds everything. Exits with 1 if a part failed. PYTHON chooses the interpreter.
@@ -39,6 +40,7 @@ part() { # name, seconds, command...
   case $code in
     0) echo "$name" >>"$out/complete" ;;
     3) echo "$name was cut short: the same command goes on" ;;
+    124) echo "$name was cut off after $seconds s; see logs/$name.log"; [[ $name == tune_* ]] || failed=1 ;;
     *) echo "$name failed with exit code $code, see logs/$name.log"; failed=1 ;;
   esac
   tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
@@ -64,7 +66,7 @@ bench() { # name, seconds
 tune() { # name, minutes, flags...
   local name=$1 minutes=$2
   shift 2
-  part "tune_$name" "$((minutes * 60 + 120))" "$python" -m epg_fast tune --minutes "$minutes" "$@"
+  part "tune_$name" "$((minutes * 60 + 240))" "$python" -m epg_fast tune --minutes "$minutes" --limit 150 "$@"
 }
 
 # With CUTLASS the build takes minutes of a GPU's time: a library built elsewhere, even with a CPU's torch, serves as well.

@@ -85,9 +85,11 @@ def _train(config: configs.RunConfig, stage: str) -> None:
     from epg_fast.plans import parse_ops
 
     stage_class = getattr(training, stage)
-    if parse_ops(config.ops).base == "tune" and config.outdir:  # before anything is on the GPU
+    if parse_ops(config.ops).base == "tune":  # before anything is on the GPU
+        from epg_fast.training.loop import check_command
         from epg_fast.tuning import ensure_plan
 
+        check_command(config)
         ensure_plan(config, stage_class)
     training.train(config, stage_class)
 
@@ -116,11 +118,12 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
 def _sample(config: configs.SampleConfig) -> int | None:
     from epg_fast.plans import parse_ops
     from epg_fast.sampling.interruption import Interrupted
-    from epg_fast.sampling.job import run
+    from epg_fast.sampling.job import check_command, run
 
-    if parse_ops(config.ops).base == "tune" and config.checkpoint and config.outdir:  # without: `run` says so
+    if parse_ops(config.ops).base == "tune":
         from epg_fast.tuning import ensure_plan
 
+        check_command(config)
         ensure_plan(config, None)
     try:
         run(config)

@@ -278,8 +278,7 @@ class RunConfig:
     ops: str = "auto"
     """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
     (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
-    Triton elsewhere), a plan's file; then single sites,
-    such as `auto,attention=triton,mlp=plain`."""
+    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
     fp8: Literal["rowwise"] | None = None
     """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
     on GPUs that have it; needs precision bf16."""
@@ -535,8 +534,7 @@ class SampleConfig:
     ops: str = "auto"
     """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
     (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
-    Triton elsewhere), a plan's file; then single sites,
-    such as `auto,attention=triton,mlp=plain`."""
+    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample."""
     npz: bool = True

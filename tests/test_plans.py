@@ -319,10 +319,29 @@ def test_backends_by_site_are_checked_and_a_half_that_is_plain_stays_plain(model
             choose(wrong, case, CPU)
 
 
+def test_a_run_that_goes_on_with_other_versions_chooses_anew_and_says_why(folder, model, log):
+    put(folder, make_plan(case_of(model)))
+    machine = dataclasses.asdict(Machine.here(CPU))
+    kept = choose("attention=math", case_of(model), CPU).record()
+    assert choose("auto", case_of(model), CPU, kept | {"machine": machine}).ops["encoder.attention"] == "math"
+    older = kept | {"machine": machine | {"torch": "2.11.0"}}
+    assert choose("auto", case_of(model), CPU, older).ops == PLAIN | {"steps": "extension"}
+    assert "on another machine (torch 2.11.0 there" in log.messages[-1]
+
+
+@pytest.mark.parametrize("job", ["finetune-diffusion", "sample"])
+def test_tune_waits_for_no_measurement_to_refuse_a_command(job, tiny_run, folder, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").touch()
+    flags = tiny_run if job == "finetune-diffusion" else ["--checkpoint", "nowhere"]
+    assert main([job, *flags, "--outdir", str(tmp_path / "run"), "--ops", "tune"]) == 2
+    assert "choose another --outdir" in capsys.readouterr().err and not list(folder.iterdir())
+
+
 def test_a_run_that_goes_on_and_asks_for_tune_takes_the_plan_that_was_made(folder, model):
     case = case_of(model)
     put(folder, make_plan(case, {"encoder.attention": "math"}))
-    kept = choose("plain", case, CPU).record() | {"device": Machine.here(CPU).device}
+    kept = choose("plain", case, CPU).record() | {"machine": dataclasses.asdict(Machine.here(CPU))}
     assert choose("auto", case, CPU, kept).plan is None
     assert choose("tune", case, CPU, kept).ops["encoder.attention"] == "math"
 

@@ -312,6 +312,7 @@ def test_where_memory_holds_one_network_they_are_timed_apart(monkeypatch):
     monkeypatch.setattr(Worker, "_make", one_at_a_time)
     base, other = own.times("encoder", [Variant(), Variant({"encoder.attention": "math"})])
     assert len(base) == len(other) >= 10
+    assert own.check("encoder", Variant({"encoder.attention": "math"}))  # beside the network that was timed last
 
 
 def test_candidates_say_why_they_cannot_run_here():

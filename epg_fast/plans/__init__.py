@@ -4,7 +4,7 @@
 turns what a user asks for (`--ops`) into what runs. A plan is a JSON file with its evidence in it.
 """
 
-from epg_fast.plans.choice import Chosen, Ops, choose, parse_ops, plain_choice
+from epg_fast.plans.choice import Chosen, Ops, choose, parse_ops, plain_choice, require_like_machines
 from epg_fast.plans.plan import Case, Machine, Plan, plans_folder, read_plan, stored_plans
 from epg_fast.plans.sites import PLAIN, SITES, site_choices
 
@@ -21,6 +21,7 @@ __all__ = [
     "plain_choice",
     "plans_folder",
     "read_plan",
+    "require_like_machines",
     "site_choices",
     "stored_plans",
 ]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from epg_fast.ops.backends import require_triton
 from epg_fast.plans.plan import Case, Machine, Plan, read_plan, stored_plans
-from epg_fast.plans.sites import KINDS, PLAIN, SITES, site_choices, sites_of
+from epg_fast.plans.sites import KINDS, PLAIN, SITES, nearest, site_choices, sites_of
 
 _BASES = ("auto", *KINDS, "tune")
 log = logging.getLogger("epg_fast")
@@ -49,8 +48,7 @@ def parse_ops(text: str) -> Ops:
         return Ops(base, sites=sites)
     if base.endswith(".json") or "/" in base:
         return Ops("plan", Path(base).expanduser(), sites)
-    near = difflib.get_close_matches(base, [*_BASES, *SITES], n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = nearest(base, [*_BASES, *SITES])
     raise ValueError(f"ops {base!r}{hint}: want {', '.join(_BASES)}, a plan's file, or sites as attention=triton")
 
 
@@ -116,6 +114,16 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
     return chosen
 
 
+def require_like_machines(chosen: Chosen, machines: Sequence[Machine]) -> None:
+    """Raise ValueError for a plan that ranks on unlike machines would share; machines: of every rank, in order."""
+    for rank, machine in enumerate(machines):
+        if chosen.plan and (differences := machine.differences(machines[0])):
+            raise ValueError(
+                f"ops: rank {rank} is on another machine than rank 0, whose plan it cannot share "
+                f"({'; '.join(differences)}); take like machines, or --ops plain"
+            )
+
+
 def _named(sites: Mapping[str, str]) -> dict[str, str]:
     """The sites that are named, a name for both halves as two."""
     return {site: backend for name, backend in sites.items() for site in sites_of(name)}
@@ -133,12 +141,12 @@ def _of_file(path: Path, case: Case, here: Machine) -> Chosen:
 def _automatic(case: Case, device: torch.device, kept: Mapping | None) -> Chosen:
     here = Machine.here(device)
     if kept is not None:
-        if kept.get("device") == here.device:
-            name = kept.get("plan") or "plain code"
+        name, differences = kept.get("plan") or "plain code", here.differences(Machine(**kept["machine"]))
+        if not differences:
             return Chosen.from_record(
                 kept, f"ops: {name}, which this run has used so far; --ops tune or a file changes it"
             )
-        log.warning("this run has used %s on another device; choosing anew", kept.get("plan") or "plain code")
+        log.warning("this run has used %s on another machine (%s); choosing anew", name, "; ".join(differences))
     others: list[str] = []
     found: list[tuple[bool, str, Plan]] = []
     for where, plan in stored_plans():

@@ -105,7 +105,7 @@ class Machine:
             name = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
             capability, driver = torch.backends.cpu.get_cpu_capability(), ""
         versions = {package: _version(package) for package in ("triton", "epg_fast")}
-        return cls(name, capability, torch.__version__, **versions, extension=_extension(), driver=driver)
+        return cls(name, capability, str(torch.__version__), **versions, extension=_extension(), driver=driver)
 
     def differences(self, other: Machine) -> list[str]:
         """What keeps a plan of the other from being used: "torch 2.13.0 there, 2.14.1 here"."""

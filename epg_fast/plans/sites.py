@@ -65,9 +65,7 @@ def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
         sites = sites_of(name)
         if not sites:
             shown = sorted({site.rpartition(".")[2] for site in SITES})
-            raise ValueError(
-                f"ops: got site {name!r}{_nearest(name, [*SITES, *shown])}, want one of {', '.join(shown)}"
-            )
+            raise ValueError(f"ops: got site {name!r}{nearest(name, [*SITES, *shown])}, want one of {', '.join(shown)}")
         for site in sites:
             if backend not in SITES[site]:
                 raise ValueError(f"ops: got {name}={backend!r}, want one of {', '.join(SITES[site])}")
@@ -97,6 +95,7 @@ def has_fused_operations(ops: Mapping[str, str]) -> bool:
     return any(ops[site] != "plain" for site in (*sites, "decoder.skip"))
 
 
-def _nearest(name: str, valid) -> str:
+def nearest(name: str, valid) -> str:
+    """ " (did you mean 'x'?)", or nothing."""
     match = difflib.get_close_matches(name, list(valid), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""

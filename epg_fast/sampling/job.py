@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
 from epg_fast.models import EPGViT, from_pretrained
-from epg_fast.plans import PLAIN, Case, Chosen, Machine, choose
+from epg_fast.plans import PLAIN, Case, Chosen, Machine, choose, require_like_machines
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.folder import FolderLock, check_folder, note_settings, read_settings
@@ -39,10 +39,20 @@ def run(config: SampleConfig) -> None:
     Raises ValueError for what the user can mend, before anything is written (checkpoint, labels, guidance, an output
     folder of other settings or in use); OSError when the disk fails; `Interrupted` after a signal.
     """
-    if not config.checkpoint or not config.outdir:
-        raise ValueError("sample: --checkpoint and --outdir are needed")
+    _require_names(config)
     with joined() as ranks:
         _run(config, ranks)
+
+
+def check_command(config: SampleConfig) -> None:
+    """Raise ValueError for what is wrong with a command before anything takes long."""
+    _require_names(config)
+    check_folder(Path(config.outdir), requested(config))
+
+
+def _require_names(config: SampleConfig) -> None:
+    if not config.checkpoint or not config.outdir:
+        raise ValueError("sample: --checkpoint and --outdir are needed")
 
 
 def _run(config: SampleConfig, ranks: Ranks) -> None:
@@ -81,13 +91,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
 def _agreed(config: SampleConfig, case: Case, device: torch.device, ranks: Ranks) -> Chosen:
     """What the main rank chooses, on every rank. Raises ValueError, on all of them, where their devices differ."""
     chosen = ranks.decide(lambda: choose(config.ops, case, device))
-    machines = ranks.gather(Machine.here(device))
-    for rank, machine in enumerate(machines):
-        if chosen.plan and (differences := machine.differences(machines[0])):
-            raise ValueError(
-                f"ops: rank {rank} is on another machine than rank 0, whose plan it cannot share "
-                f"({'; '.join(differences)}); take like machines, or --ops plain"
-            )
+    require_like_machines(chosen, ranks.gather(Machine.here(device)))
     return chosen
 
 

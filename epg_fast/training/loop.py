@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from epg_fast.config import RunConfig
 from epg_fast.data import (
     DataError,
+    ImageSource,
     Prefetcher,
     make_loader,
     open_images,
@@ -64,14 +65,18 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
     distributed.stop()
 
 
-def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks) -> None:
+def check_command(config: RunConfig) -> ImageSource:
+    """The images to train on. Raises ValueError for what is wrong with a command before anything takes long."""
     if not config.outdir:
         raise ValueError("outdir is missing; name a run folder with --outdir")
-    outdir = Path(config.outdir)
-    check_run_folder(outdir, config)  # before data and weights are read, which may take long
-    source = open_images(config.data.path)
-    check_compilation(config, ranks)
+    check_run_folder(Path(config.outdir), config)
     require_wandb(config.wandb)
+    return open_images(config.data.path)
+
+
+def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks) -> None:
+    source, outdir = check_command(config), Path(config.outdir)
+    check_compilation(config, ranks)
     if config.fp8:
         require_fp8(ranks.device)
 

@@ -12,7 +12,7 @@ import torch
 
 from epg_fast.config import RunConfig
 from epg_fast.data.files import write_atomically
-from epg_fast.plans import Case, Chosen, Machine, choose, parse_ops
+from epg_fast.plans import Case, Chosen, Machine, choose, parse_ops, require_like_machines
 from epg_fast.plans.plan import architecture
 from epg_fast.plans.sites import KINDS
 from epg_fast.training.distributed import Ranks
@@ -48,12 +48,7 @@ def _decided(config: RunConfig, case: Case, ranks: Ranks, kept: Mapping | None) 
     machines, (_, chosen, error) = [machine for machine, *_ in everyone], everyone[0]
     if error is not None:
         raise error
-    for rank, machine in enumerate(machines):
-        if chosen.plan and (differences := machine.differences(machines[0])):
-            raise ValueError(
-                f"ops: rank {rank} is on another machine than rank 0, whose plan it cannot share "
-                f"({'; '.join(differences)}); take like machines, or --ops plain"
-            )
+    require_like_machines(chosen, machines)
     return chosen
 
 
@@ -77,7 +72,7 @@ def kept_choice(outdir: Path) -> dict | None:
     """What the run in `outdir` has used so far; None for a run that has none."""
     try:
         record = json.loads((outdir / _RECORD).read_bytes())
-        Chosen.from_record(record)
+        Chosen.from_record(record), Machine(**record["machine"])  # raise for what is none
         return record
     except FileNotFoundError:
         return None
@@ -87,7 +82,7 @@ def kept_choice(outdir: Path) -> dict | None:
 
 def choice_record(chosen: Chosen, device: torch.device) -> dict:
     """What `kept_choice` reads, and checkpoints hold."""
-    return chosen.record() | {"device": Machine.here(device).device}
+    return chosen.record() | {"machine": dataclasses.asdict(Machine.here(device))}
 
 
 def note_choice(outdir: Path, record: dict) -> None:
