@@ -22,8 +22,8 @@ from importlib import resources
 from pathlib import Path
 
 from epg_fast import config as configs
-from epg_fast import launcher
-from epg_fast.outputs import check_writable
+from epg_fast import distributed
+from epg_fast.files import check_writable
 
 _RECIPES = resources.files("epg_fast") / "configs" / "recipes"
 
@@ -75,7 +75,7 @@ def _dry_run(name: str, config: configs.RunConfig, options: configs.DryRunConfig
         stage.name: stage for stage in (training.PretrainStage, training.DiffusionStage, training.ConsistencyStage)
     }
     text = describe(config, stages[name], options)
-    if launcher.is_main():
+    if distributed.is_main():
         print(text)
     return 0
 
@@ -116,8 +116,8 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
 
 
 def _sample(config: configs.SampleConfig) -> int | None:
+    from epg_fast.distributed import Interrupted
     from epg_fast.plans import parse_ops
-    from epg_fast.sampling.interruption import Interrupted
     from epg_fast.sampling.job import check_command, run
 
     if parse_ops(config.ops).base == "tune":
@@ -379,7 +379,7 @@ def _set_up_logging() -> None:
     logger = logging.getLogger("epg_fast")
     logger.handlers, logger.propagate = [handler], False
     # Under torchrun one rank talks to the user.
-    logger.setLevel(logging.INFO if launcher.is_main() else logging.ERROR)
+    logger.setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
 
 
 def _fail(code: int, message: str) -> int:

@@ -63,8 +63,8 @@ def _extension() -> str:
 
 def _plans() -> str:
     try:
+        from epg_fast.distributed import resolve_device
         from epg_fast.plans import Machine, plans_folder, stored_plans
-        from epg_fast.runtime import resolve_device
     except ImportError as error:
         return f"unknown ({error})"
     here = Machine.here(resolve_device())

@@ -1,20 +1,13 @@
-"""Where and in which precision to compute: choices that training, sampling and evaluation share."""
+"""In which precision and with how many threads to compute: choices that training, sampling and evaluation share."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
-
-from epg_fast import launcher
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 # Before any caller has chosen another number.
 _DEFAULT_THREADS = torch.get_num_threads()
@@ -22,21 +15,6 @@ _SMALL_NETWORK = 4_000_000  # parameters
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions in which autocast computes."""
 log = logging.getLogger("epg_fast")
-
-
-def resolve_device(name: str = "auto") -> torch.device:
-    """`auto`: this process's GPU, or the CPU if there is none (said). Raises ValueError for a missing GPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {name!r}: want auto, cpu or cuda")
-    if name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", launcher.number("LOCAL_RANK", 0))
-    if name == "cuda":
-        raise ValueError(
-            f"device cuda: torch {torch.__version__} sees no CUDA GPU; use --device cpu or mend the driver"
-        )
-    if name == "auto":
-        log.info("no CUDA GPU visible to torch %s: running on the CPU", torch.__version__)
-    return torch.device("cpu")
 
 
 def is_small(network: torch.nn.Module) -> bool:
@@ -87,20 +65,6 @@ def compile_options(fused: bool, cuda_graphs: bool = False, more: Mapping[str, o
     if cuda_graphs:
         options["triton.cudagraphs"] = True
     return {"dynamic": False, "options": options or None}
-
-
-def torchrun_store(timeout: datetime.timedelta) -> Store:
-    """The store that torchrun describes, apart for each of its restarts. timeout: how long to wait for other ranks.
-
-    torchrun keeps one store over all restarts, and a rank that reads the address of a rank of before waits for it. On
-    several nodes the count of restarts may differ between them, so that all share the store.
-    """
-    import torch.distributed as dist  # some builds of torch have none
-
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    one_node = launcher.number("LOCAL_WORLD_SIZE", 0) == launcher.number("WORLD_SIZE", 1)
-    attempt = launcher.number("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
-    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 @contextlib.contextmanager

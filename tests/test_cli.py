@@ -95,7 +95,7 @@ def test_a_run_folder_of_another_configuration_is_refused_and_left_alone(capsys,
     command = [*diffusion, "--steps", "2", "--outdir", tmp_path / "run"]
     assert main([str(a) for a in command]) == 0
     before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
-    _fails(capsys, [*command, "--optimizer.lr", "0.5"], "another configuration", "optimizer.lr was 0.003, now 0.5")
+    _fails(capsys, [*command, "--optimizer.lr", "0.5"], "other settings", "optimizer.lr was 0.003, now 0.5")
     assert {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
@@ -115,7 +115,7 @@ def test_two_processes_cannot_train_in_the_same_folder(capsys, diffusion, tmp_pa
     arguments = [sys.executable, "-c", code, str(out / ".lock")]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        _fails(capsys, command, "another process is training in")
+        _fails(capsys, command, "another training run is at work in")
         assert not resumed  # the other one, if it is just ending, leaves a newer state
         other.communicate("\n")
     monkeypatch.undo()

@@ -11,10 +11,10 @@ from epg_fast import training
 from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, OptimizerConfig
 from epg_fast.data import ImageFolder
+from epg_fast.distributed import Ranks
 from epg_fast.models import EPGViT, create_model
 from epg_fast.plans.sites import site_choices
 from epg_fast.training.compilation import compile_blocks
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
 from epg_fast.training.fp8 import Fp8Linear, use_fp8
 from epg_fast.training.loop import make_step_module

@@ -261,8 +261,8 @@ def test_a_run_records_its_plan_and_keeps_it_when_it_goes_on(tiny_run, folder, t
 def test_a_plan_gives_way_to_flags(tiny_run, folder):
     from epg_fast.__main__ import _parse
     from epg_fast.config import DiffusionConfig
+    from epg_fast.distributed import Ranks
     from epg_fast.training import DiffusionStage
-    from epg_fast.training.distributed import Ranks
 
     put(folder, training_plan(tiny_run, {}, compile="network"))
     for flags, how in ((["--compile", "blocks"], "blocks"), ([], "network"), (["--ops", "plain"], "auto")):
@@ -271,8 +271,8 @@ def test_a_plan_gives_way_to_flags(tiny_run, folder):
 
 
 def test_two_ranks_take_what_the_main_one_chooses_and_unlike_machines_are_refused(monkeypatch, folder, model):
+    from epg_fast.distributed import Ranks
     from epg_fast.training import planning
-    from epg_fast.training.distributed import Ranks
 
     plan = make_plan(dataclasses.replace(case_of(model), job="pretrain"))
     put(folder, plan)
@@ -281,7 +281,7 @@ def test_two_ranks_take_what_the_main_one_chooses_and_unlike_machines_are_refuse
     of_the_main_one = choose("auto", plan.case, CPU)
 
     class Two(Ranks):
-        def gather_objects(self, value):
+        def gather(self, value):
             told.append(value)
             return [(here, of_the_main_one, None), value]
 

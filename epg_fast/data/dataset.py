@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from epg_fast.data.folder import ImageFolder
-from epg_fast.data.names import is_compressed_tar, is_junk, is_tar
+from epg_fast.data.names import is_compressed_tar, is_tar
 from epg_fast.data.source import ImageSource
 from epg_fast.data.tars import ImageTars
+from epg_fast.files import is_junk
 
 _WANTED = "wanted a folder of class folders with images, a folder of tars, or a tar"
 

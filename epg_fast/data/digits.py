@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from epg_fast.data.files import write_atomically
-from epg_fast.data.names import is_junk
+from epg_fast.files import is_junk, write_atomically
 
 
 def prepare_digits(outdir: str | os.PathLike) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.files import write_atomically
+from epg_fast.files import write_atomically
 
 MANIFEST = "manifest.json"
 _KEYS = {"complete": bool, "image_size": int, "source_fingerprint": str, "classes": list, "counts": dict}

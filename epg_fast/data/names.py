@@ -9,18 +9,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 
+from epg_fast.files import is_junk
+
 IMAGES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif")
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 # What this package writes into a folder of images, and the labels that EDM's tools do.
 OWN = ("manifest.json", "index.npz", "dataset.json", ".lock")
 
-# Of macOS and Windows, of storage boxes (Synology, QNAP, NetApp), of file systems, of Python.
-_JUNK = {
-    *("__macosx", "icon\r", "network trash folder", "temporary items"),
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
-    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),
-    *("lost+found", "__pycache__"),
-}
 _SPLITS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
@@ -44,11 +39,6 @@ def is_tar(name: str) -> bool:
 
 def is_compressed_tar(name: str) -> bool:
     return name.lower().endswith(COMPRESSED_TARS)
-
-
-def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left there by an operating system or a storage box."""
-    return name.startswith(".") or name.lower() in _JUNK
 
 
 def is_split(name: str) -> bool:

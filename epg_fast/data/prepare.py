@@ -16,12 +16,11 @@ from PIL import Image
 
 from epg_fast.data import pool
 from epg_fast.data.dataset import holds_tars
-from epg_fast.data.files import write_atomically
 from epg_fast.data.folder import ImageFolder
 from epg_fast.data.manifest import MANIFEST, count_classes, read_manifest, write_manifest
-from epg_fast.data.names import is_junk
 from epg_fast.data.source import ImageSource, too_many_bad_files
 from epg_fast.data.views import center_crop
+from epg_fast.files import is_junk, write_atomically
 
 MAX_BAD_FRACTION = 0.01
 _CHUNK = 16

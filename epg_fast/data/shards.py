@@ -16,7 +16,6 @@ import numpy as np
 
 from epg_fast.data import pool
 from epg_fast.data.dataset import open_images
-from epg_fast.data.files import open_atomically
 from epg_fast.data.manifest import MANIFEST, check_complete, count_classes, lost_manifest, read_manifest, write_manifest
 from epg_fast.data.prepare import (
     MAX_BAD_FRACTION,
@@ -30,6 +29,7 @@ from epg_fast.data.source import ImageSource
 from epg_fast.data.tar_index import INDEX, Names, TarIndex, has_checksums
 from epg_fast.data.tar_scan import walk_tar
 from epg_fast.data.tars import check_index, check_shards, find_tars
+from epg_fast.files import open_atomically
 
 _BLOCK = 512
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.files import open_atomically
+from epg_fast.files import open_atomically
 
 INDEX = "index.npz"
 # 2: what counts as an image, a label and a class tar is another, and links are followed.

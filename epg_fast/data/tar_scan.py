@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.names import IMAGES, Ignored, find_splits, is_image, is_junk, is_tar
+from epg_fast.data.names import IMAGES, Ignored, find_splits, is_image, is_tar
 from epg_fast.data.source import LABEL_KEYS, MOST_CLASSES, NO_LABELS, printable
 from epg_fast.data.tar_index import Names, TarIndex
+from epg_fast.files import is_junk
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512

@@ -21,10 +21,11 @@ from epg_fast.data.manifest import (
     lost_manifest,
     read_manifest,
 )
-from epg_fast.data.names import Ignored, is_compressed_tar, is_junk, is_tar, splits
+from epg_fast.data.names import Ignored, is_compressed_tar, is_tar, splits
 from epg_fast.data.source import NO_LABELS, ImageSource
 from epg_fast.data.tar_index import INDEX, ForeignIndex, TarIndex, has_checksums
 from epg_fast.data.tar_scan import scan_tars
+from epg_fast.files import is_junk
 
 _OPEN_TARS = 128
 _AGAIN = "run prepare-data again, it makes only what is missing"

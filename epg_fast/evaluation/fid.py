@@ -10,13 +10,13 @@ import torch
 from tqdm import tqdm
 
 from epg_fast.config import EvaluateConfig
+from epg_fast.distributed import resolve_device
 from epg_fast.evaluation.frechet import frechet_distance
 from epg_fast.evaluation.generative import RunningMoments, inception_score, precision_recall
 from epg_fast.evaluation.inception import FeatureNetwork
 from epg_fast.evaluation.record import sampling_record
 from epg_fast.evaluation.reference import Reference, open_reference
 from epg_fast.evaluation.sources import ImageStream, open_stream
-from epg_fast.runtime import resolve_device
 
 log = logging.getLogger("epg_fast")
 # Precision and recall compare all pairs and keep all features: of larger sets they take images at even distances.

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from epg_fast.config import EvaluateConfig
-from epg_fast.data.files import write_atomically
+from epg_fast.distributed import resolve_device
 from epg_fast.evaluation import evaluate_fid, evaluate_probe, evaluate_samples
+from epg_fast.files import check_writable, differences, write_atomically
 from epg_fast.models import create_encoder, from_pretrained, list_presets
-from epg_fast.outputs import check_writable
-from epg_fast.runtime import resolve_device
 
 
 def run(config: EvaluateConfig) -> None:
@@ -28,8 +27,7 @@ def run(config: EvaluateConfig) -> None:
         _check_output(Path(config.output), settings)
     text = json.dumps(evaluate(config) | {"settings": settings}, indent=2, allow_nan=False)
     if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(config.output), (text + "\n").encode())
+        write_atomically(config.output, text + "\n")
     print(text)
 
 
@@ -97,9 +95,7 @@ def _check_output(path: Path, settings: dict) -> None:
     before = found.get("settings") if isinstance(found, dict) else None
     if not isinstance(before, dict):
         raise ValueError(f"output: {path} exists and is no result of `evaluate`; choose another --output or delete it")
-    differing = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
-    if differing:
+    if changed := differences(before, settings):
         raise ValueError(
-            f"output: {path} holds the result of other settings ({', '.join(differing[:3])}); choose another --output "
-            "or delete it"
+            f"output: {path} holds the result of other settings ({changed}); choose another --output or delete it"
         )

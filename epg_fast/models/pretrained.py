@@ -22,10 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from epg_fast.files import check_writable
 from epg_fast.models.encoder import RCMViT
 from epg_fast.models.generator import EPGViT
 from epg_fast.models.presets import encoder_from_config, generator_from_config, list_presets, preset_config
-from epg_fast.outputs import check_writable
 
 log = logging.getLogger("epg_fast")
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from epg_fast import launcher
+from epg_fast import distributed
 from epg_fast.sampling.images import Images, runs
 
 
@@ -63,5 +63,5 @@ class ImageWriter:
 
 def png_threads() -> int:
     """Threads that compress PNG files: this process's share of the CPUs, at most 8."""
-    here = len(os.sched_getaffinity(0)) // max(1, launcher.number("LOCAL_WORLD_SIZE", 1))
+    here = len(os.sched_getaffinity(0)) // max(1, distributed.number("LOCAL_WORLD_SIZE", 1))
     return max(1, min(8, here))

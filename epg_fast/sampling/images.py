@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from epg_fast.sampling.writers import png_path, replacing, save_png
+from epg_fast.files import open_atomically
+from epg_fast.sampling.writers import png_path, save_png
 
 log = logging.getLogger("epg_fast")
 
@@ -95,13 +96,13 @@ class Images:
 
     def save_part(self, start: int, pixels: np.ndarray) -> None:
         """Keep uint8 images [n, H, W, 3], of which the first has index `start`."""
-        with replacing(self._part(range(start, start + len(pixels)))) as file:
+        with open_atomically(self._part(range(start, start + len(pixels)))) as file:
             file.write(self._header(len(pixels)))
             file.write(np.ascontiguousarray(pixels).data)  # np.save would not say why a disk does not take it
 
     def save_done(self, images: range) -> None:
         """Note that these images are finished as PNG files."""
-        with replacing(self._part(images).with_suffix(".done")):
+        with open_atomically(self._part(images).with_suffix(".done")):
             pass
 
     def save_png(self, index: int, pixels: np.ndarray) -> None:

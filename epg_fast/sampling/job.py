@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -12,22 +13,25 @@ import torch
 from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
+from epg_fast.distributed import Ranks, joined, resumable
+from epg_fast.files import open_atomically
 from epg_fast.models import EPGViT, from_pretrained
 from epg_fast.plans import PLAIN, Case, Chosen, Machine, choose, require_like_machines
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
-from epg_fast.sampling.folder import FolderLock, check_folder, note_settings, read_settings
+from epg_fast.sampling.folder import SampleFolder
 from epg_fast.sampling.image_writer import ImageWriter, png_threads
 from epg_fast.sampling.images import Images
-from epg_fast.sampling.interruption import resumable
 from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.precision import image_error
-from epg_fast.sampling.ranks import Ranks, joined, own_device
 from epg_fast.sampling.settings import device_name, drawn_with, requested, resolved
-from epg_fast.sampling.writers import finite, replacing, save_grid, write_npz
+from epg_fast.sampling.writers import finite, save_grid, write_npz
 
 log = logging.getLogger("epg_fast")
 _GRID = 100
+# Ranks meet only before the first image and after the last, and a slow one may have hours more to do. A rank that dies
+# closes its connections, which the others notice at once.
+_PATIENCE = datetime.timedelta(days=30)
 _ERROR = "precision.json"
 
 
@@ -40,14 +44,14 @@ def run(config: SampleConfig) -> None:
     folder of other settings or in use); OSError when the disk fails; `Interrupted` after a signal.
     """
     _require_names(config)
-    with joined() as ranks:
+    with joined(config.device, "gloo", _PATIENCE) as ranks:
         _run(config, ranks)
 
 
 def check_command(config: SampleConfig) -> None:
     """Raise ValueError for what is wrong with a command before anything takes long."""
     _require_names(config)
-    check_folder(Path(config.outdir), requested(config))
+    SampleFolder(config.outdir).require(requested(config))
 
 
 def _require_names(config: SampleConfig) -> None:
@@ -56,8 +60,8 @@ def _require_names(config: SampleConfig) -> None:
 
 
 def _run(config: SampleConfig, ranks: Ranks) -> None:
-    outdir, device = Path(config.outdir), own_device(config.device)
-    ranks.decide(lambda: check_folder(outdir, requested(config)))  # before weights are read, which may take long
+    outdir, device, folder = Path(config.outdir), ranks.device, SampleFolder(config.outdir)
+    ranks.decide(lambda: folder.require(requested(config)))  # before weights are read, which may take long
     model = _generator(config.checkpoint, config, device)
     weak = _generator(config.autoguidance, config, device) if config.autoguidance else None
     untrained = model.metadata.get("untrained_classes", [])
@@ -73,8 +77,8 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
         raise ValueError(f"rank {different[0]} has read other weights or labels than rank 0; give all the same files")
     using = drawn_with(config, engine, [name for _, name in everyone])
     images = Images(outdir, labels, model.image_size)
-    with suitable_threads(engine.model, engine.chosen.threads), FolderLock(outdir) as lock:
-        missing = ranks.decide(lambda: _claim(config, images, settings, using, lock))
+    with suitable_threads(engine.model, engine.chosen.threads), folder:
+        missing = ranks.decide(lambda: _claim(config, images, settings, using, folder))
         if missing is None:
             log.info("%s already holds these samples", outdir)
             return
@@ -95,19 +99,21 @@ def _agreed(config: SampleConfig, case: Case, device: torch.device, ranks: Ranks
     return chosen
 
 
-def _claim(config: SampleConfig, images: Images, settings: dict, using: dict, lock: FolderLock) -> list[range] | None:
+def _claim(
+    config: SampleConfig, images: Images, settings: dict, using: dict, folder: SampleFolder
+) -> list[range] | None:
     """The images to draw, with the folder locked and its settings written; None when nothing is left to do."""
     outdir = images.outdir
-    check_folder(outdir, settings)
+    folder.require(settings)
     if images.finished(config.npz, config.png):
         return None
-    lock.take()
-    check_folder(outdir, settings)  # of another command, which has just ended
+    folder.lock()
+    folder.require(settings)  # of another command, which has just ended
     images.scan()
     missing = images.missing(config.batch_size)
     if sum(map(len, missing)) == config.num:
         (outdir / _ERROR).unlink(missing_ok=True)  # of a start with other settings, which left no image
-    note_settings(outdir, settings, using if missing else None)
+    folder.note(settings, using if missing else None)
     return missing
 
 
@@ -181,7 +187,9 @@ def _finish(config: SampleConfig, images: Images) -> None:
     if config.npz and not images.npz.exists():
         log.info("writing %s", images.npz)
         chunks = (pixels for _, pixels in images.read(everything))
-        write_npz(images.npz, chunks, images.labels, images.shape, read_settings(images.outdir) | _noted_error(images))
+        write_npz(
+            images.npz, chunks, images.labels, images.shape, SampleFolder(images.outdir).read() | _noted_error(images)
+        )
     images.discard_parts()
     log.info("%d images in %s", len(everything), images.outdir)
 
@@ -204,7 +212,7 @@ def _report_error(config: SampleConfig, engine: SamplingEngine, model: EPGViT, w
         raise ValueError(f"precision {engine.precision}: images of this model are not finite in it; take bf16 or fp32")
     error = image_error(got[:number], want)
     found = {"precision": engine.precision, "images": number} | error
-    with replacing(images.outdir / _ERROR) as file:
+    with open_atomically(images.outdir / _ERROR) as file:
         file.write((json.dumps(finite(found), indent=2) + "\n").encode())
     log.info(
         "%s: off by %.2g of fp32 (relative L2 norm), PSNR %.1f dB, in the first %d images",

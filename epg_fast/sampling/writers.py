@@ -5,20 +5,19 @@ Every file appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image
 
-from epg_fast.data.files import open_atomically
+from epg_fast.files import open_atomically
 
 _LARGEST_ENLARGED_TILE = 96
 
@@ -101,22 +100,19 @@ def write_npz(
     Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
     """
     text = json.dumps(finite(metadata), allow_nan=False)
-    with replacing(path) as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            with _member(archive, "arr_0") as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
-                np.lib.format.write_array_header_1_0(member, header)
-                written = 0
-                for chunk in chunks:
-                    assert chunk.dtype == np.uint8 and chunk.shape[1:] == tuple(shape)
-                    member.write(np.ascontiguousarray(chunk))
-                    written += len(chunk)
-                assert written == len(labels)
-            for name, array in (("arr_1", np.asarray(labels, np.int64)), ("metadata", np.array(text))):
-                with _member(archive, name) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())  # what it was made from may be removed next
+    with open_atomically(path, sync=True) as file, zipfile.ZipFile(file, "w") as archive:
+        with _member(archive, "arr_0") as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+            np.lib.format.write_array_header_1_0(member, header)
+            written = 0
+            for chunk in chunks:
+                assert chunk.dtype == np.uint8 and chunk.shape[1:] == tuple(shape)
+                member.write(np.ascontiguousarray(chunk))
+                written += len(chunk)
+            assert written == len(labels)
+        for name, array in (("arr_1", np.asarray(labels, np.int64)), ("metadata", np.array(text))):
+            with _member(archive, name) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
@@ -135,7 +131,7 @@ def png_path(outdir: str | os.PathLike, label: int, index: int, classes: int = 0
 
 def save_png(image: np.ndarray, path: str | os.PathLike) -> None:
     """Write one uint8 image [H, W, 3]."""
-    with replacing(path) as file:
+    with open_atomically(path) as file:
         Image.fromarray(image).save(file, format="PNG")
 
 
@@ -148,21 +144,6 @@ def save_pngs(images: np.ndarray, labels: np.ndarray, outdir: str | os.PathLike,
     images, labels = _checked(images, labels)
     for index, (image, label) in enumerate(zip(images, labels, strict=True), start):
         save_png(image, png_path(outdir, label, index))
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` only when the body succeeds; folders are made.
-
-    Raises OSError that names `path` when the disk does not take it.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_atomically(path) as file:
-            yield file
-    except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror or error}") from error
 
 
 def _as_nhwc(images: torch.Tensor | np.ndarray) -> np.ndarray:

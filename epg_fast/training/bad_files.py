@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from epg_fast.data import DataError, ImageSource
 from epg_fast.data.source import printable, too_many_bad_files
-from epg_fast.training.distributed import Ranks
+from epg_fast.distributed import Ranks
 
 log = logging.getLogger("epg_fast")
 
@@ -50,7 +50,7 @@ class BadFiles:
         new = {path: reason for path, reason in own.items() if path not in self.known}
         if not self._any(bool(new)):
             return
-        for part in self._ranks.gather_objects(new):
+        for part in self._ranks.gather(new):
             for path, reason in part.items():
                 self.known.setdefault(path, reason)
         if self._ranks.main and self._write(self.known):

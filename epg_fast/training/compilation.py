@@ -15,9 +15,9 @@ import torch
 import torch.nn as nn
 
 from epg_fast.config import RunConfig
+from epg_fast.distributed import Ranks
 from epg_fast.plans.sites import has_custom_operators
 from epg_fast.runtime import compile_options
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from epg_fast import launcher
+from epg_fast import distributed
 from epg_fast.config import DryRunConfig, RunConfig
+from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.activations import Activations, activation_bytes
 from epg_fast.training.compilation import check_compilation
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.flops import StepFlops, step_flops
 from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
 from epg_fast.training.stages import Stage, network_config
@@ -174,7 +174,7 @@ def _share(config: RunConfig, gpus: int) -> str:
 def _gpus(options: DryRunConfig) -> tuple[int, str]:
     if options.gpus is not None:
         return options.gpus, "--gpus"
-    world_size = launcher.number("WORLD_SIZE", 0)
+    world_size = distributed.number("WORLD_SIZE", 0)
     if world_size:
         return world_size, "torchrun's"
     return 8, "assumed; --gpus says how many"

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from epg_fast.training.distributed import Ranks
+from epg_fast.distributed import Ranks
 
 # Averaging reads and writes memory, which more cores do not make faster; others decode images.
 _MOST_THREADS = 8

@@ -28,11 +28,12 @@ from epg_fast.data import (
     open_images,
     resolve_backend,
 )
+from epg_fast.distributed import Ranks, StopSignals, joined
 from epg_fast.runtime import suitable_threads
-from epg_fast.training import distributed
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
-from epg_fast.training.checkpoint import list_checkpoints, remove_temporaries, set_aside
+from epg_fast.training.batch_norm import synchronize_batch_norm
+from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.classes import note_classes
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.fp8 import require_fp8, use_fp8
@@ -41,8 +42,7 @@ from epg_fast.training.metrics import Metrics, require_wandb
 from epg_fast.training.planning import kept_choice, note_choice
 from epg_fast.training.preview import preview_is_due, preview_path, write_preview
 from epg_fast.training.progress import Progress
-from epg_fast.training.run_folder import RunLock, check_run_folder, claim_run_folder
-from epg_fast.training.signals import StopSignals
+from epg_fast.training.run_folder import RunFolder
 from epg_fast.training.stages import Stage
 from epg_fast.training.state import RunState
 
@@ -57,35 +57,33 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
     Raises ValueError for what the user can mend (data, configuration, checkpoints), CheckpointError when the disk is
     full, RuntimeError when the gradient stays non-finite.
     """
-    ranks = distributed.start(config.device, config.parallelism)
-    try:
+    remedy = "the same command resumes from the last checkpoint"
+    with joined(config.device, group_for_one=config.parallelism == "fsdp", remedy=remedy) as ranks:
         _train(config, stage_class, ranks)
-    except RuntimeError as error:
-        raise distributed.explained(error, ranks) from error
-    distributed.stop()
 
 
 def check_command(config: RunConfig) -> ImageSource:
     """The images to train on. Raises ValueError for what is wrong with a command before anything takes long."""
     if not config.outdir:
         raise ValueError("outdir is missing; name a run folder with --outdir")
-    check_run_folder(Path(config.outdir), config)
+    RunFolder(config.outdir).require(config)
     require_wandb(config.wandb)
     return open_images(config.data.path)
 
 
-def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks) -> None:
-    source, outdir = check_command(config), Path(config.outdir)
+def _train(config: RunConfig, stage_class: type[Stage], ranks: Ranks) -> None:
+    source, outdir, folder = check_command(config), Path(config.outdir), RunFolder(config.outdir)
     check_compilation(config, ranks)
     if config.fp8:
         require_fp8(ranks.device)
 
     torch.manual_seed(config.seed)
     check_parts(config, ranks.world_size)
-    stage = stage_class(config, ranks, kept_choice(outdir) if list_checkpoints(outdir / "checkpoints") else None)
+    stage = stage_class(config, ranks, kept_choice(outdir) if folder.begun else None)
     note_classes(stage, source)
-    with suitable_threads(stage.network, stage.chosen.threads), RunLock(outdir, ranks) as lock:
-        check_run_folder(outdir, config)
+    with suitable_threads(stage.network, stage.chosen.threads), folder:
+        folder.wait_for_writer(ranks)
+        folder.require(config)
         state = RunState(stage.config, stage, source, ranks)
         if config.fp8:
             log.info(use_fp8(stage.network))  # after the averages were made of it, which stay in 16 bits
@@ -94,10 +92,10 @@ def _train(config: RunConfig, stage_class: type[Stage], ranks: distributed.Ranks
             _draw_missing_preview(state, outdir)
             log.info("%s is complete: %d steps", outdir, state.step)
         else:
-            _go_on(config, state, lock)
+            _go_on(config, state, folder)
 
 
-def _go_on(asked: RunConfig, state: RunState, lock: RunLock) -> None:
+def _go_on(asked: RunConfig, state: RunState, folder: RunFolder) -> None:
     """asked: the configuration as it was given, without what a plan has put in the place of `auto`."""
     config, ranks, stage, source = state.config, state.ranks, state.stage, state.source
     state.data_backend = choose_backend(config.data.backend, state.data_backend, ranks.device)
@@ -116,20 +114,20 @@ def _go_on(asked: RunConfig, state: RunState, lock: RunLock) -> None:
         device=ranks.device,
     )
     with contextlib.closing(loader):
-        _Run(asked, state, loader, lock).train()
+        _Run(asked, state, loader, folder).train()
 
 
 class _Run:
     """A run from the step it has reached: the loop, and what the loop writes to."""
 
-    def __init__(self, asked: RunConfig, state: RunState, loader, lock: RunLock):
-        config, ranks, stage, source, outdir = state.config, state.ranks, state.stage, state.source, lock.outdir
+    def __init__(self, asked: RunConfig, state: RunState, loader, folder: RunFolder):
+        config, ranks, stage, source, outdir = state.config, state.ranks, state.stage, state.source, folder.path
         self.config, self.state, self.outdir = config, state, outdir
         self.bad_files = BadFiles(state.bad_files, loader, source, config.data.max_bad_fraction, outdir, ranks)
         decoder = _decoder(state.data_backend, config.data.workers)
         log.info("images are decoded by %s", decoder)
         # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-        claim_run_folder(stage.name, asked, lock)
+        folder.claim(stage.name, asked, ranks)
         if ranks.main:
             set_aside(state.unreadable)
             remove_temporaries(outdir)
@@ -226,7 +224,7 @@ def _draw_missing_preview(state: RunState, outdir: Path):
     """The preview of the step to go on from, if one was due and the run was killed before it was written."""
     if state.made and preview_is_due(state.stage, state.made):
         missing = not preview_path(outdir, state.made).exists()
-        if state.ranks.gather_objects(missing)[0] if state.stage.sharding else missing:
+        if state.ranks.gather(missing)[0] if state.stage.sharding else missing:
             return write_preview(state.stage, outdir, state.made)
     return None
 
@@ -259,9 +257,9 @@ def choose_backend(wanted: str, used: str | None, device: torch.device | str = "
     return used
 
 
-def check_one_backend(backend: str, ranks: distributed.Ranks) -> None:
+def check_one_backend(backend: str, ranks: Ranks) -> None:
     """Raise ValueError, on every rank, when the machines of a run would decode differently."""
-    chosen = ranks.gather_objects(backend)
+    chosen = ranks.gather(backend)
     for rank, other in enumerate(chosen):
         if other != chosen[0]:
             raise ValueError(
@@ -283,7 +281,7 @@ def make_step_module(stage: Stage) -> torch.nn.Module:
         return stage.sharding.running(module)
     if stage.ranks.world_size == 1:
         return module
-    distributed.synchronize_batch_norm(stage.network)
+    synchronize_batch_norm(stage.network)
     # The argument's new name is not known to older versions, and means that buffers are still sent at first.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return DistributedDataParallel(

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from epg_fast.config import RunConfig
-from epg_fast.data.files import write_atomically
+from epg_fast.distributed import Ranks
+from epg_fast.files import write_atomically
 from epg_fast.plans import Case, Chosen, Machine, choose, parse_ops, require_like_machines
 from epg_fast.plans.plan import architecture
 from epg_fast.plans.sites import KINDS
-from epg_fast.training.distributed import Ranks
 
 _RECORD = "plan.json"
 log = logging.getLogger("epg_fast")
@@ -44,7 +44,7 @@ def _decided(config: RunConfig, case: Case, ranks: Ranks, kept: Mapping | None) 
             chosen = choose(config.ops, case, ranks.device, kept)
         except ValueError as problem:
             error = problem
-    everyone = ranks.gather_objects((Machine.here(ranks.device), chosen, error))
+    everyone = ranks.gather((Machine.here(ranks.device), chosen, error))
     machines, (_, chosen, error) = [machine for machine, *_ in everyone], everyone[0]
     if error is not None:
         raise error

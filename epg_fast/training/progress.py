@@ -7,7 +7,7 @@ import os
 
 from tqdm import tqdm
 
-from epg_fast.training.distributed import Ranks
+from epg_fast.distributed import Ranks
 
 log = logging.getLogger("epg_fast")
 

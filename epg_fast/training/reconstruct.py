@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from epg_fast.files import check_writable
 from epg_fast.models import save_weights
 from epg_fast.models.pretrained import open_safetensors
-from epg_fast.outputs import check_writable
 from epg_fast.training.posthoc_ema import FOLDER, checksum, list_snapshots, snapshot_step
 from epg_fast.training.power_ema import Fit, fit_profile, gamma_of
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from epg_fast.training import distributed
+from epg_fast.distributed import TIMEOUT, Ranks
+from epg_fast.training.batch_norm import synchronize_batch_norm
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -134,7 +135,7 @@ class _Root(torch.nn.Module):
 
 
 def shard(
-    network: torch.nn.Module, average: torch.nn.Module, others: Sequence[torch.nn.Module], ranks: distributed.Ranks
+    network: torch.nn.Module, average: torch.nn.Module, others: Sequence[torch.nn.Module], ranks: Ranks
 ) -> Sharding:
     """Split a stage's `network`, its `average` and `others`, further averages, in place over all ranks.
 
@@ -146,7 +147,7 @@ def shard(
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     if ranks.world_size > 1:
-        distributed.synchronize_batch_norm(network)
+        synchronize_batch_norm(network)
     blocks = _blocks(network)
     for block in [b for module in (average, *others) for b in _blocks(module)] + blocks:
         fully_shard(block, mesh=mesh)
@@ -165,7 +166,7 @@ def shard(
     root.reshard()
     # Nothing writes to what a block returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return Sharding(root, dist.new_group(backend="gloo", timeout=distributed.TIMEOUT))
+    return Sharding(root, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
 
 def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:

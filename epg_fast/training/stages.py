@@ -10,12 +10,12 @@ import torch
 
 from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, RunConfig
 from epg_fast.diffusion import NoiseSchedule, consistency_r, consistency_stage, curriculum_scales
+from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
 from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
 from epg_fast.plans.sites import has_fused_operations
 from epg_fast.training.accumulation import Gradients, Part, merged, nothing_of
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
 from epg_fast.training.host_average import follower
 from epg_fast.training.planning import agreed_choice, applied, training_case
@@ -117,7 +117,7 @@ class PretrainStage(Stage):
 
     def loss(self, batch, draws, step):
         objective = self._objective(draws, step)
-        return objective.loss(*_views(batch, draws), self.ranks.gather)
+        return objective.loss(*_views(batch, draws), self.ranks.gather_tensors)
 
     def accumulate(self, gradients, parts, step):
         """The encoders run part by part; the losses and the projection head see the features of all samples.
@@ -135,7 +135,7 @@ class PretrainStage(Stage):
         *keys, features = (torch.cat(values, dim=-2) for values in zip(*found, strict=True))
         features.requires_grad_()
         with gradients.averaged(now=False):
-            everyone = [wait() for wait in [self.ranks.gather(key) for key in keys]]
+            everyone = [wait() for wait in [self.ranks.gather_tensors(key) for key in keys]]
             loss = gradients.forward(objective.losses, features, keys, everyone)
             gradients.backward(loss.loss)
 
@@ -259,7 +259,7 @@ class ConsistencyStage(_FineTuning):
             temperature=c.temperature,
             dropout_seed=draws.per_rank_seed("dropout"),
             keys=keys,
-            gather=self.ranks.gather,
+            gather=self.ranks.gather_tensors,
         )
 
     def _keys(self, gradients, parts, step):
@@ -269,7 +269,7 @@ class ConsistencyStage(_FineTuning):
         with torch.no_grad():
             images = (part.batch["x"] for part in parts)
             own = [gradients.forward(perceptual_keys, self.perceptual, x, self._schedule()) for x in images]
-        everyone = self.ranks.gather(torch.cat(own))()
+        everyone = self.ranks.gather_tensors(torch.cat(own))()
         return [((keys, everyone),) for keys in own]
 
 

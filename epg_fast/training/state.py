@@ -9,10 +9,10 @@ import torch
 
 from epg_fast.config import RunConfig
 from epg_fast.data import ImageSource, PixelNormalization
+from epg_fast.distributed import Ranks
 from epg_fast.models import save_weights
 from epg_fast.objectives import Loss
 from epg_fast.runtime import AUTOCAST
-from epg_fast.training import distributed
 from epg_fast.training.accumulation import Gradients
 from epg_fast.training.bad_files import still_bad
 from epg_fast.training.checkpoint import BackgroundWriter, copy_to_host, is_milestone, load_newest, save_checkpoint
@@ -38,7 +38,7 @@ _MAX_SKIPPED_IN_A_ROW = 100
 class RunState:
     """Everything a checkpoint holds, and the update that changes it."""
 
-    def __init__(self, config: RunConfig, stage: Stage, source: ImageSource, ranks: distributed.Ranks):
+    def __init__(self, config: RunConfig, stage: Stage, source: ImageSource, ranks: Ranks):
         self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
         self.step = self.iteration = 0
         self.posthoc_ema = PosthocEma(config, stage)
@@ -189,7 +189,7 @@ class RunState:
         """
         if not self.stage.sharding:
             self.writer.check()
-        elif together and any(self.ranks.gather_objects(self.writer.failed)):
+        elif together and any(self.ranks.gather(self.writer.failed)):
             self.writer.wait()
 
     def save_snapshot(self) -> None:
@@ -213,7 +213,7 @@ class RunState:
         def read(path):
             return read_any(path, stage.sharding, likes, self.optimizer.names, share)
 
-        state = load_newest(folder, _STATE, self.unreadable, read, self.ranks.gather_objects)
+        state = load_newest(folder, _STATE, self.unreadable, read, self.ranks.gather)
         if state is None:
             return
         if state["data"] != self.data_fingerprint:

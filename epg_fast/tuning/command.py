@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from epg_fast import launcher
+from epg_fast import distributed
 from epg_fast.config import RunConfig, SampleConfig, TuneConfig
-from epg_fast.data.files import lock_file, write_atomically
+from epg_fast.distributed import resolve_device
+from epg_fast.files import check_writable, lock_file, write_atomically
 from epg_fast.models import load_weights, preset_config
 from epg_fast.models.presets import encoder_from_config, generator_from_config
 from epg_fast.models.pretrained import is_generator, model_config
 from epg_fast.ops import extension_status
-from epg_fast.outputs import check_writable
 from epg_fast.plans import SITES, Case, Machine, Plan, plans_folder, stored_plans
 from epg_fast.plans.plan import architecture
-from epg_fast.runtime import is_small, resolve_device
+from epg_fast.runtime import is_small
 from epg_fast.sampling.precision import available_precision
 from epg_fast.training.planning import training_case
 from epg_fast.training.stages import Stage, network_config
@@ -40,9 +40,9 @@ def ensure_plan(config: SampleConfig | RunConfig, stage: type[Stage] | None) -> 
 
     Under torchrun the main rank does, while the others wait for it where they meet.
     """
-    if not launcher.is_main():
+    if not distributed.is_main():
         return
-    ranks = launcher.place()[1]
+    ranks = distributed.place()[1]
     case, network = _case(config, stage, ranks)
     here = Machine.here(resolve_device(config.device))
     found = [where for where, plan in stored_plans() if plan.case.like(case) and not here.differences(plan.machine)]

@@ -25,7 +25,7 @@ from typing import TextIO
 import torch
 
 from epg_fast.config import RunConfig, SampleConfig
-from epg_fast.runtime import resolve_device
+from epg_fast.distributed import resolve_device
 from epg_fast.tuning.candidates import Variant
 from epg_fast.tuning.tuner import Failed
 from epg_fast.tuning.workloads import Sampling, Training, checked_batch, errors, worst

@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 
 from epg_fast.data import decode_image
-from epg_fast.data.names import IMAGES, is_image, is_junk, is_split, splits
+from epg_fast.data.names import IMAGES, is_image, is_split, splits
 from epg_fast.data.source import _FORMATS
+from epg_fast.files import is_junk
 
 
 def test_every_ending_that_pillow_knows_for_the_decoders_formats_is_one_of_images():

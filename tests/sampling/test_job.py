@@ -290,7 +290,7 @@ def test_folders_that_cannot_be_used_are_refused_and_left_alone(command, whole, 
         (["--precision", "bf16"], "precision was 'fp32', now 'bf16'"),
         (["--autoguidance", str(checkpoint)], "autoguidance_sha256 was None"),
     ):
-        fails(capsys, [*run, *flags], "holds samples of other settings", message)
+        fails(capsys, [*run, *flags], "other settings", message)
     other = write_checkpoint(tmp_path / "other.safetensors", seed=1)
     fails(capsys, [*run, "--checkpoint", other], "weights_sha256 was")
     moved = tmp_path / "moved.safetensors"
@@ -304,7 +304,7 @@ def test_folders_that_cannot_be_used_are_refused_and_left_alone(command, whole, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     (tmp_path / "file").write_text("dear")
-    fails(capsys, [*command, "--outdir", tmp_path / "mine"], "not one of `sample`")
+    fails(capsys, [*command, "--outdir", tmp_path / "mine"], "not a folder of sample")
     fails(capsys, [*command, "--outdir", tmp_path / "file"], "is a file, want a folder")
     fails(capsys, [*command, "--outdir", tmp_path / "file" / "s"], "cannot be written", "Not a directory", "--outdir")
     assert content(tmp_path / "mine") == {"thesis.txt": b"dear"} and (tmp_path / "file").read_text() == "dear"
@@ -358,7 +358,7 @@ def test_two_commands_cannot_write_to_one_folder(command, tmp_path, capsys):
     arguments = [sys.executable, "-c", code, str(out / ".lock")]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        fails(capsys, [*command, "--outdir", out], "another process is sampling into")
+        fails(capsys, [*command, "--outdir", out], "another sample is at work in")
         assert [path.name for path in out.iterdir()] == [".lock"]
         other.communicate("\n")
     assert main([*command, "--outdir", str(out)]) == 0

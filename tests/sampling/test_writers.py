@@ -124,7 +124,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         yield uint8_images()
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="could not write .*samples.npz: disk full"):
+    with pytest.raises(OSError, match="cannot write .*samples.npz: disk full"):
         write_npz(path, chunks(), np.arange(6), (4, 4, 3), {})
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["samples.npz"]
 

@@ -7,7 +7,7 @@ import torch
 
 from epg_fast import training
 from epg_fast.data import ImageFolder, PillowLoader, PixelNormalization
-from epg_fast.training import distributed
+from epg_fast.distributed import joined
 from epg_fast.training.accumulation import Gradients
 from epg_fast.training.draws import Draws
 from epg_fast.training.fp8 import use_fp8
@@ -62,8 +62,7 @@ def _trained(stage):
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as f:
         jobs = pickle.load(f)
-    ranks = distributed.start("cpu")
-    results = [gradients(*job, ranks) for job in jobs]
-    if ranks.main:
-        torch.save(results, sys.argv[2])
-    distributed.stop()
+    with joined("cpu") as ranks:
+        results = [gradients(*job, ranks) for job in jobs]
+        if ranks.main:
+            torch.save(results, sys.argv[2])

@@ -21,8 +21,9 @@ import torch.distributed.fsdp  # noqa: F401
 
 from epg_fast import config as configs
 from epg_fast import training
+from epg_fast.distributed import joined
 from epg_fast.models import create_encoder, save_weights
-from epg_fast.training import distributed, loop, state
+from epg_fast.training import loop, state
 from epg_fast.training.checkpoint import CheckpointError
 from epg_fast.training.optimizer import make_optimizer
 from epg_fast.training.sharding import shard, whole, without_gradient_sync
@@ -173,29 +174,29 @@ def one_run(rank, config, job, interference):
 
 def accumulate(rank, config, job, interference):
     """Two backward passes give the same gradients, whether the first is averaged over the ranks or only added to."""
-    ranks, found = distributed.start("cpu", config.parallelism), []
-    for alone in (False, True):
-        torch.manual_seed(0)
-        stage = training.DiffusionStage(config, ranks)
-        network = stage.network
-        stage.sharding = shard(network, stage.average, (), ranks)
+    found = []
+    with joined("cpu", group_for_one=config.parallelism == "fsdp") as ranks:
+        for alone in (False, True):
+            torch.manual_seed(0)
+            stage = training.DiffusionStage(config, ranks)
+            network = stage.network
+            stage.sharding = shard(network, stage.average, (), ranks)
 
-        def loss(x, network=network):
-            return network.encode(x, x[:, 0, 0, 0]).square().sum()
+            def loss(x, network=network):
+                return network.encode(x, x[:, 0, 0, 0]).square().sum()
 
-        step_module, x = loop.make_step_module(stage), torch.full((2, 3, 32, 32), rank + 1.0)
-        with without_gradient_sync(step_module) if alone else contextlib.nullcontext():
-            step_module(loss, x).backward()
-        assert (network.pos_embed.grad is None) == alone
-        step_module(loss, 2 * x).backward()
-        found.append({n: whole(p.grad) for n, p in network.named_parameters() if p.grad is not None})
-    apex = dataclasses.replace(config.optimizer, backend="apex")
-    try:
-        make_optimizer(network, apex)
-        raise AssertionError("apex took sharded parameters")
-    except ValueError as error:
-        assert "does not take sharded parameters" in str(error)
-    distributed.stop()
+            step_module, x = loop.make_step_module(stage), torch.full((2, 3, 32, 32), rank + 1.0)
+            with without_gradient_sync(step_module) if alone else contextlib.nullcontext():
+                step_module(loss, x).backward()
+            assert (network.pos_embed.grad is None) == alone
+            step_module(loss, 2 * x).backward()
+            found.append({n: whole(p.grad) for n, p in network.named_parameters() if p.grad is not None})
+        apex = dataclasses.replace(config.optimizer, backend="apex")
+        try:
+            make_optimizer(network, apex)
+            raise AssertionError("apex took sharded parameters")
+        except ValueError as error:
+            assert "does not take sharded parameters" in str(error)
     together, added = found
     assert together.keys() == added.keys() and "blocks.0.mlp.fc1.weight" in added
     for name, gradient in together.items():

@@ -7,9 +7,9 @@ import torch
 from epg_fast import config as configs
 from epg_fast import training
 from epg_fast.data import PixelNormalization
+from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config
 from epg_fast.training.accumulation import Gradients
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.draws import Draws
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.loss_scale import LossScale

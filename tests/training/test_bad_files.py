@@ -13,9 +13,9 @@ import torch
 
 from epg_fast.__main__ import main
 from epg_fast.data import DataError, ImageFolder, PillowLoader
+from epg_fast.distributed import Ranks
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import list_checkpoints
-from epg_fast.training.distributed import Ranks
 
 BATCH = 16
 

@@ -9,9 +9,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
+from epg_fast.distributed import Ranks
 from epg_fast.training import loop
 from epg_fast.training.compilation import begin_step, check_compilation, compile_networks
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState

@@ -11,10 +11,8 @@ import torch
 
 from epg_fast import config as configs
 from epg_fast.__main__ import main
+from epg_fast.distributed import TIMEOUT, Ranks, torchrun_store
 from epg_fast.models import create_encoder, save_weights
-from epg_fast.runtime import torchrun_store
-from epg_fast.training import distributed
-from epg_fast.training.distributed import Ranks
 from tests.training import ddp_worker
 
 WORKER = Path(__file__).parent / "ddp_worker.py"
@@ -121,6 +119,6 @@ def test_a_restart_does_not_see_the_addresses_of_before(nodes, seen, monkeypatch
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: iter([(kept, 0, 2)]))
     for name, value in {"WORLD_SIZE": 2 * nodes, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 0}.items():
         monkeypatch.setenv(name, str(value))
-    torchrun_store(distributed.TIMEOUT).set("address", "of a rank that is gone")
+    torchrun_store(TIMEOUT).set("address", "of a rank that is gone")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert torchrun_store(distributed.TIMEOUT).check(["address"]) == seen
+    assert torchrun_store(TIMEOUT).check(["address"]) == seen

@@ -159,7 +159,7 @@ def test_sharded_memory_is_divided_and_says_what_is_whole_for_a_time(uncounted):
 @pytest.mark.parametrize("job", JOBS)
 def test_memory_is_that_of_the_tensors_of_a_real_run(job, digits, tmp_path):
     from epg_fast.data import ImageFolder
-    from epg_fast.training.distributed import Ranks
+    from epg_fast.distributed import Ranks
     from epg_fast.training.state import RunState
 
     stage_class, config = (
@@ -180,7 +180,7 @@ def test_memory_is_that_of_the_tensors_of_a_real_run(job, digits, tmp_path):
 @pytest.mark.parametrize("job, on_gpu", [("finetune-diffusion", 0), ("pretrain", 1)])
 def test_offloaded_averages_are_counted_in_host_memory(job, on_gpu, digits, uncounted):
     from epg_fast.data import ImageFolder
-    from epg_fast.training.distributed import Ranks
+    from epg_fast.distributed import Ranks
     from epg_fast.training.state import RunState
 
     stage_class, config = (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from epg_fast.distributed import Ranks
 from epg_fast.training import ConsistencyStage, PretrainStage
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.dry_run import planned_stage
 from epg_fast.training.flops import step_flops
 from epg_fast.training.hardware import Utilization, gpu_named, gpu_of

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, OptimizerConfig, PosthocEmaConfig
 from epg_fast.data import ImageFolder, PillowLoader
+from epg_fast.distributed import Ranks
 from epg_fast.ops import extension_status
 from epg_fast.training import DiffusionStage, PretrainStage
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.host_average import HostAverages
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_the_averages_where_they_were_not(tiny_run, tmp_path,
 class _Alone(Ranks):
     """A rank among others that are not there to agree with."""
 
-    def gather_objects(self, value):
+    def gather(self, value):
         return [value]
 
 

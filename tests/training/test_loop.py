@@ -1,5 +1,6 @@
 """What happens inside the loop: 16-bit precision, gradients that are not finite, the curriculum, clipping."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -13,11 +14,11 @@ import torch
 from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, ModelConfig, OptimizerConfig
 from epg_fast.data import ImageFolder, PillowLoader
+from epg_fast.distributed import Ranks, joined
 from epg_fast.ops import extension_status
-from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, distributed, loop
+from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
 from epg_fast.training import progress as progress_module
 from epg_fast.training.compilation import compile_blocks
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.progress import Progress
@@ -66,7 +67,7 @@ def run(digits):
             precision="fp32",
             parallelism=parallelism,
         )
-        ranks = distributed.start("cpu", parallelism)
+        ranks = groups.enter_context(joined("cpu", group_for_one=parallelism == "fsdp"))
         stage = stage_class(config, ranks)
         folder = ImageFolder(config.data.path)
         state = RunState(config, stage, folder, ranks)
@@ -74,8 +75,8 @@ def run(digits):
         loader = PillowLoader(folder, image_size=32, batch_size=8, seed=0, augment=augment, workers=0)
         return state, make_step_module(stage), iter(loader)
 
-    yield make
-    distributed.stop()
+    with contextlib.ExitStack() as groups:
+        yield make
 
 
 def _everything(state):

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from epg_fast.__main__ import main
 from epg_fast.config import DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, PosthocEmaConfig
 from epg_fast.data import ImageFolder, PillowLoader
+from epg_fast.distributed import Ranks
 from epg_fast.models import from_pretrained, load_weights, save_weights
 from epg_fast.ops import extension_status
 from epg_fast.training import DiffusionStage
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.posthoc_ema import PosthocEma, list_snapshots
 from epg_fast.training.power_ema import gamma_of

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from epg_fast import training
 from epg_fast.config import DiffusionConfig
+from epg_fast.distributed import Ranks
 from epg_fast.training.checkpoint import list_checkpoints, load_newest
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.optimizer import make_optimizer
 from epg_fast.training.sharded_checkpoint import read_any
 from tests.training.runs import assert_same_run, run_lines

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epg_fast.__main__ import main
+from epg_fast.distributed import Ranks
 from epg_fast.runtime import AUTOCAST
 from epg_fast.training import weight_copies
 from epg_fast.training.compilation import compile_blocks, compile_networks
-from epg_fast.training.distributed import Ranks
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
