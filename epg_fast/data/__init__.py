@@ -12,19 +12,21 @@ The batch interface, which every loader keeps and training relies on:
   be decoded to the reason; too many of them raise `DataError`.
 """
 
-from epg_fast.data.backends import make_loader, resolve_backend
-from epg_fast.data.dali import DaliLoader
-from epg_fast.data.dataset import open_images
-from epg_fast.data.digits import prepare_digits
-from epg_fast.data.folder import ImageFolder
-from epg_fast.data.loader import Loader, PillowLoader
-from epg_fast.data.normalization import PixelNormalization
-from epg_fast.data.prefetch import Prefetcher
-from epg_fast.data.prepare import prepare_folder
-from epg_fast.data.shards import prepare_shards, verify_shards
-from epg_fast.data.source import LABELS_WANTED, NO_LABELS, DataError, ImageSource, decode_image
-from epg_fast.data.tars import ImageTars
-from epg_fast.data.views import augmented_view, center_crop, training_views
+from epg_fast.data.loading import make_loader, resolve_backend
+from epg_fast.data.loading.dali import DaliLoader
+from epg_fast.data.loading.loader import Loader
+from epg_fast.data.loading.pillow import PillowLoader
+from epg_fast.data.loading.prefetch import Prefetcher
+from epg_fast.data.loading.views import center_crop, training_views
+from epg_fast.data.prepare import prepare_digits, prepare_folder, prepare_shards, verify_shards
+from epg_fast.data.sources import open_images
+from epg_fast.data.sources.decoding import decode_image
+from epg_fast.data.sources.faults import DataError, printable, too_many_bad_files
+from epg_fast.data.sources.folder import ImageFolder
+from epg_fast.data.sources.manifest import load_class_frequencies
+from epg_fast.data.sources.source import LABELS_WANTED, NO_LABELS, ImageSource
+from epg_fast.data.sources.tars import ImageTars
+from epg_fast.diffusion.normalization import PixelNormalization
 
 __all__ = [
     "LABELS_WANTED",
@@ -38,15 +40,17 @@ __all__ = [
     "PillowLoader",
     "PixelNormalization",
     "Prefetcher",
-    "augmented_view",
     "center_crop",
     "decode_image",
+    "load_class_frequencies",
     "make_loader",
     "open_images",
     "prepare_digits",
     "prepare_folder",
     "prepare_shards",
+    "printable",
     "resolve_backend",
+    "too_many_bad_files",
     "training_views",
     "verify_shards",
 ]

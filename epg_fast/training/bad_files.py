@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from epg_fast.data import DataError, ImageSource
-from epg_fast.data.source import printable, too_many_bad_files
+from epg_fast.data import DataError, ImageSource, printable, too_many_bad_files
 from epg_fast.distributed import Ranks
 
 log = logging.getLogger("epg_fast")

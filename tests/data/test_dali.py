@@ -1,4 +1,3 @@
-import io
 import itertools
 import logging
 import math
@@ -14,11 +13,12 @@ from PIL import Image
 from scipy import stats
 
 from epg_fast.config import AugmentConfig, DataConfig
-from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, backends, make_loader, resolve_backend
-from epg_fast.data.dali import dali_status
-from epg_fast.data.encoded import EncodedBatches, parameters_dtype
+from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, make_loader, resolve_backend
+from epg_fast.data.loading import dali
+from epg_fast.data.loading.dali import dali_status
+from epg_fast.data.loading.encoded import EncodedBatches
 from epg_fast.ops import extension_status
-from tests.data.augmentation import OFF
+from tests.data.images import OFF, assert_same, encode, touch
 
 pytestmark = pytest.mark.skipif(
     not (dali_status()[0] and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
@@ -70,18 +70,10 @@ def difference(folder, dali_resizes=False, count=3, **options):
     }
 
 
-def assert_same(left, right):
-    assert len(left) == len(right) > 0
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), key
-
-
 # views
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 300])
+@pytest.mark.parametrize("size", [16, 64, 300])
 def test_the_centre_crop_equals_pillows(photographs, size):
     levels = difference(photographs, image_size=size)["x"]
     # Pillow 13 resamples some images along y first: a level for each rounding
@@ -129,7 +121,7 @@ def test_all_of_it_together_is_close_to_pillow(photographs):
         assert differences[name].float().mean() < 1.0
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 300])
+@pytest.mark.parametrize("size", [16, 64, 300])
 def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
     """What a GPU runs, with DALI's CPU operators."""
     differences = difference(photographs, dali_resizes=True, image_size=size, augment=CROP)
@@ -140,13 +132,9 @@ def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
 
 def test_drawn_parameters_have_the_distributions_of_the_definition(photographs):
     """The records that DALI executes against SPEC 1 written out with Python's random module."""
-    loader = DaliLoader(
-        photographs, image_size=32, batch_size=24, seed=5, threads=1, readers=0, augment=AugmentConfig()
-    )
-    encoded = EncodedBatches(loader)
-    records = [encoded[i][0]["parameters"].numpy().view(parameters_dtype(2)).reshape(-1) for i in range(60)]
-    records = np.concatenate(records)
-    shapes = records["crop"]["shape"]
+    encoded = EncodedBatches(photographs, image_size=32, batch_size=24, seed=5, augment=AugmentConfig())
+    records = np.concatenate([encoded.records(encoded[i][0]) for i in range(60)])
+    shapes = records[:, 0]["shape"]
 
     def reference(width, height):
         for _ in range(10):
@@ -160,25 +148,25 @@ def test_drawn_parameters_have_the_distributions_of_the_definition(photographs):
 
     random.seed(1)
     drawn = [found for w, h in shapes.tolist() * 2 if (found := reference(w, h))]
-    for view in ("view1", "view2"):
-        left, top, right, bottom = records[view]["box"].T
+    for view in (1, 2):
+        left, top, right, bottom = records[:, view]["box"].T
         w, h, (width, height) = right - left, bottom - top, shapes.T
         kept = (w < width) & (h < height)
         measured = (w * h / (width * height), w / h, left / (width - w + ~kept), top / (height - h + ~kept))
         for ours, theirs in zip(measured, zip(*drawn, strict=True), strict=True):
             assert stats.ks_2samp(ours[kept], theirs).pvalue > 1e-3
-        operations, values = records[view]["operations"], records[view]["values"]
+        operations, values = records[:, view]["operations"], records[:, view]["values"]
         for code, (low, high) in {1: (0.6, 1.4), 2: (0.6, 1.4), 3: (0.8, 1.2), 4: (-0.1, 0.1)}.items():
             found = values[operations == code]
             assert stats.binomtest(len(found), len(records), 0.8).pvalue > 1e-3
             assert stats.kstest(found, "uniform", (low, high - low)).pvalue > 1e-3
-        sigma = records[view]["sigma"]
+        sigma = records[:, view]["sigma"]
         assert stats.kstest(sigma[sigma > 0], "uniform", (0.1, 1.9)).pvalue > 1e-3
     for name, probability in (("grayscale", 0.2), ("flip", 0.5)):
-        assert stats.binomtest(int(records["view1"][name].sum()), len(records), probability).pvalue > 1e-3
-    assert (records["view1"]["sigma"] > 0).all() and not records["view1"]["solarize"].any()
-    assert stats.binomtest(int((records["view2"]["sigma"] > 0).sum()), len(records), 0.1).pvalue > 1e-3
-    assert stats.binomtest(int(records["view2"]["solarize"].sum()), len(records), 0.2).pvalue > 1e-3
+        assert stats.binomtest(int(records[:, 1][name].sum()), len(records), probability).pvalue > 1e-3
+    assert (records[:, 1]["sigma"] > 0).all() and not records[:, 1]["solarize"].any()
+    assert stats.binomtest(int((records[:, 2]["sigma"] > 0).sum()), len(records), 0.1).pvalue > 1e-3
+    assert stats.binomtest(int(records[:, 2]["solarize"].sum()), len(records), 0.2).pvalue > 1e-3
 
 
 # the stream
@@ -239,12 +227,6 @@ def test_a_batch_is_not_overwritten_by_those_after_it(photographs):
 
 
 # unusual and damaged files
-
-
-def encode(image, format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def turned(image):
@@ -310,9 +292,8 @@ def damaged(content):
 
 
 def write_all(root, files):
-    (root / "a").mkdir(parents=True)
     for i, (name, make) in enumerate(files.items()):
-        (root / "a" / name).write_bytes(make(photograph(90, 70, seed=i)))
+        touch(root / "a", name, content=make(photograph(90, 70, seed=i)))
     return ImageFolder(root)
 
 
@@ -354,7 +335,7 @@ def test_a_file_that_only_dali_cannot_decode_is_decoded_by_pillow(photographs, m
     content = {i: photographs.read(i) for i in range(len(photographs))} | {5: gif}
     monkeypatch.setattr(photographs, "read", content.__getitem__, raising=False)
     expected = batches(photographs, 6, PillowLoader)
-    monkeypatch.setattr("epg_fast.data.encoded._is_plain", lambda image, content: True)
+    monkeypatch.setattr("epg_fast.data.loading.encoded._is_plain", lambda image, content: True)
     with DaliLoader(photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0) as loader:
         found = list(itertools.islice(loader, 6))
         assert not loader.bad_files
@@ -396,14 +377,14 @@ def test_auto_takes_dali_where_it_can_run_and_says_why_not(monkeypatch, caplog):
     with pytest.raises(ValueError, match="got 'dalli', wanted auto, dali or pillow"):
         resolve_backend("dalli")
     with caplog.at_level(logging.INFO, "epg_fast"), monkeypatch.context() as without:
-        without.setattr(backends, "extension_status", lambda: (False, "not built: no compiler"))
+        without.setattr(dali, "extension_status", lambda: (False, "not built: no compiler"))
         assert resolve_backend("auto") == "pillow" and "not built: no compiler" in caplog.text
         assert resolve_backend("auto", "cuda") == "dali"
         with pytest.raises(ValueError, match="needs the extension, which is not built.*--data.backend pillow"):
             resolve_backend("dali")
     caplog.clear()
     with caplog.at_level(logging.INFO, "epg_fast"), monkeypatch.context() as without:
-        without.setattr(backends, "dali_status", lambda: (False, "not installed; pip install nvidia-dali-cuda130"))
+        without.setattr(dali, "dali_status", lambda: (False, "not installed; pip install nvidia-dali-cuda130"))
         assert resolve_backend("auto", "cuda") == "pillow" and "pip install nvidia-dali" in caplog.text
         with pytest.raises(ValueError, match="not installed; pip install nvidia-dali-cuda130.*--data.backend pillow"):
             resolve_backend("dali", "cuda")
@@ -425,9 +406,9 @@ def test_make_loader_passes_every_setting_on(photographs, backend, kind):
         three_views=True,
     )
     assert type(loader) is kind and loader.backend == backend
-    found = loader.image_size, loader.batch_size, loader.seed, loader.rank, loader.world_size, loader.iteration
-    assert found == (16, 8, 7, 1, 2, 5)
-    assert loader.flip_probability == 0.25 and loader.max_bad_fraction == 0.2 and loader.augment is config.augment
+    made = loader.batches
+    assert (made.image_size, made.batch_size, made.seed, made.local_size, loader.iteration) == (16, 8, 7, 4, 5)
+    assert made.flip_probability == 0.25 and made.max_bad_fraction == 0.2 and made.augment is config.augment
     if backend == "dali":
         assert loader.threads == 3 and loader._stream.workers == 2
     loader.close()

@@ -1,7 +1,6 @@
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import ImageFolder, PillowLoader, Prefetcher, prefetch
+from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
+from epg_fast.data.loading import prefetch
 
 
 class Loader:
@@ -201,36 +201,6 @@ def test_ctrl_c_is_not_delayed_by_a_loader_that_is_blocked(default_sigint):
 def test_a_depth_that_holds_nothing_is_refused():
     with pytest.raises(ValueError, match="depth: got 0, wanted at least 1"):
         Prefetcher(Loader(), "cpu", 0)
-
-
-PROGRAM = """
-import multiprocessing, sys
-from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
-loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
-batches = Prefetcher(loader, "cpu")
-next(batches)
-print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-if sys.argv[2] == "exit":
-    sys.exit()
-while True:
-    next(batches)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-def test_no_worker_outlives_its_parent_however_that_ends(make_folder, start_python, wait_until_gone):
-    root = make_folder(20)
-    programs = {mode: start_python(PROGRAM, root, mode) for mode in ("exit", "ctrl-c", "kill")}
-    workers = {mode: [int(pid) for pid in program.stdout.readline().split()] for mode, program in programs.items()}
-    assert all(len(pids) == 2 for pids in workers.values())
-    os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
-    programs["kill"].kill()
-    for program in programs.values():
-        program.wait(60)
-    assert programs["exit"].returncode == 0
-    assert not wait_until_gone(workers["exit"] + workers["ctrl-c"], 20)
-    # of a parent that could not say goodbye, workers learn within five seconds
-    assert not wait_until_gone(workers["kill"], 12)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -9,19 +9,16 @@ from PIL import Image
 from scipy import stats
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import augmented_view, center_crop, training_views, views
-from tests.data.augmentation import OFF
-
-
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+from epg_fast.data import center_crop, training_views
+from epg_fast.data.loading import views
+from epg_fast.data.loading.views import apply_view, draw_view
+from tests.data.images import OFF, noise
 
 
 def draw(image, config, count, which=0, size=None):
     rng = np.random.default_rng(7)
-    return [
-        np.asarray(augmented_view(image, size or image.width, rng, config, which)).astype(float) for _ in range(count)
-    ]
+    drawn = [draw_view(image.width, image.height, rng, config, which) for _ in range(count)]
+    return [np.asarray(apply_view(image, size or image.width, view)).astype(float) for view in drawn]
 
 
 def assert_plausible(count, trials, probability):

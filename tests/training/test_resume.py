@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epg_fast.__main__ import main
-from epg_fast.data.dali import dali_status
+from epg_fast.data.loading.dali import dali_status
 from epg_fast.ops import extension_status
 from epg_fast.training import loop
 from epg_fast.training.checkpoint import list_checkpoints

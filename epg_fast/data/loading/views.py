@@ -112,7 +112,10 @@ def draw_parameters(
 
 
 def apply_view(image: Image.Image, size: int, view: AugmentedView) -> Image.Image:
-    """Return the augmented `view` of an RGB `image` as a `size` x `size` image."""
+    """Return the augmented `view` of an RGB `image` as a `size` x `size` image.
+
+    Random resized crop, colour jitter, grayscale, Gaussian blur, solarisation and flip, in this order.
+    """
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=view.box)
     for name, value in view.jitter:
         image = _shift_hue(image, value) if name == "hue" else _ENHANCERS[name](image).enhance(value)
@@ -123,17 +126,6 @@ def apply_view(image: Image.Image, size: int, view: AugmentedView) -> Image.Imag
     if view.solarize:
         image = ImageOps.solarize(image, threshold=128)
     return _flip(image) if view.flip else image
-
-
-def augmented_view(
-    image: Image.Image, size: int, rng: np.random.Generator, config: AugmentConfig, which: int
-) -> Image.Image:
-    """Return augmented view `which` (0: the first, 1: the second) of an RGB `image` as a `size` x `size` image.
-
-    Random resized crop, colour jitter, grayscale, Gaussian blur, solarisation and flip, in this order, with all
-    randomness from `rng`.
-    """
-    return apply_view(image, size, draw_view(image.width, image.height, rng, config, which))
 
 
 def training_views(

@@ -17,18 +17,19 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from epg_fast.data.faults import ran_out, read_error
-from epg_fast.data.pool import exit_with_parent
+from epg_fast.data.sources.faults import ran_out, read_error
 
 # Items that a process may have in hand or ready.
 _AHEAD = 2
@@ -37,6 +38,8 @@ _LOOK = 5.0
 # Bytes to which arrays are aligned.
 _ALIGNMENT = 64
 _TASK = "hand a batch over"
+
+T = TypeVar("T")
 
 
 class Items(Protocol):
@@ -144,13 +147,40 @@ class WorkerStream:
             process.join(1)
             if process.is_alive():
                 raise read_error(error, _TASK) from error
-            how = "was killed (exit code {}), often for want of memory; use fewer --data.workers or --data.readers"
+            how = "was killed (exit code {}), often for want of memory; use fewer workers or readers"
             if process.exitcode >= 0:
                 how = "ended by itself (exit code {}): a library that it called did that"
             raise RuntimeError(
-                f"a process that reads images {how.format(process.exitcode)}. The same command resumes"
+                f"a process that reads images {how.format(process.exitcode)}. The same command goes on"
             ) from error
         return item
+
+
+def each(task: Callable[[int], T], numbers: Sequence[int], workers: int, *, chunk: int = 1, **bar) -> Iterator[T]:
+    """Yield `task(number)` for all numbers in their order, made by `workers` processes, `chunk` at a time; with a bar.
+
+    bar: options of tqdm. The processes end, wherever they are, with this iterator.
+    """
+    stream = WorkerStream(_Chunks(task, numbers, chunk), 0, min(workers, -(-len(numbers) // chunk)))
+    try:
+        # disable=None: no bar in a log file
+        with tqdm(disable=None, **bar) as progress:
+            for _ in range(0, len(numbers), chunk):
+                for result in next(stream):
+                    progress.update()
+                    yield result
+    finally:
+        stream.close()
+
+
+@dataclasses.dataclass
+class _Chunks:
+    task: Callable[[int], Any]
+    numbers: Sequence[int]
+    chunk: int
+
+    def __getitem__(self, number: int) -> list:
+        return [self.task(n) for n in self.numbers[number * self.chunk : (number + 1) * self.chunk]]
 
 
 def _work(items: Items, connection: Connection, parent: int) -> None:
@@ -158,7 +188,7 @@ def _work(items: Items, connection: Connection, parent: int) -> None:
     gc.freeze()
     torch.set_num_threads(1)
     # the pipe does not tell when the parent is killed, other processes have it open; and a disk may take its time
-    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number = connection.recv()
@@ -166,6 +196,12 @@ def _work(items: Items, connection: Connection, parent: int) -> None:
                 _send(connection, items[number])
             except BaseException as error:  # SystemExit, too: a library's, which would look like a process killed
                 _send(connection, _failure(error, traceback.format_exc()))
+
+
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 class _Pickler(pickle.Pickler):

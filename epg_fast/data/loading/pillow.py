@@ -1,0 +1,39 @@
+"""Batches decoded and augmented by Pillow."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from epg_fast.data.loading.loader import Batches, Loader
+from epg_fast.data.loading.views import check_shape, training_views
+from epg_fast.data.sources.decoding import decode_image
+from epg_fast.data.sources.source import ImageSource
+
+
+class PillowLoader(Loader):
+    """A `Loader` that decodes and augments with Pillow, in `workers` processes, 0: in this one; batches on the CPU.
+
+    Args:
+        source, options: see `Batches`.
+        start, workers: see `Loader`.
+    """
+
+    backend = "pillow"
+
+    def __init__(self, source: ImageSource, *, start: int = 0, workers: int = 2, **options):
+        super().__init__(PillowBatches(source, **options), start, workers)
+
+
+class PillowBatches(Batches):
+    """Batches of views made with Pillow."""
+
+    def make(self, content: bytes, rng: np.random.Generator) -> list[np.ndarray]:
+        image = decode_image(content)
+        check_shape(*image.size, self.image_size)
+        return training_views(image, self.image_size, rng, self.flip_probability, self.augment)
+
+    def collate(self, samples: list[list[np.ndarray]]) -> dict[str, torch.Tensor]:
+        columns = zip(*samples, strict=True)
+        pixels = [np.stack([view.transpose(2, 0, 1) for view in column]) for column in columns]
+        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in zip(self.views, pixels, strict=True)}
