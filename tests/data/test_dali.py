@@ -133,7 +133,7 @@ def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
 def test_drawn_parameters_have_the_distributions_of_the_definition(photographs):
     """The records that DALI executes against SPEC 1 written out with Python's random module."""
     encoded = EncodedBatches(photographs, image_size=32, batch_size=24, seed=5, augment=AugmentConfig())
-    records = np.concatenate([encoded.records(encoded[i][0]) for i in range(60)])
+    records = np.concatenate([encoded(i)[0]["records"] for i in range(60)])
     shapes = records[:, 0]["shape"]
 
     def reference(width, height):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import itertools
 import logging
 
 import numpy as np
@@ -118,8 +117,8 @@ class DaliLoader(Loader):
             self._pipeline = self._build()
             outputs = self._run()
         encoded = self._under_way.popleft()
-        batch = self._views(outputs, self.batches.records(encoded))
-        return batch | {"label": encoded["label"], "index": encoded["index"]}
+        views = self._views(outputs, encoded["records"])
+        return views | {name: torch.from_numpy(encoded[name]) for name in ("label", "index")}
 
     def _views(self, outputs: tuple, records: np.ndarray) -> dict[str, torch.Tensor]:
         size = self.batches.image_size
@@ -145,18 +144,14 @@ class DaliLoader(Loader):
         if encoded is None:
             raise StopIteration
         self._under_way.append(encoded)
-        content, lengths = encoded["content"].numpy(), encoded["length"].tolist()
-        ends = itertools.accumulate(lengths)
-        files = [content[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        if not self._dali_resizes:
-            return [files]
-        return [files, *_boxes(self.batches.records(encoded), self.batches.image_size)]
+        files = np.split(encoded["content"], np.cumsum(encoded["length"])[:-1])
+        return [files, *_boxes(encoded["records"], self.batches.image_size)] if self._dali_resizes else [files]
 
     def _next_encoded(self) -> dict | None:
         """Return the next batch of the stream, None when it has failed: raised once the batches before are out."""
         if self._failure is None:
             try:
-                return super()._draw()
+                return self._next_arrays()
             except Exception as error:
                 self._failure = error
         return None
@@ -174,7 +169,7 @@ class DaliLoader(Loader):
         self._has_failed = True
         batches = copy.copy(self.batches)
         batches.pillow_only = True
-        replaced, bad_files = batches[self.iteration]
+        replaced, bad_files = batches(self.iteration)
         self._report(bad_files)
         self._again = collections.deque([replaced, *list(self._under_way)[1:], *self._again])
         self._under_way.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from PIL import Image
 
 from epg_fast.data.loading.loader import Batches
@@ -37,9 +36,9 @@ _CODES = {"brightness": 1, "contrast": 2, "saturation": 3, "hue": 4}
 
 
 class EncodedBatches(Batches):
-    """Batches of encoded images: dicts of `content`, `length` int64 [b] and `parameters` uint8 [b, r].
+    """Batches of encoded images: dicts of `content` (the files one behind the other), `length` int64 [b] and `records`.
 
-    `content` holds the files one behind the other; the r bytes of an image are one `RECORD` for each of its `views`.
+    `records` has one `RECORD` for each of the `views` of each image, [b, views].
     What DALI would read differently from Pillow (CMYK, palettes, 16 bits, transparency, EXIF rotation, other formats)
     or what may be damaged is decoded by Pillow here and travels as an uncompressed PPM file, which DALI reads exactly;
     with `pillow_only` all images do so.
@@ -61,22 +60,14 @@ class EncodedBatches(Batches):
         if not plain:
             image = decode_image(content)
             size, content = image.size, b"P6\n%d %d\n255\n" % image.size + image.tobytes()
-        return content, self._parameters(*size, rng)
+        return content, self._records(*size, rng)
 
-    def collate(self, samples: list[tuple[bytes, np.ndarray]]) -> dict[str, torch.Tensor]:
-        contents, parameters = zip(*samples, strict=True)
-        return {
-            # writable, as torch wants it
-            "content": torch.from_numpy(np.frombuffer(bytearray().join(contents), np.uint8)),
-            "length": torch.tensor([len(content) for content in contents]),
-            "parameters": torch.from_numpy(np.stack(parameters).view(np.uint8)),
-        }
+    def collate(self, samples: list[tuple[bytes, np.ndarray]]) -> dict[str, np.ndarray]:
+        contents, records = zip(*samples, strict=True)
+        lengths = np.array([len(content) for content in contents])
+        return {"content": np.frombuffer(b"".join(contents), np.uint8), "length": lengths, "records": np.stack(records)}
 
-    def records(self, batch: dict[str, torch.Tensor]) -> np.ndarray:
-        """Return the records of a batch of these, [b, views]."""
-        return batch["parameters"].numpy().view(RECORD)
-
-    def _parameters(self, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    def _records(self, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
         """The records of a `width` x `height` image, [views]."""
         drawn = draw_parameters(width, height, rng, self.flip_probability, self.augment)
         crop, records = crop_geometry(width, height, self.image_size), np.zeros(len(self.views), RECORD)

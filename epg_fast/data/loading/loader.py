@@ -79,7 +79,7 @@ class Batches(abc.ABC):
         # shared with the worker processes, which then do not try these files again
         self.bad = np.frombuffer(mmap.mmap(-1, len(source)), np.bool_)
 
-    def __getitem__(self, iteration: int) -> tuple[dict | None, dict[str, str]]:
+    def __call__(self, iteration: int) -> tuple[dict[str, np.ndarray] | None, dict[str, str]]:
         epoch, step = divmod(iteration, self.iterations_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._rng(_ORDER, epoch).permutation(len(self.source))
@@ -91,15 +91,15 @@ class Batches(abc.ABC):
                 return None, bad_files
             samples.append(sample)
             used.append(found)
-        labels = torch.tensor([int(self.source.labels[i]) for i in used])
-        return {**self.collate(samples), "label": labels, "index": torch.tensor(used)}, bad_files
+        labels = np.array([self.source.labels[i] for i in used], np.int64)
+        return {**self.collate(samples), "label": labels, "index": np.array(used, np.int64)}, bad_files
 
     @abc.abstractmethod
     def make(self, content: bytes, rng: np.random.Generator):
         """Return what `collate` takes of one encoded image; raises anything for a bad one."""
 
     @abc.abstractmethod
-    def collate(self, samples: list) -> dict[str, torch.Tensor]: ...
+    def collate(self, samples: list) -> dict[str, np.ndarray]: ...
 
     def _load(self, epoch: int, index: int, bad_files: dict[str, str]) -> tuple[object, int | None]:
         """Return (sample, its index) for `index` or the next index that decodes; no index once too many do not."""
@@ -187,6 +187,9 @@ class Loader:
 
     def _draw(self) -> dict[str, torch.Tensor]:
         """Return the next batch."""
+        return {name: torch.from_numpy(array) for name, array in self._next_arrays().items()}
+
+    def _next_arrays(self) -> dict[str, np.ndarray]:
         batch, bad_files = next(self._stream)
         self._report(bad_files)
         return batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from epg_fast.data.loading.loader import Batches, Loader
 from epg_fast.data.loading.views import check_shape, training_views
@@ -33,7 +32,9 @@ class PillowBatches(Batches):
         check_shape(*image.size, self.image_size)
         return training_views(image, self.image_size, rng, self.flip_probability, self.augment)
 
-    def collate(self, samples: list[list[np.ndarray]]) -> dict[str, torch.Tensor]:
+    def collate(self, samples: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
         columns = zip(*samples, strict=True)
-        pixels = [np.stack([view.transpose(2, 0, 1) for view in column]) for column in columns]
-        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in zip(self.views, pixels, strict=True)}
+        return {
+            name: np.ascontiguousarray(np.stack(column).transpose(0, 3, 1, 2))
+            for name, column in zip(self.views, columns, strict=True)
+        }

@@ -6,8 +6,8 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
-import io
 import itertools
 import mmap
 import multiprocessing
@@ -23,9 +23,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -42,10 +41,6 @@ _TASK = "hand a batch over"
 T = TypeVar("T")
 
 
-class Items(Protocol):
-    def __getitem__(self, number: int) -> Any: ...
-
-
 @dataclasses.dataclass
 class _Failure:
     error: Exception
@@ -53,30 +48,30 @@ class _Failure:
 
 
 class WorkerStream:
-    """`items[start]`, `items[start + 1]`, ... made ahead by `workers` processes; 0: in this one, when asked for.
+    """`make(start)`, `make(start + 1)`, ... made ahead by `workers` processes; 0: in this one, when asked for.
 
     torch's DataLoader is not used: it notices a killed process late or, by a signal handler, anywhere in the main
     thread, and its processes may run the destructors of what the parent was about to collect.
 
-    Arrays and tensors come in memory without a name: there is no file or socket that could be full, left or removed.
+    Arrays come in memory without a name: there is no file or socket that could be full, left or removed.
     What making an item raises, `next` raises in its place. RuntimeError says when a process was killed or ended,
     `ReadError` when this machine has no memory, files or processes left.
     """
 
-    def __init__(self, items: Items, start: int, workers: int):
+    def __init__(self, make: Callable[[int], T], start: int, workers: int):
         if workers < 0:
             raise ValueError(f"workers: got {workers}, wanted at least 0")
         self.workers = workers
         self.processes: list[BaseProcess] = []
-        self._items, self._next = items, start
+        self._make, self._next = make, start
         self._connections: list[Connection] = []
         self._closed = False
 
-    def __next__(self):
+    def __next__(self) -> T:
         self.start()
         if not self.workers:
             try:
-                item = self._items[self._next]
+                item = self._make(self._next)
             except MemoryError as error:
                 raise read_error(error, _TASK) from error
             self._next += 1
@@ -126,7 +121,7 @@ class WorkerStream:
 
     def _start_process(self, context) -> None:
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(self._items, there, os.getpid()), daemon=True)
+        process = context.Process(target=_work, args=(self._make, there, os.getpid()), daemon=True)
         process.start()
         # at once, or the next process would hold it open after this one's death
         there.close()
@@ -161,7 +156,8 @@ def each(task: Callable[[int], T], numbers: Sequence[int], workers: int, *, chun
 
     bar: options of tqdm. The processes end, wherever they are, with this iterator.
     """
-    stream = WorkerStream(_Chunks(task, numbers, chunk), 0, min(workers, -(-len(numbers) // chunk)))
+    make = functools.partial(_make_chunk, task, numbers, chunk)
+    stream = WorkerStream(make, 0, min(workers, -(-len(numbers) // chunk)))
     try:
         # disable=None: no bar in a log file
         with tqdm(disable=None, **bar) as progress:
@@ -173,17 +169,11 @@ def each(task: Callable[[int], T], numbers: Sequence[int], workers: int, *, chun
         stream.close()
 
 
-@dataclasses.dataclass
-class _Chunks:
-    task: Callable[[int], Any]
-    numbers: Sequence[int]
-    chunk: int
-
-    def __getitem__(self, number: int) -> list:
-        return [self.task(n) for n in self.numbers[number * self.chunk : (number + 1) * self.chunk]]
+def _make_chunk(task: Callable[[int], T], numbers: Sequence[int], chunk: int, i: int) -> list[T]:
+    return [task(number) for number in numbers[i * chunk : (i + 1) * chunk]]
 
 
-def _work(items: Items, connection: Connection, parent: int) -> None:
+def _work(make: Callable[[int], Any], connection: Connection, parent: int) -> None:
     """Answer every number with its item, or with the failure to make it."""
     gc.freeze()
     torch.set_num_threads(1)
@@ -193,7 +183,7 @@ def _work(items: Items, connection: Connection, parent: int) -> None:
         while True:
             number = connection.recv()
             try:
-                _send(connection, items[number])
+                _send(connection, make(number))
             except BaseException as error:  # SystemExit, too: a library's, which would look like a process killed
                 _send(connection, _failure(error, traceback.format_exc()))
 
@@ -204,23 +194,11 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-class _Pickler(pickle.Pickler):
-    """Takes tensors for arrays, whose content need not be copied into the pickle."""
-
-    def reducer_override(self, value):
-        return (_tensor, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array)
-
-
 def _send(connection: Connection, item: Any) -> None:
     """Send `item`; the arrays in it as a descriptor of memory that holds them one behind the other."""
     buffers: list[pickle.PickleBuffer] = []
     shared = hasattr(os, "memfd_create")
-    pickled = io.BytesIO()
-    _Pickler(pickled, protocol=5, buffer_callback=buffers.append if shared else None).dump(item)
+    pickled = pickle.dumps(item, protocol=5, buffer_callback=buffers.append if shared else None)
     sizes = [buffer.raw().nbytes for buffer in buffers]
     # whatever can fail does so before the first byte is sent
     with contextlib.ExitStack() as stack:
@@ -231,7 +209,7 @@ def _send(connection: Connection, item: Any) -> None:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
             file.flush()
             channel = stack.enter_context(socket.socket(fileno=os.dup(connection.fileno())))
-        connection.send((pickled.getvalue(), sizes))
+        connection.send((pickled, sizes))
         if sum(sizes):
             socket.send_fds(channel, [b"\0"], [file.fileno()])
 
