@@ -660,7 +660,7 @@ class PrepareDataConfig:
     outdir: str = ""
     """Folder to write; digits make train/ and test/ in it. The same command goes on after an interruption."""
     layout: Literal["shards", "folder"] = "shards"
-    """`shards`: WebDataset tars in mixed order with checksums; `folder`: PNG files, from a folder of class folders."""
+    """`shards`: WebDataset tars in mixed order with checksums; `folder`: PNG files in class folders."""
     image_size: int = 256
     """Side of the centre crop (not for digits)."""
     format: Literal["png", "jpeg"] = "png"

@@ -1,7 +1,5 @@
 import itertools
 import logging
-import math
-import random
 import struct
 import zlib
 from dataclasses import replace
@@ -10,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 
 from epg_fast.config import AugmentConfig, DataConfig
 from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, make_loader, resolve_backend
 from epg_fast.data.loading import dali
 from epg_fast.data.loading.dali import dali_status
-from epg_fast.data.loading.encoded import EncodedBatches
 from epg_fast.ops import extension_status
 from tests.data.images import OFF, assert_same, encode, touch
 
@@ -107,18 +103,13 @@ def test_the_random_resized_crop_equals_pillows_to_a_level(photographs):
         assert levels.max() <= 1 and levels.float().mean() < 0.15, name
 
 
-def test_the_blur_is_a_gaussian_where_pillow_approximates_it(photographs):
+def test_the_blur_is_a_gaussian_where_pillow_approximates_it_and_all_together_is_close(photographs):
     augment = replace(OFF, blur_probability=(1.0, 1.0))
     levels = difference(photographs, image_size=64, augment=augment)["view1"].float()
     assert 0 < levels.mean() < 0.8
-
-
-def test_all_of_it_together_is_close_to_pillow(photographs):
-    differences = difference(photographs, image_size=64, augment=AugmentConfig())
-    assert differences["x"].float().mean() < 0.1
-    for name in ("view1", "view2"):
+    for name, levels in difference(photographs, image_size=64, augment=AugmentConfig()).items():
         # a level from the blur, at most doubled by what follows; solarisation turns a few pixels round
-        assert differences[name].float().mean() < 1.0
+        assert levels.float().mean() < (0.1 if name == "x" else 1.0)
 
 
 @pytest.mark.parametrize("size", [16, 64, 300])
@@ -130,100 +121,44 @@ def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
         assert 0 < differences[name].float().mean() < 0.5
 
 
-def test_drawn_parameters_have_the_distributions_of_the_definition(photographs):
-    """The records that DALI executes against SPEC 1 written out with Python's random module."""
-    encoded = EncodedBatches(photographs, image_size=32, batch_size=24, seed=5, augment=AugmentConfig())
-    records = np.concatenate([encoded(i)[0]["records"] for i in range(60)])
-    shapes = records[:, 0]["shape"]
-
-    def reference(width, height):
-        for _ in range(10):
-            area = width * height * random.uniform(0.08, 1)
-            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-            if w <= width and h <= height:
-                x, y = random.uniform(0, width - w), random.uniform(0, height - h)
-                return w * h / (width * height), w / h, x / (width - w or 1), y / (height - h or 1)
-        return None
-
-    random.seed(1)
-    drawn = [found for w, h in shapes.tolist() * 2 if (found := reference(w, h))]
-    for view in (1, 2):
-        left, top, right, bottom = records[:, view]["box"].T
-        w, h, (width, height) = right - left, bottom - top, shapes.T
-        kept = (w < width) & (h < height)
-        measured = (w * h / (width * height), w / h, left / (width - w + ~kept), top / (height - h + ~kept))
-        for ours, theirs in zip(measured, zip(*drawn, strict=True), strict=True):
-            assert stats.ks_2samp(ours[kept], theirs).pvalue > 1e-3
-        operations, values = records[:, view]["operations"], records[:, view]["values"]
-        for code, (low, high) in {1: (0.6, 1.4), 2: (0.6, 1.4), 3: (0.8, 1.2), 4: (-0.1, 0.1)}.items():
-            found = values[operations == code]
-            assert stats.binomtest(len(found), len(records), 0.8).pvalue > 1e-3
-            assert stats.kstest(found, "uniform", (low, high - low)).pvalue > 1e-3
-        sigma = records[:, view]["sigma"]
-        assert stats.kstest(sigma[sigma > 0], "uniform", (0.1, 1.9)).pvalue > 1e-3
-    for name, probability in (("grayscale", 0.2), ("flip", 0.5)):
-        assert stats.binomtest(int(records[:, 1][name].sum()), len(records), probability).pvalue > 1e-3
-    assert (records[:, 1]["sigma"] > 0).all() and not records[:, 1]["solarize"].any()
-    assert stats.binomtest(int((records[:, 2]["sigma"] > 0).sum()), len(records), 0.1).pvalue > 1e-3
-    assert stats.binomtest(int(records[:, 2]["solarize"].sum()), len(records), 0.2).pvalue > 1e-3
-
-
 # the stream
 
 
-def test_a_batch_has_the_documented_tensors(photographs):
+def test_batches_have_the_documented_tensors_and_are_not_overwritten(photographs):
     for augment, names in ((None, {"x"}), (AugmentConfig(), {"x", "view1", "view2"})):
-        (batch,) = batches(photographs, 1, augment=augment)
-        assert batch.keys() == names | {"label", "index"}
-        for name in names:
-            assert batch[name].dtype == torch.uint8 and batch[name].shape == (8, 3, 32, 32)
-            assert batch[name].is_contiguous()
-        for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
-            assert label == photographs.labels[index]
+        with DaliLoader(
+            photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0, augment=augment
+        ) as loader:
+            batch = next(loader)
+            assert batch.keys() == names | {"label", "index"}
+            for name in names:
+                assert batch[name].dtype == torch.uint8 and batch[name].shape == (8, 3, 32, 32)
+                assert batch[name].is_contiguous()
+            assert batch["label"].tolist() == [photographs.labels[i] for i in batch["index"].tolist()]
+            copies = {name: tensor.clone() for name, tensor in batch.items()}
+            for _ in range(4):
+                next(loader)
+            assert_same([batch], [copies])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dali_resizes", [False, True])
-@pytest.mark.parametrize("options", [{"threads": 1, "readers": 0}, {"threads": 3, "readers": 1}, {"readers": 2}])
+@pytest.mark.parametrize("options", [{"threads": 3, "readers": 1}, {"readers": 2}])
 def test_resuming_anywhere_with_other_threads_and_readers_continues_bit_for_bit(photographs, options, dali_resizes):
     common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
-    whole = batches(photographs, 8, **common)
-    for start in (0, 1, 4):
-        assert_same(batches(photographs, 8 - start, start=start, **options, **common), whole[start:])
+    whole = batches(photographs, 6, **common)
+    for start in (0, 4):
+        assert_same(batches(photographs, 6 - start, start=start, **options, **common), whole[start:])
 
 
-@pytest.mark.parametrize("dali_resizes", [False, True])
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_an_epoch_over_the_shards_has_every_image_once(photographs, shards, dali_resizes):
+@pytest.mark.parametrize("dali_resizes, ranks", [(False, 4), (True, 2)])
+def test_ranks_share_the_batches_of_one_and_an_epoch_has_every_image_once(photographs, ranks, dali_resizes):
     common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
-    found = [batches(photographs, 6, rank=rank, world_size=shards, **common) for rank in range(shards)]
-    for epoch in (slice(0, 3), slice(3, 6)):
-        indices = torch.cat([batch["index"] for shard in found for batch in shard[epoch]])
-        assert sorted(indices.tolist()) == list(range(24))
-    joined = [
-        {key: torch.cat([share[key] for share in shares]) for key in shares[0]} for shares in zip(*found, strict=True)
-    ]
+    found = [batches(photographs, 6, rank=rank, world_size=ranks, **common) for rank in range(ranks)]
+    joined = [{key: torch.cat([share[key] for share in step]) for key in step[0]} for step in zip(*found, strict=True)]
     assert_same(joined, batches(photographs, 6, **common))
-
-
-def test_global_random_states_are_neither_used_nor_touched(photographs):
-    torch.manual_seed(1)
-    np.random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = batches(photographs, 2, augment=AugmentConfig())
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()
-    torch.manual_seed(2)
-    assert_same(batches(photographs, 2, augment=AugmentConfig()), first)
-
-
-def test_a_batch_is_not_overwritten_by_those_after_it(photographs):
-    with DaliLoader(photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0) as loader:
-        first = next(loader)
-        copies = {name: tensor.clone() for name, tensor in first.items()}
-        for _ in range(8):
-            next(loader)
-        assert_same([first], [copies])
+    for epoch in (joined[:3], joined[3:]):
+        assert sorted(torch.cat([batch["index"] for batch in epoch]).tolist()) == list(range(24))
 
 
 # unusual and damaged files

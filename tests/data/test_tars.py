@@ -3,10 +3,8 @@
 import io
 import json
 import logging
-import multiprocessing
 import os
 import pickle
-import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -379,29 +377,6 @@ def test_without_room_for_the_index_tars_are_read_all_the_same(tmp_path, monkeyp
         monkeypatch.setattr(tars.TarIndex, "save", full)
     assert len(open_images(pack(tmp_path / "s.tar", samples(0, 3)))) == 3
     assert "cannot be stored" in caplog.text and reason in caplog.text
-
-
-def index_with_others(root, barrier, found):
-    barrier.wait()
-    source = ImageTars(root)
-    found.put((len(source), source.fingerprint()))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
-def test_processes_that_index_at_once_see_the_same_images(tmp_path, cache):
-    root = tmp_path / "shards"
-    for i in range(3):
-        pack(root / f"s-{i}.tar", samples(100 * i, 20))
-    context = multiprocessing.get_context("fork")
-    barrier, found = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=index_with_others, args=(root, barrier, found)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    results = {found.get(timeout=60) for _ in processes}
-    for process in processes:
-        process.join()
-    assert results == {(60, ImageTars(root).fingerprint())} and all(process.exitcode == 0 for process in processes)
-    assert len(list(cache.iterdir())) == 1
 
 
 # reading
