@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,13 +12,6 @@ from tests.data.images import touch
 
 def contents(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    outdir = tmp_path_factory.mktemp("data") / "digits"
-    assert prepare_digits(outdir) == {"train": 1347, "test": 450}
-    return outdir
 
 
 def test_files_hold_the_original_8x8_digits_once_each_in_a_stratified_split(digits):
@@ -36,12 +30,12 @@ def test_files_hold_the_original_8x8_digits_once_each_in_a_stratified_split(digi
 
 
 def test_again_completes_an_interrupted_output_to_the_same_bytes_and_changed_pixels_are_refused(digits, tmp_path):
-    prepare_digits(tmp_path)
+    shutil.copytree(digits, tmp_path, dirs_exist_ok=True)
     for path in sorted(tmp_path.rglob("*.png"))[::7]:
         path.unlink()
     touch(tmp_path, "train/0/.0000.png.12.tmp")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    prepare_digits(tmp_path)
+    assert prepare_digits(tmp_path) == {"train": 1347, "test": 450}
     assert {path: data for path, data in contents(tmp_path).items() if path.endswith(".png")} == contents(digits)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     one, two = sorted((tmp_path / "test" / "3").iterdir())[:2]

@@ -182,8 +182,7 @@ def test_any_dataset_can_be_prepared_and_keeps_its_labels(tmp_path, prepare, wri
 # interruptions
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path, prepare, workers):
+def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path, prepare):
     source, out = make_folder(30), tmp_path / "out"
     manifest = prepare(source, out)
     complete, before = snapshot(out), times(out)
@@ -191,7 +190,7 @@ def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path, prepare,
     lost = out / {"folder": "class1/001.png", "shards": "shard-000001.tar"}[prepare.layout]
     lost.unlink()
     touch(lost.parent, f".{lost.name}.99.tmp", content=b"half a file")
-    prepare(source, out, workers=workers)
+    prepare(source, out, workers=2)
     assert snapshot(out) == complete
     made = {path.name for path, time in times(out).items() if before[path] != time}
     assert made - {".lock", "manifest.json", "index.npz"} == {lost.name}
@@ -323,12 +322,11 @@ def test_a_full_disk_leaves_no_half_file(make_folder, tmp_path, monkeypatch, pre
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [".lock", "manifest.json"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_files_are_left_out_and_named_until_they_are_mended(make_folder, tmp_path, prepare, workers):
+def test_bad_files_are_left_out_and_named_until_they_are_mended(make_folder, tmp_path, prepare):
     source, out = make_folder(100), tmp_path / "out"
     good = (source / "class2" / "005.png").read_bytes()
     (source / "class2" / "005.png").write_bytes(b"")
-    manifest = prepare(source, out, workers=workers)
+    manifest = prepare(source, out, workers=2)
     reason = "UnidentifiedImageError: not a PNG, JPEG, WEBP, BMP or GIF image"
     assert manifest["bad_files"] == {"class2/005.png": reason} and manifest["counts"]["class2"] == 32
     assert len(open_images(out)) == 99 and prepare(source, out) == manifest
