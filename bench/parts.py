@@ -191,7 +191,7 @@ def jobs_of(preset: str, batch: int) -> list[Job]:
 
 
 def _pretrain(stage: Stage, batch: int) -> list[Part]:
-    network, target = stage.network, stage.average
+    network, target = stage.network, stage.ema
     head = _head(network, batch)
     trained = _encoder(network, 3 * batch) + 2 * head
     without = _encoder(network, batch) + 2 * head + _encoder(target, 2 * batch) + _head(target, 2 * batch)

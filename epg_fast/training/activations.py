@@ -74,7 +74,7 @@ def activation_bytes(stage: Stage, images: int, step: int) -> Activations:
     stage: its networks are on the meta device, and are left as fake CPU tensors. Counted is plain PyTorch in the
     run's precision; what torch.compile and fused kernels save differs.
     """
-    networks = [n for n in (stage.network, stage.average, getattr(stage, "perceptual", None)) if n is not None]
+    networks = [n for n in (stage.network, stage.ema, getattr(stage, "perceptual", None)) if n is not None]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks:
             network.to_empty(device="cpu")

@@ -13,10 +13,10 @@ from epg_fast import distributed
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config
-from epg_fast.training.accumulation import check_parts
 from epg_fast.training.activations import Activations, activation_bytes
 from epg_fast.training.compilation import check_compilation
 from epg_fast.training.flops import StepFlops, step_flops
+from epg_fast.training.gradients import check_micro_batches
 from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
 from epg_fast.training.stages import Stage, network_config
 
@@ -61,7 +61,7 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     """
     gpus, origin = _gpus(options)
     check_batch(config.batch_size, gpus)
-    check_parts(config, gpus)
+    check_micro_batches(config, gpus)
     check_compilation(config, Ranks(0, gpus, torch.device("cuda")))
     gpu, why = _gpu(options)
     stage = planned_stage(config, stage_class, gpus)
@@ -128,16 +128,16 @@ def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
     parts = gpus if sharded else 1
     trained = sum(_bytes(p, parts) for p in stage.network.parameters() if p.requires_grad)
     averages = 1 + len(stage.config.posthoc_ema.sigma_rel or ())
-    offloaded = averages - stage.calls_average if stage.config.offload_ema else 0
+    offloaded = averages - stage.calls_ema if stage.config.offload_ema else 0
     # torch's allocator of pinned memory rounds up to powers of two
     pinned = sum(1 << (_bytes(p) - 1).bit_length() for p in stage.network.parameters())
     return Memory(
         weights=_size(stage.network, parts) + (0 if perceptual is None else _size(perceptual)),
         gradients=trained,
         moments=2 * trained,
-        averages=_size(stage.average, parts) * (averages - offloaded),
+        averages=_size(stage.ema, parts) * (averages - offloaded),
         gathered=_gathered(stage) if sharded else 0,
-        in_host_memory=_size(stage.average) * offloaded + (pinned if offloaded else 0),
+        in_host_memory=_size(stage.ema) * offloaded + (pinned if offloaded else 0),
         activations=activation_bytes(stage, _part(stage.config, gpus), stage.config.steps - 1),
     )
 

@@ -1,6 +1,6 @@
 """Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and (optionally) Weights & Biases.
 
-A line has `step` (updates made), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
+A line has `step` (batches drawn), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
 (`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
 are left out), `images_per_second`, `data_wait` (share of the time), and on a GPU `peak_memory_gib` and `mfu`. The file
 of a run with a plan begins with a line of step 0, which has the `plan`.
@@ -24,7 +24,7 @@ log = logging.getLogger("epg_fast")
 class Metrics:
     """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes.
 
-    step: updates made before. utilization: figures of the GPU to add to each line, if any.
+    step: batches drawn before. utilization: figures of the GPU to add to each line, if any.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class Metrics:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def state_dict(self) -> dict:
-        """The unfinished interval, so that a resumed run writes the same means."""
-        return {"groups": [[list(names), both] for names, both in self._groups.items()]}
+        """The unfinished interval, JSON-able, so that a resumed run writes the same means."""
+        return {"groups": [[list(names), both.tolist()] for names, both in self._groups.items()]}
 
     def load_state_dict(self, state: dict, device: torch.device | str = "cpu") -> None:
         """Continue an interval, on `device`."""
-        # Runs from before there were groups begin their interval anew.
-        self._groups = {tuple(names): both.to(device) for names, both in state.get("groups", [])}
+        groups = state.get("groups", [])
+        self._groups = {tuple(names): torch.tensor(both, dtype=torch.float64, device=device) for names, both in groups}
 
     def _means(self) -> dict[str, float]:
         totals: dict[str, list[float]] = {}

@@ -6,7 +6,7 @@ Three backends compute the same update, and load each other's state:
     apex    NVIDIA's FusedAdam in place of torch's AdamW, where that package is installed
 The first two read nothing on the host; apex has no other way to skip an update.
 
-Of sharded parameters (`epg_fast.training.sharding`) a rank updates its parts and their averages; only the sum of
+Of sharded parameters (`epg_fast.training.parallel`) a rank updates its parts and their averages; only the sum of
 squares of the gradients and whether one is not finite are exchanged. apex does not take them.
 
 `fused` also writes the 16-bit copies of weights that there are (`epg_fast.training.weight_copies`).
@@ -28,7 +28,7 @@ import torch
 from epg_fast.config import OptimizerConfig
 from epg_fast.ops import extension_status, fused_adamw_ema_, global_norm
 from epg_fast.ops.extension import require_extension
-from epg_fast.training.sharding import is_sharded, local
+from epg_fast.training.parallel import is_sharded, local, split_as
 from epg_fast.training.weight_copies import WeightCopies
 
 log = logging.getLogger("epg_fast")
@@ -128,6 +128,10 @@ class Optimizer:
         for group in groups:
             group["params"] = [own[parameter] for parameter in group["params"]]
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+        for group in self._adamw.param_groups:
+            for p in group["params"]:
+                moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+                self._adamw.state[p] = {"step": torch.zeros((), device=p.device)} | moments
         # Buffers are left alone, as officially.
         self._averages = [([local(p) for p in average.parameters()], list(own.values())) for average in averages]
         names = {own[parameter]: name for name, parameter in network.named_parameters()}
@@ -214,6 +218,16 @@ class Optimizer:
     def state(self) -> dict:
         """Per parameter: `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.AdamW names them."""
         return self._adamw.state
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """<step, exp_avg or exp_avg_sq>/<parameter> -> the live tensor, split as its parameter: for checkpoints."""
+        whole = {part: parameter for parameter, part in self._shards}
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return {
+            f"{key}/{name}": split_as(value, whole[p]) if p in whole and key != "step" else value
+            for name, p in zip(self.names, parameters, strict=True)
+            for key, value in self.state[p].items()
+        }
 
     def state_dict(self) -> dict:
         """State in the layout of torch.optim.AdamW, whatever the backend; none for a parameter never updated."""

@@ -25,8 +25,8 @@ import torch
 from epg_fast.config import RunConfig
 from epg_fast.models import save_weights
 from epg_fast.training.host_average import follower
+from epg_fast.training.parallel import local
 from epg_fast.training.power_ema import gamma_of, power_decay
-from epg_fast.training.sharding import local
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -82,7 +82,7 @@ class PosthocEma:
         Never at 0, where a run may be stopped: an average over no steps has no profile.
         """
         due = step > 0 and (step % self._every == 0 or step == self._steps)
-        return bool(self.averages and due and (self._stage.ranks.main or self._stage.sharding))
+        return bool(self.averages and due and (self._stage.ranks.main or self._stage.sharded))
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """What `write` takes; the tensors are the live ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 
 from tqdm import tqdm
@@ -44,13 +45,13 @@ class Progress:
         self._line.close()
 
     def reach(self, step: int) -> None:
-        """Show `step` updates; that can be one less than before, when the last turns out to have been skipped."""
+        """Show that `step` is reached."""
         self._line.update(step - self._line.n)
 
     def show(self, metrics: dict) -> None:
         """Show a line of metrics.jsonl."""
         self._figures = {
-            "loss": f"{metrics['loss']:.4g}",
+            "loss": f"{metrics.get('loss', math.nan):.4g}",  # none if all batches were skipped
             "img/s": f"{metrics['images_per_second']:.0f}",
             "data wait": f"{metrics['data_wait']:.0%}",
         }

@@ -25,7 +25,7 @@ import torch
 
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.models.fused import linears_with_operands
-from epg_fast.training.sharding import is_sharded
+from epg_fast.training.parallel import is_sharded
 
 
 class WeightCopies:

@@ -20,7 +20,7 @@ def _kept(job, config, images):
     """Bytes that a real forward pass saves."""
     stage = make_stage(job, config, perceptual=True)
     perceptual = getattr(stage, "perceptual", None)
-    saved = SavedTensors(stage.network, stage.average, *([perceptual] if perceptual else []))
+    saved = SavedTensors(stage.network, stage.ema, *([perceptual] if perceptual else []))
     with saved.counted(), autocast(torch.device("cpu"), config.precision):
         loss_of(stage, images)
     return saved.bytes

@@ -171,7 +171,7 @@ def test_memory_is_that_of_the_tensors_of_a_real_run(job, digits, tmp_path):
     state = RunState(config, stage, ImageFolder(f"{digits}/train"), stage.ranks)
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     assert memory.weights == size([*stage.network.parameters(), *stage.network.buffers()])
-    averages = [stage.average, *state.posthoc_ema.averages]
+    averages = [stage.ema, *state.posthoc_ema.averages]
     assert memory.averages == sum(size([*average.parameters(), *average.buffers()]) for average in averages)
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
     assert memory.gradients == memory.moments // 2 == size(trained) and memory.in_host_memory == 0

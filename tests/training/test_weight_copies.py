@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epg_fast.__main__ import main
@@ -11,7 +12,7 @@ from epg_fast.distributed import Ranks
 from epg_fast.runtime import AUTOCAST
 from epg_fast.training import weight_copies
 from epg_fast.training.compilation import compile_blocks, compile_networks
-from epg_fast.training.loop import make_step_module
+from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
 from epg_fast.training.weight_copies import WeightCopies
@@ -51,17 +52,16 @@ class Training:
             for parameter in self.stage.network.parameters():  # the output layer starts at 0, and hides all others
                 parameter.add_(torch.randn(parameter.shape) * 0.02)
         self.state = RunState(config, self.stage, _Images(), Ranks(0, 1, CPU))
-        self.step_module = make_step_module(self.stage)
 
     def update(self, broken=False):
         torch.manual_seed(10 + self.state.iteration)
         batch = {name: torch.randn(4, 3, 32, 32) for name in ("x", "view1", "view2")} | {"label": torch.arange(4)}
         if broken:
             batch["x"][0] = float("inf")
-        self.state.update(self.step_module, batch, Metrics(None, False, 0, False, None, {}))
+        train_step(self.state, batch, Metrics(None, False, 0, False, None, {}))
 
     def tensors(self):
-        networks = {name: getattr(self.stage, name).state_dict() for name in ("network", "average")}
+        networks = {name: getattr(self.stage, name).state_dict() for name in ("network", "ema")}
         return {f"{of}.{name}": value.clone() for of, state in networks.items() for name, value in state.items()}
 
 
@@ -100,7 +100,7 @@ class _Casts(TorchDispatchMode):
 @pytest.mark.parametrize("job", JOBS)
 def test_updates_with_copies_and_with_casts_are_the_same_bit_for_bit(job, backend, precision, monkeypatch):
     with_copies = Training(job, backend, precision=precision)
-    names = {"pretrain": ["network", "average"], "finetune-consistency": ["network", "perceptual"]}
+    names = {"pretrain": ["network", "ema"], "finetune-consistency": ["network", "perceptual"]}
     assert_right(with_copies, large_weights(with_copies, *names.get(job, ["network"])))
     monkeypatch.setattr(weight_copies, "linears_with_operands", lambda network: ())
     with_casts = Training(job, backend, precision=precision)
@@ -120,7 +120,7 @@ def test_updates_with_copies_and_with_casts_are_the_same_bit_for_bit(job, backen
 def test_an_update_casts_no_large_weight_and_copies_them_in_one_call_at_most(job, backend, foreach):
     training = Training(job, backend)
     training.update()
-    weights = large_weights(training, *(["network", "average"] if job == "pretrain" else ["network"]))
+    weights = large_weights(training, *(["network", "ema"] if job == "pretrain" else ["network"]))
     with _Casts() as casts:
         training.update()
     assert casts.foreach.count(len(weights)) == foreach
@@ -130,7 +130,7 @@ def test_an_update_casts_no_large_weight_and_copies_them_in_one_call_at_most(job
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_is_never_that_of_another_weight(backend):
     training = Training("pretrain", backend)
-    weights = large_weights(training, "network", "average")
+    weights = large_weights(training, "network", "ema")
     for broken in (False, True, False):
         training.update(broken)
         assert_right(training, weights)
@@ -224,5 +224,5 @@ def test_a_run_that_was_resumed_has_the_numbers_of_one_that_never_stopped(backen
     monkeypatch.setattr(RunState, "save", SAVE)
     assert main(run_command("pretrain", tiny_run, cut, **options)) == 0
     assert_same_run(cut, whole)
-    saved = torch.load(whole / "checkpoints/step_000000014.pt", weights_only=True)
-    assert {value.dtype for value in saved["network"].values()} <= {torch.float32, torch.int64}
+    saved = load_file(whole / "checkpoints/step_000000014/rank_00000.safetensors")
+    assert {t.dtype for name, t in saved.items() if name.startswith("network/")} <= {torch.float32, torch.int64}
