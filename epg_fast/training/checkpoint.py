@@ -178,10 +178,8 @@ def _load(path: Path, state: Mapping, tensors: Tensors) -> None:
                 if not rows.get_shape():  # a number
                     target.copy_(file.get_tensor(name))
                     continue
-                begin, (here, end_here) = (
-                    rows_of(state["split"].get(name, 0), rank, ranks)[0],
-                    _rows_here(tensors[name]),
-                )
+                begin, _ = rows_of(state["split"].get(name, 0), rank, ranks)
+                here, end_here = _rows_here(tensors[name])
                 first, end = max(begin, here), min(begin + rows.get_shape()[0], end_here)
                 if first < end:
                     target[first - here : end - here].copy_(rows[first - begin : end - begin])

@@ -23,24 +23,20 @@ from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.progress import Progress
 from epg_fast.training.state import RunState
+from tests.training.runs import run_command, run_lines
 from tests.waiting import NothingIsRead
 
 needs_extension = pytest.mark.skipif(not extension_status()[0], reason="the extension is not built")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion", "finetune-consistency"])
+@pytest.mark.parametrize("job, precision", [("pretrain", "fp16"), ("diffusion", "bf16"), ("consistency", "bf16")])
 def test_16_bit_training_stays_finite_and_learns(job, precision, tiny_run, tmp_path):
-    recipe = {"pretrain": "digits_pretrain", "finetune-diffusion": "digits_diffusion"}.get(job, "digits_consistency")
-    preview = [] if job == "pretrain" else ["--preview.every", "0"]
-    flags = [*tiny_run[:2], "--config", recipe, *tiny_run[2:], "--steps", "200", "--checkpoint_every", "1000"]
-    flags += ["--optimizer.warmup_steps", "20", "--precision", precision, *preview]
-    assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 200 and all(math.isfinite(v) for line in lines for v in line.values())
-    # a line of a skipped batch has no loss
-    start, end = (sum(line.get("loss", 0) for line in part) for part in (lines[:20], lines[-20:]))
+    flags = {"steps": 60, "checkpoint_every": 60, "optimizer.warmup_steps": 20, "precision": precision}
+    assert main(run_command(job, tiny_run, tmp_path / "run", **flags)) == 0
+    lines = run_lines(tmp_path / "run")
+    assert len(lines) == 60 and all(math.isfinite(v) for line in lines for v in line.values())
+    start, end = (sum(line["loss"] for line in part) for part in (lines[:10], lines[-10:]))
     assert end < 0.9 * start
 
 
@@ -119,7 +115,11 @@ def test_a_step_makes_nobody_wait(job, micro_batches, parallelism, run):
     assert state.iteration == 3
 
 
-@pytest.mark.parametrize("job, micro_batches, parallelism", [*PLAIN, ("diffusion", 1, "fsdp")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "job, micro_batches, parallelism",
+    [("pretrain", 1, "ddp"), ("pretrain", 2, "ddp"), ("consistency", 1, "ddp"), ("diffusion", 1, "fsdp")],
+)
 def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, micro_batches, parallelism, run):
     state, batches = run("auto", job, micro_batches, parallelism)
     torch.compiler.reset()
@@ -181,30 +181,14 @@ class _SlowLoader:
         return getattr(self.loader, name)
 
 
-@pytest.fixture
-def train_on_a_slow_disk(tiny_run, tmp_path, monkeypatch):
-    """Return a function that trains five steps and returns the lines of metrics.jsonl; seconds(i) delays batch i."""
-
-    def train(seconds):
-        make = loop.make_loader
-        monkeypatch.setattr(loop, "make_loader", lambda *a, **k: _SlowLoader(make(*a, **k), seconds))
-        flags = ["--steps", "5", "--preview.every", "0"]
-        command = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], *flags]
-        assert main([*command, "--outdir", str(tmp_path / "run")]) == 0
-        return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-
-    return train
-
-
-def test_a_slow_disk_shows_as_data_wait(train_on_a_slow_disk):
-    lines = train_on_a_slow_disk(lambda i: 0.5)
-    assert all(0.6 < line["data_wait"] <= 1 for line in lines[1:4])
-
-
-def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(train_on_a_slow_disk, digits, monkeypatch, capsys):
+def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(tiny_run, tmp_path, digits, monkeypatch, capsys):
+    make = loop.make_loader
+    monkeypatch.setattr(loop, "make_loader", lambda *a, **k: _SlowLoader(make(*a, **k), lambda i: 2.5 * (i == 3)))
     monkeypatch.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.2))
     monkeypatch.setattr(progress_module, "_LONG_STALL", 1.5)  # longer than a loaded machine takes for another batch
-    train_on_a_slow_disk(lambda i: 2.5 * (i == 3))
+    assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=5)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0.6 < lines[3]["data_wait"] <= 1
     shown = capsys.readouterr().err
     assert "images are decoded by Pillow (in the training process)" in shown
     assert "data wait=1 s" in shown
