@@ -241,10 +241,9 @@ def set_aside(paths: list[Path]) -> None:
 
 
 def remove_temporaries(outdir: Path) -> None:
-    """Remove what a killed run was writing."""
-    weights = (("kept", "step_*.safetensors"), ("", "model.safetensors"))
-    for folder, name in (("checkpoints", "step_*"), ("previews", "step_*.png.*"), *weights):
-        for path in (outdir / folder).glob(f".{name}.tmp*"):
+    """Remove what a killed run was writing: all that is hidden and named tmp."""
+    for folder in ("", "checkpoints", "kept", "previews", "posthoc_ema"):
+        for path in (outdir / folder).glob(".*tmp*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

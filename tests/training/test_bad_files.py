@@ -16,6 +16,7 @@ from epg_fast.data import DataError, ImageFolder, PillowLoader
 from epg_fast.distributed import Ranks
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import list_checkpoints
+from tests.training.runs import saved_state
 
 BATCH = 16
 
@@ -49,7 +50,7 @@ def _listed(outdir):
 
 
 def _saved(outdir):
-    return torch.load(list_checkpoints(outdir / "checkpoints")[0], weights_only=True)["bad_files"]
+    return saved_state(outdir)["bad_files"]
 
 
 def test_bad_files_are_listed_in_the_run_folder_and_known_to_the_resumed_run(tiny_run, dataset, tmp_path, capsys):
@@ -64,7 +65,7 @@ def test_bad_files_are_listed_in_the_run_folder_and_known_to_the_resumed_run(tin
     assert str(run / "bad_files.txt") in capsys.readouterr().err
 
     # one of them is restored before the run goes on from step 3: it belongs to the dataset again
-    list_checkpoints(run / "checkpoints")[0].unlink()
+    shutil.rmtree(list_checkpoints(run / "checkpoints")[0])
     assert sorted(_saved(run)) == sorted(bad)
     (dataset.root / bad[1]).write_bytes(content)
     assert main(_command(tiny_run, dataset, run, **flags)) == 0
