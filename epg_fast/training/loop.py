@@ -38,10 +38,9 @@ from epg_fast.training.classes import note_classes
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
-from epg_fast.training.metrics import Metrics, require_wandb
+from epg_fast.training.metrics import Metrics, Progress, require_wandb
 from epg_fast.training.planning import kept_choice, note_choice
 from epg_fast.training.preview import preview_is_due, preview_path, write_preview
-from epg_fast.training.progress import Progress
 from epg_fast.training.run_folder import RunFolder
 from epg_fast.training.stages import Stage
 from epg_fast.training.state import RunState

@@ -17,11 +17,10 @@ from epg_fast.data import ImageFolder, PillowLoader
 from epg_fast.distributed import Ranks, joined
 from epg_fast.ops import extension_status
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
-from epg_fast.training import progress as progress_module
+from epg_fast.training import metrics as progress_module
 from epg_fast.training.compilation import compile_blocks
 from epg_fast.training.loop import make_step_module
-from epg_fast.training.metrics import Metrics
-from epg_fast.training.progress import Progress
+from epg_fast.training.metrics import Metrics, Progress
 from epg_fast.training.state import RunState
 from tests.waiting import NothingIsRead
 
