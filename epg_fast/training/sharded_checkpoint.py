@@ -33,7 +33,6 @@ from epg_fast.training.checkpoint import (
 from epg_fast.training.sharding import Sharding, is_sharded, part_of
 
 _CHECKSUMS, _REST, _METADATA = "checksums.json", "state.pt", ".metadata"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 Likes = dict[str, torch.Tensor]
 """The network's state dict, of which every tensor of a checkpoint has the shape and the split."""
 
@@ -44,16 +43,15 @@ def save_sharded(
     state: dict,
     sharding: Sharding,
     likes: Likes,
-    names: list[str],
     keep: int,
     keep_every: int = 0,
     weights: Callable[[], None] = lambda: None,
 ) -> None:
     """Write folder/step_<step>/ under a temporary name; the main rank renames it when every rank's part is on the disk.
 
-    All ranks call this. state: as `save_checkpoint` takes it, with this rank's parts in host memory. names: of the
-    optimiser's parameters by index. weights: called before on the main rank, to write what must not be missing beside
-    the checkpoint. Old checkpoints are removed as by `save_checkpoint`.
+    All ranks call this. state: as `save_checkpoint` takes it, with this rank's parts in host memory. weights: called
+    before on the main rank, to write what must not be missing beside the checkpoint. Old checkpoints are removed as by
+    `save_checkpoint`.
 
     Raises CheckpointError on every rank when the disk of one does not take it; what was there before stays usable.
     """
@@ -61,7 +59,7 @@ def save_sharded(
 
     rank = torch.distributed.get_rank(sharding.group)
     path, temporary = folder / f"step_{step:09d}", folder / f".step_{step:09d}.tmp"
-    tensors, rest = _taken_apart(state, names)
+    tensors, rest = _taken_apart(state)
     tensors = {name: sharding.on_host(part, likes[_like(name)]) for name, part in tensors.items()}
 
     def begin():
@@ -125,19 +123,19 @@ def _own_files(folder: Path, rank: int) -> list[Path]:
     return [*folder.glob(f"__{rank}_*"), *([folder / _REST, folder / _METADATA] if rank == 0 else [])]
 
 
-def read_any(path: Path, sharding: Sharding | None, likes: Likes, names: list[str], share: tuple[int, int]) -> dict:
+def read_any(path: Path, sharding: Sharding | None, likes: Likes, share: tuple[int, int]) -> dict:
     """State of a file or a folder, each tensor in host memory as this rank holds it: its part, or the whole.
 
     share: (rank, number of ranks); the ranks verify the files of a folder between them. Raises what the reading of
     damaged files raises, ValueError mostly; another rank may have met the damage, which the caller is to ask.
     """
     if path.is_dir():
-        return _read_folder(path, sharding, likes, names, share)
+        return _read_folder(path, sharding, likes, share)
     state = read_checkpoint(path)
-    return state if sharding is None else _split(state, likes, names)
+    return state if sharding is None else _split(state, likes)
 
 
-def _read_folder(path, sharding, likes, names, share) -> dict:
+def _read_folder(path, sharding, likes, share) -> dict:
     from torch.distributed.checkpoint import CheckpointException, load
 
     _verify(path, *share)
@@ -155,7 +153,7 @@ def _read_folder(path, sharding, likes, names, share) -> dict:
     except CheckpointException as error:
         raise ValueError(_reason(next(iter(error.failures.values()), (error, None))[0])) from None
     parts = {name: t.to_local() if is_sharded(t) else t for name, t in wanted.items()}
-    return _puttogether(parts, rest, names)
+    return _puttogether(parts, rest)
 
 
 def _plain_reader() -> type:
@@ -223,48 +221,31 @@ def _like(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _taken_apart(state: dict, names: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
+_SHAPED = ("network", "average", "posthoc_ema", "optimizer")
+
+
+def _taken_apart(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors by name, everything else) of a state."""
-    tensors = {f"{part}/{name}": t for part in ("network", "average") for name, t in state[part].items()}
-    for sigma_rel, average in state.get("posthoc_ema", {}).items():
-        tensors |= {f"posthoc_ema/{sigma_rel}/{name}": t for name, t in average.items()}
-    steps = {}
-    for i, values in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer/{moment}/{names[i]}": values[moment] for moment in _MOMENTS}
-        steps[names[i]] = values["step"]
-    posthoc_ema = {sigma_rel: list(average) for sigma_rel, average in state.get("posthoc_ema", {}).items()}
-    return tensors, state | {"network": None, "average": None, "posthoc_ema": posthoc_ema, "optimizer": steps}
+    tensors = {f"{part}/{name}": t for part in _SHAPED for name, t in state[part].items() if name != "step"}
+    return tensors, state | {part: [*state[part]] for part in _SHAPED} | {"optimizer_step": state["optimizer"]["step"]}
 
 
 def _names(rest: dict, likes: Likes) -> Iterator[str]:
     """The names of the tensors of a checkpoint."""
-    yield from (f"{part}/{name}" for part in ("network", "average") for name in likes)
-    yield from (f"posthoc_ema/{sigma_rel}/{name}" for sigma_rel, own in rest["posthoc_ema"].items() for name in own)
-    yield from (f"optimizer/{moment}/{name}" for moment in _MOMENTS for name in rest["optimizer"])
+    yield from (f"{part}/{name}" for part in _SHAPED for name in rest[part] if name != "step")
 
 
-def _puttogether(tensors: dict[str, torch.Tensor], rest: dict, names: list[str]) -> dict:
-    """The state that `_taken_apart` was given, but for the optimiser's groups."""
-    index = {name: i for i, name in enumerate(names)}
-    moments = {
-        index[name]: {"step": step} | {moment: tensors[f"optimizer/{moment}/{name}"] for moment in _MOMENTS}
-        for name, step in rest["optimizer"].items()
-    }
-    posthoc_ema = {
-        sigma_rel: {name: tensors[f"posthoc_ema/{sigma_rel}/{name}"] for name in own}
-        for sigma_rel, own in rest["posthoc_ema"].items()
-    }
-    networks = {
-        part: {_like(name): t for name, t in tensors.items() if name.startswith(f"{part}/")}
-        for part in ("network", "average")
-    }
-    return rest | networks | {"posthoc_ema": posthoc_ema, "optimizer": {"state": moments}}
+def _puttogether(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
+    """The state that `_taken_apart` was given."""
+    state = rest | {part: {n: tensors[f"{part}/{n}"] for n in rest[part] if n != "step"} for part in _SHAPED}
+    state["optimizer"]["step"] = state.pop("optimizer_step")
+    return state
 
 
-def _split(state: dict, likes: Likes, names: list[str]) -> dict:
+def _split(state: dict, likes: Likes) -> dict:
     """This rank's parts of a state of whole tensors."""
-    tensors, rest = _taken_apart(state, names)
-    return _puttogether({name: part_of(t, likes[_like(name)]) for name, t in tensors.items()}, rest, names)
+    tensors, rest = _taken_apart(state)
+    return _puttogether({name: part_of(t, likes[_like(name)]) for name, t in tensors.items()}, rest)
 
 
 def _reason(error: BaseException) -> str:

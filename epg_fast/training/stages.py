@@ -17,7 +17,7 @@ from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, de
 from epg_fast.plans.sites import has_fused_operations
 from epg_fast.training.accumulation import Gradients, Part, merged, nothing_of
 from epg_fast.training.draws import Draws
-from epg_fast.training.host_average import follower
+from epg_fast.training.ema import ema_copy
 from epg_fast.training.planning import agreed_choice, applied, training_case
 
 log = logging.getLogger("epg_fast")
@@ -53,7 +53,7 @@ class Stage:
         self.network = network.use_ops(self.chosen.ops).train()
         if config.parallelism == "ddp":
             self.network.to(ranks.device)  # sharded networks come to it part by part
-        self.average = follower(self.network, ranks, config.offload_ema and not self.calls_average)
+        self.average = ema_copy(self.network, ranks, config.offload_ema and not self.calls_average)
         """None on the ranks that keep no average in host memory."""
 
     @property

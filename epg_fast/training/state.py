@@ -17,13 +17,11 @@ from epg_fast.training.accumulation import Gradients
 from epg_fast.training.bad_files import still_bad
 from epg_fast.training.checkpoint import BackgroundWriter, copy_to_host, is_milestone, load_newest, save_checkpoint
 from epg_fast.training.draws import Draws
-from epg_fast.training.host_average import HostAverages
-from epg_fast.training.levels import names_by_level, sums_by_level
+from epg_fast.training.ema import HostEma, PosthocEma
 from epg_fast.training.loss_scale import LossScale
-from epg_fast.training.metrics import Metrics
+from epg_fast.training.metrics import Metrics, names_by_level, sums_by_level
 from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.planning import choice_record
-from epg_fast.training.posthoc_ema import PosthocEma
 from epg_fast.training.sharded_checkpoint import read_any, save_sharded, together
 from epg_fast.training.sharding import load_parts, shard
 from epg_fast.training.stages import Stage
@@ -43,8 +41,8 @@ class RunState:
         self.step = self.iteration = 0
         self.posthoc_ema = PosthocEma(config, stage)
         if config.parallelism == "fsdp":
-            stage.sharding = shard(stage.network, stage.average, self.posthoc_ema.averages, ranks)
-        averages = [average for average in (stage.average, *self.posthoc_ema.averages) if average is not None]
+            stage.sharding = shard(stage.network, stage.average, self.posthoc_ema.networks, ranks)
+        averages = [average for average in (stage.average, *self.posthoc_ema.networks) if average is not None]
         # The first so many are updated with the weights, on their device.
         self._on_device = int(stage.calls_average) if config.offload_ema else len(averages)
         called = [stage.network, stage.average if stage.calls_average else None, getattr(stage, "perceptual", None)]
@@ -56,7 +54,7 @@ class RunState:
         self.optimizer = make_optimizer(stage.network, config.optimizer, updated, self.copies, planned)
         self.choice = choice_record(stage.chosen, ranks.device)
         """What computes, as checkpoints record it."""
-        self.host_averages = HostAverages(stage.network, averages[self._on_device :])
+        self.host_averages = HostEma(stage.network, averages[self._on_device :])
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.normalization = PixelNormalization(config.data.normalization)
         self.data_fingerprint = source.fingerprint()
@@ -167,9 +165,7 @@ class RunState:
 
         def write_with_all_ranks():
             gathered = [sharding.gather(parts, likes) for parts in (snapshot, weights)]
-            save_sharded(
-                folder, step, state, sharding, likes, self.optimizer.names, *kept, lambda: write_others(*gathered)
-            )
+            save_sharded(folder, step, state, sharding, likes, *kept, lambda: write_others(*gathered))
 
         def write_others(snapshot, weights):
             if snapshot is not None:
@@ -211,7 +207,7 @@ class RunState:
         likes = stage.network.state_dict()
 
         def read(path):
-            return read_any(path, stage.sharding, likes, self.optimizer.names, share)
+            return read_any(path, stage.sharding, likes, share)
 
         state = load_newest(folder, _STATE, self.unreadable, read, self.ranks.gather)
         if state is None:
@@ -224,9 +220,8 @@ class RunState:
         load_parts(stage.network, state["network"])
         if stage.average is not None:
             load_parts(stage.average, state["average"])
-        self.posthoc_ema.load_state_dict(state.get("posthoc_ema", {}))
-        groups = self.optimizer.state_dict()["param_groups"]  # a folder has none; they are the configuration's anyway
-        self.optimizer.load_state_dict({"param_groups": groups} | state["optimizer"])
+        self.posthoc_ema.load_state_dict(state["posthoc_ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.loss_scale.load_state_dict(state["scaler"])
         self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
         if state.get("pending"):

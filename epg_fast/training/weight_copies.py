@@ -4,7 +4,7 @@ Under autocast in bf16 or fp16 every product casts its float32 weight, in the fo
 A copy holds the same 16-bit numbers, so that no result depends on it.
 
 Which weights: those of `linears_with_operands`, in networks that a loss calls in every update: the trained network,
-its average in pre-training, a frozen encoder. Sharded weights (fsdp) have no copies, and are cast once they are whole.
+its EMA in pre-training, a frozen encoder. Sharded weights (fsdp) have no copies, and are cast once they are whole.
 When they are used: inside `in_use` alone, which is around the gradients of an update. Previews, exports, evaluation and
 every other call of a network cast, and no copy of a network or checkpoint holds copies of weights.
 When they are written: the fused optimiser writes them in the pass that updates the weights, and those of a frozen
