@@ -85,12 +85,12 @@ def test_checkpoints_that_hold_something_else_give_way_to_the_one_before(tmp_pat
     for step, state in (
         (3, [1, 2]),
         (2, {"network": 3}),
-        (1, {"network": {}, "average": {}, "optimizer": {"state": {}}}),
+        (1, {"network": {}, "average": {}, "posthoc_ema": {}, "optimizer": {"step": 0}}),
     ):
         save_checkpoint(tmp_path, step, state, keep=9)
 
     def read(path):
-        return read_any(path, object(), {}, [], (0, 1))
+        return read_any(path, object(), {}, (0, 1))
 
     unreadable = []
     assert load_newest(tmp_path, ("network",), unreadable, read)["network"] == {}
