@@ -44,7 +44,6 @@ import torch
 from epg_fast.config import RunConfig, check_sigma_rel
 from epg_fast.distributed import Ranks
 from epg_fast.models import save_weights
-from epg_fast.training.sharding import local
 
 if TYPE_CHECKING:
     from epg_fast.training.stages import Stage
@@ -193,11 +192,6 @@ class PosthocEma:
         """`<sigma_rel>/<parameter>` of each EMA that this rank has; the tensors are the live ones."""
         pairs = zip(self.sigma_rel, self.networks, strict=False)  # no network where another rank has them
         return {f"{s}/{name}": p.detach() for s, network in pairs for name, p in network.named_parameters()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` returned, of sharded EMA this rank's shards."""
-        for name, parameter in self.state_dict().items():
-            local(parameter).copy_(state[name])
 
     def is_due(self, step: int) -> bool:
         """Whether this rank has a part in a snapshot at `step`: a multiple of `posthoc_ema.every`, or the last.

@@ -25,9 +25,6 @@ from epg_fast.training.stages import Stage, network_config
 _GIB = 2**30
 
 
-# ---- the job, without memory
-
-
 class _AbsentRanks(Ranks):
     """A rank among others that are not there."""
 
@@ -55,9 +52,6 @@ def total_flops(stage: Stage) -> int:
     early = min(config.steps, config.first_stage) if first != last else 0
     per_image = early * (first.total + first.recomputed) + (config.steps - early) * (last.total + last.recomputed)
     return per_image * config.batch_size
-
-
-# ---- activations
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
@@ -130,9 +124,6 @@ def _saved(stage: Stage, networks: list, images: int, step: int, share: float) -
     return saved.bytes, found
 
 
-# ---- memory
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU."""
@@ -197,9 +188,6 @@ def _bytes(tensor: torch.Tensor, shards: int = 1) -> int:
 
 def _size(network: torch.nn.Module, shards: int = 1) -> int:
     return sum(_bytes(p, shards) for p in network.parameters()) + sum(map(_bytes, network.buffers()))
-
-
-# ---- the summary
 
 
 def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig) -> str:

@@ -27,10 +27,5 @@ class LossScale:
             self.value.copy_(changed.clamp(1.0, torch.finfo(torch.float32).max / 2))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The live scale; empty when switched off."""
+        """The live tensor; empty when switched off."""
         return {} if self.value is None else {"scale": self.value}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take a checkpoint's scale, if it has one."""
-        if self.value is not None and state:
-            self.value.copy_(state["scale"])

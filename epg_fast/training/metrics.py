@@ -64,8 +64,6 @@ class Metrics:
         utilization: Utilization | None = None,
     ):
         self.enabled, self._utilization = enabled, utilization
-        # Names of the values of an update -> their sums and counts, float64 [2, n]; they may change within an interval.
-        self._groups: dict[tuple[str, ...], torch.Tensor] = {}
         self._begin(step)
         self._tensorboard = self._wandb = None
         if not enabled:
@@ -78,7 +76,10 @@ class Metrics:
             self._wandb = _wandb_run(wandb, outdir, config)
 
     def _begin(self, step: int) -> None:
-        self._groups, self._written = {}, step
+        """A line, after that of `step`."""
+        # Names of the values of an update -> their sums and counts, float64 [2, n]; they may change within an interval.
+        self._groups: dict[tuple[str, ...], torch.Tensor] = {}
+        self._written = step
         self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
 
     def begin_with(self, header: dict) -> None:
@@ -139,13 +140,14 @@ class Metrics:
         if self._tensorboard and image is not None:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The unfinished interval, so that a resumed run writes the same means: names -> sums and counts."""
-        return {" ".join(names): both for names, both in self._groups.items()}
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """The unfinished interval, so that a resumed run writes the same means: names -> sums and counts, for JSON."""
+        return {" ".join(names): both.tolist() for names, both in self._groups.items()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
+    def load_state_dict(self, state: dict[str, list[list[float]]], device: torch.device | str = "cpu") -> None:
         """Continue an interval, on `device`."""
-        self._groups = {tuple(names.split(" ")): both.to(device) for names, both in state.items()}
+        groups = {tuple(names.split(" ")): both for names, both in state.items()}
+        self._groups = {names: torch.tensor(both, dtype=torch.float64, device=device) for names, both in groups.items()}
 
     def close(self) -> None:
         """Flush and close the writers."""

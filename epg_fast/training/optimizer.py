@@ -216,20 +216,17 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """`exp_avg/<parameter>` and `exp_avg_sq/<parameter>`, of sharded ones this rank's shard, and `step`, [].
+        """`exp_avg/<parameter>` and `exp_avg_sq/<parameter>`, sharded as the parameter is, and `step`, [parameters].
 
-        The same for every backend; the tensors are the live ones.
+        The same for every backend. The tensors are the live ones: to load a state is to copy into them.
         """
-        named = dict(zip(self._names, self._parameters, strict=True))
-        moments = {f"{moment}/{name}": self.state[p][moment] for moment in _MOMENTS for name, p in named.items()}
-        return moments | {"step": self._steps[0]}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` returned; learning rates, decays and betas are the configuration's."""
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
-        self._steps.fill_(self._steps[0])
+        whole = {shard: parameter for parameter, shard in self._shards}
+        found = {"step": self._steps}
+        for name, p in zip(self._names, self._parameters, strict=True):
+            for moment in _MOMENTS:
+                value = self.state[p][moment]
+                found[f"{moment}/{name}"] = _sharded_as(value, whole[p]) if p in whole else value
+        return found
 
 
 class FusedOptimizer(Optimizer):
@@ -318,6 +315,14 @@ class ApexOptimizer(Optimizer):
 
 
 _BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
+
+
+def _sharded_as(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor, split as `like`, of which ranks hold such shards; it shares this rank's memory."""
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    return DTensor.from_local(shard, like.device_mesh, like.placements, **layout)
 
 
 def _groups(network: torch.nn.Module, config: OptimizerConfig) -> list[dict]:

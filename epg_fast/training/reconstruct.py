@@ -133,8 +133,6 @@ def _combine(snapshots: list[_Snapshot], tracked: list[float], weights: np.ndarr
     names = [name.removeprefix(prefix) for name in snapshots[0].shapes if name.startswith(prefix)]
     state = {name: torch.zeros(snapshots[0].shapes[prefix + name]) for name in names}
     for snapshot, row in zip(snapshots, weights, strict=True):
-        if not row.any():
-            continue
         with _opened(snapshot.path) as f:
             for name in names:
                 for sigma_rel, weight in zip(tracked, row, strict=True):

@@ -23,7 +23,7 @@ from epg_fast.training.metrics import Metrics, names_by_level, sums_by_level
 from epg_fast.training.optimizer import lr_factor, make_optimizer
 from epg_fast.training.planning import choice_record
 from epg_fast.training.sharded_checkpoint import read_any, save_sharded, together
-from epg_fast.training.sharding import load_parts, shard
+from epg_fast.training.sharding import load_parts, local, shard
 from epg_fast.training.stages import Stage
 from epg_fast.training.weight_copies import WeightCopies
 
@@ -220,9 +220,13 @@ class RunState:
         load_parts(stage.network, state["network"])
         if stage.average is not None:
             load_parts(stage.average, state["average"])
-        self.posthoc_ema.load_state_dict(state["posthoc_ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loss_scale.load_state_dict(state["scaler"])
+        for part, saved in (
+            (self.posthoc_ema, state["posthoc_ema"]),
+            (self.optimizer, state["optimizer"]),
+            (self.loss_scale, state["scaler"]),
+        ):
+            for name, tensor in part.state_dict().items():
+                local(tensor).detach().copy_(saved[name])
         self.step, self.iteration, self.unfinished_metrics = state["step"], state["iteration"], state["metrics"]
         if state.get("pending"):
             self._pending = _Outcome(*state["pending"])

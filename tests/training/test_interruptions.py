@@ -167,7 +167,7 @@ def test_a_skipped_update_at_a_checkpoint_is_resumed_as_such(precision, tiny_run
         assert main(run_command("pretrain", tiny_run, killed, **flags)) == 1
     assert saved_steps(killed) == [10]
     saved = torch.load(list_checkpoints(killed / "checkpoints")[0], weights_only=True)
-    assert saved["iteration"] == 12 and saved["optimizer"]["step"] == 10
+    assert saved["iteration"] == 12 and saved["optimizer"]["step"].eq(10).all()
     assert main(run_command("pretrain", tiny_run, killed, **flags)) == 0
     assert_same_run(killed, whole)
 
