@@ -201,7 +201,7 @@ def test_the_host_waits_for_nothing_in_an_update(job, precision, parts, digits):
     fields["gradient_accumulation"] = parts
     config, ranks = make_config(job, precision=precision, **fields), Ranks(0, 1, device)
     state = RunState(config, getattr(training, JOBS[job] + "Stage")(config, ranks), place, ranks)
-    metrics = Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     compile_blocks(state.stage)
     batch = {
         name: torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device=device) for name in ("x", "view1", "view2")
@@ -229,7 +229,7 @@ def test_averages_in_host_memory_follow_every_update_and_nobody_waits(digits):
     config = make_config("finetune-diffusion", model, batch_size=8, ema=0.5, offload_ema=True, **fields)
     ranks = Ranks(0, 1, device)
     state = RunState(config, training.DiffusionStage(config, ranks), place, ranks)
-    metrics = Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     weights = [p.detach() for p in state.stage.network.parameters()]
     want = [w.clone() for w in weights]
     images = torch.randint(256, (2, 8, 3, 32, 32), device=device) / 255
@@ -244,7 +244,7 @@ def test_averages_in_host_memory_follow_every_update_and_nobody_waits(digits):
                 torch._foreach_lerp_(want, weights, 0.5)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    state.host_averages.wait()
+    state.host_ema.wait()
     got = list(state.stage.ema.parameters())
     assert not any(p.is_cuda for p in got) and state.skipped[0] == 4
     torch.testing.assert_close([p.data for p in got], [w.cpu() for w in want], rtol=1e-5, atol=1e-6)

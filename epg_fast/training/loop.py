@@ -1,8 +1,8 @@
-"""The training loop of all stages: batch -> loss -> gradient -> update -> averages -> what is due.
+"""The training loop of all stages: batch -> loss -> gradient -> update -> EMA -> what is due.
 
 Every random draw, the order of the data included, is a function of (seed, iteration), so a run that was killed and
 started again continues with the same numbers as if it had never stopped. `iteration` counts batches, which users call
-steps; file names, schedules and averages go by it.
+steps; file names, schedules and EMA go by it.
 
 The host never waits for the device between two lines of metrics. Whether a gradient is finite is decided on the device:
 where it is not, the batch is skipped, and counts as a step that changes nothing.
@@ -32,13 +32,11 @@ from epg_fast.training.draws import Draws
 from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.gradients import add_gradients, check_micro_batches
 from epg_fast.training.hardware import Utilization
-from epg_fast.training.levels import names_by_level, sums_by_level
-from epg_fast.training.metrics import Metrics, require_wandb
+from epg_fast.training.metrics import Metrics, Progress, names_by_level, require_wandb, sums_by_level
 from epg_fast.training.optimizer import lr_factor
 from epg_fast.training.parallel import Agreement
 from epg_fast.training.planning import kept_choice, note_choice
 from epg_fast.training.preview import preview_is_due, preview_path, write_preview
-from epg_fast.training.progress import Progress
 from epg_fast.training.run_folder import RunFolder
 from epg_fast.training.stages import Stage
 from epg_fast.training.state import RunState
@@ -67,7 +65,7 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
             folder.require(config)
             state = RunState(stage.config, stage, source, ranks)
             if config.fp8:
-                log.info(use_fp8(stage.network))  # after the averages were made of it, which stay in 16 bits
+                log.info(use_fp8(stage.network))  # after the EMA were copied from it, which stay in 16 bits
             state.resume(folder.path / "checkpoints")
             if state.iteration >= config.steps:
                 _draw_missing_preview(state, folder.path)
@@ -107,7 +105,7 @@ def _go_on(asked: RunConfig, state: RunState, folder: RunFolder) -> None:
 
 
 def train_step(state: RunState, batch: dict[str, torch.Tensor], metrics: Metrics) -> None:
-    """One iteration: forward, backward, update, averages.
+    """One iteration: forward, backward, update, EMA.
 
     Where the gradient is not finite, only counters change: `iteration`, `skipped` and the loss scale.
     """
@@ -122,11 +120,11 @@ def train_step(state: RunState, batch: dict[str, torch.Tensor], metrics: Metrics
     state.optimizer.schedule(
         lr_factor(iteration, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
         o.clip_norm if iteration >= o.clip_after else None,
-        decays[: state.on_device],
+        decays[: state.emas_on_device],
     )
-    state.host_averages.before_update()
+    state.host_ema.before_update()
     norm, found_inf = state.optimizer.step(state.loss_scale.value)
-    state.host_averages.after_update(decays[state.on_device :], found_inf)
+    state.host_ema.after_update(decays[state.emas_on_device :], found_inf)
     state.optimizer.zero_grad()
 
     state.loss_scale.update(found_inf)
@@ -232,7 +230,7 @@ class _Run:
         elif state.posthoc_ema.is_due(iteration):
             state.save_snapshot()
         if preview_is_due(state.stage, iteration):
-            state.host_averages.wait()
+            state.host_ema.wait()
             self.metrics.add_image("samples", write_preview(state.stage, self.outdir, iteration), iteration)
 
     def _stalled(self, seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 `Replicated` (ddp, and a process alone): gradients are averaged by DistributedDataParallel.
 
-`Sharded` (fsdp, PyTorch's FSDP2): every rank keeps a part of each weight, gradient, moment and average. A tensor is
+`Sharded` (fsdp, PyTorch's FSDP2): every rank keeps a part of each weight, gradient, moment and EMA. A tensor is
 split along its first axis as `Tensor.chunk` does. A transformer block's weights are put together from all ranks right
 before the block computes, and let go right after; its gradients are averaged over the ranks and split in the same step.
 What lies outside the blocks is kept together from the start of the forward pass to the end of the backward pass. All
@@ -55,7 +55,7 @@ def rows_of(count: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def parallelize(stage: Stage, others: Sequence[torch.nn.Module] = ()) -> Replicated:
-    """Prepare a stage's networks, and `others`, further averages, for the run's ranks, in place.
+    """Prepare a stage's networks, and `others`, further EMA, for the run's ranks, in place.
 
     With fsdp parameters are new objects afterwards: an optimiser is made later.
     """
@@ -141,13 +141,13 @@ class Sharded(Replicated):
             # No backward pass would let go of what an update makes stale.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         # Both networks under one root: FSDP forgets at the end of the root's backward pass what it noted of the
-        # forward passes, those of the average included.
+        # forward passes, those of the EMA included.
         root = fully_shard(_Networks(network=stage.network, ema=stage.ema), mesh=mesh)
         # By default a module fetches what ran before it, which may belong to a pass without gradient.
         chain = [root, *blocks]
         for i, module in enumerate(chain):
             module.set_modules_to_backward_prefetch([chain[i - 1]])
-        # FSDP takes what runs first for the root, which must not be the average for a preview; now parameters move no
+        # FSDP takes what runs first for the root, which must not be the EMA for a preview; now parameters move no
         # more.
         with torch.no_grad():
             root(lambda: None)

@@ -31,12 +31,12 @@ def preview_path(outdir: Path, step: int) -> Path:
 
 
 def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
-    """Sample from the averaged weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
+    """Sample from the EMA weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
 
     A disk that does not take it is reported, and None returned: a missing picture must not end a run. Sharded weights
     take all ranks, which all sample the same; the main rank alone writes, the others return None.
 
-    The same labels and noise every time, so that grids of different steps can be compared. An average in host memory
+    The same labels and noise every time, so that grids of different steps can be compared. An EMA in host memory
     is copied to the device for as long as it takes.
     """
     p, network = stage.preview, stage.ema

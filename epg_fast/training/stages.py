@@ -17,7 +17,7 @@ from epg_fast.models.pretrained import is_generator, model_config
 from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
 from epg_fast.plans.sites import has_fused_operations
 from epg_fast.training.draws import Draws
-from epg_fast.training.host_average import follower
+from epg_fast.training.ema import ema_copy
 from epg_fast.training.planning import agreed_choice, applied, training_case
 
 log = logging.getLogger("epg_fast")
@@ -54,8 +54,8 @@ class Stage:
         self.network = network.use_ops(self.chosen.ops).train()
         if not self.sharded:
             self.network.to(ranks.device)  # sharded networks come to it part by part
-        self.ema = follower(self.network, ranks, config.offload_ema and not self.calls_ema)
-        """None on the ranks that keep no average in host memory."""
+        self.ema = ema_copy(self.network, ranks, config.offload_ema and not self.calls_ema)
+        """None on the ranks that keep no EMA in host memory."""
 
     @property
     def sharded(self) -> bool:

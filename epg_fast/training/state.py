@@ -21,13 +21,12 @@ from epg_fast.training.checkpoint import (
     split_rows,
     write_checkpoint,
 )
-from epg_fast.training.host_average import HostAverages
+from epg_fast.training.ema import HostEma, PosthocEma
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.optimizer import make_optimizer
 from epg_fast.training.parallel import Tensors, parallelize
 from epg_fast.training.planning import choice_record
-from epg_fast.training.posthoc_ema import PosthocEma
 from epg_fast.training.stages import Stage
 from epg_fast.training.weight_copies import WeightCopies
 
@@ -44,18 +43,18 @@ class RunState:
         self.skipped = torch.zeros(2, dtype=torch.int64, device=ranks.device)
         """Batches whose gradient was not finite: in all, and in a row up to now."""
         self.posthoc_ema = PosthocEma(config, stage)
-        self.parallel = parallelize(stage, self.posthoc_ema.averages)
-        averages = [average for average in (stage.ema, *self.posthoc_ema.averages) if average is not None]
-        self.on_device = int(stage.calls_ema) if config.offload_ema else len(averages)
-        """How many of the averages are updated with the weights, on their device; the others are in host memory."""
+        self.parallel = parallelize(stage, self.posthoc_ema.networks)
+        emas = [ema for ema in (stage.ema, *self.posthoc_ema.networks) if ema is not None]
+        self.emas_on_device = int(stage.calls_ema) if config.offload_ema else len(emas)
+        """How many of the EMA are updated with the weights, on their device; the others are in host memory."""
         called = [stage.network, stage.ema if stage.calls_ema else None, getattr(stage, "perceptual", None)]
         self.copies = WeightCopies(filter(None, called), AUTOCAST.get(config.precision))
         planned = stage.chosen.ops["optimizer"]
         if planned == "plain" and not stage.chosen.plan:
             planned = None  # nobody has chosen it
-        on_device = averages[: self.on_device]
+        on_device, in_host_memory = emas[: self.emas_on_device], emas[self.emas_on_device :]
         self.optimizer = make_optimizer(stage.network, config.optimizer, on_device, self.copies, planned)
-        self.host_averages = HostAverages(stage.network, averages[self.on_device :])
+        self.host_ema = HostEma(stage.network, in_host_memory)
         self.loss_scale = LossScale(ranks.device, enabled=config.precision == "fp16")
         self.choice = choice_record(stage.chosen, ranks.device)
         """What computes."""
@@ -70,21 +69,21 @@ class RunState:
         self._known_skipped = 0
 
     def tensors(self) -> Tensors:
-        """Every tensor of a checkpoint by name. They are the live ones; a rank may lack averages in host memory."""
+        """Every tensor of a checkpoint by name. They are the live ones; a rank may lack the EMA in host memory."""
         groups = {
             "network": self.stage.network.state_dict(),
             "ema": self.stage.ema.state_dict() if self.stage.ema is not None else {},
-            **{f"posthoc_ema/{sigma_rel}": own for sigma_rel, own in self.posthoc_ema.state_dict().items()},
-            "optimizer": self.optimizer.tensors(),
+            "posthoc_ema": self.posthoc_ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss": self.loss_scale.state_dict(),
             "counters": {"skipped": self.skipped},
-            "scaler": {} if self.loss_scale.value is None else {"scale": self.loss_scale.value},
         }
         return {f"{group}/{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
 
     def save(self, outdir: Path, metrics: Metrics) -> None:
         """Checkpoint and model.safetensors of this very moment, written while training goes on.
 
-        A snapshot of the post-hoc averages, if one is due, is written before them. What fails is raised by the next
+        A snapshot of the post-hoc EMA, if one is due, is written before them. What fails is raised by the next
         call that writes, or by `writer.wait`.
         """
         if not self.parallel.saves or self.iteration == self._saved:
@@ -99,7 +98,7 @@ class RunState:
             "bad_files": dict(self.bad_files),
             "plan": self.choice,
         }
-        self.host_averages.wait()
+        self.host_ema.wait()
         self.writer.wait()  # before the copy: one at a time in memory
         copies: dict = {}
         split = split_rows(tensors := self.tensors())
@@ -126,9 +125,9 @@ class RunState:
         self.writer.submit(write)
 
     def save_snapshot(self) -> None:
-        """Snapshot of the post-hoc averages of this very moment, written while training goes on."""
+        """Snapshot of the post-hoc EMA of this very moment, written while training goes on."""
         iteration, parallel = self.iteration, self.parallel
-        self.host_averages.wait()
+        self.host_ema.wait()
         self.writer.wait()
         snapshot = parallel.whole(self.posthoc_ema.snapshot(), {})
         write = self.posthoc_ema.write

@@ -140,7 +140,7 @@ class Training:
             for parameter in self.stage.network.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.full_like(parameter, 1e-3)
-            self.state.optimizer.schedule(1.0, 1.0, [0.999] * len(self.state.optimizer._averages))
+            self.state.optimizer.schedule(1.0, 1.0, [0.999] * len(self.state.optimizer.emas))
             self.state.optimizer.step()
             return
         begin_step(self.stage.config)

@@ -64,7 +64,7 @@ def updates(job, compile_with=None, begin=lambda: None, steps=3):
     state = RunState(config, make_stage(job, config), _Images(), Ranks(0, 1, CPU))
     if compile_with:
         compile_networks(state.stage, backend=compile_with)
-    metrics = Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     for step in range(steps):
         torch.manual_seed(10 + step)
         batch = {name: torch.randn(4, 3, 32, 32) for name in ("x", "view1", "view2")} | {"label": torch.arange(4)}

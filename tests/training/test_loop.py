@@ -17,11 +17,10 @@ from epg_fast.data import ImageFolder, PillowLoader
 from epg_fast.distributed import Ranks, joined
 from epg_fast.ops import extension_status
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
-from epg_fast.training import progress as progress_module
+from epg_fast.training import metrics as metrics_module
 from epg_fast.training.compilation import compile_blocks
 from epg_fast.training.loop import train_step
-from epg_fast.training.metrics import Metrics
-from epg_fast.training.progress import Progress
+from epg_fast.training.metrics import Metrics, Progress
 from epg_fast.training.state import RunState
 from tests.training.runs import run_command, run_lines
 from tests.waiting import NothingIsRead
@@ -110,7 +109,7 @@ PLAIN = [(job, count, "ddp") for job in ("pretrain", "diffusion", "consistency")
 def test_a_step_makes_nobody_wait(job, micro_batches, parallelism, run):
     state, batches = run("torch", job, micro_batches, parallelism)
     batches = [next(batches) for _ in range(3)]
-    metrics = Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     train_step(state, batches[0], metrics)
     with NothingIsRead():
         for batch in batches[1:]:
@@ -129,7 +128,7 @@ def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, micro_b
     counters = torch._dynamo.utils.counters
     counters.clear()
     compile_blocks(state.stage, backend="eager", fullgraph=True)
-    metrics = Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     train_step(state, next(batches), metrics)
     graphs = counters["stats"]["unique_graphs"]
     # pre-training: three batches, two of them without gradient; fine-tuning: an encoder block and decoder blocks with
@@ -188,7 +187,7 @@ def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(tiny_run, tmp_
     make = loop.make_loader
     monkeypatch.setattr(loop, "make_loader", lambda *a, **k: _SlowLoader(make(*a, **k), lambda i: 2.5 * (i == 3)))
     monkeypatch.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.2))
-    monkeypatch.setattr(progress_module, "_LONG_STALL", 1.5)  # longer than a loaded machine takes for another batch
+    monkeypatch.setattr(metrics_module, "_LONG_STALL", 1.5)  # longer than a loaded machine takes for another batch
     assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=5)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0.6 < lines[3]["data_wait"] <= 1
@@ -214,7 +213,7 @@ def test_the_wait_is_shown_in_place_of_its_share_until_data_comes(capsys):
 
 def test_another_rank_that_waits_says_so_once_for_each_long_stall(monkeypatch):
     said = []
-    monkeypatch.setattr(progress_module.log, "log", lambda level, text, *values: said.append((level, text % values)))
+    monkeypatch.setattr(metrics_module.log, "log", lambda level, text, *values: said.append((level, text % values)))
     with Progress("diffusion", 10, 0, "images of /gone", Ranks(3, 4, torch.device("cpu"))) as progress:
         for seconds in (25.0, 30.0, 35.0):
             progress.stalled(seconds)
