@@ -45,15 +45,7 @@ class JitterOperation(IntEnum):
     HUE = 4
 
 
-def augment_view_ref(
-    x: torch.Tensor,
-    operations: torch.Tensor,
-    values: torch.Tensor,
-    grayscale: torch.Tensor,
-    sigma: torch.Tensor,
-    solarize: torch.Tensor,
-    flip: torch.Tensor,
-) -> torch.Tensor:
+def augment_view_ref(x, operations, values, grayscale, sigma, solarize, flip) -> torch.Tensor:
     """The stages in plain PyTorch, each for all images that take it; nothing is read back from x's device."""
     out = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     for operation, value in zip(operations.unbind(1), values.unbind(1), strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_GRID = 65_535
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 

@@ -22,14 +22,8 @@ from epg_fast.ops.extension import require_extension, require_extension_tensors,
 from epg_fast.ops.spec import OpSpec
 
 
-def euler_step_ref(
-    x: torch.Tensor,
-    denoised: torch.Tensor,
-    sigma: float,
-    sigma_next: float,
-    clamp: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """The formula in plain PyTorch, out of place."""
+def euler_step_ref(x, denoised, sigma, sigma_next, clamp=None) -> torch.Tensor:
+    """`euler_step` in plain PyTorch."""
     if clamp is not None:
         denoised = denoised.clamp(*clamp)
     d = (x - denoised) / sigma

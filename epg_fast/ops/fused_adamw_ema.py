@@ -40,25 +40,9 @@ Copies = Sequence[torch.Tensor | None]
 
 @torch.no_grad()
 def fused_adamw_ema_ref(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    *,
-    steps: torch.Tensor,
-    lrs: torch.Tensor,
-    weight_decays: torch.Tensor,
-    norm: torch.Tensor,
-    found_inf: torch.Tensor,
-    max_norm: torch.Tensor,
-    grad_scale: torch.Tensor | None = None,
-    emas: Sequence[Tensors] = (),
-    ema_weights: torch.Tensor | None = None,
-    copies: Copies = (),
-    ema_copies: Copies = (),
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, *, steps, lrs, weight_decays, norm, found_inf, max_norm, grad_scale=None,
+    emas=(), ema_weights=None, copies=(), ema_copies=(), betas=(0.9, 0.999), eps=1e-8,
+) -> None:  # fmt: skip
     """The formula in plain PyTorch, tensor by tensor, in the parameters' dtype; reads `found_inf` on the host."""
     if found_inf:
         return

@@ -30,14 +30,8 @@ _FP8_TINY = 1e-30  # the scale of a smaller row would leave float32's normal num
 _MAX_TRITON_WIDTH = 16_384
 
 
-def quantize_rows_ref(
-    x: torch.Tensor,
-    branch: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    skip: torch.Tensor | None = None,
-    gelu: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+def quantize_rows_ref(x, branch=None, gate=None, skip=None, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` in plain PyTorch, for any x of rows [..., D]."""
     z = gated_sum_ref(x, branch, gate).to(accumulation_dtype(x))
     z = F.gelu(z) if gelu else z
     z = z if skip is None else torch.cat([z, skip.to(z.dtype)], -1)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import (
+    FLOATS,
     autocast_dtype,
     check_backend,
     product_operand,
@@ -46,20 +47,10 @@ from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 NextNorm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def skip_linear_ref(
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    next_norm: NextNorm | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+def skip_linear_ref(x, skip, weight, bias, norm_weight=None, norm_bias=None, eps=1e-5, next_norm=None):
+    """`skip_linear` in plain PyTorch."""
     y = F.linear(torch.cat([x, skip.to(x.dtype)], dim=-1), weight.to(x.dtype), bias.to(x.dtype))
     if norm_weight is not None:
         y = layer_norm_modulate_ref(y, norm_weight, norm_bias, eps=eps)
@@ -67,20 +58,9 @@ def skip_linear_ref(
 
 
 def _forward(
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    parameter: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    next_weight: torch.Tensor | None,
-    next_bias: torch.Tensor | None,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    eps: float,
-    backend: str = "triton",
-) -> tuple[torch.Tensor | None, ...]:
+    x, skip, parameter, weight, bias, norm_weight, norm_bias,
+    next_weight, next_bias, next_shift, next_scale, eps: float, backend: str = "triton",
+):  # fmt: skip
     """(y, the next norm of y, z, mean and rstd of z, of y); None what the norms that are there do not make.
 
     weight: parameter in x's dtype. Products read the one, and the gradient of the other is written in its own dtype.
@@ -113,29 +93,10 @@ def _kernel(x, skip, _, weight, bias, norm_weight, *norms_eps_and_backend):
 
 
 def _backward(
-    dy: torch.Tensor | None,
-    dnext: torch.Tensor | None,
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    weight: torch.Tensor,
-    parameter_dtype: torch.dtype,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    next_weight: torch.Tensor | None,
-    next_bias: torch.Tensor | None,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    z: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    next_mean: torch.Tensor | None,
-    next_rstd: torch.Tensor | None,
-    need_x: bool,
-    need_skip: bool,
-    need_parameter: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, ...]:
+    dy, dnext, x, skip, weight, parameter_dtype: torch.dtype, bias, norm_weight, norm_bias,
+    next_weight, next_bias, next_shift, next_scale, z, mean, rstd, next_mean, next_rstd,
+    need_x: bool, need_skip: bool, need_parameter: bool, need_bias: bool,
+):  # fmt: skip
     """dy: the gradient of y; dnext: of the next norm's result; either may be missing."""
     norm, after = (norm_weight, norm_bias), (next_weight, next_bias, next_shift, next_scale)
     dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
@@ -208,7 +169,7 @@ def skip_linear(
         _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias)
     else:
         require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
-        require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+        require_dtypes("skip_linear", FLOATS, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     if norm_weight is not None:
         require_triton_norm("skip_linear", weight.t())
         require_grid("skip_linear", x.shape[0])
@@ -223,16 +184,7 @@ def skip_linear(
     return _operation(x, skip, parameter, weight, bias, *norm, *after, *modulation, eps, backend)[:2]
 
 
-def _norms_fp8(
-    z: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    next_weight: torch.Tensor,
-    next_bias: torch.Tensor,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, ...]:
+def _norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps: float):
     y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
     return y, *layer_norm_modulate_fp8_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
 
@@ -268,7 +220,7 @@ def skip_norms_fp8(
 
 def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> None:
     require_dtypes("skip_linear", (torch.bfloat16,), "cuda", x=x)
-    require_dtypes("skip_linear", _DTYPES, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    require_dtypes("skip_linear", FLOATS, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_bias": norm_bias}
     operands = {"x": x, "skip": skip, "weight": weight}
     require_gemm_operands("skip_linear", weight.shape[0], operands, {"bias": bias, **norm})
