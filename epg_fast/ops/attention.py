@@ -31,6 +31,7 @@ from epg_fast.ops.backends import (
     accumulation_dtype,
     autocast_dtype,
     check_backend,
+    require_at_most,
     require_dtypes,
     require_triton,
 )
@@ -116,11 +117,7 @@ def attention(
     if backend == "triton":
         require_triton("attention", qkv)
         require_dtypes("attention", FLOATS, qkv=qkv)
-        if qkv.shape[-1] > _MAX_TRITON_HEAD_DIM:
-            raise ValueError(
-                f"attention: got head dimension d={qkv.shape[-1]}, wanted at most {_MAX_TRITON_HEAD_DIM} for "
-                "backend='triton'; use backend='plain'"
-            )
+        require_at_most("attention", _MAX_TRITON_HEAD_DIM, "head dimension d=", qkv.shape[-1])
         return _operation(qkv, scale)[0]
     if backend in PACKAGES:
         return _of_package(backend, qkv, scale, dropout_p)

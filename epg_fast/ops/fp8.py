@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from epg_fast.ops.backends import needs_gradient
+
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether weight [N, K] has sides that FP8 products take, forward and backward: multiples of 16."""
@@ -14,7 +16,7 @@ def fits(weight: torch.Tensor) -> bool:
 
 
 def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if needs_gradient(*tensors):
         raise ValueError(f"{op}: got a tensor that requires a gradient, which FP8 output has not; use torch.no_grad()")
 
 

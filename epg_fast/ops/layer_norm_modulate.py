@@ -18,7 +18,7 @@ dshift = G, dscale = weight * H + bias * G, dweight = sum_b (1 + scale) * H, dbi
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_at_most, require_grid, require_triton
 from epg_fast.ops.checks import check_both, check_shapes
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.quantize_rows import quantize_rows_ref
@@ -198,11 +198,7 @@ def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, 
     """Raise ValueError unless the Triton kernels can run on x's device and width."""
     require_triton(op, x, *others)
     require_grid(op, x.shape[0])
-    if x.shape[-1] > _MAX_TRITON_WIDTH:
-        raise ValueError(
-            f"{op}: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "
-            "use backend='plain'"
-        )
+    require_at_most(op, _MAX_TRITON_WIDTH, "width D=", x.shape[-1])
     if fp8:
         require_conversion(op, x.device)
 

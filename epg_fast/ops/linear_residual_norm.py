@@ -32,10 +32,11 @@ from epg_fast.ops.backends import (
     FLOATS,
     autocast_dtype,
     check_backend,
+    needs_gradient,
     product_operand,
     require_dtypes,
     require_gemm_operands,
-    require_triton_for_cuda,
+    require_installed_triton,
 )
 from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
@@ -172,7 +173,7 @@ def linear_residual_norm(
         return linear_residual_norm_ref(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps)
     operand = product_operand(_OP, weight, operand, dtype)
     if backend == "cuda":
-        require_triton_for_cuda(_OP, "norm")
+        require_installed_triton(_OP)
         require_dtypes(_OP, (torch.bfloat16,), "cuda", h=h)
         require_residual_product(_OP, x, gate, {"h": h, "weight": operand}, {"bias": bias})
     require_triton_norm(_OP, x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
@@ -230,10 +231,6 @@ def linear(
     if not needs_gradient(h, bias, *weights):
         return F.linear(h, operand, None if bias is None else bias.to(dtype))
     return _Linear.apply(h, operand, bias, *weights)
-
-
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def require_residual_product(op: str, x, gate, operands: dict[str, torch.Tensor], others: dict[str, torch.Tensor]):

@@ -31,11 +31,12 @@ from epg_fast.ops.backends import (
     FLOATS,
     autocast_dtype,
     check_backend,
+    needs_gradient,
     product_operand,
     require_dtypes,
     require_grid,
+    require_installed_triton,
     require_triton,
-    require_triton_for_cuda,
 )
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.layer_norm_modulate import per_sample
@@ -43,7 +44,6 @@ from epg_fast.ops.linear_residual_norm import (
     check_linear,
     gated_residual_ref,
     linear_residual_cuda,
-    needs_gradient,
     require_residual_product,
 )
 from epg_fast.ops.registration import Backward, operation
@@ -170,7 +170,7 @@ def mlp_residual(
     save = needs_gradient(x, y, *parameters)
     if backend == "cuda":
         if save:
-            require_triton_for_cuda(_OP, "backward pass")
+            require_installed_triton(_OP)
         require_dtypes(_OP, (torch.bfloat16,), "cuda", y=y)
         read = {"y": y, "fc1_weight": fc1[1], "fc2_weight": fc2[1]}
         require_residual_product(_OP, x, gate, read, {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias})

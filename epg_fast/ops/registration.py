@@ -37,7 +37,7 @@ class Backward:
 
     plain: takes inputs and results of the forward function by their names, `dNAME`, the gradient of a result,
     `NAME_dtype`, the dtype of an input, and `need_NAME`, whether an input needs a gradient; another name is None. A
-    result without a `dNAME` has no gradient; a `dNAME` that may not be None is zero where none arrives.
+    result without a `dNAME` has no gradient; a `dNAME` annotated as a tensor is zero where none arrives.
     gradients: the names of the inputs whose gradients `plain` returns, in its order.
     others: (those gradients, all that plain may take, both by name) -> gradients of other inputs, by name.
     only_with: inputs that are saved only where another one is given, by name.

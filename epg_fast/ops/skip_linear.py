@@ -23,12 +23,13 @@ from epg_fast.ops.backends import (
     FLOATS,
     autocast_dtype,
     check_backend,
+    needs_gradient,
     product_operand,
     require_dtypes,
     require_gemm_operands,
     require_grid,
+    require_installed_triton,
     require_triton,
-    require_triton_for_cuda,
 )
 from epg_fast.ops.checks import check_both, check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
@@ -224,10 +225,8 @@ def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> N
     norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_bias": norm_bias}
     operands = {"x": x, "skip": skip, "weight": weight}
     require_gemm_operands("skip_linear", weight.shape[0], operands, {"bias": bias, **norm})
-    if norm:
-        require_triton_for_cuda("skip_linear", "norm")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, skip, parameter, bias)):
-        require_triton_for_cuda("skip_linear", "backward pass")
+    if norm or needs_gradient(x, skip, parameter, bias):
+        require_installed_triton("skip_linear")
     require_gemms("skip_linear", x.device)
 
 
