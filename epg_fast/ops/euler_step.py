@@ -65,15 +65,7 @@ def euler_step_(
     return take_step("euler_step_", euler_step_ref, x, {"denoised": denoised}, (sigma, sigma_next), clamp, backend)
 
 
-def take_step(
-    op: str,
-    reference: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    estimates: dict[str, torch.Tensor],
-    levels: tuple[float, float],
-    clamp: tuple[float, float] | None,
-    backend: str,
-) -> torch.Tensor:
+def take_step(op: str, reference: Callable, x, estimates: dict, levels, clamp, backend: str) -> torch.Tensor:
     """A sampler's step by `reference` or by the extension's operator, in place if the name of `op` ends in "_"."""
     check_backend(op, backend, ("plain", "extension"))
     in_place = op.endswith("_")

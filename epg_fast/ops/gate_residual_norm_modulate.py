@@ -20,17 +20,12 @@ dgate = sum_l branch * g.
 
 import torch
 
-from epg_fast.ops.backends import check_backend
-from epg_fast.ops.checks import check_shapes
-from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
-    check_norm_shapes,
+    checked_norm,
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
     norm_statistics,
-    per_sample,
-    require_triton_norm,
 )
 from epg_fast.ops.quantize_rows import gated_sum_ref
 from epg_fast.ops.registration import Backward, operation
@@ -107,10 +102,10 @@ def gate_residual_norm_modulate(
     kernel).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    given = _checked("gate_residual_norm_modulate", backend, x, branch, gate, weight, bias, shift, scale)
-    if backend != "triton":
-        return gate_residual_norm_modulate_ref(*given, eps, out_dtype)
-    return _operation(*given, eps, out_dtype)[:2]
+    op = "gate_residual_norm_modulate"
+    shift, scale, gate = checked_norm(op, backend, x, weight, bias, shift, scale, gate, branch)
+    run = _operation if backend == "triton" else gate_residual_norm_modulate_ref
+    return run(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)[:2]
 
 
 def gate_residual_norm_modulate_fp8(
@@ -130,22 +125,9 @@ def gate_residual_norm_modulate_fp8(
     errors as there. There is no gradient: ValueError if one would be needed.
     """
     op = "gate_residual_norm_modulate_fp8"
-    given = _checked(op, backend, x, branch, gate, weight, bias, shift, scale, fp8=True)
-    return (_fp8_operation if backend == "triton" else _fp8)(*given, eps)
-
-
-def _checked(op, backend, x, branch, gate, weight, bias, shift, scale, fp8=False):
-    """The tensors as the backend takes them; raises ValueError for what does not fit or cannot run here."""
-    check_backend(op, backend, ("plain", "triton"))
-    check_norm_shapes(op, x, weight, bias, gate=gate, shift=shift, scale=scale)
-    check_shapes(op, dict(zip("BLD", x.shape, strict=True)), branch=(branch, "BLD", " as x"))
-    given = x, branch, gate, weight, bias, shift, scale
-    if fp8:
-        refuse_gradient(op, *given)
-    if backend != "triton":
-        return given
-    require_triton_norm(op, *given, fp8=fp8)
-    return x, branch, per_sample(gate), weight, bias, per_sample(shift), per_sample(scale)
+    shift, scale, gate = checked_norm(op, backend, x, weight, bias, shift, scale, gate, branch, fp8=True)
+    run = _fp8_operation if backend == "triton" else _fp8
+    return run(x, branch, gate, weight, bias, shift, scale, eps)
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:

@@ -128,10 +128,10 @@ def layer_norm_modulate(
     kernel).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    norm = _checked("layer_norm_modulate", backend, x, weight, bias, shift, scale)
+    shift, scale, _ = checked_norm("layer_norm_modulate", backend, x, weight, bias, shift, scale)
     if backend != "triton":
-        return layer_norm_modulate_ref(x, *norm, eps, out_dtype)
-    return _operation(x, *norm, eps, out_dtype)[0]
+        return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
+    return _operation(x, weight, bias, shift, scale, eps, out_dtype)[0]
 
 
 def residual_norm_modulate(
@@ -150,12 +150,12 @@ def residual_norm_modulate(
     With "triton" the copy is made in the norm's pass, and the gradients of all three meet in that of its backward pass,
     instead of in kernels of their own. copy_dtype: None is x's. Arguments, backends and errors as there.
     """
-    norm = _checked("residual_norm_modulate", backend, x, weight, bias, shift, scale)
+    shift, scale, _ = checked_norm("residual_norm_modulate", backend, x, weight, bias, shift, scale)
     copy_dtype = None if copy_dtype in (None, x.dtype) else copy_dtype
     if backend != "triton":
         copied = x if copy_dtype is None else x.to(copy_dtype)
-        return x, layer_norm_modulate_ref(x, *norm, eps, out_dtype), copied
-    x, y, copied = _ResidualNorm.apply(x, *norm, eps, out_dtype, copy_dtype)
+        return x, layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype), copied
+    x, y, copied = _ResidualNorm.apply(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
     return x, y, x if copy_dtype is None else copied
 
 
@@ -172,21 +172,24 @@ def layer_norm_modulate_fp8(
 
     Arguments, backends and errors as there. There is no gradient: ValueError if one would be needed.
     """
-    norm = _checked("layer_norm_modulate_fp8", backend, x, weight, bias, shift, scale, fp8=True)
-    return (_fp8_operation if backend == "triton" else layer_norm_modulate_fp8_ref)(x, *norm, eps)
+    shift, scale, _ = checked_norm("layer_norm_modulate_fp8", backend, x, weight, bias, shift, scale, fp8=True)
+    run = _fp8_operation if backend == "triton" else layer_norm_modulate_fp8_ref
+    return run(x, weight, bias, shift, scale, eps)
 
 
-def _checked(op, backend, x, weight, bias, shift, scale, fp8=False):
-    """(weight, bias, shift, scale) as the backend takes them; ValueError for what does not fit or cannot run here."""
+def checked_norm(op, backend, x, weight, bias, shift, scale, gate=None, branch=None, fp8=False):
+    """(shift, scale, gate) as the backend takes them; raises ValueError for what does not fit or cannot run here."""
     check_backend(op, backend, ("plain", "triton"))
-    check_norm_shapes(op, x, weight, bias, shift=shift, scale=scale)
-    norm = weight, bias, shift, scale
+    check_norm_shapes(op, x, weight, bias, gate=gate, shift=shift, scale=scale)
+    if branch is not None:
+        check_shapes(op, dict(zip("BLD", x.shape, strict=True)), branch=(branch, "BLD", " as x"))
+    given = x, branch, gate, weight, bias, shift, scale
     if fp8:
-        refuse_gradient(op, x, *norm)
+        refuse_gradient(op, *given)
     if backend != "triton":
-        return norm
-    require_triton_norm(op, x, *norm, fp8=fp8)
-    return weight, bias, per_sample(shift), per_sample(scale)
+        return shift, scale, gate
+    require_triton_norm(op, *given, fp8=fp8)
+    return per_sample(shift), per_sample(scale), per_sample(gate)
 
 
 def per_sample(modulation: torch.Tensor | None) -> torch.Tensor | None:

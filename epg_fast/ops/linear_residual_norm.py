@@ -69,20 +69,9 @@ def gated_residual_ref(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor
 
 
 def _forward(
-    x,
-    h,
-    parameter,
-    weight,
-    bias,
-    norm_weight,
-    norm_bias,
-    gate,
-    shift,
-    scale,
-    eps: float,
-    save_branch: bool,
-    backend: str,
-):
+    x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale,
+    eps: float, save_branch: bool, backend: str,
+):  # fmt: skip
     """(x_out, y, the branch, None unless saved, mean, rstd).
 
     weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.

@@ -27,20 +27,17 @@ from epg_fast.ops.backends import (
     product_operand,
     require_dtypes,
     require_gemm_operands,
-    require_grid,
     require_installed_triton,
     require_triton,
 )
 from epg_fast.ops.checks import check_both, check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
-from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
-    check_norm_shapes,
+    checked_norm,
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
     norm_statistics,
-    per_sample,
     require_triton_norm,
     residual_norm_modulate,
 )
@@ -171,18 +168,14 @@ def skip_linear(
     else:
         require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
         require_dtypes("skip_linear", FLOATS, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    like_z = x[..., :1].expand(*x.shape[:2], len(weight))
     if norm_weight is not None:
-        require_triton_norm("skip_linear", weight.t())
-        require_grid("skip_linear", x.shape[0])
-    if next_norm is None:
-        return _operation(x, skip, parameter, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
-    after, *modulation = next_norm[:2], *(per_sample(tensor) for tensor in next_norm[2:])
-    check_norm_shapes(
-        "skip_linear", x[..., :1].expand(*x.shape[:2], len(weight)), *after, shift=modulation[0], scale=modulation[1]
-    )
-    require_triton_norm("skip_linear", x, *after, *modulation)
-    norm = norm_weight, norm_bias
-    return _operation(x, skip, parameter, weight, bias, *norm, *after, *modulation, eps, backend)[:2]
+        require_triton_norm("skip_linear", like_z)
+    if next_norm is not None:
+        next_norm = *next_norm[:2], *checked_norm("skip_linear", "triton", like_z, *next_norm)[:2]
+    norms = norm_weight, norm_bias, *(next_norm or [None] * 4)
+    made = _operation(x, skip, parameter, weight, bias, *norms, eps, backend)
+    return made[0] if next_norm is None else made[:2]
 
 
 def _norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps: float):
@@ -208,15 +201,11 @@ def skip_norms_fp8(
     Returns (y [B, L, N], next norm of y / row_scale [B, L, N] in float8_e4m3fn, row_scale [B, L]). backend: "plain" or
     "triton". Arguments and errors as there. There is no gradient: ValueError if one would be needed.
     """
-    op, after, modulation = "skip_norms_fp8", next_norm[:2], [per_sample(tensor) for tensor in next_norm[2:]]
-    check_backend(op, backend, ("plain", "triton"))
-    check_norm_shapes(op, z, norm_weight, norm_bias, shift=modulation[0], scale=modulation[1])
-    check_norm_shapes(op, z, *after, shift=None, scale=None)
-    refuse_gradient(op, z, norm_weight, norm_bias, *after, *modulation)
-    if backend != "triton":
-        return _norms_fp8(z, norm_weight, norm_bias, *after, *modulation, eps)
-    require_triton_norm(op, z, norm_weight, norm_bias, *after, *modulation, fp8=True)
-    return _norms_fp8_operation(z, norm_weight, norm_bias, *after, *modulation, eps)
+    op, (next_weight, next_bias, shift, scale) = "skip_norms_fp8", next_norm
+    checked_norm(op, backend, z, norm_weight, norm_bias, None, None, fp8=True)
+    shift, scale, _ = checked_norm(op, backend, z, next_weight, next_bias, shift, scale, fp8=True)
+    run = _norms_fp8_operation if backend == "triton" else _norms_fp8
+    return run(z, norm_weight, norm_bias, next_weight, next_bias, shift, scale, eps)
 
 
 def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> None:

@@ -190,17 +190,9 @@ def _linear_fwd_kernel(
 
 
 def linear(
-    x,
-    skip,
-    weight,
-    bias,
-    gelu=False,
-    save_preactivation=False,
-    residual=None,
-    gate=None,
-    tokens=None,
-    save_branch=False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x, skip, weight, bias, gelu=False, save_preactivation=False,
+    residual=None, gate=None, tokens: int | None = None, save_branch=False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Returns y = residual + gate * act(z) with z = concat[x, skip] @ weight^T + bias, and z if it is to be saved.
 
     x: [..., D]; skip: [..., E] or None; weight: [N, D + E], all in one dtype; bias: [N].
