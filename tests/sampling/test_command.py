@@ -1,5 +1,6 @@
 """The `sample` command: what is in its folder, whoever drew it and however often it was stopped."""
 
+import io
 import json
 import logging
 import os
@@ -17,9 +18,9 @@ from PIL import Image
 from epg_fast.__main__ import main
 from epg_fast.config import SampleConfig
 from epg_fast.models import from_pretrained, load_weights, save_weights
-from epg_fast.sampling import image_error, job, sample
-from epg_fast.sampling.image_writer import ImageWriter
-from epg_fast.sampling.images import Images
+from epg_fast.sampling import command as command_module
+from epg_fast.sampling import image_error, outputs, sample
+from epg_fast.sampling.outputs import Outputs
 from tests.sampling.conftest import write_checkpoint
 
 KILLER = Path(__file__).parent / "kill_everywhere.py"
@@ -43,30 +44,31 @@ def whole(command, tmp_path_factory):
 @pytest.fixture
 def drawn(monkeypatch):
     """Indices of the images that are drawn, batch by batch."""
-    batches, add = [], ImageWriter.add
+    batches, save = [], Outputs.save_part
 
-    def note(writer, indices, pixels):
-        batches.append(indices.tolist())
-        add(writer, indices, pixels)
+    def note(held, start, pixels):
+        batches.append(list(range(start, start + len(pixels))))
+        return save(held, start, pixels)
 
-    monkeypatch.setattr(ImageWriter, "add", note)
+    monkeypatch.setattr(Outputs, "save_part", note)
     return batches
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Return a function: n, action -> the action is done when n batches have been added."""
+    """Return a function: n, action -> the action is done when n batches have been drawn."""
 
     def stop(number, action):
-        left, add = [number], ImageWriter.add
+        left, save = [number], Outputs.save_part
 
-        def stopping(writer, indices, pixels):
-            add(writer, indices, pixels)
+        def stopping(held, start, pixels):
+            images = save(held, start, pixels)
             left[0] -= 1
             if left[0] == 0:
                 action()
+            return images
 
-        monkeypatch.setattr(ImageWriter, "add", stopping)
+        monkeypatch.setattr(Outputs, "save_part", stopping)
 
     return stop
 
@@ -78,6 +80,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def stopped(arguments, target, name):
+    """Give a command that gets SIGTERM where it calls target.name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([str(a) for a in arguments]) == 128 + signal.SIGTERM
 
 
 def fails(capsys, arguments, *expected, code=2):
@@ -121,28 +130,24 @@ def test_the_folder_says_what_it_holds(whole, checkpoint):
 def test_the_error_of_a_precision_is_measured_once_on_the_first_images(command, tmp_path, classes):
     checkpoint = write_checkpoint(tmp_path / "model.safetensors", num_classes=classes)
     arguments = [*command, "--checkpoint", str(checkpoint), "--precision", "bf16", "--outdir", str(tmp_path / "s")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Images, "discard_parts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        assert main([*arguments, "--error_images", "4"]) == 128 + signal.SIGTERM
+    stopped([*arguments, "--error_images", "4"], outputs, "save_grid")
     model, labels = from_pretrained(checkpoint), [0, 1, 2, 3] if classes else 4
     want = image_error(*(sample(model, labels, steps=2, batch_size=3, precision=p) for p in ("bf16", "fp32")))
     found = json.loads((tmp_path / "s" / "precision.json").read_text())
     assert found == {"precision": "bf16", "images": 3} | found  # of the first batch
     assert found["relative_l2"] == pytest.approx(want["relative_l2"], rel=0.5) and 0 < found["relative_l2"] < 0.2
-    assert arrays(tmp_path / "s")[2]["precision_error"] == found
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_report_error", None)
+        patch.setattr(command_module, "_precision_error", None)
         assert main(arguments) == 0
+    assert arrays(tmp_path / "s")[2]["precision_error"] == found
     assert main([*arguments[:-1], str(tmp_path / "other"), "--error_images", "0"]) == 0
     assert not (tmp_path / "other" / "precision.json").exists()
 
 
-def test_an_error_of_other_settings_is_not_kept(command, tmp_path, stop_after):
+def test_an_error_of_other_settings_is_not_kept(command, tmp_path):
     """Of a start that was stopped before its first image."""
     arguments = [*command, "--outdir", str(tmp_path / "s")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_draw_missing", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        assert main([*arguments, "--precision", "bf16"]) == 128 + signal.SIGTERM
+    stopped([*arguments, "--precision", "bf16"], command_module, "_draw")
     assert json.loads((tmp_path / "s" / "precision.json").read_text())["precision"] == "bf16"
     assert main([*arguments, "--precision", "fp8"]) == 0
     metadata = arrays(tmp_path / "s")[2]
@@ -164,13 +169,14 @@ def test_a_precision_that_the_model_overflows_is_refused_before_hours_of_it(comm
     fails(capsys, arguments, "precision fp16", "not finite", "take bf16 or fp32")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(command, whole, tmp_path):
     commands = [[*command, "--png", "true", "--npz", npz, "--outdir", str(tmp_path / npz)] for npz in ("true", "false")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, KILLER, json.dumps(commands)]
     done = subprocess.run(launch, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert min(json.loads(done.stdout)) >= 8
+    assert min(json.loads(done.stdout)) >= 9
     want = content(whole)
     assert content(tmp_path / "true") == want
     del want["samples.npz"]
@@ -212,20 +218,29 @@ def test_another_batch_size_goes_on_and_is_noted(command, whole, tmp_path, stop_
     assert [using["batch_size"] for using in metadata["drawn_with"]] == [3, 4]
 
 
-def test_outputs_are_chosen_and_completed_without_drawing(command, whole, tmp_path, capsys, drawn):
-    want = content(whole)
-    pngs = {name: data for name, data in want.items() if name.endswith(".png")}
-    for first, then in (("npz", "png"), ("png", "npz")):
-        folder = tmp_path / first
-        arguments = [*command, "--outdir", str(folder)]
-        assert main([*arguments, f"--{first}", "true", f"--{then}", "false"]) == 0
-        assert set(content(folder)) == (
-            {"samples.npz", "grid.png", "settings.json"} if first == "npz" else {*pngs, "settings.json"}
-        )
-        count = len(drawn)
-        assert main([*arguments, "--npz", "true", "--png", "true", "--batch_size", "5"]) == 0
-        assert content(folder) == want and len(drawn) == count
+def test_outputs_are_chosen_and_completed(command, whole, tmp_path, capsys, drawn):
+    """An npz holds what PNG files need; of PNG files nothing is read back."""
+    want, arguments = content(whole), [*command, "--outdir", str(tmp_path / "s")]
+    assert main([*arguments, "--npz", "false", "--png", "true"]) == 0
+    assert content(tmp_path / "s") == {name: data for name, data in want.items() if name != "samples.npz"}
+    assert main(arguments) == 0 and len(drawn) == 6
+    assert content(tmp_path / "s") == want
+    assert "8 images are drawn again: PNG files of them are not read back" in capsys.readouterr().err
+    arguments[-1] = str(tmp_path / "npz")
+    assert main(arguments) == 0 and len(drawn) == 9
+    assert set(content(tmp_path / "npz")) == {"samples.npz", "grid.png", "settings.json"}
+    assert main([*arguments, "--png", "true", "--batch_size", "5"]) == 0
+    assert content(tmp_path / "npz") == want and len(drawn) == 9
     fails(capsys, [*command, "--npz", "false", "--outdir", tmp_path / "x"], "npz and png are both false")
+
+
+@pytest.mark.parametrize("name", ["save_grid", "save_png", "write_npz"])
+def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(command, whole, tmp_path, drawn, name):
+    arguments = [*command, "--png", "true", "--outdir", str(tmp_path / "s")]
+    stopped(arguments, outputs, name)
+    assert len(list((tmp_path / "s" / "parts").iterdir())) == 3
+    assert main(arguments) == 0 and len(drawn) == 3
+    assert content(tmp_path / "s") == content(whole)
 
 
 def test_a_command_without_png_may_be_continued_with_them(command, whole, tmp_path, stop_after):
@@ -237,20 +252,18 @@ def test_a_command_without_png_may_be_continued_with_them(command, whole, tmp_pa
     assert content(tmp_path / "s") == content(whole)
 
 
-@pytest.mark.parametrize("npz", [True, False])
+@pytest.mark.parametrize("npz", ["true", "false"])
 def test_a_lost_png_is_made_again_and_no_other(command, whole, npz, drawn):
-    before = content(whole)
-    (whole / "png" / "0004" / "000004.png").unlink()
-    if not npz:
+    before, lost = content(whole), whole / "png" / "0004" / "000004.png"
+    lost.unlink()
+    if npz == "false":
         (whole / "samples.npz").unlink()
     times = {path: path.stat().st_mtime_ns for path in whole.rglob("0*.png")}
-    assert main([*command, "--png", "true", "--outdir", str(whole)]) == 0
-    assert drawn == ([] if npz else [[4]]) and times == {path: path.stat().st_mtime_ns for path in times}
-    after, _, metadata = arrays(whole)
-    assert content(whole).keys() == before.keys() and len(metadata["drawn_with"]) == 1 and after.shape[0] == 8
-    with Image.open(whole / "png" / "0004" / "000004.png") as file:
-        assert np.array_equal(np.asarray(file), after[4])
-    assert not npz or content(whole) == before
+    assert main([*command, "--png", "true", "--npz", npz, "--outdir", str(whole)]) == 0
+    assert drawn == ([] if npz == "true" else [[4]])
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    with Image.open(lost) as file, Image.open(io.BytesIO(before["png/0004/000004.png"])) as was:
+        assert np.abs(np.asarray(file).astype(int) - np.asarray(was)).max() <= 1
 
 
 @pytest.mark.parametrize(("limit", "failing"), [(8000, "00000000_00000003.npy"), (20000, "samples.npz")])
@@ -263,7 +276,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(command, tmp_path, capsys, lim
     try:
         if failing == "samples.npz":  # its grid is too large for the limit, too
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(job, "save_grid", lambda *_: (tmp_path / "s" / "grid.png").touch())
+                patch.setattr(outputs, "save_grid", lambda *_: (tmp_path / "s" / "grid.png").touch())
                 code = main(arguments)
         else:
             code = main(arguments)
@@ -331,7 +344,7 @@ def test_bad_requests_write_nothing(command, checkpoint, tmp_path, capsys):
     fails(capsys, [*command, *out, "--autoguidance", plain], "num_classes 0, want 10")
     fails(capsys, [*command, *out, "--guidance", ".inf"], "guidance is inf")
     fails(capsys, [*command, *out, "--batch_size", "0"], "batch_size is 0")
-    fails(capsys, [*command, *out, "--s_churn", "40"], "s_churn is 40.0: an option of edm_sde, not of heun")
+    fails(capsys, [*command, *out, "--s_churn", "40"], "s_churn is 40.0: no option of heun; edm_sde has s_churn")
     fails(capsys, [*command, *out, "--sampler", "edm_sde", "--s_noise", "-1"], "s_noise is -1")
     fails(
         capsys, [*command, *out, "--sampler", "edm_sde", "--s_min", "5", "--s_max", "1"], "s_max is 1.0, want at least"
@@ -341,11 +354,9 @@ def test_bad_requests_write_nothing(command, checkpoint, tmp_path, capsys):
     assert arrays(tmp_path / "s")[1].tolist() == [0] * 8
 
 
-def test_a_folder_without_images_takes_other_settings(command, whole, tmp_path, stop_after):
+def test_a_folder_without_images_takes_other_settings(command, whole, tmp_path):
     arguments = [*command, "--outdir", str(tmp_path / "s")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_draw_missing", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        assert main([*arguments, "--steps", "3"]) == 128 + signal.SIGTERM
+    stopped([*arguments, "--steps", "3"], command_module, "_draw")
     assert main([*arguments, "--png", "true"]) == 0
     assert content(tmp_path / "s") == content(whole)
 
@@ -365,8 +376,8 @@ def test_two_commands_cannot_write_to_one_folder(command, tmp_path, capsys):
 
 
 def test_resumed_images_count_as_done_and_not_as_speed(command, tmp_path, stop_after, monkeypatch):
-    bars, tqdm = [], job.tqdm
-    monkeypatch.setattr(job, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    bars, tqdm = [], command_module.tqdm
+    monkeypatch.setattr(command_module, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     arguments = [*command, "--outdir", str(tmp_path / "s")]
     stop_after(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main(arguments) == 128 + signal.SIGTERM
@@ -410,15 +421,15 @@ class _Elsewhere:
 
 
 def test_ranks_whose_folder_is_not_shared_are_named(tmp_path, whole):
+    folder = command_module.SampleFolder(whole)
     with pytest.raises(
         ValueError, match="rank 1 does not see .* of rank 0; --outdir must be a folder that nodes share"
     ):
-        job._check_shared(whole, _Elsewhere(False))
-    images = Images(tmp_path, np.zeros(8, int), 32)
-    images.save_part(0, np.zeros((4, 32, 32, 3), np.uint8))
-    config = SampleConfig(batch_size=4)
+        command_module._require_shared(folder, _Elsewhere(False))
+    held = Outputs(tmp_path, np.zeros(8, int), 32, True, False)
+    held.save_part(0, np.zeros((4, 32, 32, 3), np.uint8))
     with pytest.raises(RuntimeError, match=r"rank 1 has written images 4\.\.7, which rank 0 does not see"):
-        job._draw_missing(config, None, images, [], _Elsewhere([range(4), range(4, 8)]))
+        command_module._draw(None, held, [], 0, _Elsewhere([range(4), range(4, 8)]))
 
 
 def test_ranks_that_read_other_weights_are_named(command, tmp_path):
@@ -426,7 +437,7 @@ def test_ranks_that_read_other_weights_are_named(command, tmp_path):
     other.decide = lambda choose: choose()
     config = SampleConfig(checkpoint=command[2], outdir=str(tmp_path / "s"), device="cpu")
     with pytest.raises(ValueError, match="rank 1 has read other weights or labels than rank 0"):
-        job._run(config, other)
+        command_module._run(config, other)
     assert not (tmp_path / "s").exists()
 
 
