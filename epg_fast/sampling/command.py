@@ -248,7 +248,7 @@ class SampleFolder(OutputFolder):
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise ValueError(f"outdir: {path} is damaged ({error}); restore it, or choose another --outdir") from None
+            raise ValueError(f"outdir: {path} cannot be read ({error}); restore it, or choose another --outdir") from None
         return content
 
     def write(self, name: str, content: dict) -> None:
