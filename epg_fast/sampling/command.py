@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from epg_fast.plans import PLAIN, Case, Chosen, Machine, choose, require_like_ma
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import Outputs, finite, runs
+from epg_fast.sampling.outputs import Outputs, runs
 from epg_fast.sampling.precision import image_error
 
 log = logging.getLogger("epg_fast")
@@ -62,8 +63,8 @@ def _require_names(config: SampleConfig) -> None:
 
 
 def _run(config: SampleConfig, ranks: Ranks) -> None:
-    folder = SampleFolder(config.outdir)
-    ranks.decide(lambda: folder.require(requested(config)))  # before weights are read, which may take long
+    folder, settings = SampleFolder(config.outdir), requested(config)
+    ranks.decide(lambda: folder.require(settings))  # before weights are read, which may take long
     model = _generator(config.checkpoint, ranks.device)
     weak = _generator(config.autoguidance, ranks.device) if config.autoguidance else None
     untrained = model.metadata.get("untrained_classes", [])
@@ -73,11 +74,11 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
     labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained))
     options = _options(config)
     engine = SamplingEngine(model, weak=weak, ops=lambda case: _agreed(config.ops, case, ranks), **options)
-    settings = requested(config) | resolved(model, weak, labels, engine)
+    settings |= resolved(model, weak, labels, engine)
     using = drawn_with(engine, _alike(settings, ranks))
     outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
     with suitable_threads(engine.model, engine.chosen.threads), folder:
-        missing = ranks.decide(lambda: _claim(folder, outputs, settings, using))
+        missing = ranks.decide(lambda: _claim(folder, outputs, engine.batch_size, settings, using))
         if missing is None:
             log.info("%s already holds these samples", folder.path)
             return
@@ -133,14 +134,14 @@ def _alike(settings: dict, ranks: Ranks) -> list[str]:
     return [name for _, name in everyone]
 
 
-def _claim(folder: SampleFolder, outputs: Outputs, settings: dict, using: dict) -> list[range] | None:
+def _claim(folder: SampleFolder, outputs: Outputs, batch_size: int, settings: dict, using: dict) -> list[range] | None:
     """The images to draw, with the folder locked and its settings written; None when nothing is left to do."""
     folder.lock()
     folder.require(settings)
     outputs.scan()
     if outputs.finished:
         return None
-    missing = outputs.missing(using["batch_size"])
+    missing = outputs.missing(batch_size)
     if not folder.begun:
         (folder.path / _ERROR).unlink(missing_ok=True)  # of other settings, perhaps
     if missing:
@@ -174,7 +175,7 @@ def _precision_error(
         "%s: off by %.2g of fp32 (relative L2 norm), PSNR %.1f dB, in the first %d images",
         *(engine.precision, error["relative_l2"], error["psnr_db"], number),
     )
-    return {"precision": engine.precision, "images": number} | error
+    return finite({"precision": engine.precision, "images": number} | error)
 
 
 def _for(engine: SamplingEngine, labels: np.ndarray) -> np.ndarray | int:
@@ -248,12 +249,14 @@ class SampleFolder(OutputFolder):
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise ValueError(f"outdir: {path} cannot be read ({error}); restore it, or choose another --outdir") from None
+            raise ValueError(
+                f"outdir: {path} cannot be read ({error}); restore it, or choose another --outdir"
+            ) from None
         return content
 
     def write(self, name: str, content: dict) -> None:
         """Write a JSON file of the folder."""
-        write_atomically(self.path / name, json.dumps(finite(content), indent=2) + "\n", sync=True)
+        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n", sync=True)
 
 
 def requested(config: SampleConfig) -> dict:
@@ -296,3 +299,12 @@ def drawn_with(engine: SamplingEngine, devices: list[str]) -> dict:
         "processes": len(devices),
         "batch_size": engine.batch_size,
     }
+
+
+def finite(value):
+    """`value` with numbers that are not finite as text, such as "inf": JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

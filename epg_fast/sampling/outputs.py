@@ -113,7 +113,7 @@ class Outputs:
             save_grid(np.stack(list(islice(images, _GRID))), self.grid)
         if self._wants_png and not self._has_png.all():
             log.info("writing PNG files to %s", self._outdir / "png")
-            with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+            with ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
                 for start, pixels in self._read(remove=not self._wants_npz):
                     list(pool.map(self._save_png, range(start, start + len(pixels)), pixels))
         if self._wants_npz and not self.npz.exists():
@@ -249,11 +249,11 @@ def write_npz(
     """Write samples in the layout of ADM's evaluation: `arr_0` images uint8 [N, H, W, 3], `arr_1` labels int64 [N].
 
     `chunks`: uint8 [n, H, W, 3], N images in all, one chunk in memory at a time. `labels`: [N]. `shape`: (H, W, 3).
-    `metadata` (anything JSON holds) becomes one JSON text in the entry `metadata`, as `finite` makes it. Equal input
-    gives equal bytes; the file appears whole or not at all.
+    `metadata` (what JSON holds, finite numbers) becomes one JSON text in the entry `metadata`. Equal input gives equal
+    bytes; the file appears whole or not at all.
     Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
     """
-    text = json.dumps(finite(metadata), allow_nan=False)
+    text = json.dumps(metadata, allow_nan=False)
     with open_atomically(path, sync=True) as file, zipfile.ZipFile(file, "w") as archive:
         with _member(archive, "arr_0") as member:
             _write_header(member, (len(labels), *shape))
@@ -266,15 +266,6 @@ def write_npz(
         for name, array in (("arr_1", np.asarray(labels, np.int64)), ("metadata", np.array(text))):
             with _member(archive, name) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-def finite(value):
-    """`value` with numbers that are not finite as text, such as "inf": JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:

@@ -228,13 +228,6 @@ def test_small_images_are_enlarged_and_large_ones_are_not(tmp_path, size, tile):
     assert pixels_of(tmp_path / "grid.png").shape == (tile + 4, tile + 4, 3)
 
 
-def test_numbers_that_json_lacks_are_words_in_the_npz(tmp_path):
-    note = {"labels": "balanced", "s_max": float("inf"), "interval": (0.19, 1.61), "images": 3}
-    write_npz(tmp_path / "new" / "samples.bin", [PIXELS], LABELS, (4, 4, 3), note)
-    assert npz_of(tmp_path / "new" / "samples.bin")[2] == note | {"s_max": "inf", "interval": [0.19, 1.61]}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.bin"]
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "samples.npz"
     path.write_bytes(b"old")
