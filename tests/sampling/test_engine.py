@@ -126,22 +126,17 @@ def test_an_image_does_not_depend_on_the_batch_it_is_in(model, sampler):
     assert whole.flatten(1).unique(dim=0).shape[0] == 7
 
 
-def test_a_large_run_streams_in_order(model):
+def test_a_large_run_streams_in_order_and_on_a_cpu_no_batch_waits_for_the_next(model, monkeypatch):
     engine = SamplingEngine(model, steps=3, batch_size=3)
-    whole = engine(LABELS)
-    parts = list(engine.stream(LABELS))
-    assert [part for part, _ in parts] == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert torch.equal(torch.cat([images for _, images in parts]), whole)
+    whole, drawn, draw = engine(LABELS), [], engine._draw
+    monkeypatch.setattr(engine, "_draw", lambda inputs: drawn.append(len(inputs[0])) or draw(inputs))
+    parts = []
+    for part, images in engine.stream(LABELS):
+        parts.append(part)
+        assert torch.equal(images, whole[part]) and len(drawn) == len(parts)
+    assert parts == [slice(0, 3), slice(3, 6), slice(6, 7)] and drawn == [3, 3, 1]
     for part, pixels in engine.stream(LABELS, as_uint8=True):
         assert pixels.dtype == "uint8" and (pixels == quantize(whole[part]).numpy()).all()
-
-
-def test_on_a_cpu_no_batch_waits_for_the_next_to_be_handed_over(model, monkeypatch):
-    engine = SamplingEngine(model, steps=3, batch_size=3)
-    drawn, draw = [], engine._draw
-    monkeypatch.setattr(engine, "_draw", lambda inputs: drawn.append(len(inputs[0])) or draw(inputs))
-    next(engine.stream(LABELS))
-    assert drawn == [3]
 
 
 def test_threads_that_share_an_engine_get_their_own_images(model):
@@ -206,24 +201,20 @@ def test_graphs_are_recorded_once_per_size_and_the_last_batch_is_filled_up(model
     assert _Replayed.made[1:] == [[(1,), (1,), (1,)], [(1,), (1,), (1,), (1, 3, 16, 16)]]
 
 
-def test_a_device_that_records_no_graph_goes_on_without_and_says_why(model, monkeypatch, log):
+def test_where_no_graph_can_be_recorded_the_engine_goes_on_without_and_says_why(model, monkeypatch, log):
     def refuse(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
-    monkeypatch.setattr(engine_module, "GraphedFunction", refuse)
-    engine = SamplingEngine(model, steps=3, batch_size=3)
-    engine.cuda_graphs = True
-    assert_close(engine(LABELS), epg_fast.sample(model, LABELS, steps=3), rtol=0, atol=1e-3)
-    assert log.messages == [
-        "no CUDA graphs: operation not permitted when stream is capturing; launching kernels one by one"
-    ]
-
-
-def test_graphs_on_a_cpu_are_not_to_be_had(model, log):
-    SamplingEngine(model, steps=3)
+    want = epg_fast.sample(model, LABELS, steps=3)
     assert not log.messages
-    SamplingEngine(model, steps=3, cuda_graphs=True)
-    assert log.messages == ["no CUDA graphs: the network is on cpu"]
+    engine = SamplingEngine(model, steps=3, batch_size=3, cuda_graphs=True)
+    monkeypatch.setattr(engine_module, "GraphedFunction", refuse)
+    engine.cuda_graphs = True
+    assert_close(engine(LABELS), want, rtol=0, atol=1e-3)
+    assert log.messages == [
+        "no CUDA graphs: the network is on cpu",
+        "no CUDA graphs: operation not permitted when stream is capturing; launching kernels one by one",
+    ]
 
 
 @pytest.mark.slow
