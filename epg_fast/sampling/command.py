@@ -236,8 +236,8 @@ class SampleFolder(OutputFolder):
 
     def note(self, settings: dict, using: dict) -> None:
         """Write settings.json, where `using`, what images are drawn with, joins that of earlier commands."""
-        runs = self.read().get("drawn_with", []) if self.begun else []
-        self.write(self.marker.name, settings | {"drawn_with": runs if using in runs else [*runs, using]})
+        before = self.read().get("drawn_with", []) if self.begun else []
+        self.write(self.marker.name, settings | {"drawn_with": before if using in before else [*before, using]})
 
     def read(self, name: str = "settings.json") -> dict:
         """What a JSON file of the folder says; nothing if it is not there. Raises ValueError when it is damaged."""

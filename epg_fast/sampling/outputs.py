@@ -125,7 +125,7 @@ class Outputs:
             self.parts.rmdir()
 
     def part_path(self, images: range) -> Path:
-        """Where these images are, each of them drawn."""
+        """The file of a part."""
         return self.parts / f"{images.start:08d}_{images.stop:08d}.npy"
 
     def png_path(self, index: int) -> Path:
@@ -185,7 +185,7 @@ class Outputs:
 
 
 def runs(values: np.ndarray) -> Iterator[range]:
-    """Ascending integers [n] as ranges without gaps."""
+    """Integers [n] as ranges, of which each goes on as long as they rise by one."""
     if len(values):
         for run in np.split(values, np.flatnonzero(np.diff(values) != 1) + 1):
             yield range(int(run[0]), int(run[-1]) + 1)
