@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dry_run(name: str, config: configs.RunConfig, options: configs.DryRunConfig) -> int:
     from epg_fast import training
-    from epg_fast.training.dry_run import describe
+    from epg_fast.training.estimate import describe
 
     stages = {
         stage.name: stage for stage in (training.PretrainStage, training.DiffusionStage, training.ConsistencyStage)
@@ -118,7 +118,7 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
 def _sample(config: configs.SampleConfig) -> int | None:
     from epg_fast.distributed import Interrupted
     from epg_fast.plans import parse_ops
-    from epg_fast.sampling.job import check_command, run
+    from epg_fast.sampling.command import check_command, run
 
     if parse_ops(config.ops).base == "tune":
         from epg_fast.tuning import ensure_plan
