@@ -10,6 +10,10 @@ The batch interface, which every loader keeps and training relies on:
   any iteration, with any number of workers and ranks, sees the same images in the same order.
 - `close()` (or leaving the `with` block) stops whatever the loader started; `bad_files` maps each file that could not
   be decoded to the reason; too many of them raise `DataError`.
+
+Where to read: `sources/` says what the images and classes at a path are and reads them one by one, `prepare/` writes
+their centre crops, and `loading/` makes the batches. `loading/loader.py` holds the order of the images and what becomes
+of bad ones, `pillow.py` and `dali.py` what is made of them, `workers.py` the processes, `prefetch.py` the device.
 """
 
 from epg_fast.data.loading import make_loader, resolve_backend

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from epg_fast.data.loading.loader import Batches
-from epg_fast.data.loading.views import check_shape, crop_geometry, draw_parameters
+from epg_fast.data.loading.views import crop_geometry, draw_parameters
 from epg_fast.data.sources.decoding import decode_image, open_image, without_texts
 
 # Larger images are refused by Pillow as decompression bombs.
@@ -54,7 +54,6 @@ class EncodedBatches(Batches):
         content = without_texts(content)
         with open_image(content) as image:
             size, plain = image.size, not self.pillow_only and _is_plain(image, content)
-        check_shape(*size, self.image_size)
         if min(size) >= self.image_size << (self.max_halvings + 1):
             raise ValueError(f"{size[0]} x {size[1]} pixels are too many")
         if not plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import itertools
 import logging
 import mmap
@@ -71,7 +72,8 @@ class Batches(abc.ABC):
             check_augment(augment)
         self.source, self.image_size, self.batch_size, self.seed = source, image_size, batch_size, seed
         self.flip_probability, self.augment, self.max_bad_fraction = flip_probability, augment, max_bad_fraction
-        self.iterations_per_epoch = len(source) // batch_size
+        self._count = len(source)
+        self.iterations_per_epoch = self._count // batch_size
         self.local_size = batch_size // world_size
         self.views = ("x",) if augment is None else ("x", "view1", "view2")
         self._offset = rank * self.local_size
@@ -82,7 +84,7 @@ class Batches(abc.ABC):
     def __call__(self, iteration: int) -> tuple[dict[str, np.ndarray] | None, dict[str, str]]:
         epoch, step = divmod(iteration, self.iterations_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._rng(_ORDER, epoch).permutation(len(self.source))
+            self._order = epoch, self._rng(_ORDER, epoch).permutation(self._count)
         first = step * self.batch_size + self._offset
         samples, used, bad_files = [], [], {}
         for index in self._order[1][first : first + self.local_size].tolist():
@@ -103,17 +105,16 @@ class Batches(abc.ABC):
 
     def _load(self, epoch: int, index: int, bad_files: dict[str, str]) -> tuple[object, int | None]:
         """Return (sample, its index) for `index` or the next index that decodes; no index once too many do not."""
-        for i in itertools.chain(range(index, len(self.source)), range(index)):
+        for i in itertools.chain(range(index, self._count), range(index)):
             if self.bad[i]:
                 continue
-            sample, reason = self.source.examine(
-                i, lambda content: self.make(content, self._rng(_SAMPLE, epoch, index))
-            )
+            make = functools.partial(self.make, rng=self._rng(_SAMPLE, epoch, index))
+            sample, reason = self.source.examine(i, make)
             if reason is None:
                 return sample, i
             bad_files[self.source.paths[i]] = reason
             self.bad[i] = True
-            if len(bad_files) > self.max_bad_fraction * len(self.source):
+            if len(bad_files) > self.max_bad_fraction * self._count:
                 break
         return None, None
 
@@ -195,6 +196,8 @@ class Loader:
         return batch
 
     def _report(self, bad_files: dict[str, str]) -> None:
+        if not bad_files:
+            return
         for path, reason in bad_files.items():
             if path not in self.bad_files:
                 self.bad_files[path] = reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from epg_fast.data.loading.loader import Batches, Loader
-from epg_fast.data.loading.views import check_shape, training_views
+from epg_fast.data.loading.views import training_views
 from epg_fast.data.sources.decoding import decode_image
 from epg_fast.data.sources.source import ImageSource
 
@@ -28,9 +28,7 @@ class PillowBatches(Batches):
     """Batches of views made with Pillow."""
 
     def make(self, content: bytes, rng: np.random.Generator) -> list[np.ndarray]:
-        image = decode_image(content)
-        check_shape(*image.size, self.image_size)
-        return training_views(image, self.image_size, rng, self.flip_probability, self.augment)
+        return training_views(decode_image(content), self.image_size, rng, self.flip_probability, self.augment)
 
     def collate(self, samples: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
         columns = zip(*samples, strict=True)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from epg_fast.data.loading.views import center_crop, check_shape
+from epg_fast.data.loading.views import center_crop
 from epg_fast.data.sources import open_images
 from epg_fast.data.sources.decoding import decode_image
 from epg_fast.data.sources.faults import too_many_bad_files
@@ -77,9 +77,7 @@ def finish_manifest(outdir: Path, manifest: dict, total: int, max_bad_fraction: 
 
 def crop_and_encode(content: bytes, image_size: int, **options) -> bytes:
     """Return the centre crop of an encoded image as a file; `options` are those of Pillow's `save`."""
-    image = decode_image(content)
-    check_shape(*image.size, image_size)
-    crop = center_crop(image, image_size)
+    crop = center_crop(decode_image(content), image_size)
     # colour profile and the like would be copied into the file
     crop.info.clear()
     buffer = io.BytesIO()
