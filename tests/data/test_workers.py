@@ -70,7 +70,7 @@ class _NoCopy(OSError):
         (UnicodeDecodeError("utf-8", b"", 0, 1, "bad"), RuntimeError, "reads images failed(?s:.*)UnicodeDecodeError"),
         (SystemExit(3), RuntimeError, "reads images failed(?s:.*)SystemExit: 3"),
         (_NoCopy("one", "two"), RuntimeError, "reads images failed(?s:.*)_NoCopy: one and two"),
-        (MemoryError(), ReadError, r"cannot hand a batch over \(Cannot allocate memory\): use fewer workers"),
+        (MemoryError(), ReadError, r"cannot go on \(Cannot allocate memory\): use fewer workers"),
     ],
 )
 def test_a_failure_is_raised_in_its_place_and_ends_the_stream(open_stream, error, raised, message):

@@ -36,7 +36,7 @@ _AHEAD = 2
 _LOOK = 5.0
 # Bytes to which arrays are aligned.
 _ALIGNMENT = 64
-_TASK = "hand a batch over"
+_TASK = "go on"
 
 T = TypeVar("T")
 
