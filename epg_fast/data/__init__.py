@@ -5,7 +5,7 @@ The batch interface, which every loader keeps and training relies on:
 - A loader is an infinite iterator over one rank's share of the global batches, starting at global iteration `start`.
 - A batch is a dict: `x` uint8 [b, 3, H, W] (centre crop, maybe flipped), `label` int64 [b], `index` int64 [b] (position
   in the `ImageSource`) and, for pre-training, `view1` and `view2`, uint8 [b, 3, H, W]; b = global batch / ranks.
-  Tensors are contiguous and may live on any device; `PixelNormalization` turns them into network input there.
+  Tensors are contiguous and may live on any device; `epg_fast.diffusion.PixelNormalization` makes them network input.
 - A batch depends on nothing but the seed, the global iteration and the position in the global batch. A run resumed at
   any iteration, with any number of workers and ranks, sees the same images in the same order.
 - `close()` (or leaving the `with` block) stops whatever the loader started; `bad_files` maps each file that could not
@@ -30,7 +30,6 @@ from epg_fast.data.sources.folder import ImageFolder
 from epg_fast.data.sources.manifest import load_class_frequencies
 from epg_fast.data.sources.source import LABELS_WANTED, NO_LABELS, ImageSource
 from epg_fast.data.sources.tars import ImageTars
-from epg_fast.diffusion.normalization import PixelNormalization
 
 __all__ = [
     "LABELS_WANTED",
@@ -42,7 +41,6 @@ __all__ = [
     "ImageTars",
     "Loader",
     "PillowLoader",
-    "PixelNormalization",
     "Prefetcher",
     "center_crop",
     "decode_image",

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from epg_fast.data import ImageFolder, PixelNormalization, center_crop
-from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
+from epg_fast.data import ImageFolder, center_crop
+from epg_fast.diffusion import Denoiser, NoiseSchedule, PixelNormalization, shift
 from epg_fast.diffusion.denoiser import per_sample
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image

@@ -355,8 +355,6 @@ def test_make_loader_passes_every_setting_on(photographs, backend, kind):
         ({"threads": 0}, "threads, prefetch: got 0, 2"),
         ({"prefetch": 0}, "threads, prefetch: got 2, 0"),
         ({"readers": -1}, "workers: got -1"),
-        ({"batch_size": 25}, "got 25, wanted at most the 24 images"),
-        ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_at_once(photographs, options, message):
