@@ -27,6 +27,8 @@ from epg_fast.ops import augment_view, extension_status, resized_crop
 
 logger = logging.getLogger("epg_fast")
 
+# Batches that DALI works on ahead.
+_AHEAD = 2
 # More than any image can be halved.
 _LEVELS = 15
 
@@ -64,13 +66,10 @@ class DaliLoader(Loader):
         threads: CPU threads of DALI.
         readers: processes that read files and draw the parameters of the views; 0 does so in this process.
         device: a CUDA device decodes and augments there; "cpu" uses DALI's CPU operators.
-        prefetch: batches that DALI works on ahead.
 
     An image that DALI cannot decode is tried with Pillow before it counts as bad. Raises ValueError without DALI or, on
     a CPU, without the extension.
     """
-
-    backend = "dali"
 
     def __init__(
         self,
@@ -80,15 +79,14 @@ class DaliLoader(Loader):
         threads: int = 4,
         readers: int = 1,
         device: torch.device | str = "cpu",
-        prefetch: int = 2,
         **options,
     ):
         if lacking := why_not_dali(device):
             raise ValueError(f"the DALI loader cannot run: {lacking}; or use --data.backend pillow")
-        if threads < 1 or prefetch < 1:
-            raise ValueError(f"threads, prefetch: got {threads}, {prefetch}, wanted at least 1")
+        if threads < 1:
+            raise ValueError(f"threads: got {threads}, wanted at least 1")
         super().__init__(EncodedBatches(source, **options), start, readers)
-        self.device, self.threads, self.prefetch = torch.device(device), threads, prefetch
+        self.device, self.threads = torch.device(device), threads
         # here, or with the operations of the extension, which are for a CPU
         self._dali_resizes = self.device.type != "cpu"
         self._pipeline = None
@@ -188,7 +186,7 @@ class DaliLoader(Loader):
             batch_size=self.batches.local_size,
             num_threads=self.threads,
             device_id=self._device_id(),
-            prefetch_queue_depth=self.prefetch,
+            prefetch_queue_depth=_AHEAD,
             # nothing random is left to DALI
             seed=0,
         )

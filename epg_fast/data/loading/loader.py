@@ -133,10 +133,7 @@ class Loader:
         source: the images.
         iteration: of the next batch.
         bad_files: relative path -> reason.
-        backend: who decodes: "pillow" or "dali".
     """
-
-    backend: str
 
     def __init__(self, batches: Batches, start: int, workers: int):
         """workers: processes that make batches ahead; 0: this one, when asked."""

@@ -18,8 +18,6 @@ class PillowLoader(Loader):
         start, workers: see `Loader`.
     """
 
-    backend = "pillow"
-
     def __init__(self, source: ImageSource, *, start: int = 0, workers: int = 2, **options):
         super().__init__(PillowBatches(source, **options), start, workers)
 
