@@ -9,6 +9,7 @@ import torch
 
 from epg_fast.diffusion.schedule import NoiseSchedule, shift
 from epg_fast.models import EPGViT
+from epg_fast.models.blocks import is_plain
 from epg_fast.ops import patch_loss, patchify
 
 PARAMETERIZATIONS = ("x0", "edm")
@@ -112,7 +113,7 @@ def time_condition(sigma: torch.Tensor) -> torch.Tensor:
 
 def makes_patches(network: Callable) -> bool:
     """Whether `Denoiser.estimate_in_patches` can ask the network for patches: an EPGViT with its own forward."""
-    return isinstance(network, EPGViT) and type(network).forward is EPGViT.forward
+    return isinstance(network, EPGViT) and is_plain(network, EPGViT, hooks=True)
 
 
 def per_sample(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:

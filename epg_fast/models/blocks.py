@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from epg_fast.ops import attention, layer_norm_modulate
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module` is `kind.forward` and nothing else: no subclass, hook or replaced `forward`."""
-    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return type(module) is kind and not hooked
+def is_plain(module: nn.Module, kind: type[nn.Module], hooks: bool = False) -> bool:
+    """Whether a call of `module` computes `kind.forward` and nothing else.
 
-
-def has_hooks(network: nn.Module) -> bool:
-    """Whether any module of the network has a forward hook or a replaced `forward`."""
-    return any(not is_plain(module, type(module)) for module in network.modules())
+    That is: it has no forward of another class or of its own, is not compiled by itself, and has no forward hooks,
+    unless `hooks` lets these pass.
+    """
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return False
+    return hooks or not (module._forward_pre_hooks or module._forward_hooks or module._compiled_call_impl)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -135,8 +135,7 @@ class EPGViT(ViTEncoder):
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         yield from super()._named_blocks()
-        for i, block in enumerate(self.decoder_blocks):
-            yield f"decoder_blocks.{i}", block
+        yield from ((f"decoder_blocks.{i}", block) for i, block in enumerate(self.decoder_blocks))
 
     def _label_embedding(self, y: torch.Tensor | None) -> torch.Tensor | None:
         if (y is None) != (self.class_embed is None):

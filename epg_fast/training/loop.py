@@ -29,6 +29,7 @@ from epg_fast.data import (
     resolve_backend,
 )
 from epg_fast.distributed import Ranks, StopSignals, joined
+from epg_fast.models.fp8 import require_fp8, use_fp8
 from epg_fast.runtime import suitable_threads
 from epg_fast.training.accumulation import check_parts
 from epg_fast.training.bad_files import BadFiles
@@ -36,7 +37,6 @@ from epg_fast.training.batch_norm import synchronize_batch_norm
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.classes import note_classes
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
-from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics, require_wandb
 from epg_fast.training.planning import kept_choice, note_choice

@@ -8,9 +8,9 @@ import torch
 from epg_fast import training
 from epg_fast.data import ImageFolder, PillowLoader, PixelNormalization
 from epg_fast.distributed import joined
+from epg_fast.models.fp8 import use_fp8
 from epg_fast.training.accumulation import Gradients
 from epg_fast.training.draws import Draws
-from epg_fast.training.fp8 import use_fp8
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.loss_scale import LossScale
 

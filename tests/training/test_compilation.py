@@ -11,7 +11,7 @@ from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
 from epg_fast.distributed import Ranks
 from epg_fast.training import loop
-from epg_fast.training.compilation import begin_step, check_compilation, compile_networks
+from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
@@ -63,7 +63,7 @@ def updates(job, compile_with=None, begin=lambda: None, steps=3):
     config.optimizer.backend, config.optimizer.warmup_steps, config.optimizer.lr = "torch", 0, 1e-3
     state = RunState(config, make_stage(job, config), _Images(), Ranks(0, 1, CPU))
     if compile_with:
-        compile_networks(state.stage, backend=compile_with)
+        compile_stage(state.stage, "network", backend=compile_with)
     step_module, metrics = make_step_module(state.stage), Metrics(None, False, 0, False, None, {})
     for step in range(steps):
         torch.manual_seed(10 + step)

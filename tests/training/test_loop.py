@@ -18,7 +18,7 @@ from epg_fast.distributed import Ranks, joined
 from epg_fast.ops import extension_status
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
 from epg_fast.training import progress as progress_module
-from epg_fast.training.compilation import compile_blocks
+from epg_fast.training.compilation import compile_stage
 from epg_fast.training.loop import make_step_module
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.progress import Progress
@@ -128,7 +128,7 @@ def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, parts, 
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compile_blocks(state.stage, backend="eager", fullgraph=True)
+    compile_stage(state.stage, "blocks", backend="eager", fullgraph=True)
     metrics = Metrics(None, False, 0, False, None, {})
     state.update(step_module, next(batches), metrics)
     graphs = counters["stats"]["unique_graphs"]
