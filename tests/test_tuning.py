@@ -231,12 +231,12 @@ TINY += [
 def tiny_job(kind, monkeypatch=None):
     """(Job of a small network on this processor)."""
     from epg_fast import training
-    from epg_fast.__main__ import _parse
     from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, TunedSampleConfig
+    from epg_fast.flags import parse
     from epg_fast.models import preset_config
 
     if kind == "sample":
-        config, _ = _parse("sample", TunedSampleConfig, [*TINY, "--guidance", "2"])
+        (config,) = parse([TunedSampleConfig], [*TINY, "--guidance", "2"], "sample")
         overrides = {"embed_dim": 48, "depth": 2, "decoder_depth": 2, "num_heads": 2}
         overrides |= {"decoder_embed_dim": 48, "decoder_num_heads": 2}
         return Job(config, None, preset_config("digits_32", **overrides), 4, 0.1)
@@ -246,7 +246,7 @@ def tiny_job(kind, monkeypatch=None):
         "finetune-consistency": ConsistencyConfig,
     }
     stages = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
-    config, _ = _parse(kind, classes[kind], [*TINY, "--precision", "fp32"])
+    (config,) = parse([classes[kind]], [*TINY, "--precision", "fp32"], kind)
     return Job(config, getattr(training, f"{stages[kind]}Stage"), {}, 4, 0.1)
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 
 from epg_fast.data import ImageFolder, PixelNormalization, center_crop
-from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
-from epg_fast.diffusion.denoiser import per_sample
+from epg_fast.diffusion import NoiseSchedule, shift
+from epg_fast.diffusion.denoiser import per_sample, precondition
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image
 
@@ -36,7 +36,7 @@ def encoder_features(encoder: nn.Module, schedule: NoiseSchedule | None = None) 
     The encoder sees `c_in * x` and `250 ln sigma` at the shifted sigma (SPEC 2), in eval mode and without gradients, on
     the device of its parameters; its mode is restored after each call. `schedule`: default as in `NoiseSchedule`.
     """
-    denoiser = Denoiser(encoder.encode, schedule)
+    schedule = schedule or NoiseSchedule()
 
     @torch.no_grad()
     def features_of(noisy: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -44,7 +44,8 @@ def encoder_features(encoder: nn.Module, schedule: NoiseSchedule | None = None) 
         training = encoder.training
         encoder.eval()
         try:
-            return encoder.encode(*denoiser.network_input(noisy, per_sample(sigma * shift(noisy.shape[-1]), noisy)))
+            level = per_sample(sigma * shift(noisy.shape[-1]), noisy)
+            return encoder.encode(*precondition(noisy, level, schedule))
         finally:
             encoder.train(training)
 

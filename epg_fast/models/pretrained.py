@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from epg_fast.files import check_writable
+from epg_fast.files import check_writable, open_atomically
 from epg_fast.models.encoder import RCMViT
 from epg_fast.models.generator import EPGViT
 from epg_fast.models.presets import encoder_from_config, generator_from_config, list_presets, preset_config
@@ -64,7 +64,14 @@ def load_weights(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], di
     """(state dict under the official names, metadata of our own files or {}) of a file, folder or hub id."""
     path = _locate(source)
     content, metadata = _read(path)
-    return _network(content, path), metadata
+    state = _network(content, path)
+    if bad := next((name for name, tensor in state.items() if not _is_finite(tensor)), None):
+        log.warning("%s: %s holds NaN or infinity, and so will what is computed with it", path, bad)
+    return state, metadata
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float64).isfinite())
 
 
 def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -75,21 +82,16 @@ def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metada
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:200]}.tmp{os.getpid()}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would make the file private to its owner
-        save_file(tensors, temporary, metadata={"epg_fast": json.dumps(metadata), "format": "pt"})
-        temporary.chmod(mode)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"could not write {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with open_atomically(path) as file:
+            save_file(tensors, file.name, metadata={"epg_fast": json.dumps(metadata), "format": "pt"})
+            # it has put another file there, private to its owner
+            os.chmod(file.name, os.fstat(file.fileno()).st_mode)
+            with open(file.name, "rb") as written:
+                os.fsync(written.fileno())
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
 def is_generator(state: dict[str, torch.Tensor]) -> bool:
@@ -452,17 +454,11 @@ def export(source: str | os.PathLike, output: str | os.PathLike, form: str = "sa
         check_writable(path, "output")
     state, metadata = load_weights(source)
     if form == "safetensors":
-        output.parent.mkdir(parents=True, exist_ok=True)
         save_weights(output, state, metadata or {"config": model_config(state, {})})
         return files
-    output.mkdir(parents=True, exist_ok=True)
     for path in files:
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open_atomically(path) as file:
+            torch.save(state, file)
     lost = {k: metadata[k] for k in ("parameterization", "normalization") if metadata.get(k)}
     if lost:
         flags = " ".join(f"--{k} {v}" for k, v in lost.items())

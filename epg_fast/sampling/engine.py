@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from epg_fast.config import ScheduleConfig
+from epg_fast.config import GUIDANCE_INTERVAL, ScheduleConfig
 from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import autoguided, guided
 from epg_fast.models import EPGViT
@@ -72,7 +72,7 @@ class SamplingEngine:
         sampler: str = "heun",
         steps: int = 32,
         guidance: float = 1.0,
-        interval: tuple[float, float] = (0.19, 1.61),
+        interval: tuple[float, float] = GUIDANCE_INTERVAL,
         weak: torch.nn.Module | None = None,
         parameterization: str | None = None,
         normalization: str | None = None,

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from epg_fast import training
-from epg_fast.__main__ import _RECIPES, _parse, main
+from epg_fast.__main__ import main
 from epg_fast.config import DryRunConfig, PosthocEmaConfig
+from epg_fast.flags import RECIPES, parse
 from epg_fast.training import dry_run
 from epg_fast.training.activations import Activations
 from epg_fast.training.dry_run import describe, memory_per_gpu, planned_stage, total_flops
@@ -50,7 +51,7 @@ def _recipe_names(command):
 
 
 def test_every_recipe_is_part_of_a_run():
-    shipped = {file.name.removesuffix(".yaml") for file in _RECIPES.iterdir() if file.name.endswith(".yaml")}
+    shipped = {file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml")}
     assert set().union(*(_recipe_names(_command(run)) for run in RUNS)) == shipped
 
 
@@ -223,7 +224,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(capsys):
 def test_the_flag_may_stand_alone_or_with_a_value():
     class_ = type(make_config("pretrain"))
     for flags, wanted in (("--dry-run", True), ("--dry_run false", False), ("--dry-run=true", True), ("", False)):
-        config, options = _parse("pretrain", class_, [*flags.split(), "--steps", "3"])
+        config, options = parse([class_, DryRunConfig], [*flags.split(), "--steps", "3"], "pretrain")
         assert (options.dry_run, config.steps) == (wanted, 3)
 
 
