@@ -19,7 +19,8 @@ from typing import NamedTuple
 from epg_fast import config as configs
 from epg_fast import distributed
 from epg_fast.files import check_writable
-from epg_fast.flags import nearest, parse, parse_known
+from epg_fast.flags import parse, parse_known
+from epg_fast.wording import nearest
 
 
 def main(argv: list[str] | None = None) -> int:

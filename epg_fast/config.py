@@ -16,14 +16,13 @@ GUIDANCE_INTERVAL = (0.19, 1.61)
 """Unshifted sigmas between which guidance acts in the released sampler (low excluded, high included)."""
 
 
-def number(default, least=-math.inf, most=math.inf, *, above=None, finite=True, ordered=False):
+def number(default, least=-math.inf, most=math.inf, *, above=-math.inf, finite=True, ordered=False):
     """A field whose number, or each of whose numbers, is within these bounds. None passes.
 
     above: it is larger than this. finite: infinity is none. ordered: a pair is (low, high).
     """
     limits = {"least": least, "most": most, "above": above, "finite": finite, "ordered": ordered}
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**make, metadata=limits)
+    return field(default=default, metadata=limits)
 
 
 class _Checked:
@@ -31,26 +30,17 @@ class _Checked:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            limits = {**_ANY, **f.metadata}
-            if not all(_is_within(limits, part) for part in values if isinstance(part, (int, float))):
-                raise ValueError(f"{f.name} is {value}, want {_described(limits)}")
+            value, limits = getattr(self, f.name), f.metadata or number(None).metadata
+            numbers = [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int | float)]
+            inside = all(limits["least"] <= n <= limits["most"] and n > limits["above"] for n in numbers)
+            if not inside or (limits["finite"] and not all(map(math.isfinite, numbers))):
+                raise ValueError(f"{f.name} is {value}, want {_described(**limits)}")
             if limits["ordered"] and not value[0] <= value[1]:
                 raise ValueError(f"{f.name} is {value}, want low <= high")
 
 
-_ANY = dict(number(None).metadata)
-
-
-def _is_within(limits: dict, value: float) -> bool:
-    above = limits["above"] is None or value > limits["above"]
-    return limits["least"] <= value <= limits["most"] and above and (math.isfinite(value) or not limits["finite"])
-
-
-def _described(limits: dict) -> str:
-    least, most, above = limits["least"], limits["most"], limits["above"]
-    if above is not None:
+def _described(least: float, most: float, above: float, **_) -> str:
+    if above > -math.inf:
         return "a positive number" if most == math.inf else f"more than {above} and at most {most}"
     if least == -math.inf:
         return "a finite number"
@@ -250,7 +240,22 @@ class PreviewConfig(_Checked):
 
 
 @dataclass
-class RunConfig(_Checked):
+class _ComputeConfig(_Checked):
+    """How training and sampling compute."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a GPU when there is one and says so."""
+    ops: str = "auto"
+    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
+    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
+    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
+    compile: Literal["auto", "off", "blocks", "network"] = "auto"
+    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: as the plan says, else
+    blocks on a GPU only."""
+
+
+@dataclass
+class RunConfig(_ComputeConfig):
     """What every training job has."""
 
     outdir: str = ""
@@ -274,23 +279,14 @@ class RunConfig(_Checked):
     batch, contrastive negatives and BatchNorm statistics included. Pre-training runs its three views once more."""
     seed: int = number(0, 0, 2**63 - 1)
     """Every random draw follows from this, the step and the sample."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; `auto` takes a GPU when there is one and says so."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """What several GPUs hold: `ddp` a copy of everything each; `fsdp` a part each of weights, gradients, moments and
     averages, which saves memory and sends each block's weights round for every forward and backward pass."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
-    ops: str = "auto"
-    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
-    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
-    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
     fp8: Literal["rowwise"] | None = None
     """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
     on GPUs that have it; needs precision bf16."""
-    compile: Literal["auto", "off", "blocks", "network"] = "auto"
-    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: as the plan says, else
-    blocks on a GPU only."""
     cuda_graphs: bool = False
     """Experimental: launch the networks as CUDA graphs; one GPU, compile network."""
     activation_checkpointing: bool | float = number(False, 0, 1)
@@ -456,7 +452,7 @@ class DryRunConfig(_Checked):
 
 
 @dataclass
-class SampleConfig(_Checked):
+class SampleConfig(_ComputeConfig):
     """Draw images from a trained model."""
 
     checkpoint: str = ""
@@ -493,17 +489,8 @@ class SampleConfig(_Checked):
     message. `fp32` is the released code's."""
     error_images: int = number(8, 0)
     """Images to draw in fp32 as well, at most a batch, to report how far those in `precision` are from them."""
-    compile: Literal["auto", "off", "blocks", "network"] = "auto"
-    """torch.compile of the transformer blocks or of the whole network; `auto`: as the plan says, else of the blocks, on
-    a GPU."""
     cuda_graphs: bool | None = None
     """Launch all evaluations of a batch as one CUDA graph; `null`: as the plan says, else on a GPU."""
-    ops: str = "auto"
-    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
-    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
-    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to sample."""
     npz: bool = True
     """Write samples.npz, images and labels in the layout of ADM's evaluation."""
     png: bool = False

@@ -6,19 +6,23 @@ holds the same names, nested, and its values mean what the same text means behin
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import os
 import re
+import shutil
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
+
+from epg_fast.wording import nearest
 
 RECIPES = resources.files("epg_fast") / "configs" / "recipes"
 Text = str | list[str]
@@ -28,44 +32,59 @@ def parse(kinds: Sequence[type], argv: Sequence[str], command: str, summary: str
     """One object of each dataclass in `kinds`, from defaults, then `--config` files in order, then flags.
 
     network_only: of files with names that the command lacks, those of another job, only `model` is taken.
-    Raises ValueError, with one line, for whatever is wrong.
+    Raises ValueError, with one line, for whatever is wrong; prints the help and exits where that is asked for.
     """
+    if {"-h", "--help"} & set(argv):
+        print(_help(kinds, command, summary))
+        raise SystemExit(0)
     flags = {flag.name: flag for kind in kinds for flag in _flags(kind)}
-    parser = _parser(kinds, command, summary, described=bool({"-h", "--help"} & set(argv)))
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML file, or name of a shipped recipe; may be repeated, later ones win, flags win over all",
-    )
-    given, rest = parser.parse_known_args([_underscored(word) for word in argv])
-    if rest:
-        raise ValueError(f"unknown argument {rest[0]}{nearest(rest[0].lstrip('-').partition('=')[0], flags)}")
     texts: dict[str, Text] = {}
-    for file in vars(given).pop("config"):
-        path = _recipe(file)
-        found = _file_texts(path, flags)
-        unknown = [name for name in found if name not in flags]
+    given = list(_given(argv))
+    for path in [_recipe(text or "") for name, text in given if name == "config"]:
+        found = _file_texts(path)
+        unknown = next((name for name in found if name not in flags), None)
         if unknown and network_only:
             found = {name: text for name, text in found.items() if name.startswith("model.")}
+        elif any(name.startswith(f"{unknown}.") for name in flags):
+            raise ValueError(f"config {path}: {unknown} is a group; write its fields indented under it")
         elif unknown:
-            raise ValueError(f"config {path}: unknown name {unknown[0]}{nearest(unknown[0], flags)}")
+            raise ValueError(f"config {path}: unknown name {unknown}{nearest(unknown, flags)}")
         texts |= found
-    texts |= vars(given)
+    texts |= _known(given, flags)
+    unknown = next((name for name, _ in given if name not in flags and name != "config"), None)
+    if unknown is not None:
+        raise ValueError(f"unknown argument {unknown}{nearest(unknown, flags)}")
     return [_built(kind(), texts) for kind in kinds]
 
 
 def parse_known(kind: type, argv: Sequence[str]):
     """(object of the dataclass from the flags that it knows, the other words)."""
-    given, rest = _parser([kind], "", "", described=False, add_help=False).parse_known_args(argv)
-    return _built(kind(), vars(given)), rest
+    flags, given = {flag.name: flag for flag in _flags(kind)}, list(_given(argv))
+    rest = [(name, text) for name, text in given if name not in flags]
+    words = [f"--{name}" if text is None else f"--{name}={text}" for name, text in rest]
+    return _built(kind(), _known(given, flags)), words
 
 
-def nearest(name: str, valid) -> str:
-    """ " (did you mean 'x'?)", or nothing."""
-    match = difflib.get_close_matches(name, list(valid), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+def _given(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, text behind it or None) of each flag, `--batch-size` being `--batch_size`."""
+    words = list(argv)
+    while words:
+        name, equals, text = words.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"unknown argument {name!r}, want --flag value")
+        if not equals and words and not words[0].startswith("--"):
+            equals, text = "=", words.pop(0)
+        yield name[2:].replace("-", "_"), text if equals else None
+
+
+def _known(given: Sequence[tuple[str, str | None]], flags: dict[str, _Flag]) -> dict[str, Text]:
+    texts: dict[str, Text] = {}
+    for name, text in given:
+        if name in flags and text is None and flags[name].hint is not bool:
+            raise ValueError(f"{name} has no value, want {wanted(flags[name].hint)}")
+        if name in flags:
+            texts[name] = "true" if text is None else text
+    return texts
 
 
 class _Flag(NamedTuple):
@@ -89,40 +108,18 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def _parser(kinds, command: str, summary: str, described: bool, add_help: bool = True) -> _Parser:
-    parser = _Parser(
-        prog=f"epg-fast {command}",
-        usage=f"epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]",
-        description=f"{summary}.",
-        allow_abbrev=False,
-        add_help=add_help,
-    )
-    groups = {"": parser}
+def _help(kinds: Sequence[type], command: str, summary: str) -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = [f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]", "", f"{summary}.", ""]
+    entries = [("config FILE", "YAML file, or name of a shipped recipe; may be repeated, later ones win, flags win")]
     for kind in kinds:
-        texts = _texts(kind) if described else {}
+        texts = _texts(kind)
         for flag in _flags(kind):
-            group = flag.name.rpartition(".")[0]
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group, texts.get(group))
             default = "" if flag.default == "" else f" (default: {_shown(flag.default)})"
-            shown = {"help": f"{texts.get(flag.name, '')}{default}".replace("%", "%%")}
-            alone = {"nargs": "?", "const": "true"} if flag.hint is bool else {}
-            metavar = wanted(flag.hint).replace(" or ", "|").replace(", ", "|")
-            groups[group].add_argument(
-                f"--{flag.name}", default=argparse.SUPPRESS, metavar=metavar, **(shown if described else {}), **alone
-            )
-    return parser
-
-
-def _underscored(word: str) -> str:
-    """`--batch-size` is `--batch_size`."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+            entries.append((f"{flag.name} {wanted(flag.hint)}", texts[flag.name] + default))
+    for name, text in entries:
+        lines += [f"  --{name}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    return "\n".join(lines)
 
 
 def _texts(kind: type, prefix: str = "") -> dict[str, str]:
@@ -151,7 +148,7 @@ def wanted(hint) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(map(wanted, arguments))
     if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(arguments)
+        return "|".join(arguments)
     if typing.get_origin(hint) is tuple:
         return f"[{','.join(map(wanted, arguments))}]"
     if typing.get_origin(hint) is list:
@@ -169,8 +166,8 @@ def _built(default, texts: dict[str, Text], prefix: str = ""):
         elif path in texts:
             try:
                 changes[name] = _value(texts[path], hint)
-            except (ValueError, KeyError):
-                near = nearest(str(texts[path]), wanted(hint).split(", "))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                near = nearest(str(texts[path]), wanted(hint).split("|"))
                 raise ValueError(f"{path}: got {texts[path]!r}, want {wanted(hint)}{near}") from None
             if isinstance(changes[name], str):
                 changes[name] = _expanded(path, changes[name])
@@ -181,7 +178,7 @@ def _value(text: Text, hint):
     """What a text means as a value of this type. Raises ValueError or KeyError for one that means nothing."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if type(None) in arguments and text == "null":
+        if type(None) in arguments and text in ("null", ""):
             return None
         *firsts, last = (argument for argument in arguments if argument is not type(None))
         for first in firsts:
@@ -237,44 +234,33 @@ def _recipe(name: str) -> Path:
     raise ValueError(f"config {name!r}: no such file{nearest(name, shipped)}; shipped recipes: {', '.join(shipped)}")
 
 
-def _file_texts(path: Path, flags: dict[str, _Flag]) -> dict[str, Text]:
-    """{name of a flag: its text} of a YAML file, nothing of which YAML takes for a boolean or a number."""
-    import yaml
+class _Texts(yaml.BaseLoader):
+    """Leaves every value as it is written, and takes no name twice."""
 
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        twice = next((key for i, (key, _) in enumerate(node.value) if key.value in names[:i]), None)
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"{twice.value} comes twice", problem_mark=twice.start_mark)
+        return super().construct_mapping(node, deep)
 
-        def construct_mapping(self, node, deep=False):
-            names = [key.value for key, _ in node.value]
-            twice = next((key for i, (key, _) in enumerate(node.value) if key.value in names[:i]), None)
-            if twice:
-                raise yaml.MarkedYAMLError(problem=f"{twice.value} comes twice", problem_mark=twice.start_mark)
-            return super().construct_mapping(node, deep)
 
+def _file_texts(path: Path) -> dict[str, Text]:
+    """{name: text} of a YAML file, nested names joined by dots."""
     try:
-        content = yaml.load(path.read_bytes(), Loader)  # as bytes, whose encoding YAML knows
+        content = yaml.load(path.read_bytes(), _Texts) or {}  # as bytes, whose encoding YAML knows
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: not valid YAML ({error})") from None
-    if not isinstance(content, dict | None):
+    if not isinstance(content, dict):
         raise ValueError(f"config {path}: want a mapping of names to values, got {type(content).__name__}")
-    groups = {name.rpartition(".")[0] for name in flags} - {""}
+    return dict(_flat(content))
 
-    def flat(mapping: dict, prefix: str = "") -> Iterator[tuple[str, Text]]:
-        for key, value in mapping.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict):
-                yield from flat(value, f"{name}.")
-            elif name in groups:
-                raise ValueError(f"config {path}: {name} is a group, got {value!r}; write its fields indented under it")
-            elif value is None and name in flags and type(None) not in typing.get_args(flags[name].hint):
-                raise ValueError(f"config {path}: {name} has no value; write one, or remove the line")
-            elif isinstance(value, list):
-                yield name, ["null" if part is None else str(part) for part in value]
-            else:
-                # as Python decodes words of the command line
-                yield name, os.fsdecode(("null" if value is None else value).encode("utf-8", "surrogateescape"))
 
-    return dict(flat(content or {}))
+def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, Text]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield prefix + key, value
+        else:
+            yield prefix + key, os.fsdecode(value.encode("utf-8", "surrogateescape"))  # as words of a command line are

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -71,17 +70,20 @@ def test_help_env_and_version_work_without_arguments(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["finetune-diffusion", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0 and "--optimizer.clip_norm NUMBER|null" in text and "(default: 0.5)" in text
+    assert stopped.value.code == 0 and "--optimizer.clip_norm NUMBER or null" in text and "(default: 0.5)" in text
 
 
 MISTAKES = {
     # command: what its one line of error says
     "pretain": "unknown job 'pretain' (did you mean 'pretrain'?)",
-    "pretrain --optimizer.lrr 1": "unknown argument --optimizer.lrr (did you mean 'optimizer.lr'?)",
+    "pretrain --optimizer.lrr 1": "unknown argument optimizer.lrr (did you mean 'optimizer.lr'?)",
     "pretrain --config digit_pretrain": "did you mean 'digits_pretrain'",
     "pretrain --batch_size many": "batch_size: got 'many', want INTEGER",
-    "pretrain --batch_size": "--batch_size: expected one argument",
+    "pretrain --batch_size": "batch_size has no value, want INTEGER",
     "pretrain --steps 0": "steps is 0, want at least 1",
+    "pretrain --steps --seed 1": "steps has no value",
+    "pretrain steps": "unknown argument 'steps', want --flag value",
+    "finetune-diffusion --ema -1e-3": "ema is -0.001, want 0 to 1",
     "pretrain --steps 2.5": "steps: got '2.5', want INTEGER",
     "pretrain --tensorboard maybe": "tensorboard: got 'maybe', want true or false",
     "pretrain --outdir $NO_SUCH_VARIABLE/x": "outdir is '$NO_SUCH_VARIABLE/x': no such user or variable",
@@ -96,7 +98,7 @@ MISTAKES = {
     "finetune-diffusion --noise.sigma_min 100": "sigma_min is 100",
     "finetune-diffusion --noise.rho 0": "rho is 0.0, want a positive number",
     "finetune-diffusion --model.num_heads 0": "num_heads is 0",
-    "finetune-diffusion --preview.sampler huen": "preview.sampler: got 'huen', want heun, euler",
+    "finetune-diffusion --preview.sampler huen": "preview.sampler: got 'huen', want heun|euler",
     "finetune-diffusion --preview.steps 1": "steps is 1, want at least 2 noise levels for heun",
     "finetune-diffusion --preview.interval [2,1]": "interval is (2.0, 1.0), want low <= high",
     "finetune-diffusion --preview.guidance .inf": "guidance is inf, want a finite number",
@@ -106,12 +108,12 @@ MISTAKES = {
     "finetune-diffusion --p_mean .nan": "p_mean is nan, want a finite number",
     "finetune-diffusion --optimizer.milestones [5,1]": "milestones is (5, 1), want low <= high",
     "finetune-diffusion --data.readers -3": "readers is -3",
-    "finetune-diffusion --compile on": "compile: got 'on', want auto, off, blocks, network",
+    "finetune-diffusion --compile on": "compile: got 'on', want auto|off|blocks|network",
     "sample --sampler onestep --s_churn 3": "s_churn is 3.0: an option of edm_sde, not of onestep",
     "sample --sampler edm_sde --s_min 3 --s_max 2": "s_max is 2.0, want at least s_min (3.0)",
     "export --checkpoint x": "output is missing; say it with --output",
     "reconstruct-ema --run x": "sigma_rel is missing",
-    "env now": "unknown argument now",
+    "env now": "unknown argument 'now'",
 }
 
 
@@ -124,7 +126,6 @@ MISTAKES_IN_FILES = {
     "optimizer: {wieght_decay: 1}": "unknown name optimizer.wieght_decay (did you mean 'optimizer.weight_decay'?)",
     "batchsize: 1": "did you mean 'batch_size'",
     "a: [": "not valid YAML",
-    "seed:": "seed has no value",
     "steps: 1\nsteps: 2": "steps comes twice",
     "- 1": "mapping",
     "data: 5": "data is a group",
@@ -132,12 +133,18 @@ MISTAKES_IN_FILES = {
     "optimizer: [1]": "optimizer is a group",
     "steps: {a: 1}": "unknown name steps.a",
 }
+VALUES_IN_FILES = {
+    "seed:": "seed: got '', want INTEGER",
+    "steps: [1]": "steps: got ['1'], want INTEGER",
+    "posthoc_ema: {sigma_rel: [{a: 1}]}": "posthoc_ema.sigma_rel: got [{'a': '1'}], want [NUMBER,...] or null",
+}
 
 
-@pytest.mark.parametrize("content", MISTAKES_IN_FILES)
-def test_a_mistake_in_a_file_is_answered_with_the_files_name(capsys, tmp_path, content):
+@pytest.mark.parametrize("content", [*MISTAKES_IN_FILES, *VALUES_IN_FILES])
+def test_a_mistake_in_a_file_is_answered_in_one_line(capsys, tmp_path, content):
     (tmp_path / "a.yaml").write_text(content)
-    _fails(capsys, ["pretrain", "--config", tmp_path / "a.yaml"], "a.yaml", MISTAKES_IN_FILES[content])
+    expected = [VALUES_IN_FILES[content]] if content in VALUES_IN_FILES else ["a.yaml", MISTAKES_IN_FILES[content]]
+    _fails(capsys, ["pretrain", "--config", tmp_path / "a.yaml"], *expected)
 
 
 def test_configs_merge_left_to_right_and_flags_win_wherever_they_stand(tmp_path):
@@ -240,7 +247,9 @@ def test_a_missing_optional_package_is_named_with_its_remedy(capsys, tmp_path, m
     _fails(capsys, ["prepare-data", "--outdir", tmp_path / "x"], "scikit-learn", "pip install")
 
 
-def test_bad_models_and_data_are_refused_before_anything_is_written(capsys, diffusion, digits, tmp_path, monkeypatch):
+def test_bad_models_and_data_are_refused_before_anything_is_written(
+    capsys, diffusion, digits, checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
     out = tmp_path / "run"
     run = [*diffusion, "--outdir", out]
@@ -256,31 +265,13 @@ def test_bad_models_and_data_are_refused_before_anything_is_written(capsys, diff
     _fails(capsys, [*run, "--data.path", flat], "flat", "class")
     _fails(capsys, [*run, "--batch_size", "5000"], "5000", "1347")
     _fails(capsys, [*run, "--init_from", tmp_path / "no.pth"], "no.pth", "no such file")
+    wide = ["--init_from", checkpoint, "--model.decoder_embed_dim", "96"]
+    _fails(capsys, [*run, *wide], "has shape [48], want [96]", "more")
     _fails(capsys, diffusion, "outdir is missing")
     _fails(capsys, [*run, "--wandb", "digits"], "pip install wandb")
     if not torch.cuda.is_available():
         _fails(capsys, [*run, "--device", "cuda"], "sees no CUDA GPU")
     assert not (out / "checkpoints").exists() and not (out / "config.yaml").exists()
-
-
-def test_a_checkpoint_that_does_not_fit_or_is_no_checkpoint(capsys, diffusion, checkpoint, tmp_path):
-    run = [*diffusion, "--outdir", tmp_path / "run"]
-    _fails(
-        capsys,
-        [*run, "--init_from", checkpoint, "--model.decoder_embed_dim", "96"],
-        "has shape [48], want [96]",
-        "more",
-    )
-    executed = tmp_path / "executed"
-
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(executed),))
-
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Evil()}))
-    _fails(capsys, [*run, "--init_from", tmp_path / "evil.pth"], "evil.pth", "not loaded")
-    _fails(capsys, ["sample", "--checkpoint", tmp_path / "evil.pth", "--outdir", tmp_path / "s"], "evil.pth")
-    assert not executed.exists()
 
 
 @pytest.mark.parametrize("job, recipe", [("pretrain", "digits_pretrain"), ("finetune-diffusion", "digits_diffusion")])
@@ -297,44 +288,26 @@ def test_a_checkpoint_to_resume_from_is_read_as_the_run_it_belongs_to(capsys, ti
     _fails(capsys, [*again, checkpoints / "step_000000002.pt"], "to resume training from", "pass the run folder")
 
 
-def test_bad_images_are_skipped_and_named_and_too_many_stop_the_run(capsys, diffusion, digits, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(digits / "train", data)
-    files = sorted(data.rglob("*.png"))
-    files[5].write_bytes(files[5].read_bytes()[:40])
-    run = [*diffusion, "--data.path", data, "--steps", "90"]
-    assert main([str(a) for a in [*run, "--outdir", tmp_path / "a"]]) == 0
-    assert str(files[5].relative_to(data)) in capsys.readouterr().err
-    for file in files[20:60]:
-        file.write_text("not an image")
-    _fails(capsys, [*run, "--outdir", tmp_path / "b"], "files")
-
-
-def test_sample_writes_the_images_it_says(checkpoint, tmp_path):
-    out = tmp_path / "s"
-    command = ["sample", "--checkpoint", checkpoint, "--num", "6", "--labels", "3,7", "--steps", "3", "--png", "true"]
-    assert main([str(a) for a in [*command, "--outdir", out]]) == 0
+def test_sample_writes_the_images_it_says_and_refuses_what_it_cannot_do(capsys, checkpoint, tmp_path):
+    out, manifest = tmp_path / "s", tmp_path / "manifest.json"
+    command = ["sample", "--checkpoint", checkpoint, "--num", "6", "--steps", "3", "--outdir", out]
+    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0.5, 0.5]}))
+    _fails(capsys, [*command, "--labels", f"frequencies:{manifest}"], "2 classes, the model has 10")
+    _fails(capsys, [*command, "--labels", "0,10"], "label 10", "0..9")
+    _fails(capsys, [*command, "--labels", "cats"], "balanced, random")
+    _fails(capsys, ["sample", "--outdir", out], "--checkpoint")
+    assert not out.exists()
+    assert main([str(a) for a in [*command, "--labels", "3,7", "--png"]]) == 0
     with np.load(out / "samples.npz") as stored:
         images, labels = stored["arr_0"], stored["arr_1"]
     assert images.shape == (6, 32, 32, 3) and images.dtype == np.uint8 and labels.tolist() == [3, 7, 3, 7, 3, 7]
     with Image.open(out / "png" / "0007" / "000003.png") as file:
         assert np.array_equal(np.asarray(file), images[3])
-    with Image.open(out / "grid.png") as grid:
-        assert grid.width > 64
-
-
-def test_sample_refuses_what_it_cannot_do(capsys, checkpoint, tmp_path):
-    out = tmp_path / "s"
-    command = ["sample", "--checkpoint", checkpoint, "--num", "2", "--outdir", out]
-    _fails(capsys, [*command, "--labels", "0,10"], "label 10", "0..9")
-    _fails(capsys, [*command, "--labels", "cats"], "balanced, random")
-    _fails(capsys, ["sample", "--outdir", out], "--checkpoint")
-    assert not out.exists()
-    assert main([str(a) for a in [*command, "--steps", "2"]]) == 0
-    content = (out / "samples.npz").read_bytes()
-    _fails(capsys, [*command, "--steps", "3"], "other settings", "steps was 2, now 3")
-    assert main([str(a) for a in [*command, "--steps", "2"]]) == 0
-    assert (out / "samples.npz").read_bytes() == content
+    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0, 0.5, 0, 0.5] + [0] * 6}))
+    command[-1] = tmp_path / "frequencies"
+    assert main([str(a) for a in [*command, "--labels", f"frequencies:{manifest}"]]) == 0
+    with np.load(tmp_path / "frequencies" / "samples.npz") as stored:
+        assert set(stored["arr_1"].tolist()) == {1, 3}
 
 
 def test_prepare_data_writes_shards_verifies_them_and_names_the_damaged_one(capsys, digits, tmp_path):
@@ -386,17 +359,6 @@ def test_classes_without_images_are_said_recorded_and_not_sampled(capsys, digits
     assert load_weights(later)[1]["untrained_classes"] == [0]
 
 
-def test_labels_of_samples_may_follow_the_frequencies_of_the_data(capsys, checkpoint, tmp_path):
-    command = ["sample", "--checkpoint", checkpoint, "--num", "6", "--steps", "2", "--outdir", tmp_path / "s"]
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0.5, 0.5]}))
-    _fails(capsys, [*command, "--labels", f"frequencies:{manifest}"], "2 classes, the model has 10")
-    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0, 0.5, 0, 0.5] + [0] * 6}))
-    assert main([str(a) for a in [*command, "--labels", f"frequencies:{manifest}"]]) == 0
-    with np.load(tmp_path / "s" / "samples.npz") as stored:
-        assert set(stored["arr_1"].tolist()) == {1, 3}
-
-
 def test_evaluate_probe_and_export(capsys, checkpoint, digits, tmp_path):
     real = ["--train", digits / "train", "--test", digits / "test"]
     out = tmp_path / "probe.json"
@@ -417,10 +379,9 @@ def test_the_configuration_of_a_run_is_read_again_whatever_its_folder_is_called(
         assert config.outdir == name
 
 
-@pytest.mark.parametrize("names", [["lost+found"], [".DS_Store"], ["@eaDir", "Thumbs.db", ".nfs0001"]])
-def test_what_systems_leave_in_a_folder_does_not_make_it_someone_elses(diffusion, checkpoint, tmp_path, names):
+def test_what_systems_leave_in_a_folder_does_not_make_it_someone_elses(diffusion, checkpoint, tmp_path):
     for folder in ("run", "samples"):
-        for name in names:
+        for name in ("lost+found", ".DS_Store", "@eaDir", "Thumbs.db", ".nfs0001"):
             (tmp_path / folder / name).mkdir(parents=True)
     assert main([*diffusion, "--steps", "1", "--outdir", str(tmp_path / "run")]) == 0
     sample = ["sample", "--checkpoint", str(checkpoint), "--num", "1", "--steps", "2", "--outdir"]

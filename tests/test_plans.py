@@ -92,6 +92,14 @@ def test_a_plan_with_what_does_not_exist_is_damaged(damage, model, tmp_path):
         read_plan(path)
 
 
+def test_an_option_that_inductor_lacks_is_refused_before_anything_compiles(folder, model):
+    path = put(folder, dataclasses.replace(make_plan(case_of(model)), options={"epilogue_fusion": False}))
+    assert choose(str(path), case_of(model), CPU).options == {"epilogue_fusion": False}
+    put(folder, dataclasses.replace(make_plan(case_of(model)), options={"epilog": False}))
+    with pytest.raises(ValueError, match="plan .*: got option 'epilog', wanted one that Inductor has"):
+        choose("auto", case_of(model), CPU)
+
+
 def test_auto_takes_the_users_plan_then_the_packages_then_plain_code(folder, model, monkeypatch, tmp_path):
     case = case_of(model)
     assert (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from functools import cache
 from importlib import resources
@@ -11,6 +10,7 @@ import yaml
 
 from epg_fast.models.encoder import RCMViT
 from epg_fast.models.generator import EPGViT
+from epg_fast.wording import nearest
 
 
 @cache
@@ -31,12 +31,12 @@ def preset_config(name: str, **overrides) -> dict:
     """
     if name not in _presets():
         raise ValueError(
-            f"unknown preset {name!r}{_nearest(name, list_presets())}; presets: {', '.join(list_presets())}"
+            f"unknown preset {name!r}{nearest(name, list_presets())}; presets: {', '.join(list_presets())}"
         )
     valid = (set(inspect.signature(EPGViT).parameters) | set(inspect.signature(RCMViT).parameters)) - {"official"}
     for field in overrides:
         if field not in valid:
-            raise ValueError(f"unknown model argument {field!r}{_nearest(field, valid)}")
+            raise ValueError(f"unknown model argument {field!r}{nearest(field, valid)}")
     return {**_presets()[name], **{k: v for k, v in overrides.items() if v is not None}}
 
 
@@ -63,8 +63,3 @@ def create_encoder(name: str, **overrides) -> RCMViT:
 def _arguments_of(cls, config: dict) -> dict:
     names = set(inspect.signature(cls).parameters) - {"official"}
     return {k: v for k, v in config.items() if k in names}
-
-
-def _nearest(name: str, valid) -> str:
-    match = difflib.get_close_matches(name, valid, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from epg_fast.files import check_writable
 from epg_fast.models import save_weights
-from epg_fast.models.pretrained import open_safetensors
+from epg_fast.models.weight_files import open_safetensors
 from epg_fast.training.posthoc_ema import FOLDER, checksum, list_snapshots, snapshot_step
 from epg_fast.training.power_ema import Fit, fit_profile, gamma_of
 
