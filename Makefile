@@ -1,5 +1,7 @@
 # make demo   the whole method on handwritten digits, results in runs/demo
-# make test   lint, kernel resource table, the whole test suite
+# make check  lint, sizes, the fast tests: two minutes
+# make test   that, and the slow tests: eight minutes
+# make kernels  CUTLASS, the kernels' resources on three architectures, the interpreter at every shape
 # make bench  all benchmarks, results in bench/results/<date>-<device>
 # make ledger what a Hopper GPU would be given, counted without one, results in bench/results/<date>-ledger
 # make asan   the extension's CPU code under AddressSanitizer, with the tests in ASAN_TESTS
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 ALL_KERNELS := $(VENV)/.all_kernels
-# Compiling every kernel for it takes a minute: the tests read the table that `make test` has just made.
+# Compiling every kernel for it takes a minute: the tests read the table that `make kernels` has just made.
 RESOURCE_TABLE := $(VENV)/resources.txt
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 # A CUDA build, which brings 3 GB of libraries, in an environment of its own: the other one's is a CPU build as a rule.
@@ -20,7 +22,7 @@ LEDGER_BIN := $(LEDGER_VENV)/bin
 LEDGER_FLAGS ?=
 ASAN_TESTS ?= $(patsubst kernels/csrc/%.cpp,tests/ops/test_%.py,$(filter-out %/register.cpp,$(wildcard kernels/csrc/*.cpp)))
 
-.PHONY: install demo test lint resources bench ledger asan clean
+.PHONY: install demo check test kernels lint resources bench ledger asan clean
 
 install: $(INSTALLED)
 
@@ -44,15 +46,24 @@ demo: $(INSTALLED)
 	$(BIN)/python demo/run.py runs/demo
 
 # Two processes with one thread each are faster than one with two, on networks this small.
-test: $(ALL_KERNELS) lint resources
-	OMP_NUM_THREADS=1 EPG_RESOURCE_TABLE=$(RESOURCE_TABLE) $(BIN)/python -m pytest -n 2 --dist worksteal -q
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+check: $(INSTALLED) lint
+	$(BIN)/python tools/size.py
+	$(TESTS) -m 'not slow and not kernels' --budget 100
+
+test: check
+	$(TESTS) -m 'slow and not kernels' --budget 360
+
+kernels: $(ALL_KERNELS) resources
+	EPG_RESOURCE_TABLE=$(RESOURCE_TABLE) $(TESTS) -m kernels --budget 300
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-resources: $(INSTALLED)
+resources: $(ALL_KERNELS)
 	$(BIN)/python -m bench.resources > $(RESOURCE_TABLE); code=$$?; cat $(RESOURCE_TABLE); exit $$code
 
 bench: $(INSTALLED)

@@ -86,54 +86,27 @@ def job_count(max_jobs: str | None, cores: int, free_bytes: float) -> int:
     return int(max_jobs)
 
 
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The cores this process may run on, and not more than its container's share of time amounts to."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    words = _words(cgroup / "cpu.max")  # version 2: "quota period"; version 1 has a file for each
-    words = words or _words(cgroup / "cpu/cpu.cfs_quota_us") + _words(cgroup / "cpu/cpu.cfs_period_us")
-    if len(words) == 2 and words[0] not in ("max", "-1"):
-        cores = min(cores, max(1, int(words[0]) // int(words[1])))
-    return cores
-
-
-def free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Bytes that can be used before the machine swaps or the container's limit is reached."""
-    words = _words(meminfo)
-    free = 1024 * int(words[words.index("MemAvailable:") + 1]) if "MemAvailable:" in words else float("inf")
-    for limit, usage, statistics in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        limit, usage, statistics = (_words(cgroup / name) for name in (limit, usage, statistics))
-        if limit and usage and limit[0] != "max":
-            # Cached files count as usage, but make room when memory is asked for.
-            cache = int(statistics[statistics.index("inactive_file") + 1]) if "inactive_file" in statistics else 0
-            free = min(free, int(limit[0]) - int(usage[0]) + cache)
-    return free
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError:
-        return []
+def free_memory(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Bytes that can be used before the machine swaps; a container's limit is not seen, MAX_JOBS is for that."""
+    words = meminfo.read_text(encoding="utf-8").split() if meminfo.exists() else []
+    return 1024 * int(words[words.index("MemAvailable:") + 1]) if "MemAvailable:" in words else float("inf")
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        jobs = str(job_count(os.environ.get("MAX_JOBS"), usable_cores(), free_memory()))
+        jobs = job_count(os.environ.get("MAX_JOBS"), len(os.sched_getaffinity(0)), free_memory())
         with tempfile.TemporaryDirectory(prefix="epg_fast_build_") as build:
             configure = ["cmake", "-S", str(SOURCE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
             configure += [f"-DEPG_TORCH_DIR={torch_folder()}", f"-DEPG_OUTPUT_DIR={build}/out"]
             configure += [f"-DEPG_BUILD_CUDA={os.environ.get('EPG_BUILD_CUDA', 'auto')}"]
             configure += [f"-DEPG_CUTLASS_DIR={cutlass_folder() or ''}"]
-            for command in (configure, ["cmake", "--build", build, "--parallel", jobs]):
+            for command in (configure, ["cmake", "--build", build, "--parallel", str(jobs)]):
                 if subprocess.run(command, check=False).returncode != 0:
                     sys.exit(
-                        f"epg_fast: `{' '.join(command)}` failed, see above; EPG_BUILD_CUDA=0 builds without CUDA, "
-                        "EPG_BUILD_EXTENSION=0 installs without the extension"
+                        f"epg_fast: `{' '.join(command)}` failed, see above; MAX_JOBS=1 needs less memory, "
+                        "EPG_BUILD_CUDA=0 builds without CUDA, EPG_BUILD_EXTENSION=0 installs without the extension"
                     )
             staged = target.with_name(f"{target.name}.{os.getpid()}")
             shutil.copy(Path(build, "out", "_extension.abi3.so"), staged)

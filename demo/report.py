@@ -5,7 +5,7 @@ Usage: python demo/report.py runs/demo
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
 import math
 import os
@@ -13,77 +13,105 @@ import platform
 import sys
 from pathlib import Path
 
+from epg_fast.files import write_atomically
+
 STAGES = {"pretrain": "Pre-training", "diffusion": "Diffusion", "consistency": "Consistency"}
 SAMPLES = {
     "diffusion": "Diffusion, guided",
     "diffusion_unguided": "Diffusion, unguided",
     "consistency": "Consistency, one step",
+    "diffusion_bf16": "Diffusion, guided, bf16",
+    "diffusion_fp8": "Diffusion, guided, fp8",
 }
-PRECISIONS = ("bf16", "fp8")
+SHOWN = ("diffusion", "diffusion_unguided", "consistency")
 PROBES = {"probe_before": "before pre-training", "probe_after": "after pre-training"}
-SAMPLE_KEYS = ("accuracy", "frechet_distance", "classifier_accuracy", "baselines", "protocol", "sampling")
-PROBE_KEYS = ("accuracy", "protocol")
-# (samples, figure, wanted): what AT_LEAST names is to reach the number, the others are not to exceed it.
-GOALS = [
-    ("diffusion", "accuracy", 0.95),
-    ("diffusion", "frechet_distance", 0.30),
-    ("consistency", "accuracy", 0.85),
-    ("consistency", "frechet_distance", 0.50),
-    ("diffusion_bf16", "psnr_db", 35.0),
-    ("diffusion_fp8", "accuracy_lost", 0.01),
-]
-AT_LEAST = ("accuracy", "psnr_db")
 FIGURES = {
-    "accuracy": "accuracy",
-    "frechet_distance": "Frechet distance",
-    "psnr_db": "PSNR against fp32, dB",
-    "accuracy_lost": "accuracy lost against fp32",
+    "accuracy": ("accuracy", ".1%"),
+    "frechet_distance": ("Frechet distance", ".3f"),
+    "psnr_db": ("PSNR against fp32, dB", ".1f"),
+    "relative_l2": ("relative L2 error against fp32", ".2g"),
+    "accuracy_lost": ("accuracy lost against fp32", ".1%"),
 }
-TITLES = SAMPLES | {f"diffusion_{precision}": f"Diffusion, guided, {precision}" for precision in PRECISIONS}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the report of a demo folder; exits with a message that names the first missing or unreadable file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder that the demo wrote, such as runs/demo")
-    run = parser.parse_args(arguments).run
-    try:
-        found = gather(run)
-        plot_curves(found["curves"], run / "curves.png")
-        plot_probe(found["evaluations"], run / "probe.png")
-    except (ReportError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    metrics = summarize(found)
-    write_text(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_text(run / "report.md", render(metrics))
-    for goal in metrics["goals"]:
-        print(goal_line(goal))
-    print(f"{run / 'report.md'}: {'all goals reached' if metrics['goals_reached'] else 'NOT every goal was reached'}")
-    return 0
+# (samples, figure, relation, goal); None for a figure that is shown and not judged.
+GOALS = [
+    ("diffusion", "accuracy", ">=", 0.95),
+    ("diffusion", "frechet_distance", "<=", 0.30),
+    ("consistency", "accuracy", ">=", 0.85),
+    ("consistency", "frechet_distance", "<=", 0.50),
+    ("diffusion_bf16", "psnr_db", ">=", 35.0),
+    ("diffusion_fp8", "accuracy_lost", "<=", 0.01),
+    ("diffusion_unguided", "accuracy", None, None),
+    ("diffusion_unguided", "frechet_distance", None, None),
+    ("diffusion_bf16", "relative_l2", None, None),
+    ("diffusion_fp8", "relative_l2", None, None),
+]
 
 
 class ReportError(Exception):
     """Something the report needs is missing or unreadable."""
 
 
-def gather(run: Path) -> dict:
-    """Read everything the report needs from `run`. Raises ReportError naming the first file that is missing."""
-    wanted = dict.fromkeys(SAMPLES, SAMPLE_KEYS) | dict.fromkeys(PROBES, PROBE_KEYS)
-    evaluations = {name: read_json(run / "eval" / f"{name}.json", keys) for name, keys in wanted.items()}
-    if len({tuple(evaluations[name]["accuracy"]) for name in PROBES}) > 1:
-        raise ReportError(
-            f"the probes in {run / 'eval'} have different noise levels; run the whole demo with: make demo"
-        )
-    evaluations["diffusion_fp8"] = read_json(run / "eval" / "diffusion_fp8.json", ("accuracy",))
-    precisions = {
-        f"diffusion_{name}": read_json(run / f"samples_diffusion_{name}" / "precision.json", ("psnr_db", "relative_l2"))
-        for name in PRECISIONS
-    }
-    timings = read_json(run / "timings.json")
-    for name in SAMPLES:
-        existing(run / f"samples_{name}" / "grid.png")
+def main(arguments: list[str] | None = None) -> int:
+    """Write the report of a demo folder; exits with a message that names the first missing or unreadable file."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1:
+        sys.exit("usage: python demo/report.py FOLDER")
+    run = Path(arguments[0])
+    try:
+        metrics, curves = gather(run)
+        plot(curves, metrics["probe"], run)
+    except (ReportError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    write_atomically(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_atomically(run / "report.md", render(metrics))
+    for goal in metrics["goals"]:
+        if goal["relation"]:
+            name = f"{SAMPLES[goal['samples']]}: {FIGURES[goal['figure']][0]}"
+            verdict = "yes" if goal["reached"] else "NO"
+            wanted = f"(goal {goal['relation']} {shown(goal, 'wanted')})"
+            print(f"{name:<52} {shown(goal, 'value'):>7} {wanted}  reached: {verdict}")
+    print(f"{run / 'report.md'}: {'all goals reached' if metrics['goals_reached'] else 'NOT every goal was reached'}")
+    return 0
+
+
+def gather(run: Path) -> tuple[dict, dict[str, list[dict]]]:
+    """(all figures, the lines of metrics of each stage). Raises ReportError naming the first file that is missing."""
+    samples = {name: read_json(run / "eval" / f"{name}.json") for name in (*SHOWN, "diffusion_fp8")}
+    probes = {name: read_json(run / "eval" / f"{name}.json") for name in PROBES}
+    for name in ("diffusion_bf16", "diffusion_fp8"):
+        samples.setdefault(name, {}).update(read_json(run / f"samples_{name}" / "precision.json"))
     curves = {name: read_metrics(run / name / "metrics.jsonl") for name in STAGES}
-    return {"evaluations": evaluations, "precisions": precisions, "timings": timings, "curves": curves}
+    timings = read_json(run / "timings.json")
+    for name in SHOWN:
+        existing(run / f"samples_{name}" / "grid.png")
+    try:
+        samples["diffusion_fp8"]["accuracy_lost"] = (
+            samples["diffusion"]["accuracy"] - samples["diffusion_fp8"]["accuracy"]
+        )
+        goals = [judged(samples[name][figure], name, figure, *goal) for name, figure, *goal in GOALS]
+        if probes["probe_before"]["accuracy"].keys() != probes["probe_after"]["accuracy"].keys():
+            raise ReportError(
+                f"the probes in {run / 'eval'} have different noise levels; run the whole demo: make demo"
+            )
+    except KeyError as error:
+        raise ReportError(f"a file in {run / 'eval'} lacks {error}; write it again with: make demo") from None
+    metrics = {
+        "goals_reached": all(goal["reached"] for goal in goals),
+        "goals": goals,
+        "samples": samples,
+        "probe": probes,
+        "training": {name: training_figures(rows) for name, rows in curves.items()},
+        "timings_s": timings,
+        "total_s": sum(timings.values()),
+        "machine": machine(),
+    }
+    return metrics, curves
+
+
+def judged(value: float, samples: str, figure: str, relation: str | None, wanted: float | None) -> dict:
+    reached = relation is None or (value >= wanted if relation == ">=" else value <= wanted)
+    goal = {"samples": samples, "figure": figure, "relation": relation, "wanted": wanted, "value": value}
+    return goal | {"reached": bool(reached)}
 
 
 def existing(path: Path) -> Path:
@@ -92,21 +120,15 @@ def existing(path: Path) -> Path:
     return path
 
 
-def read_json(path: Path, keys: tuple[str, ...] = ()) -> dict:
+def read_json(path: Path) -> dict:
     try:
-        found = json.loads(existing(path).read_text(encoding="utf-8"))
+        return json.loads(existing(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ReportError(f"{path} is not valid JSON ({error}); write it again with: make demo") from error
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise ReportError(f"{path} lacks {', '.join(missing)}; write it again with: make demo")
-    return found
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Lines of a metrics.jsonl in the order of their steps; a step logged again after a resume counts once, the last
-    time.
-    """
+    """Lines of a metrics.jsonl by step; the last one of a step counts, which a resumed run logs again."""
     by_step = {}
     for number, line in enumerate(existing(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -120,50 +142,16 @@ def read_metrics(path: Path) -> list[dict]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the report needs matplotlib: pip install 'epg_fast[demo]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-    plt.rcParams.update({"grid.alpha": 0.3, "grid.linewidth": 0.6})
-    return plt
+def training_figures(rows: list[dict]) -> dict:
+    last = {key: rows[-1][key] for key in ("images_per_second", "elapsed_s") if key in rows[-1]}
+    losses = finite(rows)[1]
+    # Strict JSON has no NaN: a run whose every loss diverged shows null.
+    return {"steps": rows[-1]["step"], "last_loss": running_mean(losses)[-1] if losses else None, **last}
 
 
-def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
-    """One panel per stage: the logged loss faint, its running mean on top."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.8), layout="constrained")
-    for panel, (name, rows) in zip(panels, curves.items(), strict=True):
-        rows = [row for row in rows if math.isfinite(row["loss"])]
-        steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-        panel.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label="logged")
-        panel.plot(steps, running_mean(losses), color="C0", linewidth=2, label="smoothed")
-        if losses and min(losses) > 0:
-            use_log_axis(panel, losses)
-        panel.set(title=STAGES[name], xlabel="step", ylabel="weighted loss" if name != "pretrain" else "loss")
-        panel.legend(frameon=False)
-    save(figure, path)
-    plt.close(figure)
-
-
-def use_log_axis(panel, losses: list[float]) -> None:
-    """Log axis with plain numbers, also where the values span less than a decade and the default draws no labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    decades = math.log10(max(losses) / min(losses))
-    # Contrastive losses start near the log of the batch and fall by a small factor: a log axis would hide nothing and
-    # show nothing.
-    if decades < 0.7:
-        panel.set_ylim(bottom=0)
-        return
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
+def finite(rows: list[dict]) -> tuple[list[int], list[float]]:
+    kept = [(row["step"], row["loss"]) for row in rows if math.isfinite(row["loss"])]
+    return [step for step, _ in kept], [loss for _, loss in kept]
 
 
 def running_mean(values: list[float]) -> list[float]:
@@ -173,178 +161,128 @@ def running_mean(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def plot_probe(evaluations: dict, path: Path) -> None:
-    """Probe accuracy by noise level, before and after pre-training."""
-    plt = pyplot()
+def plot(curves: dict[str, list[dict]], probes: dict, run: Path) -> None:
+    """curves.png: the loss of each stage, logged and smoothed; probe.png: the probe's accuracy by noise level."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("the report needs matplotlib: pip install 'epg_fast[demo]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+    figure, panels = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.8), layout="constrained")
+    for panel, (name, rows) in zip(panels, curves.items(), strict=True):
+        steps, losses = finite(rows)
+        panel.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label="logged")
+        panel.plot(steps, running_mean(losses), color="C0", linewidth=2, label="smoothed")
+        # Contrastive losses start near the log of the batch and fall by a small factor, which a log axis would hide.
+        if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
+        panel.set(title=STAGES[name], xlabel="step", ylabel="loss" if name == "pretrain" else "weighted loss")
+        panel.legend(frameon=False)
+    save(figure, run / "curves.png")
+
     figure, panel = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
-    positions = range(len(evaluations["probe_after"]["accuracy"]))
     for (name, label), color in zip(PROBES.items(), ("0.6", "C0"), strict=True):
-        accuracy = evaluations[name]["accuracy"]
-        panel.plot(positions, [100 * value for value in accuracy.values()], "o-", color=color, label=label)
-    # Evenly spaced levels: the clean level is orders of magnitude below the others, even on a log axis.
-    panel.set_xticks(positions, list(evaluations["probe_after"]["accuracy"]))
+        # Evenly spaced levels: the clean one is orders of magnitude below the others, even on a log axis.
+        levels, values = zip(*probes[name]["accuracy"].items(), strict=True)
+        panel.plot(levels, [100 * value for value in values], "o-", color=color, label=label)
     panel.set(title="Linear probe of the encoder", xlabel="noise level sigma (unshifted)", ylabel="accuracy, %")
     panel.set_ylim(0, 102)
     panel.legend(frameon=False)
-    save(figure, path)
+    save(figure, run / "probe.png")
+
+
+def save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
     plt.close(figure)
-
-
-def summarize(found: dict) -> dict:
-    """All figures in one place, with goals and whether each is reached."""
-    evaluations, precisions = found["evaluations"], found["precisions"]
-    lost = evaluations["diffusion"]["accuracy"] - evaluations["diffusion_fp8"]["accuracy"]
-    precisions["diffusion_fp8"]["accuracy_lost"] = lost
-    goals = [judge((evaluations | precisions)[name], name, figure, wanted) for name, figure, wanted in GOALS]
-    return {
-        "goals_reached": all(goal["reached"] for goal in goals),
-        "goals": goals,
-        "samples": {name: evaluations[name] for name in SAMPLES},
-        "precisions": precisions,
-        "probe": {name: evaluations[name] for name in PROBES},
-        "training": {name: training_figures(rows) for name, rows in found["curves"].items()},
-        "timings_s": found["timings"],
-        "total_s": sum(found["timings"].values()),
-        "machine": machine(),
-    }
-
-
-def judge(evaluation: dict, name: str, figure: str, wanted: float) -> dict:
-    value = evaluation[figure]
-    reached = value >= wanted if figure in AT_LEAST else value <= wanted
-    return {"samples": name, "figure": figure, "wanted": wanted, "value": value, "reached": bool(reached)}
-
-
-def training_figures(rows: list[dict]) -> dict:
-    last = {key: rows[-1][key] for key in ("images_per_second", "elapsed_s") if key in rows[-1]}
-    losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
-    # Strict JSON has no NaN: a run whose every loss diverged shows null.
-    return {"steps": rows[-1]["step"], "last_loss": running_mean(losses)[-1] if losses else None, **last}
+    write_atomically(path, buffer.getvalue())
 
 
 def machine() -> dict:
     import torch
 
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu_model(), "cores": cores, "gpu": gpu, "torch": torch.__version__}
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": cores, "gpu": gpu, "torch": torch.__version__}
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def shown(goal: dict, key: str) -> str:
+    return format(goal[key], FIGURES[goal["figure"]][1])
 
 
 def render(metrics: dict) -> str:
     """The text of report.md."""
-    sections = ["# Demo report", *goals_table(metrics), *scale_remarks(metrics), *pictures(metrics), *costs(metrics)]
-    return "\n\n".join(sections) + "\n"
-
-
-def goals_table(metrics: dict) -> list[str]:
-    rows = ["| samples | figure | value | goal | reached |", "|---|---|---|---|---|"]
+    samples, probe = metrics["samples"], metrics["probe"]
+    goals = ["| samples | figure | value | goal | reached |", "|---|---|---|---|---|"]
     for goal in metrics["goals"]:
-        value, wanted = shown(goal, "value"), shown(goal, "wanted")
-        sign = "at least" if goal["figure"] in AT_LEAST else "at most"
-        reached = "yes" if goal["reached"] else "**no**"
-        rows.append(
-            f"| {TITLES[goal['samples']]} | {FIGURES[goal['figure']]} | {value} | {sign} {wanted} | {reached} |"
-        )
-    unguided = metrics["samples"]["diffusion_unguided"]
-    for figure in ("accuracy", "frechet_distance"):
-        value = shown({"figure": figure, "value": unguided[figure]}, "value")
-        rows.append(f"| {SAMPLES['diffusion_unguided']} | {FIGURES[figure]} | {value} | none set | |")
-    rows += [
-        f"| {TITLES[name]} | relative L2 error against fp32 | {error['relative_l2']:.2g} | none set | |"
-        for name, error in metrics["precisions"].items()
-    ]
-    return ["\n".join(rows), metrics["samples"]["diffusion"]["protocol"]]
+        wanted, reached = "none set", ""
+        if goal["relation"]:
+            wanted = f"{'at least' if goal['relation'] == '>=' else 'at most'} {shown(goal, 'wanted')}"
+            reached = "yes" if goal["reached"] else "**no**"
+        name = f"{SAMPLES[goal['samples']]} | {FIGURES[goal['figure']][0]}"
+        goals.append(f"| {name} | {shown(goal, 'value')} | {wanted} | {reached} |")
 
-
-def scale_remarks(metrics: dict) -> list[str]:
-    evaluation = metrics["samples"]["diffusion"]
-    base = evaluation["baselines"]
-    near, resized = base["real_frechet_distance"], base["real_resized_frechet_distance"]
-    real = f"{base['num_images']} real training digits lie at Frechet distance {near:.3f} from the held-out ones"
-    if resized is not None:
+    base = samples["diffusion"]["baselines"]
+    real = f"{base['num_images']} real training digits lie at Frechet distance {base['real_frechet_distance']:.3f} "
+    real += "from the held-out ones"
+    if (resized := base["real_resized_frechet_distance"]) is not None:
         real += f", and {resized:.3f} after the way up to the samples' size and down again"
-    lines = [
-        f"The same classifier recognises {evaluation['classifier_accuracy']:.1%} of the held-out real digits.",
+    remarks = [
+        f"The same classifier recognises {samples['diffusion']['classifier_accuracy']:.1%} of the held-out digits.",
         f"{real}: samples in this range cannot be told from real ones by this figure.",
         f"Judge both figures: the mean image of each class scores {base['class_means_accuracy']:.0%} accuracy, and "
         f"only its Frechet distance of {base['class_means_frechet_distance']:.2f} gives it away.",
-        "Pre-training shows in the probe below. It brings no measurable gain in samples at this scale, and none is "
-        "claimed.",
+        "Pre-training shows in the probe below. It brings no measurable gain in samples at this scale.",
     ]
-    return ["How to read the figures:", "\n".join(f"- {line}" for line in lines)]
+    pictures = []
+    for name in SHOWN:
+        drawn = samples[name]["sampling"]
+        settings = ", ".join(f"{k} {drawn[k]}" for k in ("sampler", "steps", "guidance") if drawn.get(k) is not None)
+        pictures += [f"**{SAMPLES[name]}** ({settings})", f"![{SAMPLES[name]}](samples_{name}/grid.png)"]
 
-
-def pictures(metrics: dict) -> list[str]:
-    parts = ["## Samples"]
-    for name, title in SAMPLES.items():
-        drawn = metrics["samples"][name]["sampling"]
-        keys = ("sampler", "steps", "guidance")
-        settings = ", ".join(f"{key} {drawn[key]}" for key in keys if drawn.get(key) is not None)
-        parts.append(f"**{title}**{f' ({settings})' if settings else ''}\n\n![{title}](samples_{name}/grid.png)")
-    levels = metrics["probe"]["probe_after"]["accuracy"]
-    rows = ["| sigma | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    levels = probe["probe_after"]["accuracy"]
+    probes = ["| sigma | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
     for name, label in PROBES.items():
-        rows.append(
-            f"| {label} | " + " | ".join(f"{v:.1%}" for v in metrics["probe"][name]["accuracy"].values()) + " |"
-        )
-    return [
-        *parts,
+        probes.append(f"| {label} | " + " | ".join(f"{v:.1%}" for v in probe[name]["accuracy"].values()) + " |")
+
+    costs = ["| stage | seconds |", "|---|---|"]
+    costs += [f"| {name} | {seconds:.0f} |" for name, seconds in metrics["timings_s"].items()]
+    costs.append(f"| total | {metrics['total_s']:.0f} |")
+    steps = ", ".join(f"{STAGES[name].lower()} {figures['steps']}" for name, figures in metrics["training"].items())
+    here = metrics["machine"]
+    sections = [
+        "# Demo report",
+        "\n".join(goals),
+        samples["diffusion"]["protocol"],
+        "How to read the figures:",
+        "\n".join(f"- {line}" for line in remarks),
+        "## Samples",
+        *pictures,
         "## Encoder",
-        metrics["probe"]["probe_after"]["protocol"],
-        "\n".join(rows),
+        probe["probe_after"]["protocol"],
+        "\n".join(probes),
         "![Linear probe](probe.png)",
         "## Training",
         "![Loss curves](curves.png)",
         "The diffusion and consistency losses are divided by the distance of two noise levels: their fall means "
         "something, their size does not.",
-    ]
-
-
-def costs(metrics: dict) -> list[str]:
-    machine = metrics["machine"]
-    rows = ["| stage | seconds |", "|---|---|"]
-    rows += [f"| {name} | {seconds:.0f} |" for name, seconds in metrics["timings_s"].items()]
-    rows.append(f"| total | {metrics['total_s']:.0f} |")
-    steps = ", ".join(f"{STAGES[name].lower()} {figures['steps']}" for name, figures in metrics["training"].items())
-    return [
         "## Cost",
-        "\n".join(rows),
-        f"Steps: {steps}. Machine: {machine['cpu']}, {machine['cores']} cores"
-        f"{', ' + machine['gpu'] if machine['gpu'] else ', no GPU'}; torch {machine['torch']}.",
+        "\n".join(costs),
+        f"Steps: {steps}. Machine: {here['cpu']}, {here['cores']} cores, {here['gpu'] or 'no GPU'}; "
+        f"torch {here['torch']}.",
     ]
-
-
-def shown(goal: dict, key: str) -> str:
-    formats = {"accuracy": ".1%", "accuracy_lost": ".1%", "psnr_db": ".1f"}
-    return format(goal[key], formats.get(goal["figure"], ".3f"))
-
-
-def goal_line(goal: dict) -> str:
-    sign = ">=" if goal["figure"] in AT_LEAST else "<="
-    verdict = "yes" if goal["reached"] else "NO"
-    name = f"{TITLES[goal['samples']]}: {FIGURES[goal['figure']]}"
-    return f"{name:<52} {shown(goal, 'value'):>7} (goal {sign} {shown(goal, 'wanted')})  reached: {verdict}"
-
-
-def save(figure, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":

@@ -184,37 +184,6 @@ def test_a_wrong_number_of_jobs_is_refused(setup_file, max_jobs):
         setup_file.job_count(max_jobs, 4, 1e12)
 
 
-@pytest.mark.parametrize(
-    ("files", "cores", "free"),
-    [
-        ({}, 64, 8e9),
-        ({"cpu.max": "max 100000", "memory.max": "max", "memory.current": "5"}, 64, 8e9),
-        ({"cpu.max": "250000 100000", "memory.max": "4000000000", "memory.current": "3000000000"}, 2, 1e9),
-        ({"cpu.max": "50000 100000"}, 1, 8e9),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3, 8e9),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64, 8e9),
-        ({"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "1"}, 64, 8e9),
-        (
-            {
-                "memory.max": "4000000000",
-                "memory.current": "3000000000",
-                "memory.stat": "anon 1\ninactive_file 2000000000",
-            },
-            64,
-            3e9,
-        ),
-    ],
-)
-def test_a_containers_limits_count(setup_file, tmp_path, monkeypatch, files, cores, free):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 7812500 kB\n")
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert setup_file.usable_cores(tmp_path) == cores
-    assert setup_file.free_memory(tmp_path, tmp_path / "meminfo") == free
-
-
 def compile_library(path, source):
     command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)]
     subprocess.run(command, input=source, text=True, check=True)

@@ -187,7 +187,7 @@ def test_a_run_folder_of_another_configuration_is_refused_and_left_alone(capsys,
     assert {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    _fails(capsys, [*diffusion, "--outdir", tmp_path / "mine"], "not empty and not a run folder")
+    _fails(capsys, [*diffusion, "--outdir", tmp_path / "mine"], "not empty and not a folder of training")
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -203,7 +203,7 @@ def test_two_processes_cannot_train_in_the_same_folder(capsys, diffusion, tmp_pa
     arguments = [sys.executable, "-c", code, str(out / ".lock")]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        _fails(capsys, command, "another training run is at work in")
+        _fails(capsys, command, "another training is at work in")
         assert not resumed  # the other one, if it is just ending, leaves a newer state
         other.communicate("\n")
     monkeypatch.undo()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def resource_table():
-    """The table that `make test` has just made, which stops at a spill on sm_90, or a new one."""
+    """The table that `make kernels` has just made, which stops at a spill on sm_90, or a new one."""
     if made := os.environ.get("EPG_RESOURCE_TABLE"):
         return Path(made).resolve().read_text()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -21,6 +21,7 @@ def resource_table():
     return done.stdout
 
 
+@pytest.mark.kernels
 def test_no_kernel_spills_on_sm_90():
     pytest.importorskip("triton")
     table = resource_table()

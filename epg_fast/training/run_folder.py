@@ -44,7 +44,7 @@ class RunFolder(OutputFolder):
     """A folder in which one process at a time trains; config.yaml holds its configuration."""
 
     def __init__(self, outdir: str | Path):
-        super().__init__(outdir, "training run", "config.yaml")
+        super().__init__(outdir, "training", "config.yaml")
 
     @property
     def begun(self) -> bool:

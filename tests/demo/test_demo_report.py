@@ -1,6 +1,6 @@
 import importlib.util
 import json
-import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,109 +69,83 @@ def run(tmp_path):
     write(run / "eval" / "probe_before.json", probe(0.76, 0.7, 0.5, 0.3))
     write(run / "eval" / "probe_after.json", probe(0.95, 0.94, 0.85, 0.5))
     write(run / "timings.json", {"pretrain": 60.4, "diffusion": 115.0, "consistency": 110.2})
-    for name in report.SAMPLES:
+    for name in report.SHOWN:
         (run / f"samples_{name}").mkdir()
         Image.new("RGB", (40, 40)).save(run / f"samples_{name}" / "grid.png")
     return run
 
 
-def test_finished_demo_gives_pictures_figures_and_a_report(run, capsys):
+def test_a_finished_demo_gives_pictures_figures_and_a_report(run, capsys):
     assert report.main([str(run)]) == 0
     for name in ("curves.png", "probe.png"):
         pixels = np.asarray(Image.open(run / name).convert("L"))
         assert pixels.shape[1] > 500 and pixels.std() > 10
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["goals_reached"] is True and len(metrics["goals"]) == 6
+    assert metrics["goals_reached"] is True and sum(bool(goal["relation"]) for goal in metrics["goals"]) == 6
     assert metrics["total_s"] == pytest.approx(285.6)
     assert metrics["training"]["diffusion"]["steps"] == 3000
-    assert metrics["samples"]["consistency"]["accuracy"] == 0.916
     assert "all goals reached" in capsys.readouterr().out
-    assert sorted(path.name for path in run.iterdir() if path.is_file()) == [
-        "curves.png",
-        "metrics.json",
-        "probe.png",
-        "report.md",
-        "timings.json",
-    ]
-
-
-def test_report_shows_goals_pictures_machine_and_remarks(run):
-    report.main([str(run)])
+    made = sorted(path.name for path in run.iterdir() if path.is_file())
+    assert made == ["curves.png", "metrics.json", "probe.png", "report.md", "timings.json"]
     text = (run / "report.md").read_text()
-    assert "| Diffusion, guided | accuracy | 98.2% | at least 95.0% | yes |" in text
-    assert "| Consistency, one step | Frechet distance | 0.349 | at most 0.500 | yes |" in text
-    assert "| Diffusion, guided, bf16 | PSNR against fp32, dB | 55.2 | at least 35.0 | yes |" in text
-    assert "| Diffusion, guided, fp8 | accuracy lost against fp32 | 0.2% | at most 1.0% | yes |" in text
-    assert "| Diffusion, guided, fp8 | relative L2 error against fp32 | 0.024 | none set | |" in text
-    for picture in ("samples_diffusion/grid.png", "samples_consistency/grid.png", "curves.png", "probe.png"):
-        assert f"]({picture})" in text and (run / picture).is_file()
-    for part in (
-        "500 samples compared as 8x8",
-        "0.071",
-        "0.212",
-        "100% accuracy",
-        "1.44",
-        "none is claimed",
-        "torch 2",
+    for line in (
+        "| Diffusion, guided | accuracy | 98.2% | at least 95.0% | yes |",
+        "| Consistency, one step | Frechet distance | 0.349 | at most 0.500 | yes |",
+        "| Diffusion, guided, bf16 | PSNR against fp32, dB | 55.2 | at least 35.0 | yes |",
+        "| Diffusion, guided, fp8 | accuracy lost against fp32 | 0.2% | at most 1.0% | yes |",
+        "| Diffusion, guided, fp8 | relative L2 error against fp32 | 0.024 | none set |  |",
+        "| before pre-training | 76.0% | 70.0% | 50.0% | 30.0% |",
+        "| total | 286 |",
+        *("500 samples compared as 8x8", "0.071", "0.212", "100% accuracy", "1.44", "guidance 1.5", "torch 2"),
     ):
-        assert part in text
-    assert "| before pre-training | 76.0% | 70.0% | 50.0% | 30.0% |" in text
-    assert "| total | 286 |" in text and "guidance 1.5" in text
+        assert line in text, line
+    for picture in re.findall(r"\]\((.*?)\)", text):
+        assert (run / picture).is_file()
 
 
 @pytest.mark.parametrize(
-    ("name", "accuracy", "distance", "reached"),
+    ("file", "content", "missed"),
     [
-        ("diffusion", 0.95, 0.30, [True, True]),
-        ("diffusion", 0.949, 0.301, [False, False]),
-        ("consistency", 1.0, 1.46, [True, False]),
-        ("consistency", 0.849, 0.2, [False, True]),
+        ("eval/diffusion.json", samples(0.95, 0.30), []),
+        ("eval/diffusion.json", samples(0.949, 0.301), ["accuracy", "frechet_distance"]),
+        ("eval/consistency.json", samples(1.0, 1.46), ["frechet_distance"]),
+        ("eval/consistency.json", samples(0.849, 0.2), ["accuracy"]),
+        ("samples_diffusion_bf16/precision.json", {"psnr_db": 34.9, "relative_l2": 0.05}, ["psnr_db"]),
+        ("eval/diffusion_fp8.json", samples(0.971, 0.17), ["accuracy_lost"]),
     ],
 )
-def test_goals_are_judged_by_both_figures(run, capsys, name, accuracy, distance, reached):
-    write(run / "eval" / f"{name}.json", samples(accuracy, distance))
+def test_every_figure_is_judged(run, capsys, monkeypatch, file, content, missed):
+    monkeypatch.setattr(report, "plot", lambda *arguments: None)
+    write(run / file, content)
     report.main([str(run)])
     metrics = json.loads((run / "metrics.json").read_text())
-    assert [goal["reached"] for goal in metrics["goals"] if goal["samples"] == name] == reached
-    assert metrics["goals_reached"] is all(reached)
-    assert ("NOT every goal" in capsys.readouterr().out) is not all(reached)
-    assert ("**no**" in (run / "report.md").read_text()) is not all(reached)
-
-
-def test_precisions_are_judged_by_what_they_do_to_the_images(run):
-    write(run / "samples_diffusion_bf16" / "precision.json", {"psnr_db": 34.9, "relative_l2": 0.05})
-    write(run / "eval" / "diffusion_fp8.json", samples(0.971, 0.17))
-    report.main([str(run)])
-    goals = json.loads((run / "metrics.json").read_text())["goals"]
-    assert [goal["samples"] for goal in goals if not goal["reached"]] == ["diffusion_bf16", "diffusion_fp8"]
+    assert [goal["figure"] for goal in metrics["goals"] if not goal["reached"]] == missed
+    assert ("NOT every goal" in capsys.readouterr().out) == bool(missed) == (not metrics["goals_reached"])
+    assert ("**no**" in (run / "report.md").read_text()) == bool(missed)
 
 
 @pytest.mark.parametrize(
-    "missing",
+    ("file", "content", "message"),
     [
-        "pretrain/metrics.jsonl",
-        "eval/consistency.json",
-        "eval/probe_before.json",
-        "timings.json",
-        "samples_diffusion_unguided/grid.png",
-        "samples_diffusion_bf16/precision.json",
-        "eval/diffusion_fp8.json",
+        ("pretrain/metrics.jsonl", None, "is missing; run the whole demo with: make demo"),
+        ("eval/consistency.json", None, "is missing"),
+        ("eval/probe_before.json", None, "is missing"),
+        ("timings.json", None, "is missing"),
+        ("samples_diffusion_unguided/grid.png", None, "is missing"),
+        ("samples_diffusion_bf16/precision.json", None, "is missing"),
+        ("eval/diffusion.json", "{", r"diffusion\.json is not valid JSON"),
+        ("eval/diffusion.json", {"accuracy": 1.0}, "lacks 'frechet_distance'"),
+        ("pretrain/metrics.jsonl", "\n", r"metrics\.jsonl holds no line"),
     ],
 )
-def test_a_missing_input_is_named_with_the_command_that_makes_it(run, missing):
-    (run / missing).unlink()
-    with pytest.raises(SystemExit, match=f"{missing} is missing; run the whole demo with: make demo"):
+def test_an_input_that_is_missing_or_unreadable_is_named_with_the_remedy(run, file, content, message):
+    if content is None:
+        (run / file).unlink()
+    else:
+        write(run / file, content)
+    with pytest.raises(SystemExit, match=message):
         report.main([str(run)])
     assert not (run / "report.md").exists()
-
-
-def test_unreadable_inputs_are_named(run):
-    write(run / "eval" / "diffusion.json", "{")
-    with pytest.raises(SystemExit, match=r"diffusion\.json is not valid JSON"):
-        report.main([str(run)])
-    write(run / "eval" / "diffusion.json", {"accuracy": 1.0})
-    with pytest.raises(SystemExit, match=r"diffusion\.json lacks frechet_distance, classifier_accuracy"):
-        report.main([str(run)])
 
 
 def test_metrics_of_a_killed_and_resumed_run_are_read(run, capsys):
@@ -179,9 +153,6 @@ def test_metrics_of_a_killed_and_resumed_run_are_read(run, capsys):
     path.write_text('{"step": 10, "loss": 3}\n{"step": 20, "loss": 9}\n{"step": 30, "lo\n{"step": 20, "loss": 2}\n')
     assert report.read_metrics(path) == [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}]
     assert "line 3" in capsys.readouterr().err
-    path.write_text("\n")
-    with pytest.raises(SystemExit, match=r"metrics\.jsonl holds no line"):
-        report.main([str(run)])
 
 
 def test_losses_that_are_not_finite_leave_gaps_and_valid_json(run):
@@ -197,30 +168,23 @@ def test_losses_that_are_not_finite_leave_gaps_and_valid_json(run):
     assert metrics["training"]["diffusion"]["last_loss"] == 5
 
 
-def test_running_mean_covers_a_tenth_and_averages_what_there_is_at_the_ends():
+def test_the_running_mean_covers_a_tenth_and_averages_what_there_is_at_the_ends():
     line = [3.0 + 2 * i for i in range(60)]
     smoothed = report.running_mean(line)
     assert smoothed[3:-3] == pytest.approx(line[3:-3])
     assert smoothed[0] == pytest.approx(sum(line[:4]) / 4) and smoothed[-1] == pytest.approx(sum(line[-4:]) / 4)
-    spike = [0.0] * 60
-    spike[30] = 7.0
-    assert max(report.running_mean(spike)) == pytest.approx(1)
-    assert math.fsum(report.running_mean(spike)) == pytest.approx(7)
     assert report.running_mean([4.0]) == [4.0]
 
 
-def test_what_evaluation_returns_is_what_the_report_reads(run, tmp_path):
+def test_what_evaluation_returns_is_what_the_report_reads(run, digits):
     pytest.importorskip("sklearn")
     from epg_fast.config import EvaluateConfig
-    from epg_fast.data import prepare_digits
     from epg_fast.evaluation import evaluate_samples
 
-    data = tmp_path / "digits"
-    prepare_digits(data)
-    config = EvaluateConfig(samples=str(data / "test"), train=str(data / "train"), test=str(data / "test"))
+    config = EvaluateConfig(samples=f"{digits}/test", train=f"{digits}/train", test=f"{digits}/test")
+    found = evaluate_samples(config)
     for name in ("diffusion", "diffusion_fp8"):
-        write(run / "eval" / f"{name}.json", evaluate_samples(config))
+        write(run / "eval" / f"{name}.json", found)
     report.main([str(run)])
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["goals_reached"] is True
+    assert json.loads((run / "metrics.json").read_text())["goals_reached"] is True
     assert "450 held-out real images" in (run / "report.md").read_text()

@@ -297,7 +297,7 @@ def test_folders_that_cannot_be_used_are_refused_and_left_alone(command, whole, 
     moved.write_bytes(checkpoint.read_bytes())
     assert main([str(a) for a in [*run, "--checkpoint", moved]]) == 0  # the same weights
     (whole / "settings.json").write_text("{")
-    fails(capsys, run, "settings.json is damaged", "restore it")
+    fails(capsys, run, "settings.json cannot be read", "restore it")
     (whole / "settings.json").write_bytes(before["settings.json"])
     assert content(whole) == before
 
@@ -305,7 +305,7 @@ def test_folders_that_cannot_be_used_are_refused_and_left_alone(command, whole, 
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     (tmp_path / "file").write_text("dear")
     fails(capsys, [*command, "--outdir", tmp_path / "mine"], "not a folder of sample")
-    fails(capsys, [*command, "--outdir", tmp_path / "file"], "is a file, want a folder")
+    fails(capsys, [*command, "--outdir", tmp_path / "file"], "is a file, wanted a folder")
     fails(capsys, [*command, "--outdir", tmp_path / "file" / "s"], "cannot be written", "Not a directory", "--outdir")
     assert content(tmp_path / "mine") == {"thesis.txt": b"dear"} and (tmp_path / "file").read_text() == "dear"
 
@@ -397,7 +397,7 @@ def test_two_ranks_draw_what_one_draws_and_share_what_is_left(command, one_threa
 class _Elsewhere:
     """The main one of two ranks, of which the other works on a node with a folder of its own."""
 
-    main, rank, world_size = True, 0, 2
+    main, rank, world_size, device = True, 0, 2, torch.device("cpu")
 
     def __init__(self, theirs):
         self.theirs = theirs

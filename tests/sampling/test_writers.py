@@ -122,7 +122,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
     def chunks():
         yield uint8_images()
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     with pytest.raises(OSError, match="cannot write .*samples.npz: disk full"):
         write_npz(path, chunks(), np.arange(6), (4, 4, 3), {})
