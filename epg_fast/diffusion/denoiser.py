@@ -104,10 +104,11 @@ class Denoiser:
         self, x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None
     ) -> ImageEstimate | PatchEstimate:
         """What `__call__` returns, for a loss; it stays in patch space where the network is an EPGViT."""
-        if not (isinstance(self.network, EPGViT) and is_plain(self.network, EPGViT, hooks=True)):
+        network = self.network
+        if not (isinstance(network, EPGViT) and is_plain(network, EPGViT, subclass=True, hooks=True)):
             return ImageEstimate(self(x, sigma, y))
         sigma = per_sample(sigma, x)
-        estimate = PatchEstimate(self.network(*precondition(x, sigma, self.schedule), y, patches=True), self.network)
+        estimate = PatchEstimate(network(*precondition(x, sigma, self.schedule), y, patches=True), network)
         if self.parameterization == "edm":
             c_skip, c_out, _ = self.scalings(sigma, x.shape[-2])
             estimate.scale, estimate.offset, estimate.offset_scale = c_out, x, c_skip

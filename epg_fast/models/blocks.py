@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from epg_fast.ops import attention, layer_norm_modulate
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module], hooks: bool = False) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module], *, subclass: bool = False, hooks: bool = False) -> bool:
     """Whether a call of `module` computes `kind.forward` and nothing else.
 
-    That is: it has no forward of another class or of its own, is not compiled by itself, and has no forward hooks,
-    unless `hooks` lets these pass.
+    It is a `kind`, or if `subclass` one of those with the same forward; it has no forward of its own, and unless
+    `hooks` neither forward hooks nor a compiled call.
     """
-    if type(module).forward is not kind.forward or "forward" in vars(module):
-        return False
-    return hooks or not (module._forward_pre_hooks or module._forward_hooks or module._compiled_call_impl)
+    own = type(module).forward is kind.forward if subclass else type(module) is kind
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._compiled_call_impl
+    return own and "forward" not in vars(module) and (hooks or not hooked)
 
 
 class LayerNorm(nn.LayerNorm):

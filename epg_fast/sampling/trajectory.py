@@ -45,7 +45,7 @@ class Trajectory:
         self.evaluations, self.guided = sum(calls), max(calls) > 1
         self._denoisers = [
             _Conditioned(network, schedule, parameterization, recorder.calls)
-            if is_plain(network, EPGViT)  # `conditioning` and `denoise` do what a call does
+            if is_plain(network, EPGViT, subclass=True)  # `conditioning` and `denoise` do what a call does
             else Denoiser(_casting(network), schedule, parameterization)
             for network, recorder in zip(networks, recorders, strict=True)
         ]
