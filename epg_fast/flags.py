@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -25,7 +26,8 @@ import yaml
 from epg_fast.wording import nearest
 
 RECIPES = resources.files("epg_fast") / "configs" / "recipes"
-Text = str | list[str]
+Text = str | list[str] | None
+"""What stands behind a flag; None: nothing."""
 
 
 def parse(kinds: Sequence[type], argv: Sequence[str], command: str, summary: str = "", network_only: bool = False):
@@ -50,22 +52,20 @@ def parse(kinds: Sequence[type], argv: Sequence[str], command: str, summary: str
         elif unknown:
             raise ValueError(f"config {path}: unknown name {unknown}{nearest(unknown, flags)}")
         texts |= found
-    texts |= _known(given, flags)
-    unknown = next((name for name, _ in given if name not in flags and name != "config"), None)
-    if unknown is not None:
-        raise ValueError(f"unknown argument {unknown}{nearest(unknown, flags)}")
-    return [_built(kind(), texts) for kind in kinds]
+    for name, _ in given:
+        if name not in flags and name != "config":
+            raise ValueError(f"unknown argument {name}{nearest(name, flags)}")
+    return [_built(kind(), texts | dict(given)) for kind in kinds]
 
 
 def parse_known(kind: type, argv: Sequence[str]):
     """(object of the dataclass from the flags that it knows, the other words)."""
-    flags, given = {flag.name: flag for flag in _flags(kind)}, list(_given(argv))
-    rest = [(name, text) for name, text in given if name not in flags]
-    words = [f"--{name}" if text is None else f"--{name}={text}" for name, text in rest]
-    return _built(kind(), _known(given, flags)), words
+    names, given = {flag.name for flag in _flags(kind)}, list(_given(argv))
+    rest = [f"--{name}" if text is None else f"--{name}={text}" for name, text in given if name not in names]
+    return _built(kind(), dict(given)), rest
 
 
-def _given(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def _given(argv: Sequence[str]) -> Iterator[tuple[str, Text]]:
     """(name, text behind it or None) of each flag, `--batch-size` being `--batch_size`."""
     words = list(argv)
     while words:
@@ -77,20 +77,11 @@ def _given(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         yield name[2:].replace("-", "_"), text if equals else None
 
 
-def _known(given: Sequence[tuple[str, str | None]], flags: dict[str, _Flag]) -> dict[str, Text]:
-    texts: dict[str, Text] = {}
-    for name, text in given:
-        if name in flags and text is None and flags[name].hint is not bool:
-            raise ValueError(f"{name} has no value, want {wanted(flags[name].hint)}")
-        if name in flags:
-            texts[name] = "true" if text is None else text
-    return texts
-
-
 class _Flag(NamedTuple):
     name: str
     hint: Any
     default: Any
+    owner: type
 
 
 def _flags(kind: type, default=None, prefix: str = "") -> Iterator[_Flag]:
@@ -100,7 +91,7 @@ def _flags(kind: type, default=None, prefix: str = "") -> Iterator[_Flag]:
         if dataclasses.is_dataclass(hint):
             yield from _flags(hint, value, f"{prefix}{name}.")
         else:
-            yield _Flag(prefix + name, hint, value)
+            yield _Flag(prefix + name, hint, value, kind)
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -112,27 +103,23 @@ def _help(kinds: Sequence[type], command: str, summary: str) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
     lines = [f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]", "", f"{summary}.", ""]
     entries = [("config FILE", "YAML file, or name of a shipped recipe; may be repeated, later ones win, flags win")]
-    for kind in kinds:
-        texts = _texts(kind)
-        for flag in _flags(kind):
-            default = "" if flag.default == "" else f" (default: {_shown(flag.default)})"
-            entries.append((f"{flag.name} {wanted(flag.hint)}", texts[flag.name] + default))
+    for name, hint, default, owner in (flag for kind in kinds for flag in _flags(kind)):
+        text = _texts(owner)[name.rpartition(".")[2]]
+        entries.append((f"{name} {wanted(hint)}", text if default == "" else f"{text} (default: {_shown(default)})"))
     for name, text in entries:
         lines += [f"  --{name}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
     return "\n".join(lines)
 
 
-def _texts(kind: type, prefix: str = "") -> dict[str, str]:
-    """The text under each field, and under those of nested dataclasses."""
+@functools.cache
+def _texts(kind: type) -> dict[str, str]:
+    """The text under each field."""
     texts = {}
     for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
         body = ast.parse(inspect.getsource(base)).body[0].body
         for field, text in zip(body, body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                texts[prefix + field.target.id] = inspect.cleandoc(text.value.value).replace("\n", " ").rstrip(".")
-    for name, hint in _hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            texts |= _texts(hint, f"{prefix}{name}.")
+                texts[field.target.id] = inspect.cleandoc(text.value.value).replace("\n", " ").rstrip(".")
     return texts
 
 
@@ -167,8 +154,8 @@ def _built(default, texts: dict[str, Text], prefix: str = ""):
             try:
                 changes[name] = _value(texts[path], hint)
             except (ValueError, KeyError, TypeError, AttributeError):
-                near = nearest(str(texts[path]), wanted(hint).split("|"))
-                raise ValueError(f"{path}: got {texts[path]!r}, want {wanted(hint)}{near}") from None
+                got, near = texts[path] or "nothing", nearest(str(texts[path]), wanted(hint).split("|"))
+                raise ValueError(f"{path}: got {got!r}, want {wanted(hint)}{near}") from None
             if isinstance(changes[name], str):
                 changes[name] = _expanded(path, changes[name])
     return dataclasses.replace(default, **changes)
@@ -193,7 +180,9 @@ def _value(text: Text, hint):
         if len(words) != len(hints):
             raise ValueError
         return origin(map(_value, words, hints))
-    if isinstance(text, list) or (origin is typing.Literal and text not in arguments):
+    if hint is bool and text is None:
+        return True
+    if not isinstance(text, str) or (origin is typing.Literal and text not in arguments):
         raise ValueError
     if origin is typing.Literal:
         return text

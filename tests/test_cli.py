@@ -79,9 +79,9 @@ MISTAKES = {
     "pretrain --optimizer.lrr 1": "unknown argument optimizer.lrr (did you mean 'optimizer.lr'?)",
     "pretrain --config digit_pretrain": "did you mean 'digits_pretrain'",
     "pretrain --batch_size many": "batch_size: got 'many', want INTEGER",
-    "pretrain --batch_size": "batch_size has no value, want INTEGER",
+    "pretrain --batch_size": "batch_size: got 'nothing', want INTEGER",
     "pretrain --steps 0": "steps is 0, want at least 1",
-    "pretrain --steps --seed 1": "steps has no value",
+    "pretrain --steps --seed 1": "steps: got 'nothing', want INTEGER",
     "pretrain steps": "unknown argument 'steps', want --flag value",
     "finetune-diffusion --ema -1e-3": "ema is -0.001, want 0 to 1",
     "pretrain --steps 2.5": "steps: got '2.5', want INTEGER",
@@ -134,7 +134,7 @@ MISTAKES_IN_FILES = {
     "steps: {a: 1}": "unknown name steps.a",
 }
 VALUES_IN_FILES = {
-    "seed:": "seed: got '', want INTEGER",
+    "seed:": "seed: got 'nothing', want INTEGER",
     "steps: [1]": "steps: got ['1'], want INTEGER",
     "posthoc_ema: {sigma_rel: [{a: 1}]}": "posthoc_ema.sigma_rel: got [{'a': '1'}], want [NUMBER,...] or null",
 }
