@@ -58,6 +58,7 @@ def outputs_and_gradients(model, arguments):
     return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_generator_computes_the_same_with_the_fused_kernels(form):
     plain = make(**DECODER | form)
@@ -78,6 +79,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", MIXED, ids=str)
 def test_every_site_alone_and_mixtures_compute_the_same(ops):
     plain = make(**DECODER)
@@ -126,6 +128,7 @@ def test_the_encoder_computes_the_same_with_the_fused_kernels():
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["autocast", "pure 16-bit"])
 def test_fused_kernels_run_in_16_bit_as_the_plain_path_does(mode):
     model = make(**DECODER).eval().requires_grad_(False)
@@ -145,6 +148,7 @@ def test_fused_kernels_run_in_16_bit_as_the_plain_path_does(mode):
     assert errors["triton"] < 2 * errors["plain"] < 0.1
 
 
+@pytest.mark.slow
 def test_the_objectives_compute_the_same_with_the_fused_kernels():
     interpret_only("triton", False)  # in tests/objectives against recorded tensors
     plain = make(**DECODER)
@@ -299,6 +303,17 @@ def test_a_network_with_its_own_forward_is_trained_on_images():
         result = loss(model, x, noise, y, sigma, NoiseSchedule())
         wanted = loss(lambda *a: EPGViT.forward(model, *a) / 2, x, noise, y, sigma, NoiseSchedule())
         torch.testing.assert_close(result.per_sample, wanted.per_sample)
+
+
+def test_a_subclass_computes_with_the_fused_kernels_too():
+    class Halved(EPGViT):
+        def forward(self, *arguments, **options):
+            return super().forward(*arguments, **options) / 2
+
+    model = make(Halved, **DECODER | {"decoder_depth": 1}).eval()
+    want = model(*inputs(model))
+    torch.testing.assert_close(model.use_ops("triton")(*inputs(model)), want, rtol=1e-4, atol=1e-5)
+    assert type(model) is not Halved and type(model.use_ops("plain")) is Halved
 
 
 @pytest.mark.slow

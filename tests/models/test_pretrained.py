@@ -162,7 +162,7 @@ def test_a_part_of_sharded_tensors_is_refused_in_one_short_line(small, tmp_path)
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["digits_32", "epg_b_16_256"])
+@pytest.mark.parametrize("name", ["digits_32", pytest.param("epg_b_16_256", marks=pytest.mark.slow)])
 def test_the_preset_is_inferred_from_the_tensors(name, tmp_path):
     torch.save(create_model(name).state_dict(), tmp_path / "generator.pth")
     torch.save(create_encoder(name).state_dict(), tmp_path / "encoder.pth")
