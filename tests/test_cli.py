@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from epg_fast.__main__ import main
+from epg_fast.__main__ import _JOBS, main
 from epg_fast.config import (
     ConsistencyConfig,
     DiffusionConfig,
@@ -71,6 +71,16 @@ def test_help_env_and_version_work_without_arguments(capsys):
         main(["finetune-diffusion", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and "--optimizer.clip_norm NUMBER or null" in text and "(default: 0.5)" in text
+
+
+@pytest.mark.parametrize("job", [name for name in _JOBS if name != "env"])
+def test_every_flag_of_every_job_has_a_text_in_its_help(job, capsys):
+    with pytest.raises(SystemExit):
+        main([job, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    flags = [i for i, line in enumerate(lines) if line.startswith("  --")]
+    assert len(flags) > 3 and all(lines[i + 1].startswith(" " * 8) and len(lines[i + 1]) > 12 for i in flags)
+    assert all(len(line) <= 100 for line in lines)
 
 
 MISTAKES = {
