@@ -10,6 +10,7 @@ import torch
 from epg_fast.diffusion.schedule import NoiseSchedule, shift
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import is_plain
+from epg_fast.models.generator import unpatchify
 from epg_fast.ops import patch_loss, patchify
 from epg_fast.ops.backends import accumulation_dtype
 
@@ -17,56 +18,36 @@ PARAMETERIZATIONS = ("x0", "edm")
 
 
 @dataclass
-class ImageEstimate:
-    """A clean estimate [B,C,H,W] for a loss."""
-
-    image: torch.Tensor
-
-    def loss(
-        self, target: torch.Tensor, weight: torch.Tensor, huber_c: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted loss [B], squared distance [B]) to `values` of another estimate or an image; see `patch_loss`."""
-        distance = (self.image - target).square().flatten(1).sum(dim=1)
-        if huber_c is None:
-            return weight * distance / target[0].numel(), distance
-        return weight * distance / (distance.detach() + huber_c**2).sqrt(), distance
-
-    def values(self) -> torch.Tensor:
-        """The estimate in its own space, at least float32."""
-        return self.image
-
-    def as_image(self) -> torch.Tensor:
-        """[B,C,H,W]."""
-        return self.image
-
-
-@dataclass
 class PatchEstimate:
-    """The same, scale * tokens + offset_scale * patchify(offset), as an EPGViT left it: a loss needs no image.
+    """The clean estimate scale * tokens + offset_scale * patchify(offset) in patch space, where a loss takes it.
 
-    tokens: the network's output [B,N,p*p*C]; offset: [B,C,H,W]; scale, offset_scale: [B]. None: 1, and no offset.
+    tokens: [B,N,p*p*C], as an EPGViT leaves its output; offset: [B,C,H,W]; scale, offset_scale: [B]. None: 1, and no
+    offset.
     """
 
     tokens: torch.Tensor
-    network: EPGViT
+    patch_size: int
+    backend: str = "plain"
     scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     offset_scale: torch.Tensor | None = None
 
-    def loss(self, target, weight, huber_c=None):
+    def loss(self, target: torch.Tensor, weight: torch.Tensor, huber_c: float | None = None):
+        """`patch_loss` of the estimate: (weighted loss [B], squared distance [B]) to an image or to patches."""
         parts = {"scale": self.scale, "offset": self.offset, "offset_scale": self.offset_scale}
-        backend = self.network.ops["loss"]
-        return patch_loss(self.tokens, target, **parts, weight=weight, huber_c=huber_c, backend=backend)
+        return patch_loss(self.tokens, target, **parts, weight=weight, huber_c=huber_c, backend=self.backend)
 
-    def values(self):
+    def patches(self) -> torch.Tensor:
+        """The estimate itself: [B,N,p*p*C], at least float32."""
         tokens = self.tokens.to(accumulation_dtype(self.tokens))
         if self.scale is None:
             return tokens
-        offset = spread(self.offset_scale, tokens) * patchify(self.offset, self.network.patch_size)
+        offset = spread(self.offset_scale, tokens) * patchify(self.offset, self.patch_size)
         return offset + spread(self.scale, tokens) * tokens
 
-    def as_image(self):
-        return self.network.unpatchify(self.values())
+    def image(self) -> torch.Tensor:
+        """The same as an image [B,C,H,W]."""
+        return unpatchify(self.patches(), self.patch_size)
 
 
 class Denoiser:
@@ -100,15 +81,15 @@ class Denoiser:
         t = time_condition(per_sample(sigma, x_in))
         return self.network(x_in, t) if y is None else self.network(x_in, t, y)
 
-    def estimate(
-        self, x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None
-    ) -> ImageEstimate | PatchEstimate:
-        """What `__call__` returns, for a loss; it stays in patch space where the network is an EPGViT."""
-        network = self.network
-        if not (isinstance(network, EPGViT) and is_plain(network, EPGViT, subclass=True, hooks=True)):
-            return ImageEstimate(self(x, sigma, y))
-        sigma = per_sample(sigma, x)
-        estimate = PatchEstimate(network(*precondition(x, sigma, self.schedule), y, patches=True), network)
+    def estimate(self, x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None) -> PatchEstimate:
+        """What `__call__` returns, in patch space: that of an EPGViT, of other networks one patch an image."""
+        network, sigma = self.network, per_sample(sigma, x)
+        if isinstance(network, EPGViT) and is_plain(network, EPGViT, subclass=True, hooks=True):
+            tokens = network(*precondition(x, sigma, self.schedule), y, patches=True)
+            estimate = PatchEstimate(tokens, network.patch_size, network.ops["loss"])
+        else:
+            size = x.shape[-1]
+            estimate = PatchEstimate(patchify(self.network_output(x, sigma, y), size), size)
         if self.parameterization == "edm":
             c_skip, c_out, _ = self.scalings(sigma, x.shape[-2])
             estimate.scale, estimate.offset, estimate.offset_scale = c_out, x, c_skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -234,9 +235,14 @@ class EPGViT(ViTEncoder):
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [B, N, p*p*C] with features in the order (row, column, channel) -> [B, C, H, W]."""
-        grid = self.image_size // self.patch_size
-        x = tokens.view(-1, grid, grid, self.patch_size, self.patch_size, self.in_chans)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, self.image_size, self.image_size)
+        return unpatchify(tokens, self.patch_size)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The inverse of `patchify` for square images: [B, N, p*p*C] -> [B, C, H, W]."""
+    grid = math.isqrt(tokens.shape[1])
+    x = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (grid, grid))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 DMViT = EPGViT

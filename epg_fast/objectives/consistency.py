@@ -58,13 +58,13 @@ def consistency_loss(
     target = x
     if stage > 0:
         with torch.no_grad(), dropout_from(dropout_seed, x.device):
-            target = denoiser.estimate(x + spread(r, x) * noise, r, y).values()
+            target = denoiser.estimate(x + spread(r, x) * noise, r, y).patches()
     with dropout_from(dropout_seed, x.device):
         estimate = denoiser.estimate(x + spread(t, x) * noise, t, y)
     per_image = estimate.loss(target, weight, huber_c)[0]
     terms = {"consistency": per_image}
     if with_image:
-        queries = perceptual(*_clean_input(estimate.as_image(), schedule))[0]
+        queries = perceptual(*_clean_input(estimate.image(), schedule))[0]
         terms["perceptual"] = info_nce(queries, own, temperature, wait())
         per_image = per_image + terms["perceptual"]
     return Loss(per_image.mean(), per_image, terms, level)
