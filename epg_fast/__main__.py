@@ -209,7 +209,7 @@ _JOBS = {
     "evaluate": _Job("judge samples against real images, or probe an encoder", _evaluate, (configs.EvaluateConfig,)),
     "export": _Job("write weights as safetensors or as official .pth files", _export, (configs.ExportConfig,)),
     "reconstruct-ema": _Job(
-        "write the weights averaged over any length, from a run's snapshots of tracked averages",
+        "write EMA weights of any length, from the snapshots of a run",
         _reconstruct_ema,
         (configs.ReconstructEmaConfig,),
     ),

@@ -202,7 +202,7 @@ class OptimizerConfig(_Checked):
 
 @dataclass
 class PosthocEmaConfig(_Checked):
-    """Averages of the weights from which others, of any length, are made after training (`reconstruct-ema`)."""
+    """EMAs of the weights from which one of any length is made after training (`reconstruct-ema`)."""
 
     sigma_rel: list[float] | None = None
     """Widths of power-function averages to track, relative to the steps made; EDM2 has [0.05,0.10]; `null`: none."""
@@ -269,19 +269,19 @@ class RunConfig(_ComputeConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser."""
     posthoc_ema: PosthocEmaConfig = field(default_factory=PosthocEmaConfig)
-    """Averages for `reconstruct-ema`."""
+    """EMAs for `reconstruct-ema`."""
     steps: int = number(1_000_000, 1)
     """Updates to make."""
     batch_size: int = number(1024, 1)
     """Global batch size, split over the ranks."""
     gradient_accumulation: int = number(1, 1)
-    """Parts in which each rank's batch goes through the networks, for less memory; the gradient is that of the whole
-    batch, contrastive negatives and BatchNorm statistics included. Pre-training runs its three views once more."""
+    """Micro-batches that each rank's batch is split into, for less memory; the gradient is that of the whole batch,
+    contrastive negatives and BatchNorm statistics included (GradCache). Pre-training runs its three views once more."""
     seed: int = number(0, 0, 2**63 - 1)
     """Every random draw follows from this, the step and the sample."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """What several GPUs hold: `ddp` a copy of everything each; `fsdp` a part each of weights, gradients, moments and
-    averages, which saves memory and sends each block's weights round for every forward and backward pass."""
+    EMAs, which saves memory and sends each block's weights round for every forward and backward pass."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
     fp8: Literal["rowwise"] | None = None
@@ -293,7 +293,7 @@ class RunConfig(_ComputeConfig):
     """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory. A number
     between 0 and 1 is the share of the blocks, evenly spread."""
     offload_ema: bool = False
-    """Keep the averages of the weights in the first rank's host memory: less GPU memory. Pre-training's target network
+    """Keep the EMA weights in the first rank's host memory: less GPU memory. Pre-training's target network
     stays on the GPU."""
     log_every: int = number(100, 1)
     """Steps per line of metrics.jsonl."""
@@ -377,7 +377,7 @@ class FinetuneConfig(RunConfig):
     label_dropout: float = number(0.1, 0, 1)
     """Probability of the unconditional label."""
     ema: float = number(0.9999, 0, 1)
-    """Decay per step of the averaged weights."""
+    """Decay per step of the EMA weights."""
     ema_warmup: bool = False
     """Use min(ema, i/(i+10)) at update i, for short runs."""
     dropout: float = number(0.0, 0, 1)
@@ -625,7 +625,7 @@ class PrepareDataConfig(_Checked):
 
 @dataclass
 class ExportConfig(_Checked):
-    """Write the averaged weights of a run in another form."""
+    """Write the EMA weights of a run in another form."""
 
     checkpoint: str = ""
     """Run folder, .safetensors or official .pth."""
@@ -637,18 +637,18 @@ class ExportConfig(_Checked):
 
 @dataclass
 class ReconstructEmaConfig(_Checked):
-    """Write the weights averaged over any length of a run that was trained with `posthoc_ema.sigma_rel`."""
+    """Write EMA weights of any length, of a run that was trained with `posthoc_ema.sigma_rel`."""
 
     run: str = ""
     """Run folder with posthoc_ema/."""
     sigma_rel: float | None = None
-    """Width of the average relative to `step`: more than 0, less than 0.2887."""
+    """Width of the EMA relative to `step`: more than 0, less than 0.2887."""
     step: int | None = number(None, 1)
-    """Step at which the average ends, one of the snapshots'; `null`: the last."""
+    """Step at which the EMA ends, one of the snapshots'; `null`: the last."""
     output: str = ""
     """File (.safetensors) to write; it is used like a run's model.safetensors."""
     max_residual: float = number(0.05, 0, 1)
-    """Refuse when the snapshots represent the average worse than this (relative L2 distance of the profiles)."""
+    """Refuse when the snapshots represent the EMA worse than this (relative L2 distance of the profiles)."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,7 +4,7 @@ With CUDA graphs torch.compile records what it has compiled into graphs that sha
 A network may run several times before a backward pass, with and without gradient: each run of a step is recorded as
 following the one before, and keeps its own memory until its results are gone. When the next step begins, all memory
 of the step before is reused: nothing that a network, or its backward pass, returned may be read after that. An update
-keeps to it: what it logs are copies, and it lets go of the gradients. Optimiser, losses and averages are outside.
+keeps to it: what it logs are copies, and it lets go of the gradients. Optimiser, losses and EMAs are outside.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def check_compilation(config: RunConfig, ranks: Ranks) -> None:
         raise ValueError(f"cuda_graphs: got device {ranks.device.type}, wanted a CUDA device; leave out --cuda_graphs")
     if config.gradient_accumulation > 1:
         raise ValueError(
-            f"cuda_graphs: got gradient_accumulation {config.gradient_accumulation}, wanted 1: the gradients of a part "
-            "would lie in memory that the next part's graph writes; leave out --cuda_graphs"
+            f"cuda_graphs: got gradient_accumulation {config.gradient_accumulation}, wanted 1: the gradients of one "
+            "micro-batch would lie in memory that the next one's graph writes; leave out --cuda_graphs"
         )
     if ranks.world_size > 1:
         raise ValueError(

@@ -77,8 +77,8 @@ def _work(config, stage: type[Stage] | None, ranks: int, model=None) -> _Work:
     if stage is not None:
         if config.batch_size % (ranks * config.gradient_accumulation):
             raise ValueError(
-                f"batch_size {config.batch_size} does not divide over {ranks} GPUs with {config.gradient_accumulation} "
-                "parts each; say how many GPUs with --gpus"
+                f"batch_size {config.batch_size} does not divide over {ranks} GPUs with "
+                f"gradient_accumulation {config.gradient_accumulation}; say how many GPUs with --gpus"
             )
         network = network_config(config)
     elif config.checkpoint:
