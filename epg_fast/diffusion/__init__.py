@@ -17,7 +17,6 @@ from epg_fast.diffusion.schedule import (
     consistency_r,
     consistency_stage,
     curriculum_scales,
-    curriculum_temperature,
     shift,
 )
 
@@ -31,7 +30,6 @@ __all__ = [
     "consistency_r",
     "consistency_stage",
     "curriculum_scales",
-    "curriculum_temperature",
     "guided",
     "sample_edm_sde",
     "sample_euler",

@@ -8,7 +8,7 @@ from importlib import resources
 
 import yaml
 
-from epg_fast.models.encoder import RCMViT
+from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
 from epg_fast.wording import nearest
 
@@ -33,7 +33,7 @@ def preset_config(name: str, **overrides) -> dict:
         raise ValueError(
             f"unknown preset {name!r}{nearest(name, list_presets())}; presets: {', '.join(list_presets())}"
         )
-    valid = (set(inspect.signature(EPGViT).parameters) | set(inspect.signature(RCMViT).parameters)) - {"official"}
+    valid = _arguments_of(EPGViT) | _arguments_of(RCMViT)
     for field in overrides:
         if field not in valid:
             raise ValueError(f"unknown model argument {field!r}{nearest(field, valid)}")
@@ -42,12 +42,12 @@ def preset_config(name: str, **overrides) -> dict:
 
 def generator_from_config(config: dict) -> EPGViT:
     """EPGViT from the fields of `preset_config` that concern it."""
-    return EPGViT(**_arguments_of(EPGViT, config))
+    return EPGViT(**{name: config[name] for name in _arguments_of(EPGViT) & config.keys()})
 
 
 def encoder_from_config(config: dict) -> RCMViT:
     """RCMViT from the fields of `preset_config` that concern it."""
-    return RCMViT(**_arguments_of(RCMViT, config))
+    return RCMViT(**{name: config[name] for name in _arguments_of(RCMViT) & config.keys()})
 
 
 def create_model(name: str, **overrides) -> EPGViT:
@@ -60,6 +60,6 @@ def create_encoder(name: str, **overrides) -> RCMViT:
     return encoder_from_config(preset_config(name, **overrides))
 
 
-def _arguments_of(cls, config: dict) -> dict:
-    names = set(inspect.signature(cls).parameters) - {"official"}
-    return {k: v for k, v in config.items() if k in names}
+def _arguments_of(kind: type[ViTEncoder]) -> set[str]:
+    names = {*inspect.signature(kind).parameters, *inspect.signature(ViTEncoder).parameters}
+    return names - {"trunk", "official"}
