@@ -37,7 +37,7 @@ from epg_fast.ops.patch_loss import SPEC as PATCH_LOSS
 from epg_fast.ops.skip_linear import SPEC as SKIP_LINEAR
 from epg_fast.ops.spec import OpSpec
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage
-from epg_fast.training.dry_run import planned_stage
+from epg_fast.training.estimate import planned_stage
 from epg_fast.training.flops import step_flops
 from epg_fast.training.stages import Stage
 
@@ -191,7 +191,7 @@ def jobs_of(preset: str, batch: int) -> list[Job]:
 
 
 def _pretrain(stage: Stage, batch: int) -> list[Part]:
-    network, target = stage.network, stage.average
+    network, target = stage.network, stage.ema
     head = _head(network, batch)
     trained = _encoder(network, 3 * batch) + 2 * head
     without = _encoder(network, batch) + 2 * head + _encoder(target, 2 * batch) + _head(target, 2 * batch)

@@ -22,7 +22,7 @@ from epg_fast.models import encoder_from_config, generator_from_config, preset_c
 from epg_fast.models.fp8 import use_fp8
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.loop import make_step_module
+from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
 
 JOBS = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
@@ -156,7 +156,7 @@ class OurTraining:
         ranks = Ranks(0, 1, problem.device)
         with problem.device:
             stage = getattr(training, JOBS[problem.job] + "Stage")(config, ranks)
-        for network in (stage.network, stage.average):
+        for network in (stage.network, stage.ema):
             network.load_state_dict(problem.weights(), strict=True)
         if (judge := problem.judge()) is not None:
             encoder = encoder_from_config(preset_config(problem.preset)).to(problem.device)
@@ -165,12 +165,12 @@ class OurTraining:
         self.state = RunState(config, stage, _NoImages(), ranks)
         if config.fp8:
             use_fp8(stage.network)
-        self._module, self._losses = make_step_module(stage), _Losses()
+        self._losses = _Losses()
         compile_stage(stage)
 
     def step(self) -> None:
         begin_step(self.config)
-        self.state.update(self._module, self.problem.images, self._losses)
+        train_step(self.state, self.problem.images, self._losses)
 
     def losses(self, count: int) -> list[float]:
         for _ in range(count):

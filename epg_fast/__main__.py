@@ -64,7 +64,7 @@ def _train(config: configs.RunConfig, options: configs.DryRunConfig, stage: str)
 
     stage_class = getattr(training, stage)
     if options.dry_run:
-        from epg_fast.training.dry_run import describe
+        from epg_fast.training.estimate import describe
 
         text = describe(config, stage_class, options)
         if distributed.is_main():
@@ -81,7 +81,7 @@ def _train(config: configs.RunConfig, options: configs.DryRunConfig, stage: str)
 
 def _sample(config: configs.SampleConfig) -> int | None:
     from epg_fast.distributed import Interrupted
-    from epg_fast.sampling.job import check_command, run
+    from epg_fast.sampling.command import check_command, run
 
     if _plan_is_wanted(config):
         from epg_fast.tuning import ensure_plan

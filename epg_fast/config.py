@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from numbers import Integral
+from typing import Literal, get_args
 
 Sampler = Literal["heun", "euler", "onestep", "euler_sde", "euler_ancestral", "edm_sde"]
+"""The samplers of `epg_fast.diffusion`."""
+CHURN = ("s_churn", "s_min", "s_max", "s_noise")
+"""Options of the sampler edm_sde; no other sampler has any."""
 
 
 GUIDANCE_INTERVAL = (0.19, 1.61)
@@ -47,10 +51,21 @@ def _described(least: float, most: float, above: float, **_) -> str:
     return f"at least {least}" if most == math.inf else f"{least} to {most}"
 
 
-def _check_levels(config: PreviewConfig | SampleConfig) -> None:
-    least = 1 if config.sampler == "onestep" else 2
-    if config.steps < least:
-        raise ValueError(f"steps is {config.steps}, want at least {least} noise levels for {config.sampler}")
+def check_sampler(sampler: str, steps: int, **options: float) -> None:
+    """Raise ValueError unless there is such a sampler, with so many noise levels and with these options."""
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"sampler {sampler!r}: want one of {', '.join(get_args(Sampler))}")
+    least = 1 if sampler == "onestep" else 2
+    if not isinstance(steps, Integral) or steps < least:
+        raise ValueError(f"steps is {steps!r}, want an integer: {sampler} needs at least {least} noise levels")
+    for name, value in options.items():
+        if sampler != "edm_sde" or name not in CHURN:
+            raise ValueError(f"{name} is {value}: no option of {sampler}; edm_sde has {', '.join(CHURN)}")
+        if not 0 <= value <= math.inf or (value == math.inf and name != "s_max"):
+            raise ValueError(f"{name} is {value}, want at least 0")
+    low, high = options.get("s_min", 0.0), options.get("s_max", math.inf)
+    if low > high:
+        raise ValueError(f"s_max is {high}, want at least s_min ({low})")
 
 
 def check_sigma_rel(value: float) -> None:
@@ -236,7 +251,7 @@ class PreviewConfig(_Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_levels(self)
+        check_sampler(self.sampler, self.steps)
 
 
 @dataclass
@@ -302,7 +317,7 @@ class RunConfig(_ComputeConfig):
     keep_checkpoints: int = number(2, 1)
     """How many of the newest checkpoints stay."""
     keep_every: int = number(0, 0)
-    """Checkpoints of multiples of this step stay for good, their weights also as milestones/step_<step>.safetensors;
+    """Checkpoints of multiples of this step stay for good, their weights also as kept/step_<step>.safetensors;
     0: none."""
     tensorboard: bool = True
     """Write TensorBoard events when tensorboard is installed."""
@@ -506,19 +521,15 @@ class SampleConfig(_ComputeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_levels(self)
-        self._check_churn()
+        check_sampler(self.sampler, self.steps, **self.churn)
         if not (self.npz or self.png):
             raise ValueError("npz and png are both false, want at least one: there would be nothing to write")
 
-    def _check_churn(self):
-        names = ("s_churn", "s_min", "s_max", "s_noise")
-        defaults = {f.name: f.default for f in fields(self)}
-        for name in names if self.sampler != "edm_sde" else ():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is {getattr(self, name)}: an option of edm_sde, not of {self.sampler}")
-        if not self.s_min <= self.s_max:
-            raise ValueError(f"s_max is {self.s_max}, want at least s_min ({self.s_min})")
+    @property
+    def churn(self) -> dict[str, float]:
+        """Those options of the sampler edm_sde that are not their defaults."""
+        values = {name: getattr(self, name) for name in CHURN}
+        return {name: value for name, value in values.items() if value != getattr(SampleConfig, name)}
 
 
 @dataclass

@@ -180,9 +180,9 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
         stage = SimpleNamespace(
             chosen=plain_choice(),
             network=network,
-            average=None,
+            ema=None,
             name="finetune-diffusion",
-            sharding=None,
+            sharded=False,
             config=config,
         )
         compile_stage(stage, "network" if variant.how == "network" else "blocks")

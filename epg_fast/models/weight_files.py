@@ -108,10 +108,7 @@ def _read(path: Path) -> tuple[dict, dict]:
         if isinstance(metadata.get("sigma_rel"), list):
             raise ValueError(f"{path} is a snapshot of averages; `epg-fast reconstruct-ema` makes weights of them")
         return content, metadata
-    content = _read_pickle(path)
-    if {"iteration", "network", "average"} <= content.keys():
-        return _of_run(path, content)
-    return content, {}
+    return _read_pickle(path), {}
 
 
 def _shards(index: Path) -> list[Path]:
@@ -121,19 +118,6 @@ def _shards(index: Path) -> list[Path]:
         return [index.with_name(name) for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of weights ({type(error).__name__}: {error}); get it again") from None
-
-
-def _of_run(path: Path, content: dict) -> tuple[dict, dict]:
-    """What a training run would export at a checkpoint of it; how that is used stands in the run's own weights."""
-    exported = path.absolute().parent.parent / "model.safetensors"
-    if not exported.is_file():
-        raise ValueError(
-            f"{path} is a checkpoint to resume training from, and {exported}, which says how its weights are used, is "
-            "not there; pass the run folder, or put the file back into it"
-        )
-    _, metadata = _read_safetensors(exported)
-    kept = "network" if metadata.get("stage") == "pretrain" else "average"
-    return content[kept], metadata | {"step": content.get("step")}
 
 
 @contextlib.contextmanager

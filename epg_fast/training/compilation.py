@@ -47,13 +47,13 @@ def compile_stage(stage: Stage, how: str | None = None, **options) -> None:
     how, more = how or stage.config.compile, stage.chosen.options
     networks = [network for network in (stage.network, getattr(stage, "perceptual", None)) if network is not None]
     if how == "blocks" or (how == "auto" and stage.ranks.device.type == "cuda"):
-        averages = [] if stage.average is None else [stage.average]
-        for network in networks + averages:
-            compile_blocks(network, more=more, sharded=stage.sharding is not None, **options)
+        emas = [] if stage.ema is None else [stage.ema]
+        for network in networks + emas:
+            compile_blocks(network, more=more, sharded=stage.sharded, **options)
     elif how == "network":
         options = {"more": more, "cuda_graphs": stage.config.cuda_graphs} | options
         if stage.name == "pretrain":
-            compile_network(stage.average, **options)
+            compile_network(stage.ema, **options)
             # the head of several ranks sums its statistics over them
             alone = ["projection_head"] if stage.ranks.world_size == 1 else []
             compile_network(stage.network, ["encode", *alone], **options)

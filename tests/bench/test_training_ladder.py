@@ -49,8 +49,10 @@ def test_updates_learn():
 
 
 def _parameters(training):
-    owner = training.trainer if isinstance(training, PlainTraining) else training.state.stage
-    return [*owner.network.parameters(), *owner.average.parameters()]
+    if isinstance(training, PlainTraining):
+        return [*training.trainer.network.parameters(), *training.trainer.average.parameters()]
+    stage = training.state.stage
+    return [*stage.network.parameters(), *stage.ema.parameters()]
 
 
 @pytest.mark.parametrize("job", JOBS)
