@@ -307,11 +307,6 @@ def test_a_folder_that_cannot_be_used_is_refused_and_left_alone(command, whole, 
     assert content(tmp_path) == before
 
 
-def test_a_damaged_npz_is_not_taken_for_finished(command, whole, capsys):
-    (whole / "samples.npz").write_bytes((whole / "samples.npz").read_bytes()[:-100])
-    fails(capsys, [*command, "--png", "true", "--outdir", whole], "samples.npz is damaged; delete it")
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
