@@ -294,7 +294,7 @@ NO_WEIGHTS = {
     b"root:x:0:0:root:/root:/bin/bash\n": "not a (file of plain tensors|readable safetensors)",
     b"\x00" * 100: "not a (file of plain tensors|readable safetensors)",
     b"]a.": "not a (file of plain tensors|readable safetensors)",
-    b"\x80\x02}q\x00.": "patch_embed.proj.weight is missing|not a readable safetensors",
+    b"\x80\x02}q\x00.": "not a (file of plain tensors|readable safetensors)",
     b"": "is empty; get it again|not a readable safetensors",
 }
 

@@ -79,6 +79,7 @@ def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
         assert torch.cosine_similarity(gradients[name].flatten(), others[name].flatten(), dim=0) > 0.8, name
 
 
+@pytest.mark.slow
 def test_a_block_in_fp8_is_one_graph():
     network = small_encoder()
     use_fp8(network, "plain")
@@ -112,6 +113,7 @@ def train(fp8, steps=12, checkpointing=False):
     return losses
 
 
+@pytest.mark.slow
 def test_training_follows_the_losses_of_16_bits():
     plain, quantised = train(False), train(True)
     assert plain[-1] < 0.8 * plain[0] and plain != quantised
