@@ -610,7 +610,7 @@ class PrepareDataConfig(_Checked):
     outdir: str = ""
     """Folder to write; digits make train/ and test/ in it. The same command goes on after an interruption."""
     layout: Literal["shards", "folder"] = "shards"
-    """`shards`: WebDataset tars in mixed order with checksums; `folder`: PNG files, from a folder of class folders."""
+    """`shards`: WebDataset tars in mixed order with checksums; `folder`: PNG files in class folders."""
     image_size: int = number(256, 1)
     """Side of the centre crop (not for digits)."""
     format: Literal["png", "jpeg"] = "png"

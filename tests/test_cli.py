@@ -329,7 +329,7 @@ def test_prepare_data_writes_shards_verifies_them_and_names_the_damaged_one(caps
     _fails(capsys, [*verify, digits], "has no shards")
     assert main([str(a) for a in [*command, folder, "--layout", "folder"]]) == 0
     assert len(list(folder.rglob("*.png"))) == 450
-    _fails(capsys, [*command, folder], "layout folder, wanted shards", "--layout folder")
+    _fails(capsys, [*command, folder], "layout was 'folder', now 'shards'", "choose another --outdir")
     _fails(capsys, [*command, out, "--layout", "folder", "--format", "jpeg"], "layout folder is of PNG files")
     _fails(capsys, [*command, out, "--quality", "0"], "quality is 0")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from epg_fast.data.views import AugmentedView, apply_view
+from epg_fast.data.loading.views import AugmentedView, apply_view
 from epg_fast.ops.augment_view import SPEC, JitterOperation, augment_view, augment_view_ref
 from tests.ops.extension_checks import AVAILABLE, REASON
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from epg_fast.data.views import center_crop, crop_geometry
+from epg_fast.data.loading.views import center_crop, crop_geometry
 from epg_fast.ops.resized_crop import SPEC, resized_crop
 from tests.ops.extension_checks import AVAILABLE, REASON
 

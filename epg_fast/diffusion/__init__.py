@@ -2,6 +2,7 @@
 
 from epg_fast.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from epg_fast.diffusion.guidance import autoguided, guided
+from epg_fast.diffusion.normalization import PixelNormalization
 from epg_fast.diffusion.samplers import (
     SAMPLERS,
     STEPPED,
@@ -28,6 +29,7 @@ __all__ = [
     "STOCHASTIC",
     "Denoiser",
     "NoiseSchedule",
+    "PixelNormalization",
     "autoguided",
     "consistency_r",
     "consistency_stage",

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 
 from epg_fast.config import EvaluateConfig
-from epg_fast.data import ImageFolder, PixelNormalization, center_crop
-from epg_fast.diffusion import NoiseSchedule, shift
+from epg_fast.data import ImageFolder, center_crop
+from epg_fast.diffusion import NoiseSchedule, PixelNormalization, shift
 from epg_fast.diffusion.denoiser import per_sample, precondition
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from epg_fast.config import GUIDANCE_INTERVAL, ScheduleConfig, check_sampler
-from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import STEPPED, NoiseSchedule, autoguided, guided
+from epg_fast.diffusion import STEPPED, NoiseSchedule, PixelNormalization, autoguided, guided
 from epg_fast.models import EPGViT
 from epg_fast.models.compilation import compile_denoising, compile_options
 from epg_fast.plans import PLAIN, Case, Chosen, choose

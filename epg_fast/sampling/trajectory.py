@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule
+from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, PixelNormalization
 from epg_fast.diffusion.denoiser import time_condition
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import is_plain

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageChops
 from scipy.ndimage import gaussian_filter
 
-from epg_fast.data.views import AugmentedView, apply_view
+from epg_fast.data.loading.views import AugmentedView, apply_view
 from epg_fast.ops import extension
 from epg_fast.ops.augment_view import SPEC, JitterOperation, augment_view
 from tests.ops.extension_checks import DEVICE

@@ -59,14 +59,19 @@ class ViewParameters(NamedTuple):
 
 
 def crop_geometry(width: int, height: int, size: int) -> CropGeometry:
-    """Return how ADM crops the central `size` x `size` pixels of a `width` x `height` image; see `center_crop`."""
-    halvings = 0
+    """Return how ADM crops the central `size` x `size` pixels of a `width` x `height` image; see `center_crop`.
+
+    Raises ValueError for an image so narrow that it would become a huge one on the way.
+    """
+    halvings, shape = 0, (width, height)
     while min(width, height) >= 2 * size:
         width, height, halvings = width // 2, height // 2, halvings + 1
     resized = width, height
     if min(resized) != size:
         scale = size / min(resized)
         resized = round(width * scale), round(height * scale)
+    if max(resized) > _LONGEST_RESIZED:
+        raise ValueError(f"{shape[0]} x {shape[1]} pixels are too narrow: the crop resizes to {max(resized)} pixels")
     return CropGeometry(halvings, (width, height), resized, (resized[0] - size) // 2, (resized[1] - size) // 2)
 
 
@@ -112,7 +117,10 @@ def draw_parameters(
 
 
 def apply_view(image: Image.Image, size: int, view: AugmentedView) -> Image.Image:
-    """Return the augmented `view` of an RGB `image` as a `size` x `size` image."""
+    """Return the augmented `view` of an RGB `image` as a `size` x `size` image.
+
+    Random resized crop, colour jitter, grayscale, Gaussian blur, solarisation and flip, in this order.
+    """
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=view.box)
     for name, value in view.jitter:
         image = _shift_hue(image, value) if name == "hue" else _ENHANCERS[name](image).enhance(value)
@@ -123,17 +131,6 @@ def apply_view(image: Image.Image, size: int, view: AugmentedView) -> Image.Imag
     if view.solarize:
         image = ImageOps.solarize(image, threshold=128)
     return _flip(image) if view.flip else image
-
-
-def augmented_view(
-    image: Image.Image, size: int, rng: np.random.Generator, config: AugmentConfig, which: int
-) -> Image.Image:
-    """Return augmented view `which` (0: the first, 1: the second) of an RGB `image` as a `size` x `size` image.
-
-    Random resized crop, colour jitter, grayscale, Gaussian blur, solarisation and flip, in this order, with all
-    randomness from `rng`.
-    """
-    return apply_view(image, size, draw_view(image.width, image.height, rng, config, which))
 
 
 def training_views(
@@ -152,13 +149,6 @@ def training_views(
     crop = center_crop(image, size)
     views = [_flip(crop) if drawn.flip else crop, *(apply_view(image, size, view) for view in drawn.augmented)]
     return [np.asarray(view) for view in views]
-
-
-def check_shape(width: int, height: int, size: int) -> None:
-    """Raise ValueError for an image so narrow that its centre crop to `size` would need a huge one."""
-    resized = crop_geometry(width, height, size).resized
-    if max(resized) > _LONGEST_RESIZED:
-        raise ValueError(f"{width} x {height} pixels are too narrow: the centre crop resizes to {max(resized)} pixels")
 
 
 def check_augment(config: AugmentConfig) -> None:

@@ -7,10 +7,10 @@ import logging
 import torch
 
 from epg_fast.config import DataConfig
-from epg_fast.data.dali import DaliLoader, dali_status
-from epg_fast.data.loader import Loader, PillowLoader
-from epg_fast.data.source import ImageSource
-from epg_fast.ops import extension_status
+from epg_fast.data.loading.dali import DaliLoader, why_not_dali
+from epg_fast.data.loading.loader import Loader
+from epg_fast.data.loading.pillow import PillowLoader
+from epg_fast.data.sources.source import ImageSource
 
 logger = logging.getLogger("epg_fast")
 
@@ -25,11 +25,7 @@ def resolve_backend(name: str, device: torch.device | str = "cpu") -> str:
         raise ValueError(f"data.backend: got {name!r}, wanted auto, dali or pillow")
     if name == "pillow":
         return name
-    lacking = None
-    if not dali_status()[0]:
-        lacking = f"NVIDIA DALI is {dali_status()[1]}"
-    elif torch.device(device).type == "cpu" and not extension_status()[0]:
-        lacking = f"on a CPU it needs the extension, which is {extension_status()[1]}"
+    lacking = why_not_dali(device)
     if lacking is None:
         return "dali"
     if name == "dali":
@@ -43,14 +39,9 @@ def make_loader(
     config: DataConfig,
     *,
     backend: str,
-    image_size: int,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    start: int = 0,
     three_views: bool = False,
     device: torch.device | str = "cpu",
+    **options,
 ) -> Loader:
     """Return the loader `backend` ("dali" or "pillow") of `source`; see `epg_fast.data` for what every loader keeps.
 
@@ -58,17 +49,11 @@ def make_loader(
         source: the images.
         config: flips, augmentations, workers, share of bad files.
         backend: what `resolve_backend` returned.
-        image_size, batch_size, seed, rank, world_size, start: see `Loader`.
         three_views: also the two augmented views of pre-training.
         device: where training runs; DALI decodes there.
+        options: image_size, batch_size, seed, rank and world_size of `Batches`; start, the first global iteration.
     """
-    options = {
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "seed": seed,
-        "rank": rank,
-        "world_size": world_size,
-        "start": start,
+    options |= {
         "flip_probability": config.flip_probability,
         "augment": config.augment if three_views else None,
         "max_bad_fraction": config.max_bad_fraction,

@@ -6,27 +6,17 @@ import errno
 import mmap
 import os
 from pathlib import Path
+from typing import Literal
 
 # Says something of one file, as long as the folder of all of them is there.
 _OF_THE_FILE = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.EACCES,
-    errno.EPERM,
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM),
 }
 # What a disk answers that may come back.
 _AWAY = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ESHUTDOWN,
-    errno.ENXIO,
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN, errno.ENXIO),
 }
 _REMEDIES = {
     errno.EMFILE: "raise the limit of this process (ulimit -n 4096), or use fewer workers and readers",
@@ -39,23 +29,22 @@ _REMEDIES = {
 _ROOM = 1 << 27
 
 
+class DataError(ValueError):
+    """Too many images of a dataset cannot be decoded."""
+
+
 class ReadError(OSError):
     """Images cannot be read, and it is not their fault; one line says what to do."""
 
 
-def is_away(error: Exception, root: Path) -> bool:
-    """Whether `error`, of reading an image below `root`, says that the disk is away and may come back."""
-    if not isinstance(error, OSError) or error.errno is None:
-        return False
-    return error.errno in _AWAY or (error.errno in _OF_THE_FILE and not _is_there(root))
-
-
-def is_of_the_image(error: Exception) -> bool:
-    """Whether `error`, of reading or decoding an image on a disk that is there, is the image's fault."""
+def whose_fault(error: Exception, root: Path) -> Literal["image", "disk", "machine"]:
+    """Whose fault `error` is, of reading or decoding an image below `root`; a disk that is away may come back."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _OF_THE_FILE
+        if error.errno in _AWAY or (error.errno in _OF_THE_FILE and not _is_there(root)):
+            return "disk"
+        return "image" if error.errno in _OF_THE_FILE else "machine"
     # what a damaged file makes Pillow raise is no closed list
-    return not isinstance(error, (MemoryError, ImportError)) and _has_room()
+    return "machine" if isinstance(error, (MemoryError, ImportError)) or not _has_room() else "image"
 
 
 def ran_out(error: BaseException) -> bool:
@@ -71,6 +60,27 @@ def read_error(error: Exception, task: str) -> ReadError:
     reason = f"{type(error).__name__}: {error}" if number is None else os.strerror(number)
     remedy = _REMEDIES.get(number, "a fault of this machine or its disks, not of the image")
     return ReadError(f"cannot {task} ({reason}): {remedy}. Then give the same command again")
+
+
+def too_many_bad_files(
+    bad_files: dict[str, str],
+    total: int,
+    max_bad_fraction: float,
+    remedy: str = "Restore or delete these files (or permit this user to read them), or let training allow more of "
+    "them with --data.max_bad_fraction.",
+) -> DataError:
+    """Return the error that names the first few of `bad_files` (relative path -> reason) and the `remedy`."""
+    first = "; ".join(f"{printable(path)} ({reason})" for path, reason in list(bad_files.items())[:3])
+    more = "; ..." if len(bad_files) > 3 else ""
+    return DataError(
+        f"{len(bad_files)} of {total} images ({len(bad_files) / total:.2%}) cannot be decoded, wanted at most "
+        f"{max_bad_fraction:.2%}: {first}{more}. {remedy}"
+    )
+
+
+def printable(path: str) -> str:
+    """Return `path` on one line: names of files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
 
 
 def _is_there(root: Path) -> bool:

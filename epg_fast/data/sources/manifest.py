@@ -14,21 +14,17 @@ import numpy as np
 from epg_fast.files import write_atomically
 
 MANIFEST = "manifest.json"
-_KEYS = {"complete": bool, "image_size": int, "source_fingerprint": str, "classes": list, "counts": dict}
+_KEYS = {"complete": bool, "layout": str, "source_fingerprint": str, "classes": list, "counts": dict, "bad_files": dict}
+_KEYS_OF_SHARDS = {"shards": list, "index_sha256": str}
 _RESTORE = "restore it, or prepare the images again in a new outdir"
 
 logger = logging.getLogger("epg_fast")
 
 
-class UnreadableManifest(ValueError):
-    """A manifest.json that is no JSON, as one that was cut off."""
-
-
 def read_manifest(folder: Path) -> dict | None:
-    """Return the manifest of `folder`, or None if it has none.
+    """Return the manifest of `folder`, None if it has none or that of another program, which is warned about.
 
-    A manifest.json of another program (JSON without `source_fingerprint`, or several lines of JSON) is warned about
-    and ignored. Raises `UnreadableManifest`, and ValueError for one of `prepare-data` with values of other types.
+    Raises ValueError for one that is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -36,40 +32,24 @@ def read_manifest(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
-        # behind one whole value more of them: no file of prepare-data is like this, however it is damaged
-        manifest = None
-        if not getattr(error, "msg", "").startswith("Extra data"):
-            raise UnreadableManifest(
-                f"data path: {path} is damaged: it is no JSON ({error}), wanted the file that prepare-data wrote; "
-                f"{_RESTORE}; move it away if it is of another program"
-            ) from None
+        raise ValueError(
+            f"data path: {path} is damaged: it is no JSON ({error}), wanted the file that prepare-data wrote; "
+            f"{_RESTORE}; move it away if it is of another program"
+        ) from None
     if not isinstance(manifest, dict) or "source_fingerprint" not in manifest:
         logger.warning("%s was not written by prepare-data and is ignored", path)
         return None
-    for key, kind in _KEYS.items():
+    for key, kind in (_KEYS | (_KEYS_OF_SHARDS if manifest.get("layout") == "shards" else {})).items():
         if not isinstance(manifest.get(key), kind):
-            found = f"{key} {manifest[key]!r:.40}" if key in manifest else f"no {key}"
-            raise ValueError(f"data path: {path} is damaged: it has {found}, wanted {kind.__name__}; {_RESTORE}")
-    names, counts = manifest["classes"], manifest["counts"].values()
-    # a bool is an int
-    if not all(isinstance(name, str) for name in names) or not all(type(count) is int for count in counts):
-        raise ValueError(f"data path: {path} is damaged: wanted names as classes and numbers as counts; {_RESTORE}")
-    if not isinstance(manifest.setdefault("bad_files", {}), dict):
-        raise ValueError(f"data path: {path} is damaged: bad_files are not named with reasons; {_RESTORE}")
+            raise ValueError(
+                f"data path: {path} is damaged: {key} is {manifest.get(key)!r:.40}, wanted {kind.__name__}; {_RESTORE}"
+            )
     return manifest
-
-
-def lost_manifest(folder: Path, reason: str) -> ValueError:
-    """Return the error for shards of `prepare-data` without the manifest.json that belongs to them."""
-    return ValueError(
-        f"data path: {folder} has shards of prepare-data, but its {MANIFEST} {reason}; {_RESTORE} "
-        f"(without {MANIFEST} and index.npz the tars are read as those of any program, with classes 0, 1, ...)"
-    )
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write `manifest` to `folder`, at once."""
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def count_classes(classes: list[str], labels: Sequence[int] | np.ndarray) -> dict:
@@ -83,25 +63,23 @@ def check_complete(folder: Path, manifest: dict) -> None:
     """Raise ValueError if `prepare-data` did not finish `folder`."""
     if manifest["complete"]:
         return
-    bad = len(manifest["bad_files"])
-    if bad:
-        raise ValueError(
-            f"data path: {folder} is not complete: prepare-data could not decode {bad} images (see {MANIFEST}); "
-            "restore them, or let it leave more of them out with its --max_bad_fraction, and run it again"
+    reason = "prepare-data was interrupted; run it again to go on"
+    if bad := len(manifest["bad_files"]):
+        reason = (
+            f"prepare-data could not decode {bad} images (see {MANIFEST}); restore them, or let it leave more of "
+            "them out with its --max_bad_fraction, and run it again"
         )
-    raise ValueError(f"data path: {folder} is not complete: prepare-data was interrupted; run it again to go on")
+    raise ValueError(f"data path: {folder} is not complete: {reason}")
 
 
 def check_counts(folder: Path, manifest: dict, classes: list[str], labels: Sequence[int] | np.ndarray) -> None:
     """Raise ValueError unless `folder` holds the classes and numbers of images that its manifest names."""
-    found = count_classes(classes, labels)["counts"]
-    wanted = {name: manifest["counts"].get(name, 0) for name in manifest["classes"]}
-    files = f"{MANIFEST} and index.npz" if manifest.get("layout") == "shards" else MANIFEST
+    found, wanted = count_classes(classes, labels)["counts"], manifest["counts"]
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):
             raise ValueError(
                 f"data path: {folder} has {found.get(name, 'no')} images of class {name!r}, wanted "
-                f"{wanted.get(name, 'none')} by {MANIFEST}; run prepare-data again, or delete {files} if you "
+                f"{wanted.get(name, 'none')} by {MANIFEST}; run prepare-data again, or delete {MANIFEST} if you "
                 "wanted this"
             )
 
@@ -115,16 +93,14 @@ def load_class_frequencies(path: str | os.PathLike) -> list[float]:
     file = path / MANIFEST if path.is_dir() else path
     try:
         manifest = json.loads(file.read_bytes())
-        frequencies = [float(value) for value in manifest["class_frequencies"]]
-        complete = manifest["complete"]
+        frequencies, complete = [float(value) for value in manifest["class_frequencies"]], manifest["complete"]
     except OSError as error:
         raise ValueError(
             f"class frequencies: cannot read {file} ({error.strerror}); prepare-data makes it: pass its output"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
-            f"class frequencies: {file} has no class_frequencies; wanted a {MANIFEST} of prepare-data, "
-            "which an earlier version wrote without them: run prepare-data again"
+            f"class frequencies: {file} has no class_frequencies; wanted a {MANIFEST} of prepare-data"
         ) from None
     if not complete:
         raise ValueError(f"class frequencies: {file} is of an unfinished prepare-data; run it again")

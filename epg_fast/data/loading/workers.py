@@ -6,8 +6,8 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
-import io
 import itertools
 import mmap
 import multiprocessing
@@ -17,18 +17,18 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
-from epg_fast.data.faults import ran_out, read_error
-from epg_fast.data.pool import exit_with_parent
+from epg_fast.data.sources.faults import ran_out, read_error
 
 # Items that a process may have in hand or ready.
 _AHEAD = 2
@@ -36,11 +36,9 @@ _AHEAD = 2
 _LOOK = 5.0
 # Bytes to which arrays are aligned.
 _ALIGNMENT = 64
-_TASK = "hand a batch over"
+_TASK = "go on"
 
-
-class Items(Protocol):
-    def __getitem__(self, number: int) -> Any: ...
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -50,30 +48,30 @@ class _Failure:
 
 
 class WorkerStream:
-    """`items[start]`, `items[start + 1]`, ... made ahead by `workers` processes; 0: in this one, when asked for.
+    """`make(start)`, `make(start + 1)`, ... made ahead by `workers` processes; 0: in this one, when asked for.
 
     torch's DataLoader is not used: it notices a killed process late or, by a signal handler, anywhere in the main
     thread, and its processes may run the destructors of what the parent was about to collect.
 
-    Arrays and tensors come in memory without a name: there is no file or socket that could be full, left or removed.
+    Arrays come in memory without a name: there is no file or socket that could be full, left or removed.
     What making an item raises, `next` raises in its place. RuntimeError says when a process was killed or ended,
     `ReadError` when this machine has no memory, files or processes left.
     """
 
-    def __init__(self, items: Items, start: int, workers: int):
+    def __init__(self, make: Callable[[int], T], start: int, workers: int):
         if workers < 0:
             raise ValueError(f"workers: got {workers}, wanted at least 0")
         self.workers = workers
         self.processes: list[BaseProcess] = []
-        self._items, self._next = items, start
+        self._make, self._next = make, start
         self._connections: list[Connection] = []
         self._closed = False
 
-    def __next__(self):
+    def __next__(self) -> T:
         self.start()
         if not self.workers:
             try:
-                item = self._items[self._next]
+                item = self._make(self._next)
             except MemoryError as error:
                 raise read_error(error, _TASK) from error
             self._next += 1
@@ -123,7 +121,7 @@ class WorkerStream:
 
     def _start_process(self, context) -> None:
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(self._items, there, os.getpid()), daemon=True)
+        process = context.Process(target=_work, args=(self._make, there, os.getpid()), daemon=True)
         process.start()
         # at once, or the next process would hold it open after this one's death
         there.close()
@@ -144,47 +142,63 @@ class WorkerStream:
             process.join(1)
             if process.is_alive():
                 raise read_error(error, _TASK) from error
-            how = "was killed (exit code {}), often for want of memory; use fewer --data.workers or --data.readers"
+            how = "was killed (exit code {}), often for want of memory; use fewer workers or readers"
             if process.exitcode >= 0:
                 how = "ended by itself (exit code {}): a library that it called did that"
             raise RuntimeError(
-                f"a process that reads images {how.format(process.exitcode)}. The same command resumes"
+                f"a process that reads images {how.format(process.exitcode)}. The same command goes on"
             ) from error
         return item
 
 
-def _work(items: Items, connection: Connection, parent: int) -> None:
+def each(task: Callable[[int], T], numbers: Sequence[int], workers: int, *, chunk: int = 1, **bar) -> Iterator[T]:
+    """Yield `task(number)` for all numbers in their order, made by `workers` processes, `chunk` at a time; with a bar.
+
+    bar: options of tqdm. The processes end, wherever they are, with this iterator.
+    """
+    make = functools.partial(_make_chunk, task, numbers, chunk)
+    stream = WorkerStream(make, 0, min(workers, -(-len(numbers) // chunk)))
+    try:
+        # disable=None: no bar in a log file
+        with tqdm(disable=None, **bar) as progress:
+            for _ in range(0, len(numbers), chunk):
+                for result in next(stream):
+                    progress.update()
+                    yield result
+    finally:
+        stream.close()
+
+
+def _make_chunk(task: Callable[[int], T], numbers: Sequence[int], chunk: int, i: int) -> list[T]:
+    return [task(number) for number in numbers[i * chunk : (i + 1) * chunk]]
+
+
+def _work(make: Callable[[int], Any], connection: Connection, parent: int) -> None:
     """Answer every number with its item, or with the failure to make it."""
     gc.freeze()
     torch.set_num_threads(1)
     # the pipe does not tell when the parent is killed, other processes have it open; and a disk may take its time
-    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number = connection.recv()
             try:
-                _send(connection, items[number])
+                _send(connection, make(number))
             except BaseException as error:  # SystemExit, too: a library's, which would look like a process killed
                 _send(connection, _failure(error, traceback.format_exc()))
 
 
-class _Pickler(pickle.Pickler):
-    """Takes tensors for arrays, whose content need not be copied into the pickle."""
-
-    def reducer_override(self, value):
-        return (_tensor, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array)
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _send(connection: Connection, item: Any) -> None:
     """Send `item`; the arrays in it as a descriptor of memory that holds them one behind the other."""
     buffers: list[pickle.PickleBuffer] = []
     shared = hasattr(os, "memfd_create")
-    pickled = io.BytesIO()
-    _Pickler(pickled, protocol=5, buffer_callback=buffers.append if shared else None).dump(item)
+    pickled = pickle.dumps(item, protocol=5, buffer_callback=buffers.append if shared else None)
     sizes = [buffer.raw().nbytes for buffer in buffers]
     # whatever can fail does so before the first byte is sent
     with contextlib.ExitStack() as stack:
@@ -195,7 +209,7 @@ def _send(connection: Connection, item: Any) -> None:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
             file.flush()
             channel = stack.enter_context(socket.socket(fileno=os.dup(connection.fileno())))
-        connection.send((pickled.getvalue(), sizes))
+        connection.send((pickled, sizes))
         if sum(sizes):
             socket.send_fds(channel, [b"\0"], [file.fileno()])
 

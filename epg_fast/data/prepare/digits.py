@@ -22,8 +22,11 @@ def prepare_digits(outdir: str | os.PathLike) -> dict[str, int]:
     """
     images = _digit_images()
     outdir = Path(outdir)
-    present = _present_files(outdir)
-    for path in present:
+    if outdir.exists() and not outdir.is_dir():
+        raise ValueError(f"outdir: {outdir} is a file, wanted a folder; choose another outdir")
+    files = [path.relative_to(outdir) for path in outdir.rglob("*") if not path.is_dir()]
+    present = {path.as_posix() for path in files if not any(map(is_junk, path.parts))}
+    for path in sorted(present):
         if path not in images or not _same_pixels(outdir / path, images[path]):
             raise ValueError(
                 f"outdir: {outdir} holds {path}, which is not from the digits; wanted an empty or new folder "
@@ -32,7 +35,6 @@ def prepare_digits(outdir: str | os.PathLike) -> dict[str, int]:
     for path in images.keys() - present:
         buffer = io.BytesIO()
         Image.fromarray(images[path]).save(buffer, "PNG")
-        (outdir / path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(outdir / path, buffer.getvalue())
     return {split: sum(path.startswith(split) for path in images) for split in ("train", "test")}
 
@@ -56,13 +58,6 @@ def _digit_images() -> dict[str, np.ndarray]:
         for split, rows in (("train", train), ("test", test))
         for i in rows
     }
-
-
-def _present_files(outdir: Path) -> set[str]:
-    if outdir.exists() and not outdir.is_dir():
-        raise ValueError(f"outdir: {outdir} is a file, wanted a folder; choose another outdir")
-    files = {path.relative_to(outdir) for path in outdir.rglob("*") if not path.is_dir()}
-    return {path.as_posix() for path in files if not any(map(is_junk, path.parts))}
 
 
 def _same_pixels(path: Path, pixels: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from epg_fast.files import is_junk
 
 IMAGES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif")
-COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 # What this package writes into a folder of images, and the labels that EDM's tools do.
 OWN = ("manifest.json", "index.npz", "dataset.json", ".lock")
 
@@ -33,12 +33,8 @@ def is_image(name: str) -> bool:
 
 
 def is_tar(name: str) -> bool:
-    """Whether a file of this name is a tar, not compressed."""
-    return name.lower().endswith(".tar")
-
-
-def is_compressed_tar(name: str) -> bool:
-    return name.lower().endswith(COMPRESSED_TARS)
+    """Whether a file of this name is a tar, also a compressed one, which its reader refuses."""
+    return name.lower().endswith(TARS)
 
 
 def is_split(name: str) -> bool:

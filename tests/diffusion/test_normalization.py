@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from epg_fast.data import PixelNormalization
+from epg_fast.diffusion import PixelNormalization
 
 # SPEC 1, written out per channel
 FORMULAS = {
