@@ -72,7 +72,7 @@ bench: $(INSTALLED)
 $(LEDGER_VENV)/.torch-$(LEDGER_TORCH):
 	$(PYTHON) -m venv $(LEDGER_VENV)
 	$(LEDGER_BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(LEDGER_TORCH) \
-	  'jsonargparse[signatures]' matplotlib numpy pillow pytest pytest-timeout pyyaml safetensors tqdm
+	  matplotlib numpy pillow pytest pytest-timeout pyyaml safetensors tqdm
 	touch $@
 
 # Its tests, then everything, e.g. LEDGER_FLAGS='--job sample_xl --variant ours-blocks auto-network'.

@@ -26,9 +26,9 @@ from bench.ladder import Ladder, NotHere, Rung, chosen, climb, default_device, o
 from bench.results import Row, header
 from bench.tables import in_order, ladder_table
 from bench.train_jobs import JOBS, OurTraining, PlainTraining, Problem
+from epg_fast.models.fp8 import require_fp8
 from epg_fast.ops import extension_status
 from epg_fast.ops.extension import extension_has_cuda, gpus_without_code
-from epg_fast.training.fp8 import require_fp8
 
 _BLOCKS = {"optimizer": "torch", "compile": "blocks"}
 _NETWORK = {"optimizer": "torch", "compile": "network"}

@@ -19,9 +19,9 @@ from epg_fast.config import RunConfig
 from epg_fast.diffusion import consistency_r, consistency_stage, curriculum_scales
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, preset_config
+from epg_fast.models.fp8 import use_fp8
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.fp8 import use_fp8
 from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
 

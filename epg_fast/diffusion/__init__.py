@@ -19,7 +19,6 @@ from epg_fast.diffusion.schedule import (
     consistency_r,
     consistency_stage,
     curriculum_scales,
-    curriculum_temperature,
     shift,
 )
 
@@ -35,7 +34,6 @@ __all__ = [
     "consistency_r",
     "consistency_stage",
     "curriculum_scales",
-    "curriculum_temperature",
     "guided",
     "sample_edm_sde",
     "sample_euler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Conditioning(NamedTuple):
 
 
 class EPGViT(ViTEncoder):
-    """Image to image network of stage 2 (SPEC 3). Arguments as in the official class (which also calls it DMViT).
+    """Image to image network of stage 2 (SPEC 3); arguments, by name, as in the official class, there also DMViT.
 
     `forward(x, t, y)`: x [B, C, H, W] (already scaled by c_in), t [B] (250 ln sigma), y [B] int64 class labels in
     0..num_classes, the last one being the unconditional label -> [B, C, H, W]. `num_classes=0` makes an unconditional
@@ -53,16 +54,7 @@ class EPGViT(ViTEncoder):
 
     def __init__(
         self,
-        image_size=224,
-        patch_size=16,
-        in_channels=3,
-        embed_dim=768,
-        depth=12,
-        num_heads=12,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        qk_scale=None,
-        tokens=1,
+        *,
         decoder_depth=12,
         decoder_embed_dim=768,
         decoder_num_heads=12,
@@ -71,35 +63,17 @@ class EPGViT(ViTEncoder):
         drop=0.0,
         attn_drop=0.0,
         drop_path=0.0,
-        use_checkpoint=False,
-        **official,
+        **trunk,
     ):
-        super().__init__(
-            image_size=image_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            tokens=tokens,
-            drop=0.0,
-            attn_drop=0.0,
-            drop_path=0.0,
-            use_checkpoint=use_checkpoint,
-            official=official,
-        )
+        super().__init__(**trunk)
+        embed_dim, patch_size, in_channels = self.embed_dim, self.patch_size, self.in_chans
         self.num_classes = num_classes
         self.decoder_blocks = nn.ModuleList(
             DecoderBlock(
                 decoder_embed_dim,
                 embed_dim,
                 decoder_num_heads,
-                mlp_ratio,
-                qkv_bias,
-                qk_scale,
+                *self._of_blocks,
                 proj_drop=drop,
                 attn_drop=attn_drop,
                 drop_path=drop_path,
@@ -135,8 +109,7 @@ class EPGViT(ViTEncoder):
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         yield from super()._named_blocks()
-        for i, block in enumerate(self.decoder_blocks):
-            yield f"decoder_blocks.{i}", block
+        yield from ((f"decoder_blocks.{i}", block) for i, block in enumerate(self.decoder_blocks))
 
     def _label_embedding(self, y: torch.Tensor | None) -> torch.Tensor | None:
         if (y is None) != (self.class_embed is None):
@@ -235,9 +208,14 @@ class EPGViT(ViTEncoder):
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [B, N, p*p*C] with features in the order (row, column, channel) -> [B, C, H, W]."""
-        grid = self.image_size // self.patch_size
-        x = tokens.view(-1, grid, grid, self.patch_size, self.patch_size, self.in_chans)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, self.image_size, self.image_size)
+        return unpatchify(tokens, self.patch_size)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The inverse of `patchify` for square images: [B, N, p*p*C] -> [B, C, H, W]."""
+    grid = math.isqrt(tokens.shape[1])
+    x = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (grid, grid))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 DMViT = EPGViT
