@@ -19,7 +19,7 @@ import torch.distributed.fsdp  # noqa: F401
 
 from epg_fast import config as configs
 from epg_fast import training
-from epg_fast.data import ImageFolder, PillowLoader
+from epg_fast.data import DataError, ImageFolder, PillowLoader
 from epg_fast.distributed import joined
 from epg_fast.models import create_encoder, save_weights
 from epg_fast.models.fp8 import use_fp8
@@ -29,20 +29,23 @@ from epg_fast.training.gradients import add_gradients
 from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.optimizer import make_optimizer
 from epg_fast.training.parallel import parallelize
+from tests.training import stages
 from tests.training.runs import spoil
+from tests.training.stages import JOBS, SIZES, make_stage, stage_class
 
-JOBS = {"pretrain": "Pretrain", "diffusion": "Diffusion", "consistency": "Consistency"}
-SIZES = {"embed_dim": 32, "depth": 1, "num_heads": 2, "hidden_dim": 24, "output_dim": 10}
 # Tensors of 1, 11, 24, 32 and more rows: uneven and empty parts, too.
-DECODER = {"decoder_embed_dim": 48, "decoder_depth": 2, "decoder_num_heads": 2}
+MODEL = stages.SMALLER | {"output_dim": 10}
+
+
+# Which ranks meet a bad file, where one is allowed.
+BAD = [("bad-allowed", [1]), ("bad-too-many", [1, 0])]
 
 
 def main(data, folder):
-    encoder = create_encoder("digits_32", **SIZES).state_dict()
-    save_weights(folder / "encoder.safetensors", encoder, {"config": {"image_size": 32, "patch_size": 8, **SIZES}})
+    save_encoder(folder)
 
-    def run(name, job, **fields):
-        return one_run, *make_config(data, folder, name, job, **fields)
+    def run(name, job="finetune-diffusion", steps=4, **fields):
+        return one_run, *make_config(data, folder, name, job, steps=steps, **fields)
 
     def gradients(ranks, parts):
         return [
@@ -63,7 +66,7 @@ def main(data, folder):
     first = [
         run("pretrain-2", "pretrain", **micro_batches, spoil=True),
         run("pretrain-ddp-2", "pretrain", **ddp, spoil=True),
-        run("diffusion-2", "diffusion", **recompute, stop_at=1),
+        run("diffusion-2", **recompute, stop_at=1),
     ]
     on_ranks(2, [*first, *gradients(2, 1), *gradients(2, 3)])
     shutil.copytree(folder / "diffusion-2", folder / "stopped")
@@ -71,16 +74,32 @@ def main(data, folder):
     flip_a_bit(folder / "damaged/checkpoints/step_000000004/rank_00001.safetensors")
     second = [
         run("damaged", "pretrain", **micro_batches),
-        run("diffusion-2", "diffusion", **recompute),
-        run(copied("consistency-1", "consistency-2"), "consistency", **micro_batches),
-        (accumulate, *make_config(data, folder, "accumulate", "diffusion")),
-        run("full", "diffusion", full_at=3, steps=100),
+        run("diffusion-2", **recompute),
+        run(copied("finetune-consistency-1", "consistency-2"), "finetune-consistency", **micro_batches),
+        (accumulate, *make_config(data, folder, "accumulate", "finetune-diffusion")),
+        run("full", full_at=3, steps=100),
+        *(run(name, data=damaged_data(data, folder / f"{name}-data", *met_by), log_every=2) for name, met_by in BAD),
     ]
     on_ranks(2, second)
-    third = [run(copied("stopped", name), "diffusion", parallelism=name) for name in ("ddp", "fsdp")]
+    third = [run(copied("stopped", name), parallelism=name) for name in ("ddp", "fsdp")]
     (folder / "fsdp/previews/step_000000002.png").unlink()  # as a kill may leave it
     third += [run(f"half-{name}", "pretrain", parallelism=name, precision="fp16", steps=2) for name in ("ddp", "fsdp")]
     on_ranks(1, third)
+
+
+def save_encoder(folder):
+    sizes = SIZES | {name: value for name, value in MODEL.items() if name in SIZES}
+    weights = create_encoder("digits_32", **sizes).state_dict()
+    save_weights(folder / "encoder.safetensors", weights, {"config": {"image_size": 32, "patch_size": 8, **sizes}})
+
+
+def damaged_data(data, folder, *ranks):
+    """A copy of the images in which the fourth that each of these ranks meets is empty."""
+    images = ImageFolder(shutil.copytree(data / "train", folder))
+    options = {"image_size": 32, "batch_size": 12, "seed": 0, "workers": 0, "world_size": 2}
+    for place in [next(PillowLoader(images, rank=rank, **options))["index"][3] for rank in ranks]:
+        (folder / images.paths[place]).write_bytes(b"")
+    return configs.DataConfig(str(folder), workers=0, backend="pillow", max_bad_fraction=1 / len(images))
 
 
 def make_config(data, folder, name, job, **fields):
@@ -88,18 +107,17 @@ def make_config(data, folder, name, job, **fields):
     interference = {key: fields.pop(key, None) for key in ("spoil", "full_at", "stop_at")}
     own = {
         "pretrain": {},
-        "diffusion": {"preview": configs.PreviewConfig(every=2, num=2, steps=2)},
-        "consistency": {
+        "finetune-diffusion": {"preview": configs.PreviewConfig(every=2, num=2, steps=2)},
+        "finetune-consistency": {
             "preview": configs.PreviewConfig(every=0),
             "perceptual": str(folder / "encoder.safetensors"),
             "first_stage": 1,
         },
-    }
-    dropout = {} if job == "pretrain" else {"dropout": 0.0, "p_mean": 1.0}
-    backend = "torch" if job == "diffusion" else "auto"
+    }[job]
+    own |= {} if job == "pretrain" else {"dropout": 0.0, "p_mean": 1.0}
+    backend = "torch" if job == "finetune-diffusion" else "auto"
     defaults = {
         "outdir": str(folder / name),
-        "model": configs.ModelConfig("digits_32", **SIZES, **DECODER),
         "data": configs.DataConfig(str(data / "train"), normalization="simple", workers=0, backend="pillow"),
         # eps: rounding in gradients near 0 shall not become a step of lr
         "optimizer": configs.OptimizerConfig(
@@ -107,15 +125,13 @@ def make_config(data, folder, name, job, **fields):
         ),
         "posthoc_ema": configs.PosthocEmaConfig([0.1], every=3),
         "batch_size": 12,
-        "steps": 4,
-        "precision": "fp32",
         "device": "cpu",
         "log_every": 1,
         "checkpoint_every": 2,
         "tensorboard": False,
         "parallelism": "fsdp",
     }
-    return getattr(configs, JOBS[job] + "Config")(**(defaults | dropout | own[job] | fields)), job, interference
+    return stages.make_config(job, MODEL, **(defaults | own | fields)), job, interference
 
 
 def _one_update(parts):
@@ -176,9 +192,8 @@ def one_run(rank, config, job, interference):
 
     loop.train_step = interfered
     try:
-        training.train(config, getattr(training, JOBS[job] + "Stage"))
-    except OSError as error:
-        assert interference["full_at"]
+        training.train(config, stage_class(job))
+    except (OSError, DataError) as error:
         Path(config.outdir, f"error_{rank}").write_text(str(error))
 
 
@@ -194,22 +209,13 @@ def gradients(config, job, ranks, scaled=False):
     """{"loss": ..., "grad.<name>": ..., "buffer.<name>": ...} of the whole global batch, as rank 0 has them; of
     diffusion, the gradients with its linears in FP8 as well, "fp8.<name>"."""
     torch.manual_seed(0)
-    stage = getattr(training, JOBS[job] + "Stage")(config, ranks)
-    for p in stage.network.parameters():  # zero-initialised layers would hide most gradients
-        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    stage = make_stage(job, config, perceptual=False, ranks=ranks)
+    stages.spread(stage.network)
     count = config.batch_size // ranks.world_size
-    loader = PillowLoader(
-        ImageFolder(config.data.path),
-        image_size=stage.network.image_size,
-        batch_size=config.batch_size,
-        seed=0,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        augment=config.data.augment if stage.three_views else None,
-        workers=0,
-    )
+    own = slice(ranks.rank * count, (ranks.rank + 1) * count)
+    batch = {name: images[own] for name, images in stages.batch_of(stage, config.batch_size).items()}
     parallel, scale = parallelize(stage), LossScale(ranks.device, enabled=scaled)
-    batch, draws = next(iter(loader)), Draws(0, 0, ranks.rank * count, count, ranks.device)
+    draws = Draws(0, 0, ranks.rank * count, count, ranks.device)
     loss = add_gradients(stage, parallel, batch, draws, 7, scale)
     assert len(loss.per_sample) == count and all(len(term) == count for term in loss.terms.values())
     values = torch.stack([loss.loss.detach(), loss.level.double().mean()]) / ranks.world_size
@@ -221,7 +227,7 @@ def gradients(config, job, ranks, scaled=False):
     }
     if ranks.world_size > 1:  # the gradients lie in the buckets that were summed, each like its parameter
         assert all(p.grad._base is not None and p.grad.stride() == p.stride() for p in trained.values())
-    if job == "diffusion":
+    if job == "finetune-diffusion":
         found = {name: value.clone() for name, value in found.items()}
         use_fp8(stage.network, "plain")
         stage.network.zero_grad()
@@ -236,7 +242,7 @@ def accumulate(rank, config, job, interference):
     with joined("cpu", group_for_one=config.parallelism == "fsdp") as ranks:
         for now in (True, False):
             torch.manual_seed(0)
-            stage = training.DiffusionStage(config, ranks)
+            stage = make_stage(job, config, ranks=ranks)
             network, parallel = stage.network, parallelize(stage)
 
             def loss(x, network=network):

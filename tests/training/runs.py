@@ -1,5 +1,6 @@
 """Whole runs of the command line, and what they leave behind."""
 
+import functools
 import json
 import os
 import signal
@@ -7,26 +8,31 @@ import zlib
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from epg_fast.__main__ import main
 from epg_fast.training import loop
 from epg_fast.training.checkpoint import iteration_of, list_checkpoints
 from epg_fast.training.state import RunState
+from tests.training.stages import JOBS
 
-JOBS = {
-    "pretrain": ["pretrain", "--config", "digits_pretrain"],
-    "diffusion": ["finetune-diffusion", "--config", "digits_diffusion", "--preview.every", "0"],
-    "consistency": ["finetune-consistency", "--config", "digits_consistency", "--preview.every", "0"],
-}
 TIMINGS = ("images_per_second", "data_wait")
 
 
-def run_command(job, tiny_run, outdir, **extra):
+def run_command(tiny_run, outdir, job="finetune-diffusion", **extra):
     # Dropout must draw the same masks again.
-    dropout = [] if job == "pretrain" else ["--dropout", "0.5"]
+    own = [] if job == "pretrain" else ["--preview.every", "0", "--dropout", "0.5"]
     flags = [word for name, value in extra.items() for word in (f"--{name}", str(value))]
-    name, *recipe = JOBS[job]
-    return [name, *tiny_run[:2], *recipe, *tiny_run[2:], *dropout, *flags, "--outdir", str(outdir)]
+    recipe = ["--config", f"digits_{JOBS[job].lower()}"]
+    return [job, *tiny_run[:2], *recipe, *tiny_run[2:], *own, *flags, "--outdir", str(outdir)]
+
+
+def fails(capsys, arguments, *expected):
+    """The command ends with exit code 2 and one line that has all of this."""
+    assert main([str(a) for a in arguments]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(text in line for text in expected), line
 
 
 def run_lines(outdir):
@@ -67,6 +73,8 @@ def assert_same_run(got, want):
             assert tensors.keys() == wanted.keys()
             differing = [name for name in wanted if not torch.equal(tensors[name], wanted[name])]
             assert not differing, differing
+            with safe_open(one, "pt") as file, safe_open(other, "pt") as wanted:
+                assert file.metadata() == wanted.metadata()
     for picture in (want / "previews").glob("*.png"):
         assert (got / "previews" / picture.name).read_bytes() == picture.read_bytes()
 
@@ -92,6 +100,31 @@ def before_step(monkeypatch, act):
         step(state, batch, metrics)
 
     monkeypatch.setattr(loop, "train_step", act_and_step)
+
+
+class _Hanging:
+    """A loader whose disk hangs at a batch."""
+
+    def __init__(self, loader, at, wait):
+        self.loader, self.at, self.wait = loader, at, wait
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.loader.iteration == self.at:
+            self.wait()
+        return next(self.loader)
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+
+def hang(monkeypatch, at, wait):
+    """Let the loader call `wait` before batch `at`, which the run takes for a disk that hangs after 0.2 s."""
+    make = loop.make_loader
+    monkeypatch.setattr(loop, "make_loader", lambda *a, **k: _Hanging(make(*a, **k), at, wait))
+    monkeypatch.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.2))
 
 
 def spoil(batch):

@@ -10,14 +10,20 @@ from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config
 from epg_fast.training.draws import Draws
 from epg_fast.training.gradients import add_gradients
+from epg_fast.training.loop import train_step
 from epg_fast.training.loss_scale import LossScale
+from epg_fast.training.metrics import Metrics
 from epg_fast.training.parallel import parallelize
 from epg_fast.training.stages import network_config
+from epg_fast.training.state import RunState
 
 JOBS = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "hidden_dim": 24, "output_dim": 16}
 # Another width and one block more than the encoder, which has no skip.
 DECODER = {"decoder_embed_dim": 48, "decoder_depth": 3, "decoder_num_heads": 2}
+SMALLER = {"depth": 1, "decoder_depth": 2}
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 
 
 def make_config(job, model=None, **fields):
@@ -26,9 +32,13 @@ def make_config(job, model=None, **fields):
     return getattr(configs, JOBS[job] + "Config")(model=model, **({"precision": "fp32"} | fields))
 
 
-def make_stage(job, config, perceptual=True):
+def stage_class(job):
+    return getattr(training, JOBS[job] + "Stage")
+
+
+def make_stage(job, config, perceptual=True, ranks=ALONE):
     """The stage on the CPU; the frozen encoder of consistency training is a random one."""
-    stage = getattr(training, JOBS[job] + "Stage")(config, Ranks(0, 1, torch.device("cpu")))
+    stage = stage_class(job)(config, ranks)
     if perceptual and job == "finetune-consistency":
         encoder = encoder_from_config(network_config(config)).use_ops(config.ops)
         stage.perceptual = encoder.eval().requires_grad_(False)
@@ -37,20 +47,64 @@ def make_stage(job, config, perceptual=True):
 
 def loss_of(stage, images=4, step=0):
     """The loss of a random batch."""
-    return stage.loss(_batch(stage, images), Draws(0, 0, 0, images, torch.device("cpu")), step)
+    return stage.loss(batch_of(stage, images), Draws(0, 0, 0, images, CPU), step)
 
 
 def backward_of(stage, images=4, step=0):
     """Add the gradient of a random batch, in as many micro-batches as the configuration says, and return the loss."""
-    scale = LossScale(torch.device("cpu"), enabled=False)
-    draws = Draws(0, 0, 0, images, torch.device("cpu"))
-    return add_gradients(stage, parallelize(stage), _batch(stage, images), draws, step, scale)
+    scale = LossScale(CPU, enabled=False)
+    draws = Draws(0, 0, 0, images, CPU)
+    return add_gradients(stage, parallelize(stage), batch_of(stage, images), draws, step, scale)
 
 
-def _batch(stage, images):
+def batch_of(stage, images):
     size = stage.network.image_size
     batch = {name: torch.randn(images, 3, size, size) for name in ("x", "view1", "view2")}
     return batch | {"label": torch.arange(images) % 10}
+
+
+def spread(network, std=0.02):
+    """Move all weights a little: layers that start at 0 would hide most gradients."""
+    for p in network.parameters():
+        p.data += std * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+
+
+class Images:
+    """What a run asks of its data before it begins."""
+
+    root = "nowhere"
+
+    def fingerprint(self):
+        return "none"
+
+
+class Training:
+    """Updates of a small network, as a run makes them, on four random images each."""
+
+    def __init__(self, job="finetune-diffusion", backend="torch", ranks=ALONE, **fields):
+        torch.manual_seed(0)
+        config = make_config(job, SMALLER, **({"batch_size": 4} | fields))
+        config.optimizer = configs.OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend)
+        self.stage = make_stage(job, config, ranks=ranks)
+        spread(self.stage.network)
+        self.state, self.metrics = RunState(config, self.stage, Images(), ranks), Metrics(None, False)
+
+    def batch(self, broken=False):
+        """Bytes, as loaders give them; `broken`: images of NaN."""
+        generator = torch.Generator().manual_seed(self.state.iteration)
+        images = torch.randint(256, (3, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        batch = dict(zip(("x", "view1", "view2"), images, strict=True)) | {"label": torch.arange(4)}
+        return batch | {"x": torch.full(images.shape[1:], float("nan"))} if broken else batch
+
+    def update(self, broken=False):
+        train_step(self.state, self.batch(broken), self.metrics)
+
+    def updated(self, times=1):
+        """The networks' tensors after so many more updates."""
+        for _ in range(times):
+            self.update()
+        networks = {name: getattr(self.stage, name).state_dict() for name in ("network", "ema")}
+        return {f"{of}.{name}": value for of, state in networks.items() for name, value in state.items()}
 
 
 def device_of(name):

@@ -1,6 +1,6 @@
 """torch.compile of whole networks, and what CUDA graphs of them ask of an update."""
 
-import typing
+import contextlib
 
 import pytest
 import torch
@@ -12,12 +12,10 @@ from epg_fast.config import DiffusionConfig
 from epg_fast.distributed import Ranks
 from epg_fast.training import loop
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
-from epg_fast.training.loop import train_step
-from epg_fast.training.metrics import Metrics
-from epg_fast.training.state import RunState
-from tests.training.stages import JOBS, make_config, make_stage
+from tests.training.runs import run_command
+from tests.training.stages import ALONE, JOBS, Training
 
-CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 
 
 class _GraphMemory:
@@ -49,31 +47,17 @@ class _GraphMemory:
         self.results.clear()
 
 
-class _Images(typing.NamedTuple):
-    root: str = "nowhere"
-
-    def fingerprint(self):
-        return "none"
-
-
-def updates(job, compile_with=None, begin=lambda: None, steps=3):
-    """(weights and averages, losses and norms) after some updates of a small network with all its parts."""
-    torch.manual_seed(0)
-    config = make_config(job, {"depth": 1, "decoder_depth": 2}, batch_size=4, precision="fp32")
-    config.optimizer.backend, config.optimizer.warmup_steps, config.optimizer.lr = "torch", 0, 1e-3
-    state = RunState(config, make_stage(job, config), _Images(), Ranks(0, 1, CPU))
+def updates(job, compile_with=None, begin=lambda: None):
+    """(weights and EMA, losses and norms) after three updates."""
+    training = Training(job)
     if compile_with:
-        compile_stage(state.stage, "network", backend=compile_with)
-    metrics = Metrics(None, False)
-    for step in range(steps):
-        torch.manual_seed(10 + step)
-        batch = {name: torch.randn(4, 3, 32, 32) for name in ("x", "view1", "view2")} | {"label": torch.arange(4)}
+        compile_stage(training.stage, "network", backend=compile_with)
+    for step in range(3):
         begin()
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            train_step(state, batch, metrics)
+            training.update()
     begin()
-    tensors = {f"{n}.{k}": v for n in ("network", "ema") for k, v in getattr(state.stage, n).state_dict().items()}
-    return tensors, metrics.write(steps)
+    return training.updated(0), training.metrics.write(3)
 
 
 @pytest.mark.slow
@@ -113,25 +97,25 @@ def test_every_update_begins_a_step_of_the_cuda_graphs(tiny_run, tmp_path, monke
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: began.append(1))
     monkeypatch.setattr(loop, "check_compilation", lambda config, ranks: None)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: began.append(options["options"]))
-    command = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--steps", "3"]
-    command += ["--preview.every", "0", "--compile", "network", "--cuda_graphs", "true"]
-    assert main([*command, "--outdir", str(tmp_path / "run")]) == 0
+    flags = {"steps": 3, "compile": "network", "cuda_graphs": "true"}
+    assert main(run_command(tiny_run, tmp_path / "run", **flags)) == 0
     assert began == [{"triton.cudagraphs": True}, 1, 1, 1]
     began.clear()
     begin_step(DiffusionConfig(compile="network"))
     assert not began
 
 
-def test_cuda_graphs_are_refused_where_they_cannot_be():
-    config = DiffusionConfig(compile="network", cuda_graphs=True)
-    with pytest.raises(ValueError, match="cuda_graphs: got device cpu, wanted a CUDA device; leave out"):
-        check_compilation(config, Ranks(0, 1, CPU))
-    with pytest.raises(ValueError, match="cuda_graphs: got 2 ranks, wanted 1: .* known to fail under Distributed"):
-        check_compilation(config, Ranks(0, 2, torch.device("cuda", 0)))
-    assert check_compilation(config, Ranks(0, 1, torch.device("cuda", 0))) is None
-    parts = DiffusionConfig(compile="network", cuda_graphs=True, gradient_accumulation=2)
-    with pytest.raises(ValueError, match="cuda_graphs: got gradient_accumulation 2, wanted 1"):
-        check_compilation(parts, Ranks(0, 1, torch.device("cuda", 0)))
-    assert check_compilation(DiffusionConfig(), Ranks(0, 2, CPU)) is None
-    with pytest.raises(ValueError, match="cuda_graphs: got compile auto, want network: add --compile network"):
-        DiffusionConfig(cuda_graphs=True)
+@pytest.mark.parametrize(
+    "ranks, fields, refused",
+    [
+        (ALONE, {}, "got device cpu, wanted a CUDA device; leave out"),
+        (Ranks(0, 2, GPU), {}, "got 2 ranks, wanted 1: .* known to fail under Distributed"),
+        (Ranks(0, 1, GPU), {"gradient_accumulation": 2}, "got gradient_accumulation 2, wanted 1"),
+        (Ranks(0, 1, GPU), {"compile": "auto"}, "got compile auto, want network: add --compile network"),
+        (Ranks(0, 1, GPU), {}, None),
+        (Ranks(0, 2, torch.device("cpu")), {"cuda_graphs": False}, None),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_be(ranks, fields, refused):
+    with pytest.raises(ValueError, match=f"cuda_graphs: {refused}") if refused else contextlib.nullcontext():
+        check_compilation(DiffusionConfig(**({"compile": "network", "cuda_graphs": True} | fields)), ranks)

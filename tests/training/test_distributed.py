@@ -11,19 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from epg_fast import training
-from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
-from epg_fast.distributed import TIMEOUT, Ranks, torchrun_store
-from epg_fast.models import create_encoder, save_weights
+from epg_fast.distributed import TIMEOUT, torchrun_store
 from epg_fast.training.checkpoint import load_newest
 from epg_fast.training.state import RunState
 from tests.training import rank_worker
-from tests.training.rank_worker import JOBS, make_config
-from tests.training.runs import assert_same_run, run_lines, saved_state, saved_steps
+from tests.training.rank_worker import make_config
+from tests.training.runs import assert_same_run, fails, run_command, run_lines, saved_state, saved_steps
+from tests.training.stages import ALONE, JOBS, Images, make_stage
 
 ROOT = Path(__file__).parents[2]
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +34,12 @@ def runs(digits, tmp_path_factory):
     return folder
 
 
-class _Images:
-    def fingerprint(self):
-        return "none"
-
-
 def whole_tensors(run, job):
     """The tensors of the newest checkpoint of a run, as a single rank reads them."""
     config = make_config(Path(), Path(), "unused", job, parallelism="ddp")[0]
-    if job == "consistency":
+    if job == "finetune-consistency":
         config.perceptual = None
-    state = RunState(config, getattr(training, JOBS[job] + "Stage")(config, ALONE), _Images(), ALONE)
+    state = RunState(config, make_stage(job, config, perceptual=False), Images(), ALONE)
     load_newest(run / "checkpoints", tensors := state.tensors(), ALONE)
     return tensors
 
@@ -80,7 +72,7 @@ def test_gradients_do_not_depend_on_the_number_of_ranks_and_micro_batches(job, r
     want, got = (torch.load(runs / f"gradients-{job}-{which}.pt") for which in ("1-1", f"{ranks}-{micro_batches}"))
     names = {prefix: {n for n in want if n.startswith("fp8.") == prefix} for prefix in (False, True)}
     assert_close({n: got[n] for n in got if n in names[False]}, {n: want[n] for n in names[False]}, 2e-4)
-    if job == "diffusion":  # a value near a tie may be rounded to the other side in FP8
+    if job == "finetune-diffusion":  # a value near a tie may be rounded to the other side in FP8
         assert_close({n: got[n] for n in got if n in names[True]}, {n: want[n] for n in names[True]}, 2e-2)
     else:
         assert not names[True]
@@ -89,8 +81,11 @@ def test_gradients_do_not_depend_on_the_number_of_ranks_and_micro_batches(job, r
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run, job",
-    [("pretrain-2", "pretrain"), ("pretrain-ddp-2", "pretrain"), ("diffusion-2", "diffusion")]
-    + [("consistency-2", "consistency"), ("ddp", "diffusion"), ("fsdp", "diffusion")],
+    [
+        *((name, "pretrain") for name in ("pretrain-2", "pretrain-ddp-2")),
+        *((name, "finetune-diffusion") for name in ("diffusion-2", "ddp", "fsdp")),
+        ("consistency-2", "finetune-consistency"),
+    ],
 )
 def test_two_ranks_train_as_one(run, job, runs):
     """Weights, averages, moments, statistics of BatchNorm, gradient norms; the updates after the first are clipped.
@@ -123,10 +118,22 @@ def test_a_damaged_part_gives_way_to_the_checkpoint_before_and_the_run_repeats_b
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_one_rank_ends_all_with_the_checkpoint_before(runs):
     errors = [(runs / f"full/error_{rank}").read_text() for rank in range(2)]
-    assert errors[0] == errors[1] and "rank 1: could not write" in errors[0]
+    assert errors[0] == errors[1] and "rank 1: cannot write" in errors[0]
     assert "step_000000002 is intact" in errors[0]
     assert [path.name for path in (runs / "full/checkpoints").iterdir()] == ["step_000000002"]
     assert len(run_lines(runs / "full")) < 10
+
+
+@pytest.mark.slow
+def test_a_bad_file_of_one_rank_counts_on_all_of_them(runs):
+    """One that only rank 1 meets is allowed; another one that only rank 0 meets is too many for both."""
+    listed = {name: (runs / name / "bad_files.txt").read_text().splitlines() for name, _ in rank_worker.BAD}
+    (line,), saved = listed["bad-allowed"], saved_state(runs / "bad-allowed")["bad_files"]
+    assert [line.partition("\t")[0]] == [*saved] and len(listed["bad-too-many"]) == 2
+    errors = [(runs / f"bad-too-many/error_{rank}").read_text() for rank in range(2)]
+    assert errors[0] == errors[1] and "2 of " in errors[0] and str(runs / "bad-too-many/bad_files.txt") in errors[0]
+    # both stopped at the first exchange, before a line was written
+    assert not (runs / "bad-too-many/metrics.jsonl").exists() and len(run_lines(runs / "bad-allowed")) == 2
 
 
 @pytest.mark.slow
@@ -134,7 +141,7 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_with_the_checkpoint_before(ru
 def test_sharded_averages_are_sampled_by_all_ranks(run, step, runs):
     """Also at the start of a run, if the picture of the checkpoint is missing."""
     name = f"previews/step_00000000{step}.png"
-    one, two = (np.asarray(Image.open(runs / which / name)).astype(int) for which in ("diffusion-1", run))
+    one, two = (np.asarray(Image.open(runs / which / name)).astype(int) for which in ("finetune-diffusion-1", run))
     assert np.abs(one - two).max() <= 1
 
 
@@ -146,9 +153,7 @@ def test_what_sharded_networks_do_not_take_is_refused(option):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_the_loss_scale_reaches_every_micro_batch(job, digits, tmp_path):
-    encoder = create_encoder("digits_32", **rank_worker.SIZES).state_dict()
-    sizes = {"image_size": 32, "patch_size": 8, **rank_worker.SIZES}
-    save_weights(tmp_path / "encoder.safetensors", encoder, {"config": sizes})
+    rank_worker.save_encoder(tmp_path)
     config = make_config(digits, tmp_path, "unused", job, gradient_accumulation=2, parallelism="ddp")[0]
     plain, scaled = (rank_worker.gradients(config, job, ALONE, scaled=on) for on in (False, True))
     for name, want in plain.items():
@@ -158,11 +163,9 @@ def test_the_loss_scale_reaches_every_micro_batch(job, digits, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(tiny_run, tmp_path, capsys):
-    flags = [*tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--gradient_accumulation", "3"]
-    assert main(["finetune-diffusion", *flags, "--batch_size", "16", "--outdir", str(tmp_path / "run")]) == 2
-    message = capsys.readouterr().err
-    assert "batch_size 16 does not divide over 1 rank with 3 micro-batches" in message
-    assert "--batch_size 18" in message and not (tmp_path / "run").exists()
+    command = run_command(tiny_run, tmp_path / "run", gradient_accumulation=3)
+    fails(capsys, command, "batch_size 16 does not divide over 1 rank with 3 micro-batches", "--batch_size 18")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("nodes, seen", [(1, False), (2, True)])

@@ -1,4 +1,4 @@
-"""The EMA that training tracks: their profiles, on the device and in host memory, their snapshots and resumed runs."""
+"""The EMA that training tracks: their profiles, on the device and in host memory, snapshots and resumed runs."""
 
 import json
 import threading
@@ -16,8 +16,8 @@ from epg_fast.distributed import Ranks
 from epg_fast.training.ema import HostEma, PosthocEma, ema_copy, gamma_of, list_snapshots, power_decay
 from epg_fast.training.optimizer import make_optimizer
 from tests.ops.extension_checks import needs_extension
-from tests.training.runs import assert_same_run, crash_after_save, run_command
-from tests.training.stages import make_config, make_stage
+from tests.training.runs import assert_same_run, crash_after_save, fails, run_command, saved_steps
+from tests.training.stages import ALONE, make_config, make_stage
 
 WIDTHS = [0.05, 0.1, 0.2]
 FUSED = pytest.param("fused", marks=needs_extension)
@@ -82,7 +82,7 @@ def _tracking(backend="torch", **fields):
     torch.manual_seed(0)
     config = make_config("finetune-diffusion", posthoc_ema=PosthocEmaConfig(WIDTHS), **fields)
     network = make_stage("finetune-diffusion", config).network
-    stage = SimpleNamespace(network=network, ranks=Ranks(0, 1, torch.device("cpu")), sharded=False)
+    stage = SimpleNamespace(network=network, ranks=ALONE, sharded=False)
     tracked = PosthocEma(config, stage)
     host = HostEma(network, tracked.networks if config.offload_ema else [])
     on_device = [] if config.offload_ema else tracked.networks
@@ -161,7 +161,7 @@ def test_ranks_other_than_the_first_keep_none_in_host_memory():
     first, second = (SimpleNamespace(network=network, ranks=Ranks(i, 2, None), sharded=False) for i in (0, 1))
     assert ema_copy(network, second.ranks, offload=True) is None
     assert ema_copy(network, second.ranks, offload=False) is not None
-    config = DiffusionConfig("run", posthoc_ema=PosthocEmaConfig(WIDTHS), offload_ema=True)
+    config = DiffusionConfig(outdir="run", posthoc_ema=PosthocEmaConfig(WIDTHS), offload_ema=True)
     first, second = PosthocEma(config, first), PosthocEma(config, second)
     assert first.is_due(10_000) and not second.is_due(10_000)
     assert second.networks == [] and second.state_dict() == {}
@@ -176,7 +176,7 @@ def test_ranks_other_than_the_first_keep_none_in_host_memory():
 
 def _run(tiny_run, outdir, steps, every, **flags):
     flags = {"steps": steps, "posthoc_ema.sigma_rel": "[0.05,0.10]", "posthoc_ema.every": every, **flags}
-    return run_command("diffusion", tiny_run, outdir, **flags)
+    return run_command(tiny_run, outdir, **flags)
 
 
 def content(snapshot):
@@ -185,49 +185,47 @@ def content(snapshot):
         return load_file(snapshot), json.loads(file.metadata()["epg_fast"])
 
 
-def assert_same_snapshots(got, want, steps):
-    got, want = (list_snapshots(run / "posthoc_ema") for run in (got, want))
-    assert [f.name for f in got] == [f.name for f in want] == [f"step_{step:09d}.safetensors" for step in steps]
-    for one, two in zip(got, want, strict=True):
-        (a, about_a), (b, about_b) = map(content, (one, two))
-        assert about_a == about_b and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def snapshots_of(run):
+    return [int(path.stem.removeprefix("step_")) for path in list_snapshots(run / "posthoc_ema")]
 
 
 def test_a_killed_run_goes_on_to_the_same_snapshots(tiny_run, tmp_path, monkeypatch):
     """That of the checkpoint's step is neither lost nor written again, those of later steps are removed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(_run(tiny_run, whole, 12, 5)) == 0
+    flags = {"steps": 6, "every": 2, "checkpoint_every": 4}
+    assert main(_run(tiny_run, whole, **flags)) == 0
     with monkeypatch.context() as patched:
-        crash_after_save(patched, 10)
-        assert main(_run(tiny_run, killed, 12, 5)) == 1
+        crash_after_save(patched, 4)
+        assert main(_run(tiny_run, killed, **flags)) == 1
     written = list_snapshots(killed / "posthoc_ema")[-1].stat().st_mtime_ns
-    for name in ("step_000000011.safetensors", ".step_000000012.safetensors.tmp7"):
+    for name in ("step_000000005.safetensors", ".step_000000006.safetensors.tmp7"):
         (killed / "posthoc_ema" / name).write_bytes(b"of a run that went on for longer, or was killed in the middle")
-    assert main(_run(tiny_run, killed, 12, 5)) == 0
-    assert_same_snapshots(killed, whole, [5, 10, 12])
+    assert main(_run(tiny_run, killed, **flags)) == 0
+    assert_same_run(killed, whole)
+    assert snapshots_of(killed) == [2, 4, 6] and len(list((killed / "posthoc_ema").iterdir())) == 3
     assert list_snapshots(killed / "posthoc_ema")[1].stat().st_mtime_ns == written
-    assert len(list((killed / "posthoc_ema").iterdir())) == 3
 
 
-def test_training_goes_on_while_a_snapshot_is_written(tiny_run, tmp_path, monkeypatch):
-    """Its EMA are those of its step all the same."""
-    reached, saw, write, decays = threading.Event(), [], PosthocEma.write, PosthocEma.decays
-    assert main(_run(tiny_run, tmp_path / "whole", 5, 2)) == 0
+def test_training_goes_on_while_snapshots_and_checkpoints_are_written(tiny_run, tmp_path, monkeypatch):
+    """What is written is of its step all the same: every snapshot, and the checkpoint of 2, waits for the next step."""
+    whole, slow, flags = tmp_path / "whole", tmp_path / "slow", {"steps": 4, "every": 1, "checkpoint_every": 2}
+    assert main(_run(tiny_run, whole, **flags)) == 0
+    reached, saw = [threading.Event() for _ in range(4)], []
+    write, decays = PosthocEma.write, PosthocEma.decays
 
     def decays_and_tell(tracked, step):
-        if step == 3:
-            reached.set()
+        reached[step].set()
         return decays(tracked, step)
 
     def write_slowly(tracked, step, snapshot):
-        saw.append((step, reached.wait(60)))
+        saw.append(step == 4 or reached[step].wait(60))
         write(tracked, step, snapshot)
 
     monkeypatch.setattr(PosthocEma, "decays", decays_and_tell)
     monkeypatch.setattr(PosthocEma, "write", write_slowly)
-    assert main(_run(tiny_run, tmp_path / "slow", 5, 2)) == 0
-    assert saw == [(2, True), (4, True), (5, True)]
-    assert_same_snapshots(tmp_path / "slow", tmp_path / "whole", [2, 4, 5])
+    assert main(_run(tiny_run, slow, **flags)) == 0
+    assert saw == [True] * 4 and snapshots_of(slow) == [1, 2, 3, 4] and saved_steps(slow) == [4, 2]
+    assert_same_run(slow, whole)
 
 
 @pytest.mark.parametrize("fails", [3, 4])
@@ -245,9 +243,8 @@ def test_no_checkpoint_passes_a_snapshot_that_could_not_be_written(fails, tiny_r
         patched.setattr(PosthocEma, "write", fail)
         assert main(command) == 1
     assert f"could not write step {fails}: disk full" in capsys.readouterr().err
-    assert [f.stem for f in (run / "checkpoints").iterdir()] == ["step_000000002"]
-    assert main(command) == 0
-    assert [f.name[5:14] for f in list_snapshots(run / "posthoc_ema")] == [f"{step:09d}" for step in range(1, 7)]
+    assert saved_steps(run) == [2]
+    assert main(command) == 0 and snapshots_of(run) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -263,15 +260,7 @@ def test_a_run_goes_on_with_the_ema_where_they_were_not(tiny_run, tmp_path, monk
             assert main(_run(tiny_run, moved, 6, 3, **flags, offload_ema=offload)) == 1
     assert main(_run(tiny_run, moved, 6, 3, **flags, offload_ema="true")) == 0
     assert_same_run(moved, whole)
-    assert_same_snapshots(moved, whole, [3, 6])
-    for picture in (whole / "previews").iterdir():
-        assert (moved / "previews" / picture.name).read_bytes() == picture.read_bytes()
-
-
-def _fails(capsys, arguments, *expected):
-    assert main([str(a) for a in arguments]) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(text in line for text in expected), line
+    assert snapshots_of(moved) == [3, 6] and len(list((whole / "previews").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -284,10 +273,10 @@ def _fails(capsys, arguments, *expected):
 )
 def test_widths_without_meaning_are_refused_before_training(flag, value, said, capsys, tiny_run, tmp_path):
     command = _run(tiny_run, tmp_path / "run", 2, 1, **{"optimizer.backend": "fused", flag: value})
-    _fails(capsys, command, said)
+    fails(capsys, command, said)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_target_network_is_not_offloaded(capsys, tmp_path):
     command = ["pretrain", "--config", "digits_pretrain", "--offload_ema", "true", "--outdir", tmp_path / "run"]
-    _fails(capsys, command, "offload_ema: pre-training calls its average")
+    fails(capsys, command, "offload_ema: pre-training calls its average")

@@ -1,15 +1,17 @@
 """FP8 linears in training: which they are, what they change, and where they are refused."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
 from epg_fast.models import create_encoder, create_model, fp8
 from epg_fast.models.fp8 import Fp8Linear, require_fp8, use_fp8
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic_ref
 from epg_fast.training.optimizer import make_optimizer
-from tests.training.stages import DECODER, JOBS, SIZES, loss_of, make_config, make_stage
+from tests.training.runs import fails, run_command
+from tests.training.stages import CPU, DECODER, JOBS, SIZES, loss_of, make_config, make_stage, spread
 
 SMALL = SIZES | DECODER
 LARGE = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -23,7 +25,8 @@ def small_encoder(**changes):
     return create_encoder("digits_32", **({"embed_dim": 32, "depth": 2, "num_heads": 2} | changes))
 
 
-def test_the_large_linears_of_the_blocks_change_and_nothing_else():
+def test_the_large_linears_of_the_blocks_change_and_the_rest_is_named():
+    """Not those of odd sizes and adapters. Names and parameters of the network stay."""
     network = create_model("digits_32", **SMALL)
     before, names = dict(network.named_parameters()), list(network.state_dict())
     line = use_fp8(network, "plain")
@@ -34,8 +37,6 @@ def test_the_large_linears_of_the_blocks_change_and_nothing_else():
     assert names_of(network) == want | {f"{block}.skip_linear" for block in blocks[2:4]}  # the third has no skip
     assert line == "fp8: 22 linears of the blocks, with a scale per row; gradients of weights are in 16 bits"
 
-
-def test_linears_of_odd_sizes_and_adapters_stay_in_16_bits_and_are_named():
     network = create_model("digits_32", **(SMALL | {"decoder_embed_dim": 40}))
     network.blocks[0].mlp.fc1 = torch.nn.Sequential(network.blocks[0].mlp.fc1)
     network.blocks[1].attn = torch.nn.Sequential(network.blocks[1].attn)
@@ -52,8 +53,7 @@ def test_linears_of_odd_sizes_and_adapters_stay_in_16_bits_and_are_named():
 def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
     torch.manual_seed(1)
     stage = make_stage(job, make_config(job, precision="bf16"))
-    for p in stage.network.parameters():  # zero-initialised layers would hide most gradients
-        p.data += 0.02 * torch.randn(p.shape)
+    spread(stage.network)
     results = []
     for _ in range(2):
         stage.network.zero_grad()
@@ -123,11 +123,8 @@ def test_training_follows_the_losses_of_16_bits():
 
 
 def test_fp8_is_refused_before_anything_is_written(tiny_run, tmp_path, capsys):
-    flags = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--fp8", "rowwise"]
-    flags += ["--precision", "bf16"]
-    assert main([*flags, "--outdir", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert "fp8: got device cpu, wanted a GPU that multiplies FP8 (compute capability 8.9 or more" in error
+    command = run_command(tiny_run, tmp_path / "run", fp8="rowwise", precision="bf16")
+    fails(capsys, command, "fp8: got device cpu, wanted a GPU that multiplies FP8 (compute capability 8.9 or more")
     assert not (tmp_path / "run").exists()
 
 
@@ -145,17 +142,13 @@ def refuse(x, weight):
     ],
 )
 def test_a_gpu_that_does_not_multiply_fp8_is_refused_with_its_name(monkeypatch, capability, product, said):
-    cpu = torch.device("cpu")
     ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, device, **kw: ones(*size, device=cpu, **kw))
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **kw: ones(*size, device=CPU, **kw))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
     monkeypatch.setattr(fp8, "linear_fp8_dynamic", product)
     fp8.refusal.cache_clear()
-    if said is None:
-        assert require_fp8(torch.device("cuda", 0)) is None
-        return
-    with pytest.raises(ValueError, match=f"fp8: got NVIDIA Something.*{said}.*leave out --fp8"):
+    with pytest.raises(ValueError, match=f"NVIDIA Something.*{said}.*leave out --fp8") if said else nullcontext():
         require_fp8(torch.device("cuda", 0))
 
 
@@ -163,7 +156,5 @@ def test_fp8_is_refused_where_it_would_not_be_used():
     with pytest.raises(ValueError, match="got precision fp16"):
         DiffusionConfig(fp8="rowwise", precision="fp16")
     with pytest.raises(ValueError, match="got ops plain,mlp=triton, whose fused operations take weights in 16 bits"):
-        make_stage(
-            "finetune-diffusion",
-            make_config("finetune-diffusion", fp8="rowwise", precision="bf16", ops="plain,mlp=triton"),
-        )
+        job = "finetune-diffusion"
+        make_stage(job, make_config(job, fp8="rowwise", precision="bf16", ops="plain,mlp=triton"))

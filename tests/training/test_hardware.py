@@ -4,18 +4,17 @@ import pytest
 import torch
 
 from epg_fast.distributed import Ranks
-from epg_fast.training import ConsistencyStage, PretrainStage
 from epg_fast.training.estimate import planned_stage
 from epg_fast.training.flops import step_flops
 from epg_fast.training.hardware import Utilization, gpu_named, gpu_of
 from epg_fast.training.metrics import Progress
-from tests.training.stages import device_of, make_config, make_stage
+from tests.training.stages import ALONE, device_of, make_config, make_stage, stage_class
 
 CUDA = torch.device("cuda", 0)
 
 
-def _on_gpus(stage_class, config, world_size):
-    stage = planned_stage(config, stage_class, world_size)
+def _on_gpus(job, world_size=1, **fields):
+    stage = planned_stage(make_config(job, **fields), stage_class(job), world_size)
     stage.ranks = Ranks(0, world_size, CUDA)
     return stage
 
@@ -45,16 +44,10 @@ def test_a_gpu_is_known_by_its_whole_name(device, name):
     assert found is None if name is None else found == gpu_named(name)
 
 
-def test_memory_bandwidths_differ_between_cards_of_one_chip_and_are_not_made_up():
-    assert gpu_named("A100").bandwidth > gpu_named("A100 PCIe").bandwidth > gpu_named("A100 40GB").bandwidth
-    assert gpu_named("H200").bandwidth == 4.8 and gpu_named("H100").bandwidth == 3.35
-    assert gpu_named("B200").bandwidth is None
-
-
-def test_the_peak_depends_on_the_precision(monkeypatch):
+def test_the_peak_depends_on_the_precision_and_a_mistyped_gpu_is_asked_for(monkeypatch):
     h200 = gpu_named("h200")
     assert h200.peak("bf16") == (989.5e12, "bf16") and h200.peak("fp16")[0] == 989.5e12
-    assert h200.peak("fp32") == (67e12, "fp32")
+    assert h200.peak("fp32") == (67e12, "fp32") and h200.bandwidth == 4.8 and gpu_named("B200").bandwidth is None
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert h200.peak("fp32") == (494.5e12, "tf32")
     with pytest.raises(ValueError, match="did you mean 'H200'"):
@@ -62,7 +55,7 @@ def test_the_peak_depends_on_the_precision(monkeypatch):
 
 
 def test_mfu_is_operations_per_image_times_rate_over_the_peak_of_all_gpus():
-    stage = _on_gpus(PretrainStage, make_config("pretrain", precision="bf16"), 4)
+    stage = _on_gpus("pretrain", 4, precision="bf16")
     with device_of("NVIDIA H200"):
         figures = Utilization(stage).figures(0, 10, 5000.0)
     assert figures == {
@@ -71,23 +64,23 @@ def test_mfu_is_operations_per_image_times_rate_over_the_peak_of_all_gpus():
     }
 
 
-def test_no_mfu_without_a_known_gpu_and_nothing_at_all_on_a_cpu(capsys):
-    stage = _on_gpus(PretrainStage, make_config("pretrain"), 1)
+def test_no_mfu_without_a_known_gpu_and_nothing_at_all_on_a_cpu():
+    stage = _on_gpus("pretrain")
     with device_of("NVIDIA Unheard-of"):
         assert Utilization(stage).figures(0, 10, 5000.0) == {"peak_memory_gib": 3.0}
     assert Utilization(make_stage("pretrain", make_config("pretrain"))).figures(0, 10, 5000.0) == {}
 
 
 def test_an_interval_in_which_the_work_per_image_changes_has_no_mfu():
-    config = make_config("finetune-consistency", delta=0, first_stage=10, stage_length=10)
+    stage = _on_gpus("finetune-consistency", delta=0, first_stage=10, stage_length=10)
     with device_of("NVIDIA H200"):
-        utilization = Utilization(_on_gpus(ConsistencyStage, config, 1))
+        utilization = Utilization(stage)
         early, between, late = (utilization.figures(*steps, 100.0) for steps in ((0, 10), (5, 15), (10, 20)))
     assert "mfu" not in between and late["mfu"] > early["mfu"] > 0
 
 
 def test_the_progress_line_shows_them(capsys):
     figures = {"loss": 0.5, "images_per_second": 80.0, "data_wait": 0.02, "mfu": 0.413, "peak_memory_gib": 61.04}
-    with Progress("diffusion", 10, 0, "images", Ranks(0, 1, torch.device("cpu"))) as progress:
+    with Progress("diffusion", 10, 0, "images", ALONE) as progress:
         progress.show(figures)
     assert "data wait=2%, MFU=41.3%, peak=61.0 GiB" in capsys.readouterr().err

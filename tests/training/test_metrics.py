@@ -5,34 +5,25 @@ import json
 import pytest
 import torch
 
-from epg_fast.__main__ import main
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.training.metrics import LEVELS, Metrics, names_by_level, sums_by_level
-from tests.training.stages import JOBS, loss_of, make_config, make_stage
+from tests.training.stages import JOBS, Training, loss_of, make_config, make_stage
 
 
 def test_means_are_those_of_the_samples_in_each_range_of_the_grid():
-    values, level = torch.rand(300), torch.rand(300) * 0.8  # nothing in the cleanest range
+    """The ends and what lies beyond count to the outer ranges; nothing is in the cleanest."""
+    values, level = torch.rand(300), torch.rand(300) * 0.8
+    level[:3] = torch.tensor([-0.3, 0.0, 0.125])
     sums, counts = sums_by_level(values, level).tolist()
-    found = {i: total / count for i, (total, count) in enumerate(zip(sums, counts, strict=True)) if count}
-    wanted = {}
+    wanted = {i: [] for i in range(LEVELS)}
     for value, place in zip(values.double().tolist(), level.tolist(), strict=True):
-        wanted.setdefault(int(place * LEVELS), []).append(value)
-    assert found.keys() == wanted.keys() and 7 not in found
-    assert found == {i: pytest.approx(sum(own) / len(own), rel=1e-5) for i, own in wanted.items()}
-
-
-@pytest.mark.parametrize(
-    "values, level, sums, counts",
-    [
-        ([1, 2, 3, 4], [-0.3, 0.0, 1.0, 1.2], [3, 0, 0, 0, 0, 0, 0, 7], [2, 0, 0, 0, 0, 0, 0, 2]),
-        ([1, 2], 0.5, [0, 0, 0, 0, 3, 0, 0, 0], [0, 0, 0, 0, 2, 0, 0, 0]),
-    ],
-    ids=["the ends and beyond", "one level for the whole batch"],
-)
-def test_levels_count_to_their_range(values, level, sums, counts):
-    found = sums_by_level(torch.tensor(values), torch.tensor(level, dtype=torch.float64))
-    assert found.tolist() == [sums, counts]
+        wanted[max(int(place * LEVELS), 0)].append(value)
+    assert counts == [len(own) for own in wanted.values()] and counts[7] == 0
+    assert sums == pytest.approx([sum(own) for own in wanted.values()], rel=1e-5)
+    ends = sums_by_level(torch.tensor([3, 4]), torch.tensor([1.0, 1.2]))
+    assert ends.tolist() == [[0] * 7 + [7], [0] * 7 + [2]]
+    whole_batch = sums_by_level(torch.tensor([1, 2]), torch.tensor(0.5, dtype=torch.float64))
+    assert whole_batch[:, 4].tolist() == [3, 2] == whole_batch.sum(1).tolist()
 
 
 def test_the_place_of_a_level_is_its_index_over_the_last():
@@ -50,6 +41,16 @@ def test_every_objective_says_at_which_level_its_samples_are(job):
     torch.testing.assert_close(sums.sum(), loss.terms[stage.by_level].sum())
     if job == "finetune-diffusion":
         assert torch.equal(loss.level, loss.terms["index"] / 1279)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_update_logs_levels_around_its_mean(job):
+    training = Training(job)
+    training.updated(2)
+    line, name = training.metrics.write(2), training.stage.by_level
+    levels = [value for key, value in line.items() if key.startswith(f"{name}_by_level/")]
+    assert 1 <= len(levels) <= LEVELS
+    assert min(levels) * (1 - 1e-5) <= line[name] <= max(levels) * (1 + 1e-5)
 
 
 def _update(metrics, i, made=True):
@@ -134,12 +135,3 @@ def test_a_line_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OSError, match="could not write .*metrics.jsonl.*the same command goes on"):
         metrics.write(1)
-
-
-def test_a_run_logs_levels_and_they_add_up_to_the_mean(tiny_run, tmp_path):
-    command = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--steps", "2"]
-    assert main([*command, "--preview.every", "0", "--outdir", str(tmp_path / "run")]) == 0
-    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
-        levels = {k: v for k, v in line.items() if k.startswith("squared_error_by_level/")}
-        assert 1 < len(levels) <= LEVELS
-        assert min(levels.values()) <= line["squared_error"] <= max(levels.values())

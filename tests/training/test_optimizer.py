@@ -16,6 +16,7 @@ from epg_fast.models import EPGViT
 from epg_fast.training import optimizer as module
 from epg_fast.training.optimizer import make_optimizer
 from tests.ops.extension_checks import DEVICE, needs_extension
+from tests.waiting import NothingIsRead
 
 FUSED = pytest.param("fused", marks=needs_extension)
 BACKENDS = [FUSED, "torch", "apex"]
@@ -83,8 +84,12 @@ FUSED_ADAM = """
 APEX = {"apex/__init__.py": "", "apex/optimizers.py": FUSED_ADAM, "amp_C.py": ""}
 
 
+def _apex_modules():
+    return [module for module in sys.modules if module.partition(".")[0] in ("apex", "amp_C")]
+
+
 def _install_apex(folder, monkeypatch, files):
-    for name in [m for m in sys.modules if m.partition(".")[0] in ("apex", "amp_C")]:
+    for name in _apex_modules():
         del sys.modules[name]
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,7 @@ def _install_apex(folder, monkeypatch, files):
 def apex(tmp_path, monkeypatch):
     _install_apex(tmp_path / "apex", monkeypatch, APEX)
     yield
-    for name in [m for m in sys.modules if m.partition(".")[0] in ("apex", "amp_C")]:
+    for name in _apex_modules():
         del sys.modules[name]
 
 
@@ -178,9 +183,13 @@ def in_float64(network, steps):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_follows_the_formulas(network, backend):
+    """And counts as a change of every trained weight, which copies of weights and autograd rely on."""
     run = Run(network, backend)
+    weights = [p for part in (run.network, *run.emas) for n, p in part.named_parameters() if "skip_linear" not in n]
+    before = [weight._version for weight in weights]
     norm, found_inf = run.update(12)
     torch.testing.assert_close(run.weights().double(), in_float64(network, 12), rtol=1e-5, atol=1e-6)
+    assert all(weight._version > count for weight, count in zip(weights, before, strict=True))
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert norm.item() == pytest.approx(math.sqrt(count), rel=0.05) and found_inf.item() == 0
 
@@ -196,21 +205,14 @@ def test_any_backend_goes_on_from_the_state_of_any_other(network, first, second)
     for ours, saved in zip([resumed.network, *resumed.emas], [start.network, *start.emas], strict=True):
         ours.load_state_dict(saved.state_dict())
     saved = load(save(start.optimizer.state_dict()))
+    trained = [name for name, p in network.named_parameters() if p.requires_grad]
+    assert saved.keys() == {f"{moment}/{name}" for moment in ("exp_avg", "exp_avg_sq") for name in trained} | {"step"}
     for name, tensor in resumed.optimizer.state_dict().items():
         tensor.copy_(saved[name])
     resumed.steps = 3
     resumed.update(3)
     tolerance = {"rtol": 0, "atol": 0} if first == second else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(resumed.weights(), whole.weights(), **tolerance)
-
-
-def test_the_state_has_the_parameters_names(network):
-    state = make_optimizer(network, OptimizerConfig(backend="torch")).state_dict()
-    trained = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
-    assert {name: t.shape for name, t in state.items()} == {
-        **{f"{moment}/{name}": shape for moment in ("exp_avg", "exp_avg_sq") for name, shape in trained.items()},
-        "step": (len(trained),),
-    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -242,59 +244,42 @@ def test_a_scaled_loss_and_a_gradient_of_another_layout_give_the_same_update(net
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_update_counts_as_a_change_of_every_trained_weight(network, backend):
-    """Copies of weights and autograd rely on the count."""
-    run = Run(network, backend)
-    weights = [p for part in (run.network, *run.emas) for n, p in part.named_parameters() if "skip_linear" not in n]
-    before = [weight._version for weight in weights]
-    run.update()
-    assert all(weight._version > count for weight, count in zip(weights, before, strict=True))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_parameter_without_a_gradient_is_a_mistake_and_named(network, backend):
     def drop(network):
         network.norm.weight.grad = None
 
     run = Run(network, backend)
+    with pytest.raises(ValueError, match="got 1 decays for 2 EMA"):
+        run.optimizer.schedule(decays=[0.9])
     before = run.everything()
     with pytest.raises(ValueError, match="got no gradient on norm.weight.*call backward.*or freeze it"):
         run.update(change=drop)
     assert all(torch.equal(a, b) for a, b in zip(before, run.everything(), strict=True))
 
 
-def test_one_decay_for_each_ema(network):
-    with pytest.raises(ValueError, match="got 1 decays for 2 EMA"):
-        Run(network, "torch").optimizer.schedule(decays=[0.9])
-
-
-class _Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.made.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("backend", [FUSED, "torch"])
 def test_an_update_reads_nothing_on_the_host(network, backend):
-    run = Run(network, backend)
-    with _Calls() as calls:
+    run, scale = Run(network, backend), torch.tensor(4.0, device=DEVICE)
+    with NothingIsRead():
         run.update(2)
-        run.update(scale=torch.tensor(4.0, device=DEVICE))
-        assert torch.ops.aten._local_scalar_dense.default not in calls.made
-        run.update()[1].item()
-        assert torch.ops.aten._local_scalar_dense.default in calls.made
+        run.update(scale=scale)
+        with pytest.raises(AssertionError, match="the host waits"):
+            run.update()[1].item()
+
+
+class _Casts(TorchDispatchMode):
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_an_ema_takes_one_cast_of_its_decay_for_all_weights(network):
     run = Run(network, "torch")
-    with _Calls() as calls:
+    with _Casts() as casts:
         run.update()
-    casts = calls.made.count(torch.ops.aten._to_copy.default)
-    assert casts <= 2 * len(run.emas) < len(list(network.parameters())) / 4
+    assert casts.made <= 2 * len(run.emas) < len(list(network.parameters())) / 4
 
 
 @needs_extension

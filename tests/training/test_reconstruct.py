@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig, PosthocEmaConfig
-from epg_fast.distributed import Ranks
 from epg_fast.models import from_pretrained, load_weights, save_weights
 from epg_fast.training.ema import PosthocEma, gamma_of, list_snapshots
 from epg_fast.training.reconstruct import fit_profile, inner_products, reconstruct
+from tests.training.runs import fails, run_command
+from tests.training.stages import ALONE
 from tests.training.test_ema import content, direct_ema
 
 # ---- profiles
@@ -35,15 +36,11 @@ def tracked(count, widths=(0.05, 0.1), every=10.0):
     return np.repeat(np.arange(1, count + 1) * every, len(widths)), np.tile([gamma_of(w) for w in widths], count)
 
 
-@pytest.mark.parametrize(
-    ("count", "sigma_rel", "residual"),
-    [(4, 0.075, 3.3e-2), (20, 0.075, 2.3e-3), (100, 0.075, 9.2e-5), (100, 0.15, 2.4e-4), (100, 0.03, 1.2e-3)],
-)
-def test_the_residual_is_the_distance_of_the_profiles(count, sigma_rel, residual):
+@pytest.mark.parametrize(("count", "sigma_rel"), [(4, 0.075), (20, 0.075), (100, 0.15), (100, 0.03)])
+def test_the_residual_is_the_distance_of_the_profiles(count, sigma_rel):
     steps, gammas = tracked(count)
     fit = fit_profile(steps, gammas, count * 10, gamma_of(sigma_rel))
     assert fit.weights.sum() == pytest.approx(1, abs=1e-9)
-    assert fit.residual == pytest.approx(residual, rel=0.05)
     tau = (np.arange(20_000) + 0.5) / 20_000 * count * 10
     profiles = [(g + 1) * (tau / t) ** g / t * (tau <= t) for t, g in zip(steps, gammas, strict=True)]
     gamma = gamma_of(sigma_rel)
@@ -87,9 +84,10 @@ def synthetic(tmp_path_factory):
     network.weight = torch.nn.Parameter(torch.zeros(3, 40))
     network.huge = torch.nn.Parameter(torch.full((2,), 1e5))
     network.register_buffer("count", torch.tensor(0))
-    ranks, about = Ranks(0, 1, torch.device("cpu")), {"stage": "synthetic", "config": {"depth": 1}}
-    stage = SimpleNamespace(network=network, ranks=ranks, sharded=False, metadata=lambda: about)
-    posthoc = PosthocEma(DiffusionConfig(str(folder), steps=STEPS, posthoc_ema=PosthocEmaConfig(WIDTHS, EVERY)), stage)
+    about = {"stage": "synthetic", "config": {"depth": 1}}
+    stage = SimpleNamespace(network=network, ranks=ALONE, sharded=False, metadata=lambda: about)
+    tracks = PosthocEmaConfig(WIDTHS, EVERY)
+    posthoc = PosthocEma(DiffusionConfig(outdir=str(folder), steps=STEPS, posthoc_ema=tracks), stage)
     trajectory, generator = [], torch.Generator().manual_seed(0)
     start, drift, tremble = (torch.randn(3, 40, generator=generator) for _ in range(3))
     for step in range(STEPS):
@@ -112,8 +110,7 @@ def _error(got, want):
     return (got.double() - want).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("step", [600, 300])
-@pytest.mark.parametrize("sigma_rel", [0.04, 0.06, 0.075, 0.12, 0.15])
+@pytest.mark.parametrize("sigma_rel, step", [(0.04, 600), (0.06, 300), (0.075, 600), (0.12, 300), (0.15, 600)])
 def test_other_widths_are_the_ema_of_the_whole_trajectory(synthetic, sigma_rel, step):
     """The weights, of size 1, move by 1; root mean square error at a snapshot: below 7e-4, float16's part included."""
     folder, trajectory = synthetic
@@ -144,25 +141,18 @@ def test_a_tracked_width_at_a_snapshot_is_given_back(synthetic, step):
     assert _error(state["weight"], direct_ema(trajectory[:step], 0.1)) < 4e-4
 
 
-def test_what_does_not_change_is_reproduced_by_a_poor_fit(synthetic):
-    state, metadata = reconstruct(synthetic[0], 0.03, 20, max_residual=1)
-    assert metadata["posthoc_ema"]["residual"] > 0.1
-    torch.testing.assert_close(state["huge"], torch.full((2,), 1e5))
-
-
-@pytest.mark.parametrize("job, recipe", [("finetune-diffusion", "diffusion"), ("pretrain", "pretrain")])
-def test_reconstructed_weights_are_used_like_any(job, recipe, tiny_run, tmp_path, capsys):
+@pytest.mark.parametrize("job", ["finetune-diffusion", "pretrain"])
+def test_reconstructed_weights_are_used_like_any(job, tiny_run, tmp_path, capsys):
     """Those of a step; the encoder's statistics of BatchNorm are of that step, too: four calls of the head a step."""
     run, out = tmp_path / "run", tmp_path / "new" / "wide.safetensors"
-    train = [job, *tiny_run[:2], "--config", f"digits_{recipe}", *tiny_run[2:], "--steps", "6", "--outdir", str(run)]
-    train += ["--preview.every", "0"] if job != "pretrain" else []
-    assert main([*train, "--posthoc_ema.sigma_rel", "[0.05,0.10]", "--posthoc_ema.every", "1"]) == 0
+    flags = {"steps": 6, "posthoc_ema.sigma_rel": "[0.05,0.10]", "posthoc_ema.every": 1}
+    assert main(run_command(tiny_run, run, job, **flags)) == 0
     command = ["reconstruct-ema", "--run", run, "--sigma_rel", "0.08", "--step", "5", "--output", out]
     capsys.readouterr()
     assert main([str(word) for word in command]) == 0
     said = capsys.readouterr().out
     assert "sigma_rel 0.08 (gamma 9.452)" in said and "step 5 from 5 snapshots of sigma_rel 0.05, 0.1" in said
-    _fails(capsys, command, "nothing is overwritten")
+    fails(capsys, command, "nothing is overwritten")
     model, own = from_pretrained(out), from_pretrained(run)
     assert model.metadata["parameterization"] == own.metadata["parameterization"]
     assert model.state_dict().keys() == own.state_dict().keys()
@@ -171,12 +161,6 @@ def test_reconstructed_weights_are_used_like_any(job, recipe, tiny_run, tmp_path
 
 
 # ---- mistakes
-
-
-def _fails(capsys, arguments, *expected):
-    assert main([str(a) for a in arguments]) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(text in line for text in expected), line
 
 
 def _command(run, tmp_path, *flags):
@@ -192,14 +176,14 @@ def _command(run, tmp_path, *flags):
         (["--step", "20"], ["the 1 snapshots up to there", "over max_residual 0.05", "--max_residual"]),
         (["--sigma_rel", "0.001"], ["relative residual of 0.86", "--posthoc_ema.every"]),
         (["--output", "x.pth"], [".safetensors"]),
-        (["--output", ""], ["--sigma_rel and --output are needed"]),
+        (["--output", ""], ["output is missing; say it with --output"]),
         (["--run", "."], ["posthoc_ema holds no snapshots", "--posthoc_ema.sigma_rel"]),
     ],
     ids=str,
 )
 def test_impossible_requests_are_refused(flags, expected, capsys, synthetic, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _fails(capsys, _command(synthetic[0], tmp_path, *flags), *expected)
+    fails(capsys, _command(synthetic[0], tmp_path, *flags), *expected)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,7 +202,7 @@ def test_a_damaged_snapshot_is_named_and_can_be_done_without(damage, capsys, dam
     length = {"half": len(content) // 2, "header": 20, "empty": 0}.get(damage, len(content))
     snapshot.write_bytes(content[:length])
     reason = "the checksum of" if damage == "one bit" else ""
-    _fails(capsys, _command(run, tmp_path), f"step_000000160.safetensors: not a readable snapshot ({reason}")
+    fails(capsys, _command(run, tmp_path), f"step_000000160.safetensors: not a readable snapshot ({reason}")
     snapshot.unlink()
     assert main([str(a) for a in _command(run, tmp_path)]) == 0
 
@@ -242,5 +226,5 @@ def test_snapshots_of_another_model_or_run_are_named(tensors, about, expected, c
     state, metadata = content(snapshot)
     state = {name: t for name, t in (state | tensors).items() if t is not None}
     save_weights(snapshot, state, {name: v for name, v in (metadata | about).items() if v is not None})
-    _fails(capsys, _command(run, tmp_path), "step_000000160.safetensors", expected)
+    fails(capsys, _command(run, tmp_path), "step_000000160.safetensors", expected)
     assert not (tmp_path / "x.safetensors").exists()

@@ -28,8 +28,14 @@ from tests.training.runs import (
 POSTHOC = {"posthoc_ema.sigma_rel": "[0.05,0.1]", "posthoc_ema.every": 3}
 RUNS = {
     "GradCache, loss scale": ("pretrain", {"gradient_accumulation": 2, "precision": "fp16"}),
-    "post-hoc EMA in host memory": ("diffusion", POSTHOC | {"offload_ema": "true", "optimizer.backend": "torch"}),
-    "micro-batches, post-hoc EMA": ("consistency", POSTHOC | {"gradient_accumulation": 2, "precision": "bf16"}),
+    "EMA in host memory": (
+        "finetune-diffusion",
+        POSTHOC | {"offload_ema": "true", "optimizer.backend": "torch"},
+    ),
+    "micro-batches": (
+        "finetune-consistency",
+        POSTHOC | {"gradient_accumulation": 2, "precision": "bf16"},
+    ),
 }
 
 
@@ -44,7 +50,7 @@ def bad_batches(state, batch):
 def test_crashed_and_stopped_runs_go_on_bit_for_bit(run, tiny_run, tmp_path, monkeypatch):
     """Over skipped batches, with an unfinished interval of metrics; then once more after a signal."""
     job, flags = RUNS[run]
-    command = functools.partial(run_command, job, tiny_run, steps=9, checkpoint_every=4, log_every=3, **flags)
+    command = functools.partial(run_command, tiny_run, job=job, steps=9, checkpoint_every=4, log_every=3, **flags)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     before_step(monkeypatch, bad_batches)
     assert main(command(whole)) == 0
@@ -66,10 +72,10 @@ def test_kill_9_and_resume_is_bit_identical(tiny_run, tmp_path, capsys):
     job, dali = "pretrain", dali_status()[0] and extension_status()[0]
     tiny_run = [*tiny_run, "--data.backend", "dali" if dali else "pillow"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(run_command(job, tiny_run, whole, steps=34)) == 0
+    assert main(run_command(tiny_run, whole, job, steps=34)) == 0
     # Workers on in the killed run only: they must not matter either.
     workers = {"data.workers": 1, "data.readers": 2}
-    command = run_command(job, tiny_run, killed, steps=34, **workers)
+    command = run_command(tiny_run, killed, job, steps=34, **workers)
     process = subprocess.Popen([sys.executable, "-m", "epg_fast", *command], stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while len(run_lines(killed)) < 16 and time.time() < deadline and process.poll() is None:
@@ -77,13 +83,13 @@ def test_kill_9_and_resume_is_bit_identical(tiny_run, tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 16 <= len(run_lines(killed)) < 34
-    assert main(run_command(job, tiny_run, killed, steps=34)) == 0
+    assert main(run_command(tiny_run, killed, job, steps=34)) == 0
     assert "resuming" in capsys.readouterr().err
     assert_same_run(killed, whole)
 
 
 def test_a_finished_run_is_left_alone(tiny_run, tmp_path, capsys):
-    command, run = run_command("diffusion", tiny_run, tmp_path / "run", steps=3), tmp_path / "run"
+    command, run = run_command(tiny_run, tmp_path / "run", steps=3), tmp_path / "run"
     assert main(command) == 0
     before = {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.is_file()}
     assert main(command) == 0
@@ -118,7 +124,7 @@ def test_a_run_keeps_its_decoder_unless_another_is_named(wanted, used, chosen, w
 
 def test_a_run_whose_decoder_is_gone_says_what_to_do(tiny_run, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    command = run_command("diffusion", tiny_run, run, steps=2, checkpoint_every=1)
+    command = run_command(tiny_run, run, steps=2, checkpoint_every=1)
     with monkeypatch.context() as patched:
         crash_after_save(patched, 1)
         assert main(command) == 1

@@ -6,22 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epg_fast.distributed import Ranks
-from epg_fast.ops import extension_status
 from epg_fast.runtime import AUTOCAST
 from epg_fast.training import weight_copies
 from epg_fast.training.compilation import compile_stage
-from epg_fast.training.loop import train_step
-from epg_fast.training.metrics import Metrics
-from epg_fast.training.state import RunState
 from epg_fast.training.weight_copies import WeightCopies
 from tests.ops.extension_checks import needs_extension
-from tests.training.stages import JOBS, make_config, make_stage
+from tests.training.stages import JOBS, Training
 
 pytest.importorskip("triton")
-CPU = torch.device("cpu")
-BACKENDS = [pytest.param("fused", marks=needs_extension), "torch"]
-SMALL = {"depth": 1, "decoder_depth": 2}
+FUSED = pytest.param("fused", marks=needs_extension)
 
 
 @pytest.fixture(autouse=True)
@@ -30,39 +23,8 @@ def _operators_without_the_interpreter(monkeypatch):
     monkeypatch.setattr("epg_fast.ops.registration.interpreting", lambda: False)
 
 
-class _Images:
-    root = "nowhere"
-
-    def fingerprint(self):
-        return "none"
-
-
-class Training:
-    """Updates of a small network, as a run makes them, in 16 bits. ops: those of the network."""
-
-    def __init__(self, job="finetune-diffusion", backend="torch", ops="triton", precision="bf16", **fields):
-        torch.manual_seed(0)
-        config = make_config(job, SMALL, batch_size=4, precision=precision, ops=ops, **fields)
-        config.optimizer.backend, config.optimizer.warmup_steps, config.optimizer.lr = backend, 0, 1e-3
-        self.stage = make_stage(job, config)
-        with torch.no_grad():
-            for parameter in self.stage.network.parameters():  # the output layer starts at 0, and hides all others
-                parameter.add_(torch.randn(parameter.shape) * 0.02)
-        self.state = RunState(config, self.stage, _Images(), Ranks(0, 1, CPU))
-
-    def update(self, broken=False):
-        torch.manual_seed(10 + self.state.iteration)
-        batch = {name: torch.randn(4, 3, 32, 32) for name in ("x", "view1", "view2")} | {"label": torch.arange(4)}
-        if broken:
-            batch["x"][0] = float("inf")
-        train_step(self.state, batch, Metrics(None, False))
-
-    def updated(self, times=1):
-        """The networks' tensors after so many updates."""
-        for _ in range(times):
-            self.update()
-        networks = {name: getattr(self.stage, name).state_dict() for name in ("network", "ema")}
-        return {f"{of}.{name}": value for of, state in networks.items() for name, value in state.items()}
+def in_16_bits(job="finetune-diffusion", backend="torch", **fields):
+    return Training(job, backend, **({"precision": "bf16", "ops": "triton"} | fields))
 
 
 def large_weights(training, *names):
@@ -96,45 +58,42 @@ class _Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "job, fields",
-    [(job, {"backend": backend}) for job in JOBS for backend in ("fused", "torch")]
-    + [
-        ("finetune-diffusion", {"precision": "fp16"}),
-        ("finetune-diffusion", {"activation_checkpointing": 1.0}),
-        ("finetune-diffusion", {"gradient_accumulation": 2}),
+    "job, backend, fields",
+    [
+        *(pytest.param(job, "fused", {}, marks=needs_extension) for job in JOBS),
+        *(("finetune-diffusion", "torch", fields) for fields in ({}, {"precision": "fp16"})),
+        ("finetune-diffusion", "torch", {"activation_checkpointing": 1.0}),
+        ("finetune-diffusion", "torch", {"gradient_accumulation": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_updates_with_copies_and_with_casts_are_the_same_bit_for_bit(job, fields, monkeypatch):
-    if fields.get("backend") == "fused" and not extension_status()[0]:
-        pytest.skip("the extension is not built")
-    with_copies = Training(job, **fields)
+def test_updates_with_copies_and_with_casts_are_the_same_bit_for_bit(job, backend, fields, monkeypatch):
+    with_copies = in_16_bits(job, backend, **fields)
     names = {"pretrain": ["network", "ema"], "finetune-consistency": ["network", "perceptual"]}
     assert_right(with_copies, large_weights(with_copies, *names.get(job, ["network"])))
     start = with_copies.stage.network.blocks[0].mlp.fc1.weight.clone()
     monkeypatch.setattr(weight_copies, "linears_with_operands", lambda network: ())
-    with_casts = Training(job, **fields)
+    with_casts = in_16_bits(job, backend, **fields)
     assert with_casts.state.copies.get(large_weights(with_casts)[0]) is None
-    got, want = with_copies.updated(3), with_casts.updated(3)
+    got, want = with_copies.updated(2), with_casts.updated(2)
     assert not torch.equal(want["network.blocks.0.mlp.fc1.weight"], start)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize(("backend", "foreach"), [pytest.param("fused", 0, marks=needs_extension), ("torch", 1)])
-@pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion"])
-def test_an_update_casts_no_large_weight_and_copies_them_in_one_call_at_most(job, backend, foreach):
-    training = Training(job, backend)
+def test_an_update_casts_no_large_weight_and_copies_them_in_one_call_at_most(backend, foreach):
+    training = in_16_bits("pretrain", backend)
     training.update()
-    weights = large_weights(training, *(["network", "ema"] if job == "pretrain" else ["network"]))
+    weights = large_weights(training, "network", "ema")
     with _Casts() as casts:
         training.update()
     assert casts.foreach.count(len(weights)) == foreach
     assert casts.addresses and not {weight.data_ptr() for weight in weights} & {*casts.addresses}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [FUSED, "torch"])
 def test_a_copy_is_never_that_of_another_weight(backend):
-    training = Training("pretrain", backend)
+    training = in_16_bits("pretrain", backend)
     weights = large_weights(training, "network", "ema")
     for broken in (False, True, False):
         training.update(broken)
@@ -162,7 +121,7 @@ def test_a_copy_is_never_that_of_another_weight(backend):
 
 
 def test_only_an_update_reads_copies_and_no_copy_of_a_network_has_them():
-    training = Training()
+    training = in_16_bits()
     training.update()
     network = training.stage.network
     names = [name for name, _ in network.named_buffers()]
@@ -185,7 +144,7 @@ def test_only_an_update_reads_copies_and_no_copy_of_a_network_has_them():
 )
 def test_products_that_would_not_read_a_copy_have_none(fields, left_out):
     ops = fields.pop("ops", "triton")
-    training = Training(ops="plain", **fields)
+    training = in_16_bits(ops="plain", **fields)
     training.stage.network.use_ops(ops)
     copies = WeightCopies([training.stage.network], AUTOCAST.get(training.stage.config.precision))
     linears = dict(training.stage.network.large_linears())
@@ -196,7 +155,7 @@ def test_products_that_would_not_read_a_copy_have_none(fields, left_out):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["blocks", "network"])
 def test_compiled_blocks_share_one_graph_and_read_the_copies_of_their_own_weights(how):
-    eager, compiled = Training(), Training()
+    eager, compiled = in_16_bits(), in_16_bits()
     compile_stage(compiled.stage, how, backend="aot_eager")
     compiled.update()
     with torch._dynamo.config.patch(error_on_recompile=True):
