@@ -11,13 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
-from epg_fast.config import DiffusionConfig, OptimizerConfig, PosthocEmaConfig
+from epg_fast.config import DiffusionConfig, PosthocEmaConfig
 from epg_fast.distributed import Ranks
 from epg_fast.training.ema import HostEma, PosthocEma, ema_copy, gamma_of, list_snapshots, power_decay
-from epg_fast.training.optimizer import make_optimizer
 from tests.ops.extension_checks import needs_extension
 from tests.training.runs import assert_same_run, crash_after_save, fails, run_command, saved_steps
-from tests.training.stages import ALONE, make_config, make_stage
+from tests.training.stages import Training
 
 WIDTHS = [0.05, 0.1, 0.2]
 FUSED = pytest.param("fused", marks=needs_extension)
@@ -77,55 +76,38 @@ def _flat(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()]).clone()
 
 
-def _tracking(backend="torch", **fields):
-    """(network with frozen parameters, its optimiser, the tracked EMA, those in host memory)."""
-    torch.manual_seed(0)
-    config = make_config("finetune-diffusion", posthoc_ema=PosthocEmaConfig(WIDTHS), **fields)
-    network = make_stage("finetune-diffusion", config).network
-    stage = SimpleNamespace(network=network, ranks=ALONE, sharded=False)
-    tracked = PosthocEma(config, stage)
-    host = HostEma(network, tracked.networks if config.offload_ema else [])
-    on_device = [] if config.offload_ema else tracked.networks
-    return network, make_optimizer(network, OptimizerConfig(backend, lr=3e-2), on_device), tracked, host
-
-
-def _update(network, optimizer, tracked, host, step, spoilt=False):
-    generator = torch.Generator().manual_seed(step)
-    for p in network.parameters():
-        if p.requires_grad:
-            p.grad = torch.randn(p.shape, generator=generator) * (float("nan") if spoilt else 1)
-    decays = tracked.decays(step)
-    optimizer.schedule(decays=decays if optimizer.emas else ())
-    host.before_update()
-    host.after_update(decays, optimizer.step()[1])
+def _training(backend="torch", **fields):
+    return Training(backend=backend, posthoc_ema=PosthocEmaConfig(WIDTHS), **fields)
 
 
 @pytest.mark.parametrize("backend", [FUSED, "torch"])
 def test_tracked_ema_are_those_of_the_whole_trajectory(backend):
-    """A step whose gradient is not finite does not count."""
-    network, *rest = _tracking(backend)
-    trajectory = []
-    for step in range(20):
-        if step == 9:
-            before = [_flat(ema) for ema in rest[1].networks]
-            _update(network, *rest, step, spoilt=True)
-            assert all(torch.equal(a, _flat(b)) for a, b in zip(before, rest[1].networks, strict=True))
-        _update(network, *rest, step)
-        trajectory.append(_flat(network))
-    assert (trajectory[0] - trajectory[-1]).abs().max() > 0.1
-    for sigma_rel, ema in zip(WIDTHS, rest[1].networks, strict=True):
+    """An update whose gradient is not finite leaves them."""
+    training, trajectory = _training(backend), []
+    emas = training.state.posthoc_ema.networks
+    for step in range(12):
+        if step == 7:
+            before = [_flat(ema) for ema in emas]
+            training.update(broken=True)
+            training.state.iteration -= 1
+            assert all(torch.equal(a, _flat(b)) for a, b in zip(before, emas, strict=True))
+        training.update()
+        trajectory.append(_flat(training.stage.network))
+    assert (trajectory[0] - trajectory[-1]).abs().max() > 5e-3
+    for sigma_rel, ema in zip(WIDTHS, emas, strict=True):
         torch.testing.assert_close(_flat(ema).double(), direct_ema(trajectory, sigma_rel), rtol=1e-6, atol=1e-6)
 
 
 def test_ema_in_host_memory_are_those_on_the_device_bit_for_bit():
-    device, host = _tracking(), _tracking(offload_ema=True)
-    assert len(device[1].emas) == 3 and not host[1].emas
-    for step in range(5):
-        for run in (device, host):
-            _update(*run, step, spoilt=step == 3)
-    host[3].wait()
-    for one, two in zip(device[2].networks, host[2].networks, strict=True):
-        assert torch.equal(_flat(one), _flat(two)) and not torch.equal(_flat(one), _flat(device[0]))
+    device, host = _training(), _training(offload_ema=True)
+    assert len(device.state.optimizer.emas) == 4 and not host.state.optimizer.emas
+    for step in range(4):
+        for training in (device, host):
+            training.update(broken=step == 2)
+    host.state.host_ema.wait()
+    pairs = [(t.stage.ema, *t.state.posthoc_ema.networks) for t in (device, host)]
+    for one, two in zip(*pairs, strict=True):
+        assert torch.equal(_flat(one), _flat(two)) and not torch.equal(_flat(one), _flat(device.stage.network))
 
 
 def test_training_does_not_wait_for_the_ema_of_the_newest_update(monkeypatch):

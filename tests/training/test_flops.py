@@ -55,13 +55,6 @@ def test_other_networks(model):
     _assert_counted("finetune-diffusion", model=model)
 
 
-def test_pretraining_costs_twelve_forward_passes_of_the_encoder():
-    """Three with and three without gradient, but for what the backward pass of the patch embedding leaves out."""
-    flops = _assert_counted("pretrain", model={"hidden_dim": 1, "output_dim": 1})
-    assert flops.total == pytest.approx(4 * flops.forward, rel=0.05)
-    assert flops.without_gradient == pytest.approx(flops.forward, rel=0.01)
-
-
 def test_consistency_is_plain_denoising_first_and_then_needs_the_second_pass_and_the_frozen_encoder():
     stages = {"delta": 0, "first_stage": 10, "stage_length": 10}
     early = _assert_counted("finetune-consistency", **stages)

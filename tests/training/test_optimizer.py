@@ -4,7 +4,7 @@ import copy
 import math
 import re
 import sys
-import textwrap
+import types
 
 import pytest
 import torch
@@ -57,67 +57,40 @@ def test_layer_decay_falls_towards_the_input(network):
 
 # ---- a stand-in with the interface of NVIDIA's apex, which cannot be installed here
 
-FUSED_ADAM = """
-    import torch
 
-    class FusedAdam(torch.optim.Optimizer):
-        # What NVIDIA's does, one tensor at a time: the step count is the group's, AdamW only with adam_w_mode.
-        def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0):
-            assert adam_w_mode
-            super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+class FusedAdam(torch.optim.Optimizer):
+    """What NVIDIA's does, one tensor at a time: the step count is the group's, AdamW only with adam_w_mode."""
 
-        @torch.no_grad()
-        def step(self):
-            for group in self.param_groups:
-                group["step"] = group.get("step", 0) + 1
-                beta1, beta2 = group["betas"]
-                for p in group["params"]:
-                    state = self.state[p]
-                    if not state:
-                        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                    m, v = state["exp_avg"], state["exp_avg_sq"]
-                    m.copy_(beta1 * m + (1 - beta1) * p.grad)
-                    v.copy_(beta2 * v + (1 - beta2) * p.grad * p.grad)
-                    m_hat, v_hat = m / (1 - beta1 ** group["step"]), v / (1 - beta2 ** group["step"])
-                    p -= group["lr"] * (m_hat / (v_hat.sqrt() + group["eps"]) + group["weight_decay"] * p)
-"""
-APEX = {"apex/__init__.py": "", "apex/optimizers.py": FUSED_ADAM, "amp_C.py": ""}
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0):
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-
-def _apex_modules():
-    return [module for module in sys.modules if module.partition(".")[0] in ("apex", "amp_C")]
-
-
-def _install_apex(folder, monkeypatch, files):
-    for name in _apex_modules():
-        del sys.modules[name]
-    for path, text in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(textwrap.dedent(text))
-    monkeypatch.syspath_prepend(folder)
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                m, v = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+                m.copy_(beta1 * m + (1 - beta1) * p.grad)
+                v.copy_(beta2 * v + (1 - beta2) * p.grad * p.grad)
+                m_hat, v_hat = m / (1 - beta1 ** group["step"]), v / (1 - beta2 ** group["step"])
+                p -= group["lr"] * (m_hat / (v_hat.sqrt() + group["eps"]) + group["weight_decay"] * p)
 
 
 @pytest.fixture(autouse=True)
-def apex(tmp_path, monkeypatch):
-    _install_apex(tmp_path / "apex", monkeypatch, APEX)
-    yield
-    for name in _apex_modules():
-        del sys.modules[name]
+def apex(monkeypatch):
+    for name in ("amp_C", "apex", "apex.optimizers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["apex.optimizers"].FusedAdam = FusedAdam
 
 
-@pytest.mark.parametrize(
-    "files, said",
-    [
-        ({"apex/__init__.py": "raise RuntimeError('a web framework')"}, "amp_C"),  # PyPI's, which is not imported
-        ({"amp_C.py": "raise ImportError('no kernels')"}, "no kernels"),
-    ],
-    ids=["another package", "without kernels"],
-)
-def test_an_apex_that_is_not_nvidias_is_refused_with_the_remedy(network, files, said, tmp_path, monkeypatch):
-    for path in ("apex/__init__.py", "apex/optimizers.py", "amp_C.py"):
-        (tmp_path / "apex" / path).unlink()
-    _install_apex(tmp_path / "other", monkeypatch, files)
-    with pytest.raises(ValueError, match=rf"'apex'.*not installed \(.*{said}.*\); build it from .*backend torch"):
+@pytest.mark.parametrize("missing", [["apex.optimizers"], ["amp_C", "apex.optimizers"]])
+def test_an_apex_that_is_not_nvidias_is_refused_with_the_remedy(network, missing, monkeypatch):
+    """PyPI's, a web framework without kernels, is not even imported."""
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"'apex'.*not installed \(.*{missing[0]}.*\); build it from .*backend torch"):
         make_optimizer(network, OptimizerConfig(backend="apex"))
 
 
