@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from bench import report, roofline
 from bench.bench_sample import Sampling
 from bench.bench_train import Training
 from bench.ladder import Ladder, climb, open_results
-from bench.results import ROOT, header, new_folder, read_json, write_json
+from bench.results import ROOT, Row, header, new_folder, read, read_json, write_json
 
 COMPLETE = "complete"
 CUT_SHORT = "cut short: the same command with this folder goes on"
@@ -73,7 +74,7 @@ def cpu_parts() -> list[Part]:
         Part("heun", 60, partial(ladder, Sampling("digits_32", "heun", 8, steps=18, seconds=2), 60)),
         Part("onestep", 10, partial(ladder, Sampling("digits_32", "onestep", 8, seconds=1, rungs=names), 30)),
         *(Part(name, 14, partial(ladder, Training(job, **size, rungs=names), 30)) for name, job in jobs.items()),
-        Part("operations", 45, partial(operations, ["-k", "not compile"])),
+        Part("operations", 45, partial(operations, ["--without", "compile"])),
         Part("data", 30, partial(data, ["--threads", "2"])),
         Part("roofline", 10, partial(roof, "digits_32", 8)),
     ]
@@ -86,7 +87,7 @@ def tiny_parts() -> list[Part]:
     return [
         Part("heun", 60, partial(ladder, sampling, 60)),
         Part("diffusion", 60, partial(ladder, training, 60)),
-        Part("operations", 60, partial(operations, ["-k", "euler_step and eager"])),
+        Part("operations", 60, partial(operations, ["--ops", "euler_step", "--variants", "eager"])),
         Part("cpu", 60, partial(cpu, ["--seconds", "0", "--batch", "8", "--steps", "3"])),
         Part("roofline", 60, partial(roof, "digits_32", 2)),
     ]
@@ -100,18 +101,24 @@ def ladder(climbed: Ladder, rung_limit: float, folder: Path, seconds: float) -> 
 
 
 def operations(flags: list[str], folder: Path, seconds: float) -> str:
-    """pytest-benchmark writes its file at the end, also when it is interrupted."""
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        return "not here: pytest-benchmark is not installed"
-    path = (folder / "ops.json").resolve()
-    command = ["-m", "pytest", "-q", "bench/ops", "--benchmark-only", *flags, "--benchmark-json", str(path)]
-    outcome = _command(command, folder / "ops.log", seconds)
-    if path.exists():
-        content = read_json(path)
-        for benchmark in content["benchmarks"]:
-            benchmark["stats"].pop("data", None)  # every single time
-        write_json(path, content)
+    """The rows of bench.ops as the report and the roofline read them, also where the time was too short for all."""
+    if importlib.util.find_spec("pytest") is None:
+        return "not here: pytest is not installed, with which results are checked"
+    rows = folder / "rows.json"
+    outcome = _command(["-m", "bench.ops", *flags, "--output", str(rows.resolve())], folder / "ops.log", seconds)
+    if rows.exists():
+        found = read(rows)
+        write_json(folder / "ops.json", {"machine_info": found.header, "benchmarks": list(map(_benchmark, found.rows))})
+        rows.unlink()
     return outcome
+
+
+def _benchmark(row: Row) -> dict:
+    shape, _, rest = row.shape.partition("], ")
+    direction, _, form = rest.partition(", ")
+    info = {"op": row.job, "shape": json.loads(f"{shape}]"), "dtype": row.dtype, "direction": direction}
+    info |= {"provider": row.rung, "median_us": row.median, "p20_us": row.p20, "p80_us": row.p80} | row.details
+    return {"name": f"{row.job}, {row.shape}, {row.rung}", "extra_info": info | ({"form": form} if form else {})}
 
 
 def cpu(flags: list[str], folder: Path, seconds: float) -> str:
@@ -140,11 +147,9 @@ def roof(preset: str, batch: int, folder: Path, seconds: float) -> str:
 
 def _command(arguments: list[str], log: Path, seconds: float) -> str:
     """Run Python in a process of its own with what it prints in `log`; interrupted, then killed, when time is up."""
-    # a pytest around this one would make pytest-benchmark think that it shares the machine
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     with open(log, "w", encoding="utf-8") as output:
         command = [sys.executable, *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:

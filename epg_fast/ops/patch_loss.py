@@ -200,7 +200,7 @@ def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
 SPEC = OpSpec(
     name="patch_loss",
     shapes=((64, 3, 256, 16), (64, 3, 512, 32)),
-    odd_shapes=((3, 3, 8, 4), (1, 1, 6, 3), (2, 3, 28, 14)),
+    odd_shapes=((3, 3, 8, 4), (1, 1, 6, 3), (2, 3, 28, 14), (1, 1, 160, 16)),
     bytes=_bytes,
     flops=_flops,
 )

@@ -15,7 +15,7 @@ from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
 from epg_fast.training.weight_copies import WeightCopies
-from tests.ops.extension_checks import needs_extension
+from tests.ops.kernel_checks import needs_extension
 from tests.training.stages import JOBS, make_config, make_stage
 
 pytest.importorskip("triton")
