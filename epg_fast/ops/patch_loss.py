@@ -44,8 +44,9 @@ def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
             f"patchify: got an image of {height} x {width}, wanted multiples of the patch size {patch_size}; crop it "
             f"to {height // patch_size * patch_size} x {width // patch_size * patch_size}"
         )
-    x = image.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)
+    rows, columns = height // patch_size, width // patch_size
+    x = image.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
 def patch_loss_ref(
