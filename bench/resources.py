@@ -107,32 +107,23 @@ def _compile(case, arch: int) -> Row:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        (usage,) = _usage(cubin.name)
+        sass = _tool("nvdisasm", cubin.name)
     return Row(
         kernel=case.kernel.__name__,
         arch=arch,
         shape=case.shape,
         dtype=case.dtype,
         num_warps=str(case.num_warps),
-        **usage_of(compiled),
+        registers=usage["REG"],
+        shared=compiled.metadata.shared,
         gemm=case.gemm,
         vectorized=case.vectorized,
+        **_instructions(sass),
     )
-
-
-def usage_of(compiled) -> dict:
-    """Of a kernel that Triton has compiled: registers, spills, shared memory, matrix instructions, accesses."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        (usage,) = _usage(cubin.name)
-        sass = _tool("nvdisasm", cubin.name)
-    return {
-        "registers": usage["REG"],
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "shared": compiled.metadata.shared,
-        "matrix": _matrix(sass),
-        **_accesses(sass),
-    }
 
 
 def _extension_rows() -> list[Row]:
@@ -155,10 +146,8 @@ def _extension_rows() -> list[Row]:
                 dtype="-",
                 num_warps="-",
                 registers=usage["REG"],
-                spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
                 shared=usage["SHARED"],
-                matrix=_matrix(sass),
-                **_accesses(sass),
+                **_instructions(sass),
                 gemm="13device_kernelI" in usage["name"],  # CUTLASS's, whose kernels are matrix products
             )
         )
@@ -223,15 +212,13 @@ def _template_arguments(mangled: str) -> str:
     return f"<{', '.join(re.findall('[0-9]+', match[1]))}>" if match else "-"
 
 
-def _matrix(sass: str) -> str:
-    counts = {name: len(re.findall(pattern, sass)) for name, pattern in _MATRIX_INSTRUCTIONS.items()}
-    return " ".join(f"{name}:{count}" for name, count in counts.items() if count) or "none"
-
-
-def _accesses(sass: str) -> dict[str, int]:
+def _instructions(sass: str) -> dict:
     """LDGSTS copies from global to shared memory, as cp.async does."""
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in _MATRIX_INSTRUCTIONS.items()}
     accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*", sass)
     return {
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "matrix": " ".join(f"{name}:{count}" for name, count in counts.items() if count) or "none",
         "wide": sum(".128" in access for access in accesses),
         "accesses": len(accesses),
         "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),

@@ -1,4 +1,4 @@
-"""Arithmetic of the ledger: what a kernel moves and computes, the least time that takes, what tiles and waves add.
+"""Arithmetic of the ledger: what a kernel moves and computes, and the least time that takes.
 
 A floor is the longer of a kernel's matrix products at one ceiling and its bytes at the other; kernels follow one
 another. A launch costs nothing, no product and no access is less than perfect: a floor is never reached.
@@ -6,19 +6,17 @@ another. A launch costs nothing, no product and no access is less than perfect: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from bench.measure import Ceilings
 
 PRODUCTS, ATTENTION, NORMS, ELEMENTWISE = "products", "attention", "norms", "element-wise"
 COPIES, REDUCTIONS, OPTIMISER = "casts and copies", "reductions", "optimiser"
 KINDS = (PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES, REDUCTIONS, OPTIMISER)
 
-FLOPS, BANDWIDTH = 788e12, 4.3e12
-"""What an H200 is taken to reach: FLOP/s of a large product in 16 bits (twice that in FP8), bytes/s of a large copy."""
-
-MULTIPROCESSORS = 132
-_REGISTERS, _SHARED, _THREADS, _BLOCKS = 65536, 228 << 10, 2048, 32  # of a multiprocessor of compute capability 9.0
+H200 = Ceilings(788e12, 4.3e12)
+"""What an H200 is taken to reach, with a large product in 16 bits (twice that in FP8) and with a large copy."""
 
 
 @dataclass
@@ -38,10 +36,6 @@ class Kernel:
     (Inductor's Triton), "ours" (the package's Triton), "extension" (its CUDA)."""
     detail: str = ""
     launches: int = 1
-    graph: str = ""
-    """Of torch.compile's, whose code launches it."""
-    tiles: Tiles | None = None
-    """Of a matrix product of the package's own."""
 
     @property
     def bytes(self) -> int:
@@ -50,7 +44,7 @@ class Kernel:
     @property
     def seconds(self) -> float:
         """The floor of one call."""
-        return max(self.flops / (FLOPS * (2 if self.fp8 else 1)), self.bytes / BANDWIDTH)
+        return H200.floor(self.flops / (2 if self.fp8 else 1), self.bytes)
 
 
 @dataclass
@@ -67,14 +61,18 @@ class Total:
         return sum(self.seconds.values())
 
     @property
-    def products(self) -> float:
-        """Seconds of matrix products, attention's included."""
-        return self.seconds[PRODUCTS] + self.seconds[ATTENTION]
-
-    @property
     def above(self) -> float:
-        """Seconds of everything else."""
-        return self.floor - self.products
+        """Seconds of everything but matrix products, attention's included."""
+        return self.floor - self.seconds[PRODUCTS] - self.seconds[ATTENTION]
+
+    def as_json(self) -> dict:
+        return {
+            "kernels": self.kernels,
+            "gigabytes": self.bytes / 1e9,
+            "teraflop": self.flops / 1e12,
+            "milliseconds": {kind: 1e3 * seconds for kind, seconds in self.seconds.items()},
+            "above_products": 1e3 * self.above,
+        }
 
 
 def total(kernels: Iterable[Kernel]) -> Total:
@@ -85,61 +83,3 @@ def total(kernels: Iterable[Kernel]) -> Total:
         found.flops += kernel.flops
         found.seconds[kernel.kind] += kernel.seconds
     return found
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a matrix product [rows, columns] is cut.
-
-    height, width: of a tile; resident: blocks that a multiprocessor holds at once; cluster: neighbouring tiles that are
-    launched together, so that their number is rounded up to it.
-    """
-
-    rows: int
-    columns: int
-    height: int
-    width: int
-    resident: int = 1
-    cluster: int = 1
-
-    @property
-    def count(self) -> int:
-        down = math.ceil(math.ceil(self.rows / self.height) / self.cluster) * self.cluster
-        return down * math.ceil(self.columns / self.width)
-
-    @property
-    def waves(self) -> float:
-        return self.count / (MULTIPROCESSORS * self.resident)
-
-    @property
-    def unfilled(self) -> float:
-        """Area of all tiles over that of the result: 1 where every tile is full."""
-        return self.count * self.height * self.width / (self.rows * self.columns)
-
-    @property
-    def idle(self) -> float:
-        """Waves rounded up over waves: 1 where the last wave is full."""
-        return math.ceil(self.waves) / self.waves
-
-    @property
-    def slowdown(self) -> float:
-        """Against a product without either loss, were all tiles equally fast."""
-        return self.unfilled * self.idle
-
-
-def resident(registers: int, threads: int, shared: int) -> int:
-    """Blocks that fit on a multiprocessor. registers: per thread, given out by 256 for a warp; shared: bytes, to which
-    the system adds 1 KiB."""
-    per_warp = math.ceil(max(registers, 1) * 32 / 256) * 256
-    by_registers = _REGISTERS // (per_warp * math.ceil(threads / 32))
-    return max(0, min(by_registers, _SHARED // (shared + 1024), _THREADS // threads, _BLOCKS))
-
-
-def break_even(saved: float, product: float) -> float:
-    """How much slower than the library's a product of `product` seconds may be before `saved` seconds are gone."""
-    return 1 + saved / product
-
-
-def verdict(slowdown: float, allowed: float) -> str:
-    """Whether tiles and waves alone leave something of what a product saves."""
-    return "a win if the rest is as good" if slowdown < allowed else "not a win"

@@ -1,16 +1,14 @@
-"""What the ledger counts: jobs of sampling and training, each done in several ways.
+"""What the ledger counts: jobs of sampling and training, each done by several variants.
 
-The ways are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what
-a keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks, with
-a compiled network and with the extension's products. Weights of the plain code are cast for sampling once, as anyone
-would, and its optimiser is PyTorch's fused one with one foreach call for the average, not the loops that
-`bench.plain` has.
+They are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, of which the
+best is the rival; and the package's kernels ("ours"), with compiled blocks, with a compiled network and with the
+extension's products. Weights of the plain code are cast for sampling once, as anyone would, and its optimiser is
+PyTorch's fused one with one foreach call for the EMA, not the loops that `bench.plain` has.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +18,14 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from bench import parts, plain
-from bench.ledger.cost import OPTIMISER
+from bench import roofline
+from bench.ledger.cost import H200, KINDS, OPTIMISER
 from bench.ledger.count import Counter
+from bench.plain.networks import PlainGenerator, from_config
 from bench.plain.sampling import Sampler
+from bench.plain.training import Trainer
+from bench.roofline import Work
+from bench.sample import GUIDANCE, INTERVAL
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
@@ -33,7 +35,6 @@ from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_blocks, compile_networks
 from epg_fast.training.weight_copies import WeightCopies
 
-GUIDANCE, INTERVAL = 2.5, (0.19, 1.61)
 _XL, _G, _L = "epg_xl_16_256", "epg_g_16_256", "epg_l_16_256"
 
 
@@ -45,30 +46,15 @@ class NotCounted(Exception):
 class Variant:
     """A way of doing jobs. code: "plain" (bench/plain), "auto" (ours, with PyTorch's operators) or "ours".
 
-    how: what torch.compile gets.
+    how: what torch.compile gets. ops: of the package, at all sites: "cuda" are the extension's products. optimizer: of
+    the package, in whole updates: "fused" is the extension's, "torch" PyTorch's.
     """
 
     name: str
     code: str
     how: str
-    tuned: bool = False
-    """With coordinate descent, and without fusing into templates."""
-    attention: str | None = None
-    """The only one of PyTorch's that is allowed."""
-    optimizer: str = "fused"
-    """Of the package, in whole updates: "fused" is the extension's, "torch" PyTorch's."""
-    cutlass: bool = False
-    """With the extension's products in the place of Triton's."""
-
-    @property
-    def ours(self) -> bool:
-        return self.code == "ours"
-
-    @property
-    def ops(self) -> str:
-        if self.cutlass:
-            return "cuda"
-        return "triton" if self.ours else "plain"
+    ops: str = "plain"
+    optimizer: str = "torch"
 
 
 VARIANTS = {
@@ -76,13 +62,11 @@ VARIANTS = {
     for variant in (
         Variant("plain-blocks", "plain", "blocks"),
         Variant("plain-network", "plain", "network"),
-        Variant("plain-tuned", "plain", "network", tuned=True),
-        Variant("plain-cudnn", "plain", "network", attention="CUDNN_ATTENTION"),
-        Variant("auto-blocks", "auto", "blocks", optimizer="torch"),
-        Variant("auto-network", "auto", "network", optimizer="torch"),
-        Variant("ours-blocks", "ours", "blocks"),
-        Variant("ours-network", "ours", "network"),
-        Variant("ours-cuda", "ours", "blocks", cutlass=True),
+        Variant("auto-blocks", "auto", "blocks"),
+        Variant("auto-network", "auto", "network"),
+        Variant("ours-blocks", "ours", "blocks", "triton", "fused"),
+        Variant("ours-network", "ours", "network", "triton", "fused"),
+        Variant("ours-cuda", "ours", "blocks", "cuda", "fused"),
     )
 }
 
@@ -97,8 +81,8 @@ class Job:
     dtype: str
     counted: tuple[str, ...]
     count: Callable[[Counter, Job, Variant], None]
-    least: Callable[[Job], parts.Job] | None = None
-    """The job in the largest fusion there is, of `bench.parts`."""
+    least: Callable[[Job], Work]
+    """The job in the largest fusion there is, of `bench.roofline`."""
     levels: int = 1
 
     @property
@@ -203,14 +187,14 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
 
 def _update(task: str, counter: Counter, job: Job, variant: Variant) -> None:
     """A whole update: forward and backward pass of the loss, clipping, AdamW, average."""
-    from bench.train_jobs import OurTraining, PlainTraining, Problem
+    from bench.train import OurTraining, PlainTraining, Problem
 
     with torch.device("cuda"):
         problem = Problem(task, job.preset, job.batch, torch.device("cuda", 0))
     if variant.code == "plain":
         with torch.device("cuda"):
             training = PlainTraining(problem, torch.bfloat16)
-        for network in {training.trainer.network, training.trainer.average, training.perceptual} - {None}:
+        for network in {training.trainer.network, training.trainer.ema, training.perceptual} - {None}:
             _compile_plain(network, variant)
         _keen(training.trainer)
         optimise, update = training.trainer, training.step
@@ -249,18 +233,18 @@ def _as_optimiser(counter: Counter, call: Callable, *args, **kwargs):
         counter.kind = None
 
 
-def _keen(trainer: plain.Trainer) -> None:
-    """PyTorch's fused AdamW and one foreach call for the average."""
+def _keen(trainer: Trainer) -> None:
+    """PyTorch's fused AdamW and one foreach call for the EMA."""
     groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in trainer.optimizer.param_groups]
     first = trainer.optimizer.param_groups[0]
     trainer.optimizer = torch.optim.AdamW(groups, lr=first["lr"], betas=first["betas"], fused=True)
 
     @torch.no_grad()
-    def update_average() -> None:
-        averages, weights = list(trainer.average.parameters()), list(trainer.network.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - trainer.average_decay)
+    def update_ema() -> None:
+        emas, weights = list(trainer.ema.parameters()), list(trainer.network.parameters())
+        torch._foreach_lerp_(emas, weights, 1 - trainer.ema_decay)
 
-    trainer.update_average = update_average
+    trainer.update_ema = update_ema
 
 
 def _second(counter: Counter, step: Callable[[], None]) -> None:
@@ -281,7 +265,7 @@ def _plain_generator(job: Job, variant: Variant, train: bool = False) -> torch.n
     if job.dtype == "fp8":
         raise NotCounted("the plain code has no FP8; auto-blocks and auto-network are PyTorch's")
     with torch.device("cuda"):
-        network = plain.from_config(plain.PlainGenerator, preset_config(job.preset)).train(train)
+        network = from_config(PlainGenerator, preset_config(job.preset)).train(train)
     if not train:
         for module in network.modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -351,16 +335,8 @@ def _levels(*arguments) -> list[float]:
 
 def count(job: Job, variant: Variant) -> Counter:
     """A counter with a job's kernels. Raises NotCounted if it cannot be done this way."""
-    from torch._inductor import config
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     counter = Counter()
-    with contextlib.ExitStack() as stack:
-        if variant.tuned:
-            stack.enter_context(config.patch(coordinate_descent_tuning=True, epilogue_fusion=False))
-        if variant.attention:
-            stack.enter_context(sdpa_kernel(getattr(SDPBackend, variant.attention)))
-        stack.enter_context(compiling_as_is(counter))
+    with compiling_as_is(counter):
         try:
             job.count(counter, job, variant)
         except ValueError as error:
@@ -368,23 +344,28 @@ def count(job: Job, variant: Variant) -> Counter:
     return counter
 
 
-def _forward(job: Job) -> parts.Job:
-    return parts.forward(_on_meta(job), job.batch)
+def least_seconds(job: Job) -> dict[str, float]:
+    """Floors by kind in the largest fusion there is; in FP8 of the products that can be."""
+    seconds, fp8 = dict.fromkeys(KINDS, 0.0), (" qkv", " proj", " fc1", " fc2", " skip_linear")
+    for op in job.least(job).ops:
+        halved = job.dtype == "fp8" and any(word in op.name for word in fp8)
+        seconds[op.kind] += op.times * H200.floor(op.flops / (2 if halved else 1), op.bytes)
+    return seconds
 
 
-def _heun(job: Job) -> parts.Job:
-    return parts.heun(_on_meta(job), job.batch, job.levels, INTERVAL)
+def _forward(job: Job) -> Work:
+    return roofline.forward(_on_meta(job), job.batch)
 
 
-def _trained(task: str, job: Job) -> parts.Job:
-    return next(made for made in map(parts.training, parts.training_stages(job.preset, job.batch)) if made.name == task)
+def _heun(job: Job) -> Work:
+    return roofline.heun(_on_meta(job), job.batch, job.levels, INTERVAL)
 
 
-def _forward_and_backward(job: Job) -> parts.Job:
+def _forward_and_backward(job: Job) -> Work:
     """A diffusion update without what is behind the network, and before it."""
-    made = _trained("finetune-diffusion", job)
-    kept = [part for part in made.parts if part.name != "patch_loss" and part.direction != "update"]
-    return dataclasses.replace(made, parts=tuple(kept))
+    work = roofline.update("finetune-diffusion", job.preset, job.batch)
+    kept = tuple(op for op in work.ops if op.name != "patch_loss" and op.direction != "update")
+    return Work(job.batch, kept)
 
 
 def _on_meta(job: Job) -> torch.nn.Module:
@@ -393,14 +374,15 @@ def _on_meta(job: Job) -> torch.nn.Module:
 
 
 def _update_job(name: str, task: str, preset: str, batch: int) -> Job:
+    phases = ("forward", "backward", "update")
     return Job(
         name,
         preset,
         batch,
         "bf16",
-        ("forward", "backward", "update"),
+        phases,
         partial(_update, task),
-        partial(_trained, task),
+        lambda job: roofline.update(task, job.preset, job.batch),
     )
 
 
