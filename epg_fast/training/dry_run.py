@@ -23,7 +23,6 @@ from epg_fast.training.stages import Stage, network_config
 _GIB = 2**30
 
 
-@dataclass
 class _Planned(Ranks):
     """A rank among others that are not there."""
 
