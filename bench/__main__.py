@@ -31,10 +31,11 @@ import torch
 
 from bench import report
 from bench.ladder import Ladder, climb, in_turns
-from bench.results import ROOT, Results, header, processor, read_json, write_text
+from bench.results import ROOT, Results, header, processor, read_json
 from bench.roofline import STAGES
 from bench.sample import Sampling
 from bench.train import Training
+from epg_fast.files import write_atomically
 
 COMPLETE = "complete"
 CUT_SHORT = "cut short: the same command with this folder goes on"
@@ -134,7 +135,7 @@ def run(parts: list[Part], folder: Path, seconds: float) -> dict[str, str]:
             lines = str(error).splitlines() or [""]
             progress[part.name] = f"failed: {type(error).__name__}: {lines[0]}"
         print(f"{part.name}: {progress[part.name]}", file=sys.stderr, flush=True)
-        write_text(notes, json.dumps(progress, indent=1) + "\n")
+        write_atomically(notes, json.dumps(progress, indent=1) + "\n")
     with contextlib.suppress(ValueError):  # no part has measured anything
         report.write(folder)
     return {part.name: progress[part.name] for part in parts}

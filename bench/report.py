@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.data import table as loading
 from bench.ledger.cost import H200, KINDS
-from bench.results import UNITS, Row, markdown_table, read, read_json, significant, write_text
+from bench.results import UNITS, Row, markdown_table, read, read_json, significant
 from bench.sample import VARIANTS as SAMPLING
 from bench.train import VARIANTS as TRAINING
 from epg_fast.files import write_atomically
@@ -64,7 +64,7 @@ def write(folder: Path) -> str:
     sections.append(_ledger(found["ledger"], folder / "ledger.png") if "ledger" in found else "")
     sections.append("## This machine\n\n" + "".join(f"- {name}: {value}\n" for name, value in header.items()))
     text = "\n".join(filter(None, sections))
-    write_text(folder / "README.md", text)
+    write_atomically(folder / "README.md", text)
     return text
 
 

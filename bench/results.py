@@ -115,7 +115,7 @@ class Results:
         self.rows.append(row)
         lines = [_json({k: v for k, v in asdict(row).items() if v not in ("", {}, None)}) for row in self.rows]
         head = f'{{"schema": {_json(SCHEMA)},\n"header": {_json(self.header)},\n"rows": [\n'
-        write_text(self.path, head + ",\n".join(lines) + "\n]}\n")
+        write_atomically(self.path, head + ",\n".join(lines) + "\n]}\n")
 
     def say(self, row: Row) -> None:
         """`add`, and a line on standard error."""
@@ -152,12 +152,6 @@ def read_json(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}, wanted an object")
     return content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, and its folder, at once: it is there whole, or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
 
 
 def header() -> dict[str, str | int]:
