@@ -16,6 +16,7 @@ import re
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import sympy
 import torch
@@ -82,7 +83,7 @@ class Counter(FakeTensorMode):
         """Note what is launched inside. Compiling once more, or a break of a graph, is a problem."""
         before, self._counting = len(self.graphs), True
         try:
-            with _replaced(JITFunction, "run", _run(self)):
+            with mock.patch.object(JITFunction, "run", _run(self)):
                 yield
         finally:
             self._counting = False
@@ -104,7 +105,7 @@ class Counter(FakeTensorMode):
                 (JITFunction, "run", _run(self)),
                 (JITFunction, "_do_compile", triton_ir.instead_of_compiling),
             ):
-                stack.enter_context(_replaced(owner, name, made))
+                stack.enter_context(mock.patch.object(owner, name, made))
             yield
 
     def end(self, phase: str) -> None:
@@ -239,16 +240,6 @@ def _run(counter: Counter) -> Callable:
         counter.launched(self, args, grid, kwargs)
 
     return run
-
-
-@contextlib.contextmanager
-def _replaced(owner, name: str, value) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _tensors(values) -> list[torch.Tensor]:

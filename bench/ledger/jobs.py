@@ -73,16 +73,16 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """count: notes a job's kernels in a counter. counted: phases that make up the job; others are listed beside it."""
+    """prepare: makes a call that tells the counter where a phase ends. counted: phases that make up the job; others are
+    listed beside it. least: the job in the largest fusion there is."""
 
     name: str
     preset: str
     batch: int
     dtype: str
     counted: tuple[str, ...]
-    count: Callable[[Counter, Job, Variant], None]
+    prepare: Callable[[Counter, Job, Variant], Callable[[], None]]
     least: Callable[[Job], Work]
-    """The job in the largest fusion there is, of `bench.roofline`."""
     levels: int = 1
 
     @property
@@ -90,7 +90,7 @@ class Job:
         return f"{self.preset}, batch {self.batch}" + (f", {self.levels} levels" if self.levels > 1 else "")
 
 
-def _sampling_call(counter: Counter, job: Job, variant: Variant) -> None:
+def _sampling_call(counter: Counter, job: Job, variant: Variant) -> Callable:
     """One call of the denoiser; the package computes what depends on level and label ahead of it."""
     if variant.code == "plain":
         network, (x, t, y) = _plain_generator(job, variant), _inputs(job, torch.float32)
@@ -111,10 +111,10 @@ def _sampling_call(counter: Counter, job: Job, variant: Variant) -> None:
                 network.denoise(x, conditioning)
                 counter.end("call")
 
-    _second(counter, step)
+    return step
 
 
-def _images(counter: Counter, job: Job, variant: Variant) -> None:
+def _images(counter: Counter, job: Job, variant: Variant) -> Callable:
     """A batch of images from labels: a trajectory with interval guidance, or one step."""
     heun = job.levels > 1
     if variant.code == "plain":
@@ -150,10 +150,10 @@ def _images(counter: Counter, job: Job, variant: Variant) -> None:
             engine._compute(labels, seed, labels)
             counter.end("images")
 
-    _second(counter, step)
+    return step
 
 
-def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
+def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
     """Forward and backward pass of the network alone, from a gradient of its output; the optimiser wrote the copies."""
     copies = WeightCopies((), None)
     if variant.code == "plain":
@@ -182,10 +182,10 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
             out.backward(torch.empty_like(out))
             counter.end("backward")
 
-    _second(counter, step)
+    return step
 
 
-def _update(task: str, counter: Counter, job: Job, variant: Variant) -> None:
+def _update(task: str, counter: Counter, job: Job, variant: Variant) -> Callable:
     """A whole update: forward and backward pass of the loss, clipping, AdamW, average."""
     from bench.train import OurTraining, PlainTraining, Problem
 
@@ -210,27 +210,26 @@ def _update(task: str, counter: Counter, job: Job, variant: Variant) -> None:
         counter.end("backward")
         counter.kind = OPTIMISER if variant.code == "plain" else None
 
+    def as_optimiser(call: Callable, *args, **kwargs):
+        counter.kind = OPTIMISER
+        try:
+            return call(*args, **kwargs)
+        finally:
+            counter.kind = None
+
     def step():
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_patched(torch.Tensor, "backward", backward))
+            stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
             if variant.code != "plain":
-                stack.enter_context(_patched(optimise, "step", partial(_as_optimiser, counter, optimise.step)))
+                stack.enter_context(mock.patch.object(optimise, "step", partial(as_optimiser, optimise.step)))
             update()
         counter.kind = None
         counter.end("update")
 
-    _second(counter, step)
+    return step
 
 
 _BACKWARD = torch.Tensor.backward
-
-
-def _as_optimiser(counter: Counter, call: Callable, *args, **kwargs):
-    counter.kind = OPTIMISER
-    try:
-        return call(*args, **kwargs)
-    finally:
-        counter.kind = None
 
 
 def _keen(trainer: Trainer) -> None:
@@ -245,15 +244,6 @@ def _keen(trainer: Trainer) -> None:
         torch._foreach_lerp_(emas, weights, 1 - trainer.ema_decay)
 
     trainer.update_ema = update_ema
-
-
-def _second(counter: Counter, step: Callable[[], None]) -> None:
-    """Count the second of two calls: the first compiles."""
-    step()
-    counter.phases.clear()
-    counter.kernels.clear()
-    with counter.counting():
-        step()
 
 
 def _generator(job: Job, variant: Variant) -> torch.nn.Module:
@@ -292,35 +282,23 @@ def _inputs(job: Job, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 @contextlib.contextmanager
-def _patched(owner, name: str, value) -> Iterator[None]:
-    own, before = vars(owner).get(name), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None and not isinstance(owner, type):
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
-@contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    """What PyTorch cannot do to tensors without memory, or with generators that would have some, left out."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_patched(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor))
-        stack.enter_context(_patched(torch.nn.Module, "to", lambda module, *_, **__: module))  # all are made there
-        # which take their slow paths for tensors of other types than PyTorch's own
-        stack.enter_context(_patched(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True))
-        stack.enter_context(_patched(NoiseSchedule, "levels", _levels))
-        stack.enter_context(_patched(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()))
-        yield
-
-
-@contextlib.contextmanager
 def compiling_as_is(counter: Counter) -> Iterator[None]:
-    """Inside, tensors have no memory and torch.compile is described."""
-    with _without_values(), counter.compiling(), counter:
+    """Inside, tensors have no memory and torch.compile is described.
+
+    What PyTorch cannot do to such tensors, or with generators that would have some, is left out.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor),
+            (torch.nn.Module, "to", lambda module, *_, **__: module),  # all are made there
+            # which take their slow paths for tensors of other types than PyTorch's own
+            (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
+            (NoiseSchedule, "levels", _levels),
+            (torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(counter.compiling())
+        stack.enter_context(counter)
         yield
 
 
@@ -338,7 +316,12 @@ def count(job: Job, variant: Variant) -> Counter:
     counter = Counter()
     with compiling_as_is(counter):
         try:
-            job.count(counter, job, variant)
+            call = job.prepare(counter, job, variant)
+            call()  # compiles
+            counter.phases.clear()
+            counter.kernels.clear()
+            with counter.counting():
+                call()
         except ValueError as error:
             raise NotCounted(str(error).splitlines()[0]) from error
     return counter

