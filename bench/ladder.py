@@ -29,14 +29,12 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of doing the job. options: what the ladder makes of it; later: after the others, if time is short."""
+    """One way of doing the job. options: what the ladder makes of it; profiled: its longest kernels are listed."""
 
     name: str
     dtype: str
     options: dict = field(default_factory=dict)
-    later: bool = False
     profiled: bool = False
-    """Whether its longest kernels are listed."""
 
 
 @dataclass
@@ -117,20 +115,14 @@ class Ladder:
         }
         if self.device.type == "cuda":
             numbers["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        return Row(**self._identity(variant), **numbers, error=error, details=details, note=note)
+        return Row(*self._identity(variant), **numbers, error=error, details=details, note=note)
 
     def empty_row(self, variant: Variant, note: str, **details) -> Row:
         """A row without numbers."""
-        return Row(**self._identity(variant), details=details, note=note)
+        return Row(*self._identity(variant), details=details, note=note)
 
-    def _identity(self, variant: Variant) -> dict:
-        return {
-            "job": self.job,
-            "variant": variant.name,
-            "shape": self.shape,
-            "dtype": variant.dtype,
-            "unit": self.unit,
-        }
+    def _identity(self, variant: Variant) -> tuple[str, ...]:
+        return self.job, variant.name, self.shape, variant.dtype, self.unit
 
 
 def attempt(ladder: Ladder, variant: Variant) -> Row:
@@ -148,13 +140,12 @@ def attempt(ladder: Ladder, variant: Variant) -> Row:
 
 
 def climb(ladder: Ladder, found: Results, *, seconds: float, each: float) -> bool:
-    """Measure the variants that `found` has no row of, the later ones last; returns whether there was time for all.
+    """Measure the variants that `found` has no row of; returns whether there was time for all.
 
     seconds, each: for everything and for one variant.
     """
     known = {row.identity for row in found.rows}
     pending = [variant for variant in ladder.variants if ladder.empty_row(variant, "-").identity not in known]
-    pending.sort(key=lambda variant: variant.later)
     deadline = time.monotonic() + seconds
     while pending and time.monotonic() < deadline:
         for row in _rows(ladder, list(pending), each, deadline):

@@ -11,14 +11,10 @@ from pathlib import Path
 from bench.data import table as loading
 from bench.ledger.cost import H200, KINDS
 from bench.results import UNITS, Row, markdown_table, read, read_json, significant
-from bench.sample import VARIANTS as SAMPLING
-from bench.train import VARIANTS as TRAINING
 from epg_fast.files import write_atomically
 
 OURS = ("triton", "cuda", "extension", "extension, in place")
 """Variants of operations that are the package's."""
-
-_ORDER = [variant.name for variants in (SAMPLING, *TRAINING.values()) for variant in variants]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, too; products, of which nothing can be saved, in grey.
 _GREY, _ORANGE, _RED, _BLUE = "#999999", "#E69F00", "#D55E00", "#0072B2"
@@ -79,12 +75,11 @@ def _missing(folder: Path) -> str:
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows by job and shape, in the order of the ladder."""
+    """Rows by job and shape."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.job, row.shape), []).append(row)
-    last = len(_ORDER)
-    return [sorted(g, key=lambda r: _ORDER.index(r.variant) if r.variant in _ORDER else last) for g in groups.values()]
+    return list(groups.values())
 
 
 def speed_up(row: Row, base: Row) -> float:

@@ -114,8 +114,7 @@ def test_what_needs_a_gpu_is_a_row_that_says_so(heun):
 
 
 def test_what_a_job_cannot_have_says_why(monkeypatch):
-    with pytest.raises(NotHere, match="no step of a sampler"):
-        sampling("sample-onestep")._engine(Variant("x", "bf16", {"ops": "plain,steps=extension"}))
+    assert not any("steps" in one.name for one in sampling("sample-onestep").variants)
     monkeypatch.setattr(train, "extension_status", lambda: (False, "not built"))
     with pytest.raises(NotHere, match="the extension is not built"):
         training("pretrain")._made(Variant("x", "bf16", {"optimizer": "fused", "compile": "off"}))

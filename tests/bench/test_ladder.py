@@ -23,7 +23,7 @@ class Toy(Ladder):
     work, ceilings, reference = Work(4, (Op("p", "products", (1,), 10**9, 10**6),)), Ceilings(1e12, 1e12), None
 
     def __init__(self, *names, unit="images/s"):
-        self.variants = tuple(Variant(name, "fp32", later=name.startswith("late")) for name in names)
+        self.variants = tuple(Variant(name, "fp32") for name in names)
         self.unit = unit
 
     def prepare(self, variant):
@@ -45,15 +45,15 @@ def climbed(tmp_path, *names, seconds=60.0, each=30.0):
 
 @pytest.mark.slow  # starts two processes
 def test_variants_that_fail_and_die_are_rows_with_notes_and_the_others_are_measured(tmp_path):
-    done, rows = climbed(tmp_path, "late", "raise", "die", "absent", "good")
-    assert done and list(rows) == ["raise", "die", "absent", "good", "late"]
+    done, rows = climbed(tmp_path, "raise", "die", "absent", "good")
+    assert done and list(rows) == ["raise", "die", "absent", "good"]
     notes = [rows[name].note for name in ("raise", "die", "absent")]
     assert notes == [
         "failed: RuntimeError: out of memory",
         "failed: its process ended with exit code 5",
         "needs a device",
     ]
-    assert rows["good"].median > 0 and rows["late"].median > 0 and rows["good"].details["threads"] == 1
+    assert rows["good"].median > 0 and rows["good"].details["threads"] == 1
 
 
 @pytest.mark.slow
