@@ -55,9 +55,13 @@ def write(folder: Path) -> str:
         f"## Ladders\n\n{_LADDERS}" if {"sampling", "training"} & set(found) else "",
         *(_ladders(found.get(name), folder / f"{name}.png", header) for name in ("sampling", "training")),
     ]
-    for name, section in (("turns", _turns), ("ops", _operations), ("data", _loading)):
+    for name, section in (
+        ("turns", _turns),
+        ("ops", lambda rows: _operations(rows, on_gpu=header["gpu"] != "none")),
+        ("data", lambda rows: f"## Loading\n\n{loading(rows)}"),
+        ("ledger", lambda rows: _ledger(rows, folder / "ledger.png")),
+    ):
         sections.append(section(found[name]) if name in found else "")
-    sections.append(_ledger(found["ledger"], folder / "ledger.png") if "ledger" in found else "")
     sections.append("## This machine\n\n" + "".join(f"- {name}: {value}\n" for name, value in header.items()))
     text = "\n".join(filter(None, sections))
     write_atomically(folder / "README.md", text)
@@ -149,8 +153,11 @@ def _turns(rows: list[Row]) -> str:
     return f"## In float32, in turns\n\n{how}\n{markdown_table(columns, cells)}"
 
 
-def _operations(rows: list[Row]) -> str:
-    """A row per operation and shape: the package's fastest kernel against the others' fastest."""
+def _operations(rows: list[Row], on_gpu: bool) -> str:
+    """A row per operation and shape: the package's fastest kernel against the others' fastest.
+
+    Shares of the ceilings are those of a GPU: small shapes stay in a CPU's caches.
+    """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.median is not None:
@@ -163,14 +170,10 @@ def _operations(rows: list[Row]) -> str:
         )
         kinds = [row and f"{significant(row.median)} ({row.variant})" for row in (ours, others)]
         factor = f"{significant(others.median / ours.median)}x" if ours and others else ""
-        roof = ours and max(ours.details.get("percent_of_copy", 0), ours.details.get("percent_of_gemm", 0))
-        cells.append((*key, *kinds, factor, roof and f"{roof:.0f}%"))
+        roof = on_gpu and ours and max(ours.details.get("percent_of_copy", 0), ours.details.get("percent_of_gemm", 0))
+        cells.append((*key, *kinds, factor, f"{roof:.0f}%" if roof else ""))
     columns = ("operation", "of", "ours, us", "the fastest other, us", "other / ours", "ours of the roof")
     return f"## Operations\n\n{markdown_table(columns, cells)}"
-
-
-def _loading(rows: list[Row]) -> str:
-    return f"## Loading\n\n{loading(rows)}"
 
 
 # ---------------------------------------------------------------------------------------------------------- the ledger
