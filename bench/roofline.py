@@ -34,7 +34,7 @@ from epg_fast.models import EPGViT, RCMViT, create_model
 from epg_fast.models.blocks import Block, DecoderBlock
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.ops.spec import OpSpec
-from epg_fast.training.dry_run import planned_stage
+from epg_fast.training.estimate import planned_stage
 from epg_fast.training.hardware import GPUS, gpu_named
 from epg_fast.training.stages import Stage
 
@@ -212,7 +212,7 @@ def _trained(layers: list[_Layer]) -> list[Op]:
 
 
 def _pretrain(stage: Stage, batch: int) -> list[Op]:
-    network, target = stage.network, stage.average
+    network, target = stage.network, stage.ema
     head = _head(network, batch)
     trained = _encoder(network, 3 * batch) + 2 * head
     without = _encoder(network, batch) + 2 * head + _encoder(target, 2 * batch) + _head(target, 2 * batch)

@@ -32,7 +32,7 @@ from epg_fast.ops.extension import extension_has_cuda, gpus_without_code
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.fp8 import require_fp8, use_fp8
-from epg_fast.training.loop import make_step_module
+from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
 
 _EAGER = {"optimizer": "torch", "compile": "off", "ops": "plain"}
@@ -250,19 +250,19 @@ class OurTraining:
         ranks = Ranks(0, 1, problem.device)
         with problem.device:
             stage = getattr(training, STAGES[problem.job] + "Stage")(config, ranks)
-        for network in (stage.network, stage.average):
+        for network in (stage.network, stage.ema):
             network.load_state_dict(problem.weights(), strict=True)
         if (perceptual := problem.perceptual(encoder_from_config)) is not None:
             stage.perceptual = perceptual.use_ops(stage.chosen.ops)
         self.state = RunState(config, stage, _NoImages(), ranks)
         if config.fp8:
             use_fp8(stage.network)
-        self._module, self._losses = make_step_module(stage), _Losses()
+        self._losses = _Losses()
         compile_stage(stage)
 
     def step(self) -> None:
         begin_step(self.config)
-        self.state.update(self._module, self.problem.images, self._losses)
+        train_step(self.state, self.problem.images, self._losses)
 
     def losses(self, count: int) -> list[float]:
         for _ in range(count):

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dry_run(name: str, config: configs.RunConfig, options: configs.DryRunConfig) -> int:
     from epg_fast import training
-    from epg_fast.training.dry_run import describe
+    from epg_fast.training.estimate import describe
 
     stages = {
         stage.name: stage for stage in (training.PretrainStage, training.DiffusionStage, training.ConsistencyStage)

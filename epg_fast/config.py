@@ -300,7 +300,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     keep_every: int = 0
-    """Checkpoints of multiples of this step stay for good, their weights also as milestones/step_<step>.safetensors;
+    """Checkpoints of multiples of this step stay for good, their weights also as kept/step_<step>.safetensors;
     0: none."""
     tensorboard: bool = True
     """Write TensorBoard events when tensorboard is installed."""

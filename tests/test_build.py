@@ -218,18 +218,7 @@ def assert_unavailable(status, *texts):
 def test_a_file_that_is_no_library_is_not_loaded(use_library, tmp_path, content):
     library = tmp_path / "garbage.so"
     library.write_bytes(content)
-    assert_unavailable(
-        use_library(library), "damaged", "is not a 64-bit ELF library", "to rebuild it, run `pip install"
-    )
-
-
-@needs_compiler
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
-def test_a_truncated_library_is_not_loaded(use_library, tmp_path, part):
-    whole = compile_library(tmp_path / "whole.so", "int table[100000] = {1}; int f() { return table[5]; }").read_bytes()
-    library = tmp_path / "truncated.so"
-    library.write_bytes(whole[: int(part * len(whole))])
-    assert_unavailable(use_library(library), "damaged", f"of {len(whole)}", "to rebuild it, run `pip install")
+    assert_unavailable(use_library(library), "cannot be loaded", "garbage.so", "to rebuild it, run `pip install")
 
 
 @needs_compiler
@@ -239,22 +228,6 @@ def test_a_library_for_another_torch_is_not_loaded(use_library, tmp_path):
     status = use_library(library)
     assert_unavailable(
         status, f"cannot be loaded with torch {torch.__version__}", "of_another_abi", "to rebuild it, run"
-    )
-
-
-def test_a_library_that_may_not_be_read_is_not_loaded(use_library, tmp_path, monkeypatch):
-    library = tmp_path / "secret.so"
-    library.touch()
-    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    assert_unavailable(use_library(library), "cannot be loaded", "Permission denied")
-
-
-@pytest.mark.skipif(not extension.extension_status()[0], reason="needs the extension")
-def test_a_library_without_an_operation_of_this_version_is_not_used(use_library, monkeypatch):
-    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "operation_of_tomorrow"))
-    status = use_library(extension._LIBRARY)
-    assert_unavailable(
-        status, "from another version of epg_fast", "has no operation_of_tomorrow;", "to rebuild it, run"
     )
 
 
@@ -287,7 +260,7 @@ REPORT = (
 def test_env_reports_a_library_that_registers_nothing(tmp_path):
     library = compile_library(tmp_path / "empty.so", "int f() { return 1; }")
     out = python(REPORT, EPG_EXTENSION=str(library))
-    assert f"not available (from another version of epg_fast: {library} has no augment_view_out, build_info, " in out
+    assert f"not available (from another version of epg_fast: {library} has interface none, not " in out
     assert out.endswith("False\n")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from epg_fast.plans.sites import site_choices
 from epg_fast.training.compilation import compile_blocks
 from epg_fast.training.draws import Draws
 from epg_fast.training.fp8 import Fp8Linear, use_fp8
-from epg_fast.training.loop import make_step_module
+from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
 from tests.golden_data import Case, names
@@ -106,7 +107,7 @@ def test_compiled_training_learns_and_resumes(job, precision, tiny_run, tmp_path
     assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["loss"] for line in lines[-10:]) < sum(line["loss"] for line in lines[:10])
-    (tmp_path / "run" / "checkpoints" / "step_000000060.pt").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000060")
     assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
     again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert again[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.05)
@@ -200,21 +201,20 @@ def test_the_host_waits_for_nothing_in_an_update(job, precision, parts, digits):
     fields["gradient_accumulation"] = parts
     config, ranks = make_config(job, precision=precision, **fields), Ranks(0, 1, device)
     state = RunState(config, getattr(training, JOBS[job] + "Stage")(config, ranks), place, ranks)
-    step_module, metrics = make_step_module(state.stage), Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     compile_blocks(state.stage)
     batch = {
         name: torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device=device) for name in ("x", "view1", "view2")
     }
     batch["label"] = torch.arange(8, device=device)
     for _ in range(2):
-        state.update(step_module, batch, metrics)
+        train_step(state, batch, metrics)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            state.update(step_module, batch, metrics)
+            train_step(state, batch, metrics)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    state.settle()
     assert state.iteration == 5
 
 
@@ -229,7 +229,7 @@ def test_averages_in_host_memory_follow_every_update_and_nobody_waits(digits):
     config = make_config("finetune-diffusion", model, batch_size=8, ema=0.5, offload_ema=True, **fields)
     ranks = Ranks(0, 1, device)
     state = RunState(config, training.DiffusionStage(config, ranks), place, ranks)
-    step_module, metrics = make_step_module(state.stage), Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     weights = [p.detach() for p in state.stage.network.parameters()]
     want = [w.clone() for w in weights]
     images = torch.randint(256, (2, 8, 3, 32, 32), device=device) / 255
@@ -239,12 +239,12 @@ def test_averages_in_host_memory_follow_every_update_and_nobody_waits(digits):
         torch.cuda.set_sync_debug_mode("error" if i > 2 else "default")
         try:
             skipped = i % 7 == 5
-            state.update(step_module, {"x": images[int(skipped)], "label": torch.arange(8, device=device)}, metrics)
+            train_step(state, {"x": images[int(skipped)], "label": torch.arange(8, device=device)}, metrics)
             if not skipped:
                 torch._foreach_lerp_(want, weights, 0.5)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    state.host_averages.wait()
-    got = list(state.stage.average.parameters())
-    assert not any(p.is_cuda for p in got) and state.made == 26
+    state.host_ema.wait()
+    got = list(state.stage.ema.parameters())
+    assert not any(p.is_cuda for p in got) and state.skipped[0] == 4
     torch.testing.assert_close([p.data for p in got], [w.cpu() for w in want], rtol=1e-5, atol=1e-6)

@@ -164,9 +164,9 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
         stage = SimpleNamespace(
             chosen=plain_choice(),
             network=network,
-            average=None,
+            ema=None,
             name="finetune-diffusion",
-            sharding=None,
+            sharded=False,
             config=config,
         )
         (compile_networks if variant.how == "network" else compile_blocks)(stage)

@@ -26,7 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from epg_fast.ops.backends import accumulation_dtype, autocast_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.backends import (
+    FLOATS,
+    accumulation_dtype,
+    autocast_dtype,
+    check_backend,
+    require_at_most,
+    require_dtypes,
+    require_triton,
+)
 from epg_fast.ops.checks import check_floating
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
@@ -45,33 +53,31 @@ PACKAGES = {
     "flash_attn_4": ("flash_attn.cute", "pip install flash-attn-4"),
 }
 _BACKENDS = (*SDPA, *PACKAGES, "triton")
+_WITHOUT_DROPOUT = ("triton", "flash_attn_3", "flash_attn_4")
 _MAX_TRITON_HEAD_DIM = 128
 
 
 def attention_ref(qkv: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
-    return _attention_ref_with_lse(qkv, _scale(qkv, scale))[0]
-
-
-def _attention_ref_with_lse(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = _heads(qkv, accumulation_dtype(qkv))
-        scores = scale * (q @ k.transpose(-1, -2))
-        out = scores.softmax(-1) @ v
-        return out.transpose(1, 2).to(qkv.dtype).contiguous(), scores.logsumexp(-1)
+        return _forward(qkv, _scale(qkv, scale))[0]
 
 
-def attention_bwd_ref(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """dqkv in plain PyTorch; dout, out: [B, L, H, d], lse: [B, H, L]."""
-    with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = _heads(qkv, lse.dtype)
-        g, o = (tensor.to(lse.dtype).transpose(1, 2) for tensor in (dout, out))
-        p = (scale * (q @ k.transpose(-1, -2)) - lse.unsqueeze(-1)).exp()
-        ds = p * (g @ v.transpose(-1, -2) - (g * o).sum(-1, keepdim=True))
-        gradients = scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ g
-        return torch.stack(gradients).permute(1, 3, 0, 2, 4).to(qkv.dtype).contiguous()
+def _forward(qkv, scale: float):
+    """(out, log-sum-exp of the scores [B, H, L])."""
+    q, k, v = _heads(qkv, accumulation_dtype(qkv))
+    scores = scale * (q @ k.transpose(-1, -2))
+    out = scores.softmax(-1) @ v
+    return out.transpose(1, 2).to(qkv.dtype).contiguous(), scores.logsumexp(-1)
+
+
+def _backward(dout, qkv, out, lse, scale: float):
+    q, k, v = _heads(qkv, lse.dtype)
+    g, o = (tensor.to(lse.dtype).transpose(1, 2) for tensor in (dout, out))
+    p = (scale * (q @ k.transpose(-1, -2)) - lse.unsqueeze(-1)).exp()
+    ds = p * (g @ v.transpose(-1, -2) - (g * o).sum(-1, keepdim=True))
+    gradients = scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ g
+    return torch.stack(gradients).permute(1, 3, 0, 2, 4).to(qkv.dtype).contiguous()
 
 
 def _heads(qkv: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
@@ -86,10 +92,10 @@ def _scale(qkv: torch.Tensor, scale: float | None) -> float:
 
 _operation = operation(
     "attention",
-    _attention_ref_with_lse,
+    _forward,
     "epg_kernels.attention:attention_fwd",
     "out lse",
-    Backward(attention_bwd_ref, "epg_kernels.attention:attention_bwd", "qkv"),
+    Backward(_backward, "epg_kernels.attention:attention_bwd", "qkv"),
 )
 
 
@@ -106,17 +112,12 @@ def attention(
     Raises ValueError for a shape, scale or dropout_p that does not fit and for a backend that cannot run here.
     """
     check_backend("attention", backend, _BACKENDS)
-    _check(qkv, scale, dropout_p)
-    dtype = autocast_dtype(qkv)
-    if dtype is not None and qkv.dtype != torch.float64:
-        qkv = qkv.to(dtype)
-    scale = _scale(qkv, scale)
-    if dropout_p > 0 and backend in ("triton", "flash_attn_3", "flash_attn_4"):
-        raise ValueError(
-            f"attention: got dropout_p={dropout_p} with backend={backend!r}, wanted 0; use backend='plain'"
-        )
+    _check(qkv, scale, dropout_p, backend)
+    qkv, scale = qkv.to(autocast_dtype(qkv) or qkv.dtype), _scale(qkv, scale)
     if backend == "triton":
-        _require_triton_attention(qkv)
+        require_triton("attention", qkv)
+        require_dtypes("attention", FLOATS, qkv=qkv)
+        require_at_most("attention", _MAX_TRITON_HEAD_DIM, "head dimension d=", qkv.shape[-1])
         return _operation(qkv, scale)[0]
     if backend in PACKAGES:
         return _of_package(backend, qkv, scale, dropout_p)
@@ -153,7 +154,7 @@ def installed(package: str) -> bool:
         return False
 
 
-def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float) -> None:
+def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float, backend: str) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(
             f"attention: got qkv of shape {tuple(qkv.shape)}, wanted [B, L, 3, H, d]; reshape the projection's output "
@@ -166,15 +167,9 @@ def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float) -> None:
         raise ValueError(f"attention: got scale={scale}, wanted a positive number, or None for d ** -0.5")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: got dropout_p={dropout_p}, wanted 0 <= dropout_p < 1")
-
-
-def _require_triton_attention(qkv: torch.Tensor) -> None:
-    require_triton("attention", qkv)
-    require_dtypes("attention", (torch.float32, torch.bfloat16, torch.float16), qkv=qkv)
-    if qkv.shape[-1] > _MAX_TRITON_HEAD_DIM:
+    if dropout_p > 0 and backend in _WITHOUT_DROPOUT:
         raise ValueError(
-            f"attention: got head dimension d={qkv.shape[-1]}, wanted at most {_MAX_TRITON_HEAD_DIM} for "
-            "backend='triton'; use backend='plain'"
+            f"attention: got dropout_p={dropout_p} with backend={backend!r}, wanted 0; use backend='plain'"
         )
 
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import check_backend
+from epg_fast.ops.checks import check_dtype
 from epg_fast.ops.extension import prefers_extension, require_extension
 from epg_fast.ops.spec import OpSpec
 
@@ -45,15 +46,7 @@ class JitterOperation(IntEnum):
     HUE = 4
 
 
-def augment_view_ref(
-    x: torch.Tensor,
-    operations: torch.Tensor,
-    values: torch.Tensor,
-    grayscale: torch.Tensor,
-    sigma: torch.Tensor,
-    solarize: torch.Tensor,
-    flip: torch.Tensor,
-) -> torch.Tensor:
+def augment_view_ref(x, operations, values, grayscale, sigma, solarize, flip) -> torch.Tensor:
     """The stages in plain PyTorch, each for all images that take it; nothing is read back from x's device."""
     out = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     for operation, value in zip(operations.unbind(1), values.unbind(1), strict=True):
@@ -111,8 +104,7 @@ def augment_view(
 
 
 def _check_images(x: torch.Tensor) -> None:
-    if x.dtype != torch.uint8:
-        raise ValueError(f"{_OP}: got x in {x.dtype}, wanted torch.uint8; pass the pixels as they were decoded")
+    check_dtype(_OP, torch.uint8, "pass the pixels as they were decoded", x=x)
     if x.dim() != 4 or x.shape[3] != 3 or 0 in x.shape[1:]:
         raise ValueError(
             f"{_OP}: got x of shape {tuple(x.shape)}, wanted [B, H, W, 3] with H, W >= 1; put the channels last"
@@ -131,8 +123,7 @@ def _check_parameters(x, operations, values, grayscale, sigma, solarize, flip) -
         "flip": (flip, torch.bool, (len(x),)),
     }
     for name, (tensor, dtype, shape) in wanted.items():
-        if tensor.dtype != dtype:
-            raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted {dtype}; convert it")
+        check_dtype(_OP, dtype, "convert it", **{name: tensor})
         if tensor.shape != shape:
             raise ValueError(
                 f"{_OP}: got {name} of shape {tuple(tensor.shape)}, wanted {shape} for the {len(x)} images of x; give "
@@ -143,12 +134,8 @@ def _check_parameters(x, operations, values, grayscale, sigma, solarize, flip) -
     hue, factor = operations == JitterOperation.HUE, (operations > 0) & (operations < JitterOperation.HUE)
     _refuse("operations", operations, (operations < 0) | (operations > 4), "codes 0 to 4; see JitterOperation")
     _refuse("values", values, factor & ~((values >= 0) & (values <= _FLOAT32_MAX)), "a factor; clamp it to 0 or more")
-    _refuse(
-        "values",
-        values,
-        hue & ~(values.abs() <= _FLOAT32_MAX),
-        "finite turns of the hue circle; bring them to -0.5 to 0.5",
-    )
+    turns = "finite turns of the hue circle; bring them to -0.5 to 0.5"
+    _refuse("values", values, hue & ~(values.abs() <= _FLOAT32_MAX), turns)
     _refuse("sigma", sigma, ~((sigma >= 0) & (sigma <= _MAX_SIGMA)), f"0 to {_MAX_SIGMA:g} pixels; 0 is no blur")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_GRID = 65_535
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -15,12 +16,11 @@ def check_backend(op: str, backend: str, wanted: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: got backend={backend!r}, wanted one of {', '.join(wanted)}")
 
 
-def require_triton_for_cuda(op: str, part: str) -> None:
-    """Raise ValueError without Triton, for a part of the operation that backend "cuda" takes from backend "triton"."""
+def require_installed_triton(op: str) -> None:
     if not _HAS_TRITON:
         raise ValueError(
-            f"{op}: got backend='cuda', whose {part} is Triton's, which is not installed; run "
-            "`pip install 'triton>=3.6'` or use backend='plain'"
+            f"{op}: got a backend with Triton's kernels, but Triton is not installed; run `pip install 'triton>=3.6'` "
+            "or use backend='plain'"
         )
 
 
@@ -31,11 +31,7 @@ def interpreting() -> bool:
 
 def require_triton(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> None:
     """Raise ValueError unless Triton can run here, on x and the others together."""
-    if not _HAS_TRITON:
-        raise ValueError(
-            f"{op}: got backend='triton', but Triton is not installed; run `pip install 'triton>=3.6'` "
-            "or use backend='plain'"
-        )
+    require_installed_triton(op)
     if not (x.is_cuda or interpreting()):
         raise ValueError(
             f"{op}: got backend='triton' with a tensor on {x.device}, wanted one on a CUDA device; move it there, "
@@ -70,13 +66,15 @@ def _transformed() -> bool:
     return any(level.key() in derivatives for level in functorch.get_interpreter_stack() or ())
 
 
+def require_at_most(op: str, limit: int, what: str, size: int) -> None:
+    """Raise ValueError for a size that is more than the Triton kernels hold; what: "a width of ", say."""
+    if size > limit:
+        raise ValueError(f"{op}: got {what}{size}, wanted at most {limit} for backend='triton'; use backend='plain'")
+
+
 def require_grid(op: str, batch: int) -> None:
     """Raise ValueError for a batch that is more than a launch's second dimension holds."""
-    if batch > _MAX_GRID:
-        raise ValueError(
-            f"{op}: got a batch of {batch}, wanted at most {_MAX_GRID} for backend='triton'; split it or use "
-            "backend='plain'"
-        )
+    require_at_most(op, _MAX_GRID, "a batch of ", batch)
 
 
 def require_dtypes(
@@ -131,6 +129,10 @@ def _wanted_of_operand(tensor: torch.Tensor) -> str | None:
     if not torch.compiler.is_compiling() and tensor.data_ptr() % 16:
         return "it to start at a multiple of 16 bytes for backend='cuda'; call .clone()"
     return None
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:

@@ -34,6 +34,12 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{op}: got {name} in {tensor.dtype}, wanted a floating dtype; convert it")
 
 
+def check_dtype(op: str, wanted: torch.dtype, remedy: str, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != wanted:
+            raise ValueError(f"{op}: got {name} in {tensor.dtype}, wanted {wanted}; {remedy}")
+
+
 def check_both(op: str, **pair: object) -> None:
     """Raise ValueError if one of two is None and the other is not."""
     missing = [name for name, value in pair.items() if value is None]

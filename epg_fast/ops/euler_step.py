@@ -22,14 +22,8 @@ from epg_fast.ops.extension import require_extension, require_extension_tensors,
 from epg_fast.ops.spec import OpSpec
 
 
-def euler_step_ref(
-    x: torch.Tensor,
-    denoised: torch.Tensor,
-    sigma: float,
-    sigma_next: float,
-    clamp: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """The formula in plain PyTorch, out of place."""
+def euler_step_ref(x, denoised, sigma, sigma_next, clamp=None) -> torch.Tensor:
+    """`euler_step` in plain PyTorch."""
     if clamp is not None:
         denoised = denoised.clamp(*clamp)
     d = (x - denoised) / sigma
@@ -71,15 +65,7 @@ def euler_step_(
     return take_step("euler_step_", euler_step_ref, x, {"denoised": denoised}, (sigma, sigma_next), clamp, backend)
 
 
-def take_step(
-    op: str,
-    reference: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    estimates: dict[str, torch.Tensor],
-    levels: tuple[float, float],
-    clamp: tuple[float, float] | None,
-    backend: str,
-) -> torch.Tensor:
+def take_step(op: str, reference: Callable, x, estimates: dict, levels, clamp, backend: str) -> torch.Tensor:
     """A sampler's step by `reference` or by the extension's operator, in place if the name of `op` ends in "_"."""
     check_backend(op, backend, ("plain", "extension"))
     in_place = op.endswith("_")

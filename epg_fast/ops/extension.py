@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from epg_fast.ops.backends import refuse_transforms
 
-# What this version of the package calls in torch.ops.epg_fast: a library built from older sources lacks some of it.
 OPERATORS = (
     "augment_view_out",
     "build_info",
@@ -23,9 +21,9 @@ OPERATORS = (
     "heun_step_out",
     "resized_crop_out",
 )
-
+"""What this version of the package calls in torch.ops.epg_fast."""
 INTERFACE = "2"
-"""What those take, as kernels/csrc/register.cpp counts its changes."""
+"""What those are and take, as kernels/csrc/register.cpp counts its changes."""
 
 # EPG_EXTENSION chooses another build of the library, such as one with AddressSanitizer.
 _CHOSEN = os.environ.get("EPG_EXTENSION")
@@ -58,17 +56,11 @@ def extension_status() -> tuple[bool, str]:
             return False, f"not found: EPG_EXTENSION is {_CHOSEN}, which is not a file; correct it or unset it"
         return False, f"not built: {_LIBRARY} does not exist; to build it, {_REBUILD}"
     try:
-        damage = _damage(_LIBRARY)
-        if damage:
-            return False, f"damaged: {_LIBRARY} {damage}; {_REMEDY}"
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         reason = str(error.__cause__ or error).splitlines()[0]  # torch's own error names the file only
         return False, f"cannot be loaded with torch {torch.__version__}: {reason}; {_REMEDY}"
-    missing = [name for name in OPERATORS if not hasattr(torch.ops.epg_fast, name)]
-    if missing:
-        return False, (f"from another version of epg_fast: {_LIBRARY} has no {', '.join(missing)}; {_REMEDY}")
-    found = _build_info().get("interface", "1")
+    found = _build_info().get("interface", "none")
     if found != INTERFACE:
         return False, f"from another version of epg_fast: {_LIBRARY} has interface {found}, not {INTERFACE}; {_REMEDY}"
     _register_fakes()
@@ -82,21 +74,9 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"epg_fast::{name}")(lambda *arguments, **named: None)
 
 
-def _damage(library: Path) -> str | None:
-    """Why the file is not a whole ELF library: loading one that is cut short kills the process."""
-    size = library.stat().st_size
-    with library.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return "is not a 64-bit ELF library"
-    # The table of sections ends a library: its offset, and the size and number of its entries.
-    (offset,) = struct.unpack_from("<Q", header, 0x28)
-    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
-    wanted = offset + entry_size * entries
-    return f"has {size} bytes of {wanted}" if size < wanted else None
-
-
 def _build_info() -> dict[str, str]:
+    if not hasattr(torch.ops.epg_fast, "build_info"):
+        return {}
     return dict(item.split("=", 1) for item in torch.ops.epg_fast.build_info().split(";"))
 
 
@@ -123,6 +103,11 @@ def extension_has_cuda() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("epg_fast::euler_step_out", "CUDA")
 
 
+def extension_has_gemms() -> bool:
+    """Whether the loaded extension holds the CUTLASS matrix products, which are for compute capability 9.0."""
+    return torch._C._dispatch_has_kernel("epg_fast::linear_gelu_out")
+
+
 def prefers_extension(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether backend="auto" takes the extension: on a CPU, where it was measured to be faster, if it can.
 
@@ -143,28 +128,15 @@ def _is_available() -> bool:
     return extension_status()[0]
 
 
-def require_one_device(op: str, x: torch.Tensor, **lists: Sequence[torch.Tensor]) -> None:
-    """Raise ValueError for a tensor that is not on x's device."""
-    for name, tensors in lists.items():
-        for i, tensor in enumerate(tensors):
-            if tensor.device != x.device:
-                raise ValueError(
-                    f"{op}: got {name}[{i}] on {tensor.device} and others on {x.device}, wanted one device; "
-                    "move it there"
-                )
-
-
 def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability runs what was built for e.g. "8.0 9.0a 10.0+PTX".
 
     Code for 8.0 runs on 8.x; code for 9.0a on 9.0 alone; with +PTX the driver compiles for every later capability.
     """
-    for entry in architectures.split():
-        major, minor, exact, ptx = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry).groups()
+    for major, minor, exact, ptx in re.findall(r"(\d+)\.(\d)(a?)(\+PTX)?", architectures):
         built = (int(major), int(minor))
-        if built == capability:
-            return True
-        if not exact and built < capability and (ptx or built[0] == capability[0]):
+        later = not exact and built < capability and (ptx or built[0] == capability[0])
+        if built == capability or later:
             return True
     return False
 
@@ -175,14 +147,13 @@ def _lacks_code_for(device: torch.device) -> str | None:
     if not extension_has_cuda():
         return f"the extension was built without CUDA; put nvcc on PATH and {_rebuild('EPG_BUILD_CUDA=1')}"
     capability = torch.cuda.get_device_capability(device)
-    architectures = _build_info()["cuda_architectures"]
-    if not has_code_for(architectures, capability):
-        number = ".".join(map(str, capability))
-        return (
-            f"the extension was built for CUDA architectures {architectures}, not for this GPU's {number}; "
-            f"{_rebuild(f'TORCH_CUDA_ARCH_LIST={number} EPG_BUILD_CUDA=1')}"
-        )
-    return None
+    architectures, number = _build_info()["cuda_architectures"], ".".join(map(str, capability))
+    if has_code_for(architectures, capability):
+        return None
+    return (
+        f"the extension was built for CUDA architectures {architectures}, not for this GPU's {number}; "
+        f"{_rebuild(f'TORCH_CUDA_ARCH_LIST={number} EPG_BUILD_CUDA=1')}"
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -200,59 +171,6 @@ def gpus_without_code() -> list[str]:
     """For each visible GPU on which the available extension cannot run, the reason and the remedy."""
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return [f"{device}: {reason}" for device in devices if (reason := _lacks_code_for(device))]
-
-
-def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all are float32, contiguous, on the first one's device, without gradient or tangent."""
-    refuse_transforms(op)
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(
-                f"{op}: got {name} in {tensor.dtype}, wanted torch.float32 for backend='extension'; "
-                "convert it or use backend='plain'"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{op}: got {name} with strides {tensor.stride()}, wanted it contiguous for backend='extension'; "
-                "call .contiguous() or use backend='plain'"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{op}: got {name} on {tensor.device} and {first_name} on {first.device}, wanted one device; "
-                "move them there"
-            )
-        if (
-            torch.autograd.forward_ad._current_level >= 0
-            and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-        ):
-            raise ValueError(
-                f"{op}: got {name} with a tangent, which backend='extension' does not carry on; use backend='plain'"
-            )
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"{op}: got {name} that requires a gradient, which backend='extension' has not; "
-                "use torch.no_grad() or backend='plain'"
-            )
-
-
-def require_no_partial_overlap(op: str, name: str, written: torch.Tensor, **read: torch.Tensor) -> None:
-    """Raise ValueError if memory is written and, shifted, also read; the same memory, element for element, is fine."""
-    if torch.compiler.is_compiling():
-        return  # tensors have no address yet; the operator itself checks again when it runs
-    start, end = written.data_ptr(), written.data_ptr() + written.nbytes
-    for other_name, other in read.items():
-        other_start, other_end = other.data_ptr(), other.data_ptr() + other.nbytes
-        if start != other_start and start < other_end and other_start < end:
-            raise ValueError(
-                f"{op}: got {name} that overlaps part of {other_name} in memory, wanted them apart or the same; "
-                f"pass {other_name}.clone()"
-            )
-
-
-def extension_has_gemms() -> bool:
-    """Whether the loaded extension holds the CUTLASS matrix products, which are for compute capability 9.0."""
-    return torch._C._dispatch_has_kernel("epg_fast::linear_gelu_out")
 
 
 @torch.compiler.assume_constant_result
@@ -273,3 +191,52 @@ def require_gemms(op: str, device: torch.device) -> None:
             f"{op}: got backend='cuda' with tensors on {found}, wanted a GPU of compute capability 9.0 (H100, H200); "
             "use backend='plain'"
         )
+
+
+def require_one_device(op: str, x: torch.Tensor, **lists: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError for a tensor that is not on x's device."""
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.device != x.device:
+                raise ValueError(
+                    f"{op}: got {name}[{i}] on {tensor.device} and others on {x.device}, wanted one device; "
+                    "move it there"
+                )
+
+
+def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
+    """Raise ValueError unless all, x first, are float32, contiguous, on one device, without gradient or tangent."""
+    refuse_transforms(op)
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if reason := _not_taken(tensor, first):
+            raise ValueError(f"{op}: got {name} {reason} or use backend='plain'")
+
+
+def _not_taken(tensor: torch.Tensor, first: torch.Tensor) -> str | None:
+    if tensor.dtype != torch.float32:
+        return f"in {tensor.dtype}, wanted torch.float32 for backend='extension'; convert it"
+    if not tensor.is_contiguous():
+        return f"with strides {tensor.stride()}, wanted it contiguous for backend='extension'; call .contiguous()"
+    if tensor.device != first.device:
+        return f"on {tensor.device} and x on {first.device}, wanted one device; move it there"
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return "with a tangent, which backend='extension' does not carry on; leave it out"
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return "that requires a gradient, which backend='extension' has not; use torch.no_grad()"
+    return None
+
+
+def require_no_partial_overlap(op: str, name: str, written: torch.Tensor, **read: torch.Tensor) -> None:
+    """Raise ValueError if memory is written and, shifted, also read; the same memory, element for element, is fine."""
+    if torch.compiler.is_compiling():
+        return  # tensors have no address yet; the operator itself checks again when it runs
+    start, end = written.data_ptr(), written.data_ptr() + written.nbytes
+    for other_name, other in read.items():
+        other_start, other_end = other.data_ptr(), other.data_ptr() + other.nbytes
+        if start != other_start and start < other_end and other_start < end:
+            raise ValueError(
+                f"{op}: got {name} that overlaps part of {other_name} in memory, wanted them apart or the same; "
+                f"pass {other_name}.clone()"
+            )

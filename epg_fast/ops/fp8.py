@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from epg_fast.ops.backends import needs_gradient
+
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether weight [N, K] has sides that FP8 products take, forward and backward: multiples of 16."""
@@ -14,7 +16,7 @@ def fits(weight: torch.Tensor) -> bool:
 
 
 def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if needs_gradient(*tensors):
         raise ValueError(f"{op}: got a tensor that requires a gradient, which FP8 output has not; use torch.no_grad()")
 
 
@@ -41,22 +43,39 @@ def require_row_scales(op: str, device: torch.device) -> None:
         )
 
 
+def scaled_mm(a, a_scale, b, b_scale, bias, dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
+    """(a * a_scale) @ (b * b_scale)^T + bias [M, N] in `dtype`, of a [M, K] and b [N, K] in float8_e4m3fn.
+
+    a_scale: M values, b_scale: N. fast: the tensor cores keep the sum, which drops bits of it.
+    """
+    scales = {"scale_a": a_scale.reshape(-1, 1), "scale_b": b_scale.reshape(1, -1)}
+    return torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=fast)
+
+
+def _multiplies(device: torch.device) -> bool:
+    """Whether the device's product of ones is right; raises where PyTorch refuses it.
+
+    A library without code for the architecture may leave the result as it was.
+    """
+    ones, scale = torch.ones(32, 64, device=device).to(torch.float8_e4m3fn), torch.ones(32, device=device)
+    return bool((scaled_mm(ones, scale, ones, scale, None, torch.bfloat16) == 64).all())
+
+
 @functools.cache
 def cpu_has_row_scales() -> bool:
     """Whether this PyTorch multiplies FP8 operands with a scale per row on a CPU; 2.11 does not."""
-    operand, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     try:
-        torch._scaled_mm(operand, operand.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+        return _multiplies(torch.device("cpu"))
     except (RuntimeError, NotImplementedError):
         return False
-    return True
 
 
-def product_refusal(device: torch.device, lowest: tuple[int, int], trial: Callable[[torch.device], bool]) -> str | None:
+def product_refusal(
+    device: torch.device, lowest: tuple[int, int], trial: Callable[[torch.device], bool] = _multiplies
+) -> str | None:
     """Why a device has not the FP8 products that are wanted; None if it has them.
 
-    lowest: the compute capability that has them. trial: computes a small one there; whether it is right. A library
-    without code for the architecture may leave the result as it was.
+    lowest: the compute capability that has them. trial: computes a small one there; whether it is right.
     """
     if device.type != "cuda":
         return f"device {device.type}"

@@ -40,25 +40,9 @@ Copies = Sequence[torch.Tensor | None]
 
 @torch.no_grad()
 def fused_adamw_ema_ref(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    *,
-    steps: torch.Tensor,
-    lrs: torch.Tensor,
-    weight_decays: torch.Tensor,
-    norm: torch.Tensor,
-    found_inf: torch.Tensor,
-    max_norm: torch.Tensor,
-    grad_scale: torch.Tensor | None = None,
-    emas: Sequence[Tensors] = (),
-    ema_weights: torch.Tensor | None = None,
-    copies: Copies = (),
-    ema_copies: Copies = (),
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, *, steps, lrs, weight_decays, norm, found_inf, max_norm, grad_scale=None,
+    emas=(), ema_weights=None, copies=(), ema_copies=(), betas=(0.9, 0.999), eps=1e-8,
+) -> None:  # fmt: skip
     """The formula in plain PyTorch, tensor by tensor, in the parameters' dtype; reads `found_inf` on the host."""
     if found_inf:
         return
@@ -125,42 +109,24 @@ def fused_adamw_ema_(
     _check_lengths(params, emas, ema_weights, **lists, copies=copies, ema_copies=ema_copies)
     made = [copy for copy in (*copies, *ema_copies) if copy is not None]
     written = [*params, *exp_avgs, *exp_avg_sqs, *flat_emas]
-    scalars = {"steps": steps, "lrs": lrs, "weight_decays": weight_decays, "norm": norm, "found_inf": found_inf}
-    scalars |= {"max_norm": max_norm, "grad_scale": grad_scale}
+    scalars = {"steps": steps, "lrs": lrs, "weight_decays": weight_decays, "ema_weights": ema_weights}
+    scalars |= {"norm": norm, "found_inf": found_inf, "max_norm": max_norm, "grad_scale": grad_scale}
     if backend == "auto":
         float32 = [*written, steps, norm, found_inf, *([] if grad_scale is None else [grad_scale])]
         float64 = [lrs, weight_decays, ema_weights, max_norm]
-        dtypes = (
-            (float32, (torch.float32,)),
-            (float64, (torch.float64,)),
-            (grads, _GRADS),
-            (made, _COPIES),
-        )
+        dtypes = ((float32, (torch.float32,)), (float64, (torch.float64,)), (grads, _GRADS), (made, _COPIES))
         taken = len(emas) <= _MAX_EMAS and all(extension_takes(*tensors) for tensors in dtypes)
-        taken = taken and len({copy.dtype for copy in made}) <= 1
-        backend = "extension" if taken else "plain"
+        backend = "extension" if taken and len({copy.dtype for copy in made}) <= 1 else "plain"
     if backend == "plain":
         _check_shapes_and_dtypes(params, **lists, emas=flat_emas, copies=copies, ema_copies=ema_copies)
-        extras = {"emas": emas, "ema_weights": ema_weights, "copies": copies, "ema_copies": ema_copies}
+        extras = {"emas": emas, "copies": copies, "ema_copies": ema_copies}
         return fused_adamw_ema_ref(params, **lists, **scalars, **extras, betas=betas, eps=eps)
     lists = {"params": params, **lists, "emas": flat_emas}
-    named = {name: [tensor] for name, tensor in (scalars | {"ema_weights": ema_weights}).items() if tensor is not None}
+    named = {name: [tensor] for name, tensor in scalars.items() if tensor is not None}
     require_one_device(_OP, steps, **lists, copies=made, **named)
     require_extension(_OP, steps)
-    torch.ops.epg_fast.fused_adamw_ema_(
-        *map(list, lists.values()),
-        _joined(params, copies, ema_copies, made),
-        steps,
-        lrs,
-        weight_decays,
-        ema_weights,
-        norm,
-        found_inf,
-        max_norm,
-        grad_scale,
-        *betas,
-        eps,
-    )
+    joined = _joined(params, copies, ema_copies, made)
+    torch.ops.epg_fast.fused_adamw_ema_(*map(list, lists.values()), joined, *scalars.values(), *betas, eps)
     if not torch.compiler.is_compiling():
         # Autograd counts writes, to notice a backward pass that needs what was overwritten.
         torch.autograd.graph.increment_version([*written, *made, steps])

@@ -20,67 +20,34 @@ dgate = sum_l branch * g.
 
 import torch
 
-from epg_fast.ops.backends import check_backend
-from epg_fast.ops.checks import check_shapes
-from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
-    check_norm_shapes,
+    checked_norm,
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
     norm_statistics,
-    per_sample,
-    require_triton_norm,
 )
 from epg_fast.ops.quantize_rows import gated_sum_ref
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
+_KERNELS = "epg_kernels.gate_residual_norm_modulate"
+
 
 def gate_residual_norm_modulate_ref(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    out_dtype: torch.dtype | None = None,
+    x, branch, gate, weight, bias, shift=None, scale=None, eps=1e-5, out_dtype=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    """`gate_residual_norm_modulate` in plain PyTorch."""
     x_out = gated_sum_ref(x, branch, gate)
     return x_out, layer_norm_modulate_ref(x_out, weight, bias, shift, scale, eps, out_dtype)
 
 
-def _forward(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, ...]:
+def _forward(x, branch, gate, weight, bias, shift, scale, eps: float, out_dtype: torch.dtype | None):
     x_out, y = gate_residual_norm_modulate_ref(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
     return x_out, y, *norm_statistics(x_out, eps)
 
 
-def _backward(
-    dx_out: torch.Tensor | None,
-    dy: torch.Tensor,
-    x_out: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
+def _backward(dx_out, dy: torch.Tensor, x_out, branch, gate, weight, bias, shift, scale, mean, rstd):
     """Without a gate dbranch, which is dx then, and dgate are None."""
     # In the statistics' dtype, so that the gradient of x_out is rounded once.
     g, *rest = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
@@ -92,21 +59,11 @@ def _backward(
     return g.to(x_out.dtype), dbranch, dgate, *rest
 
 
-def _fp8(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, ...]:
+def _fp8(x, branch, gate, weight, bias, shift, scale, eps: float):
     x_out = gated_sum_ref(x, branch, gate)
     return x_out, *layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
 
 
-_KERNELS = "epg_kernels.gate_residual_norm_modulate"
 _operation = operation(
     "gate_residual_norm_modulate",
     _forward,
@@ -145,12 +102,10 @@ def gate_residual_norm_modulate(
     kernel).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    _check("gate_residual_norm_modulate", backend, x, branch, gate, weight, bias, shift, scale)
-    if backend != "triton":
-        return gate_residual_norm_modulate_ref(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)
-    require_triton_norm("gate_residual_norm_modulate", x, branch, gate, weight, bias, shift, scale)
-    gate, shift, scale = per_sample(gate), per_sample(shift), per_sample(scale)
-    return _operation(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)[:2]
+    op = "gate_residual_norm_modulate"
+    shift, scale, gate = checked_norm(op, backend, x, weight, bias, shift, scale, gate, branch)
+    run = _operation if backend == "triton" else gate_residual_norm_modulate_ref
+    return run(x, branch, gate, weight, bias, shift, scale, eps, out_dtype)[:2]
 
 
 def gate_residual_norm_modulate_fp8(
@@ -170,18 +125,9 @@ def gate_residual_norm_modulate_fp8(
     errors as there. There is no gradient: ValueError if one would be needed.
     """
     op = "gate_residual_norm_modulate_fp8"
-    _check(op, backend, x, branch, gate, weight, bias, shift, scale)
-    refuse_gradient(op, x, branch, gate, weight, bias, shift, scale)
-    if backend != "triton":
-        return _fp8(x, branch, gate, weight, bias, shift, scale, eps)
-    require_triton_norm(op, x, branch, gate, weight, bias, shift, scale, fp8=True)
-    return _fp8_operation(x, branch, per_sample(gate), weight, bias, per_sample(shift), per_sample(scale), eps)
-
-
-def _check(op, backend, x, branch, gate, weight, bias, shift, scale) -> None:
-    check_backend(op, backend, ("plain", "triton"))
-    check_norm_shapes(op, x, weight, bias, gate=gate, shift=shift, scale=scale)
-    check_shapes(op, dict(zip("BLD", x.shape, strict=True)), branch=(branch, "BLD", " as x"))
+    shift, scale, gate = checked_norm(op, backend, x, weight, bias, shift, scale, gate, branch, fp8=True)
+    run = _fp8_operation if backend == "triton" else _fp8
+    return run(x, branch, gate, weight, bias, shift, scale, eps)
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:

@@ -23,15 +23,8 @@ from epg_fast.ops.euler_step import take_step
 from epg_fast.ops.spec import OpSpec
 
 
-def heun_step_ref(
-    x: torch.Tensor,
-    denoised: torch.Tensor,
-    denoised_next: torch.Tensor,
-    sigma: float,
-    sigma_next: float,
-    clamp: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """The formula in plain PyTorch, out of place."""
+def heun_step_ref(x, denoised, denoised_next, sigma, sigma_next, clamp=None) -> torch.Tensor:
+    """`heun_step` in plain PyTorch."""
     if clamp is not None:
         denoised, denoised_next = denoised.clamp(*clamp), denoised_next.clamp(*clamp)
     d = (x - denoised) / sigma

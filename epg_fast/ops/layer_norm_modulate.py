@@ -18,7 +18,7 @@ dshift = G, dscale = weight * H + bias * G, dweight = sum_b (1 + scale) * H, dbi
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_at_most, require_grid, require_triton
 from epg_fast.ops.checks import check_both, check_shapes
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.quantize_rows import quantize_rows_ref
@@ -26,51 +26,27 @@ from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _MAX_TRITON_WIDTH = 4096
+_KERNELS = "epg_kernels.layer_norm_modulate"
 
 
-def layer_norm_modulate_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+def layer_norm_modulate_ref(x, weight, bias, shift=None, scale=None, eps=1e-5, out_dtype=None) -> torch.Tensor:
+    """`layer_norm_modulate` in plain PyTorch."""
     acc_dtype = accumulation_dtype(x)
     y = F.layer_norm(x.to(acc_dtype), x.shape[-1:], weight.to(acc_dtype), bias.to(acc_dtype), eps)
     if scale is not None:
-        y = y * (1 + _per_token(scale).to(acc_dtype)) + _per_token(shift).to(acc_dtype)
+        shift, scale = (m.unsqueeze(1) if m.dim() == 2 else m for m in (shift, scale))
+        y = y * (1 + scale.to(acc_dtype)) + shift.to(acc_dtype)
     return y.to(out_dtype or x.dtype)
 
 
-def layer_norm_modulate_fp8_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y / row_scale in float8_e4m3fn, row_scale [B, L]) in plain PyTorch."""
+def layer_norm_modulate_fp8_ref(x, weight, bias, shift=None, scale=None, eps: float = 1e-5):
+    """`layer_norm_modulate_fp8` in plain PyTorch."""
     return quantize_rows_ref(layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, accumulation_dtype(x)))
 
 
-def _per_token(modulation: torch.Tensor) -> torch.Tensor:
-    return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
-
-
 def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    copy_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor | None, ...]:
+    x, weight, bias, shift, scale, eps: float, out_dtype: torch.dtype | None, copy_dtype: torch.dtype | None = None
+):
     """(y, mean, rstd, x in copy_dtype, None if that is)."""
     y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
     return y, *norm_statistics(x, eps), None if copy_dtype is None else x.to(copy_dtype, copy=True)
@@ -82,18 +58,7 @@ def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Te
     return mean, torch.rsqrt(variance + eps)
 
 
-def _backward(
-    dx_out: torch.Tensor | None,
-    dcopy: torch.Tensor | None,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
+def _backward(dx_out, dcopy, dy: torch.Tensor, x, weight, bias, shift, scale, mean, rstd):
     """dx_out, dcopy: the gradients that reach x past the norm, through itself and through its copy, if they do."""
     # In the statistics' dtype, so that the gradient of x is rounded once.
     dx, *rest = layer_norm_modulate_bwd_ref(dy, x.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
@@ -121,16 +86,13 @@ def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
 _operation = operation(
     "layer_norm_modulate",
     _forward,
-    "epg_kernels.layer_norm_modulate:layer_norm_modulate_fwd",
+    f"{_KERNELS}:layer_norm_modulate_fwd",
     "y mean rstd copy",
-    Backward(_backward, "epg_kernels.layer_norm_modulate:layer_norm_modulate_bwd", "x weight bias shift scale"),
+    Backward(_backward, f"{_KERNELS}:layer_norm_modulate_bwd", "x weight bias shift scale"),
 )
 _gradients = _operation.backward
 _fp8_operation = operation(
-    "layer_norm_modulate_fp8",
-    layer_norm_modulate_fp8_ref,
-    "epg_kernels.layer_norm_modulate:layer_norm_modulate_fp8",
-    "y row_scale",
+    "layer_norm_modulate_fp8", layer_norm_modulate_fp8_ref, f"{_KERNELS}:layer_norm_modulate_fp8", "y row_scale"
 )
 
 
@@ -166,12 +128,10 @@ def layer_norm_modulate(
     kernel).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("layer_norm_modulate", backend, ("plain", "triton"))
-    check_norm_shapes("layer_norm_modulate", x, weight, bias, shift=shift, scale=scale)
+    shift, scale, _ = checked_norm("layer_norm_modulate", backend, x, weight, bias, shift, scale)
     if backend != "triton":
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
-    require_triton_norm("layer_norm_modulate", x, weight, bias, shift, scale)
-    return _operation(x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype)[0]
+    return _operation(x, weight, bias, shift, scale, eps, out_dtype)[0]
 
 
 def residual_norm_modulate(
@@ -190,14 +150,12 @@ def residual_norm_modulate(
     With "triton" the copy is made in the norm's pass, and the gradients of all three meet in that of its backward pass,
     instead of in kernels of their own. copy_dtype: None is x's. Arguments, backends and errors as there.
     """
+    shift, scale, _ = checked_norm("residual_norm_modulate", backend, x, weight, bias, shift, scale)
     copy_dtype = None if copy_dtype in (None, x.dtype) else copy_dtype
     if backend != "triton":
-        y = layer_norm_modulate(x, weight, bias, shift, scale, eps, out_dtype, backend=backend)
-        return x, y, x if copy_dtype is None else x.to(copy_dtype)
-    check_norm_shapes("residual_norm_modulate", x, weight, bias, shift=shift, scale=scale)
-    require_triton_norm("residual_norm_modulate", x, weight, bias, shift, scale)
-    given = x, weight, bias, per_sample(shift), per_sample(scale), eps, out_dtype, copy_dtype
-    x, y, copied = _ResidualNorm.apply(*given)
+        copied = x if copy_dtype is None else x.to(copy_dtype)
+        return x, layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype), copied
+    x, y, copied = _ResidualNorm.apply(x, weight, bias, shift, scale, eps, out_dtype, copy_dtype)
     return x, y, x if copy_dtype is None else copied
 
 
@@ -214,13 +172,24 @@ def layer_norm_modulate_fp8(
 
     Arguments, backends and errors as there. There is no gradient: ValueError if one would be needed.
     """
-    check_backend("layer_norm_modulate_fp8", backend, ("plain", "triton"))
-    check_norm_shapes("layer_norm_modulate_fp8", x, weight, bias, shift=shift, scale=scale)
-    refuse_gradient("layer_norm_modulate_fp8", x, weight, bias, shift, scale)
+    shift, scale, _ = checked_norm("layer_norm_modulate_fp8", backend, x, weight, bias, shift, scale, fp8=True)
+    run = _fp8_operation if backend == "triton" else layer_norm_modulate_fp8_ref
+    return run(x, weight, bias, shift, scale, eps)
+
+
+def checked_norm(op, backend, x, weight, bias, shift, scale, gate=None, branch=None, fp8=False):
+    """(shift, scale, gate) as the backend takes them; raises ValueError for what does not fit or cannot run here."""
+    check_backend(op, backend, ("plain", "triton"))
+    check_norm_shapes(op, x, weight, bias, gate=gate, shift=shift, scale=scale)
+    if branch is not None:
+        check_shapes(op, dict(zip("BLD", x.shape, strict=True)), branch=(branch, "BLD", " as x"))
+    given = x, branch, gate, weight, bias, shift, scale
+    if fp8:
+        refuse_gradient(op, *given)
     if backend != "triton":
-        return layer_norm_modulate_fp8_ref(x, weight, bias, shift, scale, eps)
-    require_triton_norm("layer_norm_modulate_fp8", x, weight, bias, shift, scale, fp8=True)
-    return _fp8_operation(x, weight, bias, per_sample(shift), per_sample(scale), eps)
+        return shift, scale, gate
+    require_triton_norm(op, *given, fp8=fp8)
+    return per_sample(shift), per_sample(scale), per_sample(gate)
 
 
 def per_sample(modulation: torch.Tensor | None) -> torch.Tensor | None:
@@ -232,11 +201,7 @@ def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, 
     """Raise ValueError unless the Triton kernels can run on x's device and width."""
     require_triton(op, x, *others)
     require_grid(op, x.shape[0])
-    if x.shape[-1] > _MAX_TRITON_WIDTH:
-        raise ValueError(
-            f"{op}: got width D={x.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for backend='triton'; "
-            "use backend='plain'"
-        )
+    require_at_most(op, _MAX_TRITON_WIDTH, "width D=", x.shape[-1])
     if fp8:
         require_conversion(op, x.device)
 

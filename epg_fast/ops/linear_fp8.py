@@ -18,24 +18,17 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_gemm_operands
-from epg_fast.ops.checks import check_floating
+from epg_fast.ops.checks import check_dtype, check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
-from epg_fast.ops.fp8 import refuse_gradient, require_row_scales
+from epg_fast.ops.fp8 import refuse_gradient, require_row_scales, scaled_mm
 from epg_fast.ops.registration import operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_fp8"
 
 
-def linear_fp8_ref(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    gelu: bool = False,
-) -> torch.Tensor:
-    """The formula in plain PyTorch, on dequantised operands; shapes and dtypes as in the module's docstring."""
+def linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu: bool = False) -> torch.Tensor:
+    """`linear_fp8` in plain PyTorch, on dequantised operands."""
     dtype = accumulation_dtype(x_scale)
     x = x.to(dtype) * x_scale.unsqueeze(-1)
     weight = weight.to(dtype) * weight_scale.unsqueeze(-1)
@@ -101,14 +94,8 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
             "backend='scaled_mm'; use backend='plain'"
         )
     require_row_scales(_OP, x.device)
-    z = torch._scaled_mm(
-        x.flatten(0, -2).contiguous(),
-        weight.contiguous().t(),
-        scale_a=x_scale.reshape(-1, 1),
-        scale_b=weight_scale.reshape(1, -1),
-        bias=bias,
-        out_dtype=bias.dtype,
-    ).view(*x.shape[:-1], weight.shape[0])
+    z = scaled_mm(x.flatten(0, -2).contiguous(), x_scale, weight.contiguous(), weight_scale, bias, bias.dtype)
+    z = z.view(*x.shape[:-1], weight.shape[0])
     return F.gelu(z) if gelu else z
 
 
@@ -123,22 +110,12 @@ def require_linear_shapes(op: str, x: torch.Tensor, weight: torch.Tensor) -> Non
 
 def _check(x, x_scale, weight, weight_scale, bias) -> None:
     require_linear_shapes(_OP, x, weight)
-    for name, tensor, shape in (
-        ("x_scale", x_scale, x.shape[:-1]),
-        ("weight_scale", weight_scale, weight.shape[:1]),
-        ("bias", bias, weight.shape[:1]),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(f"{_OP}: got {name} of shape {tuple(tensor.shape)}, wanted {list(shape)}")
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype != torch.float8_e4m3fn:
-            raise ValueError(
-                f"{_OP}: got {name} in {tensor.dtype}, wanted torch.float8_e4m3fn; quantise it row by row, as "
-                "layer_norm_modulate_fp8 does"
-            )
-    for name, tensor in (("x_scale", x_scale), ("weight_scale", weight_scale)):
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{_OP}: got {name} in {tensor.dtype}, wanted torch.float32; convert it")
+    leading = "abcdefgh"[: x.dim() - 1]
+    sizes = {"N": weight.shape[0]} | dict(zip(leading, x.shape, strict=False))
+    check_shapes(_OP, sizes, x_scale=(x_scale, leading), weight_scale=(weight_scale, "N"), bias=(bias, "N"))
+    quantise = "quantise it row by row, as layer_norm_modulate_fp8 does"
+    check_dtype(_OP, torch.float8_e4m3fn, quantise, x=x, weight=weight)
+    check_dtype(_OP, torch.float32, "convert it", x_scale=x_scale, weight_scale=weight_scale)
     check_floating(_OP, bias=bias)
 
 

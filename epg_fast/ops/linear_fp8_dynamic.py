@@ -27,7 +27,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from epg_fast.ops.backends import check_backend
-from epg_fast.ops.fp8 import fits, require_row_scales
+from epg_fast.ops.checks import check_shapes
+from epg_fast.ops.fp8 import fits, require_row_scales, scaled_mm
 from epg_fast.ops.linear_fp8 import linear_fp8_ref, require_linear_shapes
 from epg_fast.ops.quantize_rows import quantize_rows_ref
 from epg_fast.ops.spec import OpSpec
@@ -65,20 +66,10 @@ def _product(a, b, bias, backend, fast):
         bias = torch.zeros(b.shape[0], dtype=dtype, device=b.device) if bias is None else bias.to(dtype)
         with torch.autocast(a.device.type, enabled=False):
             return linear_fp8_ref(a, a_scale, b, b_scale, bias)
-    return torch._scaled_mm(
-        a,
-        b.t(),
-        scale_a=a_scale.unsqueeze(1),
-        scale_b=b_scale.unsqueeze(0),
-        bias=None if bias is None else bias.to(dtype),
-        out_dtype=dtype,
-        use_fast_accum=fast,
-    )
+    return scaled_mm(a, a_scale, b, b_scale, None if bias is None else bias.to(dtype), dtype, fast)
 
 
-def linear_fp8_dynamic_ref(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def linear_fp8_dynamic_ref(x, weight, bias=None, dtype=torch.bfloat16) -> torch.Tensor:
     """The same rounding with products in float32 on dequantised operands, forward and backward, on any device."""
     return linear_fp8_dynamic(x, weight, bias, dtype, backend="plain")
 
@@ -100,12 +91,12 @@ def linear_fp8_dynamic(
     """
     check_backend(_OP, backend, ("scaled_mm", "plain"))
     _check(x, weight, bias)
-    if backend == "scaled_mm" and dtype != torch.bfloat16:
-        raise ValueError(
-            f"{_OP}: got dtype {dtype}, wanted torch.bfloat16 for backend='scaled_mm'; convert the result, or use "
-            "backend='plain'"
-        )
     if backend == "scaled_mm":
+        if dtype != torch.bfloat16:
+            raise ValueError(
+                f"{_OP}: got dtype {dtype}, wanted torch.bfloat16 for backend='scaled_mm'; convert the result, or use "
+                "backend='plain'"
+            )
         require_row_scales(_OP, x.device)
     y = _LinearFp8Dynamic.apply(x.to(dtype).flatten(0, -2), weight, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -113,8 +104,7 @@ def linear_fp8_dynamic(
 
 def _check(x, weight, bias) -> None:
     require_linear_shapes(_OP, x, weight)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{_OP}: got bias of shape {tuple(bias.shape)}, wanted {list(weight.shape[:1])}")
+    check_shapes(_OP, {"N": weight.shape[0]}, bias=(bias, "N"))
     if not fits(weight):
         raise ValueError(
             f"{_OP}: got a weight of {weight.shape[0]} x {weight.shape[1]}, wanted multiples of 16; use F.linear"

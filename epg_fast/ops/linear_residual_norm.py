@@ -29,12 +29,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from epg_fast.ops.backends import (
+    FLOATS,
     autocast_dtype,
     check_backend,
+    needs_gradient,
     product_operand,
     require_dtypes,
     require_gemm_operands,
-    require_triton_for_cuda,
+    require_installed_triton,
 )
 from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
@@ -51,22 +53,12 @@ from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_residual_norm"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear_residual_norm_ref(
-    x: torch.Tensor,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-5,
+    x, h, weight, bias, norm_weight, norm_bias, gate=None, shift=None, scale=None, eps=1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    """`linear_residual_norm` in plain PyTorch."""
     x_out = gated_residual_ref(x, F.linear(h, weight.to(h.dtype), bias.to(h.dtype)), gate)
     return x_out, layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
 
@@ -77,20 +69,9 @@ def gated_residual_ref(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor
 
 
 def _forward(
-    x: torch.Tensor,
-    h: torch.Tensor,
-    parameter: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-    save_branch: bool,
-    backend: str,
-) -> tuple[torch.Tensor | None, ...]:
+    x, h, parameter, weight, bias, norm_weight, norm_bias, gate, shift, scale,
+    eps: float, save_branch: bool, backend: str,
+):  # fmt: skip
     """(x_out, y, the branch, None unless saved, mean, rstd).
 
     weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.
@@ -111,14 +92,7 @@ def _kernel(x, h, _, weight, bias, norm_weight, norm_bias, gate, shift, scale, e
     return x_out, y, branch, *statistics
 
 
-def linear_residual_cuda(
-    x: torch.Tensor,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    save_branch: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def linear_residual_cuda(x, h, weight, bias, gate, save_branch: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(x + gate * (h @ weight^T + bias), what the gate scales, if saved) from the extension's product."""
     x_out = x.new_empty(x.shape)
     branch = h.new_empty(x.shape) if save_branch else None
@@ -127,25 +101,9 @@ def linear_residual_cuda(
 
 
 def _backward(
-    dx_out: torch.Tensor | None,
-    dy: torch.Tensor,
-    x_out: torch.Tensor,
-    branch: torch.Tensor | None,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    parameter_dtype: torch.dtype,
-    bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    need_h: bool,
-    need_parameter: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, ...]:
+    dx_out, dy: torch.Tensor, x_out, branch, h, weight, parameter_dtype: torch.dtype, bias, gate,
+    norm_weight, norm_bias, shift, scale, mean, rstd, need_h: bool, need_parameter: bool, need_bias: bool,
+):  # fmt: skip
     # In the statistics' dtype, so that the gradient of x_out is rounded once.
     norm = norm_weight, norm_bias, shift, scale, mean, rstd
     g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), *norm)
@@ -204,17 +162,17 @@ def linear_residual_norm(
         return linear_residual_norm_ref(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale, eps)
     operand = product_operand(_OP, weight, operand, dtype)
     if backend == "cuda":
-        require_triton_for_cuda(_OP, "norm")
+        require_installed_triton(_OP)
         require_dtypes(_OP, (torch.bfloat16,), "cuda", h=h)
         require_residual_product(_OP, x, gate, {"h": h, "weight": operand}, {"bias": bias})
     require_triton_norm(_OP, x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
-    require_dtypes(_OP, DTYPES, backend, x=x, h=h, bias=bias, gate=gate)
-    save_branch = gate is not None and needs_gradient(x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
-    norm = norm_weight, norm_bias, gate, shift, scale, eps
-    return _operation(x, h, weight, operand, bias, *norm, save_branch, backend)[:2]
+    require_dtypes(_OP, FLOATS, backend, x=x, h=h, bias=bias, gate=gate)
+    norm = norm_weight, norm_bias, gate, shift, scale
+    save_branch = gate is not None and needs_gradient(x, h, weight, bias, *norm)
+    return _operation(x, h, weight, operand, bias, *norm, eps, save_branch, backend)[:2]
 
 
-def _weight_gradient_ref(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _weight_gradient_ref(dy, x, dtype: torch.dtype):
     return (dy.t() @ x).to(dtype)
 
 
@@ -264,23 +222,13 @@ def linear(
     return _Linear.apply(h, operand, bias, *weights)
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def require_residual_product(
-    op: str,
-    x: torch.Tensor,
-    gate: torch.Tensor | None,
-    operands: dict[str, torch.Tensor],
-    others: dict[str, torch.Tensor],
-) -> None:
+def require_residual_product(op: str, x, gate, operands: dict[str, torch.Tensor], others: dict[str, torch.Tensor]):
     """Raise ValueError for what `linear_residual_cuda` cannot read, and where it cannot run.
 
     operands: of all products of the operation; others only have to be on their device.
     """
     require_dtypes(op, (torch.bfloat16, torch.float32), "cuda", x=x, gate=gate)
-    require_dtypes(op, DTYPES, "cuda", **others)
+    require_dtypes(op, FLOATS, "cuda", **others)
     others = others if gate is None else others | {"gate": gate}
     require_gemm_operands(op, x.shape[-1], operands | {"x": x}, others)
     if gate is not None:

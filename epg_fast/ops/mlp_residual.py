@@ -28,22 +28,22 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import (
+    FLOATS,
     autocast_dtype,
     check_backend,
+    needs_gradient,
     product_operand,
     require_dtypes,
     require_grid,
+    require_installed_triton,
     require_triton,
-    require_triton_for_cuda,
 )
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.layer_norm_modulate import per_sample
 from epg_fast.ops.linear_residual_norm import (
-    DTYPES,
     check_linear,
     gated_residual_ref,
     linear_residual_cuda,
-    needs_gradient,
     require_residual_product,
 )
 from epg_fast.ops.registration import Backward, operation
@@ -53,33 +53,15 @@ _OP = "mlp_residual"
 _TILE = 128, 256  # rows and columns for which the extension sums up at once; it checks them
 
 
-def mlp_residual_ref(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    gate: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+def mlp_residual_ref(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate=None) -> torch.Tensor:
+    """`mlp_residual` in plain PyTorch."""
     h = F.gelu(F.linear(y, fc1_weight.to(y.dtype), fc1_bias.to(y.dtype)))
     return gated_residual_ref(x, F.linear(h, fc2_weight.to(y.dtype), fc2_bias.to(y.dtype)), gate)
 
 
 def _forward(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    fc1_parameter: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_parameter: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    save: bool,
-    backend: str,
-) -> tuple[torch.Tensor | None, ...]:
+    x, y, fc1_parameter, fc1_weight, fc1_bias, fc2_parameter, fc2_weight, fc2_bias, gate, save: bool, backend: str
+):
     """(x_out, z, gelu(z), what the gate scales), the last three None unless they are kept for a backward pass.
 
     fc1_weight, fc2_weight: the parameters in y's dtype. Products read these, and the gradients of the parameters are
@@ -93,15 +75,10 @@ def _forward(
 
 
 def _forward_kernel(x, y, _, fc1_weight, fc1_bias, __, fc2_weight, fc2_bias, gate, save, backend):
-    if backend == "cuda":
-        return _forward_cuda(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
-    from epg_kernels.mlp_residual import mlp_residual_fwd
+    if backend == "triton":
+        from epg_kernels.mlp_residual import mlp_residual_fwd
 
-    return mlp_residual_fwd(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
-
-
-def _forward_cuda(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save):
-    """As `mlp_residual_fwd`, with the extension's products."""
+        return mlp_residual_fwd(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save)
     h = y.new_empty((*y.shape[:-1], fc1_weight.shape[0]))
     z = torch.empty_like(h) if save else None
     torch.ops.epg_fast.linear_gelu_out(h, z, y, fc1_weight, fc1_bias.to(y.dtype).contiguous())
@@ -110,19 +87,9 @@ def _forward_cuda(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save):
 
 
 def _backward(
-    dx_out: torch.Tensor,
-    y: torch.Tensor,
-    z: torch.Tensor,
-    h: torch.Tensor,
-    branch: torch.Tensor | None,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    fc1_parameter_dtype: torch.dtype,
+    dx_out, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, fc1_parameter_dtype: torch.dtype,
     backend: str,
-) -> tuple[torch.Tensor | None, ...]:
+):  # fmt: skip
     acc_dtype = torch.promote_types(z.dtype, torch.float32)
     g = dx_out.to(acc_dtype)
     dr = g if gate is None else g * gate.to(acc_dtype).unsqueeze(1)
@@ -203,14 +170,14 @@ def mlp_residual(
     save = needs_gradient(x, y, *parameters)
     if backend == "cuda":
         if save:
-            require_triton_for_cuda(_OP, "backward pass")
+            require_installed_triton(_OP)
         require_dtypes(_OP, (torch.bfloat16,), "cuda", y=y)
         read = {"y": y, "fc1_weight": fc1[1], "fc2_weight": fc2[1]}
         require_residual_product(_OP, x, gate, read, {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias})
     else:
         require_triton(_OP, x, y, *parameters)
     require_grid(_OP, x.shape[0])
-    require_dtypes(_OP, DTYPES, backend, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
+    require_dtypes(_OP, FLOATS, backend, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
     return _operation(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, save, backend)[0]
 
 

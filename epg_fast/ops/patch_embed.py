@@ -18,18 +18,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import autocast_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.backends import FLOATS, autocast_dtype, check_backend, require_dtypes, require_triton
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
-
-def patch_embed_ref(
-    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, position: torch.Tensor, prefix: torch.Tensor
-) -> torch.Tensor:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+def patch_embed_ref(image, weight, bias, position, prefix) -> torch.Tensor:
+    """`patch_embed` in plain PyTorch."""
     product = _product_dtype(image, weight)
     patches = F.conv2d(image.to(product), weight.to(product), bias.to(product), stride=weight.shape[-1])
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1) + position
@@ -40,16 +36,12 @@ def _product_dtype(image: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return dtype if dtype == torch.float64 else autocast_dtype(image) or dtype
 
 
-def _forward(
-    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, position: torch.Tensor, prefix: torch.Tensor
-) -> torch.Tensor:
+def _forward(image, weight, bias, position, prefix):
     """image has the dtype of the product, to which weight is rounded; its gradient has its own."""
     return patch_embed_ref(image, weight.to(image.dtype), bias, position, prefix)
 
 
-def _backward(
-    dtokens: torch.Tensor, image: torch.Tensor, weight: torch.Tensor, need_image: bool, need_weight: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _backward(dtokens, image, weight, need_image: bool, need_weight: bool):
     patch = weight.shape[-1]
     grid = (image.shape[2] // patch, image.shape[3] // patch)
     dpatches = dtokens[:, -math.prod(grid) :].to(image.dtype).transpose(1, 2).unflatten(2, grid)
@@ -104,7 +96,7 @@ def patch_embed(
         return patch_embed_ref(image, weight, bias, position, prefix)
     require_triton("patch_embed", image, weight, bias, position, prefix)
     tensors = {"image": image, "weight": weight, "bias": bias, "position": position, "prefix": prefix}
-    require_dtypes("patch_embed", _FLOATS, **tensors)
+    require_dtypes("patch_embed", FLOATS, **tensors)
     return _operation(image.to(_product_dtype(image, weight)), weight, bias, position, prefix)
 
 

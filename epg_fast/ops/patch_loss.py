@@ -20,12 +20,17 @@ import math
 
 import torch
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_grid, require_triton
+from epg_fast.ops.backends import (
+    FLOATS,
+    accumulation_dtype,
+    check_backend,
+    require_dtypes,
+    require_grid,
+    require_triton,
+)
 from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -44,16 +49,9 @@ def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def patch_loss_ref(
-    tokens: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    scale: torch.Tensor | None = None,
-    offset: torch.Tensor | None = None,
-    offset_scale: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
-    huber_c: float | None = None,
+    tokens, target, *, scale=None, offset=None, offset_scale=None, weight=None, huber_c=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+    """`patch_loss` in plain PyTorch."""
     return _forward(tokens, target, scale, offset, offset_scale, weight, huber_c)
 
 
@@ -81,15 +79,7 @@ def _factor(squared_error, weight, huber_c, size: int) -> torch.Tensor | float:
     return factor if weight is None else weight.to(squared_error.dtype) * factor
 
 
-def _forward(
-    tokens: torch.Tensor,
-    target: torch.Tensor,
-    scale: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    offset_scale: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    huber_c: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(tokens, target, scale, offset, offset_scale, weight, huber_c: float | None):
     residual = _residual(tokens, target, scale, offset, offset_scale)
     squared_error = residual.square().flatten(1).sum(1)
     factor = _factor(squared_error.detach(), weight, huber_c, residual[0].numel())
@@ -97,15 +87,7 @@ def _forward(
 
 
 def _backward(
-    dloss: torch.Tensor,
-    squared_error: torch.Tensor,
-    tokens: torch.Tensor,
-    target: torch.Tensor,
-    scale: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    offset_scale: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    huber_c: float | None,
+    dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c: float | None
 ) -> torch.Tensor:
     residual = _residual(tokens, target, scale, offset, offset_scale)
     factor = 2 * dloss * _factor(squared_error, weight, huber_c, residual[0].numel())
@@ -152,7 +134,7 @@ def patch_loss(
         return patch_loss_ref(tokens, **tensors, huber_c=huber_c)
     require_triton("patch_loss", tokens, *tensors.values())
     require_grid("patch_loss", tokens.shape[0])
-    require_dtypes("patch_loss", _FLOATS, tokens=tokens, **tensors)
+    require_dtypes("patch_loss", FLOATS, tokens=tokens, **tensors)
     return _operation(tokens, target, scale, offset, offset_scale, weight, huber_c)
 
 

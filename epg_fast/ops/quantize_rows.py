@@ -18,7 +18,7 @@ lies between two. A row whose largest value is below 1e-30 is zero. One with val
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, require_at_most, require_grid, require_triton
 from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.registration import operation
@@ -30,14 +30,8 @@ _FP8_TINY = 1e-30  # the scale of a smaller row would leave float32's normal num
 _MAX_TRITON_WIDTH = 16_384
 
 
-def quantize_rows_ref(
-    x: torch.Tensor,
-    branch: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    skip: torch.Tensor | None = None,
-    gelu: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+def quantize_rows_ref(x, branch=None, gate=None, skip=None, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` in plain PyTorch, for any x of rows [..., D]."""
     z = gated_sum_ref(x, branch, gate).to(accumulation_dtype(x))
     z = F.gelu(z) if gelu else z
     z = z if skip is None else torch.cat([z, skip.to(z.dtype)], -1)
@@ -84,11 +78,8 @@ def quantize_rows(
     require_triton(_OP, x, branch, gate, skip)
     require_grid(_OP, x.shape[0])
     for name, tensor in (("x", x), ("skip", skip)):
-        if tensor is not None and tensor.shape[-1] > _MAX_TRITON_WIDTH:
-            raise ValueError(
-                f"{_OP}: got {name} of width {tensor.shape[-1]}, wanted at most {_MAX_TRITON_WIDTH} for "
-                "backend='triton'; use backend='plain'"
-            )
+        if tensor is not None:
+            require_at_most(_OP, _MAX_TRITON_WIDTH, f"{name} of width ", tensor.shape[-1])
     require_conversion(_OP, x.device)
     gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
     return _operation(x, branch, gate, skip, gelu)

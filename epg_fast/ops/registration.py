@@ -37,7 +37,7 @@ class Backward:
 
     plain: takes inputs and results of the forward function by their names, `dNAME`, the gradient of a result,
     `NAME_dtype`, the dtype of an input, and `need_NAME`, whether an input needs a gradient; another name is None. A
-    result without a `dNAME` has no gradient; a `dNAME` that may not be None is zero where none arrives.
+    result without a `dNAME` has no gradient; a `dNAME` annotated as a tensor is zero where none arrives.
     gradients: the names of the inputs whose gradients `plain` returns, in its order.
     others: (those gradients, all that plain may take, both by name) -> gradients of other inputs, by name.
     only_with: inputs that are saved only where another one is given, by name.
@@ -62,12 +62,12 @@ def operation(
 
     Its attribute `backward` is such a function of the backward pass.
 
-    plain: its annotations give the operator's schema. returns: the names of its results. in_triton: whether Triton's
-    interpreter can run the kernel.
+    plain: its annotations give the operator's schema; what has none is a tensor or None. returns: the names of its
+    results. in_triton: whether Triton's interpreter can run the kernel.
     """
     results = returns.split()
     operator, run = _operator(name, plain, kernel, len(results), in_triton)
-    parameters = inspect.signature(plain).parameters
+    parameters = _signature(plain).parameters
     defaults = tuple(parameter.default for parameter in parameters.values())
     function = gradients = None
     if backward is not None:
@@ -132,7 +132,7 @@ def _operator(name: str, plain: Callable, kernel: Kernel, results: int, in_trito
         """With the defaults, which the dispatcher leaves out."""
         return (*arguments, *(named.get(name, default) for name, default in parameters[len(arguments) :]))
 
-    signature = inspect.signature(plain, eval_str=True)
+    signature = _signature(plain)
     parameters = [(name, parameter.default) for name, parameter in signature.parameters.items()]
     returned = torch.Tensor if results == 1 else tuple[(torch.Tensor,) * results]
 
@@ -147,6 +147,13 @@ def _operator(name: str, plain: Callable, kernel: Kernel, results: int, in_trito
     operator.register_fake(without_none(_fake(compute)))
     register_flop_formula(operator._opoverload.overloadpacket, get_raw=True)(_flop_formula(plain, completed))
     return operator, run
+
+
+def _signature(plain: Callable) -> inspect.Signature:
+    signature = inspect.signature(plain, eval_str=True)
+    tensor = {"annotation": torch.Tensor | None}
+    parameters = (p.replace(**tensor) if p.annotation is p.empty else p for p in signature.parameters.values())
+    return signature.replace(parameters=list(parameters))
 
 
 def _fake(compute: Callable) -> Callable:
@@ -202,7 +209,7 @@ def _without_values(value):
 
 def _gradient_formula(parameters: list[str], results: list[str], backward: Backward, gradients: Callable):
     """(setup_context, backward) as torch.library.register_autograd and torch.autograd.Function take them."""
-    taken = inspect.signature(backward.plain, eval_str=True).parameters
+    taken = _signature(backward.plain).parameters
     arriving = [f"d{name}" for name in results]
     always = [name for name in arriving if name in taken and taken[name].annotation is torch.Tensor]
     tensors = [n for n in taken if n in (*parameters, *results) and taken[n].annotation in _TENSORS]

@@ -32,15 +32,7 @@ _LONGEST = 1 << 20
 _LONGEST_INPUT = 1 << 24
 
 
-def resized_crop_ref(
-    images: Sequence[torch.Tensor],
-    halvings: torch.Tensor,
-    boxes: torch.Tensor,
-    resized: torch.Tensor,
-    offsets: torch.Tensor,
-    size: int,
-    filter: str,
-) -> torch.Tensor:
+def resized_crop_ref(images, halvings, boxes, resized, offsets, size, filter) -> torch.Tensor:
     """The definition in plain PyTorch: matrix products, exact in float64."""
     out = [
         _crop(image, *parameters, size, filter)

@@ -20,25 +20,24 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import (
+    FLOATS,
     autocast_dtype,
     check_backend,
+    needs_gradient,
     product_operand,
     require_dtypes,
     require_gemm_operands,
-    require_grid,
+    require_installed_triton,
     require_triton,
-    require_triton_for_cuda,
 )
 from epg_fast.ops.checks import check_both, check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
-from epg_fast.ops.fp8 import refuse_gradient
 from epg_fast.ops.layer_norm_modulate import (
-    check_norm_shapes,
+    checked_norm,
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
     norm_statistics,
-    per_sample,
     require_triton_norm,
     residual_norm_modulate,
 )
@@ -46,20 +45,10 @@ from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 NextNorm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def skip_linear_ref(
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    next_norm: NextNorm | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The formula in plain PyTorch; shapes and dtypes as in the module's docstring."""
+def skip_linear_ref(x, skip, weight, bias, norm_weight=None, norm_bias=None, eps=1e-5, next_norm=None):
+    """`skip_linear` in plain PyTorch."""
     y = F.linear(torch.cat([x, skip.to(x.dtype)], dim=-1), weight.to(x.dtype), bias.to(x.dtype))
     if norm_weight is not None:
         y = layer_norm_modulate_ref(y, norm_weight, norm_bias, eps=eps)
@@ -67,20 +56,9 @@ def skip_linear_ref(
 
 
 def _forward(
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    parameter: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    next_weight: torch.Tensor | None,
-    next_bias: torch.Tensor | None,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    eps: float,
-    backend: str = "triton",
-) -> tuple[torch.Tensor | None, ...]:
+    x, skip, parameter, weight, bias, norm_weight, norm_bias,
+    next_weight, next_bias, next_shift, next_scale, eps: float, backend: str = "triton",
+):  # fmt: skip
     """(y, the next norm of y, z, mean and rstd of z, of y); None what the norms that are there do not make.
 
     weight: parameter in x's dtype. Products read the one, and the gradient of the other is written in its own dtype.
@@ -113,29 +91,10 @@ def _kernel(x, skip, _, weight, bias, norm_weight, *norms_eps_and_backend):
 
 
 def _backward(
-    dy: torch.Tensor | None,
-    dnext: torch.Tensor | None,
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    weight: torch.Tensor,
-    parameter_dtype: torch.dtype,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    next_weight: torch.Tensor | None,
-    next_bias: torch.Tensor | None,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    z: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    next_mean: torch.Tensor | None,
-    next_rstd: torch.Tensor | None,
-    need_x: bool,
-    need_skip: bool,
-    need_parameter: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, ...]:
+    dy, dnext, x, skip, weight, parameter_dtype: torch.dtype, bias, norm_weight, norm_bias,
+    next_weight, next_bias, next_shift, next_scale, z, mean, rstd, next_mean, next_rstd,
+    need_x: bool, need_skip: bool, need_parameter: bool, need_bias: bool,
+):  # fmt: skip
     """dy: the gradient of y; dnext: of the next norm's result; either may be missing."""
     norm, after = (norm_weight, norm_bias), (next_weight, next_bias, next_shift, next_scale)
     dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
@@ -208,31 +167,18 @@ def skip_linear(
         _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias)
     else:
         require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
-        require_dtypes("skip_linear", _DTYPES, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+        require_dtypes("skip_linear", FLOATS, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    like_z = x[..., :1].expand(*x.shape[:2], len(weight))
     if norm_weight is not None:
-        require_triton_norm("skip_linear", weight.t())
-        require_grid("skip_linear", x.shape[0])
-    if next_norm is None:
-        return _operation(x, skip, parameter, weight, bias, norm_weight, norm_bias, *[None] * 4, eps, backend)[0]
-    after, *modulation = next_norm[:2], *(per_sample(tensor) for tensor in next_norm[2:])
-    check_norm_shapes(
-        "skip_linear", x[..., :1].expand(*x.shape[:2], len(weight)), *after, shift=modulation[0], scale=modulation[1]
-    )
-    require_triton_norm("skip_linear", x, *after, *modulation)
-    norm = norm_weight, norm_bias
-    return _operation(x, skip, parameter, weight, bias, *norm, *after, *modulation, eps, backend)[:2]
+        require_triton_norm("skip_linear", like_z)
+    if next_norm is not None:
+        next_norm = *next_norm[:2], *checked_norm("skip_linear", "triton", like_z, *next_norm)[:2]
+    norms = norm_weight, norm_bias, *(next_norm or [None] * 4)
+    made = _operation(x, skip, parameter, weight, bias, *norms, eps, backend)
+    return made[0] if next_norm is None else made[:2]
 
 
-def _norms_fp8(
-    z: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    next_weight: torch.Tensor,
-    next_bias: torch.Tensor,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, ...]:
+def _norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps: float):
     y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
     return y, *layer_norm_modulate_fp8_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
 
@@ -255,27 +201,21 @@ def skip_norms_fp8(
     Returns (y [B, L, N], next norm of y / row_scale [B, L, N] in float8_e4m3fn, row_scale [B, L]). backend: "plain" or
     "triton". Arguments and errors as there. There is no gradient: ValueError if one would be needed.
     """
-    op, after, modulation = "skip_norms_fp8", next_norm[:2], [per_sample(tensor) for tensor in next_norm[2:]]
-    check_backend(op, backend, ("plain", "triton"))
-    check_norm_shapes(op, z, norm_weight, norm_bias, shift=modulation[0], scale=modulation[1])
-    check_norm_shapes(op, z, *after, shift=None, scale=None)
-    refuse_gradient(op, z, norm_weight, norm_bias, *after, *modulation)
-    if backend != "triton":
-        return _norms_fp8(z, norm_weight, norm_bias, *after, *modulation, eps)
-    require_triton_norm(op, z, norm_weight, norm_bias, *after, *modulation, fp8=True)
-    return _norms_fp8_operation(z, norm_weight, norm_bias, *after, *modulation, eps)
+    op, (next_weight, next_bias, shift, scale) = "skip_norms_fp8", next_norm
+    checked_norm(op, backend, z, norm_weight, norm_bias, None, None, fp8=True)
+    shift, scale, _ = checked_norm(op, backend, z, next_weight, next_bias, shift, scale, fp8=True)
+    run = _norms_fp8_operation if backend == "triton" else _norms_fp8
+    return run(z, norm_weight, norm_bias, next_weight, next_bias, shift, scale, eps)
 
 
 def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> None:
     require_dtypes("skip_linear", (torch.bfloat16,), "cuda", x=x)
-    require_dtypes("skip_linear", _DTYPES, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    require_dtypes("skip_linear", FLOATS, "cuda", bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_bias": norm_bias}
     operands = {"x": x, "skip": skip, "weight": weight}
     require_gemm_operands("skip_linear", weight.shape[0], operands, {"bias": bias, **norm})
-    if norm:
-        require_triton_for_cuda("skip_linear", "norm")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, skip, parameter, bias)):
-        require_triton_for_cuda("skip_linear", "backward pass")
+    if norm or needs_gradient(x, skip, parameter, bias):
+        require_installed_triton("skip_linear")
     require_gemms("skip_linear", x.device)
 
 

@@ -18,21 +18,14 @@ t: a float32 phase of 1600 is known to 1e-4.
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.backends import FLOATS, accumulation_dtype, check_backend, require_dtypes, require_triton
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 
-def timestep_embedding_ref(
-    t: torch.Tensor,
-    dim: int,
-    max_period: float = 10_000.0,
-    *,
-    of_sigma: bool = False,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The embedding in plain PyTorch."""
+def timestep_embedding_ref(t, dim, max_period=10_000.0, *, of_sigma=False, dtype=None) -> torch.Tensor:
+    """`timestep_embedding` in plain PyTorch."""
     acc_dtype = accumulation_dtype(t)
     t = t.to(acc_dtype)
     if of_sigma:
@@ -45,42 +38,20 @@ def timestep_embedding_ref(
 
 
 def timestep_condition_ref(
-    t: torch.Tensor,
-    dim: int,
-    label: torch.Tensor | None = None,
-    max_period: float = 10_000.0,
-    *,
-    of_sigma: bool = False,
-    dtype: torch.dtype | None = None,
+    t, dim, label=None, max_period=10_000.0, *, of_sigma=False, dtype=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(embedding, condition) in plain PyTorch."""
+    """`timestep_condition` in plain PyTorch."""
     time = timestep_embedding_ref(t, dim, max_period, of_sigma=of_sigma, dtype=dtype)
     u = time if label is None else time + label
     return time, F.silu(u.to(torch.promote_types(u.dtype, torch.float32))).to(u.dtype)
 
 
-def _forward(
-    t: torch.Tensor,
-    label: torch.Tensor | None,
-    dim: int,
-    max_period: float,
-    of_sigma: bool,
-    dtype: torch.dtype,
-    with_condition: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _forward(t, label, dim: int, max_period: float, of_sigma: bool, dtype: torch.dtype, with_condition: bool):
     time, condition = timestep_condition_ref(t, dim, label, max_period, of_sigma=of_sigma, dtype=dtype)
     return time, condition if with_condition else None
 
 
-def _backward(
-    dtime: torch.Tensor | None,
-    dcondition: torch.Tensor | None,
-    t: torch.Tensor,
-    time: torch.Tensor,
-    label: torch.Tensor | None,
-    max_period: float,
-    of_sigma: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _backward(dtime, dcondition, t, time, label, max_period: float, of_sigma: bool):
     acc_dtype, half, dlabel = accumulation_dtype(t), time.shape[1] // 2, None
     grad = torch.zeros_like(time, dtype=acc_dtype) if dtime is None else dtime.to(acc_dtype)
     if dcondition is not None:
@@ -153,8 +124,8 @@ def timestep_condition(
 
 def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None) -> None:
     require_triton(op, t, label)
-    require_dtypes(op, (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32), t=t)
-    require_dtypes(op, (torch.float32, torch.bfloat16, torch.float16), label=label)
+    require_dtypes(op, (*FLOATS, torch.int64, torch.int32), t=t)
+    require_dtypes(op, FLOATS, label=label)
 
 
 def _check(op: str, t: torch.Tensor, dim: int, max_period: float, label: torch.Tensor | None) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from epg_fast.data import DataError, ImageSource
 from epg_fast.data.source import printable, too_many_bad_files
 from epg_fast.distributed import Ranks
+from epg_fast.files import write_atomically
 
 log = logging.getLogger("epg_fast")
 
 
 class BadFiles:
-    """What all ranks, and the earlier parts of a run, know about the files of a dataset that cannot be decoded.
+    """What all ranks, and the run before a resume, know about the files of a dataset that cannot be decoded.
 
     Knowing of a file earlier changes no batch (see `epg_fast.data`), so that it does not matter at which step a rank
     learns of it, nor that the loader is some batches ahead.
@@ -47,12 +44,11 @@ class BadFiles:
         Raises DataError, the same one on every rank, when the union is over the limit.
         """
         own = self._loader.bad_files.copy()  # the thread that draws ahead may add to it meanwhile
-        new = {path: reason for path, reason in own.items() if path not in self.known}
-        if not self._any(bool(new)):
+        new = self._ranks.gather({path: reason for path, reason in own.items() if path not in self.known})
+        if not any(new):
             return
-        for part in self._ranks.gather(new):
-            for path, reason in part.items():
-                self.known.setdefault(path, reason)
+        for found in reversed(new):
+            self.known |= found
         if self._ranks.main and self._write(self.known):
             log.warning("%d of %d images cannot be decoded: %s", len(self.known), len(self._source), self.path)
         if len(self.known) > self._max_fraction * len(self._source):
@@ -64,30 +60,17 @@ class BadFiles:
         found = self.known | self._loader.bad_files
         return DataError(f"{error} They are listed in {self.path}.") if found and self._write(found) else error
 
-    def _any(self, mine: bool) -> bool:
-        if self._ranks.world_size == 1:
-            return mine
-        flag = torch.tensor(int(mine), device=self._ranks.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
     def _write(self, found: dict[str, str]) -> bool:
-        temporary = self.path.with_name(f".bad_files.tmp{self._ranks.rank}")
+        lines = [f"{printable(path)}\t{' '.join(reason.split())}\n" for path, reason in sorted(found.items())]
         try:
-            with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as f:
-                for path, reason in sorted(found.items()):
-                    f.write(f"{printable(path)}\t{' '.join(reason.split())}\n")
-            os.replace(temporary, self.path)
+            write_atomically(self.path, "".join(lines).encode(errors="surrogateescape"))
         except OSError as error:
-            log.warning("could not write %s (%s)", self.path, error)
+            log.warning("%s", error)
             return False
         return True
 
 
 def still_bad(bad_files: dict[str, str], source: ImageSource) -> dict[str, str]:
     """Return those of `bad_files` that cannot be decoded now either: a restored file is part of the dataset again."""
-    found = {}
-    for i in [i for i, path in enumerate(source.paths) if path in bad_files] if bad_files else []:
-        if source.examine(i)[1] is not None:
-            found[source.paths[i]] = bad_files[source.paths[i]]
-    return found
+    places = [i for i, path in enumerate(source.paths) if path in bad_files] if bad_files else []
+    return {source.paths[i]: bad_files[source.paths[i]] for i in places if source.examine(i)[1] is not None}

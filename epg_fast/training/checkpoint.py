@@ -1,32 +1,38 @@
-"""Checkpoints: one file per step, written atomically, newest readable one resumed.
+"""Checkpoints: a folder checkpoints/step_<iteration>/ that appears whole, for any number of ranks to read.
 
-`sharded_checkpoint` writes folders of the same names; here they are listed, removed and set aside as files are.
+    rank_<rank>.safetensors   that rank's rows of every split tensor, and the main rank's also what is not split
+    state.json                everything else; of split tensors how many rows they have, and over how many ranks
+    checksums.json            file -> [bytes, CRC-32]
+
+Tensors are known by name, see `RunState.tensors`. Nothing in a file is executed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-import pickle
 import re
 import shutil
-import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from epg_fast.training.sharding import local
+from epg_fast.distributed import Ranks
+from epg_fast.files import sync_folder, write_atomically
+from epg_fast.models import save_weights
+from epg_fast.models.pretrained import open_safetensors
+from epg_fast.training.parallel import Replicated, Tensors, is_sharded, local, rows_of
 
 log = logging.getLogger("epg_fast")
-_NAME = re.compile(r"step_(\d+)(\.pt)?")
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written; the earlier ones are untouched."""
+_NAME = re.compile(r"step_(\d+)")
+_STATE, _CHECKSUMS = "state.json", "checksums.json"
+_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class BackgroundWriter:
@@ -42,11 +48,6 @@ class BackgroundWriter:
         self.wait()
         self._job = self._executor.submit(job)
 
-    def check(self) -> None:
-        """Raise what the last job raised, if it has ended."""
-        if self._job is not None and self._job.done():
-            self.wait()
-
     def wait(self) -> None:
         """Wait for the last job and raise what it raised, once."""
         job, self._job = self._job, None
@@ -59,186 +60,191 @@ class BackgroundWriter:
         return self._job is not None and self._job.done() and self._job.exception() is not None
 
 
-def copy_to_host(state):
-    """A nested state with a copy of every tensor in host memory; tensors that share memory share the copy.
+def split_rows(tensors: Tensors) -> dict[str, int]:
+    """The rows of those tensors that are split over the ranks."""
+    return {name: tensor.shape[0] for name, tensor in tensors.items() if is_sharded(tensor)}
 
-    Of a sharded tensor the copy holds this rank's part.
+
+def write_checkpoint(
+    folder: Path,
+    iteration: int,
+    parts: Tensors,
+    state: dict,
+    parallel: Replicated,
+    split: dict[str, int],
+    first: Callable[[], None] = lambda: None,
+) -> None:
+    """Write folder/step_<iteration>/ under a temporary name; the main rank renames it when all that save are done.
+
+    parts: what this rank holds of the tensors, in host memory. state: JSON-able. split: see `split_rows`. first: called
+    before on the main rank, to write what must not be missing beside the checkpoint.
+
+    Raises OSError, on every rank that saves, when the disk of one does not take it; earlier ones stay usable.
     """
-    copies: dict[tuple, torch.Tensor] = {}
+    path, temporary = folder / f"step_{iteration:09d}", folder / f".step_{iteration:09d}.tmp"
+    ranks = parallel.ranks
 
-    def copy(value):
-        if isinstance(value, torch.Tensor):
-            value = local(value)
-            key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-            if key not in copies:
-                copies[key] = value.detach().to("cpu", copy=True)
-            return copies[key]
-        if isinstance(value, dict):
-            return {name: copy(part) for name, part in value.items()}
-        return [copy(part) for part in value] if isinstance(value, list) else value
+    def begin():
+        first()
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
 
-    return copy(state)
+    def write_part():
+        own = temporary / _part(ranks.rank)
+        save_weights(own, {name: part for name, part in parts.items() if part.numel()}, {})
+        return own.name, _checksum(own)
 
-
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int, keep_every: int = 0) -> Path:
-    """Write folder/step_<step>.pt through a temporary name, fsync and rename, then remove old ones.
-
-    The newest `keep` stay, and those of every `keep_every`-th step (0: none).
-
-    Raises CheckpointError when the disk does not take it; what was there before stays usable.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:09d}.pt"
-    temporary = folder / f".{path.name}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+    def finish():
+        content = json.dumps({"ranks": len(files), "split": split} | state)
+        write_atomically(temporary / _STATE, content, sync=True)
+        checksums = dict(files) | {_STATE: _checksum(temporary / _STATE)}
+        write_atomically(temporary / _CHECKSUMS, json.dumps(checksums, indent=1), sync=True)
+        sync_folder(temporary)
+        if path.exists():
+            remove_checkpoint(path)
         os.replace(temporary, path)
         sync_folder(folder)
+
+    try:
+        parallel.all_ranks(begin, main_only=True)
+        files = parallel.all_ranks(write_part)
+        parallel.all_ranks(finish, main_only=True)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise explained(folder, path, reason) from None
-    remove_old(folder, keep, keep_every)
-    return path
+        if ranks.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        earlier = list_checkpoints(folder)
+        left = f"the previous checkpoint {earlier[0].name} is intact" if earlier else "there is no earlier checkpoint"
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        remedy = "if the disk is full, free some space; the same command goes on"
+        raise OSError(f"could not save {path}: {reason}; {left}; {remedy}") from None
 
 
-def explained(folder: Path, path: Path, reason: str) -> CheckpointError:
-    """The error that says what is left when `path` could not be written to `folder`."""
-    earlier = list_checkpoints(folder)
-    left = f"the previous checkpoint {earlier[0].name} is intact" if earlier else "there is no earlier checkpoint"
-    return CheckpointError(
-        f"could not write {path}: {reason}; {left}. If the disk is full, free some space; the same command goes on"
-    )
+def load_newest(folder: Path, tensors: Tensors, ranks: Ranks) -> tuple[dict | None, list[Path]]:
+    """(`state` of the newest checkpoint that all ranks can read, None if there is none; the damaged ones before it).
+
+    `tensors` are set to what it holds, in place; of a split one each rank reads its rows. The ranks verify the files
+    between them. A checkpoint that is damaged, or lacks one of the tensors, is named, and the one before it is used.
+    Raises ValueError when there are checkpoints and none will do.
+    """
+    found, damaged = ranks.gather(list_checkpoints(folder))[0], []
+    for path in found:
+        state = reason = None
+        try:
+            state = _verified(path, tensors, ranks)
+        except _UNREADABLE as error:
+            reason = (str(error).partition("\n")[0] or type(error).__name__)[:160]
+        reason = next(filter(None, ranks.gather(reason)), None)
+        if reason is None:
+            _load(path, state, tensors)
+            return state, damaged
+        log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason)
+        damaged.append(path)
+    if found:
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {folder} can be read; remove the folder to start anew"
+        )
+    return None, []
+
+
+def _verified(path: Path, tensors: Tensors, ranks: Ranks) -> dict:
+    """The state of a checkpoint. Raises one of `_UNREADABLE` unless its files are what was written, and all is there.
+
+    Each rank compares a share of the checksums.
+    """
+    checksums = json.loads((path / _CHECKSUMS).read_bytes())
+    for name in [_STATE, *sorted(checksums)[ranks.rank :: ranks.world_size]]:
+        if list(_checksum(path / name)) != checksums[name]:
+            raise ValueError(f"the checksum of {name} does not match")
+    state = json.loads((path / _STATE).read_bytes())
+    shapes: dict[str, list[int]] = {}
+    for rank in range(state["ranks"]):
+        with open_safetensors(path / _part(rank)) as file:
+            for name in list(file.keys()):
+                shape = file.get_slice(name).get_shape()
+                shapes[name] = [shapes[name][0] + shape[0], *shape[1:]] if name in shapes else shape
+    for name, tensor in tensors.items():
+        if shapes.get(name) != list(tensor.shape):
+            raise ValueError(f"{name} has shape {shapes.get(name)}, wanted {list(tensor.shape)}")
+    return state
+
+
+@torch.no_grad()
+def _load(path: Path, state: Mapping, tensors: Tensors) -> None:
+    ranks = state["ranks"]
+    for rank in range(ranks):
+        with open_safetensors(path / _part(rank)) as file:
+            for name in tensors.keys() & set(file.keys()):
+                target, rows = local(tensors[name]), file.get_slice(name)
+                if not rows.get_shape():  # a number
+                    target.copy_(file.get_tensor(name))
+                    continue
+                begin, _ = rows_of(state["split"].get(name, 0), rank, ranks)
+                here, end_here = _rows_here(tensors[name])
+                first, end = max(begin, here), min(begin + rows.get_shape()[0], end_here)
+                if first < end:
+                    target[first - here : end - here].copy_(rows[first - begin : end - begin])
+
+
+def _rows_here(tensor: torch.Tensor) -> tuple[int, int]:
+    if not is_sharded(tensor):
+        return 0, len(tensor)
+    return rows_of(len(tensor), tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+
+
+def _part(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, newest first."""
+    found = [f for f in folder.iterdir() if _NAME.fullmatch(f.name)] if folder.is_dir() else []
+    return sorted(found, key=iteration_of, reverse=True)
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration in a checkpoint's name."""
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def is_kept(iteration: int, keep_every: int) -> bool:
+    """Whether the checkpoint stays for good; that of iteration 0, where a run may be stopped, does not."""
+    return iteration > 0 and keep_every > 0 and iteration % keep_every == 0
 
 
 def remove_old(folder: Path, keep: int, keep_every: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the milestones."""
+    """Remove all checkpoints but the newest `keep` and those that stay for good."""
     for old in list_checkpoints(folder)[keep:]:
-        if not is_milestone(_step(old), keep_every):
+        if not is_kept(iteration_of(old), keep_every):
             remove_checkpoint(old)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a file or a folder; what a kill leaves of a folder does not count as a checkpoint."""
-    if path.is_dir():
-        path = path.rename(path.with_name(f".{path.name}.tmp-old"))
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def is_milestone(step: int, keep_every: int) -> bool:
-    """Whether the checkpoint of `step` stays for good; that of step 0, where a run may be stopped, does not."""
-    return step > 0 and keep_every > 0 and step % keep_every == 0
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, files and folders, newest first."""
-    found = [f for f in folder.iterdir() if _NAME.fullmatch(f.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda f: (_step(f), f.name), reverse=True)
-
-
-def _step(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    """Remove a checkpoint; what a kill leaves of it does not count as one."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp-old")), ignore_errors=True)
 
 
 def set_aside(paths: list[Path]) -> None:
-    """Rename checkpoints that cannot be read, so that they take no place among the newest: to <name>.damaged."""
+    """Rename damaged checkpoints, so that they take no place among the newest: to <name>.damaged."""
     for path in paths:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):
-            aside = path.with_name(f"{path.name}.damaged")
-            if aside.is_dir():
-                shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
 
 
 def remove_temporaries(outdir: Path) -> None:
-    """Remove what a killed run was writing."""
-    weights = (("milestones", "step_*.safetensors"), ("", "model.safetensors"))
-    for folder, name in (("checkpoints", "step_*"), ("previews", "step_*.png.*"), *weights):
-        for path in (outdir / folder).glob(f".{name}.tmp*"):
+    """Remove what a killed run was writing: all that is hidden and named tmp."""
+    for folder in ("", "checkpoints", "kept", "previews", "posthoc_ema"):
+        for path in (outdir / folder).glob(".*tmp*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def read_checkpoint(path: Path) -> dict:
-    """State in a file, verified by its checksums. Only tensors and plain values are accepted; nothing is executed."""
-    _verify(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_newest(
-    folder: Path,
-    wanted: tuple[str, ...] = (),
-    unreadable: list[Path] | None = None,
-    read: Callable[[Path], dict] = read_checkpoint,
-    everyone: Callable[[object], list] = lambda value: [value],
-) -> dict | None:
-    """State of the newest checkpoint that can be read, or None when there is none.
-
-    One that is unreadable or lacks one of the `wanted` entries is reported, appended to `unreadable`, and the one
-    before it is used; raises ValueError when there are checkpoints and none will do.
-    read: makes the state of a checkpoint, or raises. everyone: value of this rank -> values of all ranks, which use
-    what all of them can read.
-    """
-    files = everyone(list_checkpoints(folder))[0]
-    for path in files:
-        state, reason = _tried(path, wanted, read)
-        reason = next(filter(None, everyone(reason)), None)
-        if reason is None:
-            return state
-        log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason)
-        if unreadable is not None:
-            unreadable.append(path)
-    if files:
-        raise ValueError(
-            f"none of the {len(files)} checkpoints in {folder} can be read; remove the folder to start anew"
-        )
-    return None
-
-
-def _tried(path: Path, wanted: tuple[str, ...], read: Callable[[Path], dict]) -> tuple[dict | None, str | None]:
-    """(state, None), or (None, why it cannot be read)."""
-    try:
-        state = read(path)
-        if not isinstance(state, dict) or any(name not in state for name in wanted):
-            raise ValueError("not a checkpoint of a training run")
-        return state, None
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        return None, (str(error).splitlines()[0] if str(error) else type(error).__name__)[:160]
-
-
-def _verify(path: Path) -> None:
-    """Raise ValueError if an entry is not what was written, or not stored as torch.save does; torch.load would not."""
-    with zipfile.ZipFile(path) as archive:
-        # torch.save sets neither; an entry that looks like a folder would be read as memory never written
-        odd = [entry for entry in archive.infolist() if entry.compress_type or entry.external_attr]
-        damaged = odd[0].filename if odd else archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} does not match")
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

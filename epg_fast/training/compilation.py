@@ -65,10 +65,10 @@ def compile_blocks(stage: Stage, **options) -> None:
     options: further arguments of torch.compile.
     """
     options = _options(stage) | options
-    networks = [stage.network, stage.average, getattr(stage, "perceptual", None)]
+    networks = [stage.network, stage.ema, getattr(stage, "perceptual", None)]
     for network in filter(None, networks):
         for block in [*network.blocks, *getattr(network, "decoder_blocks", ())]:
-            if stage.sharding:
+            if stage.sharded:
                 # what puts the weights together before the block stays outside
                 block.forward = torch.compile(block.forward, **options)
             else:
@@ -89,7 +89,7 @@ def compile_networks(stage: Stage, **options) -> None:
     _compile_method(stage.network, "encode", options)
     if stage.ranks.world_size == 1:
         stage.network.projection_head.compile(**options)
-    stage.average.compile(**options)
+    stage.ema.compile(**options)
 
 
 def _options(stage: Stage) -> dict:

@@ -64,7 +64,7 @@ def step_flops(stage: Stage, step: int) -> StepFlops:
 
 def _pretrain(stage: Stage, step: int) -> StepFlops:
     """3 encoder passes with gradient and 3 without; 2 and 4 of the projection head; 3 similarity matrices."""
-    network, target = stage.network, stage.average
+    network, target = stage.network, stage.ema
     trunk, head = _trunk(network), _head(network)
     similarity = 2 * _similarity(stage, network.projection_head[-1].out_features)
     similarity += _similarity(stage, network.embed_dim)

@@ -26,11 +26,6 @@ class LossScale:
             changed = torch.where(found_inf > 0, value * 0.5, value * 2.0**0.001)
             self.value.copy_(changed.clamp(1.0, torch.finfo(torch.float32).max / 2))
 
-    def state_dict(self) -> dict:
-        """The scale, for a checkpoint."""
-        return {} if self.value is None else {"scale": self.value.item()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take a checkpoint's scale."""
-        if self.value is not None and "scale" in state:
-            self.value.fill_(state["scale"])
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The live tensor; empty when switched off."""
+        return {} if self.value is None else {"scale": self.value}

@@ -8,6 +8,7 @@ of a run with a plan begins with a line of step 0, which has the `plan`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,33 +16,55 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from epg_fast.distributed import Ranks
+from epg_fast.files import write_atomically
 from epg_fast.training.hardware import Utilization
 
 log = logging.getLogger("epg_fast")
+
+LEVELS = 8
+# Seconds without a batch after which the log says so.
+_LONG_STALL = 30.0
+
+
+def sums_by_level(values: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """Sums and counts of `values` [B] in LEVELS equal ranges of the grid: [2, LEVELS], float32.
+
+    level: [B], or [] for all, in 0..1: 0 is sigma_max and range 0, 1 is sigma_min and range LEVELS - 1. Nothing is read
+    on the host, and there are no atomic additions: the same values give the same bits.
+    """
+    values = values.detach().float()
+    place = (level * LEVELS).long().clamp(0, LEVELS - 1).expand_as(values)
+    hit = place[:, None] == torch.arange(LEVELS, device=values.device)
+    return torch.stack([torch.where(hit, values[:, None], 0.0).sum(0), hit.sum(0)])
+
+
+def names_by_level(name: str) -> tuple[str, ...]:
+    """("name_by_level/0", ...): what metrics call the ranges."""
+    return tuple(f"{name}_by_level/{i}" for i in range(LEVELS))
 
 
 class Metrics:
     """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes.
 
-    step: updates made before. utilization: figures of the GPU to add to each line, if any.
+    step: updates made before; later lines of an earlier process are dropped. utilization: figures of the GPU to add to
+    each line, if any.
     """
 
     def __init__(
         self,
-        outdir: Path,
+        outdir: Path | None,
         enabled: bool,
-        step: int,
-        tensorboard: bool,
-        wandb: str | None,
-        config: dict,
+        step: int = 0,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        config: dict | None = None,
         utilization: Utilization | None = None,
     ):
-        self.enabled = enabled
-        # Names of the values of an update -> their sums and counts [2, n]; another part of a run has another group.
-        self._groups: dict[tuple[str, ...], torch.Tensor] = {}
-        self._utilization, self._written = utilization, step
-        self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
+        self.enabled, self._utilization = enabled, utilization
+        self._begin(step)
         self._tensorboard = self._wandb = None
         if not enabled:
             return
@@ -52,6 +75,18 @@ class Metrics:
         if wandb:
             self._wandb = _wandb_run(wandb, outdir, config)
 
+    def _begin(self, step: int) -> None:
+        """A line, after that of `step`."""
+        # Names of the values of an update -> their sums and counts, float64 [2, n]; they may change within an interval.
+        self._groups: dict[tuple[str, ...], torch.Tensor] = {}
+        self._written = step
+        self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
+
+    def begin_with(self, header: dict) -> None:
+        """Let the file of a new run begin with a line of step 0 that has the header's entries."""
+        if self.enabled and not (self._path.exists() and self._path.stat().st_size):
+            self._append({"step": 0} | header)
+
     def add(self, names: tuple[str, ...], sums: torch.Tensor, counts: torch.Tensor, made: torch.Tensor) -> None:
         """Add an update's sums and counts, [len(names)] each, to the means of the line, if it was `made` (bool []).
 
@@ -59,11 +94,6 @@ class Metrics:
         """
         both = torch.where(made, torch.stack([sums, counts]).double(), 0.0)
         self._groups[names] = self._groups[names] + both if names in self._groups else both
-
-    def begin_with(self, header: dict) -> None:
-        """Let the file of a new run begin with a line of step 0 that has the header's entries."""
-        if self.enabled and not (self._path.exists() and self._path.stat().st_size):
-            self._append({"step": 0} | header)
 
     def count(self, images: int, waited: float) -> None:
         """Count images consumed and seconds spent waiting for data, for the rates of the next line."""
@@ -77,15 +107,15 @@ class Metrics:
         line |= {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
         if self._utilization:
             line |= self._utilization.figures(self._written, step, line["images_per_second"])
-        self._groups, self._written = {}, step
-        self._since, self._waited, self._images = time.perf_counter(), 0.0, 0
+        self._begin(step)
         if self.enabled:
             self._append(line)
+        if self._tensorboard:
             for name, value in line.items():
-                if self._tensorboard and name != "step":
+                if name != "step":
                     self._tensorboard.add_scalar(name, value, step)
-            if self._wandb:
-                self._wandb.log(line, step=step)
+        if self._wandb:
+            self._wandb.log(line, step=step)
         return line
 
     def _append(self, line: dict) -> None:
@@ -96,20 +126,6 @@ class Metrics:
             remedy = "if the disk is full, free some space; the same command goes on"
             raise OSError(f"could not write {self._path} ({error}); {remedy}") from None
 
-    def add_image(self, name: str, image, step: int) -> None:
-        """Show an image, uint8 [H, W, 3], in TensorBoard."""
-        if self._tensorboard and image is not None:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
-
-    def state_dict(self) -> dict:
-        """The unfinished interval, so that a resumed run writes the same means."""
-        return {"groups": [[list(names), both] for names, both in self._groups.items()]}
-
-    def load_state_dict(self, state: dict, device: torch.device | str = "cpu") -> None:
-        """Continue an interval, on `device`."""
-        # Runs from before there were groups begin their interval anew.
-        self._groups = {tuple(names): both.to(device) for names, both in state.get("groups", [])}
-
     def _means(self) -> dict[str, float]:
         totals: dict[str, list[float]] = {}
         for names, both in self._groups.items():
@@ -118,6 +134,20 @@ class Metrics:
                 total[0] += value
                 total[1] += count
         return {name: value / count for name, (value, count) in totals.items() if count}
+
+    def add_image(self, name: str, image, step: int) -> None:
+        """Show an image, uint8 [H, W, 3], in TensorBoard."""
+        if self._tensorboard and image is not None:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """The unfinished interval, so that a resumed run writes the same means: names -> sums and counts, for JSON."""
+        return {" ".join(names): both.tolist() for names, both in self._groups.items()}
+
+    def load_state_dict(self, state: dict[str, list[list[float]]], device: torch.device | str = "cpu") -> None:
+        """Continue an interval, on `device`."""
+        groups = {tuple(names.split(" ")): both for names, both in state.items()}
+        self._groups = {names: torch.tensor(both, dtype=torch.float64, device=device) for names, both in groups.items()}
 
     def close(self) -> None:
         """Flush and close the writers."""
@@ -133,28 +163,22 @@ def _truncate(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+                kept.append(f"{line}\n")
+    write_atomically(path, "".join(kept))
 
 
 def _tensorboard_writer(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.info("tensorboard is not installed: metrics go to metrics.jsonl only (pip install tensorboard)")
-        return None
-    try:
+
         return SummaryWriter(str(folder), purge_step=step + 1)
-    except UnicodeEncodeError:
-        log.warning(
-            "tensorboard takes no path that the locale cannot write, as %s: metrics go to metrics.jsonl only", folder
-        )
+    except (ImportError, UnicodeEncodeError) as error:
+        why = "it is not installed: pip install tensorboard"
+        if isinstance(error, UnicodeEncodeError):
+            why = f"it takes no path that the locale cannot write, as {folder}"
+        log.warning("metrics go to metrics.jsonl, not to TensorBoard (%s)", why)
         return None
 
 
@@ -173,3 +197,67 @@ def _wandb_run(project: str, outdir: Path, config: dict):
     import wandb
 
     return wandb.init(project=project, name=outdir.name, id=outdir.name, resume="allow", config=config)
+
+
+# Value of a line of metrics.jsonl, its name in the progress line, and its form there.
+_SHOWN = (
+    ("loss", "loss", "{:.4g}"),
+    ("images_per_second", "img/s", "{:.0f}"),
+    ("data_wait", "data wait", "{:.0%}"),
+    ("mfu", "MFU", "{:.1%}"),
+    ("peak_memory_gib", "peak", "{:.1f} GiB"),
+)
+
+
+class Progress:
+    """Steps done and the newest figures in one line on the main rank's terminal; while no data comes, the wait instead.
+
+    Args:
+        name, steps, done: stage, updates to make and updates made before.
+        data: what is waited for in `next(batches)`, for the one line that is logged about a long wait.
+        ranks: this process's place.
+    """
+
+    def __init__(self, name: str, steps: int, done: int, data: str, ranks: Ranks):
+        self._data, self._ranks = data, ranks
+        self._figures: dict[str, str] = {}
+        self._stalled = self._said = False
+        self._line = tqdm(
+            total=steps,
+            initial=done,
+            desc=name,
+            disable=not ranks.main,
+            dynamic_ncols=True,
+            mininterval=0.5 if os.isatty(2) else 20,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._line.close()
+
+    def reach(self, step: int) -> None:
+        """Show that `step` is reached."""
+        self._line.update(step - self._line.n)
+
+    def show(self, metrics: dict) -> None:
+        """Show a line of metrics.jsonl."""
+        self._figures = {shown: form.format(metrics[name]) for name, shown, form in _SHOWN if name in metrics}
+        self._line.set_postfix(self._figures)
+
+    def stalled(self, seconds: float) -> None:
+        """Show how long the next batch has been waited for, and log a long wait once."""
+        self._stalled = True
+        self._line.set_postfix(self._figures | {"data wait": f"{seconds:.0f} s"})
+        if seconds >= _LONG_STALL and not self._said:
+            self._said = True
+            # the other ranks' warnings are not shown, but only the rank that waits knows what all are waiting for
+            level = logging.WARNING if self._ranks.main else logging.ERROR
+            log.log(level, "rank %d has been waiting for data for %.0f s: %s", self._ranks.rank, seconds, self._data)
+
+    def data_came(self) -> None:
+        """Show the figures again after a stall."""
+        if self._stalled:
+            self._stalled = self._said = False
+            self._line.set_postfix(self._figures)

@@ -1,37 +1,35 @@
-"""AdamW with its parameter groups, clipping and averaged weights as one update; the learning-rate factor.
+"""AdamW with clipping and the EMA of the weights as one update; the learning rate's factor.
 
-Three backends compute the same update, and load each other's state:
+Three backends compute the same update of the same moments:
     fused   one pass over memory in the C++/CUDA extension (`epg_fast.ops.fused_adamw_ema_`)
-    torch   torch.optim.AdamW(fused=True), torch.nn.utils' clipping and one foreach call per average
+    torch   torch.optim.AdamW(fused=True), torch.nn.utils' clipping and one foreach call per EMA
     apex    NVIDIA's FusedAdam in place of torch's AdamW, where that package is installed
 The first two read nothing on the host; apex has no other way to skip an update.
 
-Of sharded parameters (`epg_fast.training.sharding`) a rank updates its parts and their averages; only the sum of
-squares of the gradients and whether one is not finite are exchanged. apex does not take them.
+Of sharded parameters (`epg_fast.training.parallel`) a rank updates its shards and their EMA; only the sum of squares of
+the gradients and whether one is not finite are exchanged. apex does not take them.
 
 `fused` also writes the 16-bit copies of weights that there are (`epg_fast.training.weight_copies`).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from epg_fast.config import OptimizerConfig
 from epg_fast.ops import extension_status, fused_adamw_ema_, global_norm
 from epg_fast.ops.extension import require_extension
-from epg_fast.training.sharding import is_sharded, local
+from epg_fast.training.parallel import is_sharded, local, split_as
 from epg_fast.training.weight_copies import WeightCopies
 
 log = logging.getLogger("epg_fast")
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def lr_factor(
@@ -62,133 +60,128 @@ def lr_factor(
 def make_optimizer(
     network: torch.nn.Module,
     config: OptimizerConfig,
-    averages: Sequence[torch.nn.Module] = (),
+    emas: Sequence[torch.nn.Module] = (),
     copies: WeightCopies | None = None,
     planned: str | None = None,
 ) -> Optimizer:
     """The optimiser of `network`'s trainable parameters with the backend that `config.backend` names.
 
-    averages: networks of the same structure on the same device, whose parameters follow `network`'s. copies: of the
-    weights of `network` and of the first average, in 16 bits; `fused` keeps them up to date, the others leave them.
-    planned: the backend of a plan's site "optimizer".
-    `auto` is what is planned, else `fused` on a CPU and `torch` on a GPU; where the fused one cannot run it is `torch`.
-    The log says which. Raises ValueError for a backend that cannot run here, saying what is missing.
+    emas: copies of `network` on its device, whose parameters follow it. copies: of the weights of `network` and of the
+    first EMA, in 16 bits; `fused` keeps them up to date, the others leave them. planned: the backend of a plan's site
+    "optimizer".
+    `auto` is what is planned, else `fused` on a CPU and `torch` on a GPU; where that cannot run it is `torch`, and the
+    log says why. Raises ValueError for a named backend that cannot run here, saying what is missing.
     """
-    return _BACKENDS[_backend(network, config.backend, averages, planned)](network, config, averages, copies)
+    backend = config.backend if config.backend != "auto" else _chosen(network, emas, planned)
+    return _BACKENDS[backend](network, config, emas, copies)
 
 
-def _backend(
-    network: torch.nn.Module, wanted: str, averages: Sequence[torch.nn.Module], planned: str | None = None
-) -> str:
-    if wanted != "auto":
-        return wanted
-    chosen, why = {"plain": "torch"}.get(planned, planned), "as planned"
-    if planned is None:
-        chosen = "fused" if next(network.parameters()).device.type == "cpu" else "torch"
-        why = "one pass in the C++ extension" if chosen == "fused" else "no plan says more"
-    if chosen == "fused":
+def _chosen(network: torch.nn.Module, emas: Sequence[torch.nn.Module], planned: str | None) -> str:
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    backend = {None: "fused" if on_cpu else "torch", "plain": "torch"}.get(planned, planned)
+    why = "as planned" if planned else "one pass in the C++ extension" if on_cpu else "no plan says more"
+    obstacle = None
+    if backend == "fused":
         available, reason = extension_status()
-        obstacle = _fused_obstacle(network, averages) if available else f"the extension is {reason}"
-        chosen, why = ("torch", obstacle) if obstacle else (chosen, why)
-    if chosen == "apex" and any(map(is_sharded, network.parameters())):
-        chosen, why = "torch", "apex, which is planned, does not take sharded parameters"
-    log.info("optimiser: %s (%s)", chosen, why)
-    return chosen
+        obstacle = _fused_obstacle(network, emas) if available else f"the extension is {reason}"
+    elif backend == "apex":
+        obstacle = _apex_obstacle(network)
+    backend, why = ("torch", obstacle) if obstacle else (backend, why)
+    log.info("optimiser: %s (%s)", backend, why)
+    return backend
 
 
-def _fused_obstacle(network: torch.nn.Module, averages: Sequence[torch.nn.Module]) -> str | None:
+def _fused_obstacle(network: torch.nn.Module, emas: Sequence[torch.nn.Module]) -> str | None:
     """Why the fused update cannot run on these networks, None where it can."""
-    if len(averages) > 4:
-        return f"there are {len(averages)} averages, the fused update keeps 4 at most"
+    if len(emas) > 4:
+        return f"got {len(emas)} EMA, the fused update keeps 4 at most"
     device = next(network.parameters()).device
-    for module in (network, *averages):
-        for name, parameter in module.named_parameters():
-            if parameter.dtype != torch.float32:
-                return f"{name} is {parameter.dtype}, the fused update takes torch.float32"
-            if not parameter.is_contiguous():
-                return f"{name} has strides {parameter.stride()}, the fused update takes contiguous parameters"
-            if parameter.device != device:
-                return f"{name} is on {parameter.device}, the fused update takes parameters on one device, {device}"
+    for module in (network, *emas):
+        for name, p in module.named_parameters():
+            if p.dtype != torch.float32 or not p.is_contiguous() or p.device != device:
+                got = f"{name} is {p.dtype} with strides {p.stride()} on {p.device}"
+                return f"{got}, the fused update takes contiguous torch.float32 on {device}"
     return None
 
 
+def _apex_obstacle(network: torch.nn.Module) -> str | None:
+    return "apex does not take sharded parameters" if any(map(is_sharded, network.parameters())) else None
+
+
 class Optimizer:
-    """The `torch` backend, and what the others share: the groups, the pairs to average, the state in torch's layout."""
+    """The `torch` backend, and what the others share: the groups, the moments, the pairs of weights and EMA."""
+
+    _norm_backend = "plain"
 
     def __init__(
         self,
         network: torch.nn.Module,
         config: OptimizerConfig,
-        averages: Sequence[torch.nn.Module],
+        emas: Sequence[torch.nn.Module] = (),
         copies: WeightCopies | None = None,
     ):
-        own = {p: torch.nn.Parameter(local(p), p.requires_grad) if is_sharded(p) else p for p in network.parameters()}
-        self._shards = [(parameter, part) for parameter, part in own.items() if is_sharded(parameter)]
-        groups = _groups(network, config)
+        groups, whole = _groups(network, config), dict(network.named_parameters())
+        own = {name: whole[name] for group in groups for name in group["names"]}
+        own |= {name: torch.nn.Parameter(local(p)) for name, p in own.items() if is_sharded(p)}
         for group in groups:
-            group["params"] = [own[parameter] for parameter in group["params"]]
+            group["params"] = [own[name] for name in group["names"]]
+        self._names, self._parameters = list(own), list(own.values())
+        self._shards = [(whole[name], p) for name, p in own.items() if p is not whole[name]]
+        # Frozen parameters never differ from their EMA. Buffers are left alone, as officially.
+        followers = [dict(ema.named_parameters()) for ema in emas]
+        self.emas = [[local(follower[name]) for name in own] for follower in followers]
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
-        # Buffers are left alone, as officially.
-        self._averages = [([local(p) for p in average.parameters()], list(own.values())) for average in averages]
-        names = {own[parameter]: name for name, parameter in network.named_parameters()}
-        self.names = [names[p] for group in groups for p in group["params"]]
-        """Names of the parameters by their index in `state_dict`."""
+        self.param_groups: list[dict] = self._adamw.param_groups
+        """Groups of parameters with their `names`, `lr`, `peak_lr` and `weight_decay`."""
+        self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = self._adamw.state
+        """Per parameter `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.AdamW names them."""
+        self._steps = torch.zeros(len(own), device=self._parameters[0].device)
+        for parameter, step in zip(self._parameters, self._steps.unbind(), strict=True):
+            moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+            self.state[parameter] = {"step": step} | moments
         self._max_norm = math.inf
-        self._decays = [0.0] * len(averages)
+        self._decays = [0.0] * len(emas)
         self._lr = config.lr
         self.lr = config.lr
         """Learning rate of the groups without layer decay, at the next update."""
 
     def schedule(self, lr_factor: float = 1.0, max_norm: float | None = None, decays: Sequence[float] = ()) -> None:
-        """Set what the next update uses: factor of all learning rates, limit of the gradients' norm, averages' decays.
+        """Set what the next update uses: factor of all learning rates, limit of the gradients' norm, decays of the EMA.
 
-        Raises ValueError when there is not one decay for each average.
+        Raises ValueError when there is not one decay for each EMA.
         """
-        if len(decays) != len(self._averages):
-            raise ValueError(f"got {len(decays)} decays for {len(self._averages)} averages, wanted one for each")
+        if len(decays) != len(self.emas):
+            raise ValueError(f"got {len(decays)} decays for {len(self.emas)} EMA, wanted one for each")
         self._max_norm, self._decays = math.inf if max_norm is None else max_norm, list(decays)
         self.lr = self._lr * lr_factor
-        for group in self._adamw.param_groups:
+        for group in self.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
 
     @torch.no_grad()
     def step(self, grad_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Update the parameters from their gradients, then the averages: (norm of the gradients, found_inf), both [].
+        """Update the parameters from their gradients, then the EMA: (norm of the gradients, found_inf), both [].
 
         grad_scale: [], what the loss was multiplied by. The norm is that before clipping, without the scale. Where a
-        gradient is not finite, found_inf is 1 and nothing has changed, averages and step counts included. The gradients
-        are free for reuse afterwards: their values are not kept. Raises ValueError when no parameter has a gradient.
+        gradient is not finite, found_inf is 1 and nothing has changed, EMA and step counts included. The gradients are
+        free for reuse afterwards: their values are not kept. Raises ValueError for a parameter without a gradient.
         """
-        self._take_gradients()
-        parameters = [p for group in self._adamw.param_groups for p in group["params"] if p.grad is not None]
-        _require_gradients(parameters)
-        for p in parameters:
+        grads = self._gradients()
+        norm, found_inf = self._over_ranks(*global_norm(grads, backend=self._norm_backend))
+        self._update(grads, norm, found_inf, grad_scale)
+        return norm if grad_scale is None else norm / grad_scale, found_inf
+
+    def _gradients(self) -> list[torch.Tensor]:
+        for parameter, shard in self._shards:  # the rest works on plain tensors, without DTensor
+            shard.grad = None if parameter.grad is None else local(parameter.grad)
+        for name, p in zip(self._names, self._parameters, strict=True):
+            if p.grad is None:
+                raise ValueError(
+                    f"step: got no gradient on {name}, wanted one on every trainable parameter; call backward on a "
+                    "loss that depends on it, or freeze it"
+                )
             if p.grad.stride() != p.stride():
-                p.grad = torch.empty_like(p).copy_(p.grad)  # torch's fused AdamW pairs values as they lie in memory
-        grads = [p.grad for p in parameters]
-        norm, found_inf = self._over_ranks(*global_norm(grads, backend="plain"))
-        if grad_scale is not None:
-            torch._foreach_div_(grads, grad_scale)
-            norm = norm / grad_scale
-        if self._max_norm < math.inf:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
-        self._adamw_step(found_inf)
-        torch.autograd.graph.increment_version(parameters)  # which neither torch's fused kernel does nor apex's
-        for (averages, sources), decay in zip(self._averages, self._decays, strict=True):
-            weight = torch.where(found_inf > 0, 0.0, torch.full_like(found_inf, 1 - decay, dtype=torch.float64))
-            weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in averages}}
-            torch._foreach_lerp_(averages, sources, [weights[average.dtype] for average in averages])
-        return norm, found_inf
-
-    def _adamw_step(self, found_inf: torch.Tensor) -> None:
-        # torch's own protocol with its gradient scaler: where this is 1, the kernel changes nothing
-        self._adamw.found_inf = found_inf
-        self._adamw.step()
-
-    def _take_gradients(self) -> None:
-        """Give the parts of sharded parameters their gradients; the rest works on plain tensors, without DTensor."""
-        for parameter, part in self._shards:
-            part.grad = None if parameter.grad is None else local(parameter.grad)
+                p.grad = torch.empty_like(p).copy_(p.grad)  # fused updates pair values as they lie in memory
+        return [p.grad for p in self._parameters]
 
     def _over_ranks(self, norm: torch.Tensor, found_inf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The global norm and found_inf, both [], from those of this rank's gradients if they are sharded."""
@@ -199,76 +192,68 @@ class Optimizer:
         norm = sums[0].sqrt().to(norm.dtype)
         return norm, ((sums[1] > 0) | ~norm.square().isfinite()).to(found_inf.dtype)
 
+    def _update(self, grads, norm: torch.Tensor, found_inf: torch.Tensor, grad_scale: torch.Tensor | None) -> None:
+        if grad_scale is not None:
+            torch._foreach_div_(grads, grad_scale)
+            norm = norm / grad_scale
+        if self._max_norm < math.inf:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
+        self._adamw_step(found_inf)
+        torch.autograd.graph.increment_version(self._parameters)  # which neither torch's kernel does nor apex's
+        for ema, decay in zip(self.emas, self._decays, strict=True):
+            weight = torch.where(found_inf > 0, 0.0, torch.full_like(found_inf, 1 - decay, dtype=torch.float64))
+            weights = {dtype: weight.to(dtype) for dtype in {tensor.dtype for tensor in ema}}
+            torch._foreach_lerp_(ema, self._parameters, [weights[tensor.dtype] for tensor in ema])
+
+    def _adamw_step(self, found_inf: torch.Tensor) -> None:
+        # torch's own protocol with its gradient scaler: where this is 1, the kernel changes nothing
+        self._adamw.found_inf = found_inf
+        self._adamw.step()
+
     def zero_grad(self) -> None:
         """Let go of all gradients."""
-        self._adamw.zero_grad(set_to_none=True)
-        for parameter, _ in self._shards:
+        for parameter in (*self._parameters, *(parameter for parameter, _ in self._shards)):
             parameter.grad = None
 
-    @property
-    def param_groups(self) -> list[dict]:
-        """Groups of parameters with their `lr`, `peak_lr` and `weight_decay`, as torch's optimisers have them."""
-        return self._adamw.param_groups
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """`exp_avg/<parameter>` and `exp_avg_sq/<parameter>`, sharded as the parameter is, and `step`, [parameters].
 
-    @property
-    def state(self) -> dict:
-        """Per parameter: `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.AdamW names them."""
-        return self._adamw.state
-
-    def state_dict(self) -> dict:
-        """State in the layout of torch.optim.AdamW, whatever the backend; none for a parameter never updated."""
-        state = self._adamw.state_dict()
-        state["state"] = {i: values for i, values in state["state"].items() if values["step"] > 0}
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        """Load what any backend's `state_dict` returned; learning rates, decays and betas stay the configuration's."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
-        self._adamw.load_state_dict(state)
-        for group, ours in zip(self._adamw.param_groups, groups, strict=True):
-            group.update(ours)
-
-
-@dataclass
-class _Lists:
-    """The fused update's arguments for the parameters that have a gradient."""
-
-    places: list[int]
-    index: slice | torch.Tensor
-    params: list[torch.Tensor]
-    exp_avgs: list[torch.Tensor]
-    exp_avg_sqs: list[torch.Tensor]
-    emas: list[list[torch.Tensor]]
-    copies: list[torch.Tensor | None]
-    ema_copies: list[torch.Tensor | None]
-    others: list[tuple[list[torch.Tensor], list[torch.Tensor]]]
-    """Per average: the averages of parameters without a gradient, frozen ones too, and those parameters."""
+        The same for every backend. The tensors are the live ones: to load a state is to copy into them.
+        """
+        whole = {shard: parameter for parameter, shard in self._shards}
+        found = {"step": self._steps}
+        for name, p in zip(self._names, self._parameters, strict=True):
+            for moment in _MOMENTS:
+                value = self.state[p][moment]
+                found[f"{moment}/{name}"] = split_as(value, whole[p]) if p in whole else value
+        return found
 
 
 class FusedOptimizer(Optimizer):
     """The `fused` backend: two calls into the extension per step; `step` can be captured in a CUDA graph."""
 
-    def __init__(self, network, config, averages, copies=None):
+    _norm_backend = "extension"
+
+    def __init__(self, network, config, emas=(), copies=None):
         device = next(network.parameters()).device
         require_extension("optimiser 'fused'", torch.empty(0, device=device), remedy="--optimizer.backend torch")
-        if obstacle := _fused_obstacle(network, averages):
+        if obstacle := _fused_obstacle(network, emas):
             raise ValueError(f"optimiser 'fused': {obstacle}; choose --optimizer.backend torch")
-        super().__init__(network, config, averages)
-        self._copies = WeightCopies((), None) if copies is None else copies
-        groups = self._adamw.param_groups
-        self._parameters = [p for group in groups for p in group["params"]]
+        super().__init__(network, config, emas)
+        self._weight_copies = WeightCopies((), None) if copies is None else copies
+        self._copies = [self._weight_copies.get(p) for p in self._parameters]
+        self._ema_copies = [self._weight_copies.get(tensor) for ema in self.emas[:1] for tensor in ema]
         self._betas, self._eps = config.betas, config.eps
 
         def per_parameter(key):
-            values = [group[key] for group in groups for _ in group["params"]]
+            values = [group[key] for group in self.param_groups for _ in group["params"]]
             return torch.tensor(values, dtype=torch.float64, device=device)
 
+        # What changes from step to step is on the device, at addresses that stay.
         self._peak_lrs, self._weight_decays = per_parameter("peak_lr"), per_parameter("weight_decay")
         self._lrs = self._peak_lrs.clone()
-        self._steps = torch.zeros(len(self._parameters), device=device)
         self._max_norm_on_device = torch.full((), math.inf, dtype=torch.float64, device=device)
-        self._ema_weights = torch.ones(len(averages), dtype=torch.float64, device=device)
-        self._adopt_state()
+        self._ema_weights = torch.ones(len(emas), dtype=torch.float64, device=device)
 
     def schedule(self, lr_factor=1.0, max_norm=None, decays=()):
         super().schedule(lr_factor, max_norm, decays)
@@ -277,176 +262,73 @@ class FusedOptimizer(Optimizer):
         for weight, decay in zip(self._ema_weights, self._decays, strict=True):
             weight.fill_(1 - decay)
 
-    @torch.no_grad()
-    def step(self, grad_scale=None):
-        self._take_gradients()
-        lists = self._lists_of([i for i, p in enumerate(self._parameters) if p.grad is not None])
-        _require_gradients(lists.params)
-        # A gradient has its parameter's layout unless someone set it by hand.
-        grads = [p.grad.contiguous() for p in lists.params]
-        norm, found_inf = self._over_ranks(*global_norm(grads, backend="extension"))
-        steps = self._steps[lists.index]
+    def _update(self, grads, norm, found_inf, grad_scale):
         fused_adamw_ema_(
-            lists.params,
+            self._parameters,
             grads,
-            lists.exp_avgs,
-            lists.exp_avg_sqs,
-            steps=steps,
-            lrs=self._lrs[lists.index],
-            weight_decays=self._weight_decays[lists.index],
+            *([self.state[p][moment] for p in self._parameters] for moment in _MOMENTS),
+            steps=self._steps,
+            lrs=self._lrs,
+            weight_decays=self._weight_decays,
             norm=norm,
             found_inf=found_inf,
             max_norm=self._max_norm_on_device,
             grad_scale=grad_scale,
-            emas=lists.emas,
+            emas=self.emas,
             ema_weights=self._ema_weights,
-            copies=lists.copies,
-            ema_copies=lists.ema_copies,
+            copies=self._copies,
+            ema_copies=self._ema_copies,
             betas=self._betas,
             eps=self._eps,
             backend="extension",
         )
-        self._copies.updated([*lists.params, *itertools.chain(*lists.emas[:1])])
-        if not isinstance(lists.index, slice):
-            self._steps[lists.index] = steps
-        for (averages, sources), weight in zip(lists.others, self._ema_weights, strict=True):
-            for average, source in zip(averages, sources, strict=True):
-                following = torch.lerp(average, source, weight.to(average.dtype))
-                average.copy_(torch.where(found_inf > 0, average, following))
-        return norm if grad_scale is None else norm / grad_scale, found_inf
-
-    def _lists_of(self, places: list[int]) -> _Lists:
-        """Arguments for the parameters at `places`, the same ones as a rule."""
-        if self._lists is None or self._lists.places != places:
-            params = [self._parameters[i] for i in places]
-            every = len(places) == len(self._parameters)
-            updated = set(params)
-            follower = [dict(zip(sources, averages, strict=True)) for averages, sources in self._averages]
-            emas = [[average[p] for p in params] for average in follower]
-            rest = [[(a, p) for p, a in average.items() if p not in updated] for average in follower]
-            self._lists = _Lists(
-                places=places,
-                index=slice(None) if every else torch.tensor(places, device=self._steps.device),
-                params=params,
-                exp_avgs=[self.state[p]["exp_avg"] for p in params],
-                exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
-                emas=emas,
-                copies=self._copies_of(params),
-                ema_copies=self._copies_of(emas[0]) if emas else [],
-                others=[([a for a, _ in pairs], [p for _, p in pairs]) for pairs in rest],
-            )
-        return self._lists
-
-    def _copies_of(self, weights: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Empty if there is none."""
-        copies = [self._copies.get(weight) for weight in weights]
-        return [] if all(copy is None for copy in copies) else copies
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self._adopt_state()
-
-    def _adopt_state(self) -> None:
-        """Give every parameter moments, and keep all step counts in one tensor, of which the state holds views."""
-        self._lists: _Lists | None = None
-        for count, parameter in zip(self._steps.unbind(), self._parameters, strict=True):
-            state = self._adamw.state[parameter]
-            count.copy_(state.get("step", torch.zeros(())))
-            state["step"] = count
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name not in state:
-                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        self._weight_copies.updated([*self._parameters, *(tensor for ema in self.emas[:1] for tensor in ema)])
 
 
 class ApexOptimizer(Optimizer):
-    """The `apex` backend: NVIDIA's FusedAdam does AdamW's part."""
+    """The `apex` backend: NVIDIA's FusedAdam updates the parameters and the moments."""
 
-    def __init__(self, network, config, averages, copies=None):
-        if any(map(is_sharded, network.parameters())):
-            raise ValueError("optimiser 'apex': does not take sharded parameters; choose --optimizer.backend torch")
-        fused_adam = _apex_fused_adam()
-        super().__init__(network, config, averages)
-        groups = [dict(group) for group in self._adamw.param_groups]
-        self._apex = fused_adam(groups, betas=config.betas, eps=config.eps, adam_w_mode=True)
+    def __init__(self, network, config, emas=(), copies=None):
+        if obstacle := _apex_obstacle(network):
+            raise ValueError(f"optimiser 'apex': {obstacle}; choose --optimizer.backend torch")
+        super().__init__(network, config, emas)
+        try:
+            import amp_C  # noqa: F401  (its kernels; first, because the package `apex` of PyPI is another one)
+            from apex.optimizers import FusedAdam
+        except ImportError as error:
+            raise ValueError(
+                f"optimiser 'apex': NVIDIA's apex with its kernels is not installed ({error}); build it from "
+                "https://github.com/NVIDIA/apex (PyPI's is another package), or choose --optimizer.backend torch"
+            ) from None
+        groups = [dict(group) for group in self.param_groups]
+        self._apex = FusedAdam(groups, betas=config.betas, eps=config.eps, adam_w_mode=True)
+        for parameter in self._parameters:
+            self._apex.state[parameter] = {moment: self.state[parameter][moment] for moment in _MOMENTS}
 
     def _adamw_step(self, found_inf):
-        for group, ours in zip(self._apex.param_groups, self._adamw.param_groups, strict=True):
-            group["lr"] = ours["lr"]
-        if not found_inf:  # read on the host: FusedAdam knows no other way
-            self._apex.step()
-
-    @property
-    def state(self):
-        return self._apex.state
-
-    def state_dict(self):
-        for group in self._apex.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._apex.state:
-                    moments = {name: self._apex.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")}
-                    step = torch.tensor(float(group["step"]), device=parameter.device)
-                    self._adamw.state[parameter] = {"step": step} | moments
-        return super().state_dict()
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self._apex.state.clear()
-        for group, ours in zip(self._apex.param_groups, self._adamw.param_groups, strict=True):
-            known = [p for p in ours["params"] if p in self._adamw.state]
-            steps = {int(self._adamw.state[p]["step"]) for p in known}
-            if len(steps) > 1:
-                raise ValueError(
-                    f"the saved parameters have been updated {sorted(steps)} times, apex counts one number per group; "
-                    "choose --optimizer.backend torch"
-                )
-            group["step"] = steps.pop() if steps else 0
-            for parameter in known:
-                saved = self._adamw.state[parameter]
-                self._apex.state[parameter] = {name: saved[name] for name in ("exp_avg", "exp_avg_sq")}
+        if found_inf:  # read on the host: FusedAdam knows no other way
+            return
+        for group, ours in zip(self._apex.param_groups, self.param_groups, strict=True):
+            group |= {"lr": ours["lr"], "step": int(self._steps[0])}
+        self._apex.step()
+        self._steps += 1
 
 
 _BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
 
 
-def _require_gradients(parameters: list[torch.Tensor]) -> None:
-    """Raise ValueError if no parameter has a gradient."""
-    if not parameters:
-        raise ValueError("step: got no gradient on any parameter, wanted some; call backward on the loss first")
-
-
-def _apex_fused_adam() -> type:
-    """NVIDIA's FusedAdam. A package of the same name on PyPI is something else, and is not imported."""
-    remedy = "build NVIDIA's from https://github.com/NVIDIA/apex, or choose --optimizer.backend torch"
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        raise ValueError(
-            f"optimiser 'apex': apex is not installed; {remedy} (`pip install apex` installs another package)"
-        )
-    folders = list(spec.submodule_search_locations or ())
-    if not any(Path(folder, "optimizers", "fused_adam.py").is_file() for folder in folders):
-        raise ValueError(f"optimiser 'apex': the package apex in {folders or spec.origin} is not NVIDIA's; {remedy}")
-    try:
-        import amp_C  # noqa: F401  (apex's compiled kernels; without them FusedAdam fails at its first step)
-        from apex.optimizers import FusedAdam
-    except ImportError as error:
-        raise ValueError(
-            f"optimiser 'apex': NVIDIA's apex is installed without its kernels ({error}); {remedy}"
-        ) from None
-    return FusedAdam
-
-
 def _groups(network: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Trainable parameters by weight decay and layer decay; each group carries `peak_lr`, the lr at factor 1."""
-    groups: dict[tuple[float, float], list] = {}
+    """Names of the trainable parameters by weight decay and layer decay; `peak_lr` is a group's lr at factor 1."""
+    groups: dict[tuple[float, float], list[str]] = {}
     exempt = set() if config.decay_tokens else network.no_weight_decay()
     depth = len(network.blocks)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             key = (0.0 if name in exempt else config.weight_decay, config.layer_decay ** _depth_below(name, depth))
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault(key, []).append(name)
     return [
-        {"params": params, "weight_decay": decay, "lr": config.lr * factor, "peak_lr": config.lr * factor}
-        for (decay, factor), params in groups.items()
+        {"names": names, "weight_decay": decay, "lr": config.lr * factor, "peak_lr": config.lr * factor}
+        for (decay, factor), names in groups.items()
     ]
 
 

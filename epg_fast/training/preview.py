@@ -21,7 +21,7 @@ log = logging.getLogger("epg_fast")
 
 def preview_is_due(stage: Stage, step: int) -> bool:
     """Whether this rank is to draw a preview at `step`: a multiple of `preview.every`, or the last."""
-    p, draws = stage.preview, stage.ranks.main or stage.sharding
+    p, draws = stage.preview, stage.ranks.main or stage.sharded
     return bool(p and p.every and draws) and (step % p.every == 0 or step == stage.config.steps)
 
 
@@ -31,15 +31,15 @@ def preview_path(outdir: Path, step: int) -> Path:
 
 
 def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
-    """Sample from the averaged weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
+    """Sample from the EMA weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
 
     A disk that does not take it is reported, and None returned: a missing picture must not end a run. Sharded weights
     take all ranks, which all sample the same; the main rank alone writes, the others return None.
 
-    The same labels and noise every time, so that grids of different steps can be compared. An average in host memory
+    The same labels and noise every time, so that grids of different steps can be compared. An EMA in host memory
     is copied to the device for as long as it takes.
     """
-    p, network = stage.preview, stage.average
+    p, network = stage.preview, stage.ema
     if stage.config.offload_ema:
         network = copy.deepcopy(network).to(stage.ranks.device)
     labels = torch.tensor(choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes))

@@ -1,13 +1,14 @@
-"""Weights averaged over any length, from the snapshots of a run's tracked averages (`posthoc_ema`).
+"""EMA of any length, from the snapshots of those that a run has tracked (`epg_fast.training.ema` has the formulas).
 
 Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2024, arXiv 2312.02696),
-section 3 and its appendix.
+section 3 and its appendix. All arithmetic on profiles is float64.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +18,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from epg_fast.files import check_writable
+from epg_fast.files import check_writable, differences
 from epg_fast.models import save_weights
 from epg_fast.models.pretrained import open_safetensors
-from epg_fast.training.posthoc_ema import FOLDER, checksum, list_snapshots, snapshot_step
-from epg_fast.training.power_ema import Fit, fit_profile, gamma_of
+from epg_fast.training.ema import FOLDER, checksum, gamma_of, list_snapshots, snapshot_step
 
 # Root mean square of float16's rounding error, relative to a power of two: the spacing 2^-10 over the root of 12.
 _ROUNDING = 2**-10 * 12**-0.5
+# Directions of the profiles' span that are smaller than this, relatively, are rounding errors of the inner products.
+_SMALLEST_EIGENVALUE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class _Snapshot:
     @property
     def step(self) -> int:
         return self.metadata["step"]
+
+    @property
+    def kind(self) -> dict:
+        """What all snapshots of a run have in common."""
+        own = ("step", "crc32", "untrained_classes")
+        return {name: value for name, value in self.metadata.items() if name not in own} | self.shapes
 
 
 def reconstruct_file(
@@ -120,13 +128,11 @@ def _fit(snapshots: list[_Snapshot], tracked: list[float], step: int, sigma_rel:
 
 
 def _combine(snapshots: list[_Snapshot], tracked: list[float], weights: np.ndarray) -> dict[str, torch.Tensor]:
-    """sum_ij weights[i, j] * average j of snapshot i, in float32, and the buffers of the last snapshot."""
+    """sum_ij weights[i, j] * EMA j of snapshot i, in float32, and the buffers of the last snapshot."""
     prefix = f"{tracked[0]}/"
     names = [name.removeprefix(prefix) for name in snapshots[0].shapes if name.startswith(prefix)]
     state = {name: torch.zeros(snapshots[0].shapes[prefix + name]) for name in names}
     for snapshot, row in zip(snapshots, weights, strict=True):
-        if not row.any():
-            continue
         with _opened(snapshot.path) as f:
             for name in names:
                 for sigma_rel, weight in zip(tracked, row, strict=True):
@@ -141,49 +147,36 @@ def _combine(snapshots: list[_Snapshot], tracked: list[float], weights: np.ndarr
 
 def _read(file, snapshot: _Snapshot, name: str) -> torch.Tensor:
     tensor = file.get_tensor(name)
-    if checksum(tensor) != snapshot.metadata.get("crc32", {}).get(name):
+    if checksum(tensor) != snapshot.metadata["crc32"].get(name):
         raise ValueError(f"the checksum of {name} does not match")
     return tensor
 
 
 def _read_headers(folder: Path) -> list[_Snapshot]:
-    """All snapshots of a folder by step, checked against each other."""
+    """All snapshots of a folder by step, checked against the first."""
     paths = list_snapshots(folder) if folder.is_dir() else []
     if not paths:
         raise ValueError(
             f"{folder} holds no snapshots (step_*.safetensors); train with --posthoc_ema.sigma_rel [0.05,0.10]"
         )
-    snapshots = [_read_header(path) for path in paths]
-    for snapshot in snapshots[1:]:
-        _check_same_run(snapshots[0], snapshot)
+    first, *others = snapshots = [_read_header(path) for path in paths]
+    for other in others:
+        if changed := differences(first.kind, other.kind):
+            raise ValueError(
+                f"{other.path} is not of the run or model of {first.path.name}: {changed}; remove those that do not "
+                "belong here"
+            )
     return snapshots
 
 
 def _read_header(path: Path) -> _Snapshot:
     with _opened(path) as f:
         metadata = json.loads((f.metadata() or {}).get("epg_fast", "{}"))
-        shapes = {name: list(f.get_slice(name).get_shape()) for name in sorted(f.keys())}
-    if not (isinstance(metadata, dict) and isinstance(metadata.get("sigma_rel"), list) and "step" in metadata):
-        raise ValueError(f"{path} is not a snapshot of tracked averages: it does not say sigma_rel and step; remove it")
-    if metadata["step"] != snapshot_step(path):
-        raise ValueError(f"{path} is of step {metadata['step']}, unlike its name; rename or remove it")
-    return _Snapshot(path, metadata, shapes)
-
-
-def _check_same_run(one: _Snapshot, other: _Snapshot) -> None:
-    for key in sorted((one.metadata.keys() | other.metadata.keys()) - {"step", "crc32", "untrained_classes"}):
-        a, b = one.metadata.get(key), other.metadata.get(key)
-        if a != b:
-            raise ValueError(
-                f"{other.path} is of another run than {one.path.name}: {key} is {b!r}, there {a!r}; remove those that "
-                "do not belong here"
-            )
-    names = sorted(one.shapes.keys() | other.shapes.keys())
-    differing = [name for name in names if one.shapes.get(name) != other.shapes.get(name)]
-    if differing:
-        name = differing[0]
-        a, b = (s.shapes.get(name, "missing") for s in (one, other))
-        raise ValueError(f"{other.path} is of another model than {one.path.name}: {name} is {b}, there {a}")
+        if not (isinstance(metadata, dict) and metadata.keys() >= {"step", "sigma_rel", "crc32"}):
+            raise ValueError("it does not say step, sigma_rel and crc32")
+        if metadata["step"] != snapshot_step(path):
+            raise ValueError(f"it is of step {metadata['step']}, unlike its name")
+        return _Snapshot(path, metadata, {name: list(f.get_slice(name).get_shape()) for name in sorted(f.keys())})
 
 
 @contextlib.contextmanager
@@ -193,3 +186,53 @@ def _opened(path: Path) -> Iterator:
             yield f
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable snapshot ({error}); restore it, or remove it to do without") from None
+
+
+def inner_products(steps_a, gammas_a, steps_b, gammas_b) -> np.ndarray:
+    """Integral of p_a p_b over tau, with the arguments (floats or arrays) broadcast against each other.
+
+    For t_a <= t_b: (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) * (t_a / t_b)^gamma_b / t_b.
+    """
+    steps_a, gammas_a, steps_b, gammas_b = (np.asarray(v, np.float64) for v in (steps_a, gammas_a, steps_b, gammas_b))
+    earlier, later = np.minimum(steps_a, steps_b), np.maximum(steps_a, steps_b)
+    gammas_of_later = np.where(steps_a <= steps_b, gammas_b, gammas_a)
+    factor = (gammas_a + 1) * (gammas_b + 1) / (gammas_a + gammas_b + 1)
+    return factor * (earlier / later) ** gammas_of_later / later
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an EMA is put together: sum_i weights[i] * EMA i."""
+
+    weights: np.ndarray
+    """[N], with sum 1."""
+    residual: float
+    """L2 distance of the combined profile from the wanted one, over the L2 norm of the wanted one."""
+
+    @property
+    def gain(self) -> float:
+        """Root of the sum of squares of the weights: what independent errors of the EMA are multiplied by."""
+        return float(np.sqrt(np.square(self.weights).sum()))
+
+
+def fit_profile(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -> Fit:
+    """Represent the profile (step, gamma) by the profiles (steps[i], gammas[i]): least squares, weights of sum 1.
+
+    The sum is an addition to the paper's fit, whose networks normalise their weights: what does not change during
+    training is reproduced whatever the residual. Rounding hides residuals below 1e-7; they are given as 0.
+    """
+    products = inner_products(steps[:, None], gammas[:, None], steps, gammas)
+    wanted = inner_products(steps, gammas, step, gamma)
+    norm = float(inner_products(step, gamma, step, gamma))
+    scale = np.diagonal(products) ** -0.5
+    values, vectors = np.linalg.eigh(products * scale[:, None] * scale)
+    kept = values > _SMALLEST_EIGENVALUE * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+
+    def solve(right):
+        return scale * (vectors @ (vectors.T @ (scale * right) / values))
+
+    weights, of_ones = solve(wanted), solve(np.ones_like(wanted))
+    weights += (1 - weights.sum()) / of_ones.sum() * of_ones
+    residual = (norm - 2 * weights @ wanted + weights @ products @ weights) / norm
+    return Fit(weights, math.sqrt(residual) if residual > 1e-14 else 0.0)

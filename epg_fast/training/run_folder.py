@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import yaml
@@ -61,7 +62,7 @@ class RunFolder(OutputFolder):
                 raise ValueError("no mapping")
         except (yaml.YAMLError, ValueError) as error:
             raise self.unreadable(str(error).splitlines()[0]) from None
-        self.require_same(saved, _plain(dataclasses.asdict(config)), _FREE)
+        self.require_same(saved, _plain(config), _FREE)
 
     def wait_for_writer(self, ranks: Ranks) -> None:
         """Lock a folder that is a run's already: a process that is just ending may still write its state.
@@ -83,12 +84,10 @@ class RunFolder(OutputFolder):
         if ranks.main:
             if self.lock() and self.begun:
                 raise ValueError(f"another process has trained in {self.path} meanwhile; give the same command again")
-            text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+            text = yaml.safe_dump(_plain(config), sort_keys=False)
             write_atomically(self.marker, f"# epg-fast {stage}\n{text}")
         ranks.barrier()
 
 
-def _plain(value):
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _plain(config: RunConfig) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # lists in the place of tuples, as YAML has them

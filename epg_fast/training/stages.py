@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
 
 from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, RunConfig
+from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import NoiseSchedule, consistency_r, consistency_stage, curriculum_scales
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
 from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
 from epg_fast.plans.sites import has_fused_operations
-from epg_fast.training.accumulation import Gradients, Part, merged, nothing_of
 from epg_fast.training.draws import Draws
-from epg_fast.training.host_average import follower
+from epg_fast.training.ema import ema_copy
 from epg_fast.training.planning import agreed_choice, applied, training_case
 
 log = logging.getLogger("epg_fast")
 
 
 class Stage:
-    """What the loop needs of a job: `network` is trained, `average` follows it, `exported` is what users load."""
+    """What the loop needs of a job: `network` is trained, `ema` follows it, `exported` is what users load."""
 
     name: str
     three_views = False
@@ -32,10 +32,10 @@ class Stage:
     parameterization: str | None = None
     by_level: str
     """Term of the loss that is also logged by noise level."""
-    calls_average = False
-    """Whether the loss calls `average`, which then stays on the device whatever `offload_ema` says."""
-    sharding = None
-    """A `sharding.Sharding` once the networks are split over the ranks."""
+    calls_ema = False
+    """Whether the loss calls `ema`, which then stays on the device whatever `offload_ema` says."""
+    grad_cache = False
+    """Whether the loss compares samples with each other: micro-batches then need `objective` and `views`."""
     untrained_before: list[int] | None = None
     """Classes that the weights to start from were not trained on; None for all."""
     untrained_classes: list[int] = []
@@ -50,28 +50,37 @@ class Stage:
                 f"fp8: got ops {config.ops}, whose fused operations take weights in 16 bits; want ops plain"
             )
         self.config, self.ranks = applied(config, self.chosen, ranks.world_size), ranks
+        self.normalization = PixelNormalization(config.data.normalization)
         self.network = network.use_ops(self.chosen.ops).train()
-        if config.parallelism == "ddp":
+        if not self.sharded:
             self.network.to(ranks.device)  # sharded networks come to it part by part
-        self.average = follower(self.network, ranks, config.offload_ema and not self.calls_average)
-        """None on the ranks that keep no average in host memory."""
+        self.ema = ema_copy(self.network, ranks, config.offload_ema and not self.calls_ema)
+        """None on the ranks that keep no EMA in host memory."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the networks only."""
+        return self.config.parallelism == "fsdp"
 
     @property
     def exported(self) -> torch.nn.Module | None:
         """The network whose weights are written to model.safetensors; the main rank has it."""
-        return self.average
+        return self.ema
 
-    def average_decay(self, step: int) -> float:
-        """Decay of `average` after the update at `step`."""
+    def ema_decay(self, iteration: int) -> float:
+        """Decay of `ema` after the update of `iteration`."""
         raise NotImplementedError
 
-    def loss(self, batch: dict[str, torch.Tensor], draws: Draws, step: int) -> Loss:
-        """Loss of this rank's batch (normalised images, labels) at `step`."""
+    def loss(self, batch: dict[str, torch.Tensor], draws: Draws, iteration: int, keys: tuple | None = None) -> Loss:
+        """Loss of samples of this rank (normalised images, labels).
+
+        keys: what `keys_of` makes of these samples and of the global batch; None computes them.
+        """
         raise NotImplementedError
 
-    def accumulate(self, gradients: Gradients, parts: list[Part], step: int) -> Loss:
-        """Add the gradient of the mean loss over `parts` at `step`, and return the loss of all their samples."""
-        raise NotImplementedError
+    def keys_of(self, iteration: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The function of images whose results for the whole batch the loss compares samples with, if it does."""
+        return None
 
     def metadata(self) -> dict:
         """Stored with the weights, so that a file says how it is to be used."""
@@ -97,10 +106,10 @@ class Stage:
 
 
 class PretrainStage(Stage):
-    """Stage 1. `average` is the target network: eval mode, parameters averaged, BatchNorm buffers left at 0 and 1."""
+    """Stage 1. `ema` is the target network: eval mode, parameters averaged, BatchNorm buffers left at 0 and 1."""
 
     name = "pretrain"
-    three_views = calls_average = True
+    three_views = calls_ema = grad_cache = True
     by_level = "consistency"  # the contrastive term is always at the cleanest level
     config: PretrainConfig
 
@@ -112,61 +121,28 @@ class PretrainStage(Stage):
     def exported(self):
         return self.network
 
-    def average_decay(self, step):
+    def ema_decay(self, iteration):
         return self.config.target_ema
 
-    def loss(self, batch, draws, step):
-        objective = self._objective(draws, step)
-        return objective.loss(*_views(batch, draws), self.ranks.gather_tensors)
+    def loss(self, batch, draws, iteration, keys=None):
+        return self.objective(draws, iteration).loss(*self.views(batch, draws), self.ranks.gather_tensors)
 
-    def accumulate(self, gradients, parts, step):
-        """The encoders run part by part; the losses and the projection head see the features of all samples.
+    def views(self, batch: dict[str, torch.Tensor], draws: Draws) -> tuple[torch.Tensor, ...]:
+        """What the objective's methods take: x, view 1, view 2 and the noise that they share."""
+        return batch["x"], batch["view1"], batch["view2"], draws.normal("noise", *batch["x"].shape[1:])
 
-        Features come without their graphs first, then once more, part by part, with the gradients that they got.
-        """
-        objective = self._objective(parts[0].draws, step)
-
-        def keys_and_features(batch, draws):
-            views = _views(batch, draws)
-            return (*objective.keys(*views), torch.stack(objective.features(*views)))
-
-        with torch.no_grad():
-            found = [gradients.forward(keys_and_features, part.batch, part.draws) for part in parts]
-        *keys, features = (torch.cat(values, dim=-2) for values in zip(*found, strict=True))
-        features.requires_grad_()
-        with gradients.averaged(now=False):
-            everyone = [wait() for wait in [self.ranks.gather_tensors(key) for key in keys]]
-            loss = gradients.forward(objective.losses, features, keys, everyone)
-            gradients.backward(loss.loss)
-
-        def again(batch, draws):
-            return torch.stack(objective.features(*_views(batch, draws)))
-
-        for part, wanted in zip(parts, features.grad.chunk(len(parts), dim=-2), strict=True):
-            last = part is parts[-1]
-            with gradients.averaged(now=last):
-                found = gradients.forward(again, part.batch, part.draws)
-                if last:
-                    found = found + nothing_of(self.network.projection_head)
-                found.backward(wanted)
-        return loss
-
-    def _objective(self, draws: Draws, step: int) -> PretrainingObjective:
+    def objective(self, draws: Draws, iteration: int) -> PretrainingObjective:
+        """The objective at the noise level that is drawn for the whole batch."""
         c = self.config
-        schedule = self._schedule(curriculum_scales(step, c.steps, c.start_scales, c.end_scales))
+        schedule = self._schedule(curriculum_scales(iteration, c.steps, c.start_scales, c.end_scales))
         return PretrainingObjective(
             self.network,
-            self.average,
+            self.ema,
             draws.integer("index", schedule.num_scales - 1),
             schedule,
             contrastive_temperature=c.contrastive_temperature,
             temperature=c.temperature if c.temperature_schedule == "constant" else tuple(c.temperature_range),
         )
-
-
-def _views(batch: dict[str, torch.Tensor], draws: Draws) -> tuple[torch.Tensor, ...]:
-    """x, view 1, view 2 and the noise that they share."""
-    return batch["x"], batch["view1"], batch["view2"], draws.normal("noise", *batch["x"].shape[1:])
 
 
 class _FineTuning(Stage):
@@ -187,21 +163,8 @@ class _FineTuning(Stage):
         super().__init__(config, network, ranks, kept)
         self.preview = config.preview
 
-    def accumulate(self, gradients, parts, step):
-        losses = []
-        for part, keys in zip(parts, self._keys(gradients, parts, step), strict=True):
-            with gradients.averaged(now=part is parts[-1]):
-                loss = gradients.forward(self.loss, part.batch, part.draws, step, *keys)
-                gradients.backward(loss.loss / len(parts))
-            losses.append(loss)
-        return merged(losses)
-
-    def _keys(self, gradients: Gradients, parts: list[Part], step: int) -> list[tuple]:
-        """Per part, what `loss` needs to know of all samples."""
-        return [()] * len(parts)
-
-    def average_decay(self, step):
-        return min(self.config.ema, step / (step + 10)) if self.config.ema_warmup else self.config.ema
+    def ema_decay(self, iteration):
+        return min(self.config.ema, iteration / (iteration + 10)) if self.config.ema_warmup else self.config.ema
 
 
 class DiffusionStage(_FineTuning):
@@ -215,7 +178,7 @@ class DiffusionStage(_FineTuning):
         self.parameterization = config.parameterization
         super().__init__(config, ranks, kept)
 
-    def loss(self, batch, draws, step):
+    def loss(self, batch, draws, iteration, keys=None):
         c = self.config
         return denoising_loss(
             self.network,
@@ -241,9 +204,9 @@ class ConsistencyStage(_FineTuning):
         super().__init__(config, ranks, kept)
         self.perceptual = _frozen_encoder(config, ranks, self.chosen.ops) if config.perceptual else None
 
-    def loss(self, batch, draws, step, keys=None):
+    def loss(self, batch, draws, iteration, keys=None):
         c = self.config
-        stage = consistency_stage(step, c.first_stage, c.stage_length, c.delta)
+        stage = consistency_stage(iteration, c.first_stage, c.stage_length, c.delta)
         t = torch.exp(c.p_mean + c.p_std * draws.normal("level")).clamp_min(c.noise.sigma_min)
         return consistency_loss(
             self.network,
@@ -262,15 +225,11 @@ class ConsistencyStage(_FineTuning):
             gather=self.ranks.gather_tensors,
         )
 
-    def _keys(self, gradients, parts, step):
+    def keys_of(self, iteration):
         c = self.config
-        if self.perceptual is None or not consistency_stage(step, c.first_stage, c.stage_length, c.delta):
-            return super()._keys(gradients, parts, step)
-        with torch.no_grad():
-            images = (part.batch["x"] for part in parts)
-            own = [gradients.forward(perceptual_keys, self.perceptual, x, self._schedule()) for x in images]
-        everyone = self.ranks.gather_tensors(torch.cat(own))()
-        return [((keys, everyone),) for keys in own]
+        if self.perceptual is None or not consistency_stage(iteration, c.first_stage, c.stage_length, c.delta):
+            return None
+        return lambda images: perceptual_keys(self.perceptual, images, self._schedule())
 
 
 def network_config(config: RunConfig, **extra) -> dict:

@@ -4,14 +4,12 @@ Under autocast in bf16 or fp16 every product casts its float32 weight, in the fo
 A copy holds the same 16-bit numbers, so that no result depends on it.
 
 Which weights: those of `linears_with_operands`, in networks that a loss calls in every update: the trained network,
-its average in pre-training, a frozen encoder. Sharded weights (fsdp) have no copies, and are cast once they are whole.
-When they are used: inside `in_use` alone, which is around the gradients of an update. Previews, exports, evaluation and
-every other call of a network cast, and no copy of a network or checkpoint holds copies of weights.
-When they are written: the fused optimiser writes them in the pass that updates the weights, and those of a frozen
-encoder are written once. `in_use` first makes anew, in one foreach call, what is not that of its weight as it is then:
-PyTorch counts the changes of a tensor in place. So it is before the first update, after a checkpoint was loaded, after
-every update with the optimisers `torch` and `apex`, and where anyone else has changed or replaced a weight. (Writes
-through `weight.data` are the exception: PyTorch does not count them.)
+its EMA in pre-training, a frozen encoder. Sharded weights (fsdp) have none, and are cast once they are whole.
+When they are used: inside `in_use` alone, which is around the gradients of an update. Every other call of a network
+casts, and no copy of a network or checkpoint holds copies of weights.
+When they are written: by the fused optimiser in the pass that updates the weights; by `in_use`, in one foreach call,
+where a weight is not what it was then. PyTorch counts the changes of a tensor in place, but for writes through
+`weight.data`.
 torch.compile takes them as inputs that keep their addresses, which CUDA graphs read in place. A block that is
 recomputed in the backward pass finds them there, and DistributedDataParallel does not see them.
 """
@@ -25,7 +23,7 @@ import torch
 
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.models.fused import linears_with_operands
-from epg_fast.training.sharding import is_sharded
+from epg_fast.training.parallel import is_sharded
 
 
 class WeightCopies:

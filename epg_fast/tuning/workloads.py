@@ -17,11 +17,11 @@ from epg_fast.models import encoder_from_config, generator_from_config
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.plans import Chosen, site_choices
 from epg_fast.sampling.engine import PLANNED_STEPS, SamplingEngine
-from epg_fast.training.accumulation import Gradients
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.fp8 import use_fp8
-from epg_fast.training.loop import make_step_module
+from epg_fast.training.gradients import add_gradients
+from epg_fast.training.loop import train_step
 from epg_fast.training.planning import choice_record
 from epg_fast.training.stages import Stage, network_config
 from epg_fast.training.state import RunState
@@ -121,15 +121,15 @@ class Training:
             if perceptual:
                 stage.perceptual = lively(encoder_from_config(network_config(self.config)))
                 stage.perceptual.use_ops(stage.chosen.ops).eval().requires_grad_(False)
-            stage.average.load_state_dict(stage.network.state_dict())
+            stage.ema.load_state_dict(stage.network.state_dict())
         if dtype is not None:
-            for network in filter(None, (stage.network, stage.average, getattr(stage, "perceptual", None))):
+            for network in filter(None, (stage.network, stage.ema, getattr(stage, "perceptual", None))):
                 network.to(dtype)
         self.stage, self.unit = stage, unit
         self.state = RunState(stage.config, stage, _NoImages(), ranks)
         if config.fp8:
             use_fp8(stage.network)
-        self._module, self._metrics = make_step_module(stage), _NoMetrics()
+        self._metrics = _NoMetrics()
         if unit != "optimizer":
             compile_stage(stage)
         self._batch = {k: v.to(dtype) if k != "label" else v for k, v in _images(stage, batch, device).items()}
@@ -140,11 +140,11 @@ class Training:
             for parameter in self.stage.network.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.full_like(parameter, 1e-3)
-            self.state.optimizer.schedule(1.0, 1.0, [0.999] * len(self.state.optimizer._averages))
+            self.state.optimizer.schedule(1.0, 1.0, [0.999] * len(self.state.optimizer.emas))
             self.state.optimizer.step()
             return
         begin_step(self.stage.config)
-        self.state.update(self._module, self._batch, self._metrics)
+        train_step(self.state, self._batch, self._metrics)
 
     def results(self) -> dict[str, torch.Tensor]:
         """What is compared: losses and gradients, or weights after an update."""
@@ -152,8 +152,7 @@ class Training:
             self.step()
             return {name: p.detach().clone() for name, p in self.stage.network.named_parameters() if p.requires_grad}
         draws = Draws(0, 0, 0, len(self._batch["x"]), self._batch["x"].device)
-        gradients = Gradients(self.stage, self._module, self.state.normalization, self.state.loss_scale)
-        loss = gradients(self._batch, draws, 0)
+        loss = add_gradients(self.stage, self.state.parallel, self._batch, draws, 0, self.state.loss_scale)
         found = {"loss": loss.per_sample.detach().clone()}
         scale = self.state.loss_scale.value
         for name, parameter in self.stage.network.named_parameters():

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
+from epg_kernels._launch import aot_case
 
 ROWS = 128  # rows that one program of the first stage sums: at 16512 rows and 1584 columns, 903 programs
 TILE = 16  # of those, loaded at a time: with 256 columns of bfloat16, four 16-byte accesses in each of 128 threads
@@ -15,15 +16,10 @@ LAST_COLUMNS = 64
 
 @triton.jit
 def _column_sums_kernel(
-    values,
-    sums,
-    rows,
+    values, sums, rows,
     stride,
-    N: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    N: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """sums[chunk] = sum of rows chunk * TILES * TILE and following, in float32, rounded to sums' dtype."""
     chunk = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -42,15 +38,10 @@ def column_sums(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.cuda.device_of(values):
         grid = (triton.cdiv(values.shape[1], COLUMNS), partial.shape[0])
         _column_sums_kernel[grid](
-            values,
-            partial,
-            values.shape[0],
+            values, partial, values.shape[0],
             values.stride(0),
-            N=values.shape[1],
-            TILES=ROWS // TILE,
-            TILE=TILE,
-            COLUMNS=COLUMNS,
-        )
+            N=values.shape[1], TILES=ROWS // TILE, TILE=TILE, COLUMNS=COLUMNS,
+        )  # fmt: skip
     return sum_partial_sums(partial, dtype)
 
 
@@ -85,12 +76,6 @@ def second_stage_case(width: int) -> AotCase:
 
 
 def _case(width: int, dtype: str, out_dtype: str, tiles: int, tile: int, columns: int) -> AotCase:
-    return AotCase(
-        kernel=_column_sums_kernel,
-        signature={"values": f"*{dtype}", "sums": f"*{out_dtype}", "rows": "i32", "stride": "i32"},
-        constexprs={"N": width, "TILES": tiles, "TILE": tile, "COLUMNS": columns},
-        num_warps=4,
-        shape=f"N={width} {tile}x{columns}",
-        dtype=dtype,
-        divisible_by_16=("values", "sums", "stride"),
-    )
+    constexprs = {"N": width, "TILES": tiles, "TILE": tile, "COLUMNS": columns}
+    pointers = {"values": dtype, "sums": out_dtype}
+    return aot_case(_column_sums_kernel, pointers, constexprs, f"N={width} {tile}x{columns}", dtype)

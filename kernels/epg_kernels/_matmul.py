@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import sum_partial_sums
-from epg_kernels._launch import matmul_precision, stride
+from epg_kernels._launch import aot_case, matmul_precision, strides
 
 
 @dataclass(frozen=True)
@@ -122,24 +122,11 @@ def _halves(acc):
 
 @triton.jit
 def _epilogue(
-    acc,
-    bias,
-    residual,
-    gate,
-    y,
-    z,
-    row,
-    column,
-    M,
-    stride_residual,
-    stride_gate,
-    N: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GELU: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    acc, bias, residual, gate, y, z, row, column, M,
+    stride_residual, stride_gate,
+    N: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     dtype: tl.constexpr = y.dtype if TMA else y.dtype.element_ty
     columns = column + tl.arange(0, BLOCK_N)
     acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -160,33 +147,12 @@ def _epilogue(
 
 @triton.jit
 def _linear_fwd_kernel(
-    x,
-    skip,
-    weight,
-    bias,
-    residual,
-    gate,
-    y,
-    z,
-    M,
-    stride_x,
-    stride_skip,
-    stride_weight,
-    stride_residual,
-    stride_gate,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GELU: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, skip, weight, bias, residual, gate, y, z, M,
+    stride_x, stride_skip, stride_weight, stride_residual, stride_gate,
+    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-):
+):  # fmt: skip
     """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z [M, N]: descriptors if TMA, else pointers.
 
     bias [N] and gate [M / TOKENS, N] are pointers.
@@ -217,38 +183,16 @@ def _linear_fwd_kernel(
     left, right = _halves(acc)
     for i in tl.static_range(2):
         _epilogue(
-            left if i == 0 else right,
-            bias,
-            residual,
-            gate,
-            y,
-            z,
-            row,
-            column + i * HALF,
-            M,
-            stride_residual,
-            stride_gate,
-            N,
-            TOKENS,
-            GELU,
-            TMA,
-            BLOCK_M,
-            HALF,
-        )
+            left if i == 0 else right, bias, residual, gate, y, z, row, column + i * HALF, M,
+            stride_residual, stride_gate,
+            N, TOKENS, GELU, TMA, BLOCK_M, HALF,
+        )  # fmt: skip
 
 
 def linear(
-    x: torch.Tensor,
-    skip: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    gelu: bool = False,
-    save_preactivation: bool = False,
-    residual: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    tokens: int | None = None,
-    save_branch: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x, skip, weight, bias, gelu=False, save_preactivation=False,
+    residual=None, gate=None, tokens: int | None = None, save_branch=False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Returns y = residual + gate * act(z) with z = concat[x, skip] @ weight^T + bias, and z if it is to be saved.
 
     x: [..., D]; skip: [..., E] or None; weight: [N, D + E], all in one dtype; bias: [N].
@@ -269,40 +213,23 @@ def linear(
     with torch.cuda.device_of(x):
         _linear_fwd_kernel[_grid(config, x.shape[0], columns)](
             **_operands(config, matrices),
-            bias=bias.contiguous(),
-            gate=gate,
+            bias=bias.contiguous(), gate=gate,
             M=x.shape[0],
-            stride_x=x.stride(0),
-            stride_skip=stride(skip, 0),
-            stride_weight=weight.stride(0),
-            stride_residual=stride(residual, 0),
-            stride_gate=stride(gate, 0),
-            D=x.shape[1],
-            E=0 if skip is None else skip.shape[1],
-            TOKENS=None if gate is None else tokens or x.shape[0] // gate.shape[0],
-            GELU=gelu,
-            **_constexprs(config, columns, precision),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            stride_x=x.stride(0), stride_skip=strides(skip)[0], stride_weight=weight.stride(0),
+            stride_residual=strides(residual)[0], stride_gate=strides(gate)[0],
+            D=x.shape[1], E=0 if skip is None else skip.shape[1],
+            TOKENS=None if gate is None else tokens or x.shape[0] // gate.shape[0], GELU=gelu,
+            **_constexprs(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return y, z
 
 
 @triton.jit
 def _dgelu_epilogue(
-    acc,
-    z,
-    dz,
-    partial,
-    row,
-    column,
-    M,
+    acc, z, dz, partial, row, column, M,
     stride_z,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    N: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     values = _tile(z, row, column, stride_z, M, N, TMA, BLOCK_M, BLOCK_N)
     acc *= gelu_gradient(values.to(tl.float32), values.dtype == tl.float32)
     _store(dz, acc, row, column, M, N, TMA)
@@ -314,25 +241,11 @@ def _dgelu_epilogue(
 
 @triton.jit
 def _linear_dgelu_kernel(
-    dy,
-    weight_t,
-    z,
-    dz,
-    partial,
-    M,
-    stride_dy,
-    stride_weight,
-    stride_z,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    dy, weight_t, z, dz, partial, M,
+    stride_dy, stride_weight, stride_z,
+    N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """dy [M, D], weight_t [D, N], z, dz [M, N]: descriptors if TMA, else pointers; partial [tiles in M, N] or None."""
     HALF: tl.constexpr = BLOCK_N // 2
     row, column = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -370,14 +283,10 @@ def linear_dgelu(
             **_operands(config, matrices),
             partial=partial,
             M=rows,
-            stride_dy=dy.stride(0),
-            stride_weight=weight.stride(0),
-            stride_z=z.stride(0),
-            D=dy.shape[1],
-            **_constexprs(config, columns, precision),
-            num_warps=config.num_warps,
+            stride_dy=dy.stride(0), stride_weight=weight.stride(0), stride_z=z.stride(0),
+            D=dy.shape[1], **_constexprs(config, columns, precision), num_warps=config.num_warps,
             num_stages=config.num_stages,
-        )
+        )  # fmt: skip
     return dz, sum_partial_sums(partial, torch.float32) if sums else None
 
 
@@ -449,23 +358,15 @@ def _constexprs(config: Config, columns: int, precision: str) -> dict:
 
 
 def linear_case(
-    config: Config,
-    columns: int,
-    x_width: int,
-    skip_width: int,
-    dtype: str,
-    gelu: bool,
-    save_preactivation: bool = False,
-    precision: str = "tf32",
-    residual: str | None = None,
-    tokens: int | None = None,
-) -> AotCase:
+    config: Config, columns: int, x_width: int, skip_width: int, dtype: str, gelu: bool,
+    save_preactivation=False, precision="tf32", residual: str | None = None, tokens: int | None = None,
+) -> AotCase:  # fmt: skip
     """residual: its dtype, if there is one; tokens: of a row of the gate, if there is one, in dtype."""
     dtypes = {"x": dtype, "weight": dtype, "y": residual or dtype}
     dtypes |= {"skip": dtype} if skip_width else {}
     dtypes |= {"z": dtype} if save_preactivation else {}
     dtypes |= {"residual": residual} if residual else {}
-    vectors = {"bias": "*fp32"} | ({"gate": f"*{dtype}"} if tokens else {})
+    vectors = {"bias": "fp32"} | ({"gate": dtype} if tokens else {})
     widths = f"{x_width}+{skip_width}" if skip_width else x_width
     extras = f" on {residual}" * bool(residual) + f" gate/{tokens}" * bool(tokens) + " saving z" * save_preactivation
     return _case(
@@ -473,7 +374,6 @@ def linear_case(
         config,
         dtypes,
         vectors,
-        ("stride_x", "stride_skip", "stride_weight", "stride_residual", "stride_gate"),
         {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu} | _constexprs(config, columns, precision),
         f"K={widths} N={columns}",
         extras,
@@ -481,35 +381,22 @@ def linear_case(
 
 
 def _case(
-    kernel,
-    config: Config,
-    dtypes: dict[str, str],
-    vectors: dict[str, str],
-    strides: tuple[str, ...],
-    constexprs: dict,
-    shape: str,
-    extras: str,
+    kernel, config: Config, dtypes: dict[str, str], vectors: dict[str, str], constexprs: dict, shape: str, extras: str
 ) -> AotCase:
-    """dtypes: of the matrices that are there, x or dy first; vectors: types of the pointers beside them."""
+    """dtypes: of the matrices that are there, x or dy first; vectors: of what the pointers beside them point to."""
     blocks, dtype, precision = _blocks(config), next(iter(dtypes.values())), constexprs["PRECISION"]
-    pointers = dict(vectors)
-    for name, kind in dtypes.items():
-        rows, width = blocks[name]
-        pointers[name] = f"tensordesc<{kind}[{rows},{width}]>" if config.tma else f"*{kind}"
-    signature = pointers | dict.fromkeys(("M", *strides), "i32")
-    absent = {name: None for name in kernel.arg_names if name not in signature | constexprs}
+    descriptors = {name: f"tensordesc<{kind}[{','.join(map(str, blocks[name]))}]>" for name, kind in dtypes.items()}
     path = "TMA" if config.tma else "pointers" if precision == "tf32" else "ieee"
-    return AotCase(
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs | absent | {"UPCAST": False},
+    return aot_case(
+        kernel,
+        vectors | (descriptors if config.tma else dtypes),
+        constexprs | {"UPCAST": False},
+        f"{shape} {path}{extras}",
+        dtype,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        shape=f"{shape} {path}{extras}",
-        dtype=dtype,
         gemm=dtype != "fp32" or precision == "tf32",
         archs=(90, 100) if config.tma else (80, 90, 100),
-        divisible_by_16=(*(name for name, kind in pointers.items() if kind.startswith("*")), *strides),
     )
 
 
@@ -520,8 +407,7 @@ def linear_dgelu_case(
         _linear_dgelu_kernel,
         config,
         dict.fromkeys(("dy", "weight_t", "z", "dz"), dtype),
-        {"partial": "*fp32"} if sums else {},
-        ("stride_dy", "stride_weight", "stride_z"),
+        {"partial": "fp32"} if sums else {},
         {"D": width} | _constexprs(config, columns, precision),
         f"K={width} N={columns}",
         "" if sums else " without sums",

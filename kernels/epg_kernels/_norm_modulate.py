@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
-from epg_kernels._launch import stride, unit_stride
+from epg_kernels._launch import accumulation_dtype, aot_case, strides, unit_stride
 from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
@@ -93,36 +93,11 @@ def _norm_gradient(dxhat, xhat, inverse_std, D: tl.constexpr):
 
 @triton.jit
 def _norm_modulate_fwd_kernel(
-    x,
-    branch,
-    gate,
-    weight,
-    bias,
-    shift,
-    scale,
-    x_out,
-    y,
-    row_scale,
-    mean,
-    rstd,
-    first_weight,
-    first_bias,
-    first_mean,
-    first_rstd,
-    tokens,
-    stride_x_batch,
-    stride_x_token,
-    stride_branch_batch,
-    stride_branch_token,
-    stride_gate,
-    stride_shift,
-    stride_scale,
-    D: tl.constexpr,
-    EPS: tl.constexpr,
-    FP8_MAX: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, branch, gate, weight, bias, shift, scale, x_out, y, row_scale, mean, rstd,
+    first_weight, first_bias, first_mean, first_rstd, tokens,
+    stride_x_batch, stride_x_token, stride_branch_batch, stride_branch_token, stride_gate, stride_shift, stride_scale,
+    D: tl.constexpr, EPS: tl.constexpr, FP8_MAX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     row = batch * tokens + token
@@ -174,42 +149,12 @@ def _norm_modulate_fwd_kernel(
 
 @triton.jit
 def _norm_modulate_bwd_kernel(
-    dy,
-    dx_out,
-    dcopy,
-    x,
-    branch,
-    gate,
-    weight,
-    scale,
-    mean,
-    rstd,
-    dx,
-    dbranch,
-    partial,
-    first_weight,
-    first_bias,
-    first_mean,
-    first_rstd,
-    tokens,
-    stride_dy_batch,
-    stride_dy_token,
-    stride_dx_out_batch,
-    stride_dx_out_token,
-    stride_dcopy_batch,
-    stride_dcopy_token,
-    stride_x_batch,
-    stride_x_token,
-    stride_branch_batch,
-    stride_branch_token,
-    stride_gate,
-    stride_scale,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dy, dx_out, dcopy, x, branch, gate, weight, scale, mean, rstd, dx, dbranch, partial,
+    first_weight, first_bias, first_mean, first_rstd, tokens,
+    stride_dy_batch, stride_dy_token, stride_dx_out_batch, stride_dx_out_token, stride_dcopy_batch, stride_dcopy_token,
+    stride_x_batch, stride_x_token, stride_branch_batch, stride_branch_token, stride_gate, stride_scale,
+    D: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """x is what was normalised: with a branch, the sum that the forward pass wrote; with a first norm, what entered it.
 
     Without a gate dbranch is dx in another dtype. BIAS: also sum over tokens what leaves last, dbranch or dx.
@@ -312,22 +257,10 @@ def _sum_rows(pointer, rows, stride, columns, inside, TILES: tl.constexpr, TILE:
 
 @triton.jit
 def _norm_modulate_bwd_batch_kernel(
-    partial,
-    weight,
-    bias,
-    scale,
-    dshift,
-    dscale,
-    dgate,
-    scaled,
-    chunks,
+    partial, weight, bias, scale, dshift, dscale, dgate, scaled, chunks,
     stride_scale,
-    D: tl.constexpr,
-    EXTRA: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    D: tl.constexpr, EXTRA: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Sums one image's partial sums into dshift, dscale and dgate, and scales them by 1 + scale for the parameters'.
 
     EXTRA: how many further sums of parameters follow, which are passed on as they are.
@@ -366,18 +299,9 @@ def _norm_modulate_bwd_batch_kernel(
 
 @triton.jit
 def _norm_modulate_bwd_parameter_kernel(
-    sums,
-    dbias,
-    dweight,
-    dfirst_weight,
-    dfirst_bias,
-    dlinear_bias,
-    rows,
-    D: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    sums, dbias, dweight, dfirst_weight, dfirst_bias, dlinear_bias, rows,
+    D: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One parameter, the program's second number, a row of `sums`: dbias, dweight, and those of the others given."""
     parameter = tl.program_id(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -398,17 +322,7 @@ def _norm_modulate_bwd_parameter_kernel(
 
 
 def launch_forward(
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
-    first_norm: tuple[torch.Tensor, torch.Tensor] | None = None,
-    copy_dtype: torch.dtype | None = None,
+    x, branch, gate, weight, bias, shift, scale, eps: float, out_dtype=None, first_norm=None, copy_dtype=None
 ) -> NormForward:
     """The row that is normalised (x_out; None if it is x, of which it is a copy if that has a dtype) and its norm.
 
@@ -417,7 +331,7 @@ def launch_forward(
     """
     batch, tokens, width = x.shape
     config = config_for(width)
-    x, branch, gate, shift, scale = (unit_stride(tensor) for tensor in (x, branch, gate, shift, scale))
+    x, branch, gate, shift, scale = map(unit_stride, (x, branch, gate, shift, scale))
     x_dtype = copy_dtype if branch is None and first_norm is None else x.dtype
     x_out = None if x_dtype is None else torch.empty(x.shape, dtype=x_dtype, device=x.device)
     y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
@@ -428,57 +342,18 @@ def launch_forward(
     first_mean, first_rstd = (None if first_norm is None else torch.empty_like(mean) for _ in range(2))
     with torch.cuda.device_of(x):
         _norm_modulate_fwd_kernel[(triton.cdiv(tokens, config.rows), batch)](
-            x,
-            branch,
-            gate,
-            weight.contiguous(),
-            bias.contiguous(),
-            shift,
-            scale,
-            x_out,
-            y,
-            row_scale,
-            mean,
-            rstd,
-            first_weight,
-            first_bias,
-            first_mean,
-            first_rstd,
-            tokens,
-            x.stride(0),
-            x.stride(1),
-            stride(branch, 0),
-            stride(branch, 1),
-            stride(gate, 0),
-            stride(shift, 0),
-            stride(scale, 0),
-            D=width,
-            EPS=eps,
-            FP8_MAX=FP8_MAX,
-            ROWS=config.rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-        )
+            x, branch, gate, weight.contiguous(), bias.contiguous(), shift, scale, x_out, y, row_scale, mean, rstd,
+            first_weight, first_bias, first_mean, first_rstd, tokens,
+            *strides(x, 2), *strides(branch, 2), *strides(gate), *strides(shift), *strides(scale),
+            D=width, EPS=eps, FP8_MAX=FP8_MAX, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps,
+        )  # fmt: skip
     return NormForward(x_out, y, row_scale, mean, rstd, first_mean, first_rstd)
 
 
 def launch_backward(
-    dy: torch.Tensor,
-    dx_out: torch.Tensor | None,
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    dcopy: torch.Tensor | None = None,
-    branch_dtype: torch.dtype | None = None,
-    first_norm: tuple[torch.Tensor, ...] | None = None,
-    linear_bias: torch.Tensor | None = None,
-) -> NormBackward:
+    dy, dx_out, x, branch, gate, weight, bias, shift, scale, mean, rstd,
+    dcopy=None, branch_dtype=None, first_norm=None, linear_bias=None,
+) -> NormBackward:  # fmt: skip
     """Gradients of all that entered `launch_forward`.
 
     x: [B, L, D], what was normalised; dx_out, dcopy: gradients that reach it past the norm, through itself and through
@@ -488,8 +363,7 @@ def launch_backward(
     """
     batch, tokens, width = x.shape
     config = config_for(width)
-    dy, dx_out, dcopy, x, branch = (unit_stride(tensor) for tensor in (dy, dx_out, dcopy, x, branch))
-    gate, scale = unit_stride(gate), unit_stride(scale)
+    dy, dx_out, dcopy, x, branch, gate, scale = map(unit_stride, (dy, dx_out, dcopy, x, branch, gate, scale))
     weight, bias = weight.contiguous(), bias.contiguous()
     per_program = _tokens_per_program(config)
     chunks = triton.cdiv(tokens, per_program)
@@ -511,82 +385,26 @@ def launch_backward(
     columns = triton.cdiv(width, COLUMNS)
     with torch.cuda.device_of(x):
         _norm_modulate_bwd_kernel[(chunks, batch)](
-            dy,
-            dx_out,
-            dcopy,
-            x,
-            branch,
-            gate,
-            weight,
-            scale,
-            mean,
-            rstd,
-            dx,
-            dbranch,
-            sums,
-            first_weight,
-            first_bias,
-            first_mean,
-            first_rstd,
-            tokens,
-            dy.stride(0),
-            dy.stride(1),
-            stride(dx_out, 0),
-            stride(dx_out, 1),
-            stride(dcopy, 0),
-            stride(dcopy, 1),
-            x.stride(0),
-            x.stride(1),
-            stride(branch, 0),
-            stride(branch, 1),
-            stride(gate, 0),
-            stride(scale, 0),
-            D=width,
-            BIAS=linear_bias is not None,
-            TOKENS=per_program,
-            ROWS=config.rows_backward,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-        )
+            dy, dx_out, dcopy, x, branch, gate, weight, scale, mean, rstd, dx, dbranch, sums,
+            first_weight, first_bias, first_mean, first_rstd, tokens,
+            *strides(dy, 2), *strides(dx_out, 2), *strides(dcopy, 2),
+            *strides(x, 2), *strides(branch, 2), *strides(gate), *strides(scale),
+            D=width, BIAS=linear_bias is not None, TOKENS=per_program,
+            ROWS=config.rows_backward, BLOCK=config.block, num_warps=config.num_warps,
+        )  # fmt: skip
         if scale is not None or gate is not None:
             scaled = empty(mean, (batch, 2 + extra, width))
             _norm_modulate_bwd_batch_kernel[(columns, batch)](
-                sums,
-                weight,
-                bias,
-                scale,
-                dshift,
-                dscale,
-                dgate,
-                scaled,
-                chunks,
-                stride(scale, 0),
-                D=width,
-                EXTRA=extra,
-                TILES=_tiles(chunks),
-                TILE=TILE,
-                COLUMNS=COLUMNS,
-            )
+                sums, weight, bias, scale, dshift, dscale, dgate, scaled, chunks, *strides(scale),
+                D=width, EXTRA=extra, TILES=_tiles(chunks), TILE=TILE, COLUMNS=COLUMNS,
+            )  # fmt: skip
             sums = scaled
         _norm_modulate_bwd_parameter_kernel[(columns, 2 + extra)](
-            sums,
-            dbias,
-            dweight,
-            dfirst_weight,
-            dfirst_bias,
-            dlinear_bias,
-            sums.shape[0],
-            D=width,
-            TILES=_tiles(sums.shape[0]),
-            TILE=TILE,
-            COLUMNS=COLUMNS,
-        )
+            sums, dbias, dweight, dfirst_weight, dfirst_bias, dlinear_bias, sums.shape[0],
+            D=width, TILES=_tiles(sums.shape[0]), TILE=TILE, COLUMNS=COLUMNS,
+        )  # fmt: skip
     gradients = dx, dbranch, dgate, dweight, dbias, dshift, dscale
     return NormBackward(*gradients, dfirst_weight, dfirst_bias, dlinear_bias)
-
-
-def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _tokens_per_program(config: Config) -> int:
@@ -616,62 +434,24 @@ def row_cases(width: int, dtype: str, residual=False, fp8=False, twice=False, bi
         first = dict.fromkeys(("first_weight", "first_bias", "first_mean", "first_rstd"), "fp32")
         forward |= first | {"x_out": dtype}
         backward |= first | {"dx_out": dtype}
-    constexprs = {"D": width, "BLOCK": config.block}
-    shape = f"D={width}{' gated' * residual}{' twice' * twice}{' bias' * bias}"
-    forward_constexprs = constexprs | {"EPS": 1e-5, "FP8_MAX": FP8_MAX, "ROWS": config.rows}
-    cases = [_case(_norm_modulate_fwd_kernel, forward, forward_constexprs, config.num_warps, shape, dtype, fp8)]
-    if not fp8:
-        backward_constexprs = constexprs | {"TOKENS": _tokens_per_program(config), "ROWS": config.rows_backward}
-        backward_constexprs["BIAS"] = bias
-        cases.append(_case(_norm_modulate_bwd_kernel, backward, backward_constexprs, config.num_warps, shape, dtype))
-    return cases
+    sizes = {"D": width, "BLOCK": config.block}
+    shape = f"D={width}{' gated' * residual}{' twice' * twice}{' bias' * bias}{' fp8' * fp8}"
+    constexprs = sizes | {"EPS": 1e-5, "FP8_MAX": FP8_MAX, "ROWS": config.rows}
+    options = {"num_warps": config.num_warps}
+    if fp8:  # FP8 conversion instructions came with sm_89
+        return [aot_case(_norm_modulate_fwd_kernel, forward, constexprs, shape, dtype, archs=(90, 100), **options)]
+    cases = [aot_case(_norm_modulate_fwd_kernel, forward, constexprs, shape, dtype, **options)]
+    constexprs = sizes | {"TOKENS": _tokens_per_program(config), "ROWS": config.rows_backward, "BIAS": bias}
+    return [*cases, aot_case(_norm_modulate_bwd_kernel, backward, constexprs, shape, dtype, **options)]
 
 
 def summing_cases(width: int, dtype: str, residual: bool = False) -> list[AotCase]:
     per_batch = {"partial": "fp32", "weight": "fp32", "bias": "fp32", "scale": dtype, "dshift": dtype, "dscale": dtype}
     per_batch |= {"scaled": "fp32"} | ({"dgate": dtype} if residual else {})
     names = ("sums", "dweight", "dbias", "dfirst_weight", "dfirst_bias", "dlinear_bias")
-    parameters = dict.fromkeys(names, "fp32")
-    constexprs = {"D": width, "TILES": 8, "TILE": TILE, "COLUMNS": COLUMNS}
-    shape = f"D={width}{' gated' * residual}"
-    per_batch_constexprs = constexprs | {"EXTRA": 3}
-    cases = [_case(_norm_modulate_bwd_batch_kernel, per_batch, per_batch_constexprs, 4, shape, dtype)]
+    constexprs = {"D": width, "TILES": 8, "TILE": TILE, "COLUMNS": COLUMNS, "EXTRA": 3}
+    kernels = {_norm_modulate_bwd_batch_kernel: per_batch}
     if not residual:
-        cases.append(_case(_norm_modulate_bwd_parameter_kernel, parameters, constexprs, 4, shape, dtype))
-    return cases
-
-
-def _case(kernel, pointers: dict[str, str], constexprs: dict, num_warps: int, shape: str, dtype: str, fp8=False):
-    """What is neither pointer nor constexpr is a 32-bit integer, or a pointer left out: None, with stride 0."""
-    optional = {
-        "branch",
-        "gate",
-        "shift",
-        "scale",
-        "x_out",
-        "row_scale",
-        "dx_out",
-        "dcopy",
-        "dbranch",
-        "dshift",
-        "dscale",
-        "dgate",
-        "first_weight",
-        "first_bias",
-        "first_mean",
-        "first_rstd",
-    }
-    absent = {name: None for name in kernel.arg_names if name in optional and name not in pointers}
-    known = pointers | constexprs | absent
-    integers = [name for name in kernel.arg_names if name not in known]
-    # FP8 conversion instructions came with sm_89.
-    return AotCase(
-        kernel=kernel,
-        signature={name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32"),
-        constexprs=constexprs | absent,
-        num_warps=num_warps,
-        shape=f"{shape} fp8" if fp8 else shape,
-        dtype=dtype,
-        archs=(90, 100) if fp8 else (80, 90, 100),
-        divisible_by_16=(*pointers, *(name for name in integers if name.startswith("stride_"))),
-    )
+        kernels[_norm_modulate_bwd_parameter_kernel] = dict.fromkeys(names, "fp32")
+    shape = f"D={width}{' gated' * residual}"
+    return [aot_case(kernel, pointers, constexprs, shape, dtype) for kernel, pointers in kernels.items()]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
-from epg_kernels._launch import matmul_precision
+from epg_kernels._launch import aot_case, matmul_precision
 
 _LOG2_E = math.log2(math.e)
 _FEW = 2  # keys beyond full blocks that the backward pass takes one by one
@@ -100,20 +100,9 @@ def _store(head, rows, stride, parts, L, D: tl.constexpr, MAIN: tl.constexpr, RE
 
 @triton.jit
 def _attend(
-    q,
-    k,
-    v,
-    acc,
-    maximum,
-    total,
-    scale_log2,
-    keys_left,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    q, k, v, acc, maximum, total, scale_log2, keys_left,
+    M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax in base 2: M queries see N keys, of which `keys_left` exist."""
     s = _dot_heads(q, k, M, N, PRECISION, UPCAST)
     if MASKED:
@@ -127,28 +116,12 @@ def _attend(
 
 @triton.jit
 def _attend_tile(
-    q_head,
-    k_head,
-    v_head,
-    o_head,
-    lse_head,
-    ks,
-    vs,
-    first_row,
-    stride,
-    stride_o,
+    q_head, k_head, v_head, o_head, lse_head, ks, vs, first_row,
+    stride, stride_o,
     scale_log2,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TAIL: tl.constexpr,
-    STREAM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    TAIL: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """M queries from first_row on, through all keys: ks and vs or, if STREAM, those in memory."""
     LN2: tl.constexpr = 0.6931471805599453
     FULL: tl.constexpr = L // N
@@ -183,27 +156,11 @@ def _attend_tile(
 
 @triton.jit
 def _attention_fwd_kernel(
-    qkv,
-    out,
-    lse,
-    scale_log2,
-    heads,
-    stride_batch,
-    stride_token,
-    stride_slot,
-    stride_head,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    ALIGN: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TAIL: tl.constexpr,
-    STREAM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    qkv, out, lse, scale_log2, heads,
+    stride_batch, stride_token, stride_slot, stride_head,
+    L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, TAIL: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """The strides of qkv come divided by ALIGN, so that the compiler knows what divides them: 72 values are aligned."""
     program = tl.program_id(0)
     batch, head = (program // heads).to(tl.int64), program % heads
@@ -267,29 +224,11 @@ def _column_sums(parts):
 
 @triton.jit
 def _finish_dq(
-    q_head,
-    k_head,
-    v_head,
-    do_head,
-    lse_head,
-    delta_head,
-    sum_head,
-    dq_head,
-    dk_head,
-    dv_head,
-    stride,
-    stride_o,
-    stride_sum,
-    stride_dkv,
-    scale,
-    scale_log2,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    M: tl.constexpr,
-    FEW: tl.constexpr,
-):
+    q_head, k_head, v_head, do_head, lse_head, delta_head, sum_head, dq_head, dk_head, dv_head,
+    stride, stride_o, stride_sum, stride_dkv,
+    scale, scale_log2,
+    L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, M: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
     """Stores the sum as dq, after adding the share of the last FEW keys, in float32 and without matrix products."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     ks, vs, dks, dvs = (), (), (), ()
@@ -334,33 +273,12 @@ def _dq(ds, k, M: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PRECISIO
 
 @triton.jit
 def _key_block(
-    q_head,
-    k_head,
-    v_head,
-    do_head,
-    lse_head,
-    delta_head,
-    sum_head,
-    dk_head,
-    dv_head,
-    first_key,
-    stride,
-    stride_o,
-    stride_sum,
-    stride_dkv,
-    scale,
-    scale_log2,
-    add,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    q_head, k_head, v_head, do_head, lse_head, delta_head, sum_head, dk_head, dv_head, first_key,
+    stride, stride_o, stride_sum, stride_dkv,
+    scale, scale_log2, add,
+    L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """dk and dv of N keys from first_key on, and their share of dq: added to dq if `add`."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     keys = first_key + tl.arange(0, N)
@@ -390,34 +308,12 @@ def _key_block(
 
 @triton.jit
 def _attention_bwd_kernel(
-    do,
-    qkv,
-    out,
-    lse,
-    delta,
-    dqkv,
-    partial,
-    scale,
-    scale_log2,
-    heads,
-    stride_batch,
-    stride_token,
-    stride_slot,
-    stride_head,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    ALIGN: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TAIL: tl.constexpr,
-    FEW: tl.constexpr,
-    ROWS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    do, qkv, out, lse, delta, dqkv, partial, scale, scale_log2, heads,
+    stride_batch, stride_token, stride_slot, stride_head,
+    L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, TAIL: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, IN_PLACE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """dq is added up in `partial` [B, L, H, d] or, if IN_PLACE, in dqkv itself: only this program touches its part.
 
     The barriers let its threads read there what others of them wrote.
@@ -566,19 +462,11 @@ def attention_fwd(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.
     align = _alignment(qkv)
     with torch.cuda.device_of(qkv):
         _attention_fwd_kernel[(batch * heads, triton.cdiv(length, config.M) if stream else 1)](
-            qkv,
-            out,
-            lse,
-            scale * _LOG2_E,
-            heads,
+            qkv, out, lse, scale * _LOG2_E, heads,
             *(stride // align for stride in qkv.stride()[:-1]),
-            **_fwd_constants(length, head_dim, config, stream),
-            ALIGN=align,
-            PRECISION=_precision(qkv),
-            UPCAST=_upcast(qkv),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            **_fwd_constants(length, head_dim, config, stream), ALIGN=align, PRECISION=_precision(qkv),
+            UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -588,9 +476,7 @@ def _fwd_constants(length: int, head_dim: int, config: Config, stream: bool) -> 
     return {"L": length, "D": head_dim, "MAIN": main, "REST": rest, **blocks}
 
 
-def attention_bwd(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
-) -> torch.Tensor:
+def attention_bwd(dout, qkv, out, lse, scale: float) -> torch.Tensor:
     """Returns dqkv [B, L, 3, H, d]; dout, out: [B, L, H, d], lse: [B, H, L]."""
     batch, length, _, heads, head_dim = qkv.shape
     qkv, dout, out = _addressable(qkv), dout.contiguous(), out.contiguous()
@@ -602,24 +488,11 @@ def attention_bwd(
     align = _alignment(qkv)
     with torch.cuda.device_of(qkv):
         _attention_bwd_kernel[(batch * heads,)](
-            dout,
-            qkv,
-            out,
-            lse,
-            delta,
-            dqkv,
-            partial,
-            scale,
-            scale * _LOG2_E,
-            heads,
+            dout, qkv, out, lse, delta, dqkv, partial, scale, scale * _LOG2_E, heads,
             *(stride // align for stride in qkv.stride()[:-1]),
-            **_bwd_constants(length, head_dim, config, in_place),
-            ALIGN=align,
-            PRECISION=_precision(qkv),
-            UPCAST=_upcast(qkv),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            **_bwd_constants(length, head_dim, config, in_place), ALIGN=align, PRECISION=_precision(qkv),
+            UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return dqkv
 
 
@@ -646,36 +519,32 @@ def aot_cases() -> list[AotCase]:
 
 def _fwd_case(head_dim: int, dtype: str, stream: bool) -> AotCase:
     config = _stream_config(head_dim, _itemsize(dtype)) if stream else _resident_config(head_dim)
-    pointers = {"qkv": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32"}
-    return AotCase(
-        _attention_fwd_kernel,
-        {**pointers, "scale_log2": "fp32", "heads": "i32", **_STRIDES},
-        {**_fwd_constants(258, head_dim, config, stream), "ALIGN": 8, "PRECISION": "tf32", "UPCAST": False},
-        config.num_warps,
-        f"d={head_dim} {'streaming' if stream else 'resident'}",
-        dtype,
-        num_stages=config.num_stages,
-        gemm=dtype != "fp32",
-        archs=(80, 90, 100) if stream else (90,),
-        divisible_by_16=tuple(pointers),
-    )
+    pointers = {"qkv": dtype, "out": dtype, "lse": "fp32"}
+    constexprs = _fwd_constants(258, head_dim, config, stream)
+    shape, archs = f"d={head_dim} {'streaming' if stream else 'resident'}", (80, 90, 100) if stream else (90,)
+    return _case(_attention_fwd_kernel, config, pointers, constexprs, shape, dtype, archs)
 
 
 def _bwd_case(head_dim: int, dtype: str, archs: tuple[int, ...]) -> AotCase:
     config = _bwd_config(head_dim, _itemsize(dtype), archs[-1] // 10)
     in_place = dtype == "fp32"
-    pointers = dict.fromkeys(("do", "qkv", "out", "dqkv"), f"*{dtype}") | {"lse": "*fp32", "delta": "*fp32"}
-    pointers |= {} if in_place else {"partial": "*fp32"}
-    constants = {**_bwd_constants(258, head_dim, config, in_place), "ALIGN": 8, "PRECISION": "tf32", "UPCAST": False}
-    return AotCase(
-        _attention_bwd_kernel,
-        {**pointers, "scale": "fp32", "scale_log2": "fp32", "heads": "i32", **_STRIDES},
-        constants | ({"partial": None} if in_place else {}),
-        config.num_warps,
-        f"d={head_dim}",
+    pointers = dict.fromkeys(("do", "qkv", "out", "dqkv"), dtype) | {"lse": "fp32", "delta": "fp32"}
+    pointers |= {} if in_place else {"partial": "fp32"}
+    constexprs = _bwd_constants(258, head_dim, config, in_place)
+    return _case(_attention_bwd_kernel, config, pointers, constexprs, f"d={head_dim}", dtype, archs)
+
+
+def _case(kernel, config: Config, pointers: dict[str, str], constexprs: dict, shape, dtype, archs) -> AotCase:
+    scalars = {name: "=fp32" for name in ("scale", "scale_log2") if name in kernel.arg_names}
+    return aot_case(
+        kernel,
+        pointers | scalars,
+        constexprs | {"ALIGN": 8, "PRECISION": "tf32", "UPCAST": False},
+        shape,
         dtype,
+        num_warps=config.num_warps,
         num_stages=config.num_stages,
-        gemm=not in_place,
+        gemm=dtype != "fp32",
         archs=archs,
         divisible_by_16=tuple(pointers),
     )
@@ -683,6 +552,3 @@ def _bwd_case(head_dim: int, dtype: str, archs: tuple[int, ...]) -> AotCase:
 
 def _itemsize(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
-
-
-_STRIDES = dict.fromkeys(("stride_batch", "stride_token", "stride_slot", "stride_head"), "i32")

@@ -7,15 +7,7 @@ from epg_kernels._norm_modulate import launch_backward, launch_forward, row_case
 
 
 def gate_residual_norm_modulate_fwd(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
+    x, branch, gate, weight, bias, shift, scale, eps: float, out_dtype=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns x + gate * branch in x's dtype, y in out_dtype (default: x's), mean and rstd [B, L].
 
@@ -32,17 +24,7 @@ def gate_residual_norm_modulate_fp8(x, branch, gate, weight, bias, shift, scale,
 
 
 def gate_residual_norm_modulate_bwd(
-    dx_out: torch.Tensor | None,
-    dy: torch.Tensor,
-    x_out: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    dx_out, dy, x_out, branch, gate, weight, bias, shift, scale, mean, rstd
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns dx, dbranch, dgate, dweight, dbias, dshift, dscale.
 

@@ -7,14 +7,7 @@ from epg_kernels._norm_modulate import launch_backward, launch_forward, row_case
 
 
 def layer_norm_modulate_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
-    copy_dtype: torch.dtype | None = None,
+    x, weight, bias, shift, scale, eps: float, out_dtype=None, copy_dtype=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns y [B, L, D] in out_dtype (default: x's), mean and rstd [B, L], and x in copy_dtype, if that is wanted.
 
@@ -31,16 +24,7 @@ def layer_norm_modulate_fp8(x, weight, bias, shift, scale, eps) -> tuple[torch.T
 
 
 def layer_norm_modulate_bwd(
-    dx_out: torch.Tensor | None,
-    dcopy: torch.Tensor | None,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    dx_out, dcopy, dy, x, weight, bias, shift, scale, mean, rstd
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Returns dx, dweight, dbias, dshift, dscale (the last two None when scale is).
 

@@ -8,14 +8,7 @@ from epg_kernels._matmul import linear, rows_of
 from epg_kernels._norm_modulate import launch_backward, row_cases
 
 
-def linear_residual(
-    x: torch.Tensor,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    save_branch: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def linear_residual(x, h, weight, bias, gate, save_branch: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns x + gate * (h @ weight^T + bias) and the branch, which the gate scales, if it is to be saved.
 
     x: [B, L, N]; h: [B, L, K]; weight: [N, K], in h's dtype; bias: [N]; gate: [B, N] or None for ones.
@@ -24,25 +17,9 @@ def linear_residual(
 
 
 def linear_residual_norm_bwd(
-    dx_out: torch.Tensor | None,
-    dy: torch.Tensor,
-    x_out: torch.Tensor,
-    branch: torch.Tensor | None,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    weight_dtype: torch.dtype,
-    bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    need_h: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, ...]:
+    dx_out, dy, x_out, branch, h, weight, weight_dtype: torch.dtype, bias, gate,
+    norm_weight, norm_bias, shift, scale, mean, rstd, need_h: bool, need_weight: bool, need_bias: bool,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """Returns dx, dh, dweight, dbias (None where not needed), dgate, dnorm_weight, dnorm_bias, dshift, dscale.
 
     weight is in h's dtype, dweight in weight_dtype.

@@ -1,14 +1,12 @@
 """The MLP of a block, GELU and the gated residual in its products' epilogues; its backward pass."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import second_stage_case, sum_partial_sums
-from epg_kernels._launch import stride, unit_stride, weight_gradient
+from epg_kernels._launch import aot_case, strides, unit_stride, weight_gradient
 from epg_kernels._matmul import linear, linear_dgelu, rows_of
 
 TOKENS = 32  # of one image, that one program walks over: 258 tokens are nine of them
@@ -18,21 +16,10 @@ COLUMNS = 256  # with ROWS rows of bfloat16, two 16-byte accesses in each of 128
 
 @triton.jit
 def _residual_bwd_kernel(
-    dout,
-    branch,
-    gate,
-    dbranch,
-    gate_sums,
-    bias_sums,
-    tokens,
-    stride_dout_batch,
-    stride_dout_token,
-    stride_gate,
-    D: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    dout, branch, gate, dbranch, gate_sums, bias_sums, tokens,
+    stride_dout_batch, stride_dout_token, stride_gate,
+    D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """dbranch = gate * dout, in its dtype; sums over TOKENS tokens of dbranch and of dout * branch, in float32."""
     chunk, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -59,14 +46,7 @@ def _residual_bwd_kernel(
 
 
 def mlp_residual_fwd(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    save: bool,
+    x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Returns x + gate * (gelu(z) @ fc2_weight^T + fc2_bias), z = y @ fc1_weight^T + fc1_bias, gelu(z) and the branch.
 
@@ -80,18 +60,7 @@ def mlp_residual_fwd(
 
 
 def mlp_residual_bwd(
-    dout: torch.Tensor,
-    y: torch.Tensor,
-    z: torch.Tensor,
-    h: torch.Tensor,
-    branch: torch.Tensor | None,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight_dtype: torch.dtype,
-    product: Callable = linear_dgelu,
+    dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype, product=linear_dgelu
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate (None without a gate); x has dout itself.
 
@@ -108,39 +77,24 @@ def mlp_residual_bwd(
 
 
 def residual_bwd(
-    dout: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    dtype: torch.dtype,
-    bias_dtype: torch.dtype,
+    dout, branch, gate, dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns gate * dout in `dtype`, its sum over images and tokens, and the gradient of the gate (None without one).
 
     dout, branch: [B, L, D]; gate: [B, D], or None for ones.
     """
     batch, tokens, width = dout.shape
-    dout, gate = unit_stride(dout), unit_stride(gate)
+    dout, gate = map(unit_stride, (dout, gate))
     dbranch = torch.empty(dout.shape, dtype=dtype, device=dout.device)
     chunks = triton.cdiv(tokens, TOKENS)
     bias_sums = torch.empty((batch, chunks, width), dtype=torch.float32, device=dout.device)
     gate_sums = None if gate is None else torch.empty_like(bias_sums)
     with torch.cuda.device_of(dout):
         _residual_bwd_kernel[(triton.cdiv(width, COLUMNS), chunks, batch)](
-            dout,
-            None if gate is None else branch.contiguous(),
-            gate,
-            dbranch,
-            gate_sums,
-            bias_sums,
-            tokens,
-            dout.stride(0),
-            dout.stride(1),
-            stride(gate, 0),
-            D=width,
-            TOKENS=TOKENS,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-        )
+            dout, None if gate is None else branch.contiguous(), gate, dbranch, gate_sums, bias_sums, tokens,
+            *strides(dout, 2), *strides(gate),
+            D=width, TOKENS=TOKENS, ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
     dbias = sum_partial_sums(bias_sums.view(-1, width), bias_dtype)
     return dbranch, dbias, None if gate is None else gate_sums.sum(1, dtype=torch.float32).to(gate.dtype)
 
@@ -152,16 +106,7 @@ def aot_cases() -> list[AotCase]:
 
 
 def _case(width: int, dtype: str, gated: bool) -> AotCase:
-    pointers = {"dout": f"*{dtype}", "dbranch": "*bf16", "bias_sums": "*fp32"}
-    pointers |= {"branch": "*bf16", "gate": "*bf16", "gate_sums": "*fp32"} if gated else {}
-    absent = {name: None for name in ("branch", "gate", "gate_sums") if not gated}
-    strides = ("stride_dout_batch", "stride_dout_token", "stride_gate")
-    return AotCase(
-        kernel=_residual_bwd_kernel,
-        signature=pointers | dict.fromkeys(("tokens", *strides), "i32"),
-        constexprs=absent | {"D": width, "TOKENS": TOKENS, "ROWS": ROWS, "COLUMNS": COLUMNS},
-        num_warps=4,
-        shape=f"D={width}{' gated' * gated}",
-        dtype=dtype,
-        divisible_by_16=(*pointers, *strides),
-    )
+    pointers = {"dout": dtype, "dbranch": "bf16", "bias_sums": "fp32"}
+    pointers |= {"branch": "bf16", "gate": "bf16", "gate_sums": "fp32"} if gated else {}
+    constexprs = {"D": width, "TOKENS": TOKENS, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    return aot_case(_residual_bwd_kernel, pointers, constexprs, f"D={width}{' gated' * gated}", dtype)

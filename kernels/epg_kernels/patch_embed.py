@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
-from epg_kernels._launch import matmul_precision
+from epg_kernels._launch import aot_case, matmul_precision
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,11 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _patch_embed_fwd_kernel(
-    image,
-    weight,
-    bias,
-    position,
-    tokens,
-    rows,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    image, weight, bias, position, tokens, rows,
+    T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     K: tl.constexpr = C * P * P
     N: tl.constexpr = (H // P) * (W // P)
     TILES: tl.constexpr = tl.cdiv(E, BLOCK_COLUMNS)  # neighbours in time read the same pixels
@@ -128,23 +115,11 @@ def _add_and_store(acc, out, bias, position, token, column, live, E: tl.constexp
 
 @triton.jit
 def _patch_embed_bwd_weight_kernel(
-    dtokens,
-    image,
-    partial,
-    rows,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    E: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    dtokens, image, partial, rows,
+    T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """dtokens^T @ patches over STEPS * BLOCK_INNER patches: one partial sum of the weight's gradient [E, K]."""
     K: tl.constexpr = C * P * P
     N: tl.constexpr = (H // P) * (W // P)
@@ -167,22 +142,11 @@ def _patch_embed_bwd_weight_kernel(
 
 @triton.jit
 def _patch_embed_bwd_image_kernel(
-    dtokens,
-    weight,
-    dimage,
-    rows,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dtokens, weight, dimage, rows,
+    T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """dtokens @ weight, scattered into the image: patches do not overlap and cover it."""
     K: tl.constexpr = C * P * P
     N: tl.constexpr = (H // P) * (W // P)
@@ -204,13 +168,7 @@ def _patch_embed_bwd_image_kernel(
     )
 
 
-def patch_embed_fwd(
-    image: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    position: torch.Tensor,
-    prefix: torch.Tensor,
-) -> torch.Tensor:
+def patch_embed_fwd(image, weight, bias, position, prefix) -> torch.Tensor:
     """Returns the tokens [B, T+N, E] in the dtype that torch.cat and the sum with position promote to.
 
     image: [B, C, H, W]; weight: [E, C, p, p], which is rounded to image's dtype; bias: [E]; position: [1, T+N, E];
@@ -230,7 +188,7 @@ def patch_embed_fwd(
 
 
 def patch_embed_bwd(
-    dtokens: torch.Tensor, image: torch.Tensor, weight: torch.Tensor, need_image: bool, need_weight: bool
+    dtokens, image, weight, need_image: bool, need_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Returns the gradients of image and weight, None where not needed. dtokens: [B, T+N, E]."""
     dtokens, image, weight = (tensor.contiguous() for tensor in (dtokens, image, weight))
@@ -302,23 +260,16 @@ def _product_cases(name, size, config, dtype, precision="ieee") -> list[AotCase]
     side, patch, width = size
     tiles = _tiles(config, torch.float32) | {"PRECISION": precision}
     constexprs = {"T": 2, "C": 3, "H": side, "W": side, "P": patch, "E": width, "STEPS": 37, **tiles}
-    image, weight, dtokens = {"image": f"*{dtype}"}, {"weight": f"*{dtype}"}, {"dtokens": "*fp32"}
-    signatures = {
-        _patch_embed_fwd_kernel: image | weight | {"bias": "*fp32", "position": "*fp32", "tokens": "*fp32"},
-        _patch_embed_bwd_weight_kernel: dtokens | image | {"partial": "*fp32"},
-        _patch_embed_bwd_image_kernel: dtokens | weight | {"dimage": f"*{dtype}"},
+    image, weight, dtokens = {"image": dtype}, {"weight": dtype}, {"dtokens": "fp32"}
+    pointers = {
+        _patch_embed_fwd_kernel: image | weight | {"bias": "fp32", "position": "fp32", "tokens": "fp32"},
+        _patch_embed_bwd_weight_kernel: dtokens | image | {"partial": "fp32"},
+        _patch_embed_bwd_image_kernel: dtokens | weight | {"dimage": dtype},
     }
+    shape = f"{name} {config.block_rows}x{config.block_columns}"
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "gemm": dtype != "fp32"}
+    kind = precision if dtype == "fp32" else dtype
     return [
-        AotCase(
-            kernel=kernel,
-            signature=signature | {"rows": "i32"},
-            constexprs={name: value for name, value in constexprs.items() if name in kernel.arg_names},
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            shape=f"{name} {config.block_rows}x{config.block_columns}",
-            dtype=precision if dtype == "fp32" else dtype,
-            gemm=dtype != "fp32",
-            divisible_by_16=(*signature, "rows"),
-        )
-        for kernel, signature in signatures.items()
+        aot_case(kernel, given, constexprs, shape, kind, divisible_by_16=(*given, "rows"), **options)
+        for kernel, given in pointers.items()
     ]

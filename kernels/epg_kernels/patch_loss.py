@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
-from epg_kernels._launch import unit_stride
+from epg_kernels._launch import aot_case, unit_stride
 
 VALUES = 4096  # loaded at a time by the four warps of a program: four 16-byte accesses of bf16 per lane
 STEPS = 4  # such tiles per program: at batch 64 there are then 8 programs or more per multiprocessor of an H200
@@ -21,26 +21,11 @@ STEPS = 4  # such tiles per program: at batch 64 there are then 8 programs or mo
 
 @triton.jit
 def _residual(
-    tokens,
-    target,
-    scale,
-    offset,
-    offset_scale,
-    batch,
-    row,
-    stride_tokens_batch,
-    stride_tokens_token,
-    stride_target_batch,
-    stride_target_token,
-    stride_offset,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    TARGET_IS_IMAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tokens, target, scale, offset, offset_scale, batch, row,
+    stride_tokens_batch, stride_tokens_token, stride_target_batch, stride_target_token, stride_offset,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, TARGET_IS_IMAGE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Residual [ROWS, BLOCK], where each of its values lies, in tokens of K = P * P * C values, and whether it exists.
 
     Rows are counted over (row of patches, line in the patch, patch in the row): line by line in an image.
@@ -74,51 +59,20 @@ def _residual(
 
 @triton.jit
 def _patch_loss_fwd_kernel(
-    tokens,
-    target,
-    scale,
-    offset,
-    offset_scale,
-    partial,
-    stride_tokens_batch,
-    stride_tokens_token,
-    stride_target_batch,
-    stride_target_token,
-    stride_offset,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    TARGET_IS_IMAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    tokens, target, scale, offset, offset_scale, partial,
+    stride_tokens_batch, stride_tokens_token, stride_target_batch, stride_target_token, stride_offset,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, TARGET_IS_IMAGE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(STEPS):
         row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         residual, _, inside = _residual(
-            tokens,
-            target,
-            scale,
-            offset,
-            offset_scale,
-            batch,
-            row,
-            stride_tokens_batch,
-            stride_tokens_token,
-            stride_target_batch,
-            stride_target_token,
-            stride_offset,
-            C,
-            H,
-            W,
-            P,
-            TARGET_IS_IMAGE,
-            ROWS,
-            BLOCK,
-        )
+            tokens, target, scale, offset, offset_scale, batch, row,
+            stride_tokens_batch, stride_tokens_token, stride_target_batch, stride_target_token, stride_offset,
+            C, H, W, P, TARGET_IS_IMAGE, ROWS, BLOCK,
+        )  # fmt: skip
         total += tl.where(inside, residual * residual, 0.0)
     tl.store(partial + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
 
@@ -132,15 +86,9 @@ def _factor(squared_error, weight, batch, SIZE: tl.constexpr, HUBER: tl.constexp
 
 @triton.jit
 def _patch_loss_fwd_sum_kernel(
-    partial,
-    weight,
-    loss,
-    squared_error,
-    chunks,
-    SIZE: tl.constexpr,
-    HUBER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial, weight, loss, squared_error, chunks,
+    SIZE: tl.constexpr, HUBER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK)
     total = tl.sum(tl.load(partial + batch * chunks + chunk, mask=chunk < chunks, other=0.0))
@@ -150,31 +98,11 @@ def _patch_loss_fwd_sum_kernel(
 
 @triton.jit
 def _patch_loss_bwd_kernel(
-    dloss,
-    squared_error,
-    weight,
-    tokens,
-    target,
-    scale,
-    offset,
-    offset_scale,
-    dtokens,
-    stride_tokens_batch,
-    stride_tokens_token,
-    stride_target_batch,
-    stride_target_token,
-    stride_offset,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    SIZE: tl.constexpr,
-    HUBER: tl.constexpr,
-    TARGET_IS_IMAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    dloss, squared_error, weight, tokens, target, scale, offset, offset_scale, dtokens,
+    stride_tokens_batch, stride_tokens_token, stride_target_batch, stride_target_token, stride_offset,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, HUBER: tl.constexpr,
+    TARGET_IS_IMAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     factor = 2.0 * tl.load(dloss + batch) * _factor(tl.load(squared_error + batch), weight, batch, SIZE, HUBER)
     if scale is not None:
@@ -182,26 +110,10 @@ def _patch_loss_bwd_kernel(
     for step in range(STEPS):
         row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         residual, place, inside = _residual(
-            tokens,
-            target,
-            scale,
-            offset,
-            offset_scale,
-            batch,
-            row,
-            stride_tokens_batch,
-            stride_tokens_token,
-            stride_target_batch,
-            stride_target_token,
-            stride_offset,
-            C,
-            H,
-            W,
-            P,
-            TARGET_IS_IMAGE,
-            ROWS,
-            BLOCK,
-        )
+            tokens, target, scale, offset, offset_scale, batch, row,
+            stride_tokens_batch, stride_tokens_token, stride_target_batch, stride_target_token, stride_offset,
+            C, H, W, P, TARGET_IS_IMAGE, ROWS, BLOCK,
+        )  # fmt: skip
         gradient = (factor * residual).to(dtokens.dtype.element_ty)
         tl.store(dtokens + batch * (C * H * W) + place, gradient, mask=inside)
 
@@ -243,13 +155,7 @@ def _tile(C: int, H: int, W: int, P: int) -> dict[str, int]:
 
 
 def patch_loss_fwd(
-    tokens: torch.Tensor,
-    target: torch.Tensor,
-    scale: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    offset_scale: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    huber_c: float | None,
+    tokens, target, scale, offset, offset_scale, weight, huber_c: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss and the squared error of each image, [B] in float32.
 
@@ -264,44 +170,24 @@ def patch_loss_fwd(
     with torch.cuda.device_of(tokens):
         _patch_loss_fwd_kernel[launch.grid](*launch.tensors, partial, *launch.strides, **launch.constexprs)
         _patch_loss_fwd_sum_kernel[(batch,)](
-            partial,
-            _contiguous(weight),
-            loss,
-            squared_error,
-            chunks,
-            SIZE=launch.size,
-            HUBER=huber_c,
-            BLOCK=triton.next_power_of_2(chunks),
-        )
+            partial, _contiguous(weight), loss, squared_error, chunks,
+            SIZE=launch.size, HUBER=huber_c, BLOCK=triton.next_power_of_2(chunks),
+        )  # fmt: skip
     return loss, squared_error
 
 
 def patch_loss_bwd(
-    dloss: torch.Tensor,
-    squared_error: torch.Tensor,
-    tokens: torch.Tensor,
-    target: torch.Tensor,
-    scale: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    offset_scale: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    huber_c: float | None,
+    dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c: float | None
 ) -> torch.Tensor:
     """Returns dtokens [B, N, P*P*C] in tokens' dtype. dloss: [B]; squared_error: what the forward pass returned."""
     launch = _launch(tokens, target, scale, offset, offset_scale)
     dtokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     with torch.cuda.device_of(tokens):
         _patch_loss_bwd_kernel[launch.grid](
-            dloss.contiguous(),
-            squared_error,
-            _contiguous(weight),
-            *launch.tensors,
-            dtokens,
+            dloss.contiguous(), squared_error, _contiguous(weight), *launch.tensors, dtokens,
             *launch.strides,
-            SIZE=launch.size,
-            HUBER=huber_c,
-            **launch.constexprs,
-        )
+            SIZE=launch.size, HUBER=huber_c, **launch.constexprs,
+        )  # fmt: skip
     return dtokens
 
 
@@ -324,44 +210,19 @@ def aot_cases() -> list[AotCase]:
 
 
 def _row_cases(sizes: dict[str, int], dtype: str, offset: bool) -> list[AotCase]:
-    token, vector = f"*{dtype}", "*fp32"
-    target = {"target": token if offset else "*fp32"}
-    scales = {"scale": vector, "offset": "*fp32", "offset_scale": vector} if offset else {}
-    inputs = {"tokens": token, **target, **scales}
-    strides = ("tokens_batch", "tokens_token", "target_batch", "target_token", "offset")
-    strides = {f"stride_{name}": "i32" for name in strides}
-    absent = {} if offset else {"scale": None, "offset": None, "offset_scale": None}
-    constexprs = {**sizes, **_tile(**sizes), "TARGET_IS_IMAGE": not offset, **absent}
+    pointers = {"tokens": dtype, "target": dtype if offset else "fp32"}
+    pointers |= dict.fromkeys(("scale", "offset", "offset_scale"), "fp32") if offset else {}
     outputs = {
-        _patch_loss_fwd_kernel: inputs | {"partial": vector},
-        _patch_loss_bwd_kernel: {"dloss": vector, "squared_error": vector, "weight": vector}
-        | inputs
-        | {"dtokens": token},
+        _patch_loss_fwd_kernel: {"partial": "fp32"},
+        _patch_loss_bwd_kernel: dict.fromkeys(("dloss", "squared_error", "weight"), "fp32") | {"dtokens": dtype},
     }
     loss = {"SIZE": sizes["C"] * sizes["H"] * sizes["W"], "HUBER": 0.06 if offset else None}
-    return [
-        AotCase(
-            kernel=kernel,
-            signature=pointers | strides,
-            constexprs=constexprs | (loss if kernel is _patch_loss_bwd_kernel else {}),
-            num_warps=4,
-            shape=f"{sizes['H']} px p={sizes['P']} {'edm, target tokens' if offset else 'x0, target image'}",
-            dtype=dtype,
-            divisible_by_16=(*pointers, *strides),
-        )
-        for kernel, pointers in outputs.items()
-    ]
+    constexprs = {**sizes, **_tile(**sizes), "TARGET_IS_IMAGE": not offset, **loss}
+    shape = f"{sizes['H']} px p={sizes['P']} {'edm, target tokens' if offset else 'x0, target image'}"
+    return [aot_case(kernel, pointers | more, constexprs, shape, dtype) for kernel, more in outputs.items()]
 
 
 def _sum_case() -> AotCase:
-    pointers = {"partial": "*fp32", "weight": "*fp32", "loss": "*fp32", "squared_error": "*fp32"}
-    return AotCase(
-        kernel=_patch_loss_fwd_sum_kernel,
-        signature=pointers | {"chunks": "i32"},
-        constexprs={"SIZE": 3 * 256**2, "HUBER": 0.06, "BLOCK": 16},
-        num_warps=4,
-        shape="16 chunks",
-        dtype="fp32",
-        vectorized=False,
-        divisible_by_16=tuple(pointers),
-    )
+    pointers = dict.fromkeys(("partial", "weight", "loss", "squared_error"), "fp32")
+    constexprs = {"SIZE": 3 * 256**2, "HUBER": 0.06, "BLOCK": 16}
+    return aot_case(_patch_loss_fwd_sum_kernel, pointers, constexprs, "16 chunks", "fp32", vectorized=False)

@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
-from epg_kernels._launch import stride, unit_stride
+from epg_kernels._launch import accumulation_dtype, aot_case, strides, unit_stride
 from epg_kernels._matmul import gelu
-from epg_kernels._norm_modulate import accumulation_dtype
 from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
@@ -32,28 +31,12 @@ CONFIGS = (
 
 @triton.jit
 def _quantize_rows_kernel(
-    x,
-    branch,
-    gate,
-    skip,
-    rows,
-    row_scale,
-    tokens,
-    stride_x_batch,
-    stride_x_token,
-    stride_branch_batch,
-    stride_branch_token,
-    stride_gate,
-    stride_skip_batch,
+    x, branch, gate, skip, rows, row_scale, tokens,
+    stride_x_batch, stride_x_token, stride_branch_batch, stride_branch_token, stride_gate, stride_skip_batch,
     stride_skip_token,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    GELU: tl.constexpr,
-    FP8_MAX: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SKIP_BLOCK: tl.constexpr,
-):
+    D: tl.constexpr, E: tl.constexpr, GELU: tl.constexpr, FP8_MAX: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SKIP_BLOCK: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     row = batch * tokens + token
@@ -89,43 +72,23 @@ def _quantize_rows_kernel(
         tl.store(out + D + others, in_steps(skipped, step, FP8_MAX).to(rows.dtype.element_ty), mask=other_live)
 
 
-def quantize_rows_fwd(
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    skip: torch.Tensor | None,
-    gelu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows_fwd(x, branch, gate, skip, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns rows [B, L, D + E] in float8_e4m3fn and row_scale [B, L].
 
     x, branch: [B, L, D]; gate: [B, D]; skip: [B, L, E]; all but x may be None.
     """
     batch, tokens, width = x.shape
     skip_width = 0 if skip is None else skip.shape[-1]
-    x, branch, gate, skip = (unit_stride(tensor) for tensor in (x, branch, gate, skip))
+    x, branch, gate, skip = map(unit_stride, (x, branch, gate, skip))
     rows = torch.empty((batch, tokens, width + skip_width), dtype=torch.float8_e4m3fn, device=x.device)
     row_scale = torch.empty((batch, tokens), dtype=accumulation_dtype(x), device=x.device)
     config = config_for(width)
     with torch.cuda.device_of(x):
         _quantize_rows_kernel[(triton.cdiv(tokens, config.rows), batch)](
-            x,
-            branch,
-            gate,
-            skip,
-            rows,
-            row_scale,
-            tokens,
-            x.stride(0),
-            x.stride(1),
-            stride(branch, 0),
-            stride(branch, 1),
-            stride(gate, 0),
-            stride(skip, 0),
-            stride(skip, 1),
-            GELU=gelu,
-            num_warps=config.num_warps,
-            **_constexprs(config, width, skip_width),
-        )
+            x, branch, gate, skip, rows, row_scale, tokens,
+            *strides(x, 2), *strides(branch, 2), *strides(gate), *strides(skip, 2),
+            GELU=gelu, num_warps=config.num_warps, **_constexprs(config, width, skip_width),
+        )  # fmt: skip
     return rows, row_scale
 
 
@@ -150,16 +113,8 @@ def _case(width: int, skip: int = 0, gelu: bool = False, dtype: str = "bf16") ->
     config = config_for(width)
     pointers = {"x": dtype, "rows": "fp8e4nv", "row_scale": "fp32"}
     pointers |= {"branch": dtype, "gate": dtype, "skip": dtype} if skip else {}
-    absent = {name: None for name in ("branch", "gate", "skip") if name not in pointers}
-    constexprs = _constexprs(config, width, skip) | {"GELU": gelu} | absent
-    integers = [name for name in _quantize_rows_kernel.arg_names if name not in pointers | constexprs]
-    return AotCase(
-        kernel=_quantize_rows_kernel,
-        signature={name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32"),
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        shape=f"D={width}{' gelu' * gelu}{f' gated skip={skip}' if skip else ''}",
-        dtype=dtype,
-        archs=(90, 100),  # FP8 conversion instructions came with sm_89
-        divisible_by_16=(*pointers, *(name for name in integers if name.startswith("stride_"))),
-    )
+    constexprs = _constexprs(config, width, skip) | {"GELU": gelu}
+    shape = f"D={width}{' gelu' * gelu}{f' gated skip={skip}' if skip else ''}"
+    # FP8 conversion instructions came with sm_89
+    options = {"num_warps": config.num_warps, "archs": (90, 100)}
+    return aot_case(_quantize_rows_kernel, pointers, constexprs, shape, dtype, **options)

@@ -15,14 +15,7 @@ def skip_linear_fwd(x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, b
 
 
 def skip_norms_fwd(
-    z: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    next_weight: torch.Tensor | None,
-    next_bias: torch.Tensor | None,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    eps: float,
+    z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps: float
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns y, the next norm of y, z, mean and rstd of z, of y: None for what norms that are not there would make.
 
@@ -46,29 +39,10 @@ def skip_norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift
 
 
 def skip_linear_bwd(
-    dy: torch.Tensor | None,
-    dnext: torch.Tensor | None,
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    weight: torch.Tensor,
-    weight_dtype: torch.dtype,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    next_weight: torch.Tensor | None,
-    next_bias: torch.Tensor | None,
-    next_shift: torch.Tensor | None,
-    next_scale: torch.Tensor | None,
-    z: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    next_mean: torch.Tensor | None,
-    next_rstd: torch.Tensor | None,
-    need_x: bool,
-    need_skip: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, ...]:
+    dy, dnext, x, skip, weight, weight_dtype: torch.dtype, bias, norm_weight, norm_bias,
+    next_weight, next_bias, next_shift, next_scale, z, mean, rstd, next_mean, next_rstd,
+    need_x: bool, need_skip: bool, need_weight: bool, need_bias: bool,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """Returns dx, dskip, dweight, dbias (None where not needed), then the gradients of the norms' parameters.
 
     dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None. weight is in

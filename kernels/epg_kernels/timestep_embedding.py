@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from epg_kernels import AotCase
-from epg_kernels._launch import stride, unit_stride
+from epg_kernels._launch import aot_case, strides, unit_stride
 
 
 @triton.jit
@@ -38,17 +38,10 @@ def _sine_and_cosine(t, k, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_
 
 @triton.jit
 def _timestep_embedding_fwd_kernel(
-    t,
-    label,
-    time,
-    condition,
+    t, label, time, condition,
     stride_label,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    LOG_MAX_PERIOD: tl.constexpr,
-    OF_SIGMA: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    DIM: tl.constexpr, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_SIGMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < DIM
@@ -68,22 +61,10 @@ def _timestep_embedding_fwd_kernel(
 
 @triton.jit
 def _timestep_embedding_bwd_kernel(
-    dtime,
-    dcondition,
-    t,
-    time,
-    label,
-    dt,
-    dlabel,
-    stride_dtime,
-    stride_dcondition,
-    stride_label,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    LOG_MAX_PERIOD: tl.constexpr,
-    OF_SIGMA: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dtime, dcondition, t, time, label, dt, dlabel,
+    stride_dtime, stride_dcondition, stride_label,
+    DIM: tl.constexpr, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_SIGMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < DIM
@@ -113,13 +94,7 @@ def _timestep_embedding_bwd_kernel(
 
 
 def timestep_embedding_fwd(
-    t: torch.Tensor,
-    label: torch.Tensor | None,
-    dim: int,
-    max_period: float,
-    of_sigma: bool,
-    dtype: torch.dtype,
-    with_condition: bool,
+    t, label, dim: int, max_period: float, of_sigma: bool, dtype: torch.dtype, with_condition: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the embedding [B, dim] and SiLU(embedding + label) [B, dim] if that is wanted.
 
@@ -132,43 +107,28 @@ def timestep_embedding_fwd(
     label = unit_stride(label)
     with torch.cuda.device_of(t):
         _timestep_embedding_fwd_kernel[(batch,)](
-            t.contiguous(), label, time, condition, stride(label, 0), **_constexprs(dim, max_period, of_sigma)
+            t.contiguous(), label, time, condition, *strides(label), **_constexprs(dim, max_period, of_sigma)
         )
     return time, condition
 
 
 def timestep_embedding_bwd(
-    dtime: torch.Tensor | None,
-    dcondition: torch.Tensor | None,
-    t: torch.Tensor,
-    time: torch.Tensor,
-    label: torch.Tensor | None,
-    max_period: float,
-    of_sigma: bool,
+    dtime, dcondition, t, time, label, max_period: float, of_sigma: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """time: the embedding, as the forward pass returned it.
 
     Returns dt [B] and dlabel [B, dim] (None without a label or without dcondition).
     """
     dt = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    dtime, dcondition, label = unit_stride(dtime), unit_stride(dcondition), unit_stride(label)
+    dtime, dcondition, label = map(unit_stride, (dtime, dcondition, label))
     dlabel = None
     if label is not None and dcondition is not None:
         dlabel = torch.empty(time.shape, dtype=label.dtype, device=t.device)
     with torch.cuda.device_of(t):
         _timestep_embedding_bwd_kernel[(t.shape[0],)](
-            dtime,
-            dcondition,
-            t.contiguous(),
-            time,
-            label,
-            dt,
-            dlabel,
-            stride(dtime, 0),
-            stride(dcondition, 0),
-            stride(label, 0),
-            **_constexprs(time.shape[1], max_period, of_sigma),
-        )
+            dtime, dcondition, t.contiguous(), time, label, dt, dlabel,
+            *strides(dtime), *strides(dcondition), *strides(label), **_constexprs(time.shape[1], max_period, of_sigma),
+        )  # fmt: skip
     return dt, dlabel
 
 
@@ -184,27 +144,13 @@ def _constexprs(dim: int, max_period: float, of_sigma: bool) -> dict:
 
 def aot_cases() -> list[AotCase]:
     cases = []
-    for dtype in ("bf16", "fp32"):
-        for dim in (768,) if dtype == "fp32" else (768, 1024):
-            forward = {"t": "fp32", "label": dtype, "time": dtype, "condition": dtype}
-            backward = {"dtime": dtype, "dcondition": dtype, "t": "fp32", "time": dtype, "label": dtype}
-            backward |= {"dt": "fp32", "dlabel": dtype}
-            for kernel, pointers in (
-                (_timestep_embedding_fwd_kernel, forward),
-                (_timestep_embedding_bwd_kernel, backward),
-            ):
-                constexprs = _constexprs(dim, 1e4, False)
-                integers = [name for name in kernel.arg_names if name not in pointers and name not in constexprs]
-                cases.append(
-                    AotCase(
-                        kernel=kernel,
-                        signature={name: f"*{kind}" for name, kind in pointers.items()}
-                        | dict.fromkeys(integers, "i32"),
-                        constexprs=constexprs,
-                        num_warps=4,
-                        shape=f"dim={dim}",
-                        dtype=dtype,
-                        divisible_by_16=(*pointers, *integers),
-                    )
-                )
+    for dim, dtype in ((768, "bf16"), (1024, "bf16"), (768, "fp32")):
+        forward = {"t": "fp32", "label": dtype, "time": dtype, "condition": dtype}
+        backward = {"dtime": dtype, "dcondition": dtype, "t": "fp32", "time": dtype, "label": dtype}
+        backward |= {"dt": "fp32", "dlabel": dtype}
+        for kernel, pointers in (
+            (_timestep_embedding_fwd_kernel, forward),
+            (_timestep_embedding_bwd_kernel, backward),
+        ):
+            cases.append(aot_case(kernel, pointers, _constexprs(dim, 1e4, False), f"dim={dim}", dtype))
     return cases

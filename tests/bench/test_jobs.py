@@ -148,7 +148,7 @@ def test_the_plain_code_decays_the_weights_that_the_package_does(job, exempt):
 def test_updates_learn():
     problem = Problem("finetune-diffusion", "digits_32", 8, CPU)
     plain, ours = PlainTraining(problem, None), OurTraining(problem, "torch", precision="fp32")
-    networks = [plain.trainer.network, plain.trainer.ema, ours.state.stage.network, ours.state.stage.average]
+    networks = [plain.trainer.network, plain.trainer.ema, ours.state.stage.network, ours.state.stage.ema]
     before = [network.out.weight.clone() for network in networks]
     plain.step()
     ours.step()

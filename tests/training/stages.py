@@ -6,13 +6,12 @@ import torch
 
 from epg_fast import config as configs
 from epg_fast import training
-from epg_fast.data import PixelNormalization
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config
-from epg_fast.training.accumulation import Gradients
 from epg_fast.training.draws import Draws
-from epg_fast.training.loop import make_step_module
+from epg_fast.training.gradients import add_gradients
 from epg_fast.training.loss_scale import LossScale
+from epg_fast.training.parallel import parallelize
 from epg_fast.training.stages import network_config
 
 JOBS = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
@@ -42,10 +41,10 @@ def loss_of(stage, images=4, step=0):
 
 
 def backward_of(stage, images=4, step=0):
-    """Add the gradient of a random batch, in the parts that the configuration asks for, and return the loss."""
+    """Add the gradient of a random batch, in as many micro-batches as the configuration says, and return the loss."""
     scale = LossScale(torch.device("cpu"), enabled=False)
-    compute = Gradients(stage, make_step_module(stage), PixelNormalization("simple"), scale)
-    return compute(_batch(stage, images), Draws(0, 0, 0, images, torch.device("cpu")), step)
+    draws = Draws(0, 0, 0, images, torch.device("cpu"))
+    return add_gradients(stage, parallelize(stage), _batch(stage, images), draws, step, scale)
 
 
 def _batch(stage, images):

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from epg_fast.__main__ import main
 from epg_fast.data import DataError, ImageFolder, PillowLoader
 from epg_fast.distributed import Ranks
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import list_checkpoints
+from tests.training.runs import saved_state
 
 BATCH = 16
 
@@ -49,7 +49,7 @@ def _listed(outdir):
 
 
 def _saved(outdir):
-    return torch.load(list_checkpoints(outdir / "checkpoints")[0], weights_only=True)["bad_files"]
+    return saved_state(outdir)["bad_files"]
 
 
 def test_bad_files_are_listed_in_the_run_folder_and_known_to_the_resumed_run(tiny_run, dataset, tmp_path, capsys):
@@ -64,19 +64,14 @@ def test_bad_files_are_listed_in_the_run_folder_and_known_to_the_resumed_run(tin
     assert str(run / "bad_files.txt") in capsys.readouterr().err
 
     # one of them is restored before the run goes on from step 3: it belongs to the dataset again
-    list_checkpoints(run / "checkpoints")[0].unlink()
+    shutil.rmtree(list_checkpoints(run / "checkpoints")[0])
     assert sorted(_saved(run)) == sorted(bad)
     (dataset.root / bad[1]).write_bytes(content)
     assert main(_command(tiny_run, dataset, run, **flags)) == 0
     assert list(_saved(run)) == bad[:1]
 
 
-def test_a_run_without_bad_files_writes_no_list(tiny_run, dataset, tmp_path):
-    assert main(_command(tiny_run, dataset, tmp_path / "run")) == 0
-    assert not (tmp_path / "run" / "bad_files.txt").exists() and _saved(tmp_path / "run") == {}
-
-
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_too_many_bad_files_stop_the_run_with_their_list(tiny_run, dataset, tmp_path, capsys, workers):
     bad = _damage(dataset, _drawn(dataset, 2)[-1])
     run = tmp_path / "run"
@@ -98,29 +93,36 @@ class _Loader:
         self.bad_files |= found
 
 
-def test_a_loader_is_told_of_what_it_has_not_met_itself_and_only_once(dataset, tmp_path, monkeypatch):
-    others, calls = {"c": "empty"}, []
+class _Others(Ranks):
+    """The first of two ranks; the other has met `met`."""
 
-    def gather(parts, mine):
-        calls.append(mine)
-        parts[:] = [mine, dict(others)]
+    met: dict = {}
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.fill_(max(flag.item(), bool(others))))
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    loader, known = _Loader(b="text"), {"a": "vanished"}
-    ranks = Ranks(0, 2, torch.device("cpu"))
+    def gather(self, value, while_waiting=None):
+        return [value, dict(self.met)]
+
+
+def test_a_loader_is_told_of_what_it_has_not_met_itself_and_only_once(dataset, tmp_path):
+    ranks, loader, known = _Others(0, 2, None), _Loader(b="text"), {"a": "vanished"}
     bad_files = BadFiles(known, loader, dataset, 4 / len(dataset), tmp_path, ranks)
     assert loader.added == [{"a": "vanished"}]
+    ranks.met = {"c": "empty"}
     bad_files.exchange()
-    assert calls == [{"b": "text"}] and loader.added[1:] == [{"c": "empty"}]
-    assert known == {"a": "vanished", "b": "text", "c": "empty"}
-    others.clear()
+    assert loader.added[1:] == [{"c": "empty"}] and known == {"a": "vanished", "b": "text", "c": "empty"}
+    ranks.met = {}
     bad_files.exchange()
-    assert len(calls) == 1 and len(loader.added) == 2  # nothing new anywhere: nothing is gathered
-    others |= {"d": "text", "e": "text"}
+    assert len(loader.added) == 2  # nothing new anywhere
+    ranks.met = {"d": "text", "e": "text"}
     with pytest.raises(DataError, match=f"5 of {len(dataset)} images"):
         bad_files.exchange()
     assert [path for path, _ in _listed(tmp_path)] == ["a", "b", "c", "d", "e"]
+
+
+def test_a_list_that_cannot_be_written_does_not_end_the_run(dataset, tmp_path, log):
+    (tmp_path / "bad_files.txt").mkdir()
+    bad_files = BadFiles({}, _Loader(a="empty"), dataset, 1, tmp_path, Ranks(0, 1, None))
+    bad_files.exchange()
+    assert len(log.messages) == 1 and str(tmp_path / "bad_files.txt") in log.messages[0]
 
 
 # Both runs in one pair of processes, since starting them takes most of the time. No torchrun, which would stop one
@@ -154,6 +156,7 @@ def _on_two_ranks(commands):
     return results
 
 
+@pytest.mark.slow
 def test_a_bad_file_of_one_rank_counts_on_all_of_them(tiny_run, dataset, tmp_path):
     """One that only rank 1 meets is allowed; another one that only rank 0 meets is too many for both."""
     flags = {"log_every": 2, "data.max_bad_fraction": 1 / len(dataset)}

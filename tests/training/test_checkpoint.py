@@ -1,159 +1,192 @@
-"""Checkpoints survive crashes, full disks and damage."""
+"""Checkpoints survive crashes, full disks and damage, and serve any number of ranks."""
 
-import os
-import pickle
-import subprocess
-import sys
+import contextlib
+import json
+import resource
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from epg_fast.distributed import Ranks
+from epg_fast.models import load_weights, save_weights
 from epg_fast.training.checkpoint import (
     BackgroundWriter,
-    copy_to_host,
     list_checkpoints,
     load_newest,
-    save_checkpoint,
+    remove_old,
+    set_aside,
+    write_checkpoint,
 )
-from epg_fast.training.sharded_checkpoint import read_any
+from epg_fast.training.parallel import rows_of
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 
 
-def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
-    for step in (1, 2, 30):
-        save_checkpoint(tmp_path, step, {"step": step, "x": torch.ones(step)}, keep=2)
-    assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000000030.pt", "step_000000002.pt"]
-    assert load_newest(tmp_path)["step"] == 30
-    assert load_newest(tmp_path / "nowhere") is None
+class Team:
+    """`Sharded.all_ranks` among threads."""
+
+    def __init__(self, rank, barrier, values):
+        self.ranks = Ranks(rank, len(values), CPU)
+        self._barrier, self._values = barrier, values
+
+    def all_ranks(self, act, main_only=False):
+        self._values[self.ranks.rank] = act() if self.ranks.main or not main_only else None
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
 
 
-def test_milestones_stay(tmp_path):
-    for step in range(10, 60, 10):
-        save_checkpoint(tmp_path, step, {"step": step}, keep=1, keep_every=20)
-    assert [f.name for f in list_checkpoints(tmp_path)] == [f"step_{step:09d}.pt" for step in (50, 40, 20)]
+def write(folder, iteration, tensors, state=None, split=(), ranks=1):
+    """Write a checkpoint as so many ranks would, of which each has a part of the tensors named in `split`."""
+    barrier, values = threading.Barrier(ranks), [None] * ranks
+    rows = {name: len(tensors[name]) for name in split}
+
+    def write_one(rank):
+        parts = {name: t[slice(*rows_of(len(t), rank, ranks))] for name, t in tensors.items() if name in split}
+        whole = {name: t for name, t in tensors.items() if name not in split} if rank == 0 else {}
+        write_checkpoint(folder, iteration, parts | whole, state or {}, Team(rank, barrier, values), rows)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        list(pool.map(write_one, range(ranks)))
+    return folder / f"step_{iteration:09d}"
+
+
+class Part:
+    """What of a DTensor is used: the rows of one rank."""
+
+    def __init__(self, shape, rank, ranks):
+        self.shape = torch.Size(shape)
+        self.device_mesh = SimpleNamespace(get_local_rank=lambda: rank, size=lambda: ranks)
+        first, end = rows_of(shape[0], rank, ranks)
+        self.rows = torch.zeros(end - first, *shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def to_local(self):
+        return self.rows
+
+
+@contextlib.contextmanager
+def full_disk(size=20_000):
+    """A limit on the size of files makes write(2) fail half-way, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("written", [1, 3])
+@pytest.mark.parametrize("read", [1, 2, 5])
+def test_any_number_of_ranks_reads_what_any_other_has_written(written, read, tmp_path):
+    """Split tensors of a row less than ranks, of uneven parts, and tensors that are whole, one without a dimension."""
+    tensors = {"a": torch.randn(11, 3), "b": torch.randn(2, 4), "c": torch.randn(4), "step": torch.tensor(7.0)}
+    write(tmp_path, 3, tensors, {"iteration": 3}, split=("a", "b") if written > 1 else (), ranks=written)
+    for rank in range(read):
+        split = {} if read == 1 else {name: Part(tensors[name].shape, rank, read) for name in "ab"}
+        own = {name: torch.zeros_like(t) for name, t in tensors.items()} | split
+        state, damaged = load_newest(tmp_path, own, ALONE)
+        assert state["iteration"] == 3 and not damaged
+        for name, t in tensors.items():
+            rows = slice(*rows_of(len(t), rank, read)) if name in split else ...
+            assert torch.equal(own[name].to_local() if name in split else own[name], t[rows])
+
+
+def test_the_newest_stay_and_those_that_are_kept(tmp_path):
+    for iteration in range(10, 60, 10):
+        write(tmp_path, iteration, {"x": torch.full((2,), float(iteration))})
+        remove_old(tmp_path, 1, 20)
+    assert [f.name for f in list_checkpoints(tmp_path)] == [f"step_{i:09d}" for i in (50, 40, 20)]
+    x = torch.zeros(2)
+    load_newest(tmp_path, {"x": x}, ALONE)
+    assert x.tolist() == [50, 50]
+    assert load_newest(tmp_path / "nowhere", {"x": x}, ALONE) == (None, [])
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "garbage": lambda content: b"x" * len(content),
+    "null": lambda content: b"null",
+    "a bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["rank_00001.safetensors", "state.json", "checksums.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, damage, tmp_path, log):
+    x = torch.zeros(100)
+    for iteration in (1, 2):
+        tensors = {"x": torch.full((100,), float(iteration)), "y": torch.ones(9)}
+        path = write(tmp_path, iteration, tensors, {"iteration": iteration}, split=("x",), ranks=2)
+    change, content = DAMAGES[damage], (path / name).read_bytes()
+    (path / name).unlink()
+    if change:
+        (path / name).write_bytes(change(content))
+    state, damaged = load_newest(tmp_path, {"x": x}, ALONE)
+    assert state["iteration"] == 1 and x.tolist() == [1] * 100 and damaged == [path]
+    assert f"{path} cannot be read" in log.messages[0]
+    set_aside(damaged)
+    assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000000001"]
+
+
+@pytest.mark.parametrize("wanted", [{"z": torch.zeros(3)}, {"x": torch.zeros(4)}], ids=["name", "shape"])
+def test_checkpoints_of_other_tensors_are_not_read(wanted, tmp_path):
+    write(tmp_path, 1, {"x": torch.ones(3)})
+    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* can be read; remove the folder"):
+        load_newest(tmp_path, wanted, ALONE)
+
+
+def test_a_file_that_another_rank_cannot_read_is_read_by_none(tmp_path):
+    class Others(Ranks):
+        def gather(self, value):
+            return [value, "the checksum of rank_00001.safetensors does not match" if value is None else value]
+
+    write(tmp_path, 1, {"x": torch.ones(3)})
+    with pytest.raises(ValueError, match="none of the 1"):
+        load_newest(tmp_path, {"x": torch.zeros(3)}, Others(0, 2, CPU))
+
+
+def test_a_full_disk_leaves_the_checkpoint_and_the_weights_before(tmp_path):
+    write(tmp_path, 1, {"x": torch.ones(1000)})
+    save_weights(tmp_path / "model.safetensors", {"patch_embed.proj.weight": torch.ones(3)}, {"step": 1})
+    with full_disk(), pytest.raises(OSError, match="could not save .*step_000000001 is intact; if the disk is full"):
+        write(tmp_path, 2, {"x": torch.ones(100_000)})
+    with full_disk(), pytest.raises(OSError, match="could not write .*model.safetensors"):
+        save_weights(tmp_path / "model.safetensors", {"x": torch.ones(100_000)}, {"step": 2})
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.safetensors", "step_000000001"]
+    assert load_newest(tmp_path, {"x": torch.zeros(1000)}, ALONE)[0] is not None
+    assert load_weights(tmp_path / "model.safetensors")[1] == {"step": 1}
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_its_iteration(tmp_path):
+    for value in (1.0, 2.0):
+        path = write(tmp_path, 1, {"x": torch.full((3,), value)})
+    assert [f.name for f in tmp_path.iterdir()] == [path.name]
+    x = torch.zeros(3)
+    load_newest(tmp_path, {"x": x}, ALONE)
+    assert x.tolist() == [2, 2, 2] and json.loads((path / "state.json").read_text())["ranks"] == 1
 
 
 def test_the_writer_hands_back_what_its_job_raised_once():
-    writer, done = BackgroundWriter(), []
-    writer.submit(lambda: (time.sleep(0.2), done.append(1)))
-    writer.check()
+    writer, done, go_on = BackgroundWriter(), [], threading.Event()
+    writer.submit(lambda: (go_on.wait(60), done.append(1)))
+    assert not writer.failed
+    go_on.set()
     writer.submit(lambda: 1 / 0)  # after the first
     assert done == [1]
+    while not writer.failed:
+        time.sleep(0.001)
     with pytest.raises(ZeroDivisionError):
         writer.wait()
     writer.wait()
-    writer.submit(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        while True:
-            writer.check()
-            time.sleep(0.01)
-
-
-def test_the_copy_is_apart_from_what_it_was_made_of_and_tied_within():
-    x = torch.ones(3)
-    copy = copy_to_host({"x": x, "again": [x[:], {"part": x[1:]}], "step": 3})
-    x += 1
-    assert copy["x"].tolist() == [1, 1, 1] and copy["again"][0] is copy["x"] and copy["step"] == 3
-    assert copy["again"][1]["part"].tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "one bit"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caplog):
-    for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"step": step, "x": torch.full((1000,), 12345.0)}, keep=2)
-    newest = tmp_path / "step_000000002.pt"
-    content = newest.read_bytes()
-    flipped = bytearray(content)
-    flipped[content.index(marker := torch.full((8,), 12345.0).numpy().tobytes()) + len(marker) // 2] ^= 1
-    damaged = {"truncate": content[: len(content) // 2], "empty": b"", "garbage": b"x" * 999, "one bit": flipped}
-    newest.write_bytes(damaged[damage])
-    with caplog.at_level("WARNING", logger="epg_fast"):
-        import logging
-
-        logging.getLogger("epg_fast").propagate = True
-        assert load_newest(tmp_path)["step"] == 1
-    assert newest.name in caplog.text
-    (tmp_path / "step_000000001.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 2 checkpoints"):
-        load_newest(tmp_path)
-
-
-def test_checkpoints_that_hold_something_else_give_way_to_the_one_before(tmp_path):
-    """A folder whose checksums are no table, and files of other values, that ranks would split."""
-    (tmp_path / "step_000000004").mkdir()
-    (tmp_path / "step_000000004/checksums.json").write_text("null")
-    for step, state in (
-        (3, [1, 2]),
-        (2, {"network": 3}),
-        (1, {"network": {}, "average": {}, "optimizer": {"state": {}}}),
-    ):
-        save_checkpoint(tmp_path, step, state, keep=9)
-
-    def read(path):
-        return read_any(path, object(), {}, [], (0, 1))
-
-    unreadable = []
-    assert load_newest(tmp_path, ("network",), unreadable, read)["network"] == {}
-    assert [path.stem for path in unreadable] == [f"step_00000000{step}" for step in (4, 3, 2)]
-
-
-def test_no_bit_of_the_table_of_contents_can_change(tmp_path):
-    """Some make torch.load return memory that was never written, and zlib fail."""
-    path = save_checkpoint(tmp_path, 1, {"step": 1, "x": torch.arange(64.0)}, keep=1)
-    content = path.read_bytes()
-    entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1)
-    for start, length in ((10, 2), (38, 4)):  # compression method, external attributes
-        for bit in range(8 * length):
-            changed = bytearray(content)
-            changed[entry + start + bit // 8] ^= 1 << bit % 8
-            path.write_bytes(changed)
-            with pytest.raises(ValueError, match="none of the 1"):
-                load_newest(tmp_path)
-    path.write_bytes(content)
-    assert load_newest(tmp_path)["x"][63] == 63
-
-
-def test_a_pickle_with_code_is_not_executed(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "executed"),))
-
-    (tmp_path / "step_000000001.pt").write_bytes(pickle.dumps({"step": Evil()}))
-    with pytest.raises(ValueError, match="none of the 1"):
-        load_newest(tmp_path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
-    """The limit on the file size makes write(2) fail half-way, as a full disk does."""
-    save_checkpoint(tmp_path, 1, {"step": 1, "x": torch.randn(1000)}, keep=1)
-    code = (
-        "import resource, sys, torch; from pathlib import Path;"
-        "from epg_fast.training.checkpoint import save_checkpoint, CheckpointError;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "try: save_checkpoint(Path(sys.argv[1]), 2, {'step': 2, 'x': torch.randn(100000)}, keep=1)\n"
-        "except CheckpointError as error: print(error); sys.exit(7)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 7, done.stderr
-    assert "step_000000001.pt is intact" in done.stdout
-    assert [f.name for f in tmp_path.iterdir()] == ["step_000000001.pt"]
-    assert load_newest(tmp_path)["step"] == 1
-
-
-def test_a_full_disk_leaves_the_previous_weights(tmp_path):
-    from epg_fast.models import load_weights, save_weights
-
-    save_weights(tmp_path / "model.safetensors", {"patch_embed.proj.weight": torch.ones(3)}, {"step": 1})
-    code = (
-        "import resource, sys, torch; from epg_fast.models import save_weights;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "try: save_weights(sys.argv[1], {'x': torch.randn(100000)}, {'step': 2})\n"
-        "except OSError as error: print(error); sys.exit(7)"
-    )
-    path = tmp_path / "model.safetensors"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert done.returncode == 7, done.stderr
-    assert "could not write" in done.stdout
-    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
-    assert load_weights(path)[1] == {"step": 1}
+    assert not writer.failed

@@ -12,7 +12,7 @@ from epg_fast.config import DiffusionConfig
 from epg_fast.distributed import Ranks
 from epg_fast.training import loop
 from epg_fast.training.compilation import begin_step, check_compilation, compile_networks
-from epg_fast.training.loop import make_step_module
+from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
 from tests.training.stages import JOBS, make_config, make_stage
@@ -64,16 +64,15 @@ def updates(job, compile_with=None, begin=lambda: None, steps=3):
     state = RunState(config, make_stage(job, config), _Images(), Ranks(0, 1, CPU))
     if compile_with:
         compile_networks(state.stage, backend=compile_with)
-    step_module, metrics = make_step_module(state.stage), Metrics(None, False, 0, False, None, {})
+    metrics = Metrics(None, False)
     for step in range(steps):
         torch.manual_seed(10 + step)
         batch = {name: torch.randn(4, 3, 32, 32) for name in ("x", "view1", "view2")} | {"label": torch.arange(4)}
         begin()
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            state.update(step_module, batch, metrics)
+            train_step(state, batch, metrics)
     begin()
-    state.settle()
-    tensors = {f"{n}.{k}": v for n in ("network", "average") for k, v in getattr(state.stage, n).state_dict().items()}
+    tensors = {f"{n}.{k}": v for n in ("network", "ema") for k, v in getattr(state.stage, n).state_dict().items()}
     return tensors, metrics.write(steps)
 
 

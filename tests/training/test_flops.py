@@ -87,7 +87,7 @@ def test_consistency_is_plain_denoising_first_and_then_needs_the_second_pass_and
 
 def test_the_networks_may_have_no_memory():
     from epg_fast.training import DiffusionStage
-    from epg_fast.training.dry_run import planned_stage
+    from epg_fast.training.estimate import planned_stage
 
     config = make_config("finetune-diffusion")
     meta = planned_stage(config, DiffusionStage, 2)

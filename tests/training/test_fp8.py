@@ -70,7 +70,7 @@ def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
         results.append((loss.detach(), {n: p.grad for n, p in stage.network.named_parameters() if p.grad is not None}))
         if not names_of(stage.network):
             use_fp8(stage.network, "plain")
-    assert names_of(stage.network) and not names_of(stage.average)
+    assert names_of(stage.network) and not names_of(stage.ema)
     assert job != "finetune-consistency" or not names_of(stage.perceptual)
     (loss, gradients), (other, others) = results
     assert other == pytest.approx(loss.item(), rel=0.05) and other != loss

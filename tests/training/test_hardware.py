@@ -5,10 +5,10 @@ import torch
 
 from epg_fast.distributed import Ranks
 from epg_fast.training import ConsistencyStage, PretrainStage
-from epg_fast.training.dry_run import planned_stage
+from epg_fast.training.estimate import planned_stage
 from epg_fast.training.flops import step_flops
 from epg_fast.training.hardware import Utilization, gpu_named, gpu_of
-from epg_fast.training.progress import Progress
+from epg_fast.training.metrics import Progress
 from tests.training.stages import device_of, make_config, make_stage
 
 CUDA = torch.device("cuda", 0)

@@ -17,30 +17,29 @@ from epg_fast.data import ImageFolder, PillowLoader
 from epg_fast.distributed import Ranks, joined
 from epg_fast.ops import extension_status
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
-from epg_fast.training import progress as progress_module
+from epg_fast.training import metrics as metrics_module
 from epg_fast.training.compilation import compile_blocks
-from epg_fast.training.loop import make_step_module
-from epg_fast.training.metrics import Metrics
-from epg_fast.training.progress import Progress
+from epg_fast.training.loop import train_step
+from epg_fast.training.metrics import Metrics, Progress
 from epg_fast.training.state import RunState
+from tests.training.runs import run_command, run_lines
 from tests.waiting import NothingIsRead
 
 needs_extension = pytest.mark.skipif(not extension_status()[0], reason="the extension is not built")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion", "finetune-consistency"])
-def test_16_bit_training_stays_finite_and_learns(job, precision, tiny_run, tmp_path):
-    recipe = {"pretrain": "digits_pretrain", "finetune-diffusion": "digits_diffusion"}.get(job, "digits_consistency")
-    preview = [] if job == "pretrain" else ["--preview.every", "0"]
-    flags = [*tiny_run[:2], "--config", recipe, *tiny_run[2:], "--steps", "200", "--checkpoint_every", "1000"]
-    flags += ["--optimizer.warmup_steps", "20", "--precision", precision, *preview]
-    assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 200 and all(math.isfinite(v) for line in lines for v in line.values())
+@pytest.mark.parametrize(
+    "job, precision, share", [("pretrain", "fp16", 0.9), ("diffusion", "bf16", 0.9), ("consistency", "bf16", 1)]
+)
+def test_16_bit_training_stays_finite_and_learns(job, precision, share, tiny_run, tmp_path):
+    flags = {"steps": 80, "checkpoint_every": 80, "optimizer.warmup_steps": 20, "precision": precision}
+    flags |= {} if job == "pretrain" else {"dropout": 0}
+    assert main(run_command(job, tiny_run, tmp_path / "run", **flags)) == 0
+    lines = run_lines(tmp_path / "run")
+    assert len(lines) == 80 and all(math.isfinite(v) for line in lines for v in line.values())
     start, end = (sum(line["loss"] for line in part) for part in (lines[:20], lines[-20:]))
-    assert end < 0.9 * start
+    assert end < share * start
 
 
 class _Silent:
@@ -50,9 +49,9 @@ class _Silent:
 
 @pytest.fixture
 def run(digits):
-    """Return a function: optimiser's backend, job, parts, parallelism -> (RunState, its module, batches)."""
+    """Return a function: optimiser's backend, job, micro-batches, parallelism -> (RunState, batches)."""
 
-    def make(backend="auto", job="pretrain", parts=1, parallelism="ddp"):
+    def make(backend="auto", job="pretrain", micro_batches=1, parallelism="ddp"):
         stage_class = {"pretrain": PretrainStage, "diffusion": DiffusionStage, "consistency": ConsistencyStage}[job]
         sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         if job == "pretrain":
@@ -63,7 +62,7 @@ def run(digits):
             data=DataConfig(f"{digits}/train", normalization="simple"),
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend),
             batch_size=8,
-            gradient_accumulation=parts,
+            gradient_accumulation=micro_batches,
             precision="fp32",
             parallelism=parallelism,
         )
@@ -72,17 +71,10 @@ def run(digits):
         folder = ImageFolder(config.data.path)
         state = RunState(config, stage, folder, ranks)
         augment = config.data.augment if stage.three_views else None
-        loader = PillowLoader(folder, image_size=32, batch_size=8, seed=0, augment=augment, workers=0)
-        return state, make_step_module(stage), iter(loader)
+        return state, iter(PillowLoader(folder, image_size=32, batch_size=8, seed=0, augment=augment, workers=0))
 
     with contextlib.ExitStack() as groups:
         yield make
-
-
-def _everything(state):
-    tensors = [*state.stage.network.state_dict().values(), *state.stage.average.state_dict().values()]
-    tensors += [v for s in state.optimizer.state.values() for v in s.values()]
-    return [t.clone() for t in tensors]
 
 
 def with_nan(batch):
@@ -92,61 +84,68 @@ def with_nan(batch):
 
 
 @pytest.mark.parametrize("backend", [pytest.param("fused", marks=needs_extension), "torch"])
-def test_a_step_with_a_non_finite_gradient_is_skipped_whole(run, backend):
-    state, step_module, batches = run(backend)
-    state.update(step_module, next(batches), _Silent())
-    before = _everything(state)
-    state.update(step_module, with_nan(next(batches)), _Silent())
-    assert all(torch.equal(a, b) for a, b in zip(before, _everything(state), strict=True))
-    # the host learns of it with the next batch, or when it asks
-    assert (state.step, state.iteration) == (2, 2)
-    state.update(step_module, next(batches), _Silent())
-    assert (state.step, state.iteration) == (2, 3)
-    state.update(step_module, with_nan(next(batches)), _Silent())
-    state.settle()
-    assert (state.step, state.iteration) == (2, 4)
+def test_a_step_with_a_non_finite_gradient_is_skipped_whole(backend, run, log):
+    """Weights, averages, moments and statistics of BatchNorm stay; the counters do not."""
+    state, batches = run(backend)
+    train_step(state, next(batches), _Silent())
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    for skipped in (1, 2):
+        train_step(state, with_nan(next(batches)), _Silent())
+        assert state.iteration == 1 + skipped and state.skipped.tolist() == [skipped, skipped]
+    assert [n for n, t in state.tensors().items() if not torch.equal(t, before[n])] == ["counters/skipped"]
+    state.check_skipped()
+    assert "up to step 3: the gradient was not finite for 2 more of the batches" in log.messages[-1]
+    train_step(state, next(batches), _Silent())
+    assert state.iteration == 4 and state.skipped.tolist() == [2, 0]
+    assert not torch.equal(state.tensors()["network/pos_embed"], before["network/pos_embed"])
+    state.check_skipped()
+    assert sum("not finite" in message for message in log.messages) == 1
 
 
-PLAIN = [(job, parts, "ddp") for job in ("pretrain", "diffusion", "consistency") for parts in (1, 2)]
+PLAIN = [(job, count, "ddp") for job in ("pretrain", "diffusion", "consistency") for count in (1, 2)]
 
 
-@pytest.mark.parametrize("job, parts, parallelism", [*PLAIN, ("diffusion", 1, "fsdp"), ("pretrain", 2, "fsdp")])
-def test_an_update_makes_nobody_wait(job, parts, parallelism, run):
-    state, step_module, batches = run("torch", job, parts, parallelism)
+@pytest.mark.parametrize("job, micro_batches, parallelism", [*PLAIN, ("diffusion", 1, "fsdp"), ("pretrain", 2, "fsdp")])
+def test_a_step_makes_nobody_wait(job, micro_batches, parallelism, run):
+    state, batches = run("torch", job, micro_batches, parallelism)
     batches = [next(batches) for _ in range(3)]
-    metrics = Metrics(None, False, 0, False, None, {})
-    state.update(step_module, batches[0], metrics)
+    metrics = Metrics(None, False)
+    train_step(state, batches[0], metrics)
     with NothingIsRead():
         for batch in batches[1:]:
-            state.update(step_module, batch, metrics)
-    assert state.step == 3
+            train_step(state, batch, metrics)
+    assert state.iteration == 3
 
 
-@pytest.mark.parametrize("job, parts, parallelism", [*PLAIN, ("diffusion", 1, "fsdp")])
-def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, parts, parallelism, run):
-    state, step_module, batches = run("auto", job, parts, parallelism)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "job, micro_batches, parallelism",
+    [("pretrain", 1, "ddp"), ("pretrain", 2, "ddp"), ("consistency", 1, "ddp"), ("diffusion", 1, "fsdp")],
+)
+def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, micro_batches, parallelism, run):
+    state, batches = run("auto", job, micro_batches, parallelism)
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     compile_blocks(state.stage, backend="eager", fullgraph=True)
-    metrics = Metrics(None, False, 0, False, None, {})
-    state.update(step_module, next(batches), metrics)
+    metrics = Metrics(None, False)
+    train_step(state, next(batches), metrics)
     graphs = counters["stats"]["unique_graphs"]
     # pre-training: three batches, two of them without gradient; fine-tuning: an encoder block and decoder blocks with
-    # and without a skip, for consistency also without gradient; in parts, pre-training's three views come twice
-    assert graphs == {"pretrain": 3 if parts == 1 else 4, "diffusion": 3, "consistency": 6}[job]
+    # and without a skip, for consistency also without gradient; GradCache runs pre-training's three views twice
+    assert graphs == {"pretrain": 3 if micro_batches == 1 else 4, "diffusion": 3, "consistency": 6}[job]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
-            state.update(step_module, next(batches), metrics)
+            train_step(state, next(batches), metrics)
     assert counters["stats"]["unique_graphs"] == graphs
     torch.compiler.reset()
 
 
 def test_the_target_network_is_averaged_but_not_its_batch_norm(run):
-    state, step_module, batches = run()
-    before = {k: v.clone() for k, v in state.stage.average.state_dict().items()}
-    state.update(step_module, next(batches), _Silent())
-    online, target = state.stage.network.state_dict(), state.stage.average.state_dict()
+    state, batches = run()
+    before = {k: v.clone() for k, v in state.stage.ema.state_dict().items()}
+    train_step(state, next(batches), _Silent())
+    online, target = state.stage.network.state_dict(), state.stage.ema.state_dict()
     for name in before:
         if "running" in name or "tracked" in name:
             assert torch.equal(target[name], before[name]) and not torch.equal(online[name], before[name])
@@ -156,13 +155,13 @@ def test_the_target_network_is_averaged_but_not_its_batch_norm(run):
 
 
 def test_the_gradient_is_clipped_after_the_given_step_only(run):
-    state, step_module, batches = run()
+    state, batches = run()
     state.config.optimizer.clip_norm, state.config.optimizer.clip_after = 1e-3, 1
     beta, seen = state.config.optimizer.betas[0], []
     for _ in range(2):
-        before = {p: s["exp_avg"].clone() for p, s in state.optimizer.state.items()}
-        state.update(step_module, next(batches), _Silent())
-        gradient = [(s["exp_avg"] - beta * before.get(p, 0)) / (1 - beta) for p, s in state.optimizer.state.items()]
+        before = {n: t.clone() for n, t in state.tensors().items() if n.startswith("optimizer/exp_avg/")}
+        train_step(state, next(batches), _Silent())
+        gradient = [(state.tensors()[name] - beta * old) / (1 - beta) for name, old in before.items()]
         seen.append(torch.nn.utils.get_total_norm(gradient).item())
     assert seen[0] > 0.1 and seen[1] == pytest.approx(1e-3, rel=1e-2)
 
@@ -184,30 +183,14 @@ class _SlowLoader:
         return getattr(self.loader, name)
 
 
-@pytest.fixture
-def train_on_a_slow_disk(tiny_run, tmp_path, monkeypatch):
-    """Return a function that trains five steps and returns the lines of metrics.jsonl; seconds(i) delays batch i."""
-
-    def train(seconds):
-        make = loop.make_loader
-        monkeypatch.setattr(loop, "make_loader", lambda *a, **k: _SlowLoader(make(*a, **k), seconds))
-        flags = ["--steps", "5", "--preview.every", "0"]
-        command = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], *flags]
-        assert main([*command, "--outdir", str(tmp_path / "run")]) == 0
-        return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-
-    return train
-
-
-def test_a_slow_disk_shows_as_data_wait(train_on_a_slow_disk):
-    lines = train_on_a_slow_disk(lambda i: 0.5)
-    assert all(0.6 < line["data_wait"] <= 1 for line in lines[1:4])
-
-
-def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(train_on_a_slow_disk, digits, monkeypatch, capsys):
+def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(tiny_run, tmp_path, digits, monkeypatch, capsys):
+    make = loop.make_loader
+    monkeypatch.setattr(loop, "make_loader", lambda *a, **k: _SlowLoader(make(*a, **k), lambda i: 2.5 * (i == 3)))
     monkeypatch.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.2))
-    monkeypatch.setattr(progress_module, "_LONG_STALL", 1.5)  # longer than a loaded machine takes for another batch
-    train_on_a_slow_disk(lambda i: 2.5 * (i == 3))
+    monkeypatch.setattr(metrics_module, "_LONG_STALL", 1.5)  # longer than a loaded machine takes for another batch
+    assert main(run_command("diffusion", tiny_run, tmp_path / "run", steps=5)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0.6 < lines[3]["data_wait"] <= 1
     shown = capsys.readouterr().err
     assert "images are decoded by Pillow (in the training process)" in shown
     assert "data wait=1 s" in shown
@@ -230,7 +213,7 @@ def test_the_wait_is_shown_in_place_of_its_share_until_data_comes(capsys):
 
 def test_another_rank_that_waits_says_so_once_for_each_long_stall(monkeypatch):
     said = []
-    monkeypatch.setattr(progress_module.log, "log", lambda level, text, *values: said.append((level, text % values)))
+    monkeypatch.setattr(metrics_module.log, "log", lambda level, text, *values: said.append((level, text % values)))
     with Progress("diffusion", 10, 0, "images of /gone", Ranks(3, 4, torch.device("cpu"))) as progress:
         for seconds in (25.0, 30.0, 35.0):
             progress.stalled(seconds)

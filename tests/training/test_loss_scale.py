@@ -25,9 +25,7 @@ def test_the_loss_scale_is_torchs_gradient_scaler():
         sgd.zero_grad()
         ours.update(found_inf)
         assert ours.value.item() == pytest.approx(theirs.get_scale(), rel=1e-6)
-    again = LossScale(torch.device(DEVICE), enabled=True)
-    again.load_state_dict(ours.state_dict())
-    assert torch.equal(again.value, ours.value)
+    assert ours.state_dict() == {"scale": ours.value}
 
 
 def test_the_loss_scale_stays_finite_and_can_be_off():
@@ -39,4 +37,3 @@ def test_the_loss_scale_stays_finite_and_can_be_off():
     loss = torch.ones((), device=DEVICE)
     assert off(loss) is loss and off.value is None and off.state_dict() == {}
     off.update(torch.ones((), device=DEVICE))
-    off.load_state_dict({})

@@ -1,128 +1,136 @@
 """A killed run, started again, continues with the same numbers as if it had never stopped."""
 
+import functools
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 from epg_fast.__main__ import main
 from epg_fast.data.dali import dali_status
 from epg_fast.ops import extension_status
-from epg_fast.training import loop
-from epg_fast.training.checkpoint import list_checkpoints
-from tests.training.runs import assert_same_run, crash_after_save, run_command, run_lines
+from epg_fast.training import decoder
+from tests.training.runs import (
+    assert_same_run,
+    before_step,
+    change_saved_state,
+    crash_after_save,
+    run_command,
+    run_lines,
+    saved_state,
+    saved_steps,
+    send,
+    spoil,
+)
+
+POSTHOC = {"posthoc_ema.sigma_rel": "[0.05,0.1]", "posthoc_ema.every": 3}
+RUNS = {
+    "GradCache, loss scale": ("pretrain", {"gradient_accumulation": 2, "precision": "fp16"}),
+    "post-hoc EMA in host memory": ("diffusion", POSTHOC | {"offload_ema": "true", "optimizer.backend": "torch"}),
+    "micro-batches, post-hoc EMA": ("consistency", POSTHOC | {"gradient_accumulation": 2, "precision": "bf16"}),
+}
 
 
-@pytest.mark.parametrize("job, decoder", [("pretrain", "dali"), ("diffusion", "pillow"), ("consistency", "pillow")])
-def test_kill_9_and_resume_is_bit_identical(job, decoder, tiny_run, tmp_path, capsys):
-    if decoder == "dali" and not (dali_status()[0] and extension_status()[0]):
+def bad_batches(state, batch):
+    """Gradients that are not finite before, at and after the checkpoint of 4."""
+    if state.iteration in (1, 3, 6):
+        spoil(batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_crashed_and_stopped_runs_go_on_bit_for_bit(run, tiny_run, tmp_path, monkeypatch):
+    """Over skipped batches, with an unfinished interval of metrics; then once more after a signal."""
+    job, flags = RUNS[run]
+    command = functools.partial(run_command, job, tiny_run, steps=9, checkpoint_every=4, log_every=3, **flags)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    before_step(monkeypatch, bad_batches)
+    assert main(command(whole)) == 0
+    with monkeypatch.context() as patched:
+        crash_after_save(patched, 4)
+        assert main(command(cut)) == 1
+    assert saved_steps(cut) == [4]
+    with monkeypatch.context() as patched:
+        before_step(patched, lambda state, batch: state.iteration == 6 and send())
+        assert main(command(cut)) == 0
+    assert saved_steps(cut) == [7, 4]
+    assert main(command(cut)) == 0
+    assert [line["step"] for line in run_lines(cut)] == [3, 6, 9]
+    assert_same_run(cut, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job, backend", [("pretrain", "dali"), ("diffusion", "pillow")])
+def test_kill_9_and_resume_is_bit_identical(job, backend, tiny_run, tmp_path, capsys):
+    if backend == "dali" and not (dali_status()[0] and extension_status()[0]):
         pytest.skip("needs NVIDIA DALI and the extension")
-    tiny_run = [*tiny_run, "--data.backend", decoder]
+    tiny_run = [*tiny_run, "--data.backend", backend]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    # Workers on in the killed run only: they must not matter either.
-    program = [sys.executable, "-m", "epg_fast"]
     assert main(run_command(job, tiny_run, whole, steps=34)) == 0
+    # Workers on in the killed run only: they must not matter either.
     workers = {"data.workers": 1, "data.readers": 2}
-    process = subprocess.Popen(
-        [*program, *run_command(job, tiny_run, killed, steps=34, **workers)], stderr=subprocess.DEVNULL
-    )
+    command = run_command(job, tiny_run, killed, steps=34, **workers)
+    process = subprocess.Popen([sys.executable, "-m", "epg_fast", *command], stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while len(run_lines(killed)) < 16 and time.time() < deadline and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = len(run_lines(killed))
-    assert 16 <= reached < 34, f"the run was at step {reached} when it was killed"
+    assert 16 <= len(run_lines(killed)) < 34
     assert main(run_command(job, tiny_run, killed, steps=34)) == 0
     assert "resuming" in capsys.readouterr().err
     assert_same_run(killed, whole)
 
 
-def test_a_log_interval_cut_by_a_checkpoint_gives_the_same_means(tiny_run, tmp_path, monkeypatch):
-    """Checkpoints every 10 steps, lines every 7: the unfinished interval is part of the checkpoint."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(run_command("diffusion", tiny_run, whole, steps=28, log_every=7)) == 0
-    crash_after_save(monkeypatch, 10)
-    assert main(run_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 1
-    monkeypatch.undo()
-    assert main(run_command("diffusion", tiny_run, cut, steps=28, log_every=7)) == 0
-    assert_same_run(cut, whole)
-
-
 def test_a_finished_run_is_left_alone(tiny_run, tmp_path, capsys):
-    command = run_command("diffusion", tiny_run, tmp_path / "run", steps=3)
+    command, run = run_command("diffusion", tiny_run, tmp_path / "run", steps=3), tmp_path / "run"
     assert main(command) == 0
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*.pt")}
+    before = {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.is_file()}
     assert main(command) == 0
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*.pt")} == before
+    assert {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.is_file()} == before
     assert "complete" in capsys.readouterr().err
 
 
-@pytest.fixture
-def interrupted_run(tiny_run, tmp_path):
-    """Return (command, function that changes the checkpoint) of a run that stands at step 2 of 4, made with Pillow."""
+def resolved(there):
+    """`resolve_backend` of a machine where these decoders are installed; `auto` takes the first."""
+
+    def resolve(name, device):
+        if name not in ("auto", *there):
+            raise ValueError(f"{name} cannot be imported")
+        return there[0] if name == "auto" else name
+
+    return resolve
+
+
+@pytest.mark.parametrize(
+    "wanted, used, chosen, warnings",
+    [
+        *(("auto", None, "dali", 0), ("pillow", None, "pillow", 0), ("dali", None, "dali", 0)),
+        *(("auto", "pillow", "pillow", 0), ("auto", "dali", "dali", 0), ("dali", "dali", "dali", 0)),
+        ("dali", "pillow", "dali", 1),
+    ],
+)
+def test_a_run_keeps_its_decoder_unless_another_is_named(wanted, used, chosen, warnings, monkeypatch, log):
+    monkeypatch.setattr(decoder, "resolve_backend", resolved(["dali", "pillow"]))
+    assert decoder.choose_backend(wanted, used) == chosen
+    assert sum("so far, now by" in message for message in log.messages) == warnings
+
+
+def test_a_run_whose_decoder_is_gone_says_what_to_do(tiny_run, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    command = run_command("diffusion", tiny_run, run, steps=4, checkpoint_every=2)
-    assert main(command) == 0
-    command[command.index("--data.backend") + 1] = "auto"
-    newest, path = list_checkpoints(run / "checkpoints")
-    newest.unlink()
-
-    def change(**entries):
-        state = torch.load(path, weights_only=True) | entries
-        torch.save({name: value for name, value in state.items() if value is not None}, path)
-
-    return command, change
-
-
-def _saved(command):
-    return torch.load(list_checkpoints(Path(command[-1]) / "checkpoints")[0], weights_only=True)
-
-
-def test_a_checkpoint_names_the_decoder_and_an_old_one_means_pillow(interrupted_run, monkeypatch, capsys):
-    command, change = interrupted_run
-    assert _saved(command)["data_backend"] == "pillow"
-    change(data_backend=None, bad_files=None)  # as written before these entries existed
-    assert {"data_backend", "bad_files"}.isdisjoint(_saved(command))
-    # `auto` would mean DALI in a new run here
-    monkeypatch.setattr(loop, "resolve_backend", lambda name, device: {"auto": "dali"}.get(name, name))
-    capsys.readouterr()
-    assert main(command) == 0
-    saved = _saved(command)
-    assert (saved["step"], saved["data_backend"], saved["bad_files"]) == (4, "pillow", {})
-    assert capsys.readouterr().err.count("images are decoded by Pillow (in the training process)") == 1
-
-
-def _without_dali(name, device):
-    if name == "dali":
-        raise ValueError("DALI cannot be imported")
-    return "pillow"
-
-
-def test_a_run_does_not_change_its_decoder_unless_told_to(interrupted_run, monkeypatch, capsys):
-    command, change = interrupted_run
-    change(data_backend="dali")
-    monkeypatch.setattr(loop, "resolve_backend", _without_dali)
-    before = run_lines(command[-1])
-    assert main(command) == 2
+    command = run_command("diffusion", tiny_run, run, steps=2, checkpoint_every=1)
+    with monkeypatch.context() as patched:
+        crash_after_save(patched, 1)
+        assert main(command) == 1
+    assert saved_state(run)["data_backend"] == "pillow"
+    change_saved_state(run, data_backend="dali")
+    monkeypatch.setattr(decoder, "resolve_backend", resolved(["pillow"]))
+    before = run_lines(run)
+    assert main([*command[:-2], "--data.backend", "auto", *command[-2:]]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "DALI cannot be imported" in error and "pip install nvidia-dali" in error
-    assert "--data.backend pillow" in error and "no longer those of an uninterrupted run" in error
-    assert run_lines(command[-1]) == before
-    assert main([*command[:-2], "--data.backend", "pillow", *command[-2:]]) == 0
-    assert capsys.readouterr().err.count("decoded by dali so far, now by pillow as asked") == 1
-    assert _saved(command)["data_backend"] == "pillow"
-
-
-def test_the_decoder_of_a_run_is_kept_where_it_is_installed(monkeypatch):
-    said = []
-    monkeypatch.setattr(loop.log, "warning", lambda *message: said.append(message))
-    monkeypatch.setattr(loop, "resolve_backend", lambda name, device: "dali" if name == "auto" else name)
-    assert [loop.choose_backend(wanted, None) for wanted in ("auto", "pillow", "dali")] == ["dali", "pillow", "dali"]
-    assert [loop.choose_backend("auto", used) for used in ("pillow", "dali")] == ["pillow", "dali"]
-    assert loop.choose_backend("dali", "dali") == "dali" and not said
-    assert loop.choose_backend("dali", "pillow") == "dali" and len(said) == 1
+    assert "dali cannot be imported" in error and "pip install nvidia-dali" in error
+    assert "--data.backend pillow" in error and run_lines(run) == before
+    assert main(command) == 0 and saved_state(run)["data_backend"] == "pillow"
+    assert "decoded by dali so far, now by pillow as asked" in capsys.readouterr().err

@@ -1,9 +1,8 @@
-"""What test_sharding looks at: runs with one rank and with two.
+"""What test_distributed looks at: gradients, and runs, of one rank and of two.
 
 One process imports everything, and each rank is a fork of it.
 """
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -16,17 +15,21 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 
 from epg_fast import config as configs
 from epg_fast import training
+from epg_fast.data import ImageFolder, PillowLoader
 from epg_fast.distributed import joined
 from epg_fast.models import create_encoder, save_weights
-from epg_fast.training import loop, state
-from epg_fast.training.checkpoint import CheckpointError
+from epg_fast.training import loop
+from epg_fast.training.draws import Draws
+from epg_fast.training.fp8 import use_fp8
+from epg_fast.training.gradients import add_gradients
+from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.optimizer import make_optimizer
-from epg_fast.training.sharding import shard, whole, without_gradient_sync
+from epg_fast.training.parallel import parallelize
+from tests.training.runs import spoil
 
 JOBS = {"pretrain": "Pretrain", "diffusion": "Diffusion", "consistency": "Consistency"}
 SIZES = {"embed_dim": 32, "depth": 1, "num_heads": 2, "hidden_dim": 24, "output_dim": 10}
@@ -35,45 +38,48 @@ DECODER = {"decoder_embed_dim": 48, "decoder_depth": 2, "decoder_num_heads": 2}
 
 
 def main(data, folder):
-    save_weights(
-        folder / "encoder.safetensors",
-        create_encoder("digits_32", **SIZES).state_dict(),
-        {"config": {"image_size": 32, "patch_size": 8, **SIZES}},
-    )
+    encoder = create_encoder("digits_32", **SIZES).state_dict()
+    save_weights(folder / "encoder.safetensors", encoder, {"config": {"image_size": 32, "patch_size": 8, **SIZES}})
 
     def run(name, job, **fields):
         return one_run, *make_config(data, folder, name, job, **fields)
+
+    def gradients(ranks, parts):
+        return [
+            (write_gradients, *make_config(data, folder, f"gradients-{job}-{ranks}-{parts}", job, **_one_update(parts)))
+            for job in JOBS
+        ]
 
     def copied(source, name):
         """Run folder `name` as `source` was when step 2 had been saved."""
         shutil.copytree(folder / source, folder / name)
         for later in (folder / name / "checkpoints").glob("step_*[!2]"):
-            if later.name != "step_000000002.pt":
-                shutil.rmtree(later) if later.is_dir() else later.unlink()
+            shutil.rmtree(later)
         return name
 
-    plain = {"parallelism": "ddp"}
-    on_ranks(1, [run(f"{job}-1", job, **plain, spoil=job == "pretrain") for job in JOBS])
-    parts = {"gradient_accumulation": 2}
+    ddp, micro_batches = {"parallelism": "ddp"}, {"gradient_accumulation": 2}
     recompute = {"activation_checkpointing": True}  # the blocks' weights are put together once more
-    on_ranks(
-        2, [run("pretrain-2", "pretrain", **parts, spoil=True), run("diffusion-2", "diffusion", **recompute, stop_at=1)]
-    )
+    on_ranks(1, [*(run(f"{j}-1", j, **ddp, spoil=j == "pretrain") for j in JOBS), *gradients(1, 1), *gradients(1, 4)])
+    first = [
+        run("pretrain-2", "pretrain", **micro_batches, spoil=True),
+        run("pretrain-ddp-2", "pretrain", **ddp, spoil=True),
+        run("diffusion-2", "diffusion", **recompute, stop_at=1),
+    ]
+    on_ranks(2, [*first, *gradients(2, 1), *gradients(2, 3)])
     shutil.copytree(folder / "diffusion-2", folder / "stopped")
     shutil.copytree(folder / "pretrain-2", folder / "damaged")
-    flip_a_bit(folder / "damaged/checkpoints/step_000000004/__1_0.distcp")
+    flip_a_bit(folder / "damaged/checkpoints/step_000000004/rank_00001.safetensors")
     second = [
-        run("damaged", "pretrain", **parts),
+        run("damaged", "pretrain", **micro_batches),
         run("diffusion-2", "diffusion", **recompute),
-        run(copied("consistency-1", "consistency-2"), "consistency", **parts),
+        run(copied("consistency-1", "consistency-2"), "consistency", **micro_batches),
         (accumulate, *make_config(data, folder, "accumulate", "diffusion")),
         run("full", "diffusion", full_at=3, steps=100),
     ]
     on_ranks(2, second)
     third = [run(copied("stopped", name), "diffusion", parallelism=name) for name in ("ddp", "fsdp")]
     (folder / "fsdp/previews/step_000000002.png").unlink()  # as a kill may leave it
-    half = {"precision": "fp16", "steps": 2}
-    third += [run(f"half-{name}", "pretrain", parallelism=name, **half) for name in ("ddp", "fsdp")]
+    third += [run(f"half-{name}", "pretrain", parallelism=name, precision="fp16", steps=2) for name in ("ddp", "fsdp")]
     on_ranks(1, third)
 
 
@@ -112,6 +118,10 @@ def make_config(data, folder, name, job, **fields):
     return getattr(configs, JOBS[job] + "Config")(**(defaults | dropout | own[job] | fields)), job, interference
 
 
+def _one_update(parts):
+    return {"gradient_accumulation": parts, "parallelism": "ddp", "ops": "plain"}
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -148,58 +158,105 @@ def one_rank(rank, count, ports, tasks):
         os._exit(1)
 
 
-UPDATE = state.RunState.update
+STEP = loop.train_step
 
 
 def one_run(rank, config, job, interference):
-    def interfered(self, step_module, batch, *arguments):
-        if interference["spoil"] and self.iteration == 1:
+    def interfered(state, batch, metrics):
+        if interference["spoil"] and state.iteration == 1:
             batch["x"] = batch["x"].float() / 255
-            if rank == self.ranks.world_size - 1:
-                batch["x"][-1, 0, 0, 0] = float("nan")
-        if interference["full_at"] == self.iteration and rank == 1:
-            self.writer.wait()
+            if rank == state.ranks.world_size - 1:
+                spoil(batch)
+        if interference["full_at"] == state.iteration and rank == 1:
+            state.writer.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        if interference["stop_at"] == self.iteration and rank == 1:
+        if interference["stop_at"] == state.iteration and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return UPDATE(self, step_module, batch, *arguments)
+        STEP(state, batch, metrics)
 
-    state.RunState.update = interfered
+    loop.train_step = interfered
     try:
         training.train(config, getattr(training, JOBS[job] + "Stage"))
-    except CheckpointError as error:
+    except OSError as error:
         assert interference["full_at"]
         Path(config.outdir, f"error_{rank}").write_text(str(error))
+
+
+def write_gradients(rank, config, job, interference):
+    """What `gradients` finds of the global batch, as rank 0 has it, into a file."""
+    with joined("cpu") as ranks:
+        found = gradients(config, job, ranks)
+        if ranks.main:
+            torch.save(found, f"{config.outdir}.pt")
+
+
+def gradients(config, job, ranks, scaled=False):
+    """{"loss": ..., "grad.<name>": ..., "buffer.<name>": ...} of the whole global batch, as rank 0 has them; of
+    diffusion, the gradients with its linears in FP8 as well, "fp8.<name>"."""
+    torch.manual_seed(0)
+    stage = getattr(training, JOBS[job] + "Stage")(config, ranks)
+    for p in stage.network.parameters():  # zero-initialised layers would hide most gradients
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    count = config.batch_size // ranks.world_size
+    loader = PillowLoader(
+        ImageFolder(config.data.path),
+        image_size=stage.network.image_size,
+        batch_size=config.batch_size,
+        seed=0,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        augment=config.data.augment if stage.three_views else None,
+        workers=0,
+    )
+    parallel, scale = parallelize(stage), LossScale(ranks.device, enabled=scaled)
+    batch, draws = next(iter(loader)), Draws(0, 0, ranks.rank * count, count, ranks.device)
+    loss = add_gradients(stage, parallel, batch, draws, 7, scale)
+    assert len(loss.per_sample) == count and all(len(term) == count for term in loss.terms.values())
+    values = torch.stack([loss.loss.detach(), loss.level.double().mean()]) / ranks.world_size
+    if ranks.world_size > 1:
+        torch.distributed.all_reduce(values)
+    trained = {name: p for name, p in stage.network.named_parameters() if p.grad is not None}
+    found = {f"grad.{n}": p.grad for n, p in trained.items()} | {
+        f"buffer.{n}": b for n, b in stage.network.named_buffers()
+    }
+    if ranks.world_size > 1:  # the gradients lie in the buckets that were summed, each like its parameter
+        assert all(p.grad._base is not None and p.grad.stride() == p.stride() for p in trained.values())
+    if job == "diffusion":
+        found = {name: value.clone() for name, value in found.items()}
+        use_fp8(stage.network, "plain")
+        stage.network.zero_grad()
+        add_gradients(stage, parallel, batch, draws, 7, scale)
+        found |= {f"fp8.{n}": p.grad for n, p in trained.items()}
+    return {"loss": values[0], "level": values[1]} | found
 
 
 def accumulate(rank, config, job, interference):
     """Two backward passes give the same gradients, whether the first is averaged over the ranks or only added to."""
     found = []
     with joined("cpu", group_for_one=config.parallelism == "fsdp") as ranks:
-        for alone in (False, True):
+        for now in (True, False):
             torch.manual_seed(0)
             stage = training.DiffusionStage(config, ranks)
-            network = stage.network
-            stage.sharding = shard(network, stage.average, (), ranks)
+            network, parallel = stage.network, parallelize(stage)
 
             def loss(x, network=network):
                 return network.encode(x, x[:, 0, 0, 0]).square().sum()
 
-            step_module, x = loop.make_step_module(stage), torch.full((2, 3, 32, 32), rank + 1.0)
-            with without_gradient_sync(step_module) if alone else contextlib.nullcontext():
-                step_module(loss, x).backward()
-            assert (network.pos_embed.grad is None) == alone
-            step_module(loss, 2 * x).backward()
-            found.append({n: whole(p.grad) for n, p in network.named_parameters() if p.grad is not None})
+            x = torch.full((2, 3, 32, 32), rank + 1.0)
+            with parallel.averaged(now):
+                parallel(loss, x).backward()
+            assert (network.pos_embed.grad is None) != now
+            parallel(loss, 2 * x).backward()
+            found.append({n: p.grad.full_tensor() for n, p in network.named_parameters() if p.grad is not None})
         apex = dataclasses.replace(config.optimizer, backend="apex")
         try:
             make_optimizer(network, apex)
             raise AssertionError("apex took sharded parameters")
         except ValueError as error:
             assert "does not take sharded parameters" in str(error)
-    together, added = found
-    assert together.keys() == added.keys() and "blocks.0.mlp.fc1.weight" in added
-    for name, gradient in together.items():
+    averaged, added = found
+    assert averaged.keys() == added.keys() and "blocks.0.mlp.fc1.weight" in added
+    for name, gradient in averaged.items():
         torch.testing.assert_close(added[name], gradient, rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,294 @@
+"""`--dry_run`: what a run would be, before anything is started; every shipped recipe; activations to the byte."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from epg_fast import training
+from epg_fast.__main__ import _RECIPES, _parse, main
+from epg_fast.config import DryRunConfig, OptimizerConfig, PosthocEmaConfig
+from epg_fast.runtime import autocast
+from epg_fast.training import estimate
+from epg_fast.training.ema import HostEma, ema_copy
+from epg_fast.training.estimate import (
+    Activations,
+    SavedTensors,
+    activation_bytes,
+    describe,
+    memory_per_gpu,
+    planned_stage,
+    total_flops,
+)
+from epg_fast.training.flops import step_flops
+from epg_fast.training.optimizer import make_optimizer
+from tests.training.stages import JOBS, backward_of, device_of, loss_of, make_config, make_stage
+
+# Every shipped recipe in a combination that the README gives, and what the paper says about it: millions of parameters
+# of what is trained, and updates.
+RUNS = {
+    "digits, pre-training": ("pretrain digits digits_pretrain", 0.5, 360),
+    "digits, diffusion": ("finetune-diffusion digits digits_diffusion", 0.9, 2700),
+    "digits, one step": ("finetune-consistency digits digits_consistency", 0.9, 2500),
+    "encoder of XL, XXL and G": ("pretrain imagenet256_pretrain", 106.8, 600_000),
+    "encoder of L/16": ("pretrain imagenet256_pretrain --model.preset epg_l_16_256", 224.6, 600_000),
+    "encoder of L/32": ("pretrain imagenet256_pretrain imagenet512_pretrain", 226.9, 600_000),
+    "XL/16": ("finetune-diffusion imagenet256_diffusion", 583.0, 1_000_000),
+    "XXL/16": ("finetune-diffusion imagenet256_diffusion --model.preset epg_xxl_16_256", 788.9, 1_000_000),
+    "G/16": ("finetune-diffusion imagenet256_diffusion imagenet256_diffusion_g", 1391.9, 2_000_000),
+    "L/32 at 512": ("finetune-diffusion imagenet256_diffusion imagenet512_diffusion", 544.9, 1_000_000),
+    "L/16, one step": ("finetune-consistency imagenet256_consistency", 540.2, 700_000),
+}
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Skip the count of activations, which takes seconds and is tested beside this."""
+    monkeypatch.setattr(estimate, "activation_bytes", lambda *_: Activations(2**40, 2**39, 2**40))
+
+
+def _command(run):
+    words, flag, rest = RUNS[run][0].partition(" --")
+    job, *recipes = words.split()
+    return [job, *(word for name in recipes for word in ("--config", name)), *(flag + rest).split()]
+
+
+def test_every_recipe_is_part_of_a_run():
+    shipped = {file.name.removesuffix(".yaml") for file in _RECIPES.iterdir() if file.name.endswith(".yaml")}
+    used = [(flag, value) for run in RUNS for flag, value in zip(_command(run), _command(run)[1:], strict=False)]
+    assert {value for flag, value in used if flag == "--config"} == shipped
+
+
+@pytest.mark.slow
+def test_a_real_size_takes_no_memory(capsys):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main([*_command("G/16"), "--dry_run"]) == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB; the weights alone are 5.4e6
+    assert "activations        67.8" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    command, _, shown = readme.partition("$ epg-fast ")[2].partition("\n```")[0].partition("\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.strip() == shown.strip()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_recipe_is_described(run, tmp_path, monkeypatch, uncounted, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    _, parameters, steps = RUNS[run]
+    assert main([*_command(run), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line and not line.startswith(" "))
+    assert rows["parameters"].startswith(f"{parameters} M")
+    assert rows["steps"].startswith(f"{steps:,} = ")
+    assert "= 8 GPUs x" in rows["batch"] and "at an assumed 60% of the nominal" in rows["duration"]
+    assert "nothing measured" in rows["duration"] and rows["missing"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def _config(job="finetune-diffusion", **fields):
+    return make_config(job, **({"batch_size": 16, "steps": 10} | fields))
+
+
+def _describe(job="finetune-diffusion", options=None, **fields):
+    options = DryRunConfig(dry_run=True, **({"gpus": 1} if options is None else options))
+    return describe(_config(job, **fields), _class(job), options)
+
+
+def _class(job):
+    return getattr(training, f"{JOBS[job]}Stage")
+
+
+def test_gpus_come_from_the_flag_then_torchrun_then_eight(monkeypatch, uncounted):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "8 GPUs x 2 (assumed" in _describe(options={})
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "4 GPUs x 4 (torchrun's)" in _describe(options={})
+    assert "1 GPU x 16 (--gpus)" in _describe(options={"gpus": 1})
+
+
+def test_the_gpu_is_the_named_one_then_this_machines_then_an_h200(uncounted):
+    assert "1 x H200 at" in _describe()
+    assert "1 x L40S at an assumed 25%" in _describe(options={"gpus": 1, "gpu": "l40s", "utilization": 0.25})
+    with device_of("NVIDIA B200"):
+        assert "1 x B200 at" in _describe() and "the GPU of this machine" in _describe()
+
+
+def test_micro_batches_are_shown_and_their_images_are_what_is_kept(monkeypatch):
+    kept = []
+    count = lambda stage, images, step: kept.append(images) or Activations(0, 0, 0)  # noqa: E731
+    monkeypatch.setattr(estimate, "activation_bytes", count)
+    shown = _describe(options={"gpus": 2}, gradient_accumulation=4)
+    assert "16 images = 2 GPUs x 8 in 4 micro-batches (--gpus)" in shown and kept == [2]
+    with pytest.raises(ValueError, match="16 does not divide over 2 ranks .* --batch_size 20"):
+        _describe(options={"gpus": 2}, gradient_accumulation=5)
+
+
+def test_fp8_changes_no_figure_and_says_so(uncounted):
+    note = "FP8 is left out of the reckoning"
+    plain, fp8 = (_describe(precision="bf16", fp8=fp8) for fp8 in (None, "rowwise"))
+    assert [line for line in fp8.splitlines() if note not in line] == plain.splitlines() and note in fp8
+
+
+def test_the_duration_is_all_operations_over_the_assumed_rate(uncounted):
+    fields = {"delta": 0, "first_stage": 4, "stage_length": 4, "activation_checkpointing": True}
+    stage = planned_stage(_config("finetune-consistency", **fields), training.ConsistencyStage, 1)
+    each = [step_flops(stage, step) for step in range(10)]
+    assert total_flops(stage) == 16 * sum(flops.total + flops.recomputed for flops in each)
+    text = _describe("finetune-consistency", **fields)
+    assert "from step 4 on, less before" in text and "again for less memory" in text
+    assert "with --activation_checkpointing false" in text
+
+
+# ---- memory
+
+
+def _size(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_sharded_memory_is_divided_and_says_what_is_whole_for_a_time(uncounted):
+    fields = {"posthoc_ema": PosthocEmaConfig([0.1])}
+    plain = memory_per_gpu(planned_stage(_config("pretrain", **fields), training.PretrainStage, 1), 1)
+    stage = planned_stage(_config("pretrain", parallelism="fsdp", **fields), training.PretrainStage, 3)
+    split = memory_per_gpu(stage, 3)
+    shards = _size(p.chunk(3)[0] for p in stage.network.parameters())
+    assert shards == split.gradients == split.moments // 2 and plain.gradients / 3 < shards < plain.gradients / 2
+    assert split.weights - shards == plain.weights - plain.gradients and split.ema == 2 * split.weights  # buffers
+    # two of its two blocks, and what lies outside
+    assert split.gathered == 2 * plain.gradients
+    assert split.total(2**39) == 3 * shards + split.weights + split.ema + split.gathered + 2**39
+    text = _describe("pretrain", {"gpus": 4}, parallelism="fsdp", **fields)
+    assert "whole for a time" in text and "float32, this GPU's shard" in text
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion"])
+def test_memory_is_that_of_the_tensors_of_a_real_run(job, offload, uncounted):
+    config = _config(job, posthoc_ema=PosthocEmaConfig([0.05, 0.1]), offload_ema=offload)
+    memory = memory_per_gpu(planned_stage(config, _class(job), 2), 2)
+    stage = make_stage(job, config)
+    network = stage.network
+    emas = [stage.ema, *(ema_copy(network, stage.ranks, offload) for _ in range(2))]
+    optimizer = make_optimizer(network, OptimizerConfig(backend="torch"))
+    assert memory.weights == _size([*network.parameters(), *network.buffers()])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert memory.gradients == memory.moments // 2 == _size(trained)
+    on_gpu = 3 if not offload else 1 if job == "pretrain" else 0
+    sizes = [_size([*ema.parameters(), *ema.buffers()]) for ema in emas]
+    assert memory.ema == sum(sizes[:on_gpu])
+    staging = _size(HostEma(network, emas[on_gpu:])._staging) if offload else 0
+    assert staging <= memory.in_host_memory - sum(sizes[on_gpu:]) <= 2 * staging
+    shown = _describe(job, posthoc_ema=config.posthoc_ema, offload_ema=offload)
+    assert ("in host memory" in shown) == offload and ("\n  EMA " in shown) == bool(on_gpu)
+
+
+# 256 + 2 tokens and heads of dimension 64, as in the presets.
+MIDDLE = {"image_size": 64, "patch_size": 4, "embed_dim": 128, "depth": 2, "num_heads": 2}
+MIDDLE |= {"decoder_embed_dim": 192, "decoder_depth": 2, "decoder_num_heads": 3, "hidden_dim": 512, "output_dim": 64}
+
+
+def _kept(job, images, **fields):
+    """Bytes that a real forward pass saves."""
+    config = make_config(job, batch_size=images, **fields)
+    stage = make_stage(job, config, perceptual=True)
+    networks = [stage.network, stage.ema, getattr(stage, "perceptual", None)]
+    with SavedTensors(*filter(None, networks)) as saved, autocast(torch.device("cpu"), config.precision):
+        loss_of(stage, images)
+    return saved.bytes
+
+
+def _estimate(job, images, gpus=1, **fields):
+    config = make_config(job, batch_size=images * gpus, **fields)
+    if job == "finetune-consistency":
+        config.perceptual = "an encoder of the same preset"
+    return activation_bytes(planned_stage(config, _class(job), gpus), images, 0)
+
+
+@pytest.mark.parametrize("size", ["tiny", "middle"])
+@pytest.mark.parametrize("job", JOBS)
+def test_the_estimate_of_activations_is_what_autograd_saves(job, size):
+    """To the byte on a CPU; what a GPU's kernels save may differ."""
+    images, fields = (2, {"model": MIDDLE, "precision": "bf16"}) if size == "middle" else (4, {})
+    if job == "finetune-consistency" and size == "tiny":
+        fields["dropout"] = 0.5
+    found = _estimate(job, images, **fields)
+    assert found.plain == found.chosen == _kept(job, images, **fields)
+    assert _kept(job, images, **fields, activation_checkpointing=True) < found.checkpointed < 0.7 * found.plain
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_share_of_the_blocks_is_counted_as_such(job):
+    """Two blocks in pre-training and five in the generators: of the former a share of 0.4 is none."""
+    some, every = (_estimate(job, 4, activation_checkpointing=share) for share in (0.4, True))
+    assert every.chosen == every.checkpointed < every.plain
+    kept = _kept(job, 4, activation_checkpointing=0.4)
+    if job == "pretrain":
+        assert kept == some.chosen == some.plain
+    else:
+        assert every.plain > kept and kept < some.chosen < kept + every.plain / 3
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_checkpointing_changes_no_bit_of_the_gradients(job):
+    """Consistency training draws its dropout masks twice, and checkpointing once more."""
+    fields = {"finetune-consistency": {"first_stage": 1, "stage_length": 1, "delta": 0}}.get(job, {})
+    fields |= {} if job == "pretrain" else {"dropout": 0.5}
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        stage = make_stage(job, make_config(job, activation_checkpointing=checkpointing, **fields))
+        backward_of(stage, step=3)
+        gradients.append([p.grad for p in stage.network.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and any(g.any() for g in gradients[0])
+
+
+def test_activations_grow_with_the_images_of_a_gpu_and_with_the_keys_of_all():
+    small = {"model": {"depth": 1, "decoder_depth": 1}}
+    one, two, three = (_estimate("finetune-diffusion", images, **small).plain for images in (8, 16, 24))
+    assert three - two == two - one > 0
+    assert _estimate("pretrain", 8, gpus=4, **small).plain > _estimate("pretrain", 8, **small).plain
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--dry-run --gpus 7", ["1024 does not divide over 7 GPUs", "--batch_size 1022", "1029", "4 of"]),
+        ("--dry_run --gpu H20", ["'H20'", "did you mean 'H200'", "RTX 4090"]),
+        ("--gpus 8", ["gpus is for --dry_run", "torchrun --nproc-per-node"]),
+        ("--utilization 0.5", ["utilization is for --dry_run"]),
+        ("--dry_run --utilization 60", ["utilization is 60"]),
+        ("--dry_run --model.num_heads 5", ["768", "5"]),
+        ("--dry_run --cuda_graphs true --compile network --gpus 2", ["got 2 ranks, wanted 1"]),
+        ("--dry_runn", ["did you mean 'dry_run'"]),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_remedy(flags, expected, capsys):
+    assert main(["finetune-diffusion", "--config", "imagenet256_diffusion", *flags.split()]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(text in line for text in expected), line
+
+
+def test_the_flag_may_stand_alone_or_with_a_value():
+    class_ = type(make_config("pretrain"))
+    for flags, wanted in (("--dry-run", True), ("--dry_run false", False), ("--dry-run=true", True), ("", False)):
+        config, options = _parse("pretrain", class_, [*flags.split(), "--steps", "3"])
+        assert (options.dry_run, config.steps) == (wanted, 3)
+
+
+def test_other_ranks_of_torchrun_are_silent(capsys, monkeypatch, uncounted):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["pretrain", "--config", "digits", "--config", "digits_pretrain", "--dry_run"]) == 0
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,145 @@
+"""Lines of metrics: right means, also by noise level, the same bits after a resume, nothing left of what is redone."""
+
+import json
+
+import pytest
+import torch
+
+from epg_fast.__main__ import main
+from epg_fast.diffusion import NoiseSchedule
+from epg_fast.training.metrics import LEVELS, Metrics, names_by_level, sums_by_level
+from tests.training.stages import JOBS, loss_of, make_config, make_stage
+
+
+def test_means_are_those_of_the_samples_in_each_range_of_the_grid():
+    values, level = torch.rand(300), torch.rand(300) * 0.8  # nothing in the cleanest range
+    sums, counts = sums_by_level(values, level).tolist()
+    found = {i: total / count for i, (total, count) in enumerate(zip(sums, counts, strict=True)) if count}
+    wanted = {}
+    for value, place in zip(values.double().tolist(), level.tolist(), strict=True):
+        wanted.setdefault(int(place * LEVELS), []).append(value)
+    assert found.keys() == wanted.keys() and 7 not in found
+    assert found == {i: pytest.approx(sum(own) / len(own), rel=1e-5) for i, own in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    "values, level, sums, counts",
+    [
+        ([1, 2, 3, 4], [-0.3, 0.0, 1.0, 1.2], [3, 0, 0, 0, 0, 0, 0, 7], [2, 0, 0, 0, 0, 0, 0, 2]),
+        ([1, 2], 0.5, [0, 0, 0, 0, 3, 0, 0, 0], [0, 0, 0, 0, 2, 0, 0, 0]),
+    ],
+    ids=["the ends and beyond", "one level for the whole batch"],
+)
+def test_levels_count_to_their_range(values, level, sums, counts):
+    found = sums_by_level(torch.tensor(values), torch.tensor(level, dtype=torch.float64))
+    assert found.tolist() == [sums, counts]
+
+
+def test_the_place_of_a_level_is_its_index_over_the_last():
+    schedule = NoiseSchedule(41)
+    places = schedule.place(schedule.sigmas(dtype=torch.float64))
+    torch.testing.assert_close(places, torch.arange(41, dtype=torch.float64) / 40)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_objective_says_at_which_level_its_samples_are(job):
+    stage = make_stage(job, make_config(job), perceptual=False)
+    loss = loss_of(stage, images=8)
+    sums, counts = sums_by_level(loss.terms[stage.by_level], loss.level)
+    assert counts.sum() == 8
+    torch.testing.assert_close(sums.sum(), loss.terms[stage.by_level].sum())
+    if job == "finetune-diffusion":
+        assert torch.equal(loss.level, loss.terms["index"] / 1279)
+
+
+def _update(metrics, i, made=True):
+    generator = torch.Generator().manual_seed(i)
+    values, level = (torch.rand(16, generator=generator) for _ in range(2))
+    sums, counts = sums_by_level(values, level if made else level * float("nan"))
+    names = ("loss", *names_by_level("x"))
+    sums, counts = torch.cat([values.mean()[None], sums]), torch.cat([torch.ones(1), counts])
+    metrics.add(names, sums if made else sums * float("nan"), counts, torch.tensor(made))
+
+
+def _means(metrics, step):
+    return {k: v for k, v in metrics.write(step).items() if k not in ("images_per_second", "data_wait")}
+
+
+def test_an_interval_cut_by_a_checkpoint_gives_the_same_bits(tmp_path):
+    whole, first, second = (Metrics(tmp_path, True) for _ in range(3))
+    for i in range(9):
+        _update(whole, i)
+        _update(first if i < 4 else second, i)
+        if i == 3:
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    lines = [_means(metrics, 9) for metrics in (whole, second)]
+    assert lines[0] == lines[1] and len(lines[0]) == 2 + LEVELS
+    _update(whole, 9)
+    assert _means(whole, 10)["x_by_level/0"] != lines[0]["x_by_level/0"]
+
+
+def test_a_skipped_update_leaves_no_trace(tmp_path):
+    one, other = Metrics(tmp_path, True), Metrics(tmp_path, True)
+    for i in range(3):
+        _update(one, i)
+        _update(other, i)
+        _update(other, i + 10, made=False)
+    assert _means(one, 3) == _means(other, 3)
+
+
+def test_updates_with_other_values_share_a_line(tmp_path):
+    metrics = Metrics(tmp_path, True)
+    for names, value in ((("loss",), 1.0), (("loss", "perceptual"), 2.0), (("loss",), 3.0)):
+        values = torch.full((len(names),), value)
+        metrics.add(names, values, torch.ones_like(values), torch.tensor(True))
+    assert _means(metrics, 3) == {"step": 3, "loss": 2.0, "perceptual": 2.0}
+
+
+def test_lines_that_a_resumed_run_will_write_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(tmp_path, True)
+    first.begin_with({"plan": "fast"})
+    for step in (5, 10, 15):
+        first.write(step)
+    with open(path, "a") as file:
+        file.write('{"step": 2')  # cut off by a crash
+    resumed = Metrics(tmp_path, True, step=10)
+    resumed.begin_with({"plan": "another"})
+    resumed.write(20)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 5, 10, 20] and lines[0]["plan"] == "fast"
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    metrics = Metrics(tmp_path, False)
+    _update(metrics, 0)
+    metrics.begin_with({"plan": "fast"})
+    assert metrics.write(1)["loss"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_tensorboard_shows_the_lines_and_forgets_what_is_done_again(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, values in ((0, (1.0, 2.0, 3.0)), (1, (20.0,))):
+        metrics = Metrics(tmp_path, True, start, tensorboard=True)
+        for step, value in enumerate(values, start + 1):
+            metrics.write(step, lr=value)
+        metrics.close()
+    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("lr")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_a_line_that_cannot_be_written_is_named(tmp_path):
+    metrics = Metrics(tmp_path, True)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match="could not write .*metrics.jsonl.*the same command goes on"):
+        metrics.write(1)
+
+
+def test_a_run_logs_levels_and_they_add_up_to_the_mean(tiny_run, tmp_path):
+    command = ["finetune-diffusion", *tiny_run[:2], "--config", "digits_diffusion", *tiny_run[2:], "--steps", "2"]
+    assert main([*command, "--preview.every", "0", "--outdir", str(tmp_path / "run")]) == 0
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        levels = {k: v for k, v in line.items() if k.startswith("squared_error_by_level/")}
+        assert 1 < len(levels) <= LEVELS
+        assert min(levels.values()) <= line["squared_error"] <= max(levels.values())
