@@ -158,16 +158,21 @@ def climb(ladder: Ladder, found: Results, *, seconds: float, each: float) -> boo
 
 
 def _rows(ladder: Ladder, variants: list[Variant], each: float, deadline: float) -> Iterator[Row]:
-    """The rows of the first variants, from one process, as far as it gets."""
+    """The rows of the first variants, from one process, as far as it gets; its start counts for none of them."""
     context = multiprocessing.get_context("spawn")
     near, far = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(ladder, variants, far))
     process.start()
     far.close()
+    started = False
     try:
         for variant in variants:
-            wait = min(each, deadline - time.monotonic())
             try:
+                if not started:
+                    if not near.poll(max(deadline - time.monotonic(), 0)):
+                        return
+                    started = near.recv()
+                wait = min(each, deadline - time.monotonic())
                 if not near.poll(max(wait, 0)):
                     if wait == each:
                         yield ladder.empty_row(variant, f"failed: stopped after {each:.0f} s")
@@ -188,10 +193,15 @@ def _rows(ladder: Ladder, variants: list[Variant], each: float, deadline: float)
 
 
 def _work(ladder: Ladder, variants: list[Variant], connection: Connection) -> None:
-    """Send each variant's row, and whether it is the last: behind a fault of the GPU nothing can be measured."""
+    """Say that it has started, then send each variant's row, and whether it is the last.
+
+    Behind a fault of the GPU nothing can be measured.
+    """
     if ladder.device.type == "cpu":
         torch.set_num_threads(1)  # more wait for cores that others keep busy
     torch.backends.cudnn.allow_tf32 = False  # float32 is the reference; the engine chooses for itself
+    measure.start_afresh(ladder.device)
+    connection.send(True)
     for variant in variants:
         row = attempt(ladder, variant)
         broken = False

@@ -264,7 +264,7 @@ def update_of(stage: Stage) -> Work:
     """The last of a stage's updates on one GPU, without accumulation or checkpointing; consistency's at its end."""
     batch = stage.config.batch_size
     parameters = (1, sum(p.numel() for p in stage.network.parameters()))
-    optimiser = [  # the norm of the gradients, AdamW and one average in float32
+    optimiser = [  # the norm of the gradients, AdamW and one EMA in float32
         Op(name, OPTIMISER, parameters, 0, _spec(name).bytes(parameters, 4), "update")
         for name in ("global_norm", "fused_adamw_ema")
     ]

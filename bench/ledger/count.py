@@ -360,8 +360,8 @@ def _launches(name: str, args, written: list[torch.Tensor]) -> int:
     if name == "global_norm_out":
         return 1 + math.ceil(len(lists[0]) / _table_rows(1))
     if name == "fused_adamw_ema_":
-        averages = len(args[4]) // len(args[0])
-        return 1 + math.ceil(len(args[0]) / _table_rows(6 + averages))
+        emas = len(args[4]) // len(args[0])
+        return 1 + math.ceil(len(args[0]) / _table_rows(6 + emas))
     if name == "convolution_backward":
         return len(written)
     if not name.startswith(("_foreach", "_fused")) or not lists:

@@ -186,7 +186,7 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
 
 
 def _update(task: str, counter: Counter, job: Job, variant: Variant) -> Callable:
-    """A whole update: forward and backward pass of the loss, clipping, AdamW, average."""
+    """A whole update: forward and backward pass of the loss, clipping, AdamW, EMA."""
     from bench.train import OurTraining, PlainTraining, Problem
 
     with torch.device("cuda"):

@@ -193,7 +193,7 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
     shapes = [(1000, 64)] * 3
 
     def update(*params):
-        grads, first, second, average = ([torch.empty_like(p) for p in params] for _ in range(4))
+        grads, first, second, ema = ([torch.empty_like(p) for p in params] for _ in range(4))
         norm, found_inf = ops.global_norm(grads, backend="extension")
         numbers = {name: empty(3, dtype=torch.float64) for name in ("lrs", "weight_decays")}
         ops.fused_adamw_ema_(
@@ -205,7 +205,7 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
             norm=norm,
             found_inf=found_inf,
             max_norm=empty(dtype=torch.float64),
-            emas=[average],
+            emas=[ema],
             ema_weights=empty(1, dtype=torch.float64),
             backend="extension",
             **numbers,

@@ -93,13 +93,13 @@ def test_the_header_asks_a_gpu_and_says_none_for_what_there_is_not(monkeypatch):
 
 def test_tables_align_numbers_to_the_right_and_leave_out_what_is_empty():
     table = markdown_table(
-        ("rung", "images/s", "note", "of"), [("a|b", "1,234.5", "", "2.0x"), ("fp8", None, "", "95%")]
+        ("variant", "images/s", "note", "of"), [("a|b", "1,234.5", "", "2.0x"), ("fp8", None, "", "95%")]
     )
     assert table == (
-        "| rung | images/s |   of |\n"
-        "| ---- | -------: | ---: |\n"
-        "| a\\|b |  1,234.5 | 2.0x |\n"
-        "| fp8  |          |  95% |\n"
+        "| variant | images/s |   of |\n"
+        "| ------- | -------: | ---: |\n"
+        "| a\\|b    |  1,234.5 | 2.0x |\n"
+        "| fp8     |          |  95% |\n"
     )
     numbers = {0.0012345: "0.00123", 9.996: "10.00", 1234.5: "1,234", 0: "0", None: "", 99.95: "100.0", 12: "12.0"}
     assert {value: significant(value) for value in numbers} == numbers
