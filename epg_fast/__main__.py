@@ -118,7 +118,7 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
 def _sample(config: configs.SampleConfig) -> int | None:
     from epg_fast.distributed import Interrupted
     from epg_fast.plans import parse_ops
-    from epg_fast.sampling.job import check_command, run
+    from epg_fast.sampling.command import check_command, run
 
     if parse_ops(config.ops).base == "tune":
         from epg_fast.tuning import ensure_plan

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from numbers import Integral
+from typing import Literal, get_args
 
 Sampler = Literal["heun", "euler", "onestep", "euler_sde", "euler_ancestral", "edm_sde"]
+"""The samplers of `epg_fast.diffusion`."""
+CHURN = ("s_churn", "s_min", "s_max", "s_noise")
+"""Options of the sampler edm_sde; no other sampler has any."""
 
 
 def _check(config, low: float, high: float, *names: str) -> None:
@@ -39,6 +43,23 @@ def _check_interval(config, name: str) -> None:
     low, high = getattr(config, name)
     if not low <= high:
         raise ValueError(f"{name} is ({low}, {high}), want low <= high")
+
+
+def check_sampler(sampler: str, steps: int, **options: float) -> None:
+    """Raise ValueError unless there is such a sampler, with so many noise levels and with these options."""
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"sampler {sampler!r}: want one of {', '.join(get_args(Sampler))}")
+    least = 1 if sampler == "onestep" else 2
+    if not isinstance(steps, Integral) or steps < least:
+        raise ValueError(f"steps is {steps!r}, want an integer: {sampler} needs at least {least} noise levels")
+    for name, value in options.items():
+        if sampler != "edm_sde" or name not in CHURN:
+            raise ValueError(f"{name} is {value}: no option of {sampler}; edm_sde has {', '.join(CHURN)}")
+        if not 0 <= value <= math.inf or (value == math.inf and name != "s_max"):
+            raise ValueError(f"{name} is {value}, want at least 0")
+    low, high = options.get("s_min", 0.0), options.get("s_max", math.inf)
+    if low > high:
+        raise ValueError(f"s_max is {high}, want at least s_min ({low})")
 
 
 def check_sigma_rel(value: float) -> None:
@@ -238,7 +259,7 @@ class PreviewConfig:
     def __post_init__(self):
         _check(self, 0, math.inf, "every")
         _check(self, 1, math.inf, "num")
-        _check(self, 1 if self.sampler == "onestep" else 2, math.inf, "steps")
+        check_sampler(self.sampler, self.steps)
         _check_interval(self, "interval")
         _check_finite(self, "guidance")
 
@@ -552,26 +573,20 @@ class SampleConfig:
 
     def __post_init__(self):
         _check(self, 1, 10_000_000, "num")
-        if self.steps < 2 and self.sampler != "onestep":
-            raise ValueError(f"steps is {self.steps}: {self.sampler} needs at least 2 noise levels")
+        check_sampler(self.sampler, self.steps, **self.churn)
         _check(self, 1, math.inf, "batch_size")
         _check(self, 0, 2**63 - 1, "seed")
         _check_interval(self, "interval")
         _check_finite(self, "guidance")
         _check(self, 0, math.inf, "error_images")
-        self._check_churn()
         if not (self.npz or self.png):
             raise ValueError("npz and png are both false, want at least one: there would be nothing to write")
 
-    def _check_churn(self):
-        names = ("s_churn", "s_min", "s_max", "s_noise")
-        defaults = {f.name: f.default for f in fields(self)}
-        for name in names if self.sampler != "edm_sde" else ():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is {getattr(self, name)}: an option of edm_sde, not of {self.sampler}")
-        _check(self, 0, math.inf, "s_churn", "s_min", "s_noise")
-        if not self.s_min <= self.s_max:
-            raise ValueError(f"s_max is {self.s_max}, want at least s_min ({self.s_min})")
+    @property
+    def churn(self) -> dict[str, float]:
+        """Those options of the sampler edm_sde that are not their defaults."""
+        values = {name: getattr(self, name) for name in CHURN}
+        return {name: value for name, value in values.items() if value != getattr(SampleConfig, name)}
 
 
 @dataclass

@@ -47,7 +47,7 @@ def test_a_recorded_trajectory_gives_the_images_of_single_launches(model, sample
         want = plain(LABELS, seed=seed)
         assert_close(graphed(LABELS, seed=seed), want, rtol=0, atol=1e-3 if precision == "fp32" else 2e-2)
     assert list(graphed._recorded) == [(3, False)]
-    assert_close(graphed([1], first=1), plain([1], first=1), rtol=0, atol=1e-3 if precision == "fp32" else 2e-2)
+    assert_close(graphed([1], [1]), plain([1], [1]), rtol=0, atol=1e-3 if precision == "fp32" else 2e-2)
 
 
 @pytest.mark.parametrize("compile", ["blocks", "network"])

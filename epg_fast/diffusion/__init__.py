@@ -4,6 +4,7 @@ from epg_fast.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from epg_fast.diffusion.guidance import autoguided, guided
 from epg_fast.diffusion.samplers import (
     SAMPLERS,
+    STEPPED,
     STOCHASTIC,
     sample_edm_sde,
     sample_euler,
@@ -24,6 +25,7 @@ from epg_fast.diffusion.schedule import (
 __all__ = [
     "PARAMETERIZATIONS",
     "SAMPLERS",
+    "STEPPED",
     "STOCHASTIC",
     "Denoiser",
     "NoiseSchedule",

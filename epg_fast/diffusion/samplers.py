@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import torch
 
@@ -173,7 +174,8 @@ SAMPLERS: dict[str, Callable] = {
     "euler_ancestral": sample_euler_ancestral,
     "edm_sde": sample_edm_sde,
 }
-STOCHASTIC = ("euler_sde", "euler_ancestral", "edm_sde")
+STOCHASTIC = tuple(name for name, function in SAMPLERS.items() if "step_noise" in signature(function).parameters)
+STEPPED = tuple(name for name, function in SAMPLERS.items() if "steps_backend" in signature(function).parameters)
 
 
 def _integrate(step, noise, sigmas, name, trajectory):

@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from epg_fast.config import ScheduleConfig
+from epg_fast.config import ScheduleConfig, check_sampler
 from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import autoguided, guided
+from epg_fast.diffusion import STEPPED, NoiseSchedule, autoguided, guided
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import has_hooks
 from epg_fast.plans import PLAIN, Case, Chosen, choose
 from epg_fast.plans.plan import architecture
 from epg_fast.plans.sites import has_custom_operators
 from epg_fast.runtime import compile_options, float32_products
-from epg_fast.sampling.graphs import GraphedFunction
+from epg_fast.sampling.outputs import quantize
 from epg_fast.sampling.precision import available_precision, inference_network
-from epg_fast.sampling.requests import (
-    check_agreement,
-    check_networks,
-    checked_labels,
-    clamp_bounds,
-    image_numbers,
-    sampler_arguments,
-    schedule_of,
-)
 from epg_fast.sampling.trajectory import Trajectory
-from epg_fast.sampling.writers import quantize
 
 log = logging.getLogger("epg_fast")
 
 _COMPILE = ("auto", "off", "blocks", "network")
-PLANNED_STEPS = ("euler", "heun")
-"""Samplers whose steps are a site."""
 _SHAPES = 64
 
 
@@ -87,17 +77,17 @@ class SamplingEngine:
         **sampler_options,
     ):
         networks = [model] if weak is None else [model, weak]
-        check_networks(networks, guidance)
+        _check_networks(networks, guidance)
+        check_sampler(sampler, steps, **sampler_options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
-        options = sampler_arguments(sampler, steps, sampler_options)
         metadata = getattr(model, "metadata", {})
-        schedule = schedule_of(metadata, noise_schedule)
+        schedule = _schedule(metadata, noise_schedule)
         self.parameterization = parameterization or metadata.get("parameterization") or "x0"
         self.normalization = normalization or metadata.get("normalization") or "imagenet"
         pixels = PixelNormalization(self.normalization)
         if weak is not None:
-            check_agreement(weak, self.parameterization, self.normalization, schedule)
+            _check_agreement(weak, self.parameterization, self.normalization, schedule)
 
         def guide(denoiser, weak_denoiser=None):
             if weak_denoiser is not None:
@@ -118,7 +108,8 @@ class SamplingEngine:
         if not as_they_are or any(module.training for network in networks for module in network.modules()):
             networks = [inference_network(network, self.precision, self.chosen.ops) for network in networks]
         self.model = networks[0]
-        if sampler in PLANNED_STEPS:
+        options = sampler_options | {"clamp": _clamp(clamp, pixels, self.device)}
+        if sampler in STEPPED:
             options["steps_backend"] = self.chosen.ops["steps"]
         self._trajectory = Trajectory(
             networks,
@@ -128,7 +119,7 @@ class SamplingEngine:
             sampler,
             schedule.levels(1 if sampler == "onestep" else steps, model.image_size),
             pixels,
-            options | {"clamp": clamp_bounds(clamp, pixels, self.device)},
+            options,
         )
         self.evaluations = self._trajectory.evaluations
         if weak is None and guidance != 1 and not self._trajectory.guided:
@@ -154,67 +145,57 @@ class SamplingEngine:
     def __call__(
         self,
         labels: torch.Tensor | Sequence[int] | int,
-        *,
-        seed: int = 0,
-        first: int = 0,
         indices: Sequence[int] | None = None,
+        seed: int = 0,
         noise: torch.Tensor | None = None,
-        progress: bool = False,
     ) -> torch.Tensor:
         """Images of the given classes: float32 [N, 3, H, W] in [0, 1], on the CPU. Arguments as in `stream`."""
-        parts = self.stream(labels, seed=seed, first=first, indices=indices, noise=noise, progress=progress)
-        return torch.cat([images for _, images in parts])
+        return torch.cat([images for _, images in self.stream(labels, indices, seed, noise)])
 
     def stream(
         self,
         labels: torch.Tensor | Sequence[int] | int,
         indices: Sequence[int] | None = None,
         seed: int = 0,
-        *,
-        first: int = 0,
         noise: torch.Tensor | None = None,
         as_uint8: bool = False,
-        progress: bool = False,
     ) -> Iterator[tuple[slice, torch.Tensor | np.ndarray]]:
         """Images batch by batch, in order: (their places among the labels, float32 [B, 3, H, W] in [0, 1] on the CPU).
 
         labels: [N] class indices, or the number of images for an unconditional model. Image i starts from noise that
         depends on (seed, number of the image) only, so that the batch size does not matter; the numbers are `indices`
-        [N], or first, first+1, ...; `noise` [N, 3, H, W] (unit variance) replaces the start. as_uint8: uint8 arrays
+        [N], or 0, 1, ...; `noise` [N, 3, H, W] (unit variance) replaces the start. as_uint8: uint8 arrays
         [B, H, W, 3] instead. A GPU computes the next batch while the caller works on this one.
         Raises ValueError for labels out of range, negative numbers, noise of another shape, and for images with NaN
         where they have to become integers.
         """
-        y = checked_labels(self.model, labels)
-        numbers = image_numbers(indices, first, len(y))
-        shape = (self.model.in_chans, self.model.image_size, self.model.image_size)
-        if noise is not None and noise.shape != (len(y), *shape):
-            raise ValueError(f"noise has shape {list(noise.shape)}, want {[len(y), *shape]}")
+        y = _checked_labels(self.model, labels)
+        numbers = torch.arange(len(y)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        if len(numbers) != len(y) or (numbers < 0).any():
+            raise ValueError(f"indices are {numbers.tolist()[:4]}..., want {len(y)} numbers, none of them negative")
+        shape = (len(y), self.model.in_chans, self.model.image_size, self.model.image_size)
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"noise has shape {list(noise.shape)}, want {list(shape)}")
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}, want 0 to 2^63 - 1")
-        return self._stream(y, numbers, seed, noise, as_uint8, progress)
+        return self._stream([numbers, y, *([] if noise is None else [noise])], torch.tensor([int(seed)]), as_uint8)
 
-    def _stream(self, y, numbers, seed, noise, as_uint8, progress):
-        size = self._size(len(y))
-        seed = torch.tensor([int(seed)])
+    def _stream(self, inputs: list[torch.Tensor], seed: torch.Tensor, as_uint8: bool):
+        count = len(inputs[0])
         under_way = None
-        with tqdm(total=len(y), desc="sample", unit="image", disable=not progress) as bar:
-            for start in range(0, len(y), self.batch_size):
-                part = slice(start, min(start + self.batch_size, len(y)))
-                inputs = [_filled(numbers[part], size), seed, _filled(y[part], size)]
-                if noise is not None:
-                    inputs.append(_filled(noise[part], size))
-                with self._lock:
-                    images = self._draw([x.to(self.device) for x in inputs])[: part.stop - start]
-                    arriving = _Arriving(part, images, as_uint8)
-                if under_way is not None:
-                    yield under_way.result()
-                under_way = arriving if images.is_cuda else None
-                bar.update(part.stop - start)
-                if under_way is None:
-                    yield arriving.result()
+        for start in range(0, count, self.batch_size):
+            part = slice(start, min(start + self.batch_size, count))
+            numbers, *others = (_filled(x[part], self._size(count)).to(self.device) for x in inputs)
+            with self._lock:
+                images = self._draw([numbers, seed.to(self.device), *others])[: part.stop - start]
+                arriving = _Arriving(part, images, as_uint8)
             if under_way is not None:
                 yield under_way.result()
+            under_way = arriving if images.is_cuda else None
+            if under_way is None:
+                yield arriving.result()
+        if under_way is not None:
+            yield under_way.result()
 
     @property
     def fills_batches(self) -> bool:
@@ -257,9 +238,8 @@ def sample(
     labels: torch.Tensor | Sequence[int] | int,
     *,
     seed: int = 0,
-    first: int = 0,
+    indices: Sequence[int] | None = None,
     noise: torch.Tensor | None = None,
-    progress: bool = False,
     compile: str = "off",
     cuda_graphs: bool | None = False,
     **options,
@@ -270,7 +250,7 @@ def sample(
     takes longer than a few images. For many, or again and again, keep a `SamplingEngine`.
     """
     engine = SamplingEngine(model, compile=compile, cuda_graphs=cuda_graphs, **options)
-    return engine(labels, seed=seed, first=first, noise=noise, progress=progress)
+    return engine(labels, seed=seed, indices=indices, noise=noise)
 
 
 class _Arriving:
@@ -324,3 +304,106 @@ def _filled(part: torch.Tensor, size: int | None) -> torch.Tensor:
     """[B, ...] -> [size, ...], the last row repeated."""
     missing = 0 if size is None else size - len(part)
     return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
+
+
+def _check_networks(networks: list[torch.nn.Module], guidance: float) -> None:
+    """Raise ValueError unless all are EPGViTs and can be guided by this scale, the second being a weaker model."""
+    for network in networks:
+        if not isinstance(network, EPGViT):
+            raise ValueError(
+                f"sample: got a {type(network).__name__}, want an EPGViT (unwrap compiled or parallel models)"
+            )
+    model, *others = networks
+    if model.in_chans != 3:
+        raise ValueError(f"sample: the model has {model.in_chans} channels, want 3: red, green and blue")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}, want a finite number")
+    if not others and guidance != 1 and not model.num_classes:
+        raise ValueError(
+            f"guidance is {guidance}, which needs a class-conditional network; this one is unconditional "
+            "(num_classes=0): leave guidance at 1, or guide with a weaker model"
+        )
+    for weak in others:
+        for name in ("num_classes", "image_size", "in_chans"):
+            _require_of_weak(name, getattr(weak, name), getattr(model, name))
+
+
+def _check_agreement(weak: EPGViT, parameterization: str, normalization: str, schedule: NoiseSchedule) -> None:
+    """Raise ValueError when the checkpoint of a weaker model says that its output means something else."""
+    metadata = getattr(weak, "metadata", {})
+    _require_of_weak("parameterization", metadata.get("parameterization") or parameterization, parameterization)
+    _require_of_weak("normalization", metadata.get("normalization") or normalization, normalization)
+    if "noise" in metadata and vars(_schedule(metadata)) != vars(schedule):
+        raise ValueError("autoguidance: the weaker model has another noise schedule than the model, want the same")
+
+
+def _require_of_weak(name: str, got: object, wanted: object) -> None:
+    if got != wanted:
+        raise ValueError(f"autoguidance: the weaker model has {name} {got}, want {wanted} as the model has")
+
+
+def _schedule(metadata: Mapping, given: ScheduleConfig | None = None) -> NoiseSchedule:
+    """The noise schedule that is given, else that of a checkpoint's metadata, else the standard one."""
+    found = asdict(given) if given else metadata.get("noise", {})
+    try:
+        return NoiseSchedule(**found)
+    except TypeError:
+        raise ValueError(
+            f"the checkpoint's noise schedule is {found!r}, want a mapping of sigma_min, sigma_max, rho and sigma_data"
+        ) from None
+
+
+def _clamp(name: str, pixels: PixelNormalization, device: torch.device) -> tuple | None:
+    """(low, high) of the clean estimate, numbers or tensors on `device`; None for no clamp."""
+    if name not in ("official", "data", "none"):
+        raise ValueError(f"clamp {name!r}: want official, data or none")
+    if name == "data":
+        return tuple(bound.to(device) for bound in pixels.bounds())
+    return (-1.0, 1.0) if name == "official" else None
+
+
+def _checked_labels(model: EPGViT, labels: torch.Tensor | Sequence[int] | int) -> torch.Tensor:
+    """Labels as int64 [N] on the CPU; for an unconditional model as many zeros. Raises ValueError for wrong ones."""
+    number = isinstance(labels, (int, np.integer))
+    if not model.num_classes:
+        if not number or labels < 1:
+            raise ValueError(f"this model is unconditional: pass the number of images (at least 1), got {labels}")
+        return torch.zeros(operator.index(labels), dtype=torch.int64)
+    given = torch.as_tensor([] if number else labels).flatten().cpu()
+    y = given.long()
+    wrong = given[(y < 0) | (y > model.num_classes) | (y != given)]
+    if number or len(y) == 0 or len(wrong):
+        got = f"label {wrong[0].item()}" if len(wrong) else f"the number {labels}" if number else "no labels"
+        raise ValueError(f"got {got}, want labels in 0..{model.num_classes - 1} ({model.num_classes}: unconditional)")
+    return y
+
+
+class GraphedFunction:
+    """`function(*inputs)` recorded once as a CUDA graph, and launched without Python or launches of kernels in between.
+
+    function: of tensors to a tensor, without host synchronisation; it is called once to warm up (compilation, handles,
+    workspaces) and once to be recorded. Calls take tensors of the shapes and dtypes of `inputs`; what they return is
+    overwritten by the next call of any function with the same `pool` (`torch.cuda.graph_pool_handle()`).
+    Raises RuntimeError when the function cannot be recorded.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], pool):
+        self._inputs = [x.clone() for x in inputs]
+        self._device = self._inputs[0].device
+        self._graph = torch.cuda.CUDAGraph()
+        # what is recorded, and where it runs, follows the current device
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._output = function(*self._inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+        return self._output

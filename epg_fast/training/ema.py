@@ -185,7 +185,7 @@ class PosthocEma:
         self._folder = Path(config.outdir) / FOLDER
 
     def decays(self, step: int) -> list[float]:
-        """Decay of each EMA at the update after `step` updates."""
+        """Decay of each EMA at the update of batch `step`, counted from 0."""
         return [power_decay(step + 1, gamma) for gamma in self._gammas]
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from epg_fast.data import DataError, ImageSource, Prefetcher, make_loader, open_
 from epg_fast.distributed import StopSignals, joined
 from epg_fast.objectives import Loss
 from epg_fast.runtime import suitable_threads
-from epg_fast.training import decoder
+from epg_fast.training import decoding
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.classes import note_classes
@@ -86,7 +86,7 @@ def check_command(config: RunConfig) -> ImageSource:
 def _go_on(asked: RunConfig, state: RunState, folder: RunFolder) -> None:
     """asked: the configuration as it was given, without what a plan has put in the place of `auto`."""
     config, ranks, stage = state.config, state.ranks, state.stage
-    state.data_backend = decoder.agreed_backend(config.data.backend, state.data_backend, ranks)
+    state.data_backend = decoding.agreed_backend(config.data.backend, state.data_backend, ranks)
     loader = make_loader(
         state.source,
         config.data,
@@ -158,7 +158,7 @@ class _Run:
         config, ranks, stage, outdir = state.config, state.ranks, state.stage, folder.path
         self.config, self.state, self.outdir = config, state, outdir
         self.bad_files = BadFiles(state.bad_files, loader, state.source, config.data.max_bad_fraction, outdir, ranks)
-        decoded = decoder.description(state.data_backend, config.data.workers)
+        decoded = decoding.description(state.data_backend, config.data.workers)
         log.info("images are decoded by %s", decoded)
         # Nothing is written before this line, so that a command that fails above can be corrected and given again.
         folder.claim(stage.name, asked, ranks)

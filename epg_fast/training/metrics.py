@@ -1,6 +1,6 @@
 """Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and (optionally) Weights & Biases.
 
-A line has `step` (updates made), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
+A line has `step` (batches drawn), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
 (`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
 are left out), `images_per_second`, `data_wait` (share of the time), and on a GPU `peak_memory_gib` and `mfu`. The file
 of a run with a plan begins with a line of step 0, which has the `plan`.
@@ -49,7 +49,7 @@ def names_by_level(name: str) -> tuple[str, ...]:
 class Metrics:
     """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes.
 
-    step: updates made before; later lines of an earlier process are dropped. utilization: figures of the GPU to add to
+    step: batches drawn before; later lines of an earlier process are dropped. utilization: figures of the GPU to add to
     each line, if any.
     """
 

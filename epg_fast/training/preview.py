@@ -13,7 +13,7 @@ from PIL import Image
 from epg_fast.runtime import autocast
 from epg_fast.sampling import sample
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.writers import save_grid
+from epg_fast.sampling.outputs import quantize, save_grid
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -65,7 +65,7 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     path = preview_path(outdir, step)
     try:
         path.parent.mkdir(exist_ok=True)
-        save_grid(images.nan_to_num(0.0), path)
+        save_grid(quantize(images.nan_to_num(0.0)).numpy(), path)
     except OSError as error:
         log.warning("could not write %s (%s); training goes on", path, error)
         return None

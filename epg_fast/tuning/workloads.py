@@ -12,11 +12,12 @@ import math
 import torch
 
 from epg_fast.config import ModelConfig, RunConfig, SampleConfig
+from epg_fast.diffusion import STEPPED
 from epg_fast.distributed import Ranks, resolve_device
 from epg_fast.models import encoder_from_config, generator_from_config
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.plans import Chosen, site_choices
-from epg_fast.sampling.engine import PLANNED_STEPS, SamplingEngine
+from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.fp8 import use_fp8
@@ -59,7 +60,7 @@ class Sampling:
         torch.manual_seed(0)
         with device:
             model = lively(generator_from_config(arguments)).eval().to(dtype)
-        sampler = config.sampler if config.sampler in (*PLANNED_STEPS, "onestep") else "heun"
+        sampler = config.sampler if config.sampler in (*STEPPED, "onestep") else "heun"
         self.engine = SamplingEngine(
             model,
             sampler=sampler,

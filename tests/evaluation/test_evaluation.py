@@ -11,7 +11,7 @@ from PIL import Image
 from epg_fast.config import EvaluateConfig
 from epg_fast.evaluation import evaluate_probe, evaluate_samples
 from epg_fast.evaluation.extras import import_extra
-from epg_fast.sampling.writers import save_npz, save_pngs
+from tests.evaluation.samples import save_npz, save_pngs
 
 
 def enlarged(features, size=32):

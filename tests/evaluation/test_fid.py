@@ -11,7 +11,7 @@ from epg_fast.config import EvaluateConfig
 from epg_fast.evaluation import evaluate_fid, fid, inception_score, precision_recall
 from epg_fast.evaluation.inception import FeatureNetwork
 from epg_fast.evaluation.reference import open_reference
-from epg_fast.sampling.writers import save_npz, save_pngs
+from tests.evaluation.samples import save_npz, save_pngs
 
 linalg = pytest.importorskip("scipy.linalg")
 SIZE = 8

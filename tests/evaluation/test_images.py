@@ -4,7 +4,7 @@ from PIL import Image
 
 from epg_fast.data import ImageFolder
 from epg_fast.evaluation.images import load_images, round_trip, stored_size
-from epg_fast.sampling.writers import save_npz, save_pngs
+from tests.evaluation.samples import save_npz, save_pngs
 
 
 def colors(num=6, size=32):

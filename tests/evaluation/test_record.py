@@ -9,8 +9,8 @@ from epg_fast.config import SampleConfig
 from epg_fast.evaluation.record import sampling_record
 from epg_fast.models import EPGViT
 from epg_fast.sampling import SamplingEngine
-from epg_fast.sampling.settings import resolved
-from epg_fast.sampling.writers import save_npz, save_pngs
+from epg_fast.sampling.command import requested, resolved
+from tests.evaluation.samples import save_npz, save_pngs
 
 KEYS = {
     *("source", "num", "labels", "sampler", "steps", "evaluations", "guidance", "interval", "precision", "seed"),
@@ -49,7 +49,7 @@ def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, log):
 def test_what_sample_notes_fills_the_record(tmp_path, log):
     config = SampleConfig(checkpoint="runs/x", outdir=str(tmp_path), num=2, guidance=2.5)
     model = EPGViT(16, 8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_embed_dim=48, num_classes=5)
-    settings = resolved(config, model, None, np.arange(2), SamplingEngine(model, guidance=2.5))
+    settings = requested(config) | resolved(model, None, np.arange(2), SamplingEngine(model, guidance=2.5))
     save_npz(np.zeros((2, 4, 4, 3), np.uint8), np.arange(2), tmp_path / "samples.npz", **settings)
     record = sampling_record(tmp_path / "samples.npz", 2)
     assert all(record[key] is not None for key in KEYS) and not log.messages

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from epg_fast.evaluation.sources import open_stream
-from epg_fast.sampling.writers import save_npz, save_pngs
+from tests.evaluation.samples import save_npz, save_pngs
 
 
 def colors(num=7, height=6, width=6):

@@ -1,5 +1,6 @@
-"""Give each of some commands again and again, killed at one of its first changes to its folder, until one finishes.
+"""Give each of some commands again and again, killed before its third change to its folder, until one finishes.
 
+One change is settings.json, so that every command has a change more than the one before, or two, where none is drawn.
 Argument: a JSON list of `epg-fast` command lines. Prints the number of kills of each, as a JSON list. A fork for each
 attempt saves importing torch.
 """
@@ -11,25 +12,27 @@ import sys
 
 import jsonargparse  # noqa: F401 (imported once, before the forks)
 
-import epg_fast.sampling.job  # noqa: F401
+import epg_fast.sampling.command  # noqa: F401
 from epg_fast.__main__ import main
 
-# Some too few to finish a batch, some more than one has.
-CHANGES = (0, 1, 2, 6, 3, 9, 4, 7)
 
-
-def attempt(command, changes):
-    """Exit status of a child that is killed before its change number `changes + 1`."""
+def attempt(command):
+    """Exit status of a child that is killed before its third change."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    outdir, left = command[command.index("--outdir") + 1], changes
+    outdir, changes = command[command.index("--outdir") + 1], 0
 
     def hook(event, arguments):
-        nonlocal left
-        if event in ("os.rename", "os.remove", "os.rmdir") and str(arguments[0]).startswith(outdir):
-            left -= 1
-            if left < 0:
+        nonlocal changes
+        if event not in ("os.rename", "os.remove", "os.rmdir"):
+            return
+        path = str(arguments[0])
+        # what a killed command began is removed in between
+        began = event == "os.remove" and path.endswith(".tmp")
+        if path.startswith(outdir) and os.path.exists(path) and not began:
+            changes += 1
+            if changes == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -38,8 +41,8 @@ def attempt(command, changes):
 
 def kills(command):
     """How often the command was killed."""
-    for number in range(100):  # later rounds get further: threads write their files in any order
-        if attempt(command, CHANGES[number % len(CHANGES)] + number // len(CHANGES)) == 0:
+    for number in range(100):
+        if attempt(command) == 0:
             return number
     raise AssertionError("it never comes to the end")
 

@@ -1,7 +1,9 @@
 """`SamplingEngine` and `sample`: what they return depends on model, labels and seed, and on nothing else."""
 
 import functools
+import inspect
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from torch.testing import assert_close
 
 import epg_fast
 from epg_fast import SamplingEngine
+from epg_fast.config import CHURN, Sampler
 from epg_fast.data import PixelNormalization
 from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
 from epg_fast.models import EPGViT
 from epg_fast.ops import philox_normal_of
 from epg_fast.sampling import engine as engine_module
-from epg_fast.sampling.writers import to_uint8
+from epg_fast.sampling.outputs import quantize
 from tests.golden_data import Case
 from tests.waiting import NothingIsRead
 
@@ -65,7 +68,7 @@ def test_it_is_the_plain_sampler_bit_for_bit(model, sampler, guide):
     weak = make_model(depth=2) if guide == "weak" else None
     options = {"none": {}, "interval": {"guidance": 2.0, "interval": (0.1, 30.0)}, "weak": {"guidance": 0.5}}[guide]
     got = epg_fast.sample(
-        model, LABELS[:3], seed=3, first=5, sampler=sampler, steps=5, weak=weak, **options, **churn(sampler)
+        model, LABELS[:3], seed=3, indices=[5, 6, 7], sampler=sampler, steps=5, weak=weak, **options, **churn(sampler)
     )
     assert model.training  # the mode is put back
     model.eval()
@@ -93,14 +96,21 @@ def test_it_is_the_plain_sampler_bit_for_bit(model, sampler, guide):
         ({"sampler": "euler", "steps": 5}, 4),
         ({"sampler": "edm_sde", "steps": 5, "s_churn": 10.0}, 7),
         ({"sampler": "onestep"}, 1),
+        ({"steps": 5, "weak": True}, 16),
     ],
 )
 def test_network_evaluations_are_counted(options, want):
-    assert SamplingEngine(make_model(image_size=256, patch_size=64), **options).evaluations == want
+    model = make_model(image_size=256, patch_size=64)
+    options |= {"weak": model} if "weak" in options else {}
+    assert SamplingEngine(model, **options).evaluations == want
 
 
-def test_both_networks_of_autoguidance_are_counted(model):
-    assert SamplingEngine(model, steps=5, weak=make_model(), guidance=1.0).evaluations == 16
+def test_the_command_line_has_every_sampler_and_each_of_its_options():
+    assert set(get_args(Sampler)) == set(SAMPLERS)
+    common = {"denoiser", "noise", "sigmas", "y", "clamp", "step_noise", "generator", "trajectory", "steps_backend"}
+    for name, function in SAMPLERS.items():
+        own = {*inspect.signature(function).parameters} - common
+        assert own == (set(CHURN) if name == "edm_sde" else set())
 
 
 @pytest.mark.parametrize("sampler", ["heun", "euler_sde", "edm_sde"])
@@ -110,28 +120,23 @@ def test_an_image_does_not_depend_on_the_batch_it_is_in(model, sampler):
     whole = epg_fast.sample(model, LABELS, **options)
     assert whole.shape == (7, 3, 16, 16) and whole.min() >= 0 and whole.max() <= 1
     assert_close(engine(LABELS), whole, rtol=0, atol=1e-3)
-    assert_close(engine(LABELS[4:6], first=4), whole[4:6], rtol=0, atol=1e-3)
+    assert_close(engine(LABELS[4:6], range(4, 6)), whole[4:6], rtol=0, atol=1e-3)
     assert_close(engine([LABELS[i] for i in (6, 2)], indices=[6, 2]), whole[[6, 2]], rtol=0, atol=1e-3)
     assert not torch.equal(engine(LABELS, seed=1), whole)
     assert whole.flatten(1).unique(dim=0).shape[0] == 7
 
 
-def test_a_large_run_streams_in_order(model):
+def test_a_large_run_streams_in_order_and_on_a_cpu_no_batch_waits_for_the_next(model, monkeypatch):
     engine = SamplingEngine(model, steps=3, batch_size=3)
-    whole = engine(LABELS)
-    parts = list(engine.stream(LABELS))
-    assert [part for part, _ in parts] == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert torch.equal(torch.cat([images for _, images in parts]), whole)
-    for part, pixels in engine.stream(LABELS, as_uint8=True):
-        assert pixels.dtype == "uint8" and (pixels == to_uint8(whole[part])).all()
-
-
-def test_on_a_cpu_no_batch_waits_for_the_next_to_be_handed_over(model, monkeypatch):
-    engine = SamplingEngine(model, steps=3, batch_size=3)
-    drawn, draw = [], engine._draw
+    whole, drawn, draw = engine(LABELS), [], engine._draw
     monkeypatch.setattr(engine, "_draw", lambda inputs: drawn.append(len(inputs[0])) or draw(inputs))
-    next(engine.stream(LABELS))
-    assert drawn == [3]
+    parts = []
+    for part, images in engine.stream(LABELS):
+        parts.append(part)
+        assert torch.equal(images, whole[part]) and len(drawn) == len(parts)
+    assert parts == [slice(0, 3), slice(3, 6), slice(6, 7)] and drawn == [3, 3, 1]
+    for part, pixels in engine.stream(LABELS, as_uint8=True):
+        assert pixels.dtype == "uint8" and (pixels == quantize(whole[part]).numpy()).all()
 
 
 def test_threads_that_share_an_engine_get_their_own_images(model):
@@ -196,26 +201,23 @@ def test_graphs_are_recorded_once_per_size_and_the_last_batch_is_filled_up(model
     assert _Replayed.made[1:] == [[(1,), (1,), (1,)], [(1,), (1,), (1,), (1, 3, 16, 16)]]
 
 
-def test_a_device_that_records_no_graph_goes_on_without_and_says_why(model, monkeypatch, log):
+def test_where_no_graph_can_be_recorded_the_engine_goes_on_without_and_says_why(model, monkeypatch, log):
     def refuse(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
+    want = epg_fast.sample(model, LABELS, steps=3)
+    assert not log.messages
+    engine = SamplingEngine(model, steps=3, batch_size=3, cuda_graphs=True)
     monkeypatch.setattr(engine_module, "GraphedFunction", refuse)
-    engine = SamplingEngine(model, steps=3, batch_size=3)
     engine.cuda_graphs = True
-    assert_close(engine(LABELS), epg_fast.sample(model, LABELS, steps=3), rtol=0, atol=1e-3)
+    assert_close(engine(LABELS), want, rtol=0, atol=1e-3)
     assert log.messages == [
-        "no CUDA graphs: operation not permitted when stream is capturing; launching kernels one by one"
+        "no CUDA graphs: the network is on cpu",
+        "no CUDA graphs: operation not permitted when stream is capturing; launching kernels one by one",
     ]
 
 
-def test_graphs_on_a_cpu_are_not_to_be_had(model, log):
-    SamplingEngine(model, steps=3)
-    assert not log.messages
-    SamplingEngine(model, steps=3, cuda_graphs=True)
-    assert log.messages == ["no CUDA graphs: the network is on cpu"]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", ["blocks", "network"])
 def test_compiled_batches_share_one_size_and_are_the_same(model, compile, monkeypatch):
     # "network" compiles the conditioning beside the network
@@ -262,7 +264,9 @@ def test_autoguidance_uses_the_weak_model(model):
     assert torch.equal(epg_fast.sample(model, [0, 1], steps=3, weak=weak.eval(), guidance=3.0), guided)
 
 
-def test_a_weaker_model_of_another_meaning_is_refused(model):
+def test_a_weaker_model_of_another_meaning_or_shape_is_refused(model):
+    with pytest.raises(ValueError, match="the weaker model has num_classes 4, want 5"):
+        epg_fast.sample(model, [0], steps=3, weak=make_model(num_classes=4))
     weak = make_model()
     for metadata in ({"parameterization": "edm"}, {"normalization": "simple"}, {"noise": {"sigma_max": 40.0}}):
         weak.metadata = metadata
@@ -304,48 +308,46 @@ def test_steps_of_the_extension_are_an_option(model):
         assert torch.equal(epg_fast.sample(model, [0, 1], sampler=sampler, steps=4, ops="steps=extension"), want)
 
 
-def test_bad_requests_say_what_is_wanted(model):
-    for labels, message in (
-        ([5, 6], "label 6"),
-        ([-1], "label -1"),
-        ([], "no labels"),
-        ([0.5], "integers"),
-        (3, "class-"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            epg_fast.sample(model, labels, steps=2)
-    for options, message in (
-        ({"steps": 1}, "at least 2"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"sampler": "ddim"}, "want one of"),
-        ({"s_churn": 1.0}, "options of edm_sde"),
-        ({"clamp": "x"}, "official, data or none"),
-        ({"normalization": "imagenett"}, "imagenet"),
-        ({"parameterization": "eps"}, "x0, edm"),
-        ({"precision": "fp4"}, "want one of fp32, tf32, bf16, fp16, fp8"),
-        ({"compile": "on"}, "want one of auto, off, blocks, network"),
-        ({"first": -1}, "want 1 numbers from 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"noise": torch.randn(1, 3, 8, 8)}, r"noise has shape \[1, 3, 8, 8\], want \[1, 3, 16, 16\]"),
-        ({"weak": make_model(num_classes=4)}, "the weaker model has num_classes 4, want 5"),
-        ({"weak": torch.nn.Linear(2, 2)}, "got a Linear, want an EPGViT"),
-        ({"guidance": float("nan")}, "guidance is nan"),
-        ({"steps": 4.5}, "steps is 4.5, want an integer"),
-        ({"sampler": "edm_sde", "churn": 1.0}, "churn: no option of edm_sde"),
-        ({"seed": 1.5}, "seed is 1.5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            epg_fast.sample(model, [0], **({"steps": 2} | options))
-    with pytest.raises(ValueError, match="got first=2 and indices"):
-        SamplingEngine(model, steps=2).stream([0], indices=[3], first=2)
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([5, 6], {}, "got label 6, want labels in 0..4"),
+        ([-1], {}, "got label -1"),
+        ([], {}, "got no labels"),
+        ([0.5], {}, "got label 0.5"),
+        (3, {}, "got the number 3, want labels"),
+        ([0], {"steps": 1}, "steps is 1, want an integer: heun needs at least 2"),
+        ([0], {"steps": 4.5}, "steps is 4.5, want an integer"),
+        ([0], {"sampler": "ddim"}, "sampler 'ddim': want one of heun, euler, onestep"),
+        ([0], {"s_churn": 1.0}, "s_churn is 1.0: no option of heun; edm_sde has s_churn"),
+        ([0], {"sampler": "edm_sde", "churn": 1.0}, "churn is 1.0: no option of edm_sde"),
+        ([0], {"sampler": "edm_sde", "s_noise": -1.0}, "s_noise is -1.0, want at least 0"),
+        ([0], {"batch_size": 0}, "batch_size is 0"),
+        ([0], {"clamp": "x"}, "official, data or none"),
+        ([0], {"normalization": "imagenett"}, "imagenet"),
+        ([0], {"parameterization": "eps"}, "x0, edm"),
+        ([0], {"precision": "fp4"}, "want one of fp32, tf32, bf16, fp16, fp8"),
+        ([0], {"compile": "on"}, "want one of auto, off, blocks, network"),
+        ([0], {"guidance": float("nan")}, "guidance is nan"),
+        ([0], {"indices": [-1]}, r"indices are \[-1\].*, want 1 numbers, none of them negative"),
+        ([0], {"indices": [3, 4]}, r"indices are \[3, 4\].*, want 1 numbers"),
+        ([0], {"seed": -1}, "seed is -1"),
+        ([0], {"seed": 1.5}, "seed is 1.5"),
+        ([0], {"noise": torch.zeros(1, 3, 8, 8)}, r"noise has shape \[1, 3, 8, 8\], want \[1, 3, 16, 16\]"),
+        ([0], {"weak": torch.nn.Linear(2, 2)}, "got a Linear, want an EPGViT"),
+    ],
+)
+def test_a_bad_request_says_what_is_wanted(model, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        epg_fast.sample(model, labels, **({"steps": 2} | options))
+
+
+def test_networks_that_cannot_be_sampled_are_refused(model):
     with pytest.raises(ValueError, match="has 1 channels, want 3"):
         epg_fast.sample(make_model(in_channels=1), [0], steps=2)
     model.metadata = {"noise": {"sigma": 1}}
     with pytest.raises(ValueError, match="noise schedule is {'sigma': 1}, want a mapping of sigma_min"):
         epg_fast.sample(model, [0], steps=2)
-    model.metadata = {}
-    with pytest.raises(ValueError, match="got 2 numbers of images from 3, want 1 numbers"):
-        SamplingEngine(model, steps=2).stream([0], indices=[3, 4])
 
 
 def test_unconditional_models_are_sampled_by_number_and_cannot_be_guided():

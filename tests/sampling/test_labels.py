@@ -9,14 +9,9 @@ from epg_fast.data import prepare_shards
 from epg_fast.sampling.labels import choose_labels
 
 
-def write(path, **manifest):
-    path.write_text(json.dumps({"complete": True, **manifest}))
-    return path
-
-
 def test_labels_are_as_frequent_as_in_the_data(tmp_path):
     frequencies = [0.5, 0.0, 0.2, 0.3]
-    write(tmp_path / "manifest.json", class_frequencies=frequencies)
+    (tmp_path / "manifest.json").write_text(json.dumps({"complete": True, "class_frequencies": frequencies}))
     labels = choose_labels(f"frequencies:{tmp_path}", 20_000, 4, 7)
     assert set(map(type, labels)) == {int}
     np.testing.assert_allclose(np.bincount(labels, minlength=4) / 20_000, frequencies, atol=0.015)
@@ -37,29 +32,24 @@ def test_the_manifest_of_prepare_data_fits(tmp_path):
     np.testing.assert_allclose(np.bincount(labels, minlength=3) / 4000, [0.75, 0, 0.25], atol=0.03)
 
 
-def test_frequencies_that_cannot_be_used_are_refused(tmp_path):
-    def refused(path, message):
-        with pytest.raises(ValueError, match=message):
-            choose_labels(f"frequencies:{path}", 10, 2, 0)
-
-    refused(tmp_path / "nowhere.json", "cannot read .*nowhere.json")
-    refused(tmp_path, "cannot read .*manifest.json .*; prepare-data makes it: pass its output")
-    refused("", "cannot read")
-    refused(write(tmp_path / "a.json", class_frequencies=[1 / 3] * 3), "frequencies of 3 classes, the model has 2")
-    refused(write(tmp_path / "b.json"), "has no class_frequencies")
-    refused(write(tmp_path / "c.json", class_frequencies=[1, 0], complete=False), "unfinished prepare-data")
-    for values in ([0, 0], [-1, 2], [float("nan"), 1]):
-        refused(write(tmp_path / "d.json", class_frequencies=values), "no probabilities")
-    (tmp_path / "e.json").write_text("not json")
-    refused(tmp_path / "e.json", "has no class_frequencies")
-    with pytest.raises(ValueError, match="want balanced, random, frequencies:PATH"):
-        choose_labels("frequency", 10, 2, 0)
-
-
-def test_the_other_ways_are_as_before():
-    assert choose_labels("balanced", 5, 3, 0) == [0, 1, 2, 0, 1]
-    assert choose_labels("2,0", 3, 3, 0) == [2, 0, 2]
-    assert choose_labels("random", 4, 3, 0) == np.random.default_rng(0).integers(3, size=4).tolist()
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*manifest.json .*; prepare-data makes it: pass its output"),
+        ("not json", "has no class_frequencies"),
+        ({"complete": True}, "has no class_frequencies"),
+        ({"complete": False, "class_frequencies": [1, 0]}, "unfinished prepare-data"),
+        ({"complete": True, "class_frequencies": [1 / 3] * 3}, "frequencies of 3 classes, the model has 2"),
+        ({"complete": True, "class_frequencies": [0, 0]}, "no probabilities"),
+        ({"complete": True, "class_frequencies": [-1, 2]}, "no probabilities"),
+        ({"complete": True, "class_frequencies": [float("nan"), 1]}, "no probabilities"),
+    ],
+)
+def test_frequencies_that_cannot_be_used_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        choose_labels(f"frequencies:{tmp_path}", 10, 2, 0)
 
 
 def test_classes_that_were_never_trained_are_drawn_only_when_they_are_asked_for(log):
@@ -71,21 +61,29 @@ def test_classes_that_were_never_trained_are_drawn_only_when_they_are_asked_for(
     assert log.messages == ["labels: the model was trained on no image of class 3: expect noise"]
 
 
-def test_a_list_may_have_spaces_and_is_no_longer_than_the_images():
-    for how in ("2,0,1", "2, 0, 1", " 2 0 1 ", "2 ,0\t1"):
-        assert choose_labels(how, 4, 3, 0) == [2, 0, 1, 2]
-    with pytest.raises(ValueError, match="more labels than images, 4 for 3; want at most 3, or --num 4"):
-        choose_labels("0,1,2,0", 3, 3, 0)
-    for how in ("", "0,", "0,,1", "1.5", "0;1"):
-        with pytest.raises(ValueError, match="want balanced, random"):
-            choose_labels(how, 4, 3, 0)
-    for how in ("0,3", "-1"):
-        with pytest.raises(ValueError, match=r"out of range: the model has classes 0\.\.2"):
-            choose_labels(how, 4, 3, 0)
+@pytest.mark.parametrize(
+    ("how", "classes", "want"),
+    [
+        ("balanced", 3, [0, 1, 2, 0]),
+        ("random", 3, np.random.default_rng(0).integers(3, size=4).tolist()),
+        *((how, 3, [2, 0, 1, 2]) for how in ("2,0,1", "2, 0, 1", " 2 0 1 ", "2 ,0\t1")),
+        ("balanced", 0, [0, 0, 0, 0]),
+    ],
+)
+def test_labels_are_chosen_by_a_word_or_a_list(how, classes, want):
+    assert choose_labels(how, 4, classes, 0) == want
 
 
-def test_a_model_without_classes_takes_no_labels():
-    assert choose_labels("balanced", 3, 0, 0) == [0, 0, 0]
-    for how in ("random", "0", "frequencies:x"):
-        with pytest.raises(ValueError, match="the model is unconditional"):
-            choose_labels(how, 3, 0, 0)
+@pytest.mark.parametrize(
+    ("how", "classes", "message"),
+    [
+        ("0,1,2,0,1", 3, "more labels than images, 5 for 4; want at most 4, or --num 5"),
+        *((how, 3, "want balanced, random, frequencies:PATH") for how in ("", "0,", "0,,1", "1.5", "0;1", "frequency")),
+        *((how, 3, r"out of range: the model has classes 0\.\.2") for how in ("0,3", "-1")),
+        *((how, 0, "the model is unconditional") for how in ("random", "0", "frequencies:x")),
+        ("frequencies:", 3, "cannot read"),
+    ],
+)
+def test_other_words_and_labels_are_refused(how, classes, message):
+    with pytest.raises(ValueError, match=message):
+        choose_labels(how, 4, classes, 0)

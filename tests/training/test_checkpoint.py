@@ -1,8 +1,12 @@
 """Checkpoints survive crashes, full disks and damage, and serve any number of ranks."""
 
 import contextlib
+import functools
+import itertools
 import json
+import os
 import resource
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +22,7 @@ from epg_fast.training.checkpoint import (
     list_checkpoints,
     load_newest,
     remove_old,
+    remove_temporaries,
     set_aside,
     write_checkpoint,
 )
@@ -166,6 +171,39 @@ def test_a_full_disk_leaves_the_checkpoint_and_the_weights_before(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.safetensors", "step_000000001"]
     assert load_newest(tmp_path, {"x": torch.zeros(1000)}, ALONE)[0] is not None
     assert load_weights(tmp_path / "model.safetensors")[1] == {"step": 1}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Before every call that changes a folder, until one goes through."""
+    acts = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")]
+    for moment in itertools.count():
+        folder, calls = tmp_path / str(moment) / "checkpoints", itertools.count()
+        write(folder, 1, {"x": torch.ones(5)})
+
+        def act_unless_killed(act, *arguments, moment=moment, calls=calls, **options):
+            if next(calls) == moment:
+                raise Killed
+            return act(*arguments, **options)
+
+        killed = True
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            for module, name in acts:
+                patched.setattr(module, name, functools.partial(act_unless_killed, getattr(module, name)))
+            write(folder, 2, {"x": torch.full((5,), 2.0)})
+            remove_old(folder, 1, 0)
+            killed = False
+        x = torch.zeros(5)
+        _, damaged = load_newest(folder, {"x": x}, ALONE)
+        assert x.tolist() in ([1.0] * 5, [2.0] * 5) and not damaged
+        remove_temporaries(folder.parent)
+        assert all(path.name.startswith("step_") for path in folder.iterdir())
+        if not killed:
+            break
+    assert moment > 8 and [path.name for path in folder.iterdir()] == ["step_000000002"]
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_its_iteration(tmp_path):

@@ -32,7 +32,7 @@ def runs(digits, tmp_path_factory):
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     worker = [sys.executable, "-m", "tests.training.rank_worker", str(digits), str(folder)]
-    done = subprocess.run(worker, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(worker, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 

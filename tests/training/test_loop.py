@@ -47,6 +47,10 @@ class _Silent:
         self.values = values
 
 
+# Process groups: a process that is forked later would wait in their destructor for threads that it lacks.
+_KEPT = []
+
+
 @pytest.fixture
 def run(digits):
     """Return a function: optimiser's backend, job, micro-batches, parallelism -> (RunState, batches)."""
@@ -70,6 +74,7 @@ def run(digits):
         stage = stage_class(config, ranks)
         folder = ImageFolder(config.data.path)
         state = RunState(config, stage, folder, ranks)
+        _KEPT.append(state.parallel)
         augment = config.data.augment if stage.three_views else None
         return state, iter(PillowLoader(folder, image_size=32, batch_size=8, seed=0, augment=augment, workers=0))
 

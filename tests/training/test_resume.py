@@ -11,7 +11,7 @@ import pytest
 from epg_fast.__main__ import main
 from epg_fast.data.dali import dali_status
 from epg_fast.ops import extension_status
-from epg_fast.training import decoder
+from epg_fast.training import decoding
 from tests.training.runs import (
     assert_same_run,
     before_step,
@@ -62,11 +62,9 @@ def test_crashed_and_stopped_runs_go_on_bit_for_bit(run, tiny_run, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job, backend", [("pretrain", "dali"), ("diffusion", "pillow")])
-def test_kill_9_and_resume_is_bit_identical(job, backend, tiny_run, tmp_path, capsys):
-    if backend == "dali" and not (dali_status()[0] and extension_status()[0]):
-        pytest.skip("needs NVIDIA DALI and the extension")
-    tiny_run = [*tiny_run, "--data.backend", backend]
+def test_kill_9_and_resume_is_bit_identical(tiny_run, tmp_path, capsys):
+    job, dali = "pretrain", dali_status()[0] and extension_status()[0]
+    tiny_run = [*tiny_run, "--data.backend", "dali" if dali else "pillow"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(run_command(job, tiny_run, whole, steps=34)) == 0
     # Workers on in the killed run only: they must not matter either.
@@ -113,8 +111,8 @@ def resolved(there):
     ],
 )
 def test_a_run_keeps_its_decoder_unless_another_is_named(wanted, used, chosen, warnings, monkeypatch, log):
-    monkeypatch.setattr(decoder, "resolve_backend", resolved(["dali", "pillow"]))
-    assert decoder.choose_backend(wanted, used) == chosen
+    monkeypatch.setattr(decoding, "resolve_backend", resolved(["dali", "pillow"]))
+    assert decoding.choose_backend(wanted, used) == chosen
     assert sum("so far, now by" in message for message in log.messages) == warnings
 
 
@@ -126,7 +124,7 @@ def test_a_run_whose_decoder_is_gone_says_what_to_do(tiny_run, tmp_path, monkeyp
         assert main(command) == 1
     assert saved_state(run)["data_backend"] == "pillow"
     change_saved_state(run, data_backend="dali")
-    monkeypatch.setattr(decoder, "resolve_backend", resolved(["pillow"]))
+    monkeypatch.setattr(decoding, "resolve_backend", resolved(["pillow"]))
     before = run_lines(run)
     assert main([*command[:-2], "--data.backend", "auto", *command[-2:]]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

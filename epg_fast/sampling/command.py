@@ -1,0 +1,310 @@
+"""The `sample` command: labels, network, images, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from epg_fast.config import SampleConfig
+from epg_fast.distributed import Ranks, joined, resumable
+from epg_fast.files import OutputFolder, write_atomically
+from epg_fast.models import EPGViT, from_pretrained
+from epg_fast.plans import PLAIN, Case, Chosen, Machine, choose, require_like_machines
+from epg_fast.runtime import suitable_threads
+from epg_fast.sampling.engine import SamplingEngine
+from epg_fast.sampling.labels import choose_labels
+from epg_fast.sampling.outputs import Outputs, runs
+from epg_fast.sampling.precision import image_error
+
+log = logging.getLogger("epg_fast")
+
+# Ranks meet only before the first image and after the last, and a slow one may have hours more to do. A rank that dies
+# closes its connections, which the others notice at once.
+_PATIENCE = datetime.timedelta(days=30)
+_ERROR = "precision.json"
+_REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops": PLAIN}
+# How images are drawn and kept, which changes their last bits at most.
+_HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
+_GIVES_WAY = ("precision", "parameterization", "normalization")
+_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with")
+
+
+def run(config: SampleConfig) -> None:
+    """Draw `config.num` images and write samples.npz, PNG files or both, and grid.png, to `config.outdir`.
+
+    Under torchrun the ranks share the batches. Images are kept on disk batch by batch: the same command goes on where
+    one that was stopped or killed had come, with any batch size and number of ranks, and leaves finished work alone.
+    Raises ValueError for what the user can mend, before anything is written (checkpoint, labels, guidance, an output
+    folder of other settings or in use); OSError when the disk fails; `Interrupted` after a signal.
+    """
+    _require_names(config)
+    with joined(config.device, "gloo", _PATIENCE) as ranks:
+        _run(config, ranks)
+
+
+def check_command(config: SampleConfig) -> None:
+    """Raise ValueError for what is wrong with a command before anything takes long."""
+    _require_names(config)
+    SampleFolder(config.outdir).require(requested(config))
+
+
+def _require_names(config: SampleConfig) -> None:
+    if not config.checkpoint or not config.outdir:
+        raise ValueError("sample: --checkpoint and --outdir are needed")
+
+
+def _run(config: SampleConfig, ranks: Ranks) -> None:
+    folder, settings = SampleFolder(config.outdir), requested(config)
+    ranks.decide(lambda: folder.require(settings))  # before weights are read, which may take long
+    model = _generator(config.checkpoint, ranks.device)
+    weak = _generator(config.autoguidance, ranks.device) if config.autoguidance else None
+    untrained = model.metadata.get("untrained_classes", [])
+    if untrained and config.labels in ("balanced", "random"):
+        left = model.num_classes - len(untrained)
+        log.info("%s was trained on %d of its %d classes: these are drawn", config.checkpoint, left, model.num_classes)
+    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained))
+    options = _options(config)
+    engine = SamplingEngine(model, weak=weak, ops=lambda case: _agreed(config.ops, case, ranks), **options)
+    settings |= resolved(model, weak, labels, engine)
+    using = drawn_with(engine, _alike(settings, ranks))
+    outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
+    with suitable_threads(engine.model, engine.chosen.threads), folder:
+        missing = ranks.decide(lambda: _claim(folder, outputs, engine.batch_size, settings, using))
+        if missing is None:
+            log.info("%s already holds these samples", folder.path)
+            return
+        _require_shared(folder, ranks)
+        with resumable(folder.path):
+            number = min(config.error_images, config.batch_size, config.num) if missing and ranks.main else 0
+            if number and engine.precision != "fp32" and not (folder.path / _ERROR).exists():
+                reference = SamplingEngine(model, weak=weak, **options | _REFERENCE)
+                folder.write(_ERROR, _precision_error(config, engine, reference, labels, number))
+                del reference
+            del model, weak  # of which the engine may have a copy in 16 bits
+            _draw(engine, outputs, missing, config.seed, ranks)
+            if ranks.main:
+                error = folder.read(_ERROR)
+                outputs.finish(folder.read() | ({"precision_error": error} if error else {}))
+                log.info("%d images in %s", len(labels), folder.path)
+
+
+def _generator(source: str, device: torch.device) -> EPGViT:
+    model = from_pretrained(source, device=device)
+    if not isinstance(model, EPGViT):
+        raise ValueError(f"{source} holds a pre-trained encoder, which cannot draw images; fine-tune it first")
+    return model
+
+
+def _options(config: SampleConfig) -> dict:
+    """Arguments of the engine."""
+    names = ("sampler", "steps", "guidance", "clamp", "precision", "batch_size", "compile", "cuda_graphs")
+    by_checkpoint = ("parameterization", "normalization")
+    return {
+        **{name: getattr(config, name) for name in names},
+        **{name: None if getattr(config, name) == "auto" else getattr(config, name) for name in by_checkpoint},
+        "interval": tuple(config.interval),
+        **config.churn,
+    }
+
+
+def _agreed(ops: str, case: Case, ranks: Ranks) -> Chosen:
+    """What the main rank chooses, on every rank. Raises ValueError, on all of them, where their devices differ."""
+    chosen = ranks.decide(lambda: choose(ops, case, ranks.device))
+    require_like_machines(chosen, ranks.gather(Machine.here(ranks.device)))
+    return chosen
+
+
+def _alike(settings: dict, ranks: Ranks) -> list[str]:
+    """The device names of all ranks. Raises ValueError on all of them when the settings of one differ."""
+    device = ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    everyone = ranks.gather((settings, name))
+    different = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != everyone[0][0]]
+    if different:
+        raise ValueError(f"rank {different[0]} has read other weights or labels than rank 0; give all the same files")
+    return [name for _, name in everyone]
+
+
+def _claim(folder: SampleFolder, outputs: Outputs, batch_size: int, settings: dict, using: dict) -> list[range] | None:
+    """The images to draw, with the folder locked and its settings written; None when nothing is left to do."""
+    folder.lock()
+    folder.require(settings)
+    outputs.scan()
+    if outputs.finished:
+        return None
+    missing = outputs.missing(batch_size)
+    if not folder.begun:
+        (folder.path / _ERROR).unlink(missing_ok=True)  # of other settings, perhaps
+    if missing:
+        folder.note(settings, using)
+    return missing
+
+
+def _require_shared(folder: SampleFolder, ranks: Ranks) -> None:
+    """Raise ValueError on all ranks when one does not see what the main one has written."""
+    blind = [rank for rank, sees in enumerate(ranks.gather(folder.marker.exists())) if not sees]
+    if blind:
+        raise ValueError(
+            f"rank {blind[0]} does not see {folder.path} of rank 0; --outdir must be a folder that nodes share"
+        )
+
+
+def _precision_error(
+    config: SampleConfig, engine: SamplingEngine, reference: SamplingEngine, labels: np.ndarray, number: int
+) -> dict:
+    """How far the engine's first images are from those in fp32."""
+    want = reference(_for(engine, labels[:number]), seed=config.seed)
+    # of a whole batch where another number of images would have to be compiled for
+    drawn = labels[: engine.batch_size if engine.fills_batches else number]
+    _, got = next(engine.stream(_for(engine, drawn), seed=config.seed))
+    if not want.isfinite().all():
+        raise ValueError(f"{config.checkpoint}: its images are not finite, also in fp32: the model diverged")
+    if not got[:number].isfinite().all():
+        raise ValueError(f"precision {engine.precision}: images of this model are not finite in it; take bf16 or fp32")
+    error = image_error(got[:number], want)
+    log.info(
+        "%s: off by %.2g of fp32 (relative L2 norm), PSNR %.1f dB, in the first %d images",
+        *(engine.precision, error["relative_l2"], error["psnr_db"], number),
+    )
+    return finite({"precision": engine.precision, "images": number} | error)
+
+
+def _for(engine: SamplingEngine, labels: np.ndarray) -> np.ndarray | int:
+    """Labels as the engine takes them: their number for a model without classes."""
+    return labels if engine.model.num_classes else len(labels)
+
+
+def _draw(engine: SamplingEngine, outputs: Outputs, missing: list[range], seed: int, ranks: Ranks) -> None:
+    """Draw this rank's share and wait for the others; then the main rank knows of all parts.
+
+    The bar shows the images of all ranks; those of earlier commands count as done, not as speed.
+    """
+    total, mine, written = len(outputs.labels), missing[ranks.rank :: ranks.world_size], []
+    before = total - sum(map(len, missing))
+    name = "sample" if ranks.world_size == 1 else f"sample ({ranks.world_size} processes)"
+    hidden = not ranks.main or not missing
+    with tqdm(total=total, initial=before, desc=name, unit="image", disable=hidden) as bar:
+
+        def show(drawn: int = 0) -> None:
+            bar.update(before + ranks.count(drawn) - bar.n)
+
+        if mine:
+            indices = np.concatenate([np.arange(images.start, images.stop) for images in mine])
+            labels = _for(engine, outputs.labels[indices])
+            for where, pixels in engine.stream(labels, indices, seed, as_uint8=True):
+                for images in runs(indices[where]):
+                    written.append(outputs.save_part(images.start, pixels[: len(images)]))
+                    pixels = pixels[len(images) :]
+                    show(len(images))
+        everyone = ranks.gather(written, while_waiting=show)
+        show()
+    # By name: the listing of a folder on another machine may be older than its files.
+    for rank, parts in enumerate(everyone if ranks.main else []):
+        for images in parts:
+            if not outputs.add(images):
+                raise RuntimeError(
+                    f"rank {rank} has written images {images.start}..{images.stop - 1}, which rank 0 does not see in "
+                    f"{outputs.parts}; --outdir must be a folder that nodes share"
+                )
+
+
+class SampleFolder(OutputFolder):
+    """A folder that one `sample` at a time fills; settings.json holds what its images depend on."""
+
+    def __init__(self, outdir: str | Path):
+        super().__init__(outdir, "sample", "settings.json")
+
+    @property
+    def begun(self) -> bool:
+        """Whether it holds an image; without any it is of no settings yet."""
+        return any(any(self.path.glob(name)) for name in ("samples.npz", "grid.png", "parts/*.npy", "png/*/*.png"))
+
+    def require(self, settings: dict) -> None:
+        """Raise ValueError unless the folder is new, empty, or of these settings, which may be a part of them."""
+        if self.check() and self.begun:
+            before = self.read()
+            self.require_same({name: before.get(name) for name in settings}, settings, _NOT_COMPARED)
+
+    def note(self, settings: dict, using: dict) -> None:
+        """Write settings.json, where `using`, what images are drawn with, joins that of earlier commands."""
+        before = self.read().get("drawn_with", []) if self.begun else []
+        self.write(self.marker.name, settings | {"drawn_with": before if using in before else [*before, using]})
+
+    def read(self, name: str = "settings.json") -> dict:
+        """What a JSON file of the folder says; nothing if it is not there. Raises ValueError when it is damaged."""
+        path = self.path / name
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("no mapping")
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise ValueError(
+                f"outdir: {path} cannot be read ({error}); restore it, or choose another --outdir"
+            ) from None
+        return content
+
+    def write(self, name: str, content: dict) -> None:
+        """Write a JSON file of the folder."""
+        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n", sync=True)
+
+
+def requested(config: SampleConfig) -> dict:
+    """The settings that the command line alone tells, as JSON reads them back."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
+    # what is done may be another one: a precision that the device has, and what `auto` stands for
+    settings |= {f"wanted_{name}": settings.pop(name) for name in _GIVES_WAY}
+    return json.loads(json.dumps(finite(settings | ({"steps": 1} if config.sampler == "onestep" else {}))))
+
+
+def resolved(model: torch.nn.Module, weak: torch.nn.Module | None, labels: np.ndarray, engine: SamplingEngine) -> dict:
+    """The settings that the command line leaves open, with checksums of weights and labels [N]."""
+    return {
+        **{name: getattr(engine, name) for name in _GIVES_WAY},
+        "evaluations": engine.evaluations,
+        "weights_sha256": weights_sha256(model),
+        "autoguidance_sha256": None if weak is None else weights_sha256(weak),
+        "labels_sha256": hashlib.sha256(np.asarray(labels, "<i8").tobytes()).hexdigest(),
+    }
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 of the model's tensors, with names, dtypes and shapes, and of its checkpoint's metadata."""
+    digest = hashlib.sha256(json.dumps(getattr(model, "metadata", {}), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def drawn_with(engine: SamplingEngine, devices: list[str]) -> dict:
+    """What the last bits of images may depend on: recorded, not compared. devices: the name of every rank's."""
+    return {
+        "compile": engine.compile,
+        "cuda_graphs": engine.cuda_graphs,
+        "plan": engine.chosen.plan,
+        "ops": engine.chosen.record()["ops"],
+        "torch": torch.__version__,
+        "device": ", ".join(sorted(set(devices))),
+        "processes": len(devices),
+        "batch_size": engine.batch_size,
+    }
+
+
+def finite(value):
+    """`value` with numbers that are not finite as text, such as "inf": JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

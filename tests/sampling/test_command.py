@@ -1,0 +1,415 @@
+"""The `sample` command: what is in its folder, whoever drew it and however often it was stopped."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from epg_fast.__main__ import main
+from epg_fast.config import SampleConfig
+from epg_fast.models import from_pretrained, load_weights, save_weights
+from epg_fast.sampling import command as command_module
+from epg_fast.sampling import image_error, outputs, sample
+from epg_fast.sampling.outputs import Outputs
+from tests.sampling.conftest import write_checkpoint
+
+KILLER = Path(__file__).parent / "kill_everywhere.py"
+
+
+@pytest.fixture(scope="session")
+def command(checkpoint):
+    """Of 8 images in batches of 3, without its folder."""
+    flags = {"checkpoint": checkpoint, "num": 8, "steps": 2, "batch_size": 3, "device": "cpu"}
+    return ["sample", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+
+
+@pytest.fixture(scope="session")
+def finished(command, tmp_path_factory):
+    """The folder of that command, with PNG files."""
+    folder = tmp_path_factory.mktemp("finished") / "s"
+    assert main([*command, "--png", "true", "--outdir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def whole(finished, tmp_path):
+    """That folder for one test."""
+    return shutil.copytree(finished, tmp_path / "whole")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Indices of the images that are drawn, batch by batch; `drawn.stop[n]` is done when n batches are."""
+
+    class Drawn(list):
+        stop = {}
+
+    batches, save = Drawn(), Outputs.save_part
+
+    def note(held, start, pixels):
+        images = save(held, start, pixels)
+        batches.append(list(images))
+        batches.stop.pop(len(batches), lambda: None)()
+        return images
+
+    monkeypatch.setattr(Outputs, "save_part", note)
+    return batches
+
+
+def ask_to_stop(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped_at(target, name, arguments):
+    """Give a command that gets SIGTERM where it calls target.name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, ask_to_stop)
+        assert main([str(a) for a in arguments]) == 128 + signal.SIGTERM
+
+
+def fails(capsys, arguments, *expected, code=2):
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == code
+    error = capsys.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("epg-fast: error: ") and "Traceback" not in error
+    for text in expected:
+        assert text in line, line
+
+
+def environment():
+    """Of another process of these tests."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def content(folder):
+    """Bytes of all files but the lock."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def arrays(folder):
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        return file["arr_0"], file["arr_1"], json.loads(file["metadata"].item())
+
+
+def test_the_folder_says_what_it_holds(finished, checkpoint):
+    whole = finished
+    images, labels, metadata = arrays(whole)
+    assert images.shape == (8, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert metadata == json.loads((whole / "settings.json").read_text())
+    wanted = {"checkpoint": str(checkpoint), "sampler": "heun", "steps": 2, "evaluations": 2, "labels": "balanced"}
+    wanted |= {"guidance": 1.0, "interval": [0.19, 1.61], "precision": "fp32", "seed": 0, "num": 8}
+    assert wanted.items() <= metadata.items() and len(metadata["weights_sha256"]) == 64
+    using = {"compile": "off", "cuda_graphs": False, "plan": None, "ops": {}}
+    using |= {"torch": torch.__version__, "device": "cpu", "processes": 1, "batch_size": 3}
+    assert metadata["drawn_with"] == [using] and not (whole / "parts").exists()
+    for i, label in enumerate(labels):
+        with Image.open(whole / "png" / f"{label:04d}" / f"{i:06d}.png") as file:
+            assert np.array_equal(np.asarray(file), images[i])
+    assert Image.open(whole / "grid.png").width > 3 * 96
+
+
+@pytest.mark.parametrize("classes", [10, 0])
+def test_the_error_of_a_precision_is_measured_once_on_the_first_images(command, tmp_path, monkeypatch, classes):
+    checkpoint = write_checkpoint(tmp_path / "model.safetensors", num_classes=classes)
+    arguments = [*command, "--checkpoint", str(checkpoint), "--precision", "bf16", "--outdir", str(tmp_path / "s")]
+    stopped_at(outputs, "save_grid", [*arguments, "--error_images", "4"])
+    model, labels = from_pretrained(checkpoint), [0, 1, 2, 3] if classes else 4
+    want = image_error(*(sample(model, labels, steps=2, batch_size=3, precision=p) for p in ("bf16", "fp32")))
+    found = json.loads((tmp_path / "s" / "precision.json").read_text())
+    assert found == {"precision": "bf16", "images": 3} | found  # of the first batch
+    assert found["relative_l2"] == pytest.approx(want["relative_l2"], rel=0.5) and 0 < found["relative_l2"] < 0.2
+    assert main([*arguments[:-1], str(tmp_path / "other"), "--error_images", "0"]) == 0
+    assert not (tmp_path / "other" / "precision.json").exists()
+    monkeypatch.setattr(command_module, "_precision_error", None)
+    assert main(arguments) == 0
+    assert arrays(tmp_path / "s")[2]["precision_error"] == found
+
+
+def test_a_folder_without_images_takes_other_settings_and_keeps_no_error_of_the_first(command, tmp_path):
+    arguments = [*command, "--outdir", str(tmp_path / "s")]
+    stopped_at(command_module, "_draw", [*arguments, "--precision", "bf16", "--steps", "3"])
+    assert json.loads((tmp_path / "s" / "precision.json").read_text())["precision"] == "bf16"
+    assert main([*arguments, "--precision", "fp8"]) == 0
+    metadata = arrays(tmp_path / "s")[2]
+    assert metadata["precision"] == metadata["wanted_precision"] == metadata["precision_error"]["precision"] == "fp8"
+    assert (metadata["wanted_parameterization"], metadata["parameterization"]) == ("auto", "x0")
+    assert metadata["steps"] == 2 and len(metadata["drawn_with"]) == 1
+
+
+def test_a_precision_that_the_model_overflows_is_refused_before_hours_of_it(command, tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "model.safetensors")
+    state, metadata = load_weights(checkpoint)
+    state["decoder_blocks.0.mlp.fc2.weight"] *= 1e6
+    save_weights(checkpoint, state, metadata)
+    arguments = [*command, "--checkpoint", checkpoint, "--precision", "fp16", "--outdir", tmp_path / "s"]
+    fails(capsys, arguments, "precision fp16", "not finite", "take bf16 or fp32")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(command, finished, tmp_path):
+    commands = [[*command, "--png", "true", "--npz", npz, "--outdir", str(tmp_path / npz)] for npz in ("true", "false")]
+    done = subprocess.run(
+        [sys.executable, KILLER, json.dumps(commands)], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert min(json.loads(done.stdout)) >= 6
+    want = content(finished)
+    assert content(tmp_path / "true") == want
+    del want["samples.npz"]
+    assert content(tmp_path / "false") == want
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_keeps_what_is_finished(command, finished, tmp_path, capsys, drawn, number):
+    arguments = [*command, "--outdir", str(tmp_path / "s")]
+    before = signal.getsignal(signal.SIGTERM)
+
+    def twice():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # torchrun's, after the scheduler's
+
+    drawn.stop = {2: twice}
+    fails(capsys, arguments, f"{number.name}: stopped", "the same command goes on", code=128 + number)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert drawn == [[0, 1, 2], [3, 4, 5]] and len(list((tmp_path / "s" / "parts").iterdir())) == 2
+    assert main([*arguments, "--png", "true"]) == 0  # which it was not to write before
+    assert drawn[2:] == [[6, 7]] and content(tmp_path / "s") == content(finished)
+
+
+@pytest.mark.parametrize("name", ["save_grid", "save_png", "write_npz"])
+def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(command, finished, tmp_path, drawn, name):
+    arguments = [*command, "--png", "true", "--outdir", str(tmp_path / "s")]
+    stopped_at(outputs, name, arguments)
+    assert len(list((tmp_path / "s" / "parts").iterdir())) == 3
+    assert main(arguments) == 0 and len(drawn) == 3
+    assert content(tmp_path / "s") == content(finished)
+
+
+def test_another_batch_size_goes_on_and_is_noted(command, finished, tmp_path, drawn):
+    arguments = [*command, "--outdir", str(tmp_path / "s")]
+
+    def crash():
+        raise RuntimeError("out of memory")
+
+    drawn.stop = {2: crash}
+    assert main(arguments) == 1
+    (tmp_path / "s" / "parts" / "00000000_00000003.npy").write_bytes(b"damaged")
+    assert main([*arguments, "--batch_size", "4"]) == 0
+    assert sorted(i for batch in drawn[2:] for i in batch) == [0, 1, 2, 6, 7]
+    (images, labels, metadata), (wanted, wanted_labels, _) = arrays(tmp_path / "s"), arrays(finished)
+    assert np.array_equal(labels, wanted_labels) and np.abs(images.astype(int) - wanted).max() <= 1
+    assert [using["batch_size"] for using in metadata["drawn_with"]] == [3, 4]
+
+
+def test_outputs_are_chosen_and_completed(command, finished, tmp_path, capsys, drawn):
+    """PNG files are made of an npz; of PNG files nothing is read back."""
+    want, arguments = content(finished), [*command, "--outdir", str(tmp_path / "s")]
+    assert main([*arguments, "--npz", "false", "--png", "true"]) == 0
+    assert content(tmp_path / "s") == {name: data for name, data in want.items() if name != "samples.npz"}
+    assert main(arguments) == 0 and len(drawn) == 6
+    assert content(tmp_path / "s") == want
+    assert "8 images are drawn again: PNG files of them are not read back" in capsys.readouterr().err
+    arguments[-1] = str(tmp_path / "npz")
+    assert main(arguments) == 0 and len(drawn) == 9
+    assert set(content(tmp_path / "npz")) == {"samples.npz", "grid.png", "settings.json"}
+    assert main([*arguments, "--png", "true", "--batch_size", "5"]) == 0
+    assert content(tmp_path / "npz") == want and len(drawn) == 9
+
+
+@pytest.mark.parametrize("npz", ["true", "false"])
+def test_a_lost_png_is_made_again_and_no_other(command, whole, npz, drawn):
+    before, lost = content(whole), whole / "png" / "0004" / "000004.png"
+    lost.unlink()
+    if npz == "false":
+        (whole / "samples.npz").unlink()
+    times = {path: path.stat().st_mtime_ns for path in whole.rglob("0*.png")}
+    assert main([*command, "--png", "true", "--npz", npz, "--outdir", str(whole)]) == 0
+    assert drawn == ([] if npz == "true" else [[4]])
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    with Image.open(lost) as file, Image.open(io.BytesIO(before["png/0004/000004.png"])) as was:
+        assert np.abs(np.asarray(file).astype(int) - np.asarray(was)).max() <= 1
+
+
+@pytest.mark.parametrize(("limit", "failing", "parts"), [(8000, "00000000_00000003.npy", 0), (20000, "samples.npz", 3)])
+def test_a_full_disk_is_named_and_nothing_is_lost(command, tmp_path, capsys, limit, failing, parts):
+    arguments = [*command, "--outdir", str(tmp_path / "s")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "save_grid", lambda images, path: path.touch())  # which is too large as well
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            assert main(arguments) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{failing}: File too large; what is finished stays" in said and "goes on" in said
+    assert len(list((tmp_path / "s").glob("parts/*"))) == parts
+    assert not list((tmp_path / "s").rglob("*.tmp")) and not (tmp_path / "s" / "samples.npz").exists()
+    assert main(arguments) == 0
+    assert arrays(tmp_path / "s")[0].shape == (8, 32, 32, 3)
+
+
+def test_a_folder_of_other_settings_is_refused_and_left_alone(command, finished, checkpoint, tmp_path, capsys):
+    before, manifest = content(finished), tmp_path / "manifest.json"
+    run = [*command, "--outdir", finished]
+    other = write_checkpoint(tmp_path / "other.safetensors", seed=1)
+    for flags, message in (
+        (["--steps", "3"], "steps was 2, now 3"),
+        (["--num", "9"], "num was 8, now 9"),
+        (["--labels", "random"], "labels was 'balanced', now 'random'"),
+        (["--seed", "1"], "seed was 0, now 1"),
+        (["--guidance", "2"], "guidance was 1.0, now 2.0"),
+        (["--precision", "bf16"], "precision was 'fp32', now 'bf16'"),
+        (["--autoguidance", checkpoint], "autoguidance_sha256 was None"),
+        (["--checkpoint", other], "weights_sha256 was"),
+    ):
+        fails(capsys, [*run, *flags], "other settings", message)
+    moved = shutil.copy(checkpoint, tmp_path / "moved.safetensors")
+    assert main([str(a) for a in [*run, "--checkpoint", moved]]) == 0  # the same weights
+    assert content(finished) == before
+
+    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0.1] * 10}))
+    arguments = [*command, "--labels", f"frequencies:{manifest}", "--outdir", tmp_path / "s"]
+    assert main([str(a) for a in arguments]) == 0
+    manifest.write_text(json.dumps({"complete": True, "class_frequencies": [0.5, 0.5] + [0] * 8}))
+    fails(capsys, arguments, "labels_sha256 was")
+
+
+def test_a_folder_that_cannot_be_used_is_refused_and_left_alone(command, whole, tmp_path, capsys):
+    for folder in (tmp_path / "mine", whole):
+        folder.mkdir(exist_ok=True)
+    for path in (tmp_path / "mine" / "thesis.txt", tmp_path / "file"):
+        path.write_text("dear")
+    (whole / "settings.json").write_text("{")
+    before = content(tmp_path)
+    for name, *expected in (
+        ("mine", "not a folder of sample"),
+        ("file", "is a file, wanted a folder"),
+        ("file/s", "cannot be written", "Not a directory", "--outdir"),
+        ("whole", "settings.json cannot be read", "restore it"),
+    ):
+        fails(capsys, [*command, "--outdir", tmp_path / name], *expected)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--labels 0,1,2,3,4,5,6,7,8", "more labels than images"),
+        ("--labels 10", "label 10 is out of range"),
+        ("--checkpoint PLAIN --guidance 2", "guidance is 2.0, which needs a class-conditional network"),
+        ("--checkpoint PLAIN --labels 3", "the model is unconditional"),
+        ("--autoguidance LARGER", "image_size 64, want 32"),
+        ("--autoguidance PLAIN", "num_classes 0, want 10"),
+        ("--guidance .inf", "guidance is inf"),
+        ("--batch_size 0", "batch_size is 0"),
+        ("--npz false", "npz and png are both false"),
+        ("--s_churn 40", "s_churn is 40.0: no option of heun; edm_sde has s_churn"),
+        ("--sampler edm_sde --s_noise -1", "s_noise is -1"),
+        ("--sampler edm_sde --s_min 5 --s_max 1", "s_max is 1.0, want at least s_min (5.0)"),
+    ],
+)
+def test_a_bad_request_writes_nothing(command, tmp_path, capsys, flags, expected):
+    for name, sizes in (("PLAIN", {"num_classes": 0}), ("LARGER", {"image_size": 64})):
+        if name in flags:
+            flags = flags.replace(name, str(write_checkpoint(tmp_path / f"{name}.safetensors", **sizes)))
+    fails(capsys, [*command, "--outdir", tmp_path / "s", *flags.split()], expected)
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_commands_cannot_write_to_one_folder(command, tmp_path, capsys):
+    out = tmp_path / "s"
+    out.mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+    code += "print('held', flush=True); input()"
+    arguments = [sys.executable, "-c", code, str(out / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        fails(capsys, [*command, "--outdir", out], "another sample is at work in")
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.communicate("\n")
+    assert main([*command, "--outdir", str(out)]) == 0
+
+
+def test_resumed_images_count_as_done_and_not_as_speed(command, tmp_path, drawn, monkeypatch, capsys):
+    bars, tqdm = [], command_module.tqdm
+    monkeypatch.setattr(command_module, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    arguments = [*command, "--outdir", str(tmp_path / "s")]
+    drawn.stop = {2: ask_to_stop}
+    assert [main(arguments) for _ in range(3)] == [128 + signal.SIGTERM, 0, 0]
+    assert [(bar.initial, bar.n, bar.total, bar.unit) for bar in bars] == [(0, 3, 8, "image"), (6, 8, 8, "image")]
+    said = capsys.readouterr().err
+    assert f"8 images in {tmp_path / 's'}" in said and "already holds these samples" in said
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_what_one_draws_and_share_what_is_left(command, tmp_path, drawn):
+    arguments = [*command, "--num", "20", "--png", "true", "--outdir"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes have
+    try:
+        assert main([*arguments, str(tmp_path / "one")]) == 0
+        drawn.stop = {len(drawn) + 2: ask_to_stop}
+        assert main([*arguments, str(tmp_path / "two")]) == 128 + signal.SIGTERM
+    finally:
+        torch.set_num_threads(threads)
+    # The dashes, because torchrun would take --num for the beginning of one of its own.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    done = subprocess.run(
+        [*launch, "epg_fast", *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sample (2 processes): 100%" in done.stderr and "20/20" in done.stderr
+    one, two = content(tmp_path / "one"), content(tmp_path / "two")
+    assert np.array_equal(arrays(tmp_path / "one")[0], arrays(tmp_path / "two")[0])
+    assert [u["processes"] for u in json.loads(two["settings.json"])["drawn_with"]] == [1, 2]
+    assert {k: v for k, v in one.items() if k.endswith(".png")} == {k: v for k, v in two.items() if k.endswith(".png")}
+
+
+class _Elsewhere:
+    """The main one of two ranks, of which the other works on a node with a folder of its own."""
+
+    main, rank, world_size, device = True, 0, 2, torch.device("cpu")
+
+    def __init__(self, theirs):
+        self.theirs = theirs
+
+    def gather(self, value, while_waiting=None):
+        return [value, self.theirs]
+
+    def decide(self, choose):
+        return choose()
+
+    def count(self, number):
+        return number
+
+
+def test_ranks_whose_folder_is_not_shared_are_named(tmp_path, finished):
+    with pytest.raises(ValueError, match="rank 1 does not see .* of rank 0; .* must be a folder that nodes share"):
+        command_module._require_shared(command_module.SampleFolder(finished), _Elsewhere(False))
+    held = Outputs(tmp_path, np.zeros(8, int), 32, True, False)
+    held.save_part(0, np.zeros((4, 32, 32, 3), np.uint8))
+    with pytest.raises(RuntimeError, match=r"rank 1 has written images 4\.\.7, which rank 0 does not see"):
+        command_module._draw(None, held, [], 0, _Elsewhere([range(4), range(4, 8)]))
+
+
+def test_ranks_that_read_other_weights_are_named(command, tmp_path):
+    config = SampleConfig(checkpoint=command[2], outdir=str(tmp_path / "s"), device="cpu")
+    with pytest.raises(ValueError, match="rank 1 has read other weights or labels than rank 0"):
+        command_module._run(config, _Elsewhere(({"weights_sha256": "other"}, "cpu")))
+    assert not (tmp_path / "s").exists()
