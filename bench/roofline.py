@@ -260,6 +260,13 @@ def heun(network: EPGViT, batch: int, steps: int = 32, interval: tuple[float, fl
     return _work(batch, ops)
 
 
+def sampling(preset: str, batch: int, steps: int = 1, interval: tuple[float, float] = (0.19, 1.61)) -> Work:
+    """A batch of images: one call of the generator, or Heun's method at `steps` levels."""
+    with torch.device("meta"):
+        network = create_model(preset)
+    return forward(network, batch) if steps == 1 else heun(network, batch, steps, interval)
+
+
 def update_of(stage: Stage) -> Work:
     """The last of a stage's updates on one GPU, without accumulation or checkpointing; consistency's at its end."""
     batch = stage.config.batch_size
@@ -282,9 +289,7 @@ def update(job: str, preset: str, batch: int) -> Work:
 
 def jobs_of(preset: str, batch: int) -> dict[str, Work]:
     """All of a preset's jobs. Raises ValueError for an unknown preset."""
-    with torch.device("meta"):
-        network = create_model(preset)
-    jobs = {"forward (sample-onestep)": forward(network, batch), "sample-heun": heun(network, batch)}
+    jobs = {"forward (sample-onestep)": sampling(preset, batch), "sample-heun": sampling(preset, batch, 32)}
     return jobs | {job: update(job, preset, batch) for job in STAGES}
 
 

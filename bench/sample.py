@@ -81,11 +81,7 @@ class Sampling(Ladder):
 
     @cached_property
     def work(self) -> roofline.Work:
-        with torch.device("meta"):
-            network = create_model(self.preset)
-        if self.heun:
-            return roofline.heun(network, self.images, self.steps, INTERVAL)
-        return roofline.forward(network, self.images)
+        return roofline.sampling(self.preset, self.images, self.steps, INTERVAL)
 
     @cached_property
     def model(self) -> EPGViT:

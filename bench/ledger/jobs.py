@@ -74,7 +74,7 @@ VARIANTS = {
 @dataclass(frozen=True)
 class Job:
     """prepare: makes a call that tells the counter where a phase ends. counted: phases that make up the job; others are
-    listed beside it. least: the job in the largest fusion there is."""
+    listed beside it. task: a training job's. levels: a trajectory's."""
 
     name: str
     preset: str
@@ -82,12 +82,21 @@ class Job:
     dtype: str
     counted: tuple[str, ...]
     prepare: Callable[[Counter, Job, Variant], Callable[[], None]]
-    least: Callable[[Job], Work]
     levels: int = 1
+    task: str = ""
 
     @property
     def shape(self) -> str:
         return f"{self.preset}, batch {self.batch}" + (f", {self.levels} levels" if self.levels > 1 else "")
+
+    def least(self) -> Work:
+        """The job in the largest fusion there is; forward and backward pass alone leave out what is behind them."""
+        if not self.task:
+            return roofline.sampling(self.preset, self.batch, self.levels, INTERVAL)
+        work = roofline.update(self.task, self.preset, self.batch)
+        if "update" in self.counted:
+            return work
+        return Work(self.batch, tuple(op for op in work.ops if op.name != "patch_loss" and op.direction != "update"))
 
 
 def _sampling_call(counter: Counter, job: Job, variant: Variant) -> Callable:
@@ -185,12 +194,12 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
     return step
 
 
-def _update(task: str, counter: Counter, job: Job, variant: Variant) -> Callable:
+def _update(counter: Counter, job: Job, variant: Variant) -> Callable:
     """A whole update: forward and backward pass of the loss, clipping, AdamW, EMA."""
     from bench.train import OurTraining, PlainTraining, Problem
 
     with torch.device("cuda"):
-        problem = Problem(task, job.preset, job.batch, torch.device("cuda", 0))
+        problem = Problem(job.task, job.preset, job.batch, torch.device("cuda", 0))
     if variant.code == "plain":
         with torch.device("cuda"):
             training = PlainTraining(problem, torch.bfloat16)
@@ -330,61 +339,29 @@ def count(job: Job, variant: Variant) -> Counter:
 def least_seconds(job: Job) -> dict[str, float]:
     """Floors by kind in the largest fusion there is; in FP8 of the products that can be."""
     seconds, fp8 = dict.fromkeys(KINDS, 0.0), (" qkv", " proj", " fc1", " fc2", " skip_linear")
-    for op in job.least(job).ops:
+    for op in job.least().ops:
         halved = job.dtype == "fp8" and any(word in op.name for word in fp8)
         seconds[op.kind] += op.times * H200.floor(op.flops / (2 if halved else 1), op.bytes)
     return seconds
 
 
-def _forward(job: Job) -> Work:
-    return roofline.forward(_on_meta(job), job.batch)
-
-
-def _heun(job: Job) -> Work:
-    return roofline.heun(_on_meta(job), job.batch, job.levels, INTERVAL)
-
-
-def _forward_and_backward(job: Job) -> Work:
-    """A diffusion update without what is behind the network, and before it."""
-    work = roofline.update("finetune-diffusion", job.preset, job.batch)
-    kept = tuple(op for op in work.ops if op.name != "patch_loss" and op.direction != "update")
-    return Work(job.batch, kept)
-
-
-def _on_meta(job: Job) -> torch.nn.Module:
-    with torch.device("meta"):
-        return create_model(job.preset)
-
-
-def _update_job(name: str, task: str, preset: str, batch: int) -> Job:
-    phases = ("forward", "backward", "update")
-    return Job(
-        name,
-        preset,
-        batch,
-        "bf16",
-        phases,
-        partial(_update, task),
-        lambda job: roofline.update(task, job.preset, job.batch),
-    )
-
-
+_UPDATE = ("forward", "backward", "update")
 JOBS = {
     job.name: job
     for job in (
-        Job("sample_xl", _XL, 64, "bf16", ("call",), _sampling_call, _forward),
-        Job("sample_xl_fp8", _XL, 64, "fp8", ("call",), _sampling_call, _forward),
-        Job("sample_g", _G, 64, "bf16", ("call",), _sampling_call, _forward),
-        Job("sample_l_32", "epg_l_32_512", 64, "bf16", ("call",), _sampling_call, _forward),
-        Job("heun_xl", _XL, 64, "bf16", ("images",), _images, _heun, 32),
-        Job("heun_xl_fp8", _XL, 64, "fp8", ("images",), _images, _heun, 32),
-        Job("heun_g", _G, 64, "bf16", ("images",), _images, _heun, 32),
-        Job("heun_l_32", "epg_l_32_512", 64, "bf16", ("images",), _images, _heun, 32),
-        Job("onestep_l_1", _L, 1, "bf16", ("images",), _images, _forward),
-        Job("onestep_l_64", _L, 64, "bf16", ("images",), _images, _forward),
-        Job("train_xl", _XL, 64, "bf16", ("forward", "backward"), _gradients, _forward_and_backward),
-        _update_job("update_pretrain", "pretrain", _XL, 256),
-        _update_job("update_diffusion", "finetune-diffusion", _XL, 64),
-        _update_job("update_consistency", "finetune-consistency", _L, 64),
+        Job("sample_xl", _XL, 64, "bf16", ("call",), _sampling_call),
+        Job("sample_xl_fp8", _XL, 64, "fp8", ("call",), _sampling_call),
+        Job("sample_g", _G, 64, "bf16", ("call",), _sampling_call),
+        Job("sample_l_32", "epg_l_32_512", 64, "bf16", ("call",), _sampling_call),
+        Job("heun_xl", _XL, 64, "bf16", ("images",), _images, levels=32),
+        Job("heun_xl_fp8", _XL, 64, "fp8", ("images",), _images, levels=32),
+        Job("heun_g", _G, 64, "bf16", ("images",), _images, levels=32),
+        Job("heun_l_32", "epg_l_32_512", 64, "bf16", ("images",), _images, levels=32),
+        Job("onestep_l_1", _L, 1, "bf16", ("images",), _images),
+        Job("onestep_l_64", _L, 64, "bf16", ("images",), _images),
+        Job("train_xl", _XL, 64, "bf16", ("forward", "backward"), _gradients, task="finetune-diffusion"),
+        Job("update_pretrain", _XL, 256, "bf16", _UPDATE, _update, task="pretrain"),
+        Job("update_diffusion", _XL, 64, "bf16", _UPDATE, _update, task="finetune-diffusion"),
+        Job("update_consistency", _L, 64, "bf16", _UPDATE, _update, task="finetune-consistency"),
     )
 }
