@@ -4,9 +4,9 @@
     python -m bench --output FOLDER --parts heun data     # some parts; what is complete in FOLDER is not repeated
     python -m bench --output FOLDER --job sample-onestep --preset epg_l_16_256 --batch 1     # one ladder of this size
 
-On a GPU: the ladders of sampling and training, the operations and loading, in under ten minutes. Without one: the
-package and the plain code in turns, the operations and loading, in under four. Every part has its share of the time,
-and what others leave. What was cut short goes on when the same folder is given again.
+On a GPU: the ladders of sampling and training, the operations and loading. Without one: the package and the plain code
+in turns, the operations and loading. Every part has its share of `--seconds`, under ten minutes as a rule, and what
+others leave. What was cut short goes on when the same folder is given again.
 
 Writes JSON files, README.md and PNG files. Exits with 1 if a part failed, 3 if one was cut short.
 """
