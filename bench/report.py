@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.data import table as loading
 from bench.ledger.cost import H200, KINDS
+from bench.resources import COLUMNS
 from bench.results import UNITS, Row, markdown_table, read, read_json, significant
 from epg_fast.files import write_atomically
 
@@ -37,6 +38,15 @@ _LEDGER = f"""\
 A floor is the sum over kernels of the longer of their FLOP at {H200.products / 1e12:.0f} TFLOP/s (twice that in FP8)
 and their bytes at {H200.memory / 1e12:.1f} TB/s. The rival is the best of the plain code and the package's plain
 operations under torch.compile; the minimum has one kernel for everything that can ride in one (`bench.roofline`).
+"""
+RESOURCES = (*COLUMNS, "resident")
+"""Of a kernel on sm_90, with the blocks that a multiprocessor holds."""
+OWN_PRODUCTS = "products of our own"
+"""The job of rows that `bench.ledger.products` studies."""
+_PRODUCTS = """\
+Break-even: how much slower than a library's a product may be before what its operation saves is gone. Its model: how
+much slower unfilled tiles and the unfilled last wave make it, the part of a slow-down that arithmetic knows; the
+library's is taken to lose nothing to either. A product whose model is worse than its break-even is not a win.
 """
 
 
@@ -237,7 +247,24 @@ def _ledger(rows: list[Row], picture: Path) -> str:
         f"### Phases\n\n{markdown_table(('job', 'by', 'phase', 'kernels', 'GB', 'floor, ms'), phases)}",
         f"### What should not be\n\n{''.join(problems) or nothing}",
     ]
+    if studied := [row for row in rows if row.job == OWN_PRODUCTS]:
+        parts.append(f"### Matrix products of our own\n\n{_PRODUCTS}\n{_own_products(studied)}")
+    if used := {tuple(cells) for row in rows for cells in row.details.get("resources", ())}:
+        parts.append(f"### Our Triton kernels on sm_90\n\n{markdown_table(RESOURCES, sorted(used, key=str))}")
     return "\n".join(parts)
+
+
+def _own_products(rows: list[Row]) -> str:
+    cells = []
+    for row in rows:
+        d = row.details
+        result, tile = (" x ".join(map(str, d[name])) for name in ("result", "tile"))
+        lost = (f"+{100 * (d[name] - 1):.1f}%" for name in ("unfilled", "idle"))
+        numbers = significant(d["floor_us"]), *lost, significant(row.median)
+        outcome = f"{d['slowdown']:.3f}", f"{d['break_even']:.3f}", d["outcome"]
+        cells.append((row.variant, result, tile, d["resident"], f"{d['waves']:.2f}", *numbers, *outcome))
+    columns = ("product", "result", "tile", "resident", "waves", "floor, us", "unfilled tiles", "waves' end", "us")
+    return markdown_table((*columns, "model", "break-even", "outcome"), cells)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

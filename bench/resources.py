@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("kernel", "arch", "shape", "dtype", "warps", "registers", "spills", "shared", "matrix", "16-byte", "TMA")
 _MATRIX_INSTRUCTIONS = {"wgmma": r"\bHGMMA\b|\bQGMMA\b|\bIGMMA\b", "mma": r"\b[HIQ]MMA\b", "tcgen05": r"\bUTC\w*MMA\b"}
 
 
@@ -42,6 +43,11 @@ class Row:
     tma: int
     gemm: bool = False
     vectorized: bool = False
+
+    @property
+    def cells(self) -> tuple:
+        cost = (self.registers, self.spills, self.shared, self.matrix, f"{self.wide}/{self.accesses}", self.tma)
+        return (self.kernel, f"sm_{self.arch}", self.shape, self.dtype, self.num_warps, *cost)
 
     def failure(self) -> str | None:
         if self.arch != 90:
@@ -107,23 +113,26 @@ def _compile(case, arch: int) -> Row:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        (usage,) = _usage(cubin.name)
-        sass = _tool("nvdisasm", cubin.name)
     return Row(
         kernel=case.kernel.__name__,
         arch=arch,
         shape=case.shape,
         dtype=case.dtype,
         num_warps=str(case.num_warps),
-        registers=usage["REG"],
-        shared=compiled.metadata.shared,
         gemm=case.gemm,
         vectorized=case.vectorized,
-        **_instructions(sass),
+        **usage_of(compiled),
     )
+
+
+def usage_of(compiled) -> dict:
+    """What a row says of a kernel that Triton has compiled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        (usage,) = _usage(cubin.name)
+        sass = _tool("nvdisasm", cubin.name)
+    return {"registers": usage["REG"], "shared": compiled.metadata.shared, **_instructions(sass)}
 
 
 def _extension_rows() -> list[Row]:
@@ -226,12 +235,8 @@ def _instructions(sass: str) -> dict:
 
 
 def _print(rows: list[Row]) -> None:
-    header = ("kernel", "arch", "shape", "dtype", "warps", "registers", "spills", "shared", "matrix", "16-byte", "TMA")
-    table = [header]
-    for r in rows:
-        cost = (r.registers, r.spills, r.shared, r.matrix, f"{r.wide}/{r.accesses}", r.tma)
-        table.append((r.kernel, f"sm_{r.arch}", r.shape, r.dtype, r.num_warps, *cost))
-    widths = [max(len(str(line[i])) for line in table) for i in range(len(header))]
+    table = [COLUMNS, *(row.cells for row in rows)]
+    widths = [max(len(str(line[i])) for line in table) for i in range(len(COLUMNS))]
     for line in table:
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
 

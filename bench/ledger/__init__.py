@@ -2,5 +2,6 @@
 
 Nothing here is measured. `cost` is arithmetic and needs neither CUDA nor a GPU; `device` shows PyTorch a GPU that is
 not there; `count` follows torch.compile and the package's launchers up to the launches, `triton_ir` into what a kernel
-of the package touches; `jobs` says what is counted. `python -m bench.ledger` is the command.
+of the package touches; `jobs` says what is counted; `products` studies the package's own matrix products.
+`python -m bench.ledger` is the command.
 """

@@ -6,7 +6,8 @@
 
 Wants a CUDA build of PyTorch, Triton and a C compiler, and no GPU: `make ledger` makes such an environment. With the
 same folder the same command goes on with what is missing; what is there is not counted again. A count is two rows of
-`bench.results`, one of its floor in milliseconds and one of its kernels, which `python -m bench.compare` reads.
+`bench.results`, one of its floor in milliseconds and one of its kernels, which `python -m bench.compare` reads; beside
+job sample_xl stands a row per matrix product of the package's own, with what its tiles and waves cost.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--job", nargs="+", help="some of the jobs (default: all); a wrong name lists them")
     parser.add_argument("--variant", nargs="+", help="some of the ways to do them (default: all); likewise")
     parser.add_argument("--kernels", action="store_true", help="list every kernel of each count")
+    parser.add_argument("--resources", action="store_true", help="and what its Triton kernels take on sm_90")
     parser.add_argument("--output", type=Path, help="folder for README.md, ledger.json and ledger.png")
     options = parser.parse_args(arguments)
     try:
@@ -50,6 +52,7 @@ def _count(options: argparse.Namespace) -> int:
     """Count, print, and write into a folder what it lacks. Returns 1 if a count failed."""
     # only here, where the GPU is there to be seen
     from bench import report
+    from bench.ledger import products
     from bench.ledger.jobs import JOBS, VARIANTS
     from bench.results import Results, header
 
@@ -62,21 +65,25 @@ def _count(options: argparse.Namespace) -> int:
         for variant in variants:
             if found and any((row.job, row.variant) == (job.name, variant.name) for row in found.rows):
                 continue
-            rows = _counted(job, variant, options.kernels)
+            rows = _counted(job, variant, options)
             failed |= rows[0].note.startswith("failed")
             for row in rows if found else ():
                 found.add(row)
             gc.collect()
     if found:
+        if JOBS["sample_xl"] in chosen and all(row.job != report.OWN_PRODUCTS for row in found.rows):
+            for row in products.study(JOBS["sample_xl"]):
+                found.add(row)
         report.write(options.output)
         print(options.output / "README.md")
     return int(failed)
 
 
-def _counted(job, variant, kernels: bool) -> list:
+def _counted(job, variant, options: argparse.Namespace) -> list:
     """Rows of a count, or one that says why there is none."""
-    from bench.ledger import jobs
-    from bench.results import Row
+    from bench import report
+    from bench.ledger import jobs, products
+    from bench.results import Row, markdown_table
 
     started, name = time.monotonic(), f"{job.name}, {variant.name}"
     try:
@@ -88,9 +95,13 @@ def _counted(job, variant, kernels: bool) -> list:
     else:
         print(f"{name}: {job.shape}, {job.dtype} ({time.monotonic() - started:.0f} s)")
         print(text_of(job, counter), flush=True)
-        if kernels:
+        if options.kernels:
             print(listing(counter.kernels), flush=True)
-        return rows_of(job, variant.name, counter)
+        rows = rows_of(job, variant.name, counter)
+        if options.resources:
+            rows[0].details["resources"] = products.resources(counter.kernels)
+            print(markdown_table(report.RESOURCES, rows[0].details["resources"]), flush=True)
+        return rows
     print(f"{name}: not counted: {note}", flush=True)
     return [Row(job.name, variant.name, job.shape, job.dtype, "ms", note=note)]
 

@@ -208,6 +208,7 @@ class Counter(FakeTensorMode):
         programs = math.prod(grid(named) if callable(grid) else grid)
         tensors = {name: getattr(value, "base", value) for name, value in named.items()}
         tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        source.arguments = named | {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         fresh = self._frames[-1].fresh if self._frames else {}
         read = written = 0
         for name, tensor in tensors.items():
@@ -228,6 +229,7 @@ class Counter(FakeTensorMode):
             written=written,
             by="ours",
             detail=f"{programs} x {warps} warps; " + " ".join(f"{n}={_shape(t)}" for n, t in tensors.items()),
+            source=source,
         )
         self._add([noted])
 

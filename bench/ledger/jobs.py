@@ -1,22 +1,24 @@
 """What the ledger counts: jobs of sampling and training, each done by several variants.
 
-They are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, of which the
-best is the rival; and the package's kernels ("ours"), with compiled blocks, with a compiled network and with the
-extension's products. Weights of the plain code are cast for sampling once, as anyone would, and its optimiser is
-PyTorch's fused one with one foreach call for the EMA, not the loops that `bench.plain` has.
+They are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what a
+keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks, with a
+compiled network and with the extension's products. Weights of the plain code are cast for sampling once, as anyone
+would, and its optimiser is PyTorch's fused one with one foreach call for the EMA, not the loops that `bench.plain` has.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch._inductor import config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import roofline
 from bench.ledger.cost import H200, KINDS, OPTIMISER
@@ -46,15 +48,20 @@ class NotCounted(Exception):
 class Variant:
     """A way of doing jobs. code: "plain" (bench/plain), "auto" (ours, with PyTorch's operators) or "ours".
 
-    how: what torch.compile gets. ops: of the package, at all sites: "cuda" are the extension's products. optimizer: of
-    the package, in whole updates: "fused" is the extension's, "torch" PyTorch's.
+    how: what torch.compile gets. ops: of the package, at all sites or by site: "cuda" are the extension's products.
+    optimizer: of the package, in whole updates: "fused" is the extension's, "torch" PyTorch's. within: a context.
     """
 
     name: str
     code: str
     how: str
-    ops: str = "plain"
+    ops: str | Mapping[str, str] = "plain"
     optimizer: str = "torch"
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+def _tuned():
+    return config.patch(coordinate_descent_tuning=True, epilogue_fusion=False)
 
 
 VARIANTS = {
@@ -62,6 +69,8 @@ VARIANTS = {
     for variant in (
         Variant("plain-blocks", "plain", "blocks"),
         Variant("plain-network", "plain", "network"),
+        Variant("plain-tuned", "plain", "network", within=_tuned),
+        Variant("plain-cudnn", "plain", "network", within=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
         Variant("auto-blocks", "auto", "blocks"),
         Variant("auto-network", "auto", "network"),
         Variant("ours-blocks", "ours", "blocks", "triton", "fused"),
@@ -99,8 +108,11 @@ class Job:
         return Work(self.batch, tuple(op for op in work.ops if op.name != "patch_loss" and op.direction != "update"))
 
 
-def _sampling_call(counter: Counter, job: Job, variant: Variant) -> Callable:
-    """One call of the denoiser; the package computes what depends on level and label ahead of it."""
+def _sampling_call(counter: Counter, job: Job, variant: Variant, **sizes: int) -> Callable:
+    """One call of the denoiser; the package computes what depends on level and label ahead of it.
+
+    sizes: of the package's network that differ from the preset's.
+    """
     if variant.code == "plain":
         network, (x, t, y) = _plain_generator(job, variant), _inputs(job, torch.float32)
 
@@ -109,7 +121,7 @@ def _sampling_call(counter: Counter, job: Job, variant: Variant) -> Callable:
                 network(x, t, y)
             counter.end("call")
     else:
-        network = inference_network(_generator(job, variant), job.dtype)
+        network = inference_network(_generator(job, variant, **sizes), job.dtype)
         x, t, y = _inputs(job, network.pos_embed.dtype)
         _compile(network, variant.how)
 
@@ -255,9 +267,9 @@ def _keen(trainer: Trainer) -> None:
     trainer.update_ema = update_ema
 
 
-def _generator(job: Job, variant: Variant) -> torch.nn.Module:
+def _generator(job: Job, variant: Variant, **sizes: int) -> torch.nn.Module:
     with torch.device("cuda"):
-        return create_model(job.preset).use_ops(variant.ops).eval()
+        return create_model(job.preset, **sizes).use_ops(variant.ops).eval()
 
 
 def _plain_generator(job: Job, variant: Variant, train: bool = False) -> torch.nn.Module:
@@ -323,7 +335,7 @@ def _levels(*arguments) -> list[float]:
 def count(job: Job, variant: Variant) -> Counter:
     """A counter with a job's kernels. Raises NotCounted if it cannot be done this way."""
     counter = Counter()
-    with compiling_as_is(counter):
+    with variant.within(), compiling_as_is(counter):
         try:
             call = job.prepare(counter, job, variant)
             call()  # compiles

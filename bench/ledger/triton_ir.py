@@ -35,6 +35,8 @@ class Source(BaseException):
     def __init__(self, source, options):
         super().__init__("not compiled")
         self.source, self.options = source, options
+        self.arguments: dict[str, Any] = {}
+        """Of the launch; of tensors the shapes."""
 
 
 def specialised(run: Callable, kernel, args: tuple, kwargs: dict[str, Any]) -> Source:

@@ -5,7 +5,18 @@ import torch
 
 from bench.ledger import cost, device, triton_ir
 from bench.ledger.__main__ import main
-from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, NORMS, OPTIMISER, PRODUCTS, REDUCTIONS, Kernel
+from bench.ledger.cost import (
+    ATTENTION,
+    COPIES,
+    ELEMENTWISE,
+    NORMS,
+    OPTIMISER,
+    PRODUCTS,
+    REDUCTIONS,
+    Kernel,
+    Product,
+    Tiles,
+)
 from bench.ledger.count import kind_of_operator, multi_tensor_launches
 
 
@@ -22,6 +33,42 @@ def test_a_total_adds_launches_and_keeps_products_apart():
     found = cost.total(kernels)
     assert (found.kernels, found.bytes, found.flops) == (4, 4300, 788_000_000)
     assert (found.floor, found.above) == (pytest.approx(1.001e-6), pytest.approx(1e-9))
+
+
+@pytest.mark.parametrize(
+    ("columns", "tiles", "unfilled", "idle"),
+    [
+        (3072, 129 * 24, 1.0, 12 / (129 * 24 / 264)),
+        (6336, 129 * 50, 50 / 49.5, 25 / (129 * 50 / 264)),
+        (1584, 129 * 13, 13 / 12.375, 7 / (129 * 13 / 264)),
+    ],
+)
+def test_tiles_and_waves_by_hand(columns, tiles, unfilled, idle):
+    cut = Tiles(16512, columns, 128, 128, resident=2)  # 129 rows of tiles; 264 blocks at a time
+    assert (cut.count, cut.unfilled, cut.idle) == (tiles, pytest.approx(unfilled), pytest.approx(idle))
+
+
+def test_clusters_and_ragged_rows_cost_tiles():
+    from bench.ledger.products import cutlass_tiles  # not before the other tests have a GPU to import it with
+
+    assert cutlass_tiles(Tiles(16512, 1584, 128, 128, resident=2)) == Tiles(16512, 1584, 128, 256, cluster=2)
+    assert Tiles(16512, 1584, 128, 256, cluster=2).count == 130 * 7
+    assert Tiles(1, 1, 128, 128).unfilled == 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "blocks"),
+    [(166, 4, 98304, 2), (255, 4, 82000, 2), (255, 8, 20000, 1), (32, 4, 0, 16), (64, 8, 0, 4)],
+)
+def test_blocks_of_a_multiprocessor_by_hand(registers, warps, shared, blocks):
+    assert cost.resident(registers, warps, shared) == blocks
+
+
+def test_skip_linear_is_not_a_win_at_its_break_even():
+    product = Product(156e-6, 156e-6, 24e-6, Tiles(16512, 1584, 128, 128, resident=2))
+    assert product.break_even == pytest.approx(1.154, abs=1e-3) and product.slowdown == pytest.approx(1.158, abs=1e-3)
+    assert product.outcome == "not a win"
+    assert Product(156e-6, 156e-6, 36e-6, product.tiles).outcome != "not a win"
 
 
 CODE = """

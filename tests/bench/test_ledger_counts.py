@@ -19,6 +19,7 @@ from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, H200, NORMS, OPTIM
 device.prepare()
 
 from bench import roofline  # noqa: E402
+from bench.ledger import products  # noqa: E402
 from bench.ledger.count import Counter  # noqa: E402
 from bench.ledger.jobs import JOBS, VARIANTS, NotCounted, compiling_as_is, count, least_seconds  # noqa: E402
 from epg_fast import ops  # noqa: E402
@@ -174,6 +175,8 @@ def test_skip_linear_by_hand():
     assert kernel.flops == 2 * rows * width * (width + skip)
     assert kernel.read == 2 * (rows * (width + skip) + width * (width + skip) + width)
     assert kernel.written == 2 * rows * width
+    tiles = products.triton_tiles(kernel.source)
+    assert (tiles.rows, tiles.columns, tiles.count) == (rows, width, 4 * 4)
 
 
 def test_what_a_kernel_wrote_itself_is_not_read_again():
@@ -218,19 +221,43 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
     assert step.bytes == pytest.approx(ADAMW.bytes(values, 4), rel=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["ours-blocks", "ours-cuda", "auto-blocks", "plain-blocks"])
+SMALL = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
+
+
+@pytest.mark.parametrize("variant", ["ours-blocks", "ours-cuda", "auto-blocks", "plain-blocks", "plain-cudnn"])
 def test_a_job_of_a_small_network_is_counted_without_problems(variant):
-    job = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
-    found = count(job, VARIANTS[variant])
+    found = count(SMALL, VARIANTS[variant])
     assert total(found.of_phase("call")).kernels > 20 and not found.problems
+    attention = {kernel.name for kernel in found.kernels if kernel.kind == ATTENTION}
+    assert attention and (variant != "plain-cudnn" or all("cudnn" in name for name in attention))
+
+
+def test_what_a_keen_user_tries_is_tried():
+    from torch._inductor import config
+
+    with VARIANTS["plain-tuned"].within():
+        assert config.coordinate_descent_tuning and not config.epilogue_fusion
+    with VARIANTS["plain-cudnn"].within():
+        assert torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and not config.coordinate_descent_tuning
+
+
+def test_products_of_the_package_are_studied_site_by_site():
+    rows = {row.variant: row.details for row in products.study(SMALL, ["embedding", "encoder.mlp"])}
+    tokens, width = 8 * (16 + 2), 96
+    mlp = {f"encoder.mlp, mlp_residual ({i} of 2), {by}" for i in (1, 2) for by in ("Triton", "CUTLASS")}
+    assert set(rows) == {"embedding, patch_embed, Triton", *mlp}
+    for by in ("Triton", "CUTLASS"):
+        up, down = (rows[f"encoder.mlp, mlp_residual ({i} of 2), {by}"] for i in (1, 2))
+        assert (up["result"], down["result"]) == ([tokens, 4 * width], [tokens, width])
+        assert up["break_even"] == down["break_even"] == 1 + up["saved_us"] / (up["floor_us"] + down["floor_us"])
 
 
 def test_the_minimum_is_the_rooflines():
-    job = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
     with torch.device("meta"):
         floor = roofline.forward(create_model("digits_32"), 8).floor(H200)
-    assert sum(least_seconds(job).values()) == pytest.approx(floor)
-    fp8 = least_seconds(dataclasses.replace(job, dtype="fp8"))
+    assert sum(least_seconds(SMALL).values()) == pytest.approx(floor)
+    fp8 = least_seconds(dataclasses.replace(SMALL, dtype="fp8"))
     assert sum(fp8.values()) <= floor
 
 
