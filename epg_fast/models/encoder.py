@@ -49,20 +49,20 @@ class ViTEncoder(nn.Module):
     def __init__(
         self,
         *,
-        image_size=224,
-        patch_size=16,
-        in_channels=3,
-        embed_dim=768,
-        depth=12,
-        num_heads=12,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        qk_scale=None,
-        tokens=1,
+        image_size,
+        patch_size,
+        in_channels,
+        embed_dim,
+        depth,
+        num_heads,
+        mlp_ratio,
+        qkv_bias,
+        qk_scale,
+        tokens,
+        use_checkpoint,
         drop=0.0,
         attn_drop=0.0,
         drop_path=0.0,
-        use_checkpoint=False,
         **official,
     ):
         super().__init__()
@@ -87,9 +87,8 @@ class ViTEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.num_patches, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
-        self._of_blocks = mlp_ratio, qkv_bias, qk_scale
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, *self._of_blocks, drop, attn_drop, drop_path) for _ in range(depth)
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path) for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim)
 
@@ -188,15 +187,51 @@ class ViTEncoder(nn.Module):
 
 
 class RCMViT(ViTEncoder):
-    """Encoder with projection head, as pre-trained in stage 1 (SPEC 3). Arguments, by name, as in the official class.
+    """Encoder with projection head, as pre-trained in stage 1 (SPEC 3). Arguments as in the official class.
 
     `forward(x, t)`: x [B, C, H, W] (already scaled by c_in), t [B] (250 ln sigma) ->
     (projection [B, output_dim], feature [B, embed_dim]).
     """
 
-    def __init__(self, *, hidden_dim=4096, output_dim=256, proj_layers=3, **trunk):
-        super().__init__(**trunk)
-        self.projection_head = _projection_head(proj_layers, self.embed_dim, hidden_dim, output_dim)
+    def __init__(
+        self,
+        image_size=224,
+        patch_size=16,
+        in_channels=3,
+        embed_dim=768,
+        hidden_dim=4096,
+        output_dim=256,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        tokens=1,
+        proj_layers=3,
+        drop=0.0,
+        attn_drop=0.0,
+        drop_path=0.0,
+        use_checkpoint=False,
+        **official,
+    ):
+        super().__init__(
+            image_size=image_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            tokens=tokens,
+            drop=drop,
+            attn_drop=attn_drop,
+            drop_path=drop_path,
+            use_checkpoint=use_checkpoint,
+            **official,
+        )
+        self.projection_head = _projection_head(proj_layers, embed_dim, hidden_dim, output_dim)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

@@ -43,7 +43,7 @@ class Conditioning(NamedTuple):
 
 
 class EPGViT(ViTEncoder):
-    """Image to image network of stage 2 (SPEC 3); arguments, by name, as in the official class, there also DMViT.
+    """Image to image network of stage 2 (SPEC 3). Arguments as in the official class (which also calls it DMViT).
 
     `forward(x, t, y)`: x [B, C, H, W] (already scaled by c_in), t [B] (250 ln sigma), y [B] int64 class labels in
     0..num_classes, the last one being the unconditional label -> [B, C, H, W]. `num_classes=0` makes an unconditional
@@ -54,7 +54,16 @@ class EPGViT(ViTEncoder):
 
     def __init__(
         self,
-        *,
+        image_size=224,
+        patch_size=16,
+        in_channels=3,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        tokens=1,
         decoder_depth=12,
         decoder_embed_dim=768,
         decoder_num_heads=12,
@@ -63,17 +72,32 @@ class EPGViT(ViTEncoder):
         drop=0.0,
         attn_drop=0.0,
         drop_path=0.0,
-        **trunk,
+        use_checkpoint=False,
+        **official,
     ):
-        super().__init__(**trunk)
-        embed_dim, patch_size, in_channels = self.embed_dim, self.patch_size, self.in_chans
+        super().__init__(
+            image_size=image_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            tokens=tokens,
+            use_checkpoint=use_checkpoint,
+            **official,
+        )
         self.num_classes = num_classes
         self.decoder_blocks = nn.ModuleList(
             DecoderBlock(
                 decoder_embed_dim,
                 embed_dim,
                 decoder_num_heads,
-                *self._of_blocks,
+                mlp_ratio,
+                qkv_bias,
+                qk_scale,
                 proj_drop=drop,
                 attn_drop=attn_drop,
                 drop_path=drop_path,

@@ -19,7 +19,7 @@ from epg_fast.diffusion import (
 from epg_fast.models import EPGViT
 from epg_fast.training.optimizer import lr_factor
 from tests.golden_data import GOLDEN, Case, each_backend, each_backend_and_dtype, interpret_only
-from tests.ops.extension_checks import each_steps_backend
+from tests.ops.kernel_checks import each_steps_backend
 
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())
 

@@ -14,7 +14,7 @@ from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig, PosthocEmaConfig
 from epg_fast.distributed import Ranks
 from epg_fast.training.ema import HostEma, PosthocEma, ema_copy, gamma_of, list_snapshots, power_decay
-from tests.ops.extension_checks import needs_extension
+from tests.ops.kernel_checks import needs_extension
 from tests.training.runs import assert_same_run, crash_after_save, fails, run_command, saved_steps
 from tests.training.stages import Training
 

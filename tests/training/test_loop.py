@@ -14,7 +14,7 @@ from epg_fast.training import loop
 from epg_fast.training import metrics as metrics_module
 from epg_fast.training.compilation import compile_stage
 from epg_fast.training.metrics import Progress
-from tests.ops.extension_checks import needs_extension
+from tests.ops.kernel_checks import needs_extension
 from tests.training.runs import hang, run_command, run_lines
 from tests.training.stages import ALONE, JOBS, Training
 from tests.waiting import NothingIsRead

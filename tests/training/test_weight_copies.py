@@ -10,7 +10,7 @@ from epg_fast.runtime import AUTOCAST
 from epg_fast.training import weight_copies
 from epg_fast.training.compilation import compile_stage
 from epg_fast.training.weight_copies import WeightCopies
-from tests.ops.extension_checks import needs_extension
+from tests.ops.kernel_checks import needs_extension
 from tests.training.stages import JOBS, Training
 
 pytest.importorskip("triton")
