@@ -1,17 +1,13 @@
 """What only a GPU can show: parity on the device, compiled training there, and the same images as on the CPU."""
 
 import copy
-import json
 import shutil
 
 import pytest
 import torch
 
 import epg_fast
-from epg_fast import training
 from epg_fast.__main__ import main
-from epg_fast.config import DataConfig, OptimizerConfig
-from epg_fast.data import ImageFolder
 from epg_fast.distributed import Ranks
 from epg_fast.models import EPGViT, create_model
 from epg_fast.models.fp8 import Fp8Linear, use_fp8
@@ -19,11 +15,10 @@ from epg_fast.plans.sites import site_choices
 from epg_fast.training.compilation import compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.loop import train_step
-from epg_fast.training.metrics import Metrics
-from epg_fast.training.state import RunState
 from tests.golden_data import Case, names
 from tests.ops.kernel_checks import needs_gemms
-from tests.training.stages import JOBS, make_config
+from tests.training.runs import run_command, run_lines
+from tests.training.stages import JOBS, Training, make_config, make_stage, spread
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +26,7 @@ pytestmark = [
 ]
 
 
+ON_GPU = Ranks(0, 1, torch.device("cuda", 0))
 needs_fp8 = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs compute capability 8.9"
 )
@@ -99,34 +95,32 @@ def test_products_of_the_extension_serve_a_network_of_true_widths(compiled):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("job", ["pretrain", "finetune-diffusion", "finetune-consistency"])
+@pytest.mark.parametrize("job", JOBS)
 def test_compiled_training_learns_and_resumes(job, precision, tiny_run, tmp_path):
-    recipe = {"pretrain": "digits_pretrain", "finetune-diffusion": "digits_diffusion"}.get(job, "digits_consistency")
-    flags = [*tiny_run[:2], "--config", recipe, *tiny_run[2:], "--device", "cuda", "--compile", "blocks"]
-    flags += ["--precision", precision, "--steps", "60", *([] if job == "pretrain" else ["--preview.every", "30"])]
-    assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    flags = {"device": "cuda", "compile": "blocks", "precision": precision, "steps": 60}
+    flags |= {} if job == "pretrain" else {"preview.every": 30}
+    command = run_command(tiny_run, tmp_path / "run", job, **flags)
+    assert main(command) == 0
+    lines = run_lines(tmp_path / "run")
     assert sum(line["loss"] for line in lines[-10:]) < sum(line["loss"] for line in lines[:10])
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000060")
-    assert main([job, *flags, "--outdir", str(tmp_path / "run")]) == 0
-    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert again[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.05)
+    assert main(command) == 0
+    assert run_lines(tmp_path / "run")[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.05)
 
 
-def _lines(job, tiny_run, outdir, *flags):
+def _lines(job, tiny_run, outdir, **flags):
     """What a run of 24 updates without dropout logs."""
-    recipe = {"pretrain": "digits_pretrain", "finetune-diffusion": "digits_diffusion"}.get(job, "digits_consistency")
-    flags = [*tiny_run[:2], "--config", recipe, *tiny_run[2:], "--device", "cuda", "--precision", "bf16", *flags]
-    flags += ["--steps", "24", *([] if job == "pretrain" else ["--preview.every", "8", "--dropout", "0"])]
-    assert main([job, *flags, "--outdir", str(outdir)]) == 0
-    return [json.loads(line) for line in (outdir / "metrics.jsonl").read_text().splitlines()]
+    flags = {"device": "cuda", "precision": "bf16", "steps": 24, **flags}
+    flags |= {} if job == "pretrain" else {"preview.every": 8, "dropout": 0}
+    assert main(run_command(tiny_run, outdir, job, **flags)) == 0
+    return run_lines(outdir)
 
 
 @needs_fp8
 @pytest.mark.parametrize("job", JOBS)
 def test_training_in_fp8_follows_16_bits(job, tiny_run, tmp_path):
-    plain = _lines(job, tiny_run, tmp_path / "bf16", "--compile", "off")
-    lines = _lines(job, tiny_run, tmp_path / "fp8", "--compile", "blocks", "--fp8", "rowwise")
+    plain = _lines(job, tiny_run, tmp_path / "bf16", compile="off")
+    lines = _lines(job, tiny_run, tmp_path / "fp8", compile="blocks", fp8="rowwise")
     assert sum(line["loss"] for line in lines[-6:]) < sum(line["loss"] for line in lines[:6])
     for part in (slice(0, 8), slice(16, 24)):
         want = sum(line["loss"] for line in plain[part])
@@ -138,11 +132,9 @@ def test_training_in_fp8_follows_16_bits(job, tiny_run, tmp_path):
 def test_fp8_products_of_the_gpu_are_those_of_float32_on_rounded_operands(job):
     """Loss and gradients of a step with PyTorch's FP8 product, and with the reference."""
     torch.manual_seed(0)
-    device = torch.device("cuda", 0)
-    config = make_config(job, precision="bf16", batch_size=8)
-    stage = getattr(training, JOBS[job] + "Stage")(config, Ranks(0, 1, device))
-    for p in stage.network.parameters():
-        p.data += 0.02 * torch.randn_like(p)
+    device = ON_GPU.device
+    stage = make_stage(job, make_config(job, precision="bf16", batch_size=8), perceptual=False, ranks=ON_GPU)
+    spread(stage.network)
     batch = {name: torch.randn(8, 3, 32, 32, device=device) for name in ("x", "view1", "view2")}
     batch["label"] = torch.arange(8, device=device)
     assert use_fp8(stage.network).startswith("fp8: ")
@@ -167,10 +159,10 @@ def test_cuda_graphs_give_the_losses_of_compiled_networks(job, checkpointing, ti
 
     recorded, new_graph = [], CUDAGraphTreeManager.new_graph_id
     monkeypatch.setattr(CUDAGraphTreeManager, "new_graph_id", lambda self: recorded.append(self) or new_graph(self))
-    flags = ["--compile", "network", "--activation_checkpointing", checkpointing]
-    want = _lines(job, tiny_run, tmp_path / "compiled", *flags)
+    flags = {"compile": "network", "activation_checkpointing": checkpointing}
+    want = _lines(job, tiny_run, tmp_path / "compiled", **flags)
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    got = _lines(job, tiny_run, tmp_path / "graphs", *flags, "--cuda_graphs", "true")
+    got = _lines(job, tiny_run, tmp_path / "graphs", **flags, cuda_graphs="true")
     for a, b in zip(got, want, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.02)
@@ -183,9 +175,9 @@ def test_cuda_graphs_give_the_losses_of_compiled_networks(job, checkpointing, ti
 @pytest.mark.parametrize("job", JOBS)
 def test_sharded_training_in_parts_gives_the_losses_of_plain_training(job, tiny_run, tmp_path):
     """One rank, over NCCL. In bf16 parts round otherwise than the whole batch does."""
-    plain = _lines(job, tiny_run, tmp_path / "ddp", "--compile", "blocks")
-    flags = ["--parallelism", "fsdp", "--gradient_accumulation", "2", "--activation_checkpointing", "0.5"]
-    lines = _lines(job, tiny_run, tmp_path / "fsdp", "--compile", "blocks", *flags)
+    plain = _lines(job, tiny_run, tmp_path / "ddp", compile="blocks")
+    flags = {"parallelism": "fsdp", "gradient_accumulation": 2, "activation_checkpointing": 0.5}
+    lines = _lines(job, tiny_run, tmp_path / "fsdp", compile="blocks", **flags)
     assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.02)
     for part in (slice(0, 8), slice(16, 24)):
         want = sum(line["loss"] for line in plain[part])
@@ -194,57 +186,39 @@ def test_sharded_training_in_parts_gives_the_losses_of_plain_training(job, tiny_
 
 @pytest.mark.parametrize("precision, parts", [("bf16", 1), ("fp16", 1), ("bf16", 2)])
 @pytest.mark.parametrize("job", JOBS)
-def test_the_host_waits_for_nothing_in_an_update(job, precision, parts, digits):
+def test_the_host_waits_for_nothing_in_an_update(job, precision, parts):
     """torch raises where the host waits for the device; blocks are compiled, as training on a GPU has them."""
-    place, device = ImageFolder(f"{digits}/train"), torch.device("cuda", 0)
-    fields = {"data": DataConfig(str(place.root)), "optimizer": OptimizerConfig(backend="torch"), "batch_size": 8}
-    fields["gradient_accumulation"] = parts
-    config, ranks = make_config(job, precision=precision, **fields), Ranks(0, 1, device)
-    state = RunState(config, getattr(training, JOBS[job] + "Stage")(config, ranks), place, ranks)
-    metrics = Metrics(None, False)
-    compile_stage(state.stage, "blocks")
-    batch = {
-        name: torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device=device) for name in ("x", "view1", "view2")
-    }
-    batch["label"] = torch.arange(8, device=device)
-    for _ in range(2):
-        train_step(state, batch, metrics)
+    training = Training(job, ranks=ON_GPU, precision=precision, gradient_accumulation=parts)
+    compile_stage(training.stage, "blocks")
+    batch = training.batch()
+    training.updated(2)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            train_step(state, batch, metrics)
+            train_step(training.state, batch, training.metrics)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert state.iteration == 5
+    assert training.state.iteration == 5
 
 
-def test_averages_in_host_memory_follow_every_update_and_nobody_waits(digits):
-    """An average beside them is updated on the device, without a wait that would hide a copy that comes too late."""
-    place, device = ImageFolder(f"{digits}/train"), torch.device("cuda", 0)
-    fields = {
-        "data": DataConfig(str(place.root)),
-        "optimizer": OptimizerConfig(lr=1e-2, warmup_steps=0, backend="torch"),
-    }
+def test_ema_in_host_memory_follow_every_update_and_nobody_waits():
+    """An EMA beside them is updated on the device, without a wait that would hide a copy that comes too late."""
     model = {"embed_dim": 512, "decoder_embed_dim": 512}  # so that copies take their time
-    config = make_config("finetune-diffusion", model, batch_size=8, ema=0.5, offload_ema=True, **fields)
-    ranks = Ranks(0, 1, device)
-    state = RunState(config, training.DiffusionStage(config, ranks), place, ranks)
-    metrics = Metrics(None, False)
-    weights = [p.detach() for p in state.stage.network.parameters()]
-    want = [w.clone() for w in weights]
-    images = torch.randint(256, (2, 8, 3, 32, 32), device=device) / 255
-    images[1, 0, 0, 0, 0] = float("nan")
+    training = Training(ranks=ON_GPU, model=model, ema=0.5, offload_ema=True)
+    state, weights = training.state, [p.detach() for p in training.stage.network.parameters()]
+    want = [p.detach().cuda() for p in training.stage.ema.parameters()]
+    whole, broken = training.batch(), training.batch(broken=True)
     torch.cuda.synchronize()
     for i in range(30):
         torch.cuda.set_sync_debug_mode("error" if i > 2 else "default")
         try:
             skipped = i % 7 == 5
-            train_step(state, {"x": images[int(skipped)], "label": torch.arange(8, device=device)}, metrics)
+            train_step(state, broken if skipped else whole, training.metrics)
             if not skipped:
                 torch._foreach_lerp_(want, weights, 0.5)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     state.host_ema.wait()
-    got = list(state.stage.ema.parameters())
+    got = list(training.stage.ema.parameters())
     assert not any(p.is_cuda for p in got) and state.skipped[0] == 4
     torch.testing.assert_close([p.data for p in got], [w.cpu() for w in want], rtol=1e-5, atol=1e-6)

@@ -30,8 +30,7 @@ from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.optimizer import make_optimizer
 from epg_fast.training.parallel import parallelize
 from tests.training import stages
-from tests.training.runs import spoil
-from tests.training.stages import JOBS, SIZES, make_stage, stage_class
+from tests.training.stages import JOBS, SIZES, make_stage, spoil, stage_class
 
 # Tensors of 1, 11, 24, 32 and more rows: uneven and empty parts, too.
 MODEL = stages.SMALLER | {"output_dim": 10}
@@ -77,8 +76,8 @@ def main(data, folder):
         run("diffusion-2", **recompute),
         run(copied("finetune-consistency-1", "consistency-2"), "finetune-consistency", **micro_batches),
         (accumulate, *make_config(data, folder, "accumulate", "finetune-diffusion")),
-        run("full", full_at=3, steps=100),
         *(run(name, data=damaged_data(data, folder / f"{name}-data", *met_by), log_every=2) for name, met_by in BAD),
+        run("full", full_at=3, steps=100),  # the last: this process can write no large file any more
     ]
     on_ranks(2, second)
     third = [run(copied("stopped", name), parallelism=name) for name in ("ddp", "fsdp")]
@@ -93,16 +92,16 @@ def save_encoder(folder):
     save_weights(folder / "encoder.safetensors", weights, {"config": {"image_size": 32, "patch_size": 8, **sizes}})
 
 
-def damaged_data(data, folder, *ranks):
+def damaged_data(digits, folder, *ranks):
     """A copy of the images in which the fourth that each of these ranks meets is empty."""
-    images = ImageFolder(shutil.copytree(data / "train", folder))
+    images = ImageFolder(shutil.copytree(digits / "train", folder))
     options = {"image_size": 32, "batch_size": 12, "seed": 0, "workers": 0, "world_size": 2}
     for place in [next(PillowLoader(images, rank=rank, **options))["index"][3] for rank in ranks]:
         (folder / images.paths[place]).write_bytes(b"")
     return configs.DataConfig(str(folder), workers=0, backend="pillow", max_bad_fraction=1 / len(images))
 
 
-def make_config(data, folder, name, job, **fields):
+def make_config(digits, folder, name, job, **fields):
     """(configuration, job, how the run is interfered with)."""
     interference = {key: fields.pop(key, None) for key in ("spoil", "full_at", "stop_at")}
     own = {
@@ -118,7 +117,7 @@ def make_config(data, folder, name, job, **fields):
     backend = "torch" if job == "finetune-diffusion" else "auto"
     defaults = {
         "outdir": str(folder / name),
-        "data": configs.DataConfig(str(data / "train"), normalization="simple", workers=0, backend="pillow"),
+        "data": configs.DataConfig(str(digits / "train"), normalization="simple", workers=0, backend="pillow"),
         # eps: rounding in gradients near 0 shall not become a step of lr
         "optimizer": configs.OptimizerConfig(
             lr=1e-3, warmup_steps=2, clip_norm=1.0, clip_after=1, eps=1e-3, backend=backend

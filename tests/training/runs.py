@@ -127,10 +127,5 @@ def hang(monkeypatch, at, wait):
     monkeypatch.setattr(loop, "Prefetcher", functools.partial(loop.Prefetcher, patience=0.2))
 
 
-def spoil(batch):
-    """Make the gradient of a batch NaN."""
-    batch["x"] = torch.full(batch["x"].shape, float("nan"))
-
-
 def send(number=signal.SIGTERM):
     os.kill(os.getpid(), number)

@@ -41,7 +41,7 @@ def make_stage(job, config, perceptual=True, ranks=ALONE):
     stage = stage_class(job)(config, ranks)
     if perceptual and job == "finetune-consistency":
         encoder = encoder_from_config(network_config(config)).use_ops(config.ops)
-        stage.perceptual = encoder.eval().requires_grad_(False)
+        stage.perceptual = encoder.eval().requires_grad_(False).to(ranks.device)
     return stage
 
 
@@ -64,9 +64,14 @@ def batch_of(stage, images):
 
 
 def spread(network, std=0.02):
-    """Move all weights a little: layers that start at 0 would hide most gradients."""
-    for p in network.parameters():
-        p.data += std * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    """Move all trained weights a little: layers that start at 0 would hide most gradients."""
+    for p in (p for p in network.parameters() if p.requires_grad):
+        p.data += std * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p.device)
+
+
+def spoil(batch):
+    """Make the gradient of a batch NaN."""
+    batch["x"] = torch.full(batch["x"].shape, float("nan"))
 
 
 class Images:
@@ -83,7 +88,7 @@ class Training:
 
     def __init__(self, job="finetune-diffusion", backend="torch", ranks=ALONE, **fields):
         torch.manual_seed(0)
-        config = make_config(job, SMALLER, **({"batch_size": 4} | fields))
+        config = make_config(job, SMALLER | fields.pop("model", {}), **({"batch_size": 4} | fields))
         config.optimizer = configs.OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend)
         self.stage = make_stage(job, config, ranks=ranks)
         spread(self.stage.network)
@@ -94,7 +99,9 @@ class Training:
         generator = torch.Generator().manual_seed(self.state.iteration)
         images = torch.randint(256, (3, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
         batch = dict(zip(("x", "view1", "view2"), images, strict=True)) | {"label": torch.arange(4)}
-        return batch | {"x": torch.full(images.shape[1:], float("nan"))} if broken else batch
+        if broken:
+            spoil(batch)
+        return {name: tensor.to(self.state.ranks.device) for name, tensor in batch.items()}
 
     def update(self, broken=False):
         train_step(self.state, self.batch(broken), self.metrics)

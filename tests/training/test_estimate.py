@@ -216,7 +216,7 @@ def test_the_estimate_of_activations_is_what_autograd_saves(job, size):
 
     Pre-training has two blocks, the generators have five: of the former a share of 0.4 is none.
     """
-    images, fields = (2, {"model": MIDDLE, "precision": "bf16"}) if size == "middle" else (1, {})
+    images, fields = (2, {"model": MIDDLE, "precision": "bf16"}) if size == "middle" else (2, {})
     if job == "finetune-consistency" and size == "tiny":
         fields["dropout"] = 0.5
     found = _estimate(job, images, **fields, activation_checkpointing=0.4)

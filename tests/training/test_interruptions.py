@@ -15,17 +15,18 @@ from safetensors.torch import load_file
 from epg_fast.__main__ import main
 from epg_fast.data.loading import prefetch
 from epg_fast.models import load_weights
-from epg_fast.training import checkpoint, loop, preview, state
+from epg_fast.training import checkpoint, loop, state
 from tests.training.runs import (
     assert_same_run,
     before_step,
+    crash_after_save,
     hang,
     run_command,
     run_lines,
     saved_steps,
     send,
-    spoil,
 )
+from tests.training.stages import spoil
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -130,16 +131,10 @@ def test_a_preview_in_which_the_run_was_killed_is_drawn_by_the_next(tiny_run, tm
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(run_command(tiny_run, whole, **flags)) == 0
     for step in (2, 4):
-
-        def die(stage, outdir, at, step=step):
-            if at == step:
-                raise RuntimeError("killed")
-            return preview.write_preview(stage, outdir, at)
-
         with monkeypatch.context() as patched:
-            patched.setattr(loop, "write_preview", die)
+            crash_after_save(patched, step)
             assert main(run_command(tiny_run, killed, **flags)) == 1
-        assert saved_steps(killed)[0] == step
+        assert saved_steps(killed)[0] == step and len(list(killed.glob("previews/*"))) == (step - 2) // 2
     assert main(run_command(tiny_run, killed, **flags)) == 0
     assert len(list((whole / "previews").iterdir())) == 2
     assert_same_run(killed, whole)

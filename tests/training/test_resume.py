@@ -22,8 +22,8 @@ from tests.training.runs import (
     saved_state,
     saved_steps,
     send,
-    spoil,
 )
+from tests.training.stages import spoil
 
 POSTHOC = {"posthoc_ema.sigma_rel": "[0.05,0.1]", "posthoc_ema.every": 3}
 RUNS = {
