@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import signal
-import zlib
 from pathlib import Path
 
 import torch
@@ -48,16 +47,6 @@ def saved_steps(outdir):
 def saved_state(outdir):
     """state.json of the newest checkpoint."""
     return json.loads((list_checkpoints(Path(outdir) / "checkpoints")[0] / "state.json").read_text())
-
-
-def change_saved_state(outdir, **entries):
-    """Change state.json of the newest checkpoint, and its checksum."""
-    path = list_checkpoints(Path(outdir) / "checkpoints")[0]
-    content = json.dumps(saved_state(outdir) | entries).encode()
-    (path / "state.json").write_bytes(content)
-    checksums = json.loads((path / "checksums.json").read_text())
-    checksums["state.json"] = [len(content), zlib.crc32(content)]
-    (path / "checksums.json").write_text(json.dumps(checksums))
 
 
 def assert_same_run(got, want):

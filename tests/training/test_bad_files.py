@@ -89,7 +89,8 @@ class _Others(Ranks):
         return [value, dict(self.met)]
 
 
-def test_a_loader_is_told_of_what_it_has_not_met_itself_and_only_once(dataset, tmp_path):
+def test_a_loader_is_told_of_what_it_has_not_met_itself_and_only_once(digits, tmp_path):
+    dataset = ImageFolder(digits / "train")
     ranks, loader, known = _Others(0, 2, None), _Loader(b="text"), {"a": "vanished"}
     bad_files = BadFiles(known, loader, dataset, 4 / len(dataset), tmp_path, ranks)
     assert loader.added == [{"a": "vanished"}]
@@ -105,8 +106,8 @@ def test_a_loader_is_told_of_what_it_has_not_met_itself_and_only_once(dataset, t
     assert [path for path, _ in _listed(tmp_path)] == ["a", "b", "c", "d", "e"]
 
 
-def test_a_list_that_cannot_be_written_does_not_end_the_run(dataset, tmp_path, log):
+def test_a_list_that_cannot_be_written_does_not_end_the_run(digits, tmp_path, log):
     (tmp_path / "bad_files.txt").mkdir()
-    bad_files = BadFiles({}, _Loader(a="empty"), dataset, 1, tmp_path, ALONE)
+    bad_files = BadFiles({}, _Loader(a="empty"), ImageFolder(digits / "train"), 1, tmp_path, ALONE)
     bad_files.exchange()
     assert len(log.messages) == 1 and str(tmp_path / "bad_files.txt") in log.messages[0]

@@ -141,21 +141,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, damage, tmp_path
     assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000000001"]
 
 
-@pytest.mark.parametrize("wanted", [{"z": torch.zeros(3)}, {"x": torch.zeros(4)}], ids=["name", "shape"])
-def test_checkpoints_of_other_tensors_are_not_read(wanted, tmp_path):
+class Others(Ranks):
+    """The first of two ranks; the other reads nothing."""
+
+    def gather(self, value):
+        return [value, "the checksum of rank_00001.safetensors does not match" if value is None else value]
+
+
+@pytest.mark.parametrize(
+    "wanted, ranks",
+    [({"z": torch.zeros(3)}, ALONE), ({"x": torch.zeros(4)}, ALONE), ({"x": torch.zeros(3)}, Others(0, 2, CPU))],
+    ids=["name", "shape", "damaged for another rank"],
+)
+def test_checkpoints_of_other_tensors_or_that_one_rank_cannot_read_are_not_read(wanted, ranks, tmp_path):
     write(tmp_path, 1, {"x": torch.ones(3)})
     with pytest.raises(ValueError, match="none of the 1 checkpoints in .* can be read; remove the folder"):
-        load_newest(tmp_path, wanted, ALONE)
-
-
-def test_a_file_that_another_rank_cannot_read_is_read_by_none(tmp_path):
-    class Others(Ranks):
-        def gather(self, value):
-            return [value, "the checksum of rank_00001.safetensors does not match" if value is None else value]
-
-    write(tmp_path, 1, {"x": torch.ones(3)})
-    with pytest.raises(ValueError, match="none of the 1"):
-        load_newest(tmp_path, {"x": torch.zeros(3)}, Others(0, 2, CPU))
+        load_newest(tmp_path, wanted, ranks)
 
 
 def test_a_full_disk_leaves_the_checkpoint_and_the_weights_before(tmp_path):

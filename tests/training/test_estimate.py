@@ -216,13 +216,15 @@ def test_the_estimate_of_activations_is_what_autograd_saves(job, size):
 
     Pre-training has two blocks, the generators have five: of the former a share of 0.4 is none.
     """
-    images, fields = (2, {"model": MIDDLE, "precision": "bf16"}) if size == "middle" else (2, {})
+    fields = {"model": MIDDLE, "precision": "bf16"} if size == "middle" else {}
     if job == "finetune-consistency" and size == "tiny":
         fields["dropout"] = 0.5
-    found = _estimate(job, images, **fields, activation_checkpointing=0.4)
-    assert found.plain == _kept(job, images, **fields)
-    some, every = (_kept(job, images, **fields, activation_checkpointing=share) for share in (0.4, True))
+    found = _estimate(job, 2, **fields, activation_checkpointing=0.4)
+    assert found.plain == _kept(job, 2, **fields)
+    some, every = (_kept(job, 2, **fields, activation_checkpointing=share) for share in (0.4, True))
     assert every < found.checkpointed < 0.8 * found.plain
+    if size == "middle":
+        assert _estimate(job, 2, **fields, activation_checkpointing=True).chosen == found.checkpointed
     if job == "pretrain":
         assert some == found.chosen == found.plain
     else:
