@@ -176,7 +176,6 @@ def _command(run, tmp_path, *flags):
         (["--step", "20"], ["the 1 snapshots up to there", "over max_residual 0.05", "--max_residual"]),
         (["--sigma_rel", "0.001"], ["relative residual of 0.86", "--posthoc_ema.every"]),
         (["--output", "x.pth"], [".safetensors"]),
-        (["--output", ""], ["output is missing; say it with --output"]),
         (["--run", "."], ["posthoc_ema holds no snapshots", "--posthoc_ema.sigma_rel"]),
     ],
     ids=str,
