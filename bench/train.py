@@ -27,11 +27,11 @@ from epg_fast.config import RunConfig
 from epg_fast.diffusion import consistency_r, consistency_stage, curriculum_scales
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, preset_config
+from epg_fast.models.fp8 import require_fp8, use_fp8
 from epg_fast.ops import extension_status
 from epg_fast.ops.extension import extension_has_cuda, gpus_without_code
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
 

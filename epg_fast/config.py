@@ -16,33 +16,39 @@ CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 """Options of the sampler edm_sde; no other sampler has any."""
 
 
-def _check(config, low: float, high: float, *names: str) -> None:
-    """Raise ValueError unless low <= value <= high (and the value is finite) for every named field that is not None."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise ValueError(f"{name} is {value}, want {limits}")
+GUIDANCE_INTERVAL = (0.19, 1.61)
+"""Unshifted sigmas between which guidance acts in the released sampler (low excluded, high included)."""
 
 
-def _check_positive(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}, want a positive number")
+def number(default, least=-math.inf, most=math.inf, *, above=-math.inf, finite=True, ordered=False):
+    """A field whose number, or each of whose numbers, is within these bounds. None passes.
+
+    above: it is larger than this. finite: infinity is none. ordered: a pair is (low, high).
+    """
+    limits = {"least": least, "most": most, "above": above, "finite": finite, "ordered": ordered}
+    return field(default=default, metadata=limits)
 
 
-def _check_finite(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not all(map(math.isfinite, value if isinstance(value, (list, tuple)) else [value])):
-            raise ValueError(f"{name} is {value}, want a finite number")
+class _Checked:
+    """A configuration whose numbers are checked when it is made. Raises ValueError."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata or number(None).metadata
+            numbers = [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int | float)]
+            inside = all(limits["least"] <= n <= limits["most"] and n > limits["above"] for n in numbers)
+            if not inside or (limits["finite"] and not all(map(math.isfinite, numbers))):
+                raise ValueError(f"{f.name} is {value}, want {_described(**limits)}")
+            if limits["ordered"] and not value[0] <= value[1]:
+                raise ValueError(f"{f.name} is {value}, want low <= high")
 
 
-def _check_interval(config, name: str) -> None:
-    low, high = getattr(config, name)
-    if not low <= high:
-        raise ValueError(f"{name} is ({low}, {high}), want low <= high")
+def _described(least: float, most: float, above: float, **_) -> str:
+    if above > -math.inf:
+        return "a positive number" if most == math.inf else f"more than {above} and at most {most}"
+    if least == -math.inf:
+        return "a finite number"
+    return f"at least {least}" if most == math.inf else f"{least} to {most}"
 
 
 def check_sampler(sampler: str, steps: int, **options: float) -> None:
@@ -70,64 +76,58 @@ def check_sigma_rel(value: float) -> None:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(_Checked):
     """A preset of `epg_fast/configs/models` and what to change in it; `null` keeps the preset's value."""
 
     preset: str = "epg_xl_16_256"
     """Name of a preset (`epg_fast.list_presets()`)."""
-    image_size: int | None = None
+    image_size: int | None = number(None, 1)
     """Image height and width in pixels; a multiple of the patch size."""
-    patch_size: int | None = None
+    patch_size: int | None = number(None, 1)
     """Patch height and width in pixels."""
-    embed_dim: int | None = None
+    embed_dim: int | None = number(None, 1)
     """Encoder width E."""
-    depth: int | None = None
+    depth: int | None = number(None, 1)
     """Encoder blocks."""
-    num_heads: int | None = None
+    num_heads: int | None = number(None, 1)
     """Encoder attention heads."""
-    decoder_embed_dim: int | None = None
+    decoder_embed_dim: int | None = number(None, 1)
     """Decoder width D."""
-    decoder_depth: int | None = None
+    decoder_depth: int | None = number(None, 1)
     """Decoder blocks."""
-    decoder_num_heads: int | None = None
+    decoder_num_heads: int | None = number(None, 1)
     """Decoder attention heads."""
-    mlp_ratio: float | None = None
+    mlp_ratio: float | None = number(None, above=0)
     """Hidden width of the MLPs over the width of the block."""
-    num_classes: int | None = None
+    num_classes: int | None = number(None, 0)
     """Number of classes, without the unconditional label."""
-    hidden_dim: int | None = None
+    hidden_dim: int | None = number(None, 1)
     """Width of the projection head (pre-training)."""
-    output_dim: int | None = None
+    output_dim: int | None = number(None, 1)
     """Output width of the projection head (pre-training)."""
-
-    def __post_init__(self):
-        _check(self, 1, math.inf, "image_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim")
-        _check(self, 1, math.inf, "decoder_depth", "decoder_num_heads", "hidden_dim", "output_dim")
-        _check(self, 0, math.inf, "num_classes")
-        _check_positive(self, "mlp_ratio")
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(_Checked):
     """Karras noise grid; sigmas here are unshifted (the image sees them times H/64)."""
 
-    sigma_min: float = 0.002
+    sigma_min: float = number(0.002, above=0)
     """Lowest noise level, unshifted."""
-    sigma_max: float = 80.0
+    sigma_max: float = number(80.0, above=0)
     """Highest noise level, unshifted."""
-    rho: float = 7.0
+    rho: float = number(7.0, above=0)
     """Curvature of the grid."""
-    sigma_data: float = 0.5
+    sigma_data: float = number(0.5, above=0)
     """Standard deviation of the normalised pixels."""
 
     def __post_init__(self):
-        _check_positive(self, "sigma_min", "sigma_max", "rho", "sigma_data")
+        super().__post_init__()
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min}, want less than sigma_max ({self.sigma_max})")
 
 
 @dataclass
-class AugmentConfig:
+class AugmentConfig(_Checked):
     """The two augmented views of pre-training; pairs are (low, high) or (view 1, view 2)."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -157,7 +157,7 @@ class AugmentConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(_Checked):
     """Where images come from and how they become tensors."""
 
     path: str = ""
@@ -170,69 +170,62 @@ class DataConfig:
     """Probability of a horizontal flip of the centre crop."""
     workers: int = 4
     """Pillow: decoding processes per rank, 0 decodes in the training process. DALI: CPU threads per rank."""
-    readers: int = 1
+    readers: int = number(1, 0)
     """DALI: processes per rank that read files and draw parameters of views; 0 reads in the training process."""
     max_bad_fraction: float = 0.01
     """Training stops when more than this share of the files cannot be decoded."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmented views (pre-training only)."""
 
-    def __post_init__(self):
-        _check(self, 0, math.inf, "readers")
-
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(_Checked):
     """AdamW and its learning rate."""
 
     backend: Literal["auto", "fused", "torch", "apex"] = "auto"
     """Who computes the update, with equal numbers up to rounding; `fused` is the C++/CUDA extension, in one pass."""
-    lr: float = 1e-4
+    lr: float = number(1e-4, 0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0)
     """AdamW epsilon."""
-    weight_decay: float = 0.01
+    weight_decay: float = number(0.01, 0)
     """Decoupled weight decay."""
     decay_tokens: bool = False
     """Apply weight decay to `pos_embed` and `cls_token` as well."""
-    layer_decay: float = 1.0
+    layer_decay: float = number(1.0, above=0)
     """Learning-rate factor per encoder block from the deepest (1) to the first; 1 switches it off."""
     schedule: Literal["warmup-cosine", "warmup-step", "constant"] = "warmup-cosine"
     """Learning-rate factor: warm-up then cosine to `min_scale`, or 1 / 0.3 / 0.08 at `milestones`, or 1."""
-    warmup_steps: int = 10_000
+    warmup_steps: int = number(10_000, 0)
     """Steps of linear warm-up; the update at step s uses factor s/warmup_steps."""
-    milestones: tuple[int, int] = (400_000, 500_000)
+    milestones: tuple[int, int] = number((400_000, 500_000), 0, ordered=True)
     """Steps after which `warmup-step` falls to 0.3 and to 0.08."""
-    min_scale: float = 0.0
+    min_scale: float = number(0.0, 0, 1)
     """Lower bound of the cosine."""
-    clip_norm: float | None = None
+    clip_norm: float | None = number(None, above=0)
     """Gradient norm limit; `null` means none."""
-    clip_after: int = 0
+    clip_after: int = number(0, 0)
     """Clipping begins after this many steps."""
 
     def __post_init__(self):
-        _check(self, 0, math.inf, "lr", "weight_decay", "warmup_steps", "clip_after")
-        _check(self, 0, 1, "min_scale")
-        _check_positive(self, "eps", "clip_norm", "layer_decay")
+        super().__post_init__()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}, want values in [0, 1)")
-        if not 0 <= self.milestones[0] <= self.milestones[1]:
-            raise ValueError(f"milestones are {self.milestones}, want 0 <= first <= second")
 
 
 @dataclass
-class PosthocEmaConfig:
-    """Averages of the weights from which others, of any length, are made after training (`reconstruct-ema`)."""
+class PosthocEmaConfig(_Checked):
+    """EMAs of the weights from which one of any length is made after training (`reconstruct-ema`)."""
 
     sigma_rel: list[float] | None = None
     """Widths of power-function averages to track, relative to the steps made; EDM2 has [0.05,0.10]; `null`: none."""
-    every: int = 10_000
+    every: int = number(10_000, 1)
     """Steps between their snapshots in posthoc_ema/ (2 bytes per weight and width); the last step has one, too."""
 
     def __post_init__(self):
-        _check(self, 1, math.inf, "every")
+        super().__post_init__()
         for value in self.sigma_rel or ():
             check_sigma_rel(value)
         if self.sigma_rel is not None and len(set(self.sigma_rel)) < max(len(self.sigma_rel), 1):
@@ -240,12 +233,12 @@ class PosthocEmaConfig:
 
 
 @dataclass
-class PreviewConfig:
+class PreviewConfig(_Checked):
     """The grid of samples that training draws from the EMA weights."""
 
-    every: int = 10_000
+    every: int = number(10_000, 0)
     """Steps between grids; 0 draws none."""
-    num: int = 16
+    num: int = number(16, 1)
     """Images in a grid."""
     sampler: Sampler = "heun"
     """Sampler of the grid."""
@@ -253,19 +246,31 @@ class PreviewConfig:
     """Noise levels of the grid's sampler."""
     guidance: float = 1.0
     """Guidance scale; 1 means unguided."""
-    interval: tuple[float, float] = (0.19, 1.61)
+    interval: tuple[float, float] = number(GUIDANCE_INTERVAL, ordered=True)
     """Unshifted sigma interval of the guidance (low excluded, high included)."""
 
     def __post_init__(self):
-        _check(self, 0, math.inf, "every")
-        _check(self, 1, math.inf, "num")
+        super().__post_init__()
         check_sampler(self.sampler, self.steps)
-        _check_interval(self, "interval")
-        _check_finite(self, "guidance")
 
 
 @dataclass
-class RunConfig:
+class _ComputeConfig(_Checked):
+    """How training and sampling compute."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a GPU when there is one and says so."""
+    ops: str = "auto"
+    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
+    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
+    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
+    compile: Literal["auto", "off", "blocks", "network"] = "auto"
+    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: as the plan says, else
+    blocks on a GPU only."""
+
+
+@dataclass
+class RunConfig(_ComputeConfig):
     """What every training job has."""
 
     outdir: str = ""
@@ -279,48 +284,39 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser."""
     posthoc_ema: PosthocEmaConfig = field(default_factory=PosthocEmaConfig)
-    """Averages for `reconstruct-ema`."""
-    steps: int = 1_000_000
+    """EMAs for `reconstruct-ema`."""
+    steps: int = number(1_000_000, 1)
     """Updates to make."""
-    batch_size: int = 1024
+    batch_size: int = number(1024, 1)
     """Global batch size, split over the ranks."""
-    gradient_accumulation: int = 1
-    """Parts in which each rank's batch goes through the networks, for less memory; the gradient is that of the whole
-    batch, contrastive negatives and BatchNorm statistics included. Pre-training runs its three views once more."""
-    seed: int = 0
+    gradient_accumulation: int = number(1, 1)
+    """Micro-batches that each rank's batch is split into, for less memory; the gradient is that of the whole batch,
+    contrastive negatives and BatchNorm statistics included (GradCache). Pre-training runs its three views once more."""
+    seed: int = number(0, 0, 2**63 - 1)
     """Every random draw follows from this, the step and the sample."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; `auto` takes a GPU when there is one and says so."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """What several GPUs hold: `ddp` a copy of everything each; `fsdp` a part each of weights, gradients, moments and
-    averages, which saves memory and sends each block's weights round for every forward and backward pass."""
+    EMAs, which saves memory and sends each block's weights round for every forward and backward pass."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast dtype; fp16 scales the loss dynamically."""
-    ops: str = "auto"
-    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
-    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
-    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
     fp8: Literal["rowwise"] | None = None
     """Experimental: the blocks' large matrix products in FP8 (forward and gradient of the input) with a scale per row,
     on GPUs that have it; needs precision bf16."""
-    compile: Literal["auto", "off", "blocks", "network"] = "auto"
-    """torch.compile of each transformer block (quick to compile) or of whole networks; `auto`: as the plan says, else
-    blocks on a GPU only."""
     cuda_graphs: bool = False
     """Experimental: launch the networks as CUDA graphs; one GPU, compile network."""
-    activation_checkpointing: bool | float = False
+    activation_checkpointing: bool | float = number(False, 0, 1)
     """Compute each transformer block again in the backward pass instead of keeping what it needs: less memory. A number
     between 0 and 1 is the share of the blocks, evenly spread."""
     offload_ema: bool = False
-    """Keep the averages of the weights in the first rank's host memory: less GPU memory. Pre-training's target network
+    """Keep the EMA weights in the first rank's host memory: less GPU memory. Pre-training's target network
     stays on the GPU."""
-    log_every: int = 100
+    log_every: int = number(100, 1)
     """Steps per line of metrics.jsonl."""
-    checkpoint_every: int = 5_000
+    checkpoint_every: int = number(5_000, 1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, 1)
     """How many of the newest checkpoints stay."""
-    keep_every: int = 0
+    keep_every: int = number(0, 0)
     """Checkpoints of multiples of this step stay for good, their weights also as kept/step_<step>.safetensors;
     0: none."""
     tensorboard: bool = True
@@ -329,11 +325,7 @@ class RunConfig:
     """Weights & Biases project to log to, when wandb is installed."""
 
     def __post_init__(self):
-        _check(self, 1, math.inf, "steps", "batch_size", "gradient_accumulation")
-        _check(self, 1, math.inf, "log_every", "checkpoint_every", "keep_checkpoints")
-        _check(self, 0, math.inf, "keep_every")
-        _check(self, 0, 2**63 - 1, "seed")
-        _check(self, 0, 1, "activation_checkpointing")
+        super().__post_init__()
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
@@ -341,8 +333,6 @@ class RunConfig:
         self._check_engine()
 
     def _check_engine(self):
-        if self.compile == "on":
-            raise ValueError("compile is on, which is now called blocks; want auto, off, blocks or network")
         if self.cuda_graphs and self.compile != "network":
             raise ValueError(f"cuda_graphs: got compile {self.compile}, want network: add --compile network")
         if self.fp8 and self.precision != "bf16":
@@ -362,33 +352,26 @@ class PretrainConfig(RunConfig):
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.03, decay_tokens=True)
     )
-    """Optimiser."""
-    steps: int = 600_000
-    """Updates to make."""
-    start_scales: int = 20
+    steps: int = number(600_000, 1)
+    start_scales: int = number(20, 1)
     """Curriculum: noise levels at the start (K0)."""
     end_scales: int = 1280
     """Curriculum: noise levels at the end (K1)."""
-    contrastive_temperature: float = 0.2
+    contrastive_temperature: float = number(0.2, above=0)
     """Temperature of the symmetric contrastive term."""
     temperature_schedule: Literal["constant", "interpolated"] = "constant"
     """Temperature of the consistency term: constant (released code), or linear in sigma (paper)."""
-    temperature: float = 0.1
+    temperature: float = number(0.1, above=0)
     """Temperature of the consistency term when constant."""
-    temperature_range: tuple[float, float] = (0.1, 0.2)
+    temperature_range: tuple[float, float] = number((0.1, 0.2), above=0)
     """Interpolated temperature at sigma_min and at sigma_max."""
-    target_ema: float = 0.99
+    target_ema: float = number(0.99, 0, 1)
     """Decay per step of the target network."""
 
     def __post_init__(self):
         super().__post_init__()
-        _check(self, 1, math.inf, "start_scales")
-        _check(self, self.start_scales, math.inf, "end_scales")
-        _check(self, 0, 1, "target_ema")
-        _check_positive(self, "contrastive_temperature", "temperature")
-        _check_finite(self, "temperature_range")
-        if not min(self.temperature_range) > 0:
-            raise ValueError(f"temperature_range is {self.temperature_range}, want positive numbers")
+        if self.end_scales < self.start_scales:
+            raise ValueError(f"end_scales is {self.end_scales}, want at least start_scales, {self.start_scales}")
         if self.offload_ema and not self.posthoc_ema.sigma_rel:
             raise ValueError(
                 "offload_ema: pre-training calls its average, the target network, in every step, so that it stays on "
@@ -397,42 +380,40 @@ class PretrainConfig(RunConfig):
 
 
 @dataclass
-class DiffusionConfig(RunConfig):
-    """Stage 2a: diffusion fine-tuning."""
+class FinetuneConfig(RunConfig):
+    """What both kinds of fine-tuning have."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(clip_norm=0.5, clip_after=10_000))
-    """Optimiser."""
     init_from: str | None = None
-    """Pre-trained encoder or generator: a run folder, .safetensors or official .pth; `null` starts from scratch."""
-    parameterization: Literal["x0", "edm"] = "x0"
-    """What the network's output means."""
-    num_scales: int = 1280
-    """Noise levels of the grid that sigma is snapped to (K)."""
+    """Encoder or generator to start from: a run folder, .safetensors or official .pth; `null` starts from scratch."""
     p_mean: float = -1.2
-    """Mean of ln sigma, unshifted."""
-    p_std: float = 1.6
-    """Standard deviation of ln sigma."""
-    label_dropout: float = 0.1
+    """Mean of ln sigma, unshifted (consistency: of ln t)."""
+    p_std: float = number(1.6, 0)
+    """Standard deviation of ln sigma (consistency: of ln t)."""
+    label_dropout: float = number(0.1, 0, 1)
     """Probability of the unconditional label."""
-    ema: float = 0.9999
-    """Decay per step of the averaged weights."""
+    ema: float = number(0.9999, 0, 1)
+    """Decay per step of the EMA weights."""
     ema_warmup: bool = False
     """Use min(ema, i/(i+10)) at update i, for short runs."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1)
     """Dropout on the output projection of decoder attention."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Sample grids during training."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check(self, 2, math.inf, "num_scales")
-        _check_finite(self, "p_mean")
-        _check(self, 0, math.inf, "p_std")
-        _check(self, 0, 1, "label_dropout", "ema", "dropout")
+
+@dataclass
+class DiffusionConfig(FinetuneConfig):
+    """Stage 2a: diffusion fine-tuning."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(clip_norm=0.5, clip_after=10_000))
+    parameterization: Literal["x0", "edm"] = "x0"
+    """What the network's output means."""
+    num_scales: int = number(1280, 2)
+    """Noise levels of the grid that sigma is snapped to (K)."""
 
 
 @dataclass
-class ConsistencyConfig(RunConfig):
+class ConsistencyConfig(FinetuneConfig):
     """Stage 2b: consistency fine-tuning for one-step generation."""
 
     optimizer: OptimizerConfig = field(
@@ -440,89 +421,65 @@ class ConsistencyConfig(RunConfig):
             betas=(0.9, 0.99), weight_decay=0.03, schedule="warmup-step", warmup_steps=0
         )
     )
-    """Optimiser."""
-    steps: int = 700_000
-    """Updates to make."""
-    init_from: str | None = None
-    """Encoder or diffusion model to start from: a run folder, .safetensors or official .pth; `null`: from scratch."""
+    steps: int = number(700_000, 1)
     p_mean: float = -0.4
-    """Mean of ln t, unshifted."""
-    p_std: float = 1.6
-    """Standard deviation of ln t."""
-    q: float = 2.0
+    label_dropout: float = number(0.0, 0, 1)
+    dropout: float = number(0.5, 0, 1)
+    preview: PreviewConfig = field(default_factory=lambda: PreviewConfig(sampler="onestep", steps=1))
+    q: float = number(2.0, above=0)
     """Base of the shrinking of t - r over the stages."""
-    k: float = 8.0
+    k: float = number(8.0, 0)
     """Weight of the sigmoid in r(t)."""
     b: float = 1.0
     """Slope of the sigmoid in r(t)."""
-    first_stage: int = 100_000
+    first_stage: int = number(100_000, 0)
     """Steps of the first stage (d0)."""
-    stage_length: int = 100_000
+    stage_length: int = number(100_000, 1)
     """Steps of each later stage (d1)."""
-    delta: int = 1
+    delta: int = number(1, 0)
     """Number of the first stage; 0 begins with plain denoising."""
-    huber_c: float = 0.06
+    huber_c: float = number(0.06, above=0)
     """Constant c of the pseudo-Huber distance."""
     perceptual: str | None = None
     """Frozen encoder of the auxiliary contrastive loss: a pretrain run folder, .safetensors or .pth; `null`: none."""
-    temperature: float = 0.1
+    temperature: float = number(0.1, above=0)
     """Temperature of the auxiliary contrastive loss."""
-    label_dropout: float = 0.0
-    """Probability of the unconditional label."""
-    ema: float = 0.9999
-    """Decay per step of the averaged weights."""
-    ema_warmup: bool = False
-    """Use min(ema, i/(i+10)) at update i, for short runs."""
-    dropout: float = 0.5
-    """Dropout on the output projection of decoder attention."""
-    preview: PreviewConfig = field(default_factory=lambda: PreviewConfig(sampler="onestep", steps=1))
-    """Sample grids during training."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_finite(self, "p_mean", "b")
-        _check(self, 0, math.inf, "p_std", "k", "first_stage", "delta")
-        _check(self, 1, math.inf, "stage_length")
-        _check(self, 0, 1, "label_dropout", "ema", "dropout")
-        _check_positive(self, "q", "huber_c", "temperature")
 
 
 @dataclass
-class DryRunConfig:
+class DryRunConfig(_Checked):
     """Flags of training jobs that describe a run instead of starting one."""
 
     dry_run: bool = False
     """Print parameters, FLOPs, expected memory and time, and stop: no data, GPU or run folder is touched."""
-    gpus: int | None = None
+    gpus: int | None = number(None, 1)
     """Dry run: number of GPUs; `null` takes torchrun's, or 8."""
     gpu: str | None = None
     """Dry run: whose nominal peak to reckon with, e.g. `H100`; `null` takes this machine's, or `H200`."""
-    utilization: float = 0.6
+    utilization: float = number(0.6, most=1, above=0)
     """Dry run: share of the nominal peak to assume."""
 
     def __post_init__(self):
-        _check(self, 1, math.inf, "gpus")
-        if not 0 < self.utilization <= 1:
-            raise ValueError(f"utilization is {self.utilization}, want more than 0 and at most 1")
+        super().__post_init__()
         given = [f.name for f in fields(self) if f.name != "dry_run" and getattr(self, f.name) != f.default]
         if given and not self.dry_run:
             raise ValueError(f"{given[0]} is for --dry_run; torchrun --nproc-per-node starts training on several GPUs")
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(_ComputeConfig):
     """Draw images from a trained model."""
 
     checkpoint: str = ""
     """Run folder, .safetensors, official .pth (or its folder), or hub id."""
     outdir: str = ""
     """Folder for samples.npz, PNG files and grid.png; the same command with the same folder goes on."""
-    num: int = 64
+    num: int = number(64, 1, 10_000_000)
     """Images to draw."""
     labels: str = "balanced"
     """`balanced`, `random`, class indices such as `3` or `0,1,2` (at most `num`, repeated in turn), or
     `frequencies:PATH`, drawn as often as in the data whose manifest.json of prepare-data (or its folder) is PATH."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**63 - 1)
     """Image i starts from noise that depends on the seed and i only."""
     sampler: Sampler = "heun"
     """Sampler; `onestep` is for consistency models."""
@@ -530,7 +487,7 @@ class SampleConfig:
     """Noise levels; heun makes 2(steps-1) evaluations."""
     guidance: float = 1.0
     """Guidance scale; 1 means unguided (with `autoguidance`, 0 does)."""
-    interval: tuple[float, float] = (0.19, 1.61)
+    interval: tuple[float, float] = number(GUIDANCE_INTERVAL, ordered=True)
     """Unshifted sigma interval of the guidance (low excluded, high included), such as `[0.19,1.61]`."""
     autoguidance: str | None = None
     """Checkpoint of a weaker model to guide away from, with scale `guidance`."""
@@ -540,45 +497,31 @@ class SampleConfig:
     """Meaning of the network's output; `auto` reads it from the checkpoint (official files: x0)."""
     normalization: Literal["auto", "imagenet", "simple"] = "auto"
     """Pixel scaling; `auto` reads it from the checkpoint (official files: imagenet)."""
-    batch_size: int = 64
+    batch_size: int = number(64, 1)
     """Images per network call, on each GPU."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "fp32"
     """What weights and matrix products are computed in; one that the device lacks gives way to the nearest, with a
     message. `fp32` is the released code's."""
-    error_images: int = 8
+    error_images: int = number(8, 0)
     """Images to draw in fp32 as well, at most a batch, to report how far those in `precision` are from them."""
-    compile: Literal["auto", "off", "blocks", "network"] = "auto"
-    """torch.compile of the transformer blocks or of the whole network; `auto`: as the plan says, else of the blocks, on
-    a GPU."""
     cuda_graphs: bool | None = None
     """Launch all evaluations of a batch as one CUDA graph; `null`: as the plan says, else on a GPU."""
-    ops: str = "auto"
-    """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
-    (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
-    Triton elsewhere), a plan's file; then single sites, such as `auto,attention=triton,mlp=plain`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to sample."""
     npz: bool = True
     """Write samples.npz, images and labels in the layout of ADM's evaluation."""
     png: bool = False
     """Write png/<class>/<index>.png, one file per image."""
-    s_churn: float = 0.0
+    s_churn: float = number(0.0, 0)
     """edm_sde: amount of added noise."""
-    s_min: float = 0.0
+    s_min: float = number(0.0, 0)
     """edm_sde: lowest shifted sigma at which noise is added."""
-    s_max: float = float("inf")
+    s_max: float = number(math.inf, 0, finite=False)
     """edm_sde: highest shifted sigma at which noise is added."""
-    s_noise: float = 1.0
+    s_noise: float = number(1.0, 0)
     """edm_sde: scale of the added noise."""
 
     def __post_init__(self):
-        _check(self, 1, 10_000_000, "num")
+        super().__post_init__()
         check_sampler(self.sampler, self.steps, **self.churn)
-        _check(self, 1, math.inf, "batch_size")
-        _check(self, 0, 2**63 - 1, "seed")
-        _check_interval(self, "interval")
-        _check_finite(self, "guidance")
-        _check(self, 0, math.inf, "error_images")
         if not (self.npz or self.png):
             raise ValueError("npz and png are both false, want at least one: there would be nothing to write")
 
@@ -590,25 +533,21 @@ class SampleConfig:
 
 
 @dataclass
-class TuneConfig:
+class TuneConfig(_Checked):
     """What `tune` has beside the options of the job that it makes a plan for."""
 
     job: Literal["sample", "pretrain", "finetune-diffusion", "finetune-consistency"] = "sample"
     """The job to make a plan for; its options follow, `--config` and `--batch_size` as in the job itself."""
-    minutes: float = 10.0
+    minutes: float = number(10.0, above=0)
     """After so long nothing more is begun; what was not tried is said."""
-    gpus: int | None = None
+    gpus: int | None = number(None, 1)
     """Training: GPUs that share the batch; `null`: those that are visible."""
     output: str | None = None
     """A further file to write the plan to, such as one for other users of this device."""
-    seconds: float = 3.0
+    seconds: float = number(3.0, above=0)
     """Of timing, for each pair of candidates."""
-    limit: float = 240.0
+    limit: float = number(240.0, above=0)
     """Seconds after which a candidate that gives no answer counts as hung."""
-
-    def __post_init__(self):
-        _check_positive(self, "minutes", "seconds", "limit")
-        _check(self, 1, math.inf, "gpus")
 
 
 @dataclass
@@ -620,7 +559,7 @@ class TunedSampleConfig(SampleConfig):
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(_Checked):
     """Judge samples against real images, or probe an encoder. Needs scikit-learn, but for `reference`."""
 
     samples: str | None = None
@@ -632,11 +571,11 @@ class EvaluateConfig:
     inception: str | None = None
     """Samples: network for `reference`: inception-2015-12-05.pt of NVIDIA, or torch-fidelity's
     weights-inception-2015-12-05-6726825d.pth (needs torch-fidelity)."""
-    batch_size: int = 64
+    batch_size: int = number(64, 1)
     """Reference: images per network call."""
-    splits: int = 10
+    splits: int = number(10, 1)
     """Reference: parts of the samples over which the Inception Score is averaged."""
-    neighbors: int = 3
+    neighbors: int = number(3, 1)
     """Reference: the balls of precision and recall reach to this nearest neighbour."""
     probe: str | None = None
     """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
@@ -644,7 +583,7 @@ class EvaluateConfig:
     """Folder of class folders: real images that classifier, PCA and probe are fitted on (without `reference`)."""
     test: str = ""
     """Folder of class folders: held-out real images (without `reference`)."""
-    size: int = 8
+    size: int = number(8, 1, 256)
     """Samples and `train`: images are compared as size x size grayscale."""
     components: int = 20
     """Samples and `train`: dimensions of the PCA."""
@@ -660,13 +599,9 @@ class EvaluateConfig:
     """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
     file refused."""
 
-    def __post_init__(self):
-        _check(self, 1, math.inf, "batch_size", "splits", "neighbors")
-        _check(self, 1, 256, "size")
-
 
 @dataclass
-class PrepareDataConfig:
+class PrepareDataConfig(_Checked):
     """Write centre crops of a dataset as tar shards or as a folder of class folders."""
 
     source: str = "digits"
@@ -675,36 +610,33 @@ class PrepareDataConfig:
     outdir: str = ""
     """Folder to write; digits make train/ and test/ in it. The same command goes on after an interruption."""
     layout: Literal["shards", "folder"] = "shards"
-    """`shards`: WebDataset tars in mixed order with checksums; `folder`: PNG files, from a folder of class folders."""
-    image_size: int = 256
+    """`shards`: WebDataset tars in mixed order with checksums; `folder`: PNG files in class folders."""
+    image_size: int = number(256, 1)
     """Side of the centre crop (not for digits)."""
     format: Literal["png", "jpeg"] = "png"
     """Shards: `png` is lossless, `jpeg` (4:4:4) is smaller and is not."""
-    quality: int = 95
+    quality: int = number(95, 1, 100)
     """Shards: quality of JPEG."""
-    images_per_shard: int = 2048
+    images_per_shard: int = number(2048, 1)
     """Shards: images per tar; each worker makes one at a time."""
-    seed: int = 0
+    seed: int = number(0, 0)
     """Shards: seed of the order."""
-    workers: int = 4
+    workers: int = number(4, 0)
     """Processes (not for digits)."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = number(0.01, 0, 1)
     """Share of files that cannot be decoded up to which they are left out (not for digits)."""
     verify: bool = False
     """Write nothing; read the shards in `outdir` and compare them with their checksums."""
 
     def __post_init__(self):
-        _check(self, 1, math.inf, "image_size", "images_per_shard")
-        _check(self, 0, math.inf, "seed", "workers")
-        _check(self, 0, 1, "max_bad_fraction")
-        _check(self, 1, 100, "quality")
+        super().__post_init__()
         if self.format != "png" and self.layout == "folder":
             raise ValueError(f"format is {self.format}: layout folder is of PNG files; take layout shards")
 
 
 @dataclass
-class ExportConfig:
-    """Write the averaged weights of a run in another form."""
+class ExportConfig(_Checked):
+    """Write the EMA weights of a run in another form."""
 
     checkpoint: str = ""
     """Run folder, .safetensors or official .pth."""
@@ -715,22 +647,21 @@ class ExportConfig:
 
 
 @dataclass
-class ReconstructEmaConfig:
-    """Write the weights averaged over any length of a run that was trained with `posthoc_ema.sigma_rel`."""
+class ReconstructEmaConfig(_Checked):
+    """Write EMA weights of any length, of a run that was trained with `posthoc_ema.sigma_rel`."""
 
     run: str = ""
     """Run folder with posthoc_ema/."""
     sigma_rel: float | None = None
-    """Width of the average relative to `step`: more than 0, less than 0.2887."""
-    step: int | None = None
-    """Step at which the average ends, one of the snapshots'; `null`: the last."""
+    """Width of the EMA relative to `step`: more than 0, less than 0.2887."""
+    step: int | None = number(None, 1)
+    """Step at which the EMA ends, one of the snapshots'; `null`: the last."""
     output: str = ""
     """File (.safetensors) to write; it is used like a run's model.safetensors."""
-    max_residual: float = 0.05
-    """Refuse when the snapshots represent the average worse than this (relative L2 distance of the profiles)."""
+    max_residual: float = number(0.05, 0, 1)
+    """Refuse when the snapshots represent the EMA worse than this (relative L2 distance of the profiles)."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sigma_rel is not None:
             check_sigma_rel(self.sigma_rel)
-        _check(self, 1, math.inf, "step")
-        _check(self, 0, 1, "max_residual")

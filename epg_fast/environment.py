@@ -1,4 +1,4 @@
-"""The report of `epg-fast env`: what a bug report needs."""
+"""What `epg-fast env` and `epg-fast --version` print: what a bug report needs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def report() -> str:
     lines |= _devices() | {"extension": _extension(), "plans": _plans()}
     width = max(map(len, lines)) + 1
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in lines.items())
+
+
+def version() -> str:
+    """Versions of the package and of torch, and whether the compiled extension is there, in one line."""
+    return f"epg-fast {_version('epg_fast')}, torch {_version('torch')}, extension {_extension()}"
 
 
 def _version(package: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
@@ -53,18 +53,6 @@ def autocast(device: torch.device, precision: str, cache: bool = True) -> contex
     if precision not in AUTOCAST:
         raise ValueError(f"precision {precision!r}: want fp32, bf16 or fp16")
     return torch.autocast(device.type, dtype=AUTOCAST[precision], cache_enabled=cache)
-
-
-def compile_options(fused: bool, cuda_graphs: bool = False, more: Mapping[str, object] | None = None) -> dict:
-    """Arguments of torch.compile for a network: static shapes, and Inductor's settings.
-
-    fused: it computes with custom operators. They take exact strides, and rows that Inductor has padded are copied
-    for them. cuda_graphs: torch's graph trees record what is compiled. more: further settings of Inductor.
-    """
-    options = ({"comprehensive_padding": False} if fused else {}) | dict(more or {})
-    if cuda_graphs:
-        options["triton.cudagraphs"] = True
-    return {"dynamic": False, "options": options or None}
 
 
 @contextlib.contextmanager

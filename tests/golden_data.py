@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 GOLDEN = Path(__file__).parent / "golden"
 
 # Every backend of the operations must reproduce what was recorded; the Triton kernels do not compute in float64.
-_TRITON = pytest.param("triton", marks=pytest.mark.skipif(not find_spec("triton"), reason="needs Triton"))
+_TRITON = pytest.param(
+    "triton", marks=[pytest.mark.slow, pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")]
+)
 each_backend = pytest.mark.parametrize("ops", ["plain", _TRITON])
 each_backend_and_dtype = pytest.mark.parametrize(
     ("ops", "dtype"),

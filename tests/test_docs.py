@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from epg_fast.__main__ import _JOBS, _RECIPES
+from epg_fast.__main__ import _JOBS
+from epg_fast.flags import RECIPES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/SPEC.md"]
@@ -24,5 +25,5 @@ def test_commands_and_recipes_of_the_readme_exist():
     jobs = re.findall(r"(?:^|[`\s])epg-fast ([a-z-]+)|-m epg_fast ([a-z-]+)", text)
     assert jobs and {a or b for a, b in jobs} <= set(_JOBS)
     recipes = re.findall(r"--config ([a-z0-9_]+)", text)
-    assert recipes and all((_RECIPES / f"{name}.yaml").is_file() for name in recipes)
+    assert recipes and all((RECIPES / f"{name}.yaml").is_file() for name in recipes)
     assert set(re.findall(r"^make (\w+)", text, re.M)) == {"demo", "test", "bench"}

@@ -14,10 +14,10 @@ from epg_fast.config import DataConfig, OptimizerConfig
 from epg_fast.data import ImageFolder
 from epg_fast.distributed import Ranks
 from epg_fast.models import EPGViT, create_model
+from epg_fast.models.fp8 import Fp8Linear, use_fp8
 from epg_fast.plans.sites import site_choices
-from epg_fast.training.compilation import compile_blocks
+from epg_fast.training.compilation import compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.fp8 import Fp8Linear, use_fp8
 from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
@@ -202,7 +202,7 @@ def test_the_host_waits_for_nothing_in_an_update(job, precision, parts, digits):
     config, ranks = make_config(job, precision=precision, **fields), Ranks(0, 1, device)
     state = RunState(config, getattr(training, JOBS[job] + "Stage")(config, ranks), place, ranks)
     metrics = Metrics(None, False)
-    compile_blocks(state.stage)
+    compile_stage(state.stage, "blocks")
     batch = {
         name: torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device=device) for name in ("x", "view1", "view2")
     }

@@ -1,10 +1,12 @@
-"""One operation, one stem: an operation has its test, benchmark and kernel, and no kernel lacks its operation."""
+"""One operation, one stem: an operation has its example and kernel, and no kernel lacks its operation."""
 
 import ast
 import importlib
 from pathlib import Path
 
 import pytest
+
+from tests.ops.examples import EXAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.stem for path in (ROOT / "epg_fast/ops").glob("*.py") if "SPEC = OpSpec(" in path.read_text())
@@ -21,9 +23,9 @@ def test_every_file_in_ops_is_an_operation_or_shared_by_them():
 
 
 @pytest.mark.parametrize("stem", OPS)
-def test_an_operation_has_its_test_its_benchmark_and_its_kernel(stem):
-    assert (ROOT / f"tests/ops/test_{stem}.py").is_file()
-    assert (ROOT / f"bench/ops/bench_{stem}.py").is_file()
+def test_an_operation_has_its_example_and_its_kernel(stem):
+    """What it is tested and measured with: tests/ops/test_every_op.py and bench/ops.py read all examples."""
+    assert EXAMPLES[stem].spec.name == stem
     kernels = [ROOT / f"kernels/epg_kernels/{stem}.py", *(ROOT / "kernels/csrc").glob(f"{stem}.c*")]
     built_from = importlib.import_module(f"epg_fast.ops.{stem}").SPEC.built_from
     assert any(kernel.is_file() for kernel in kernels) != bool(built_from)

@@ -93,6 +93,14 @@ def test_a_plan_with_what_does_not_exist_is_damaged(damage, model, tmp_path):
         read_plan(path)
 
 
+def test_an_option_that_inductor_lacks_is_refused_before_anything_compiles(folder, model):
+    path = put(folder, dataclasses.replace(make_plan(case_of(model)), options={"epilogue_fusion": False}))
+    assert choose(str(path), case_of(model), CPU).options == {"epilogue_fusion": False}
+    put(folder, dataclasses.replace(make_plan(case_of(model)), options={"epilog": False}))
+    with pytest.raises(ValueError, match="plan .*: got option 'epilog', wanted one that Inductor has"):
+        choose("auto", case_of(model), CPU)
+
+
 def test_auto_takes_the_users_plan_then_the_packages_then_plain_code(folder, model, monkeypatch, tmp_path):
     case = case_of(model)
     assert (
@@ -224,13 +232,13 @@ def test_a_network_takes_a_plan_by_itself(folder, model):
 
 def training_plan(tiny_run, ops, device=CPU, **run):
     """A plan for the command `tiny_run`."""
-    from epg_fast.__main__ import _parse
     from epg_fast.config import DiffusionConfig
+    from epg_fast.flags import parse
     from epg_fast.models import generator_from_config
     from epg_fast.training.planning import training_case
     from epg_fast.training.stages import network_config
 
-    config, _ = _parse("finetune-diffusion", DiffusionConfig, [*tiny_run])
+    (config,) = parse([DiffusionConfig], [*tiny_run], "finetune-diffusion")
     network = generator_from_config(network_config(config))
     case = training_case("finetune-diffusion", config, network, 1)
     return Plan(case, Machine.here(device), ops, **({"compile": "off"} | run), made="2026-01-01", speedup=1.2)
@@ -259,14 +267,14 @@ def test_a_run_records_its_plan_and_keeps_it_when_it_goes_on(tiny_run, folder, t
 
 
 def test_a_plan_gives_way_to_flags(tiny_run, folder):
-    from epg_fast.__main__ import _parse
     from epg_fast.config import DiffusionConfig
     from epg_fast.distributed import Ranks
+    from epg_fast.flags import parse
     from epg_fast.training import DiffusionStage
 
     put(folder, training_plan(tiny_run, {}, compile="network"))
     for flags, how in ((["--compile", "blocks"], "blocks"), ([], "network"), (["--ops", "plain"], "auto")):
-        config, _ = _parse("finetune-diffusion", DiffusionConfig, [*tiny_run, *flags])
+        (config,) = parse([DiffusionConfig], [*tiny_run, *flags], "finetune-diffusion")
         assert DiffusionStage(config, Ranks(0, 1, CPU)).config.compile == how
 
 
@@ -347,12 +355,12 @@ def test_a_run_that_goes_on_and_asks_for_tune_takes_the_plan_that_was_made(folde
 
 
 def test_a_plan_for_whole_networks_gives_way_to_sharding(tiny_run, folder, caplog):
-    from epg_fast.__main__ import _parse
     from epg_fast.config import DiffusionConfig
+    from epg_fast.flags import parse
     from epg_fast.plans import Chosen
     from epg_fast.training.planning import applied
 
-    config, _ = _parse("finetune-diffusion", DiffusionConfig, [*tiny_run, "--parallelism", "fsdp"])
+    (config,) = parse([DiffusionConfig], [*tiny_run, "--parallelism", "fsdp"], "finetune-diffusion")
     with caplog.at_level("INFO", "epg_fast"):
         assert applied(config, Chosen(PLAIN, compile="network", cuda_graphs=True), 1).compile == "blocks"
     assert "sharded networks" in caplog.text

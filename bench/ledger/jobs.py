@@ -31,10 +31,10 @@ from bench.sample import GUIDANCE, INTERVAL
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
+from epg_fast.models.compilation import compile_denoising
 from epg_fast.plans import plain_choice
-from epg_fast.sampling.engine import _compile
 from epg_fast.sampling.precision import inference_network
-from epg_fast.training.compilation import compile_blocks, compile_networks
+from epg_fast.training.compilation import compile_stage
 from epg_fast.training.weight_copies import WeightCopies
 
 _XL, _G, _L = "epg_xl_16_256", "epg_g_16_256", "epg_l_16_256"
@@ -123,7 +123,7 @@ def _sampling_call(counter: Counter, job: Job, variant: Variant, **sizes: int) -
     else:
         network = inference_network(_generator(job, variant, **sizes), job.dtype)
         x, t, y = _inputs(job, network.pos_embed.dtype)
-        _compile(network, variant.how)
+        compile_denoising(network, variant.how)
 
         def step():
             with torch.no_grad():
@@ -190,7 +190,7 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
             sharded=False,
             config=config,
         )
-        (compile_networks if variant.how == "network" else compile_blocks)(stage)
+        compile_stage(stage, "network" if variant.how == "network" else "blocks")
         copies = WeightCopies([network], torch.bfloat16)
     x, t, y = _inputs(job, torch.float32)
 

@@ -2,6 +2,7 @@
 
 from epg_fast.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from epg_fast.diffusion.guidance import autoguided, guided
+from epg_fast.diffusion.normalization import PixelNormalization
 from epg_fast.diffusion.samplers import (
     SAMPLERS,
     STEPPED,
@@ -18,7 +19,6 @@ from epg_fast.diffusion.schedule import (
     consistency_r,
     consistency_stage,
     curriculum_scales,
-    curriculum_temperature,
     shift,
 )
 
@@ -29,11 +29,11 @@ __all__ = [
     "STOCHASTIC",
     "Denoiser",
     "NoiseSchedule",
+    "PixelNormalization",
     "autoguided",
     "consistency_r",
     "consistency_stage",
     "curriculum_scales",
-    "curriculum_temperature",
     "guided",
     "sample_edm_sde",
     "sample_euler",

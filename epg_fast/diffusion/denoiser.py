@@ -9,45 +9,45 @@ import torch
 
 from epg_fast.diffusion.schedule import NoiseSchedule, shift
 from epg_fast.models import EPGViT
+from epg_fast.models.blocks import is_plain
+from epg_fast.models.generator import unpatchify
 from epg_fast.ops import patch_loss, patchify
+from epg_fast.ops.backends import accumulation_dtype
 
 PARAMETERIZATIONS = ("x0", "edm")
 
 
 @dataclass
 class PatchEstimate:
-    """The clean estimate scale * tokens + offset_scale * patchify(offset), as the network left it: in patch space.
+    """The clean estimate scale * tokens + offset_scale * patchify(offset) in patch space, where a loss takes it.
 
-    tokens: the network's output [B,N,p*p*C]; offset: [B,C,H,W]; scale, offset_scale: [B]. None: 1, and no offset.
+    tokens: [B,N,p*p*C], as an EPGViT leaves its output; offset: [B,C,H,W]; scale, offset_scale: [B]. None: 1, and no
+    offset.
     """
 
     tokens: torch.Tensor
     patch_size: int
-    backend: str
+    backend: str = "plain"
     scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     offset_scale: torch.Tensor | None = None
 
     def loss(self, target: torch.Tensor, weight: torch.Tensor, huber_c: float | None = None):
         """`patch_loss` of the estimate: (weighted loss [B], squared distance [B]) to an image or to patches."""
-        return patch_loss(
-            self.tokens,
-            target,
-            scale=self.scale,
-            offset=self.offset,
-            offset_scale=self.offset_scale,
-            weight=weight,
-            huber_c=huber_c,
-            backend=self.backend,
-        )
+        parts = {"scale": self.scale, "offset": self.offset, "offset_scale": self.offset_scale}
+        return patch_loss(self.tokens, target, **parts, weight=weight, huber_c=huber_c, backend=self.backend)
 
     def patches(self) -> torch.Tensor:
         """The estimate itself: [B,N,p*p*C], at least float32."""
-        tokens = self.tokens.to(torch.promote_types(self.tokens.dtype, torch.float32))
+        tokens = self.tokens.to(accumulation_dtype(self.tokens))
         if self.scale is None:
             return tokens
         offset = spread(self.offset_scale, tokens) * patchify(self.offset, self.patch_size)
         return offset + spread(self.scale, tokens) * tokens
+
+    def image(self) -> torch.Tensor:
+        """The same as an image [B,C,H,W]."""
+        return unpatchify(self.patches(), self.patch_size)
 
 
 class Denoiser:
@@ -70,10 +70,6 @@ class Denoiser:
         total = (sigma**2 + data**2).sqrt()
         return data**2 / ((sigma - low) ** 2 + data**2), (sigma - low) * data / total, 1 / total
 
-    def network_input(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(c_in * x [B,C,H,W], time condition 250 ln sigma [B])."""
-        return spread(self.scalings(sigma, x.shape[-2])[2], x) * x, time_condition(sigma)
-
     def network_output(self, x: torch.Tensor, sigma: torch.Tensor | float, y: torch.Tensor | None = None):
         """The network's raw output at x [B,C,H,W] and sigma (number or [B]): [B,C,H,W], at least float32."""
         x, level = _with_level(x, sigma)
@@ -85,13 +81,17 @@ class Denoiser:
         t = time_condition(per_sample(sigma, x_in))
         return self.network(x_in, t) if y is None else self.network(x_in, t, y)
 
-    def estimate_in_patches(self, x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None) -> PatchEstimate:
-        """What `__call__` returns, left in patch space, where a loss needs no image; the network is an EPGViT."""
-        x_in, t = self.network_input(x, per_sample(sigma, x))
-        tokens = self.network(x_in, t, y, patches=True)
-        estimate = PatchEstimate(tokens, self.network.patch_size, self.network.ops["loss"])
+    def estimate(self, x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None) -> PatchEstimate:
+        """What `__call__` returns, in patch space: that of an EPGViT, of other networks one patch an image."""
+        network, sigma = self.network, per_sample(sigma, x)
+        if isinstance(network, EPGViT) and is_plain(network, EPGViT, subclass=True, hooks=True):
+            tokens = network(*precondition(x, sigma, self.schedule), y, patches=True)
+            estimate = PatchEstimate(tokens, network.patch_size, network.ops["loss"])
+        else:
+            size = x.shape[-1]
+            estimate = PatchEstimate(patchify(self.network_output(x, sigma, y), size), size)
         if self.parameterization == "edm":
-            c_skip, c_out, _ = self.scalings(per_sample(sigma, x), x.shape[-2])
+            c_skip, c_out, _ = self.scalings(sigma, x.shape[-2])
             estimate.scale, estimate.offset, estimate.offset_scale = c_out, x, c_skip
         return estimate
 
@@ -105,19 +105,19 @@ class Denoiser:
         return spread(c_skip, x) * x + spread(c_out, x) * output
 
 
+def precondition(x: torch.Tensor, sigma: torch.Tensor, schedule: NoiseSchedule) -> tuple[torch.Tensor, torch.Tensor]:
+    """What networks take for x [B,C,H,W] at shifted levels [B]: (c_in x, time condition [B])."""
+    return spread(1 / (sigma**2 + schedule.sigma_data**2).sqrt(), x) * x, time_condition(sigma)
+
+
 def time_condition(sigma: torch.Tensor) -> torch.Tensor:
     """What the networks are told of shifted levels: 250 ln sigma, of the same shape."""
     return 250 * sigma.log()
 
 
-def makes_patches(network: Callable) -> bool:
-    """Whether `Denoiser.estimate_in_patches` can ask the network for patches: an EPGViT with its own forward."""
-    return isinstance(network, EPGViT) and type(network).forward is EPGViT.forward
-
-
 def per_sample(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
     """A number, or a tensor that expands to [B], as [B] on x's device in at least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x)
     if isinstance(sigma, torch.Tensor):
         return sigma.to(device=x.device, dtype=dtype).expand(x.shape[0])
     return torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
@@ -130,5 +130,5 @@ def spread(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _with_level(x: torch.Tensor, sigma: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
     """(x in at least float32, sigma in its dtype): [B], or for a number a scalar on the CPU, which takes no kernel."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(accumulation_dtype(x))
     return x, per_sample(sigma, x) if isinstance(sigma, torch.Tensor) else torch.full((), sigma, dtype=x.dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from epg_fast.config import GUIDANCE_INTERVAL
 from epg_fast.diffusion.denoiser import Denoiser, per_sample
 from epg_fast.diffusion.schedule import shift
 
@@ -13,7 +14,7 @@ from epg_fast.diffusion.schedule import shift
 def guided(
     denoiser: Denoiser,
     scale: float,
-    interval: tuple[float, float] = (0.19, 1.61),
+    interval: tuple[float, float] = GUIDANCE_INTERVAL,
     uncond_label: int | None = None,
 ) -> Denoiser:
     """Classifier-free guidance inside an interval: u + scale * (c - u) where low*H/64 < sigma <= high*H/64.

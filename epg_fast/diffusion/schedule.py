@@ -75,18 +75,6 @@ def curriculum_scales(step: int, total_steps: int, start_scales: int = 20, end_s
     return min(start_scales * 2 ** math.ceil(step / stage_length), end_scales) + 1
 
 
-def curriculum_temperature(
-    step: int, total_steps: int, schedule: str = "constant", start: float = 0.1, end: float = 0.1
-) -> float:
-    """Temperature by training step, as in the released code: `constant`, or `cosine` over the first two thirds."""
-    if schedule == "constant":
-        return start
-    if schedule != "cosine":
-        raise ValueError(f"temperature schedule {schedule!r}: want constant or cosine")
-    progress = 1.5 * step / total_steps
-    return end if progress > 1 else start + end * math.cos(math.pi / 2 * (1 + progress))
-
-
 def consistency_stage(
     step: int,
     first_stage: int = 100_000,

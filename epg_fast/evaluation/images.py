@@ -76,11 +76,8 @@ def _open_npz(path: Path) -> Iterator[tuple[Image.Image, int]]:
     file = Npz(path)
     if "arr_0" not in file.names or "arr_1" not in file.names:
         raise ValueError(f"{path}: expected arr_0 (images) and arr_1 (labels), found {file.names}")
-    shape, dtype = file.header("arr_0")
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
-        raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 3] with N > 0, got {dtype} {list(shape)}")
-    labels = file.array("arr_1")
-    if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{path}: arr_1 must hold {shape[0]} integers, got {labels.dtype} {list(labels.shape)}")
+    num, labels = file.images()[0], file.array("arr_1")
+    if labels.shape != (num,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{path}: arr_1 must hold {num} integers, got {labels.dtype} {list(labels.shape)}")
     for (image,), label in zip(file.batches("arr_0", 1), labels, strict=True):
         yield Image.fromarray(image), int(label)

@@ -33,6 +33,13 @@ class Npz:
         with self._open(name) as (_, shape, dtype):
             return shape, dtype
 
+    def images(self) -> tuple[int, int, int]:
+        """(N, H, W) of `arr_0`, uint8 [N, H, W, 3]: the layout of ADM's evaluation and of `epg_fast sample`."""
+        shape, dtype = self.header("arr_0")
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise ValueError(f"{self.path}: arr_0 must be uint8 [N, H, W, 3] with N > 0, got {dtype} {list(shape)}")
+        return shape[:3]
+
     def array(self, name: str) -> np.ndarray:
         """The whole array."""
         with self._open(name) as (file, shape, dtype):

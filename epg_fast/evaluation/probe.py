@@ -9,14 +9,47 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from epg_fast.data import ImageFolder, PixelNormalization, center_crop
-from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
-from epg_fast.diffusion.denoiser import per_sample
+from epg_fast.config import EvaluateConfig
+from epg_fast.data import ImageFolder, center_crop
+from epg_fast.diffusion import NoiseSchedule, PixelNormalization, shift
+from epg_fast.diffusion.denoiser import per_sample, precondition
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image
+from epg_fast.evaluation.samples import check_folders
 
 Features = Callable[[torch.Tensor, float], torch.Tensor]
 LabeledImages = tuple[torch.Tensor, np.ndarray]
+
+
+def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: str | None = None) -> dict:
+    """Linear probe accuracy of an encoder's class-token feature at each of `config.sigmas`, as a dict that JSON holds.
+
+    `encoder` has `image_size` and `encode(x [B, 3, H, W], t [B]) -> [B, E]`, like `RCMViT`; it runs in eval mode where
+    its parameters are. `normalization`: the pixel scaling it was trained with; None takes it from the checkpoint
+    (`from_pretrained`), else imagenet. Keys: `accuracy` ({sigma: share}), sizes, `protocol`. Raises ValueError for
+    missing folders, for classes that do not line up and for sigmas <= 0.
+    """
+    check_folders(config, config.probe, "probe")
+    size = encoder.image_size
+    train, test = load_rgb(config.train, size), load_rgb(config.test, size)
+    metadata = getattr(encoder, "metadata", {})
+    normalization = normalization or metadata.get("normalization") or "imagenet"
+    features_of = encoder_features(encoder, NoiseSchedule(**metadata.get("noise", {})))
+    accuracy = linear_probe(features_of, train, test, config.sigmas, normalization, config.seed)
+    return {
+        "kind": "probe",
+        "probe": str(config.probe),
+        "accuracy": {f"{sigma:g}": value for sigma, value in accuracy.items()},
+        "num_train": len(train[1]),
+        "num_test": len(test[1]),
+        "image_size": size,
+        "normalization": normalization,
+        "seed": config.seed,
+        "protocol": (
+            f"Logistic regression on the standardised class-token feature of noisy {size}x{size} images at each "
+            f"unshifted sigma; fitted on {len(train[1])} training images, accuracy on {len(test[1])} held-out ones."
+        ),
+    }
 
 
 def load_rgb(folder: str | os.PathLike, image_size: int) -> LabeledImages:
@@ -36,7 +69,7 @@ def encoder_features(encoder: nn.Module, schedule: NoiseSchedule | None = None) 
     The encoder sees `c_in * x` and `250 ln sigma` at the shifted sigma (SPEC 2), in eval mode and without gradients, on
     the device of its parameters; its mode is restored after each call. `schedule`: default as in `NoiseSchedule`.
     """
-    denoiser = Denoiser(encoder.encode, schedule)
+    schedule = schedule or NoiseSchedule()
 
     @torch.no_grad()
     def features_of(noisy: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -44,7 +77,8 @@ def encoder_features(encoder: nn.Module, schedule: NoiseSchedule | None = None) 
         training = encoder.training
         encoder.eval()
         try:
-            return encoder.encode(*denoiser.network_input(noisy, per_sample(sigma * shift(noisy.shape[-1]), noisy)))
+            level = per_sample(sigma * shift(noisy.shape[-1]), noisy)
+            return encoder.encode(*precondition(noisy, level, schedule))
         finally:
             encoder.train(training)
 

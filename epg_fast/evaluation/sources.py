@@ -39,10 +39,8 @@ class NpzStream(ImageStream):
 
     def __init__(self, path: str | os.PathLike):
         self.path, self._file = Path(path), Npz(path)
-        shape, dtype = self._file.header("arr_0")
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 3] with N > 0, got {dtype} {list(shape)}")
-        self.num, self.size = shape[0], shape[1:3]
+        self.num, *size = self._file.images()
+        self.size = tuple(size)
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         for batch in self._file.batches("arr_0", batch_size):

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from epg_fast.ops import attention, layer_norm_modulate
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module` is `kind.forward` and nothing else: no subclass, hook or replaced `forward`."""
-    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return type(module) is kind and not hooked
+def is_plain(module: nn.Module, kind: type[nn.Module], *, subclass: bool = False, hooks: bool = False) -> bool:
+    """Whether a call of `module` computes `kind.forward` and nothing else.
 
-
-def has_hooks(network: nn.Module) -> bool:
-    """Whether any module of the network has a forward hook or a replaced `forward`."""
-    return any(not is_plain(module, type(module)) for module in network.modules())
+    It is a `kind`, or if `subclass` one of those with the same forward; it has no forward of its own, and unless
+    `hooks` neither forward hooks nor a compiled call.
+    """
+    own = type(module).forward is kind.forward if subclass else type(module) is kind
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._compiled_call_impl
+    return own and "forward" not in vars(module) and (hooks or not hooked)
 
 
 class LayerNorm(nn.LayerNorm):

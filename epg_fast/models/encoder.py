@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed
+from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed, is_plain
 from epg_fast.ops import timestep_condition
 from epg_fast.plans import PLAIN, Case, choose, site_choices
 from epg_fast.plans.plan import architecture
@@ -48,6 +48,7 @@ class ViTEncoder(nn.Module):
 
     def __init__(
         self,
+        *,
         image_size,
         patch_size,
         in_channels,
@@ -58,11 +59,11 @@ class ViTEncoder(nn.Module):
         qkv_bias,
         qk_scale,
         tokens,
-        drop,
-        attn_drop,
-        drop_path,
         use_checkpoint,
-        official,
+        drop=0.0,
+        attn_drop=0.0,
+        drop_path=0.0,
+        **official,
     ):
         super().__init__()
         if image_size % patch_size:
@@ -117,6 +118,16 @@ class ViTEncoder(nn.Module):
         self.ops = site_choices(ops)
         return fuse(self)
 
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """Blocks of the encoder, then those of the decoder if there is one, in the order of the forward pass."""
+        return [block for _, block in self._named_blocks()]
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether any module has a forward hook, or a forward that is not its class's."""
+        return any(not is_plain(module, type(module)) for module in self.modules())
+
     def large_linears(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the linears that do nearly all work: those of attention, MLP and skip in each block.
 
@@ -129,8 +140,7 @@ class ViTEncoder(nn.Module):
                 yield f"{prefix}.{outer}.{name}", module._modules.get(name, module)
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        for i, block in enumerate(self.blocks):
-            yield f"blocks.{i}", block
+        yield from ((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
 
     def _initialize_trunk(self) -> None:
         bound = math.sqrt(6.0 / (self.in_chans * self.patch_size**2 + self.embed_dim))
@@ -219,7 +229,7 @@ class RCMViT(ViTEncoder):
             attn_drop=attn_drop,
             drop_path=drop_path,
             use_checkpoint=use_checkpoint,
-            official=official,
+            **official,
         )
         self.projection_head = _projection_head(proj_layers, embed_dim, hidden_dim, output_dim)
         self.initialize_weights()

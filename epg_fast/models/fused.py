@@ -199,8 +199,9 @@ def linears_with_operands(network: ViTEncoder) -> Iterator[tuple[nn.Module, str,
 
 @functools.cache
 def _fused_network(kind: type[ViTEncoder]) -> type[ViTEncoder]:
-    """The class of a subclass of the networks with what `FusedTrunk` replaces."""
-    return type(f"Fused{kind.__name__}", (FusedTrunk, kind), {"__module__": kind.__module__})
+    """A subclass of the networks with what their fused class replaces."""
+    base = FusedEPGViT if issubclass(kind, EPGViT) else FusedRCMViT
+    return type(f"Fused{kind.__name__}", (base, kind), {"__module__": kind.__module__})
 
 
 def fuse(network: ViTEncoder) -> ViTEncoder:

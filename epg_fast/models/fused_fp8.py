@@ -1,6 +1,6 @@
-"""The networks in FP8, for inference: the large linears of the blocks multiply float8_e4m3fn.
+"""The networks in FP8, for inference: linears with quantised weights, and blocks with kernels that quantise tokens.
 
-`use_fp8` replaces the linears by `QuantizedLinear`s, which round the rows that they are given. Unless site "fp8" is
+`quantize` turns the large linears into `Fp8Linear`s, which round the rows that they are given. Unless site "fp8" is
 "plain" it also changes the classes of blocks, as `fuse` does: an `Fp8Block` has its rows quantised by the kernel that
 makes them. What such a block would bypass keeps the modules it has: a block with an adapter or a hook inside, or with a
 linear whose sides FP8 does not take.
@@ -16,46 +16,21 @@ import torch.nn as nn
 
 from epg_fast.models.blocks import Attention, Block, DecoderBlock, DropPath, LayerNorm, Mlp, is_plain
 from epg_fast.models.encoder import ViTEncoder
+from epg_fast.models.fp8 import Fp8Linear, convert
 from epg_fast.models.fused import parameters_of
 from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
     layer_norm_modulate_fp8,
-    linear_fp8,
     quantize_rows,
-    quantize_rows_ref,
     skip_norms_fp8,
 )
 from epg_fast.ops.extension import require_gemms
-from epg_fast.ops.fp8 import fits, product_backend
+from epg_fast.ops.fp8 import product_backend
 
 _NOT_ASKED = ("norm", "proj", "mlp", "skip")
 """Sites of blocks in whose place is the site "fp8"."""
-
-
-class QuantizedLinear(nn.Module):
-    """A Linear with its weight in float8_e4m3fn and a scale per output channel, for rows that have a scale each.
-
-    Unlike training's `Fp8Linear` it has no parameter, and quantises its weight once.
-    """
-
-    def __init__(self, linear: nn.Linear, backend: str):
-        super().__init__()
-        weight, scale = quantize_rows_ref(linear.weight.float())
-        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", bias.detach().to(torch.bfloat16))
-        self.backend = backend
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., K] -> [..., N] bfloat16."""
-        return self.product(*quantize_rows_ref(x))
-
-    def product(self, rows: torch.Tensor, scale: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        """rows: [..., K] in float8_e4m3fn, scale: [...] -> [..., N] bfloat16."""
-        return linear_fp8(rows, scale, self.weight, self.weight_scale, self.bias, gelu, self.backend)
 
 
 class Unsummed(NamedTuple):
@@ -117,7 +92,7 @@ class Fp8DecoderBlock(DecoderBlock):
         return _halves(self, x, *normed, gate1, modulation2, gate2)
 
     def _skip(self, x: Tokens, skip: torch.Tensor) -> torch.Tensor:
-        if not is_plain(self.skip_linear, QuantizedLinear):
+        if not is_plain(self.skip_linear, Fp8Linear):
             x = _summed(x)
             return self.skip_linear(torch.cat([x, skip.to(x.dtype)], dim=-1))
         x, branch, gate = x if isinstance(x, Unsummed) else (x, None, None)
@@ -173,30 +148,20 @@ def _fp8_network(kind: type[ViTEncoder]) -> type[ViTEncoder]:
 
 
 @torch.no_grad()
-def use_fp8(network: ViTEncoder, model: ViTEncoder) -> str:
-    """Compute the large linears of `network`'s blocks in FP8, with the weights of `model`; says what was done.
+def quantize(network: ViTEncoder) -> str:
+    """Compute the large linears of `network`'s blocks in FP8, for inference, in place; returns what was done, in words.
 
-    network: `model`'s twin for inference, which is changed in place. Its site "fp8" decides how.
-    Raises ValueError when no linear has sides that are multiples of 16, and for a backend that cannot run here.
+    Its site "fp8" decides how. Raises ValueError when no linear can be converted, and for a backend that cannot run.
     """
-    device, site = next(model.parameters()).device, network.ops["fp8"]
+    device, site = network.pos_embed.device, network.ops["fp8"]
     chosen = {name for name, backend in network.ops.items() if backend != "plain"}
     left_out = [name for name in _NOT_ASKED if chosen & {f"encoder.{name}", f"decoder.{name}"}]
     network.use_ops({k: v for k, v in network.ops.items() if k.partition(".")[2] not in _NOT_ASKED})
     if site == "cuda":
         require_gemms("linear_fp8", device)
-    backend = "cuda" if site == "cuda" else product_backend(device)
-    linears = dict(model.large_linears())
-    names = [name for name, linear in linears.items() if is_plain(linear, nn.Linear) and fits(linear.weight)]
-    if not names:
-        raise ValueError("precision fp8: the network has no linear with sides that are multiples of 16; want bf16")
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, QuantizedLinear(linears[name], backend))
-    line = f"precision fp8: {len(names)} linears of the blocks"
-    left = len(linears) - len(names)
-    if left:
-        line += f"; {left} stay in bf16, being adapted or with sides that are no multiples of 16"
+    linears, line = convert(network, "cuda" if site == "cuda" else product_backend(device), "precision fp8")
+    for linear in linears:
+        linear.quantize_()
     if site != "plain":
         line += _use_blocks(network)
     return line + (f"; sites {', '.join(left_out)} are not asked" if left_out else "")
@@ -204,7 +169,7 @@ def use_fp8(network: ViTEncoder, model: ViTEncoder) -> str:
 
 def _use_blocks(network: ViTEncoder) -> str:
     """Give blocks and network the classes that compute with rows in FP8; says which blocks do not."""
-    blocks = [*network.blocks, *getattr(network, "decoder_blocks", ())]
+    blocks = network.all_blocks
     taken = [block for block in blocks if _is_unchanged(block)]
     for block in taken:
         block.__class__ = _FP8[type(block)]
@@ -219,12 +184,12 @@ _BYPASSED = {
     "norm1": LayerNorm,
     "norm2": LayerNorm,
     "attn": Attention,
-    "attn.qkv": QuantizedLinear,
-    "attn.proj": QuantizedLinear,
+    "attn.qkv": Fp8Linear,
+    "attn.proj": Fp8Linear,
     "attn.proj_drop": nn.Dropout,
     "mlp": Mlp,
-    "mlp.fc1": QuantizedLinear,
-    "mlp.fc2": QuantizedLinear,
+    "mlp.fc1": Fp8Linear,
+    "mlp.fc2": Fp8Linear,
     "mlp.drop": nn.Dropout,
     "drop_path": DropPath,
 }

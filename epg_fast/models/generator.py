@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -85,11 +86,8 @@ class EPGViT(ViTEncoder):
             qkv_bias=qkv_bias,
             qk_scale=qk_scale,
             tokens=tokens,
-            drop=0.0,
-            attn_drop=0.0,
-            drop_path=0.0,
             use_checkpoint=use_checkpoint,
-            official=official,
+            **official,
         )
         self.num_classes = num_classes
         self.decoder_blocks = nn.ModuleList(
@@ -135,8 +133,7 @@ class EPGViT(ViTEncoder):
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         yield from super()._named_blocks()
-        for i, block in enumerate(self.decoder_blocks):
-            yield f"decoder_blocks.{i}", block
+        yield from ((f"decoder_blocks.{i}", block) for i, block in enumerate(self.decoder_blocks))
 
     def _label_embedding(self, y: torch.Tensor | None) -> torch.Tensor | None:
         if (y is None) != (self.class_embed is None):
@@ -235,9 +232,14 @@ class EPGViT(ViTEncoder):
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [B, N, p*p*C] with features in the order (row, column, channel) -> [B, C, H, W]."""
-        grid = self.image_size // self.patch_size
-        x = tokens.view(-1, grid, grid, self.patch_size, self.patch_size, self.in_chans)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, self.image_size, self.image_size)
+        return unpatchify(tokens, self.patch_size)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The inverse of `patchify` for square images: [B, N, p*p*C] -> [B, C, H, W]."""
+    grid = math.isqrt(tokens.shape[1])
+    x = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (grid, grid))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 DMViT = EPGViT

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from functools import cache
 from importlib import resources
 
 import yaml
 
-from epg_fast.models.encoder import RCMViT
+from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
+from epg_fast.wording import nearest
 
 
 @cache
@@ -31,23 +31,23 @@ def preset_config(name: str, **overrides) -> dict:
     """
     if name not in _presets():
         raise ValueError(
-            f"unknown preset {name!r}{_nearest(name, list_presets())}; presets: {', '.join(list_presets())}"
+            f"unknown preset {name!r}{nearest(name, list_presets())}; presets: {', '.join(list_presets())}"
         )
-    valid = (set(inspect.signature(EPGViT).parameters) | set(inspect.signature(RCMViT).parameters)) - {"official"}
+    valid = _arguments_of(EPGViT) | _arguments_of(RCMViT)
     for field in overrides:
         if field not in valid:
-            raise ValueError(f"unknown model argument {field!r}{_nearest(field, valid)}")
+            raise ValueError(f"unknown model argument {field!r}{nearest(field, valid)}")
     return {**_presets()[name], **{k: v for k, v in overrides.items() if v is not None}}
 
 
 def generator_from_config(config: dict) -> EPGViT:
     """EPGViT from the fields of `preset_config` that concern it."""
-    return EPGViT(**_arguments_of(EPGViT, config))
+    return EPGViT(**{name: config[name] for name in _arguments_of(EPGViT) & config.keys()})
 
 
 def encoder_from_config(config: dict) -> RCMViT:
     """RCMViT from the fields of `preset_config` that concern it."""
-    return RCMViT(**_arguments_of(RCMViT, config))
+    return RCMViT(**{name: config[name] for name in _arguments_of(RCMViT) & config.keys()})
 
 
 def create_model(name: str, **overrides) -> EPGViT:
@@ -60,11 +60,6 @@ def create_encoder(name: str, **overrides) -> RCMViT:
     return encoder_from_config(preset_config(name, **overrides))
 
 
-def _arguments_of(cls, config: dict) -> dict:
-    names = set(inspect.signature(cls).parameters) - {"official"}
-    return {k: v for k, v in config.items() if k in names}
-
-
-def _nearest(name: str, valid) -> str:
-    match = difflib.get_close_matches(name, valid, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+def _arguments_of(kind: type[ViTEncoder]) -> set[str]:
+    names = {*inspect.signature(kind).parameters, *inspect.signature(ViTEncoder).parameters}
+    return names - {"trunk", "official"}

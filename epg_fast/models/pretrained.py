@@ -1,47 +1,24 @@
-"""Loading and saving weights: official .pth files, safetensors with the configuration inside, Hugging Face hub ids.
-
-Of other people's files the network in them is read, wherever it is: below other names, and beside other things. Nothing
-in a file is executed: its objects other than tensors and plain values are left out.
-"""
+"""Networks with weights: from files and into them, with the configuration that belongs to the weights."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import logging
 import os
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from epg_fast.files import check_writable
+from epg_fast.files import check_writable, open_atomically
 from epg_fast.models.encoder import RCMViT
 from epg_fast.models.generator import EPGViT
 from epg_fast.models.presets import encoder_from_config, generator_from_config, list_presets, preset_config
+from epg_fast.models.weight_files import read_network
 
 log = logging.getLogger("epg_fast")
-
-# Looked for in this order when a folder is given: our own runs, then the released checkpoints.
-_FILES_IN_FOLDER = ("model.safetensors", "nnet_ema.pth", "nnet.pth", "model.safetensors.index.json")
-# What comes in place of a file that was not fetched: what it is, and what to do.
-_STAND_INS = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`",
-    b"<!doctype html": "a web page, not the file that it offers; download that",
-    b"<html": "a web page, not the file that it offers; download that",
-}
-# Each network has this tensor once: what stands before the name is where a file keeps the network.
-_MARK = "patch_embed.proj.weight"
-_AVERAGED = re.compile("ema|average|avg|shadow", re.IGNORECASE)
-# What wrappers of modules, and pickles of modules, put into the names of tensors, also in the middle.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters|_buffers)\.")
 
 
 def from_pretrained(source: str | os.PathLike, *, device: str = "cpu", **overrides) -> EPGViT | RCMViT:
@@ -62,9 +39,14 @@ def from_pretrained(source: str | os.PathLike, *, device: str = "cpu", **overrid
 
 def load_weights(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
     """(state dict under the official names, metadata of our own files or {}) of a file, folder or hub id."""
-    path = _locate(source)
-    content, metadata = _read(path)
-    return _network(content, path), metadata
+    path, state, metadata = read_network(source)
+    if bad := next((name for name, tensor in state.items() if not _is_finite(tensor)), None):
+        log.warning("%s: %s holds NaN or infinity, and so will what is computed with it", path, bad)
+    return state, metadata
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float64).isfinite())
 
 
 def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -75,21 +57,16 @@ def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metada
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:200]}.tmp{os.getpid()}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would make the file private to its owner
-        save_file(tensors, temporary, metadata={"epg_fast": json.dumps(metadata), "format": "pt"})
-        temporary.chmod(mode)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"could not write {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with open_atomically(path) as file:
+            save_file(tensors, file.name, metadata={"epg_fast": json.dumps(metadata), "format": "pt"})
+            # it has put another file there, private to its owner
+            os.chmod(file.name, os.fstat(file.fileno()).st_mode)
+            with open(file.name, "rb") as written:
+                os.fsync(written.fileno())
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
 def is_generator(state: dict[str, torch.Tensor]) -> bool:
@@ -151,233 +128,6 @@ def interpolate_pos_embed(pos_embed: torch.Tensor, target: torch.Tensor, extras:
     grid = F.interpolate(grid.double(), size=(int(new), int(new)), mode="bicubic", align_corners=False, antialias=True)
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
     return torch.cat([pos_embed[:, :extras], grid], dim=1)
-
-
-def _locate(source: str | os.PathLike) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for name in _FILES_IN_FOLDER:
-            if (path / name).is_file():
-                return path / name
-        above = next((folder for folder in path.absolute().parents if (folder / "model.safetensors").is_file()), None)
-        run = f"; it is in the run folder {above}: pass that" if above else ""
-        raise ValueError(f"{source}: no weights in this folder; want one of {', '.join(_FILES_IN_FOLDER)}{run}")
-    # `runs/mine` is a misspelt folder when there is a folder `runs`, not a repository of a user of that name.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
-        return _download(str(source))
-    raise ValueError(f"{source}: no such file or folder (a hub id has the form owner/name)")
-
-
-def _download(repo: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError:
-        raise ValueError(
-            f"{repo}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
-        ) from None
-    for name in _FILES_IN_FOLDER:
-        try:
-            path = Path(hf_hub_download(repo, name))
-            for shard in _shards(path) if name.endswith(".index.json") else ():
-                hf_hub_download(repo, shard.name)
-            return path
-        except LocalEntryNotFoundError:
-            raise ValueError(f"{repo}: no such file or folder, and the hub cannot be reached") from None
-        except EntryNotFoundError:
-            continue
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{repo}: no such file or folder, and the hub did not give it: {reason}") from None
-    raise ValueError(f"{repo}: the hub repository holds none of {', '.join(_FILES_IN_FOLDER)}")
-
-
-def _read(path: Path) -> tuple[dict, dict]:
-    """(what a file holds, nested as it is there, metadata of our own files or {})."""
-    if path.name.endswith(".index.json"):
-        shards = _shards(path)
-        missing = [shard for shard in shards if not shard.is_file()]
-        if missing:
-            raise ValueError(f"{path} names {missing[0].name}, which is not beside it; get it again")
-        parts = [_read(shard) for shard in shards]
-        return {k: v for content, _ in parts for k, v in content.items()}, parts[0][1]
-    with open(path, "rb") as file:
-        head = file.read(64)
-    for start, what in _STAND_INS.items():
-        if head.lower().startswith(start):
-            raise ValueError(f"{path} is {what}")
-    # Eight bytes with the length of a header, which is JSON.
-    if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27):
-        content, metadata = _read_safetensors(path)
-        if isinstance(metadata.get("sigma_rel"), list):
-            raise ValueError(f"{path} is a snapshot of averages; `epg-fast reconstruct-ema` makes weights of them")
-        return content, metadata
-    content = _read_pickle(path)
-    if {"iteration", "network", "average"} <= content.keys():
-        return _of_run(path, content)
-    return content, {}
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index of Hugging Face's names, beside it."""
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        return [index.with_name(name) for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not an index of weights ({type(error).__name__}: {error}); get it again") from None
-
-
-def _of_run(path: Path, content: dict) -> tuple[dict, dict]:
-    """What a training run would export at a checkpoint of it; how that is used stands in the run's own weights."""
-    exported = path.absolute().parent.parent / "model.safetensors"
-    if not exported.is_file():
-        raise ValueError(
-            f"{path} is a checkpoint to resume training from, and {exported}, which says how its weights are used, is "
-            "not there; pass the run folder, or put the file back into it"
-        )
-    _, metadata = _read_safetensors(exported)
-    kept = "network" if metadata.get("stage") == "pretrain" else "average"
-    return content[kept], metadata | {"step": content.get("step")}
-
-
-@contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator:
-    """Open a file as safetensors' `safe_open` does, which refuses names that are not UTF-8."""
-    from safetensors import safe_open
-
-    with open(path, "rb") as file:
-        utf8 = not any("\ud800" <= letter <= "\udfff" for letter in str(path))
-        with safe_open(path if utf8 else f"/dev/fd/{file.fileno()}", framework="pt") as f:
-            yield f
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    from safetensors import SafetensorError
-
-    try:
-        with open_safetensors(path) as f:
-            metadata = json.loads((f.metadata() or {}).get("epg_fast", "{}"))
-            if not isinstance(metadata, dict) or not isinstance(metadata.get("config", {}), dict):
-                raise ValueError("its epg_fast metadata is not a mapping")
-            return {name: f.get_tensor(name) for name in f.keys()}, metadata  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-class _Inert:
-    """Stands for an object in a file that weights do not need: what the file wants done with it is not done."""
-
-    state = None
-
-    def __new__(cls, *arguments):
-        return super().__new__(cls)
-
-    def __init__(self, *arguments):
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _InertDict:
-    """Stands for a mapping of another class: its items are kept, for the network may be among them."""
-
-    def __new__(cls, *arguments):
-        return OrderedDict()
-
-
-class _InertList:
-    def __new__(cls, *arguments):
-        return []
-
-
-def _read_pickle(path: Path) -> dict:
-    """What torch.save has written; nothing in the file is executed, and objects are inert."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if not start or (start == b"PK" and not zipfile.is_zipfile(path)):
-        raise ValueError(f"{path} is {'truncated' if start else 'empty'}; get it again")
-    try:
-        names = _foreign(path)
-        content = _load_inert(path, names)
-    except Exception as error:  # what a file of other things makes the unpickler raise is no closed list
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        text = (str(error).partition("WeightsUnpickler error:")[2] or str(error)).strip()
-        reason = f"{type(error).__name__}: {text.partition(chr(10))[0][:160]}"
-        if refused:
-            reason = f"it holds {refused[1]}, which could execute code"
-        raise ValueError(
-            f"{path}: not a file of plain tensors, so it was not loaded ({reason}); save the weights alone where it "
-            "was made: torch.save(model.state_dict(), path)"
-        ) from None
-    if names:
-        log.info("%s: left out its objects of %s", path, ", ".join(sorted(names)[:4]) + " ..." * (len(names) > 4))
-    return content if isinstance(content, dict) else {"": content}
-
-
-def _load_inert(path: Path, names: list[str]):
-    """torch.load with a stand-in for each of `names`, which turns out to be a mapping or a list when it is filled."""
-    stand_ins = [type(f"_Inert{i}", (_Inert,), {}) for i in range(len(names))]
-    while True:
-        try:
-            with torch.serialization.safe_globals(list(zip(stand_ins, names, strict=True))):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            filled = re.search(r"Can only (SETITEM|append|extend).*_Inert(\d+)'", str(error))
-            if filled is None:
-                raise
-            stand_ins[int(filled[2])] = _InertDict if filled[1] == "SETITEM" else _InertList
-
-
-def _foreign(path: Path) -> list[str]:
-    """The classes and functions that a file wants and torch does not take for harmless."""
-    if not zipfile.is_zipfile(path):
-        return []
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if any(name.startswith("torch.distributed.") for name in names):
-        importlib.import_module("torch.distributed.tensor")  # which vouches for its own
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return names
-
-
-def _network(content: dict, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of the one network in a file, or of the averaged one of several, under the official names."""
-    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _tensors(content)}
-    places = [name.removesuffix(_MARK) for name in tensors if f".{name}".endswith(f".{_MARK}")]
-    averaged = [place for place in places if _AVERAGED.search(place)]
-    if not places:
-        found = f"it holds {', '.join(list(tensors)[:3])}" if tensors else "it holds no tensors"
-        raise ValueError(f"{path}: these are not the weights of an EPG network: {_MARK} is missing; {found}")
-    if len(places) > 1 and len(averaged) != 1:
-        names = ", ".join(place.rstrip(".") or "unnamed" for place in places[:5])
-        raise ValueError(f"{path} holds several networks ({names}), want one, or one called ema; save the one you mean")
-    place = averaged[0] if averaged else places[0]
-    if len(places) > 1:
-        log.info("%s holds several networks; taking %s", path, place.rstrip("."))
-    return {n.removeprefix(place): _whole(n, t, path) for n, t in tensors.items() if n.startswith(place)}
-
-
-def _tensors(value, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, _Inert):
-        yield from _tensors(value.state, name)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _tensors(part, f"{name}.{key}" if name else str(key))
-
-
-def _whole(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
-    """The values of a DTensor, if all are there; any other tensor."""
-    part = getattr(tensor, "_local_tensor", tensor).detach()
-    if part.shape != tensor.shape or any(p.is_partial() for p in getattr(tensor, "placements", ())):
-        raise ValueError(
-            f"{path}: {name} is one rank's part {list(part.shape)} of a sharded tensor {list(tensor.shape)}; save "
-            "whole ones: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
-        )
-    return part
 
 
 def _infer_config(state: dict[str, torch.Tensor], overrides: dict) -> dict:
@@ -452,17 +202,11 @@ def export(source: str | os.PathLike, output: str | os.PathLike, form: str = "sa
         check_writable(path, "output")
     state, metadata = load_weights(source)
     if form == "safetensors":
-        output.parent.mkdir(parents=True, exist_ok=True)
         save_weights(output, state, metadata or {"config": model_config(state, {})})
         return files
-    output.mkdir(parents=True, exist_ok=True)
     for path in files:
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open_atomically(path) as file:
+            torch.save(state, file)
     lost = {k: metadata[k] for k in ("parameterization", "normalization") if metadata.get(k)}
     if lost:
         flags = " ".join(f"--{k} {v}" for k, v in lost.items())

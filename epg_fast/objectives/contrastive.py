@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from epg_fast.ops.backends import accumulation_dtype
+
 Gather = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
 """Starts to gather the keys of this rank, [B, P], and returns a function that waits for those of all ranks, [G, P]."""
 
@@ -32,9 +34,7 @@ def info_nce(
             f"info_nce: everyone's keys have shape {list(everyone.shape)}, want at least {list(keys.shape)}"
         )
     with torch.autocast(queries.device.type, enabled=False):
-        queries, keys, everyone = (
-            F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1) for t in (queries, keys, everyone)
-        )
+        queries, keys, everyone = (F.normalize(t.to(accumulation_dtype(t)), dim=-1) for t in (queries, keys, everyone))
         similarity = queries @ everyone.T
         positive = (queries * keys).sum(dim=-1)
         if isinstance(temperature, torch.Tensor) and temperature.ndim:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
-from epg_fast.diffusion.denoiser import makes_patches, spread
+from epg_fast.diffusion.denoiser import spread
 from epg_fast.objectives.loss import Loss
 from epg_fast.objectives.seeding import dropout_from
+from epg_fast.ops.backends import accumulation_dtype
 
 
 def denoising_loss(
@@ -29,17 +30,13 @@ def denoising_loss(
     dropout_seed: where the network's dropout is drawn from; None takes the global random state.
     Terms: `index` (i, int64) and `squared_error` (unweighted).
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x)
     index = schedule.nearest(sigma)
     level = schedule.sigma(index, dtype) * shift(x.shape[-1])
     weight = schedule.weight(index, dtype)
     noised, denoiser = x + spread(level, x) * noise, Denoiser(network, schedule, parameterization)
     with dropout_from(dropout_seed, x.device):
-        if makes_patches(network):
-            per_sample, distance = denoiser.estimate_in_patches(noised, level, y).loss(x, weight)
-            squared_error = distance / x[0].numel()
-        else:
-            squared_error = (denoiser(noised, level, y) - x).square().flatten(1).mean(dim=1)
-            per_sample = squared_error * weight
+        per_sample, distance = denoiser.estimate(noised, level, y).loss(x, weight)
+    squared_error = distance / x[0].numel()
     terms = {"index": index, "squared_error": squared_error}
     return Loss(per_sample.mean(), per_sample, terms, index / (schedule.num_scales - 1))

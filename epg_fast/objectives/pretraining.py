@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
+from epg_fast.diffusion import NoiseSchedule, shift
+from epg_fast.diffusion.denoiser import precondition
 from epg_fast.objectives.contrastive import Gather, info_nce, interpolated_temperature, own_keys, start_gather
 from epg_fast.objectives.loss import Loss
 
@@ -126,4 +127,4 @@ class PretrainingObjective:
         factor = shift(noise.shape[-1])
         images = torch.cat([image + sigma * factor * noise for image, sigma in images_and_sigmas])
         sigmas = torch.cat([(sigma * factor).expand(len(noise)) for _, sigma in images_and_sigmas])
-        return Denoiser(self.online, self.schedule).network_input(images, sigmas)  # only its input scaling is used
+        return precondition(images, sigmas, self.schedule)

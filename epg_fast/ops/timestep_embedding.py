@@ -154,7 +154,7 @@ def _flops(shape: tuple[int, int], backward: bool = False) -> int:
 SPEC = OpSpec(
     name="timestep_embedding",
     shapes=((64, 768), (256, 768), (64, 1024)),
-    odd_shapes=((3, 40), (1, 17), (5, 2), (2, 768)),
+    odd_shapes=((9, 40), (17, 17), (33, 2), (5, 768)),
     bytes=_bytes,
     flops=_flops,
 )

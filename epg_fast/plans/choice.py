@@ -12,7 +12,8 @@ import torch
 
 from epg_fast.ops.backends import require_triton
 from epg_fast.plans.plan import Case, Machine, Plan, read_plan, stored_plans
-from epg_fast.plans.sites import KINDS, PLAIN, SITES, nearest, site_choices, sites_of
+from epg_fast.plans.sites import KINDS, PLAIN, SITES, site_choices, sites_of
+from epg_fast.wording import nearest
 
 _BASES = ("auto", *KINDS, "tune")
 log = logging.getLogger("epg_fast")
@@ -111,7 +112,21 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
         chosen = dataclasses.replace(chosen, ops=merged, why=f"{chosen.why}; {named} as asked")
     if {"triton", "norm", "cuda"} & {*chosen.ops.values()}:
         require_triton("ops", torch.empty(1, device=device))
+    _require_options(chosen)
     return chosen
+
+
+def _require_options(chosen: Chosen) -> None:
+    """Raise ValueError for an option that this torch's Inductor lacks: of a plan that was edited."""
+    if not chosen.options:
+        return
+    from torch._inductor import config
+
+    for name in chosen.options.keys() - config.get_config_copy().keys():
+        raise ValueError(
+            f"plan {chosen.plan}: got option {name!r}, wanted one that Inductor has in torch {torch.__version__}; "
+            "remove it, or run `epg-fast tune` again"
+        )
 
 
 def require_like_machines(chosen: Chosen, machines: Sequence[Machine]) -> None:

@@ -5,10 +5,10 @@ A choice is a mapping {site: backend}. Parameters, their names and the results, 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from epg_fast.ops.attention import SDPA
+from epg_fast.wording import nearest
 
 _BLOCK = {
     "norm": ("plain", "triton"),
@@ -93,9 +93,3 @@ def has_fused_operations(ops: Mapping[str, str]) -> bool:
     """Whether a block is computed by operations that read its weights themselves, past its linear layers."""
     sites = [f"{half}.{name}" for half in ("encoder", "decoder") for name in ("norm", "proj", "mlp")]
     return any(ops[site] != "plain" for site in (*sites, "decoder.skip"))
-
-
-def nearest(name: str, valid) -> str:
-    """ " (did you mean 'x'?)", or nothing."""
-    match = difflib.get_close_matches(name, list(valid), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""

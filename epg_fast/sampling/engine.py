@@ -13,15 +13,13 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from epg_fast.config import ScheduleConfig, check_sampler
-from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import STEPPED, NoiseSchedule, autoguided, guided
+from epg_fast.config import GUIDANCE_INTERVAL, ScheduleConfig, check_sampler
+from epg_fast.diffusion import STEPPED, NoiseSchedule, PixelNormalization, autoguided, guided
 from epg_fast.models import EPGViT
-from epg_fast.models.blocks import has_hooks
+from epg_fast.models.compilation import compile_denoising, compile_options
 from epg_fast.plans import PLAIN, Case, Chosen, choose
 from epg_fast.plans.plan import architecture
-from epg_fast.plans.sites import has_custom_operators
-from epg_fast.runtime import compile_options, float32_products
+from epg_fast.runtime import float32_products
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sampling.precision import available_precision, inference_network
 from epg_fast.sampling.trajectory import Trajectory
@@ -63,7 +61,7 @@ class SamplingEngine:
         sampler: str = "heun",
         steps: int = 32,
         guidance: float = 1.0,
-        interval: tuple[float, float] = (0.19, 1.61),
+        interval: tuple[float, float] = GUIDANCE_INTERVAL,
         weak: torch.nn.Module | None = None,
         parameterization: str | None = None,
         normalization: str | None = None,
@@ -99,7 +97,7 @@ class SamplingEngine:
         self.precision = available_precision(precision, self.device)
         self.chosen = self._choose(ops, model, guided=guidance != 1 and weak is None)
         self.compile, self.cuda_graphs = _ways(compile, cuda_graphs, self.chosen, self.device)
-        if compile == "auto" and self.compile == "network" and any(has_hooks(network) for network in networks):
+        if compile == "auto" and self.compile == "network" and any(network.has_hooks for network in networks):
             log.info("compile: blocks, not the network as planned: modules have hooks, which may not be traceable")
             self.compile = "blocks"
         # the networks themselves where that changes nothing in them
@@ -126,8 +124,8 @@ class SamplingEngine:
             log.warning("guidance %g does nothing: no noise level of %s lies in its interval", guidance, sampler)
         if self.compile != "off":
             for network in networks:
-                _compile(network, self.compile, self.chosen.options)
-            self._trajectory.noise = torch.compile(self._trajectory.noise, **compile_options(fused=False))
+                compile_denoising(network, self.compile, self.chosen.options)
+            self._trajectory.noise = torch.compile(self._trajectory.noise, **compile_options())
         self._lock = threading.Lock()
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
@@ -273,17 +271,6 @@ class _Arriving:
         if self.tensors[1]:
             raise ValueError("images contain NaN: the model or the sampler diverged")
         return self.part, self.tensors[0].numpy()
-
-
-def _compile(network: EPGViT, how: str, more: Mapping[str, object] | None = None) -> None:
-    """torch.compile for static shapes, in place."""
-    options = compile_options(has_custom_operators(network.ops), more=more)
-    if how == "network":
-        for name in ("conditioning", "denoise"):
-            setattr(network, name, torch.compile(getattr(network, name), fullgraph=True, **options))
-        return
-    for block in [*network.blocks, *network.decoder_blocks]:
-        block.compile(**options)
 
 
 def _ways(compile: str, cuda_graphs: bool | None, chosen: Chosen, device: torch.device) -> tuple[str, bool]:

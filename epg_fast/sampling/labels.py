@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from epg_fast.data.manifest import load_class_frequencies
+from epg_fast.data import load_class_frequencies
 
 log = logging.getLogger("epg_fast")
 

@@ -11,7 +11,7 @@ The state of the sampler, noise levels and guidance are in float32 with any of t
 
 from __future__ import annotations
 
-import functools
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import LayerNorm
-from epg_fast.models.fused_fp8 import use_fp8
-from epg_fast.ops import linear_fp8, quantize_rows_ref
-from epg_fast.ops.fp8 import product_backend, product_refusal
+from epg_fast.models.fp8 import Fp8Linear, refusal
+from epg_fast.models.fused_fp8 import quantize
+from epg_fast.ops.fp8 import product_backend
 
 log = logging.getLogger("epg_fast")
 
@@ -43,9 +43,9 @@ def available_precision(precision: str, device: torch.device) -> str:
         log.warning("precision tf32: %s has no TF32 products; computing in fp32", _name(device))
         return "fp32"
     if precision == "fp8" and device.type == "cuda":
-        refusal = _fp8_refusal(device)
-        if refusal:
-            log.warning("precision fp8: got %s, wanted a GPU that multiplies FP8; computing in bf16", refusal)
+        found = refusal(device, (9, 0))
+        if found:
+            log.warning("precision fp8: got %s, wanted a GPU that multiplies FP8; computing in bf16", found)
             return "bf16"
     if precision == "fp8" and device.type != "cuda":
         scaled = product_backend(device) == "scaled_mm"
@@ -61,68 +61,39 @@ def inference_network(model: EPGViT, precision: str, ops: Mapping[str, str] | No
     Modules of any kind come along with their hooks, which are called as in `model`. Raises ValueError for a module
     whose `forward` is another object's, and when fp8 finds no linear to convert.
     """
-    dtype = _DTYPES.get(precision)
-    norms = [module for module in model.modules() if isinstance(module, LayerNorm)]
-    cast = _Cast(dtype, {id(p) for norm in norms for p in norm.parameters()})
-    network = _twin(model, cast, {})
+    network = _copy(model)
     if ops is not None and ops != network.ops:
         network.use_ops(ops)
     if precision == "fp8":
-        log.info("%s", use_fp8(network, model))
+        log.info("%s", quantize(network))
+    dtype = _DTYPES.get(precision)
     if dtype is not None:
+        for module in network.modules():
+            if not isinstance(module, (LayerNorm, Fp8Linear)):
+                module._apply(lambda x: x.to(dtype) if x.is_floating_point() else x, recurse=False)
         with torch.autocast(network.pos_embed.device.type, enabled=False):
             network.join_projection()
     return network
 
 
-class _Cast:
-    """Tensors of the twin network, one for each of the network's. kept: ids of those that keep their dtype."""
-
-    def __init__(self, dtype: torch.dtype | None, kept: set[int]):
-        self._dtype, self._kept, self._made = dtype, kept, {}
-
-    def __call__(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or id(tensor) in self._made:
-            return self._made.get(id(tensor))
-        data = tensor.detach()
-        if self._dtype is not None and id(tensor) not in self._kept and data.is_floating_point():
-            data = data.to(self._dtype)
-        made = nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
-        self._made[id(tensor)] = made
-        return made
-
-
-def _twin(module: nn.Module | None, cast: _Cast, made: dict[int, nn.Module]) -> nn.Module | None:
-    """The module again, with tensors of its own. Not copy.deepcopy: hooks may hold what belongs to the caller."""
-    if module is None or id(module) in made:
-        return made.get(id(module))
-    twin = made[id(module)] = type(module).__new__(type(module))
-    twin.__dict__.update(vars(module))
-    if "forward" in vars(module):
-        forward = module.forward
-        if getattr(forward, "__self__", None) is not module:
+def _copy(model: EPGViT) -> EPGViT:
+    """The network again, in eval mode, with the same tensors as parameters of its own and the same hooks."""
+    shared = {}
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__self__", None) is not module:
             raise ValueError(
                 f"a {type(module).__name__} has a forward that belongs to something else, which would not see other "
                 "weights; want precision fp32 and compile off"
             )
-        twin.__dict__["forward"] = forward.__func__.__get__(twin)
-    for name in ("_parameters", "_buffers"):
-        twin.__dict__[name] = {key: cast(tensor) for key, tensor in vars(module)[name].items()}
-    children = vars(module)["_modules"].items()
-    twin.__dict__["_modules"] = {key: _twin(child, cast, made) for key, child in children}
-    twin.__dict__.update(training=False, _compiled_call_impl=None)
-    return twin
-
-
-def _trial(device: torch.device) -> bool:
-    rows, scale = quantize_rows_ref(torch.ones(32, 64, device=device))
-    bias = torch.zeros(32, dtype=torch.bfloat16, device=device)
-    return bool((linear_fp8(rows, scale, rows, scale, bias, backend="scaled_mm") == 64).all())
-
-
-@functools.cache
-def _fp8_refusal(device: torch.device) -> str | None:
-    return product_refusal(device, (9, 0), _trial)
+        for tensor in (*vars(module).values(), *module._buffers.values(), *module._parameters.values()):
+            if isinstance(tensor, nn.Parameter):
+                shared[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
+            elif isinstance(tensor, torch.Tensor):
+                shared[id(tensor)] = tensor.detach()
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        shared |= {id(hook): hook for hook in hooks}  # which may hold what belongs to the caller
+    return copy.deepcopy(model, shared).eval()
 
 
 def _name(device: torch.device) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule
+from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, PixelNormalization
 from epg_fast.diffusion.denoiser import time_condition
 from epg_fast.models import EPGViT
+from epg_fast.models.blocks import is_plain
 from epg_fast.models.generator import Conditioning
 from epg_fast.ops import philox_normal_of
 
@@ -44,7 +44,7 @@ class Trajectory:
         self.evaluations, self.guided = sum(calls), max(calls) > 1
         self._denoisers = [
             _Conditioned(network, schedule, parameterization, recorder.calls)
-            if _takes_conditioning(network)
+            if is_plain(network, EPGViT, subclass=True)  # `conditioning` and `denoise` do what a call does
             else Denoiser(_casting(network), schedule, parameterization)
             for network, recorder in zip(networks, recorders, strict=True)
         ]
@@ -123,16 +123,6 @@ class _Recorder(Denoiser):
     def network_output(self, x, sigma, y=None):
         self.calls.append((sigma, x.shape[0]))
         return x
-
-
-def _takes_conditioning(network: EPGViT) -> bool:
-    """Whether `conditioning` and `denoise` do what a call does: its own forward pass, without hooks, not compiled."""
-    return (
-        type(network).forward is EPGViT.forward
-        and "forward" not in vars(network)
-        and not (network._forward_pre_hooks or network._forward_hooks)
-        and network._compiled_call_impl is None
-    )
 
 
 def _casting(network: EPGViT) -> Callable:

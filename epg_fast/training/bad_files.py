@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from epg_fast.data import DataError, ImageSource
-from epg_fast.data.source import printable, too_many_bad_files
+from epg_fast.data import DataError, ImageSource, printable, too_many_bad_files
 from epg_fast.distributed import Ranks
 from epg_fast.files import write_atomically
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from epg_fast.distributed import Ranks
 from epg_fast.files import sync_folder, write_atomically
 from epg_fast.models import save_weights
-from epg_fast.models.pretrained import open_safetensors
+from epg_fast.models.weight_files import open_safetensors
 from epg_fast.training.parallel import Replicated, Tensors, is_sharded, local, rows_of
 
 log = logging.getLogger("epg_fast")

@@ -110,7 +110,7 @@ def _saved(stage: Stage, networks: list, images: int, step: int, share: float) -
     """Bytes saved by a forward pass that computes a `share` of the blocks again, and (index, bytes) of each block."""
     network, size = stage.network, stage.network.image_size
     saved, before, found, hooks = SavedTensors(*networks), [], [], []
-    for i, block in enumerate([*network.blocks, *getattr(network, "decoder_blocks", ())]):
+    for i, block in enumerate(network.all_blocks):
         hooks.append(block.register_forward_pre_hook(lambda *_: before.append(saved.bytes)))
         hooks.append(block.register_forward_hook(lambda *_, i=i: found.append((i, saved.bytes - before.pop()))))
     batch = {name: torch.empty(images, 3, size, size) for name in ("x", "view1", "view2")}
@@ -173,8 +173,7 @@ def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
 
 def _gathered(network: torch.nn.Module) -> int:
     """Weights and gradients outside the blocks, and of two blocks: one that is computed and one that comes or goes."""
-    blocks = [*network.blocks, *getattr(network, "decoder_blocks", ())]
-    sizes = [sum(map(_bytes, block.parameters())) for block in blocks]
+    sizes = [sum(map(_bytes, block.parameters())) for block in network.all_blocks]
     outside = sum(map(_bytes, network.parameters())) - sum(sizes)
     return 2 * (outside + 2 * max(sizes))
 

@@ -84,10 +84,10 @@ def _consistency(stage: Stage, step: int) -> StepFlops:
         return _step(stage.network, generator, 0, 0)
     if perceptual is None:
         return _step(stage.network, generator, 0, generator.forward)
-    judge = _trunk(perceptual, image_gradient=True) + _head(perceptual)
+    encoder = _trunk(perceptual, image_gradient=True) + _head(perceptual)
     similarity = _similarity(stage, perceptual.projection_head[-1].out_features)
-    frozen = _Pass(judge.forward, 0, judge.inputs)
-    return _step(stage.network, generator + frozen, similarity, generator.forward + judge.forward)
+    frozen = _Pass(encoder.forward, 0, encoder.inputs)
+    return _step(stage.network, generator + frozen, similarity, generator.forward + encoder.forward)
 
 
 _STEPS = {"pretrain": _pretrain, "finetune-diffusion": _diffusion, "finetune-consistency": _consistency}

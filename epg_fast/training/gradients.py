@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from epg_fast.config import RunConfig
-from epg_fast.data import PixelNormalization
+from epg_fast.diffusion import PixelNormalization
 from epg_fast.objectives import Loss
 from epg_fast.training.draws import Draws
 from epg_fast.training.loss_scale import LossScale

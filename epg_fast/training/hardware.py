@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 
 from epg_fast.training.flops import step_flops
 from epg_fast.training.stages import Stage
+from epg_fast.wording import nearest
 
 log = logging.getLogger("epg_fast")
 
@@ -59,9 +59,9 @@ def gpu_named(name: str) -> Gpu:
     """The GPU that the table calls `name`, in any case. Raises ValueError for another one."""
     known = {gpu.name.lower(): gpu for gpu in GPUS}
     if name.lower() not in known:
-        nearest = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f" (did you mean {known[nearest[0]].name!r}?)" if nearest else ""
-        raise ValueError(f"gpu {name!r}: its nominal peak is not known{hint}; known: {', '.join(g.name for g in GPUS)}")
+        names = [gpu.name for gpu in GPUS]
+        near = nearest(name.upper(), names)
+        raise ValueError(f"gpu {name!r}: its nominal peak is not known{near}; known: {', '.join(names)}")
     return known[name.lower()]
 
 

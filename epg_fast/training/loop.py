@@ -21,6 +21,7 @@ import torch.distributed as dist
 from epg_fast.config import RunConfig
 from epg_fast.data import DataError, ImageSource, Prefetcher, make_loader, open_images
 from epg_fast.distributed import StopSignals, joined
+from epg_fast.models.fp8 import require_fp8, use_fp8
 from epg_fast.objectives import Loss
 from epg_fast.runtime import suitable_threads
 from epg_fast.training import decoding
@@ -29,7 +30,6 @@ from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.classes import note_classes
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.fp8 import require_fp8, use_fp8
 from epg_fast.training.gradients import add_gradients, check_micro_batches
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics, Progress, names_by_level, require_wandb, sums_by_level

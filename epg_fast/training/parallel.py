@@ -134,8 +134,8 @@ class Sharded(Replicated):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
-        blocks, frozen = _blocks(stage.network), (stage.ema, *self._others)
-        for block in [b for module in frozen for b in _blocks(module)] + blocks:
+        blocks, frozen = stage.network.all_blocks, (stage.ema, *self._others)
+        for block in [b for module in frozen for b in module.all_blocks] + blocks:
             fully_shard(block, mesh=mesh)
         for module in frozen:
             # No backward pass would let go of what an update makes stale.
@@ -234,10 +234,6 @@ class _Networks(torch.nn.Module):
 
     def forward(self, compute: Callable, *arguments):
         return compute(*arguments)
-
-
-def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
-    return [*network.blocks, *getattr(network, "decoder_blocks", ())]
 
 
 def _copy(tensor: torch.Tensor, copies: dict) -> torch.Tensor:

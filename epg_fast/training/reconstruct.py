@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from epg_fast.files import check_writable, differences
 from epg_fast.models import save_weights
-from epg_fast.models.pretrained import open_safetensors
+from epg_fast.models.weight_files import open_safetensors
 from epg_fast.training.ema import FOLDER, checksum, gamma_of, list_snapshots, snapshot_step
 
 # Root mean square of float16's rounding error, relative to a power of two: the spacing 2^-10 over the root of 12.

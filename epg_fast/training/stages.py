@@ -9,8 +9,7 @@ from dataclasses import asdict
 import torch
 
 from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, RunConfig
-from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import NoiseSchedule, consistency_r, consistency_stage, curriculum_scales
+from epg_fast.diffusion import NoiseSchedule, PixelNormalization, consistency_r, consistency_stage, curriculum_scales
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config

@@ -8,6 +8,7 @@ import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -35,6 +36,18 @@ _CROWDED = 0.05  # of a GPU's memory, in use by others
 log = logging.getLogger("epg_fast")
 
 
+class _Work(NamedTuple):
+    """What is tuned: a job's configuration, its stage if it trains, and the network."""
+
+    config: SampleConfig | RunConfig
+    stage: type[Stage] | None
+    case: Case
+    network: dict
+    """Arguments of its constructor."""
+    small: bool
+    """Whether one thread computes it where nothing says otherwise."""
+
+
 def ensure_plan(config: SampleConfig | RunConfig, stage: type[Stage] | None) -> None:
     """Make a plan for this job on this device unless there is one; stage: of a training job.
 
@@ -42,14 +55,13 @@ def ensure_plan(config: SampleConfig | RunConfig, stage: type[Stage] | None) -> 
     """
     if not distributed.is_main():
         return
-    ranks = distributed.place()[1]
-    case, network = _case(config, stage, ranks)
+    work = _work(config, stage, distributed.place()[1])
     here = Machine.here(resolve_device(config.device))
-    found = [where for where, plan in stored_plans() if plan.case.like(case) and not here.differences(plan.machine)]
-    if found:
-        log.info("ops tune: a plan is there: %s", found[0])
-        return
-    _tune(config, stage, TuneConfig(), case, network)
+    for where, plan in stored_plans():
+        if plan.case.like(work.case) and not here.differences(plan.machine):
+            log.info("ops tune: a plan is there: %s", where)
+            return
+    _tune(work, TuneConfig())
 
 
 def tune(config: SampleConfig | RunConfig, stage: type[Stage] | None, options: TuneConfig, model=None) -> Plan:
@@ -58,23 +70,18 @@ def tune(config: SampleConfig | RunConfig, stage: type[Stage] | None, options: T
     model: configuration of the network to sample from, where the job has no checkpoint.
     Raises ValueError for what the user can mend, RuntimeError when not even plain code can be timed.
     """
-    case, network = _case(config, stage, options.gpus or max(torch.cuda.device_count(), 1), model)
-    return _tune(config, stage, options, case, network)
+    return _tune(_work(config, stage, options.gpus or max(torch.cuda.device_count(), 1), model), options)
 
 
-def _case(config, stage: type[Stage] | None, ranks: int, model=None) -> tuple[Case, dict]:
-    """(what the plan is for, arguments of the network)."""
+def _work(config, stage: type[Stage] | None, ranks: int, model=None) -> _Work:
     if stage is not None:
-        network = network_config(config)
-        with torch.device("meta"):
-            made = (encoder_from_config if stage.name == "pretrain" else generator_from_config)(network)
         if config.batch_size % (ranks * config.gradient_accumulation):
             raise ValueError(
-                f"batch_size {config.batch_size} does not divide over {ranks} GPUs with {config.gradient_accumulation} "
-                "parts each; say how many GPUs with --gpus"
+                f"batch_size {config.batch_size} does not divide over {ranks} GPUs with "
+                f"gradient_accumulation {config.gradient_accumulation}; say how many GPUs with --gpus"
             )
-        return training_case(stage.name, config, made, ranks), network
-    if config.checkpoint:
+        network = network_config(config)
+    elif config.checkpoint:
         state, metadata = load_weights(config.checkpoint)
         if not is_generator(state):
             raise ValueError(f"{config.checkpoint} holds a pre-trained encoder, which cannot draw images")
@@ -83,16 +90,18 @@ def _case(config, stage: type[Stage] | None, ranks: int, model=None) -> tuple[Ca
         overrides = asdict(model)
         network = preset_config(overrides.pop("preset"), **overrides)
     with torch.device("meta"):
-        made = generator_from_config(network)
-    guided = config.guidance != 1 and not config.autoguidance and made.num_classes
-    precision = available_precision(config.precision, resolve_device(config.device))
-    return Case("sample", architecture(made), precision, config.batch_size * (2 if guided else 1)), network
+        made = (encoder_from_config if stage and stage.name == "pretrain" else generator_from_config)(network)
+    if stage is not None:
+        case = training_case(stage.name, config, made, ranks)
+    else:
+        guided = config.guidance != 1 and not config.autoguidance and made.num_classes
+        precision = available_precision(config.precision, resolve_device(config.device))
+        case = Case("sample", architecture(made), precision, config.batch_size * (2 if guided else 1))
+    return _Work(config, stage, case, network, is_small(made))
 
 
-def _tune(config, stage, options: TuneConfig, case: Case, network: dict) -> Plan:
-    device = resolve_device(config.device)
-    machine = Machine.here(device)
-    draft = Plan(case, machine, {}, "off")
+def _tune(work: _Work, options: TuneConfig) -> Plan:
+    draft = Plan(work.case, Machine.here(resolve_device(work.config.device)), {}, "off")
     path = plans_folder() / draft.name
     if options.output:
         check_writable(Path(options.output), "output")
@@ -111,7 +120,7 @@ def _tune(config, stage, options: TuneConfig, case: Case, network: dict) -> Plan
         ) from None
     with lock:
         try:
-            plan = _measured(config, stage, options, case, network, draft, path.with_suffix(".part"))
+            plan = _measured(work, options, draft, path.with_suffix(".part"))
             text = plan.text().encode()
             for target in (path, *([Path(options.output)] if options.output else [])):
                 write_atomically(target, text)
@@ -122,11 +131,12 @@ def _tune(config, stage, options: TuneConfig, case: Case, network: dict) -> Plan
     return plan
 
 
-def _measured(config, stage, options: TuneConfig, case: Case, network: dict, draft: Plan, part: Path) -> Plan:
+def _measured(work: _Work, options: TuneConfig, draft: Plan, part: Path) -> Plan:
+    config, stage, case = work.config, work.stage, work.case
     device = resolve_device(config.device)
     batch = config.batch_size if stage is None else case.batch
-    job, digest = Job(config, stage, network, batch, options.seconds), _digest(config)
-    plain, runs = _runs(stage, device, config, _is_small(network, stage))
+    job, digest = Job(config, stage, work.network, batch, options.seconds), _digest(config)
+    plain, runs = _runs(stage, device, config, work.small)
     candidates = [
         (site, backend, obstacle(site, backend, case, device))
         for site in sites_of_job(case)
@@ -186,12 +196,6 @@ def _is_asked(site: str, case: Case, config) -> bool:
     if site == "optimizer" and config.optimizer.backend != "auto":
         return False
     return not site.startswith("decoder.") or bool(case.network.get("decoder_depth"))
-
-
-def _is_small(network: dict, stage) -> bool:
-    with torch.device("meta"):
-        made = (encoder_from_config if stage and stage.name == "pretrain" else generator_from_config)(network)
-    return is_small(made)
 
 
 def _runs(stage, device: torch.device, config, small: bool) -> tuple[Variant, list[Variant]]:

@@ -16,11 +16,11 @@ from epg_fast.diffusion import STEPPED
 from epg_fast.distributed import Ranks, resolve_device
 from epg_fast.models import encoder_from_config, generator_from_config
 from epg_fast.models.encoder import ViTEncoder
+from epg_fast.models.fp8 import use_fp8
 from epg_fast.plans import Chosen, site_choices
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.fp8 import use_fp8
 from epg_fast.training.gradients import add_gradients
 from epg_fast.training.loop import train_step
 from epg_fast.training.planning import choice_record

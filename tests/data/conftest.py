@@ -6,9 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.data.images import noise
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and looked up in /proc")
 
 
 @pytest.fixture
@@ -16,13 +18,11 @@ def make_folder(tmp_path):
     """Return a function that writes `count` random PNGs into three class folders and returns the root."""
 
     def make(count, size=(12, 10), name="images", suffix=".png"):
-        root = tmp_path / name
-        rng = np.random.default_rng(count)
         for i in range(count):
-            path = root / f"class{i % 3}" / f"{i:03d}{suffix}"
+            path = tmp_path / name / f"class{i % 3}" / f"{i:03d}{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
-        return root
+            noise(*size, seed=1000 * count + i).save(path)
+        return tmp_path / name
 
     return make
 
@@ -38,7 +38,7 @@ def is_running(pid):
 def wait_until_gone():
     """Return a function that waits up to `seconds` for the processes `pids` to end and returns those that have not."""
 
-    def wait(pids, seconds):
+    def wait(pids, seconds=20):
         deadline = time.monotonic() + seconds
         while any(map(is_running, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -1,8 +1,5 @@
-import io
 import itertools
 import logging
-import math
-import random
 import struct
 import zlib
 from dataclasses import replace
@@ -11,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 
 from epg_fast.config import AugmentConfig, DataConfig
-from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, backends, make_loader, resolve_backend
-from epg_fast.data.dali import dali_status
-from epg_fast.data.encoded import EncodedBatches, parameters_dtype
+from epg_fast.data import DaliLoader, DataError, ImageFolder, PillowLoader, make_loader, resolve_backend
+from epg_fast.data.loading import dali
+from epg_fast.data.loading.dali import dali_status
 from epg_fast.ops import extension_status
-from tests.data.augmentation import OFF
+from tests.data.images import OFF, assert_same, encode, touch
 
 pytestmark = pytest.mark.skipif(
     not (dali_status()[0] and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
@@ -70,18 +66,10 @@ def difference(folder, dali_resizes=False, count=3, **options):
     }
 
 
-def assert_same(left, right):
-    assert len(left) == len(right) > 0
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), key
-
-
 # views
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 300])
+@pytest.mark.parametrize("size", [16, 64, 300])
 def test_the_centre_crop_equals_pillows(photographs, size):
     levels = difference(photographs, image_size=size)["x"]
     # Pillow 13 resamples some images along y first: a level for each rounding
@@ -115,21 +103,16 @@ def test_the_random_resized_crop_equals_pillows_to_a_level(photographs):
         assert levels.max() <= 1 and levels.float().mean() < 0.15, name
 
 
-def test_the_blur_is_a_gaussian_where_pillow_approximates_it(photographs):
+def test_the_blur_is_a_gaussian_where_pillow_approximates_it_and_all_together_is_close(photographs):
     augment = replace(OFF, blur_probability=(1.0, 1.0))
     levels = difference(photographs, image_size=64, augment=augment)["view1"].float()
     assert 0 < levels.mean() < 0.8
-
-
-def test_all_of_it_together_is_close_to_pillow(photographs):
-    differences = difference(photographs, image_size=64, augment=AugmentConfig())
-    assert differences["x"].float().mean() < 0.1
-    for name in ("view1", "view2"):
+    for name, levels in difference(photographs, image_size=64, augment=AugmentConfig()).items():
         # a level from the blur, at most doubled by what follows; solarisation turns a few pixels round
-        assert differences[name].float().mean() < 1.0
+        assert levels.float().mean() < (0.1 if name == "x" else 1.0)
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 300])
+@pytest.mark.parametrize("size", [16, 64, 300])
 def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
     """What a GPU runs, with DALI's CPU operators."""
     differences = difference(photographs, dali_resizes=True, image_size=size, augment=CROP)
@@ -138,113 +121,47 @@ def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
         assert 0 < differences[name].float().mean() < 0.5
 
 
-def test_drawn_parameters_have_the_distributions_of_the_definition(photographs):
-    """The records that DALI executes against SPEC 1 written out with Python's random module."""
-    loader = DaliLoader(
-        photographs, image_size=32, batch_size=24, seed=5, threads=1, readers=0, augment=AugmentConfig()
-    )
-    encoded = EncodedBatches(loader)
-    records = [encoded[i][0]["parameters"].numpy().view(parameters_dtype(2)).reshape(-1) for i in range(60)]
-    records = np.concatenate(records)
-    shapes = records["crop"]["shape"]
-
-    def reference(width, height):
-        for _ in range(10):
-            area = width * height * random.uniform(0.08, 1)
-            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-            if w <= width and h <= height:
-                x, y = random.uniform(0, width - w), random.uniform(0, height - h)
-                return w * h / (width * height), w / h, x / (width - w or 1), y / (height - h or 1)
-        return None
-
-    random.seed(1)
-    drawn = [found for w, h in shapes.tolist() * 2 if (found := reference(w, h))]
-    for view in ("view1", "view2"):
-        left, top, right, bottom = records[view]["box"].T
-        w, h, (width, height) = right - left, bottom - top, shapes.T
-        kept = (w < width) & (h < height)
-        measured = (w * h / (width * height), w / h, left / (width - w + ~kept), top / (height - h + ~kept))
-        for ours, theirs in zip(measured, zip(*drawn, strict=True), strict=True):
-            assert stats.ks_2samp(ours[kept], theirs).pvalue > 1e-3
-        operations, values = records[view]["operations"], records[view]["values"]
-        for code, (low, high) in {1: (0.6, 1.4), 2: (0.6, 1.4), 3: (0.8, 1.2), 4: (-0.1, 0.1)}.items():
-            found = values[operations == code]
-            assert stats.binomtest(len(found), len(records), 0.8).pvalue > 1e-3
-            assert stats.kstest(found, "uniform", (low, high - low)).pvalue > 1e-3
-        sigma = records[view]["sigma"]
-        assert stats.kstest(sigma[sigma > 0], "uniform", (0.1, 1.9)).pvalue > 1e-3
-    for name, probability in (("grayscale", 0.2), ("flip", 0.5)):
-        assert stats.binomtest(int(records["view1"][name].sum()), len(records), probability).pvalue > 1e-3
-    assert (records["view1"]["sigma"] > 0).all() and not records["view1"]["solarize"].any()
-    assert stats.binomtest(int((records["view2"]["sigma"] > 0).sum()), len(records), 0.1).pvalue > 1e-3
-    assert stats.binomtest(int(records["view2"]["solarize"].sum()), len(records), 0.2).pvalue > 1e-3
-
-
 # the stream
 
 
-def test_a_batch_has_the_documented_tensors(photographs):
+def test_batches_have_the_documented_tensors_and_are_not_overwritten(photographs):
     for augment, names in ((None, {"x"}), (AugmentConfig(), {"x", "view1", "view2"})):
-        (batch,) = batches(photographs, 1, augment=augment)
-        assert batch.keys() == names | {"label", "index"}
-        for name in names:
-            assert batch[name].dtype == torch.uint8 and batch[name].shape == (8, 3, 32, 32)
-            assert batch[name].is_contiguous()
-        for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
-            assert label == photographs.labels[index]
+        with DaliLoader(
+            photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0, augment=augment
+        ) as loader:
+            batch = next(loader)
+            assert batch.keys() == names | {"label", "index"}
+            for name in names:
+                assert batch[name].dtype == torch.uint8 and batch[name].shape == (8, 3, 32, 32)
+                assert batch[name].is_contiguous()
+            assert batch["label"].tolist() == [photographs.labels[i] for i in batch["index"].tolist()]
+            copies = {name: tensor.clone() for name, tensor in batch.items()}
+            for _ in range(4):
+                next(loader)
+            assert_same([batch], [copies])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dali_resizes", [False, True])
-@pytest.mark.parametrize("options", [{"threads": 1, "readers": 0}, {"threads": 3, "readers": 1}, {"readers": 2}])
+@pytest.mark.parametrize("options", [{"threads": 3, "readers": 1}, {"readers": 2}])
 def test_resuming_anywhere_with_other_threads_and_readers_continues_bit_for_bit(photographs, options, dali_resizes):
     common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
-    whole = batches(photographs, 8, **common)
-    for start in (0, 1, 4):
-        assert_same(batches(photographs, 8 - start, start=start, **options, **common), whole[start:])
+    whole = batches(photographs, 6, **common)
+    for start in (0, 4):
+        assert_same(batches(photographs, 6 - start, start=start, **options, **common), whole[start:])
 
 
-@pytest.mark.parametrize("dali_resizes", [False, True])
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_an_epoch_over_the_shards_has_every_image_once(photographs, shards, dali_resizes):
+@pytest.mark.parametrize("dali_resizes, ranks", [(False, 4), (True, 2)])
+def test_ranks_share_the_batches_of_one_and_an_epoch_has_every_image_once(photographs, ranks, dali_resizes):
     common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
-    found = [batches(photographs, 6, rank=rank, world_size=shards, **common) for rank in range(shards)]
-    for epoch in (slice(0, 3), slice(3, 6)):
-        indices = torch.cat([batch["index"] for shard in found for batch in shard[epoch]])
-        assert sorted(indices.tolist()) == list(range(24))
-    joined = [
-        {key: torch.cat([share[key] for share in shares]) for key in shares[0]} for shares in zip(*found, strict=True)
-    ]
+    found = [batches(photographs, 6, rank=rank, world_size=ranks, **common) for rank in range(ranks)]
+    joined = [{key: torch.cat([share[key] for share in step]) for key in step[0]} for step in zip(*found, strict=True)]
     assert_same(joined, batches(photographs, 6, **common))
-
-
-def test_global_random_states_are_neither_used_nor_touched(photographs):
-    torch.manual_seed(1)
-    np.random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = batches(photographs, 2, augment=AugmentConfig())
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()
-    torch.manual_seed(2)
-    assert_same(batches(photographs, 2, augment=AugmentConfig()), first)
-
-
-def test_a_batch_is_not_overwritten_by_those_after_it(photographs):
-    with DaliLoader(photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0) as loader:
-        first = next(loader)
-        copies = {name: tensor.clone() for name, tensor in first.items()}
-        for _ in range(8):
-            next(loader)
-        assert_same([first], [copies])
+    for epoch in (joined[:3], joined[3:]):
+        assert sorted(torch.cat([batch["index"] for batch in epoch]).tolist()) == list(range(24))
 
 
 # unusual and damaged files
-
-
-def encode(image, format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def turned(image):
@@ -310,9 +227,8 @@ def damaged(content):
 
 
 def write_all(root, files):
-    (root / "a").mkdir(parents=True)
     for i, (name, make) in enumerate(files.items()):
-        (root / "a" / name).write_bytes(make(photograph(90, 70, seed=i)))
+        touch(root / "a", name, content=make(photograph(90, 70, seed=i)))
     return ImageFolder(root)
 
 
@@ -354,7 +270,7 @@ def test_a_file_that_only_dali_cannot_decode_is_decoded_by_pillow(photographs, m
     content = {i: photographs.read(i) for i in range(len(photographs))} | {5: gif}
     monkeypatch.setattr(photographs, "read", content.__getitem__, raising=False)
     expected = batches(photographs, 6, PillowLoader)
-    monkeypatch.setattr("epg_fast.data.encoded._is_plain", lambda image, content: True)
+    monkeypatch.setattr("epg_fast.data.loading.encoded._is_plain", lambda image, content: True)
     with DaliLoader(photographs, image_size=32, batch_size=8, seed=3, threads=2, readers=0) as loader:
         found = list(itertools.islice(loader, 6))
         assert not loader.bad_files
@@ -396,14 +312,14 @@ def test_auto_takes_dali_where_it_can_run_and_says_why_not(monkeypatch, caplog):
     with pytest.raises(ValueError, match="got 'dalli', wanted auto, dali or pillow"):
         resolve_backend("dalli")
     with caplog.at_level(logging.INFO, "epg_fast"), monkeypatch.context() as without:
-        without.setattr(backends, "extension_status", lambda: (False, "not built: no compiler"))
+        without.setattr(dali, "extension_status", lambda: (False, "not built: no compiler"))
         assert resolve_backend("auto") == "pillow" and "not built: no compiler" in caplog.text
         assert resolve_backend("auto", "cuda") == "dali"
         with pytest.raises(ValueError, match="needs the extension, which is not built.*--data.backend pillow"):
             resolve_backend("dali")
     caplog.clear()
     with caplog.at_level(logging.INFO, "epg_fast"), monkeypatch.context() as without:
-        without.setattr(backends, "dali_status", lambda: (False, "not installed; pip install nvidia-dali-cuda130"))
+        without.setattr(dali, "dali_status", lambda: (False, "not installed; pip install nvidia-dali-cuda130"))
         assert resolve_backend("auto", "cuda") == "pillow" and "pip install nvidia-dali" in caplog.text
         with pytest.raises(ValueError, match="not installed; pip install nvidia-dali-cuda130.*--data.backend pillow"):
             resolve_backend("dali", "cuda")
@@ -424,10 +340,10 @@ def test_make_loader_passes_every_setting_on(photographs, backend, kind):
         start=5,
         three_views=True,
     )
-    assert type(loader) is kind and loader.backend == backend
-    found = loader.image_size, loader.batch_size, loader.seed, loader.rank, loader.world_size, loader.iteration
-    assert found == (16, 8, 7, 1, 2, 5)
-    assert loader.flip_probability == 0.25 and loader.max_bad_fraction == 0.2 and loader.augment is config.augment
+    assert type(loader) is kind
+    made = loader.batches
+    assert (made.image_size, made.batch_size, made.seed, made.local_size, loader.iteration) == (16, 8, 7, 4, 5)
+    assert made.flip_probability == 0.25 and made.max_bad_fraction == 0.2 and made.augment is config.augment
     if backend == "dali":
         assert loader.threads == 3 and loader._stream.workers == 2
     loader.close()
@@ -436,11 +352,8 @@ def test_make_loader_passes_every_setting_on(photographs, backend, kind):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"threads": 0}, "threads, prefetch: got 0, 2"),
-        ({"prefetch": 0}, "threads, prefetch: got 2, 0"),
+        ({"threads": 0}, "threads: got 0, wanted at least 1"),
         ({"readers": -1}, "workers: got -1"),
-        ({"batch_size": 25}, "got 25, wanted at most the 24 images"),
-        ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_at_once(photographs, options, message):

@@ -1,10 +1,11 @@
+"""The batches of a loader: which images in which order, and what becomes of files that cannot be read."""
+
 import errno
 import itertools
 import logging
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,42 +16,35 @@ import torch
 from PIL import Image
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, source, training_views
-from epg_fast.data.encoded import EncodedBatches
-from epg_fast.data.faults import ReadError
-from epg_fast.data.loader import DecodedBatches
-from epg_fast.data.workers import WorkerStream
+from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, open_images, training_views
+from epg_fast.data.loading.encoded import EncodedBatches
+from epg_fast.data.loading.pillow import PillowBatches
+from epg_fast.data.loading.workers import WorkerStream
+from epg_fast.data.sources import source
+from epg_fast.data.sources.faults import ReadError
+from tests.data.conftest import linux
+from tests.data.images import assert_same, pack
+
+
+def open_loader(folder, **options):
+    return PillowLoader(folder, **{"image_size": 16, "batch_size": 8, "seed": 3, "workers": 0, **options})
 
 
 def batches(folder, count, **options):
-    options = {"image_size": 16, "batch_size": 8, "seed": 3, "workers": 0, **options}
-    with PillowLoader(folder, **options) as loader:
+    with open_loader(folder, **options) as loader:
         return list(itertools.islice(loader, count))
 
 
-def assert_same(left, right):
-    assert len(left) == len(right) > 0
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), key
-
-
-def test_a_batch_has_the_documented_tensors(make_folder):
+@pytest.mark.parametrize("augment, names", [(None, {"x"}), (AugmentConfig(), {"x", "view1", "view2"})])
+def test_a_batch_has_the_documented_tensors_and_the_pixels_of_its_index(make_folder, augment, names):
     folder = ImageFolder(make_folder(20))
-    for augment, names in ((None, {"x"}), (AugmentConfig(), {"x", "view1", "view2"})):
-        (batch,) = batches(folder, 1, augment=augment)
+    for batch in batches(folder, 2, augment=augment, flip_probability=0.0):
         assert batch.keys() == names | {"label", "index"}
         for name in names:
             assert batch[name].dtype == torch.uint8 and batch[name].shape == (8, 3, 16, 16)
             assert batch[name].is_contiguous()
         for name in ("label", "index"):
             assert batch[name].dtype == torch.int64 and batch[name].shape == (8,)
-
-
-def test_pixels_and_labels_belong_to_the_index(make_folder):
-    folder = ImageFolder(make_folder(20))
-    for batch in batches(folder, 2, flip_probability=0.0):
         for x, label, index in zip(batch["x"], batch["label"], batch["index"], strict=True):
             assert label == folder.labels[index]
             expected = np.asarray(center_crop(folder.load(int(index)), 16))
@@ -58,9 +52,7 @@ def test_pixels_and_labels_belong_to_the_index(make_folder):
 
 
 def test_an_epoch_has_every_image_at_most_once_and_the_next_another_order(make_folder):
-    folder = ImageFolder(make_folder(27))
-    loader = PillowLoader(folder, image_size=8, batch_size=8, seed=0, workers=0)
-    assert loader.iterations_per_epoch == 3
+    loader = open_loader(ImageFolder(make_folder(27)), image_size=8)
     epochs = [torch.cat([next(loader)["index"] for _ in range(3)]).tolist() for _ in range(40)]
     assert all(len(set(epoch)) == 24 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 40
@@ -98,21 +90,25 @@ def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder):
 def test_resuming_anywhere_with_any_number_of_workers_continues_bit_for_bit(make_folder, workers):
     folder = ImageFolder(make_folder(21))
     whole = batches(folder, 9, augment=AugmentConfig())
-    for start in (0, 1, 2, 5):
+    for start in (1, 5):
         assert_same(batches(folder, 9 - start, start=start, workers=workers, augment=AugmentConfig()), whole[start:])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_global_batches_of_a_single_process(make_folder, world_size):
-    folder = ImageFolder(make_folder(21))
-    whole = batches(folder, 5, augment=AugmentConfig())
-    ranks = [
-        batches(folder, 5, rank=rank, world_size=world_size, augment=AugmentConfig()) for rank in range(world_size)
-    ]
-    joined = [
-        {key: torch.cat([share[key] for share in shares]) for key in shares[0]} for shares in zip(*ranks, strict=True)
-    ]
-    assert_same(joined, whole)
+    folder, augment = ImageFolder(make_folder(21)), AugmentConfig()
+    ranks = [batches(folder, 5, rank=rank, world_size=world_size, augment=augment) for rank in range(world_size)]
+    joined = [{key: torch.cat([share[key] for share in step]) for key in step[0]} for step in zip(*ranks, strict=True)]
+    assert_same(joined, batches(folder, 5, augment=augment))
+
+
+def test_tars_give_exactly_the_batches_of_the_folder_they_were_packed_from(make_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = ImageFolder(make_folder(21, size=(40, 31)))
+    for name in folder.classes:
+        members = {f"{name}_{path.name}": path.read_bytes() for path in sorted((folder.root / name).iterdir())}
+        pack(tmp_path / "tars" / f"{name}.tar", members)
+    assert_same(batches(open_images(tmp_path / "tars"), 7, workers=2), batches(folder, 7))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -132,8 +128,9 @@ def test_global_random_states_are_neither_used_nor_touched(make_folder, workers)
     "options, message",
     [
         ({"batch_size": 21}, "got 21, wanted at most the 20 images"),
-        ({"world_size": 3}, "got 8 for 3 ranks, wanted a multiple of 3"),
+        ({"world_size": 3}, "batch_size: got 8, wanted a multiple of 3"),
         ({"rank": 2, "world_size": 2}, "rank: got 2 of 2"),
+        ({"world_size": 0}, "rank: got 0 of 0"),
         ({"start": -1}, "start: got -1"),
         ({"seed": -1}, "seed: got -1"),
         ({"workers": -1}, "workers: got -1"),
@@ -144,9 +141,8 @@ def test_global_random_states_are_neither_used_nor_touched(make_folder, workers)
     ],
 )
 def test_arguments_that_cannot_work_are_refused_at_once(make_folder, options, message):
-    folder = ImageFolder(make_folder(20))
     with pytest.raises(ValueError, match=message):
-        PillowLoader(folder, **{"image_size": 16, "batch_size": 8, "seed": 0, **options})
+        open_loader(ImageFolder(make_folder(20)), **options)
 
 
 # damaged files
@@ -154,25 +150,26 @@ def test_arguments_that_cannot_work_are_refused_at_once(make_folder, options, me
 
 def damage(folder, index, how):
     path = folder.root / folder.paths[index]
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif how == "vanished":
+    if how == "vanished":
         path.unlink()
+    elif how == "too narrow":
+        Image.new("RGB", (1, 9000)).save(path)
     else:
-        path.write_bytes({"empty": b"", "text": b"not an image"}[how])
+        path.write_bytes({"truncated": path.read_bytes()[:-100], "empty": b"", "text": b"not an image"}[how])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["truncated", "vanished", "empty", "text"])
+@pytest.mark.parametrize(
+    "how, workers", [("truncated", 2), ("vanished", 0), ("empty", 0), ("text", 0), ("too narrow", 0)]
+)
 def test_a_damaged_file_is_replaced_by_the_next_and_logged_once(make_folder, caplog, workers, how):
     folder = ImageFolder(make_folder(100))
-    clean = batches(folder, 20, batch_size=25, flip_probability=0.0)
+    clean = batches(folder, 8, batch_size=25, flip_probability=0.0)
     damage(folder, 41, how)
     with (
         caplog.at_level(logging.WARNING, "epg_fast"),
-        PillowLoader(folder, image_size=16, batch_size=25, seed=3, flip_probability=0.0, workers=workers) as loader,
+        open_loader(folder, batch_size=25, flip_probability=0.0, workers=workers) as loader,
     ):
-        found = list(itertools.islice(loader, 20))
+        found = list(itertools.islice(loader, 8))
     assert list(loader.bad_files) == [folder.paths[41]]
     assert [folder.paths[41] in record.getMessage() for record in caplog.records] == [True]
     replacement = torch.from_numpy(np.asarray(center_crop(folder.load(42), 16)).transpose(2, 0, 1).copy())
@@ -184,7 +181,7 @@ def test_a_damaged_file_is_replaced_by_the_next_and_logged_once(make_folder, cap
         assert after["label"].tolist() == [folder.labels[i] for i in after["index"]]
         assert torch.equal(after["x"][~bad], before["x"][~bad])
         assert all(torch.equal(x, replacement) for x in after["x"][bad])
-    assert hits == 5
+    assert hits == 2
 
 
 def test_neighbouring_damaged_files_in_one_batch_are_both_replaced(make_folder):
@@ -199,7 +196,7 @@ def test_neighbouring_damaged_files_in_one_batch_are_both_replaced(make_folder):
 def test_more_than_one_percent_of_damaged_files_stops_with_their_names(make_folder, workers):
     folder = ImageFolder(make_folder(20))
     damage(folder, 7, "truncated")
-    with PillowLoader(folder, image_size=16, batch_size=20, seed=0, workers=workers) as loader:
+    with open_loader(folder, batch_size=20, workers=workers) as loader:
         with pytest.raises(
             DataError, match=r"1 of 20 images \(5.00%\).*at most 1.00%.*class1/001.png.*Restore or delete"
         ):
@@ -210,8 +207,7 @@ def test_more_than_one_percent_of_damaged_files_stops_with_their_names(make_fold
             next(loader)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("mount_point", [False, True])
+@pytest.mark.parametrize("workers, mount_point", [(0, False), (1, True)])
 def test_a_disk_that_goes_away_is_waited_for_and_changes_nothing(make_folder, workers, mount_point):
     root = make_folder(60)
     folder = ImageFolder(root)
@@ -219,11 +215,7 @@ def test_a_disk_that_goes_away_is_waited_for_and_changes_nothing(make_folder, wo
     root.rename(root.with_name("elsewhere"))
     if mount_point:
         root.mkdir()  # of a disk that was mounted there, the empty folder stays
-
-    def come_back():
-        root.with_name("elsewhere").rename(root)
-
-    timer = threading.Timer(0.5, come_back)
+    timer = threading.Timer(0.3, lambda: root.with_name("elsewhere").rename(root))
     timer.start()
     assert_same(batches(folder, 6, workers=workers), expected)
     timer.join()
@@ -234,74 +226,51 @@ def test_a_disk_that_stays_away_stops_training_with_one_line(make_folder, monkey
     root = make_folder(60)
     folder = ImageFolder(root)
     root.rename(root.with_name("elsewhere"))
-    monkeypatch.setattr(source, "_PATIENCE", 0.2)
-    with PillowLoader(folder, image_size=16, batch_size=60, seed=0, workers=workers) as loader:
+    monkeypatch.setattr(source, "_PATIENCE", 0.1)
+    with open_loader(folder, workers=workers) as loader:
         with pytest.raises(OSError, match="could not be read for . s .*is the disk there.*same command again") as error:
             next(loader)
         assert "\n" not in str(error.value) and not loader.bad_files
 
 
-def test_a_passing_error_of_a_network_disk_makes_no_file_bad(make_folder, monkeypatch):
-    folder = ImageFolder(make_folder(20))
-    expected = batches(folder, 4)
-    read, failures = folder.read, iter([errno.ESTALE, errno.ETIMEDOUT])
-
-    def unsteady(i):
-        for number in failures:
-            raise OSError(number, os.strerror(number))
-        return read(i)
-
-    monkeypatch.setattr(folder, "read", unsteady)
-    assert_same(batches(folder, 4), expected)
-
-
 FAULTS = {
-    errno.EMFILE: "Too many open files.*ulimit -n",
-    errno.ENFILE: "Too many open files in system.*fs.file-max",
-    errno.ENOMEM: "Cannot allocate memory.*fewer workers",
-    errno.EBADF: "Bad file descriptor.*not of the image",
-    errno.EUCLEAN: "Structure needs cleaning.*not of the image",
+    "image": {number: os.strerror(number) for number in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP)},
+    "disk": dict.fromkeys((errno.ESTALE, errno.ETIMEDOUT)),
+    "machine": {
+        errno.EMFILE: "Too many open files.*ulimit -n",
+        errno.ENFILE: "Too many open files in system.*fs.file-max",
+        errno.ENOMEM: "Cannot allocate memory.*fewer workers",
+        errno.EBADF: "Bad file descriptor.*not of the image",
+        errno.EUCLEAN: "Structure needs cleaning.*not of the image",
+        MemoryError: "Cannot allocate memory.*fewer workers",
+    },
 }
 
 
-@pytest.mark.parametrize("make, workers", [(DecodedBatches, 1), (EncodedBatches, 0)])
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        *((OSError(number, os.strerror(number), "x.png"), message) for number, message in FAULTS.items()),
-        (MemoryError(), "Cannot allocate memory.*fewer workers"),
-    ],
-)
-def test_what_the_process_or_the_machine_lacks_is_no_images_fault(
-    make_folder, monkeypatch, make, workers, error, message
-):
-    folder = ImageFolder(make_folder(20))
+@pytest.mark.parametrize("fault, error", [(fault, error) for fault, errors in FAULTS.items() for error in errors])
+@pytest.mark.parametrize("make", [PillowBatches, EncodedBatches])
+def test_whose_fault_an_error_is(make_folder, monkeypatch, fault, error, make):
+    """An image's own is a bad file, that of a disk passes, and what the machine lacks stops training."""
+    folder, message = ImageFolder(make_folder(20)), FAULTS[fault][error]
+    read, again = folder.read, iter([True])
 
     def fail(i):
-        raise error
-
-    monkeypatch.setattr(folder, "read", fail)
-    with PillowLoader(folder, image_size=16, batch_size=20, seed=0, workers=0, max_bad_fraction=0.9) as loader:
-        stream = WorkerStream(make(loader), 0, workers)
-        with pytest.raises(ReadError, match=f"cannot read .*class./0...png .{message}.*same command again") as caught:
-            next(stream)
-        assert "\n" not in str(caught.value) and not loader._bad.any()
-
-
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP])
-def test_what_is_wrong_with_one_file_is_its_own_fault(make_folder, monkeypatch, number):
-    folder = ImageFolder(make_folder(20))
-    read = folder.read
-
-    def fail(i):
-        if i == 7:
-            raise OSError(number, os.strerror(number), folder.paths[i])
+        if i == 7 and (fault != "disk" or next(again, False)):
+            raise MemoryError if error is MemoryError else OSError(error, os.strerror(error), "x.png")
         return read(i)
 
     monkeypatch.setattr(folder, "read", fail)
-    with PillowLoader(folder, image_size=16, batch_size=20, seed=0, workers=0, max_bad_fraction=0.1) as loader:
-        next(loader)
-        assert list(loader.bad_files) == [folder.paths[7]] and os.strerror(number) in loader.bad_files[folder.paths[7]]
+    made = make(folder, image_size=16, batch_size=20, seed=0, max_bad_fraction=0.9)
+    stream = WorkerStream(made, 0, workers=int(make is PillowBatches and error in (errno.ENOENT, MemoryError)))
+    if fault == "machine":
+        with pytest.raises(ReadError, match=f"cannot read .*class1/001.png .{message}.*same command again") as caught:
+            next(stream)
+        assert "\n" not in str(caught.value) and not made.bad.any()
+    else:
+        bad_files = next(stream)[1]
+        assert list(bad_files) == [folder.paths[7]] * (fault == "image")
+        assert all(message in reason for reason in bad_files.values())
+    stream.close()
 
 
 def test_an_image_that_decodes_with_more_memory_is_not_broken(make_folder):
@@ -321,39 +290,18 @@ def test_an_image_that_decodes_with_more_memory_is_not_broken(make_folder):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def test_an_image_too_narrow_to_crop_is_a_bad_file(make_folder):
-    folder = ImageFolder(make_folder(20))
-    Image.new("RGB", (1, 9000)).save(folder.root / folder.paths[7])
-    with PillowLoader(folder, image_size=64, batch_size=20, seed=0, workers=0, max_bad_fraction=0.1) as loader:
-        next(loader)
-        assert list(loader.bad_files) == [folder.paths[7]] and "too narrow" in loader.bad_files[folder.paths[7]]
-
-
 # processes
 
 
-def test_a_reader_that_is_killed_stops_training_with_a_remedy(make_folder):
-    with PillowLoader(ImageFolder(make_folder(20)), image_size=16, batch_size=8, seed=0, workers=1) as loader:
-        next(loader)
-        os.kill(loader._stream.processes[0].pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"killed \(exit code -9\).*fewer --data.workers") as error:
-            for _ in range(20):
-                next(loader)
-        assert "\n" not in str(error.value)
-
-
 PROGRAM = """
-import gc, multiprocessing, os, signal, sys, time
-from epg_fast.data import ImageFolder, PillowLoader
+import multiprocessing, os, signal, sys, time
+from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
 loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
-next(loader)
+prefetcher = Prefetcher(loader, "cpu")
+batches = loader if sys.argv[2] in ("hung", "finish") else prefetcher
+next(batches)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 if sys.argv[2] == "exit":
-    sys.exit()
-if sys.argv[2] == "dropped":
-    loader.itself = loader  # a cycle: only the garbage collector ends it
-    del loader
-    gc.collect()
     sys.exit()
 if sys.argv[2] == "hung":
     for path in loader.source.paths:  # opening a pipe that nobody writes to hangs as a dead disk does
@@ -366,51 +314,39 @@ if sys.argv[2] == "finish":
     while not stop:
         time.sleep(0.01)
     for _ in range(20):
-        next(loader)
+        next(batches)
     print("saved", flush=True)
     sys.exit()
 while True:
-    next(loader)
+    next(batches)
 """
+SIGNALS = {"ctrl-c": signal.SIGINT, "finish": signal.SIGTERM}
 
 
-def worker_pids(program):
-    workers = [int(pid) for pid in program.stdout.readline().split()]
-    assert len(workers) == 2
-    return workers
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
+@linux
+@pytest.mark.slow
 def test_no_worker_outlives_its_parent_however_that_ends(make_folder, start_python, wait_until_gone):
-    modes = ("exit", "dropped", "ctrl-c", "kill", "hung")
+    """Of a parent that could not say goodbye, workers learn within a second, also while they wait for a disk."""
+    modes = ("exit", "ctrl-c", "kill", "hung", "finish")
     programs = {mode: start_python(PROGRAM, make_folder(20, name=mode), mode) for mode in modes}
-    workers = {mode: worker_pids(program) for mode, program in programs.items()}
-    os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
+    workers = {mode: [int(pid) for pid in program.stdout.readline().split()] for mode, program in programs.items()}
+    assert all(len(pids) == 2 for pids in workers.values())
+    assert programs["finish"].stdout.readline() == "ready\n"
+    time.sleep(0.5)  # until the hung ones hang
+    for mode, number in SIGNALS.items():  # to the whole group, as a terminal and a scheduler do
+        os.killpg(programs[mode].pid, number)
     programs["kill"].kill()
-    time.sleep(0.5)
     programs["hung"].kill()
     for program in programs.values():
         program.wait(60)
-    assert programs["exit"].returncode == 0
-    assert programs["dropped"].returncode == 0
-    assert not wait_until_gone(workers["exit"] + workers["dropped"] + workers["ctrl-c"], 20)
-    # of a parent that could not say goodbye, workers learn within a second, also while they wait for a disk
-    assert not wait_until_gone(workers["kill"] + workers["hung"], 20)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
-def test_a_parent_that_handles_sigterm_can_finish_with_its_workers(make_folder, start_python, wait_until_gone):
-    program = start_python(PROGRAM, make_folder(20), "finish")
-    workers = worker_pids(program)
-    assert program.stdout.readline() == "ready\n"
-    os.killpg(program.pid, signal.SIGTERM)
-    assert program.stdout.readline() == "saved\n"
-    assert program.wait(60) == 0
-    assert not wait_until_gone(workers, 20)
+    # a parent that handles SIGTERM can finish with its workers
+    assert programs["finish"].stdout.readline() == "saved\n"
+    assert programs["exit"].returncode == programs["finish"].returncode == 0
+    assert not wait_until_gone(sum(workers.values(), []))
 
 
 def test_close_stops_the_workers_at_once_and_can_be_repeated(make_folder):
-    loader = PillowLoader(ImageFolder(make_folder(20)), image_size=16, batch_size=8, seed=0, workers=2)
+    loader = open_loader(ImageFolder(make_folder(20)), workers=2)
     next(loader)
     workers = list(loader._stream.processes)
     loader.close()

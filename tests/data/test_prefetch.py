@@ -1,7 +1,6 @@
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import ImageFolder, PillowLoader, Prefetcher, prefetch
+from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
+from epg_fast.data.loading import prefetch
 
 
 class Loader:
@@ -69,25 +69,21 @@ def test_the_batches_are_those_of_the_loader_bit_for_bit(make_folder, depth, wor
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_it_draws_depth_batches_ahead_and_no_more(depth):
+@pytest.mark.parametrize("depth", [1, 3])
+def test_it_draws_depth_batches_ahead_and_no_more_and_lets_go_of_what_it_handed_out(depth):
     loader = Loader()
     with Prefetcher(loader, "cpu", depth) as batches:
         assert loader.drawn == 0
         for taken in (1, 2, 3):
-            next(batches)
-            assert wait_until(lambda: loader.drawn == taken + depth)  # noqa: B023 (called at once)
-            time.sleep(0.05)
-            assert loader.drawn == taken + depth
-
-
-def test_a_batch_is_free_once_the_consumer_drops_it():
-    with Prefetcher(Loader(), "cpu", 2) as batches:
-        for _ in range(4):
             batch = next(batches)
+            assert wait_until(lambda: loader.drawn == taken + depth)  # noqa: B023 (called at once)
+            time.sleep(0.02)
+            assert loader.drawn == taken + depth
             reference = weakref.ref(batch["x"])
             del batch
-            assert wait_until(lambda: reference() is None)  # noqa: B023 (called at once)
+            assert wait_until(lambda: reference() is None)  # noqa: B023
+    with pytest.raises(ValueError, match="depth: got 0, wanted at least 1"):
+        Prefetcher(Loader(), "cpu", 0)
 
 
 def _explode(i):
@@ -95,21 +91,18 @@ def _explode(i):
         raise OSError("disk on fire")
 
 
-@pytest.mark.parametrize("depth", [1, 2, 8])
-def test_an_error_of_the_loader_comes_at_its_place_with_its_traceback(depth):
+@pytest.mark.parametrize("depth", [1, 8])
+def test_an_error_and_the_end_come_at_their_place_again_and_again(depth):
     with Prefetcher(Loader(before=_explode), "cpu", depth) as batches:
         got = [next(batches)]
-        time.sleep(0.05)  # the error is there before the batches are asked for
+        time.sleep(0.02)  # the error is there before the batches are asked for
         got += [next(batches), next(batches)]
         assert numbers(got) == [0, 1, 2]
         for _ in range(2):
             with pytest.raises(OSError, match="disk on fire") as raised:
                 next(batches)
             assert "_explode" in [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
-
-
-def test_a_loader_that_ends_ends_the_iteration():
-    with Prefetcher(Loader(count=5), "cpu") as batches:
+    with Prefetcher(Loader(count=5), "cpu", depth) as batches:
         assert numbers(batches) == [0, 1, 2, 3, 4]
         assert list(batches) == []
 
@@ -144,18 +137,16 @@ def test_close_does_not_wait_for_a_loader_that_is_blocked(monkeypatch):
 
 
 def test_waited_is_the_time_that_the_consumer_lost():
-    with Prefetcher(Loader(before=lambda i: time.sleep(0.05)), "cpu", 2) as batches:
+    with Prefetcher(Loader(before=lambda i: time.sleep(0.03)), "cpu", 2) as batches:
         started = time.perf_counter()
-        for _ in range(6):
+        for _ in range(4):
             next(batches)
-        elapsed = time.perf_counter() - started
-        assert 0.25 < batches.waited <= elapsed
-    with Prefetcher(Loader(before=lambda i: time.sleep(0.01)), "cpu", 2) as batches:
+        assert 0.1 < batches.waited <= time.perf_counter() - started
+    with Prefetcher(Loader(), "cpu", 2) as batches:
         next(batches)
         before = batches.waited
-        for _ in range(5):
-            time.sleep(0.1)
-            next(batches)
+        time.sleep(0.2)
+        next(batches)
         assert batches.waited - before < 0.1
 
 
@@ -166,13 +157,12 @@ def test_a_stall_is_reported_again_and_again_until_the_batch_comes():
     def on_stall(seconds):
         assert threading.current_thread() is threading.main_thread()
         seen.append(seconds)
-        if len(seen) == 4:
+        if len(seen) == 3:
             arrived.set()
 
     with Prefetcher(loader, "cpu", 2, on_stall, patience=0.05) as batches:
-        assert numbers([next(batches)]) == [0] and not seen
-        assert numbers([next(batches)]) == [1]
-        assert len(seen) >= 4 and seen == sorted(seen) and seen[0] >= 0.05 and seen[3] >= 0.2
+        assert numbers([next(batches), next(batches)]) == [0, 1]
+        assert len(seen) >= 3 and seen == sorted(seen) and seen[0] >= 0.05 and seen[2] >= 0.15
         assert batches.waited >= seen[-1]
 
 
@@ -196,41 +186,6 @@ def test_ctrl_c_is_not_delayed_by_a_loader_that_is_blocked(default_sigint):
         assert time.monotonic() - started < 2
         timer.join()
         blocked.set()
-
-
-def test_a_depth_that_holds_nothing_is_refused():
-    with pytest.raises(ValueError, match="depth: got 0, wanted at least 1"):
-        Prefetcher(Loader(), "cpu", 0)
-
-
-PROGRAM = """
-import multiprocessing, sys
-from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
-loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
-batches = Prefetcher(loader, "cpu")
-next(batches)
-print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-if sys.argv[2] == "exit":
-    sys.exit()
-while True:
-    next(batches)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-def test_no_worker_outlives_its_parent_however_that_ends(make_folder, start_python, wait_until_gone):
-    root = make_folder(20)
-    programs = {mode: start_python(PROGRAM, root, mode) for mode in ("exit", "ctrl-c", "kill")}
-    workers = {mode: [int(pid) for pid in program.stdout.readline().split()] for mode, program in programs.items()}
-    assert all(len(pids) == 2 for pids in workers.values())
-    os.killpg(programs["ctrl-c"].pid, signal.SIGINT)
-    programs["kill"].kill()
-    for program in programs.values():
-        program.wait(60)
-    assert programs["exit"].returncode == 0
-    assert not wait_until_gone(workers["exit"] + workers["ctrl-c"], 20)
-    # of a parent that could not say goodbye, workers learn within five seconds
-    assert not wait_until_gone(workers["kill"], 12)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -1,10 +1,14 @@
+"""prepare-data: centre crops as a folder or as shards, what happens when it is interrupted, what is refused."""
+
+import hashlib
+import io
 import json
 import multiprocessing
 import os
 import re
-import subprocess
-import sys
+import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,36 +19,53 @@ from epg_fast.__main__ import main
 from epg_fast.data import (
     DataError,
     ImageFolder,
+    ImageTars,
+    PillowLoader,
     center_crop,
     open_images,
-    prepare,
     prepare_folder,
     prepare_shards,
-    shards,
+    verify_shards,
 )
+from epg_fast.data.prepare import folder as crops
+from epg_fast.data.prepare import shards
+from tests.data.conftest import linux
+from tests.data.images import encode, noise, pack, png, touch
+
+LAYOUTS = {"folder": prepare_folder, "shards": prepare_shards}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(params=LAYOUTS)
+def prepare(request):
+    """prepare_folder or prepare_shards, with images of 16 x 16 from this process."""
+
+    def run(source, outdir, image_size=16, workers=0, **options):
+        if request.param == "shards":
+            options = {"images_per_shard": 10, **options}
+        return LAYOUTS[request.param](source, outdir, image_size, workers=workers, **options)
+
+    run.layout = request.param
+    return run
 
 
 def snapshot(root):
-    return {
-        path.relative_to(root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in root.rglob("*")
-        if path.is_file()
-    }
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
-def test_labels_of_a_dataset_json_survive(tmp_path, prepare_images):
-    wanted, root = {}, tmp_path / "edm"
-    (root / "00000").mkdir(parents=True)
-    for i, label in enumerate((10, 2, 0, 2)):
-        Image.new("RGB", (8, 8), (20 * i, label, 7)).save(root / "00000" / f"img{i:08d}.png")
-        wanted[20 * i, label, 7] = label
-    names = [f"00000/img{i:08d}.png" for i in range(4)]
-    (root / "dataset.json").write_text(json.dumps({"labels": list(zip(names, wanted.values(), strict=True))}))
-    prepare_images(root, tmp_path / "out", 8, workers=0)
-    images = open_images(tmp_path / "out")
-    found = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
-    assert found == wanted and len(images.classes) == 11
+def times(root, pattern="*"):
+    return {path: path.stat().st_mtime_ns for path in root.rglob(pattern) if path.is_file()}
+
+
+def uncomplete(out):
+    (out / "manifest.json").write_text((out / "manifest.json").read_text().replace("true", "false"))
+
+
+# what is written
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -66,140 +87,214 @@ def test_every_image_becomes_its_centre_crop(make_folder, tmp_path, workers):
     assert manifest["bad_files"] == {} and manifest["class_frequencies"] == [0, 0.35, 0.35, 0.3]
 
 
-def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path):
-    source, out = make_folder(20), tmp_path / "out"
-    prepare_folder(source, out, 16, workers=0)
-    complete = snapshot(out)
-    (out / "class1" / "001.png").unlink()
-    (out / "class1" / ".001.png.99.tmp").write_bytes(b"half a file")
-    prepare_folder(source, out, 16, workers=0)
-    again = snapshot(out)
-    assert again.keys() == complete.keys()
-    changed = {path for path in again if again[path] != complete[path]}
-    assert changed == {"class1/001.png", "manifest.json"}
-    assert again["class1/001.png"][0] == complete["class1/001.png"][0]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_hold_the_centre_crops_in_mixed_order(make_folder, tmp_path, workers):
+    folder = ImageFolder(make_folder(50, size=(50, 37), suffix=".JPG"))
+    (folder.root / "class9").mkdir()
+    out = tmp_path / "out"
+    manifest = prepare_shards(folder.root, out, 16, workers=workers, images_per_shard=20, seed=1)
+    names = [f"shard-00000{i}.tar" for i in range(3)]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "index.npz", "manifest.json", *names]
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert manifest["complete"] and manifest["image_size"] == 16 and manifest["format"] == "png"
+    assert manifest["source"] == str(folder.root) and manifest["source_fingerprint"] == folder.fingerprint()
+    assert manifest["counts"] == {"class0": 17, "class1": 17, "class2": 16, "class9": 0}
+    assert manifest["class_frequencies"] == [0.34, 0.34, 0.32, 0.0] and manifest["bad_files"] == {}
+    source, seen = open_images(out), []
+    assert source.classes == ["class0", "class1", "class2", "class9"]
+    for shard in manifest["shards"]:
+        content = (out / shard["name"]).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        with tarfile.open(out / shard["name"]) as tar:
+            members = tar.getmembers()
+            assert all((m.mtime, m.uid, m.gid, m.uname, m.gname) == (0, 0, 0, "", "") for m in members)
+            assert [m.name[8:] for m in members] == [".png", ".cls"] * shard["images"]
+            for image, label in zip(members[::2], members[1::2], strict=True):
+                i, position = int(image.name[:8]), len(seen)
+                content = tar.extractfile(image).read()
+                np.testing.assert_array_equal(
+                    np.asarray(Image.open(io.BytesIO(content))), np.asarray(center_crop(folder.load(i), 16))
+                )
+                assert int(tar.extractfile(label).read()) == folder.labels[i] == source.labels[position]
+                assert source.paths[position] == f"{shard['name']}/{image.name}"
+                assert source.read(position) == content and source.index.crc32[position] == zlib.crc32(content)
+                seen.append(i)
+    assert sorted(seen) == list(range(50)) and [shard["images"] for shard in manifest["shards"]] == [20, 20, 10]
+    assert len({folder.labels[i] for i in seen[:20]}) == 3
+    prepare_shards(folder.root, tmp_path / "other", 16, workers=0, images_per_shard=20, seed=2)
+    assert list(open_images(tmp_path / "other").paths) != list(source.paths)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(make_folder, tmp_path, wait_until_gone):
-    source, out = make_folder(300, size=(160, 120)), tmp_path / "out"
-    program = "import sys; from epg_fast.data import prepare_folder; prepare_folder(sys.argv[1], sys.argv[2], 64, 2)"
-    run = subprocess.Popen([sys.executable, "-c", program, str(source), str(out)], cwd=Path(__file__).parents[2])
-    while len(list(out.rglob("*.png"))) < 20:
-        assert run.poll() is None
-        time.sleep(0.005)
+def test_jpeg_keeps_the_chroma_and_quality_matters(make_folder, tmp_path):
+    folder = ImageFolder(make_folder(6, size=(32, 32)))
+    sizes = []
+    for quality in (95, 60):
+        out = tmp_path / str(quality)
+        prepare_shards(folder.root, out, 32, workers=0, format="jpeg", quality=quality)
+        source = open_images(out)
+        for i, path in enumerate(source.paths):
+            image = Image.open(io.BytesIO(source.read(i)))
+            assert image.format == "JPEG" and path.endswith(".jpg")
+            assert [component[1:3] for component in image.layer] == [(1, 1)] * 3  # 4:4:4
+            wanted = np.asarray(folder.load(int(Path(path).stem))).astype(int)
+            assert np.abs(np.asarray(image) - wanted).mean() < (4 if quality == 95 else 40)
+        sizes.append(source.index.size.sum())
+    assert sizes[1] < sizes[0]
+
+
+def colours(count):
+    """Images of one colour each, which tells them apart in any layout."""
+    return [encode(Image.new("RGB", (8, 8), (20 * i, i, 7))) for i in range(count)]
+
+
+def write_edm(root):
+    images = [[f"00000/img{i:08d}.png", label] for i, label in enumerate((10, 2, 0, 2))]
+    for (name, _), content in zip(images, colours(4), strict=True):
+        touch(root, name, content=content)
+    (root / "dataset.json").write_text(json.dumps({"labels": images}))
+
+
+def write_class_tars(root):
+    images = colours(4)
+    pack(root / "a.tar", {"a_1.png": images[0], "a_2.png": images[1]})
+    pack(root / "b.tar", {"b_1.png": images[2], "b_2.png": images[3]})
+
+
+def write_shards(root):
+    members = [({f"{i}.png": content, f"{i}.cls": b"%d" % (i % 3)}) for i, content in enumerate(colours(4))]
+    for i in range(2):
+        pack(root / f"x-{i}.tar", members[2 * i] | members[2 * i + 1])
+
+
+@pytest.mark.parametrize("write", [write_edm, write_class_tars, write_shards])
+def test_any_dataset_can_be_prepared_and_keeps_its_labels(tmp_path, prepare, write):
+    write(tmp_path / "in")
+    before = open_images(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out", 8)
+    prepare(tmp_path / "out", tmp_path / "again", 8)
+    found = []
+    for images in (before, open_images(tmp_path / "out"), open_images(tmp_path / "again")):
+        colour = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
+        found.append((colour, len(colour), images.classes))
+    assert found[0] == found[1] == found[2] and found[0][1] == 4
+
+
+# interruptions
+
+
+def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path, prepare):
+    source, out = make_folder(30), tmp_path / "out"
+    manifest = prepare(source, out)
+    complete, before = snapshot(out), times(out)
+    assert prepare(source, out) == manifest
+    lost = out / {"folder": "class1/001.png", "shards": "shard-000001.tar"}[prepare.layout]
+    lost.unlink()
+    touch(lost.parent, f".{lost.name}.99.tmp", content=b"half a file")
+    prepare(source, out, workers=2)
+    assert snapshot(out) == complete
+    made = {path.name for path, time in times(out).items() if before[path] != time}
+    assert made - {".lock", "manifest.json", "index.npz"} == {lost.name}
+
+
+@linux
+@pytest.mark.slow
+def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
+    make_folder, tmp_path, prepare, wait_until_gone
+):
+    source, out = make_folder(240, size=(160, 120)), tmp_path / "out"
+    (source / "class1" / "100.png").write_bytes(b"bad")
+    pattern = {"folder": "*.png", "shards": "*.tar"}[prepare.layout]
+    run = multiprocessing.get_context("fork").Process(target=prepare, args=(source, out, 64, 2))
+    run.start()
+    while len(list(out.rglob(pattern))) < 3:
+        assert run.is_alive()
+        time.sleep(0.002)
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.kill()
-    run.wait()
-    assert len(workers) == 2 and not wait_until_gone(workers, 20)
-    done = list(out.rglob("*.png"))
-    assert len(done) < 300 and all(Image.open(path).convert("RGB").size == (64, 64) for path in done)
-    assert not json.loads((out / "manifest.json").read_text())["complete"]
-    with pytest.raises(ValueError, match="prepare-data was interrupted; run it again"):
-        ImageFolder(out)
-    with pytest.raises(ValueError, match="images of image_size 64, wanted 32"):
-        prepare_folder(source, out, 32, workers=0)
-    assert prepare_folder(source, out, 64, workers=0)["complete"]
-    assert len(ImageFolder(out)) == 300
+    run.join()
+    assert len(workers) == 2 and not wait_until_gone(workers)
+    done = times(out, pattern)
+    assert 3 <= len(done) < {"folder": 239, "shards": 24}[prepare.layout]
+    for use in (open_images, verify_shards)[: 1 + (prepare.layout == "shards")]:
+        with pytest.raises(ValueError, match="prepare-data was interrupted; run it again"):
+            use(out)
+    assert prepare(source, out, 64, workers=2)["bad_files"].keys() == {"class1/100.png"}
+    prepare(source, tmp_path / "whole", 64)
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+    kept = sum(times(out, pattern)[path] == time for path, time in done.items())
+    assert kept >= len(done) - 1  # a shard with a bad file is made again
 
 
-def prepare_slowly(prepare_images, source, out, started, go):
-    def wait(image, image_size, **options):
+def edit(out, change):
+    """Write a shard again with other members, as if the run had been killed afterwards."""
+    with tarfile.open(out / "shard-000001.tar") as tar:
+        members = change({member.name: tar.extractfile(member).read() for member in tar})
+    pack(out / "shard-000001.tar", members, tarfile.USTAR_FORMAT)
+    uncomplete(out)
+
+
+LOSSES = {
+    "shard": lambda out: (out / "shard-000001.tar").unlink(),
+    "index": lambda out: (out / "index.npz").unlink(),
+    "damaged index": lambda out: (out / "index.npz").write_bytes(b"PK"),
+    "complete": uncomplete,
+    "emptied": lambda out: (out / "shard-000001.tar").write_bytes(b""),
+    "cut": lambda out: (out / "shard-000001.tar").write_bytes((out / "shard-000001.tar").read_bytes()[:-11000]),
+    "swapped": lambda out: os.replace(out / "shard-000000.tar", out / "shard-000001.tar"),
+    "label": lambda out: edit(out, lambda m: m | {next(name for name in m if ".cls" in name): b"7"}),
+    "member": lambda out: edit(out, lambda m: m | {"more.png": b""}),
+    "image": lambda out: edit(out, lambda m: dict(list(m.items())[2:])),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_whatever_shards_have_lost_is_refused_and_made_again(make_folder, tmp_path, loss):
+    source, out = make_folder(30), tmp_path / "out"
+    prepare_shards(source, out, 16, workers=0, images_per_shard=10)
+    before = snapshot(out)
+    LOSSES[loss](out)
+    for use in (open_images, verify_shards):
+        with pytest.raises(ValueError, match="run (it|prepare-data) again"):
+            use(out)
+    prepare_shards(source, out, 16, workers=0, images_per_shard=10)
+    assert snapshot(out) == before and verify_shards(out) == 3
+
+
+def wait_before_writing(prepare, source, out, started, go):
+    def wait(content, image_size, **options):
         started.set()
         assert go.wait(60)
-        return encode(image, image_size, **options)
+        return encode_crop(content, image_size, **options)
 
-    encode, prepare.encode_crop, shards.encode_crop = prepare.encode_crop, wait, wait
-    prepare_images(source, out, 16, workers=0)
+    encode_crop, crops.crop_and_encode, shards.crop_and_encode = crops.crop_and_encode, wait, wait
+    prepare(source, out)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="starts a process by fork")
-@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
-def test_a_second_run_in_one_outdir_is_refused_and_leaves_the_first_alone(make_folder, tmp_path, prepare_images):
+@linux
+def test_a_second_run_in_one_outdir_is_refused_and_leaves_the_first_alone(make_folder, tmp_path, prepare):
     source, out = make_folder(6), tmp_path / "out"
     context = multiprocessing.get_context("fork")
     started, go = context.Event(), context.Event()
-    first = context.Process(target=prepare_slowly, args=(prepare_images, source, out, started, go))
+    first = context.Process(target=wait_before_writing, args=(prepare, source, out, started, go))
     first.start()
     try:
         assert started.wait(60)
         before = snapshot(out)
-        with pytest.raises(ValueError, match=f"another prepare-data is writing to {out}; wait for it"):
-            prepare_images(source, out, 16, workers=0)
+        with pytest.raises(ValueError, match=f"another prepare-data is at work in {out}; wait for it"):
+            prepare(source, out)
         assert snapshot(out) == before
     finally:
         go.set()
         first.join()
     assert first.exitcode == 0 and len(open_images(out)) == 6
-    (out / "manifest.json").write_text((out / "manifest.json").read_text().replace("true", "false"))
-    assert prepare_images(source, out, 16, workers=0)["complete"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_crumbs(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(prepare.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        prepare.write_atomically(path, b"new")
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"old")]
+# bad files and errors of the machine
 
 
-def test_bad_files_are_left_out_and_named(make_folder, tmp_path):
-    source, out = make_folder(100), tmp_path / "out"
-    (source / "class2" / "005.png").write_bytes(b"")
-    manifest = prepare_folder(source, out, 16, workers=2)
-    assert list(manifest["bad_files"]) == ["class2/005.png"] and manifest["counts"]["class2"] == 32
-    assert len(ImageFolder(out)) == 99 and not (out / "class2" / "005.png").exists()
-
-
-def test_over_one_percent_of_bad_files_is_an_error_after_the_work(make_folder, tmp_path):
-    source, out = make_folder(100), tmp_path / "out"
-    for name in ("002", "005"):
-        (source / "class2" / f"{name}.png").write_text("text")
-    with pytest.raises(DataError, match=r"2 of 100 images \(2.00%\).*class2/002.png.*class2/005.png"):
-        prepare_folder(source, out, 16, workers=0)
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert len(manifest["bad_files"]) == 2 and not manifest["complete"] and len(list(out.rglob("*.png"))) == 98
-    with pytest.raises(ValueError, match="could not decode 2 images"):
-        ImageFolder(out)
-    Image.new("RGB", (20, 20)).save(source / "class2" / "002.png")
-    Image.new("RGB", (20, 20)).save(source / "class2" / "005.png")
-    assert prepare_folder(source, out, 16, workers=0)["complete"]
-
-
-@pytest.mark.parametrize("layout", ["folder", "shards"])
-def test_the_flag_that_too_many_bad_files_name_makes_the_output_complete(make_folder, tmp_path, capsys, layout):
-    source, out = make_folder(60), tmp_path / "out"
-    for path in sorted(source.glob("class1/*")):
-        path.write_text("text")
-    command = ["prepare-data", "--source", str(source), "--outdir", str(out), "--layout", layout]
-    command += ["--image_size", "16", "--workers", "0"]
-    assert main(command) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "20 of 60 images (33.33%)" in message and "data." not in message and "elete" not in message
-    flag = re.search(r"--max_bad_fraction \S+(?=;)", message)[0].split()
-    with pytest.raises(ValueError, match="could not decode 20 images.*--max_bad_fraction"):
-        open_images(out)
-    assert main(command + flag) == 0
-    assert len(open_images(out)) == 40 and len(json.loads((out / "manifest.json").read_text())["bad_files"]) == 20
-
-
-def test_no_share_of_bad_files_makes_an_output_without_images(make_folder, tmp_path):
-    source = make_folder(3)
-    for path in source.glob("*/*"):
-        path.write_text("text")
-    with pytest.raises(DataError, match="3 of 3 images.*Restore these files; then"):
-        prepare_folder(source, tmp_path / "out", 16, workers=0, max_bad_fraction=1.0)
-
-
-@pytest.mark.parametrize("prepare_images", [prepare_folder, prepare_shards])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_machine_ends_the_work_and_leaves_no_image_out(
-    make_folder, tmp_path, monkeypatch, prepare_images, workers
+    make_folder, tmp_path, monkeypatch, prepare, workers
 ):
     source, out = make_folder(20), tmp_path / "out"
 
@@ -210,12 +305,88 @@ def test_an_error_of_the_machine_ends_the_work_and_leaves_no_image_out(
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot read .*open files in system.*again"):
         patch.setattr(ImageFolder, "read", read)
-        prepare_images(source, out, 16, workers=workers)
-    assert not json.loads((out / "manifest.json").read_text())["bad_files"]
-    assert prepare_images(source, out, 16, workers=0)["complete"] and len(open_images(out)) == 20
+        prepare(source, out, workers=workers)
+    assert not json.loads((out / "manifest.json").read_text())["bad_files"] and not list(out.rglob(".*.tmp"))
+    assert prepare(source, out)["complete"] and len(open_images(out)) == 20
 
 
-def test_training_on_an_output_that_lost_or_gained_files_is_refused(make_folder, tmp_path):
+def test_a_full_disk_leaves_no_half_file(make_folder, tmp_path, monkeypatch, prepare):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    source, out = make_folder(30), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(os, "fsync", full)
+        patch.setattr(crops, "write_atomically", full)
+        prepare(source, out, workers=2)
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [".lock", "manifest.json"]
+
+
+def test_bad_files_are_left_out_and_named_until_they_are_mended(make_folder, tmp_path, prepare):
+    source, out = make_folder(100), tmp_path / "out"
+    good = (source / "class2" / "005.png").read_bytes()
+    (source / "class2" / "005.png").write_bytes(b"")
+    manifest = prepare(source, out, workers=2)
+    reason = "UnidentifiedImageError: not a PNG, JPEG, WEBP, BMP or GIF image"
+    assert manifest["bad_files"] == {"class2/005.png": reason} and manifest["counts"]["class2"] == 32
+    assert len(open_images(out)) == 99 and prepare(source, out) == manifest
+    (source / "class2" / "005.png").write_bytes(good)
+    assert prepare(source, out)["bad_files"] == {}
+    prepare(source, tmp_path / "fresh")
+    assert len(open_images(out)) == 100 and snapshot(out) == snapshot(tmp_path / "fresh")
+
+
+def test_too_many_bad_files_are_an_error_after_the_work_whose_flag_makes_it_complete(
+    make_folder, tmp_path, capsys, prepare
+):
+    source, out = make_folder(60), tmp_path / "out"
+    for path in sorted(source.glob("class1/*")):
+        path.write_text("text")
+    command = ["prepare-data", "--source", str(source), "--outdir", str(out), "--layout", prepare.layout]
+    command += ["--image_size", "16", "--workers", "0"]
+    assert main(command) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "20 of 60 images (33.33%)" in message and "class1/" in message
+    assert "data." not in message and "elete" not in message
+    flag = re.search(r"--max_bad_fraction \S+(?=;)", message)[0].split()
+    with pytest.raises(ValueError, match="could not decode 20 images.*--max_bad_fraction"):
+        open_images(out)
+    assert main(command + flag) == 0
+    assert len(open_images(out)) == 40 and len(json.loads((out / "manifest.json").read_text())["bad_files"]) == 20
+
+
+def test_no_share_of_bad_files_makes_an_output_without_images(make_folder, tmp_path, prepare):
+    source = make_folder(3)
+    for path in source.glob("*/*"):
+        path.write_text("text")
+    with pytest.raises(DataError, match="3 of 3 images.*Restore these files; then"):
+        prepare(source, tmp_path / "out", max_bad_fraction=1.0)
+
+
+def test_a_wrong_checksum_is_a_bad_file_for_the_loader(make_folder, tmp_path):
+    out = tmp_path / "out"
+    prepare_shards(make_folder(40), out, 16, workers=0, images_per_shard=25)
+    index = open_images(out).index
+    shard = out / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(index.offset[30]) + 40] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="shard-000001.tar is damaged: its SHA-256"):
+        verify_shards(out)
+    out = out.rename(tmp_path / "moved")
+    source = open_images(out)
+    with pytest.raises(OSError, match="checksum of shard-000001.tar/.*png .* differs"):
+        source.read(30)
+    loader = PillowLoader(source, image_size=16, batch_size=8, seed=0, workers=0, max_bad_fraction=0.1)
+    for _ in range(5):
+        assert 30 not in next(loader)["index"].tolist()
+    assert list(loader.bad_files) == [source.paths[30]] and "OSError: checksum" in loader.bad_files[source.paths[30]]
+
+
+# what training refuses
+
+
+def test_training_on_a_folder_that_lost_or_gained_files_is_refused(make_folder, tmp_path):
     source, out = make_folder(9), tmp_path / "out"
     prepare_folder(source, out, 16, workers=0)
     content = (out / "class1" / "001.png").read_bytes()
@@ -224,87 +395,130 @@ def test_training_on_an_output_that_lost_or_gained_files_is_refused(make_folder,
         ImageFolder(out)
     prepare_folder(source, out, 16, workers=0)
     assert len(ImageFolder(out)) == 9
-    (out / "class9").mkdir()
-    (out / "class9" / "x.png").write_bytes(content)
+    touch(out, "class9/x.png", content=content)
     with pytest.raises(ValueError, match="has 1 images of class 'class9', wanted none"):
         ImageFolder(out)
 
 
-def test_somebody_elses_manifest_is_warned_about_and_ignored(make_folder, caplog):
+def test_somebody_elses_manifest_is_warned_about_and_ignored(make_folder, tmp_path, caplog):
     source = make_folder(9)
-    for content in ('{"complete": false}', '{"one": 1}\n{"two": 2}\n', "[1]"):
-        (source / "manifest.json").write_text(content)
-        caplog.clear()
-        assert len(ImageFolder(source)) == 9 and "was not written by prepare-data" in caplog.text
+    pack(tmp_path / "tars" / "a.tar", {"0.png": png(0), "0.cls": b"0"})
+    for content in ('{"complete": false}', "[1]"):
+        for path, count in ((source, 9), (tmp_path / "tars", 1)):
+            caplog.clear()
+            (path / "manifest.json").write_text(content)
+            assert len(open_images(path)) == count and "was not written by prepare-data" in caplog.text
 
 
-def test_a_manifest_that_was_cut_off_is_refused_with_a_remedy(make_folder, tmp_path):
+def test_a_manifest_that_was_cut_edited_or_deleted_is_refused_with_a_remedy(make_folder, tmp_path, prepare):
     source, out = make_folder(9), tmp_path / "out"
-    prepare_folder(source, out, 16, workers=0)
+    manifest = prepare(source, out)
     text = (out / "manifest.json").read_text()
-    for size in (0, 1, 20, 300, len(text) - 3):
-        (out / "manifest.json").write_text(text[:size])
-        for use in (ImageFolder, lambda out: prepare_folder(source, out, 16, workers=0)):
-            with pytest.raises(
-                ValueError, match="manifest.json is damaged: it is no JSON.*; restore it, or prepare the"
-            ):
-                use(out)
-    (out / "manifest.json").write_text(text.replace("true", "1"))
-    with pytest.raises(ValueError, match="is damaged: it has complete 1, wanted bool; restore it"):
-        ImageFolder(out)
-    (out / "manifest.json").write_text(text)
-    assert len(ImageFolder(out)) == 9
+    restore = "restore it, or prepare the images again"
+    cases = [(text[:size], "is damaged: it is no JSON", restore) for size in (0, 20, len(text) - 3)]
+    cases += [
+        (manifest | {key: value}, f"is damaged: {key} is {value!r}, wanted", restore)
+        for key, value in (("counts", None), ("complete", "yes"), ("classes", 3), ("bad_files", None))
+    ]
+    if prepare.layout == "shards":
+        cases += [
+            (manifest | {"shards": None}, "is damaged: shards is None, wanted list", restore),
+            (manifest | {"shards": []}, "shard-000000.tar has .* bytes, wanted no", "run prepare-data again"),
+            (manifest | {"layout": "folder"}, "has tars, but its manifest.json says layout 'folder'", ""),
+            (manifest | {"index_sha256": "0"}, "index.npz is missing or not the one", "run prepare-data again"),
+            ({"shards": []}, "index.npz of prepare-data but not its manifest.json", "restore it, prepare the images"),
+            (None, "index.npz of prepare-data but not its manifest.json; restore it", "delete index.npz to read"),
+        ]
+    for content, found, remedy in cases:
+        (out / "manifest.json").unlink()
+        if content is not None:
+            (out / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ValueError, match=found) as caught:
+            open_images(out)
+        assert "\n" not in str(caught.value) and remedy in str(caught.value)
+        (out / "manifest.json").write_text(text)
+    if prepare.layout == "shards":  # neither is left to tell: WebDataset shards like any other
+        for name in ("index.npz", "manifest.json"):
+            (out / name).unlink()
+        assert open_images(out).classes == ["0", "1", "2"]
+
+
+def test_shards_may_be_copied_but_not_joined_by_others(make_folder, tmp_path):
+    source, out = make_folder(30), tmp_path / "out"
+    prepare_shards(source, out, 16, workers=0, images_per_shard=10)
+    for path in out.iterdir():  # as a copy
+        os.utime(path, (5, 5))
+    assert ImageTars(out).index.crc32 is not None
+    touch(out, "extra.tar", content=(out / "shard-000001.tar").read_bytes())
+    with pytest.raises(ValueError, match="extra.tar has .* bytes, wanted no by manifest.json"):
+        open_images(out)
+
+
+# what prepare-data refuses
 
 
 def test_two_files_that_would_share_a_name_are_an_error_before_any_work(make_folder, tmp_path):
     source, out = make_folder(6), tmp_path / "out"
-    Image.new("RGB", (20, 20)).save(source / "class0" / "000.jpg")
+    noise(20, 20).save(source / "class0" / "000.jpg")
     with pytest.raises(ValueError, match="class0/000.jpg and class0/000.png would both become class0/000.png"):
         prepare_folder(source, out, 16, workers=0)
     assert not out.exists()
 
 
-def test_tars_as_the_source_of_a_folder_point_to_shards(make_folder, tmp_path):
-    source, tars = make_folder(6), tmp_path / "tars"
-    prepare_shards(source, tars, 16, workers=0)
-    for path, kind in ((tars, "is a folder of tars"), (tars / "shard-000000.tar", "is a file")):
-        with pytest.raises(ValueError, match=f"source: {path} {kind}, wanted .*; unpack it, or use --layout shards"):
-            prepare_folder(path, tmp_path / "out", 16, workers=0)
-    with pytest.raises(ValueError, match="missing does not exist"):
-        prepare_folder(tmp_path / "missing", tmp_path / "out", 16, workers=0)
-    assert not (tmp_path / "out").exists()
-    # a tar beside class folders is left out, as ever
-    (source / "more.tar").write_bytes(b"")
-    assert prepare_folder(source, tmp_path / "out", 16, workers=0)["complete"]
-
-
-def test_outdirs_that_could_do_harm_are_refused(make_folder, tmp_path):
-    source = make_folder(6)
+def test_outdirs_that_could_do_harm_are_refused_untouched(make_folder, tmp_path, prepare):
+    source, mine = make_folder(6), tmp_path / "mine"
+    (tmp_path / "link").symlink_to(source)
     before = snapshot(source)
-    link = tmp_path / "link"
-    link.symlink_to(source)
-    for outdir in (source, source / "class0", link / "new"):
+    for outdir in (source, source / "class0", tmp_path / "link" / "new"):
         with pytest.raises(ValueError, match="is or lies in the source"):
-            prepare_folder(source, outdir, 16, workers=0)
+            prepare(source, outdir)
     assert snapshot(source) == before
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.tex").write_text("work of years")
-    with pytest.raises(ValueError, match="is not empty and has no manifest.json"):
-        prepare_folder(source, mine, 16, workers=0)
+    touch(mine, "thesis.tex", content=b"work of years")
+    with pytest.raises(ValueError, match="is not empty and not a folder of prepare-data"):
+        prepare(source, mine)
     (mine / "manifest.json").write_text('{"image_size": 16}')
-    with pytest.raises(ValueError, match="not a manifest of prepared images"):
-        prepare_folder(source, mine, 16, workers=0)
+    with pytest.raises(ValueError, match="it was not written by prepare-data"):
+        prepare(source, mine)
+    assert sorted(snapshot(mine)) == ["manifest.json", "thesis.tex"]
     with pytest.raises(ValueError, match="is a file"):
-        prepare_folder(source, mine / "thesis.tex", 16, workers=0)
+        prepare(source, mine / "thesis.tex")
     with pytest.raises(ValueError, match="wanted at least 1"):
-        prepare_folder(source, tmp_path / "new", 0, workers=0)
+        prepare(source, tmp_path / "new", 0)
+    with pytest.raises(ValueError, match="missing does not exist"):
+        prepare(tmp_path / "missing", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
-def test_another_source_is_refused_but_a_source_that_moved_is_not(make_folder, tmp_path):
-    source, out = make_folder(6), tmp_path / "out"
-    prepare_folder(source, out, 16, workers=0)
-    with pytest.raises(ValueError, match="was made from .*images, not from .*others"):
-        prepare_folder(make_folder(9, name="others"), out, 16, workers=0)
-    source.rename(tmp_path / "moved")
-    assert prepare_folder(tmp_path / "moved", out, 16, workers=0)["complete"]
+def test_outputs_of_other_images_or_arguments_are_refused(make_folder, tmp_path, prepare):
+    source, out = make_folder(12), tmp_path / "out"
+    prepare(source, out)
+    before = snapshot(out)
+    cases = [({"image_size": 8}, "image_size was 16, now 8"), ({"workers": -1}, "got 16, -1")]
+    if prepare.layout == "shards":
+        cases += [
+            ({"images_per_shard": 6}, "images_per_shard was 10, now 6"),
+            ({"format": "jpeg"}, "format was 'png', now 'jpeg'"),
+            ({"seed": 1}, "seed was 0, now 1"),
+            ({"images_per_shard": 0}, "got 0, 0, wanted at least 1"),
+            ({"format": "gif"}, "got gif, 95"),
+            ({"quality": 101}, "got png, 101"),
+        ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            prepare(source, out, **options)
+    with pytest.raises(ValueError, match="source was '.*images', now '.*others'; source_fingerprint was"):
+        prepare(make_folder(9, name="others"), out)
+    other = LAYOUTS["folder" if prepare.layout == "shards" else "shards"]
+    with pytest.raises(ValueError, match=f"layout was '{prepare.layout}', now"):
+        other(source, out, 16, workers=0)
+    assert snapshot(out) == before
+    # a source that moved is the same
+    moved = source.rename(tmp_path / "moved")
+    assert prepare(moved, out)["complete"]
+    # one that grew gives a folder the crops that it lacks, but shards are mixed anew
+    noise(20, 20).save(moved / "class0" / "new.png")
+    if prepare.layout == "shards":
+        with pytest.raises(ValueError, match="source_fingerprint was"):
+            prepare(moved, out)
+    else:
+        assert prepare(moved, out)["counts"]["class0"] == 5

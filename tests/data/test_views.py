@@ -1,3 +1,5 @@
+"""The centre crop and the augmented views: what is drawn for them, and what Pillow makes of what was drawn."""
+
 import colorsys
 import random
 from collections import Counter
@@ -9,24 +11,9 @@ from PIL import Image
 from scipy import stats
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import augmented_view, center_crop, training_views, views
-from tests.data.augmentation import OFF
-
-
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def draw(image, config, count, which=0, size=None):
-    rng = np.random.default_rng(7)
-    return [
-        np.asarray(augmented_view(image, size or image.width, rng, config, which)).astype(float) for _ in range(count)
-    ]
-
-
-def assert_plausible(count, trials, probability):
-    assert stats.binomtest(count, trials, probability).pvalue > 1e-3
-
+from epg_fast.data import center_crop, training_views
+from epg_fast.data.loading.views import AugmentedView, apply_view, check_augment, draw_view
+from tests.data.images import OFF, noise
 
 # centre crop
 
@@ -35,24 +22,13 @@ def test_crop_of_a_large_image_halves_with_box_then_resizes_once_bicubic():
     image = noise(157, 130)
     # by hand: 157x130 -> 78x65 (65 < 2 * 33) -> short side 33: 78 * 33 / 65 = 39.6 -> 40 x 33 -> columns 3..35
     by_hand = image.resize((78, 65), Image.BOX).resize((40, 33), Image.BICUBIC)
-    by_hand = np.asarray(by_hand)[:, 3:36]
-    np.testing.assert_array_equal(np.asarray(center_crop(image, 33)), by_hand)
-
-
-def test_crop_halves_twice_when_four_times_as_large():
+    np.testing.assert_array_equal(np.asarray(center_crop(image, 33)), np.asarray(by_hand)[:, 3:36])
     image = noise(64, 80)
-    by_hand = image.resize((32, 40), Image.BOX).resize((16, 20), Image.BOX)
-    np.testing.assert_array_equal(np.asarray(center_crop(image, 16)), np.asarray(by_hand)[2:18])
-
-
-def test_crop_enlarges_small_images_bicubically():
+    twice = image.resize((32, 40), Image.BOX).resize((16, 20), Image.BOX)
+    np.testing.assert_array_equal(np.asarray(center_crop(image, 16)), np.asarray(twice)[2:18])
     image = noise(8, 8)
     np.testing.assert_array_equal(np.asarray(center_crop(image, 32)), np.asarray(image.resize((32, 32), Image.BICUBIC)))
-
-
-def test_crop_leaves_an_image_of_the_right_size_alone():
-    image = noise(24, 24)
-    assert center_crop(image, 24) is image
+    assert center_crop(image, 8) is image
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (37, 5), (300, 33), (31, 64)])
@@ -60,161 +36,120 @@ def test_crop_of_odd_shapes_has_the_size_asked_for(size):
     assert center_crop(noise(*size), 16).size == (16, 16)
 
 
-# augmented views
+# what is drawn
 
 
-@pytest.mark.parametrize("shape", [(200, 200), (240, 120)])
-def test_crop_areas_ratios_and_positions_have_the_documented_distribution(shape):
-    width, height = shape
-    ramp = np.zeros((height, width, 3), np.uint8)
-    ramp[..., 0] = np.arange(width)
-    ramp[..., 1] = np.arange(height)[:, None]
-    found = np.array([box_of(view) for view in draw(Image.fromarray(ramp), without(OFF, "crop"), 1200, size=32)])
-
-    rng = np.random.default_rng(1)
-    area = rng.uniform(0.08, 1, 60_000) * width * height
-    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(area)))
-    w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
-    fits = (w <= width) & (h <= height)
-    w, h = w[fits], h[fits]
-    x, y = rng.random(len(w)) * (width - w), rng.random(len(w)) * (height - h)
-    for column, reference in zip(found.T, (x, y, w, h), strict=True):
-        assert stats.ks_2samp(column, reference).pvalue > 1e-3
-    assert stats.ks_2samp(found[:, 2] * found[:, 3], w * h).pvalue > 1e-3
-    assert stats.ks_2samp(np.log(found[:, 2] / found[:, 3]), np.log(w / h)).pvalue > 1e-3
+def draw(count, width, height, config, which=0):
+    rng = np.random.default_rng(7)
+    return [draw_view(width, height, rng, config, which) for _ in range(count)]
 
 
-def without(config, *names):
-    """`config` with the named parts back at the defaults of SPEC 1."""
-    default = AugmentConfig()
-    fields = [field for field in vars(default) if any(field.startswith(name) for name in names)]
-    return replace(config, **{field: getattr(default, field) for field in fields})
+def reference_box(width, height):
+    """SPEC 1 with Python's random module: left, top, width, height."""
+    while True:
+        area = width * height * random.uniform(0.08, 1)
+        ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
+        if w <= width and h <= height:
+            return random.uniform(0, width - w), random.uniform(0, height - h), w, h
 
 
-def box_of(view):
-    """Left, top, width and height of the crop, from a view of a picture that shows its own coordinates."""
-    size = view.shape[0]
-    inner = slice(4, size - 4)  # the picture's border repeats beyond its edge
-    pixels = np.arange(size)[inner] + 0.5
-    columns, rows = view[inner, inner, 0].mean(0), view[inner, inner, 1].mean(1)
-    (slope_x, start_x), (slope_y, start_y) = np.polyfit(pixels, columns, 1), np.polyfit(pixels, rows, 1)
-    return start_x + 0.5, start_y + 0.5, slope_x * size, slope_y * size
+@pytest.mark.parametrize("width, height", [(200, 200), (240, 120), (8, 8)])
+def test_boxes_have_the_documented_distribution(width, height):
+    boxes = np.array([view.box for view in draw(1500, width, height, AugmentConfig())])
+    x, y, w, h = boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    random.seed(1)
+    left, top, wide, high = np.array([reference_box(width, height) for _ in range(20_000)]).T
+    pairs = (x, left), (y, top), (w, wide), (h, high), (w * h, wide * high), (w / h, wide / high)
+    for found, wanted in pairs:
+        assert stats.ks_2samp(found, wanted).pvalue > 1e-3
+    assert len({tuple(box) for box in boxes}) > 1490  # tiny images have many crops too
 
 
 def test_an_image_too_narrow_for_any_crop_gets_its_largest_central_box():
-    pixels = np.zeros((100, 400, 3), np.uint8)
-    pixels[:, 150:250] = 255
-    config = replace(OFF, crop_area=(1.0, 1.0), crop_ratio=(0.5, 1.0))
-    (view,) = draw(Image.fromarray(pixels), config, 1, size=20)
-    # resampling looks a pixel beyond the box at its two ends
-    assert view[:, 1:-1].min() == 255 and 200 < view[:, [0, -1]].min() < 255
+    (view,) = draw(1, 400, 100, replace(OFF, crop_ratio=(0.5, 1.0)))
+    assert view.box == (150, 0, 250, 100)
 
 
-def test_tiny_images_have_many_crops():
-    crops = {view.tobytes() for view in draw(noise(8, 8), without(OFF, "crop"), 50, size=32)}
-    assert len(crops) == 50
+@pytest.mark.parametrize("which", [0, 1])
+def test_colours_blur_and_flips_have_the_documented_distributions(which):
+    count, views = 3000, draw(3000, 20, 20, AugmentConfig(), which)
+
+    def plausible(found, probability):
+        return stats.binomtest(int(found), count, probability).pvalue > 1e-3
+
+    jitters = [view.jitter for view in views if view.jitter]
+    assert plausible(len(jitters), 0.8)
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ):
+        values = [dict(jitter)[name] for jitter in jitters]
+        assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 1e-3
+    orders = Counter(tuple(name for name, _ in jitter) for jitter in jitters)
+    assert len(orders) == 24 and stats.chisquare(list(orders.values())).pvalue > 1e-3
+    assert plausible(sum(view.grayscale for view in views), 0.2)
+    assert plausible(sum(view.flip for view in views), 0.5)
+    sigmas = [view.blur for view in views if view.blur is not None]
+    assert stats.kstest(sigmas, "uniform", (0.1, 1.9)).pvalue > 1e-3
+    # blur is sure in the first view and rare in the second, which alone is solarised
+    assert len(sigmas) == count if which == 0 else plausible(len(sigmas), 0.1)
+    solarised = sum(view.solarize for view in views)
+    assert solarised == 0 if which == 0 else plausible(solarised, 0.2)
+
+
+# what is made of it
+
+
+def apply(image, size=None, **changes):
+    nothing = AugmentedView((0, 0, *image.size), (), False, None, False, False)
+    return np.asarray(apply_view(image, size or image.width, nothing._replace(**changes))).astype(float)
+
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+PIXELS = Image.fromarray(COLOURS.astype(np.uint8))
+LUMA = COLOURS @ [0.299, 0.587, 0.114]
 
 
 @pytest.mark.parametrize(
-    "name, low, high", [("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2)]
+    "changes, expected",
+    [
+        ({}, COLOURS),
+        ({"jitter": (("brightness", 1.3),)}, 1.3 * COLOURS),
+        ({"jitter": (("contrast", 0.7),)}, LUMA.mean() + 0.7 * (COLOURS - LUMA.mean())),
+        ({"jitter": (("saturation", 0.8),)}, LUMA[..., None] + 0.8 * (COLOURS - LUMA[..., None])),
+        ({"jitter": (("brightness", 2.0), ("brightness", 0.5))}, 0.5 * (2 * COLOURS).clip(0, 255)),
+        ({"grayscale": True}, np.repeat(LUMA[..., None], 3, 2)),
+        ({"solarize": True}, np.where(COLOURS < 128, COLOURS, 255 - COLOURS)),
+        ({"flip": True}, COLOURS[:, ::-1]),
+        ({"grayscale": True, "flip": True}, np.repeat(LUMA[:, ::-1, None], 3, 2)),
+        ({"box": (2, 2, 6, 6), "size": 4}, COLOURS[2:6, 2:6]),
+    ],
 )
-def test_colour_factors_are_uniform(name, low, high):
-    pixels = np.full((8, 8, 3), 128, np.uint8)
-    if name == "contrast":
-        pixels[:, :4], pixels[:, 4:] = 68, 188
-    if name == "saturation":
-        pixels[..., 0] = 228
-    measure = {
-        "brightness": lambda v: v.mean() / 128,
-        "contrast": lambda v: (v[:, 4:].mean() - v[:, :4].mean()) / 120,
-        "saturation": lambda v: (v[..., 0] - v[..., 1]).mean() / 100,
-    }[name]
-    config = replace(without(OFF, name), jitter_probability=1.0)
-    factors = [measure(view) for view in draw(Image.fromarray(pixels), config, 600)]
-    assert min(factors) > low - 0.02 and max(factors) < high + 0.02
-    assert stats.kstest(factors, "uniform", (low, high - low)).pvalue > 1e-3
+def test_each_operation_follows_its_formula(changes, expected):
+    # Pillow rounds the luma, its mean and the result
+    assert np.abs(apply(PIXELS, **changes) - expected.clip(0, 255)).max() <= 1.5
 
 
-def test_hue_turns_by_up_to_a_tenth_in_both_directions():
-    config = replace(without(OFF, "hue"), jitter_probability=1.0)
-    image = Image.new("RGB", (4, 4), (40, 200, 40))
-    hues = np.array([colorsys.rgb_to_hsv(*view[0, 0] / 255) for view in draw(image, config, 400)])
-    assert np.abs(hues[:, 1] - 0.8).max() < 0.02 and np.abs(hues[:, 2] - 200 / 255).max() < 0.02
-    assert stats.kstest(hues[:, 0] - 1 / 3, "uniform", (-0.1, 0.2)).pvalue > 1e-3
-    wrapped = [
-        colorsys.rgb_to_hsv(*v[0, 0] / 255)[0] for v in draw(Image.new("RGB", (4, 4), (200, 40, 40)), config, 50)
-    ]
-    assert any(0.88 < hue < 1 for hue in wrapped) and any(0 < hue < 0.12 for hue in wrapped)
+def test_hue_turns_by_its_share_of_the_circle_in_both_directions():
+    for turns in (-0.1, -0.05, 0.05, 0.1):
+        turned = apply(Image.new("RGB", (4, 4), (200, 40, 40)), jitter=(("hue", turns),))
+        hue, *others = colorsys.rgb_to_hsv(*turned[0, 0] / 255)
+        assert abs((hue - turns + 0.5) % 1 - 0.5) < 0.01
+        np.testing.assert_allclose(others, (0.8, 200 / 255), atol=0.02)
+    np.testing.assert_array_equal(apply(PIXELS, jitter=(("hue", 0.001),)), COLOURS)
 
 
-def test_colour_jitter_comes_in_random_order_with_its_probability(monkeypatch):
-    order = []
-    for name, original in list(views._ENHANCERS.items()):
-        monkeypatch.setitem(
-            views._ENHANCERS, name, lambda image, name=name, original=original: order.append(name) or original(image)
-        )
-    original_hue = views._shift_hue
-    monkeypatch.setattr(views, "_shift_hue", lambda image, turns: order.append("hue") or original_hue(image, turns))
-    draw(noise(4, 4), without(OFF, "jitter", "brightness", "contrast", "saturation", "hue"), 1500)
-    permutations = Counter(tuple(order[i : i + 4]) for i in range(0, len(order), 4))
-    assert all(len(set(permutation)) == 4 for permutation in permutations) and len(permutations) == 24
-    assert stats.chisquare(list(permutations.values())).pvalue > 1e-3
-    assert_plausible(len(order) // 4, 1500, 0.8)
-
-
-def test_grayscale_has_equal_channels_of_the_luma_with_its_probability():
-    image = Image.new("RGB", (4, 4), (200, 30, 60))
-    views_ = draw(image, without(OFF, "grayscale"), 800)
-    gray = [view for view in views_ if np.ptp(view[0, 0]) == 0]
-    assert_plausible(len(gray), 800, 0.2)
-    assert abs(gray[0][0, 0, 0] - (0.299 * 200 + 0.587 * 30 + 0.114 * 60)) <= 1
-    assert all((view == [200, 30, 60]).all() for view in views_ if np.ptp(view[0, 0]))
-
-
-def test_blur_is_sure_in_view_1_and_rare_in_view_2():
-    image = noise(16, 16)
-    changed = [
-        sum((view != np.asarray(image)).any() for view in draw(image, without(OFF, "blur_probability"), 600, which))
-        for which in (0, 1)
-    ]
-    # sigmas just above 0.1 leave the pixels as they are
-    assert changed[0] > 500
-    assert_plausible(changed[1], 600, 0.1)
-
-
-def test_blur_sigma_is_uniform_from_a_tenth_to_two_pixels():
-    # a blurred edge rises like the Gaussian's integral; below half a pixel eight bits no longer resolve it
+@pytest.mark.parametrize("sigma", [0.6, 1.0, 2.0])
+def test_a_blurred_edge_rises_like_the_gaussians_integral(sigma):
     edge = np.zeros((41, 41, 3), np.uint8)
     edge[:, 20:] = 255
-    config = replace(without(OFF, "blur"), blur_probability=(1.0, 1.0))
-    sigmas = []
-    for view in draw(Image.fromarray(edge), config, 400):
-        slope = np.diff(view[20, :, 0])
-        position = np.arange(len(slope))
-        centre = (position * slope).sum() / slope.sum()
-        sigmas.append(np.sqrt(((position - centre) ** 2 * slope).sum() / slope.sum()))
-    sigmas = np.array(sigmas)
-    assert sigmas.max() < 2.1
-    above = sigmas[sigmas > 0.5]
-    assert stats.kstest(above, "uniform", (0.5, 1.5)).pvalue > 1e-3
-    assert_plausible(len(above), 400, 1.5 / 1.9)
-
-
-def test_solarise_inverts_from_128_on_and_only_in_view_2():
-    ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
-    values = np.arange(256).reshape(16, 16)
-    solarised = np.where(values < 128, values, 255 - values)
-    first, second = (draw(ramp, without(OFF, "solarize"), 600, which) for which in (0, 1))
-    assert all((view[..., 0] == values).all() for view in first)
-    hits = [view for view in second if (view[..., 0] != values).any()]
-    assert_plausible(len(hits), 600, 0.2)
-    assert all((view == solarised[..., None]).all() for view in hits)
-
-
-def test_flip_mirrors_left_and_right_with_its_probability():
-    image = noise(6, 6)
-    flipped = [(view == np.asarray(image)[:, ::-1]).all() for view in draw(image, without(OFF, "flip"), 600)]
-    assert_plausible(sum(flipped), 600, 0.5)
+    slope = np.diff(apply(Image.fromarray(edge), blur=sigma)[20, :, 0])
+    position = np.arange(len(slope))
+    centre = (position * slope).sum() / slope.sum()
+    assert abs(np.sqrt(((position - centre) ** 2 * slope).sum() / slope.sum()) - sigma) < 0.1
 
 
 # training views
@@ -237,23 +172,7 @@ def test_first_view_is_the_centre_crop_flipped_with_the_given_probability():
     for probability, expected in ((0.0, crop), (1.0, crop[:, ::-1])):
         np.testing.assert_array_equal(training_views(image, 32, rng, probability)[0], expected)
     flips = sum((training_views(image, 32, rng, 0.3)[0] != crop).any() for _ in range(500))
-    assert_plausible(flips, 500, 0.3)
-
-
-def test_views_depend_on_the_given_generator_alone():
-    image = noise(30, 20)
-
-    def run(seed):
-        np.random.seed(seed)
-        random.seed(seed)
-        return training_views(image, 16, np.random.default_rng(5), 0.5, AugmentConfig())
-
-    state = np.random.get_state()
-    try:
-        for a, b in zip(run(0), run(1), strict=True):
-            np.testing.assert_array_equal(a, b)
-    finally:
-        np.random.set_state(state)
+    assert stats.binomtest(flips, 500, 0.3).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -269,6 +188,6 @@ def test_views_depend_on_the_given_generator_alone():
     ],
 )
 def test_meaningless_settings_are_refused(change, message):
-    views.check_augment(AugmentConfig())
+    check_augment(AugmentConfig())
     with pytest.raises(ValueError, match=message):
-        views.check_augment(replace(AugmentConfig(), **change))
+        check_augment(replace(AugmentConfig(), **change))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, consistency_r, guided
-from tests.ops.extension_checks import each_steps_backend
+from tests.ops.kernel_checks import each_steps_backend
 
 STD = 0.3
 

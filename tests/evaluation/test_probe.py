@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from epg_fast.data import PixelNormalization
+from epg_fast.diffusion import PixelNormalization
 from epg_fast.evaluation.probe import encoder_features, linear_probe, load_rgb
 
 pytest.importorskip("sklearn")

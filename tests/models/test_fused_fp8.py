@@ -1,14 +1,14 @@
 """Blocks in FP8 on the kernels that quantise: they err as PyTorch's way does, and bypass nothing that was changed."""
 
-import importlib
 from collections import Counter
 
 import pytest
 import torch
 
 import epg_fast
-from epg_fast.models import EPGViT
-from epg_fast.models.fused_fp8 import Fp8Block, Fp8DecoderBlock, QuantizedLinear
+from epg_fast.models import EPGViT, fp8, fused_fp8
+from epg_fast.models.fp8 import Fp8Linear
+from epg_fast.models.fused_fp8 import Fp8Block, Fp8DecoderBlock
 from epg_fast.sampling.precision import inference_network
 from tests.golden_data import Case
 from tests.ops.kernel_checks import pretend_gemms_run
@@ -18,12 +18,17 @@ SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_he
 DECODER = {"decoder_depth": 2, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
 FORMS = {
     "as released": {},
-    "decoder deeper than the encoder": {"decoder_depth": 3},
-    "encoder as wide as the decoder": {"decoder_embed_dim": 32},
-    "three class tokens": {"tokens": 3},
-    "no classes": {"num_classes": 0},
-    "qkv bias and a scale of the scores": {"qkv_bias": True, "qk_scale": 0.3},
-    "no norm after the skips": {"skip_post_norm": False},
+    "a deeper decoder, three class tokens, qkv bias, scaled scores": {
+        "decoder_depth": 3,
+        "tokens": 3,
+        "qkv_bias": True,
+        "qk_scale": 0.3,
+    },
+    "no norm after the skips, equal widths, no classes": {
+        "skip_post_norm": False,
+        "decoder_embed_dim": 32,
+        "num_classes": 0,
+    },
     "a skip whose width FP8 does not take": {"embed_dim": 40},
 }
 
@@ -83,40 +88,49 @@ def test_official_outputs_are_met_as_nearly_as_by_pytorchs_way(name):
     assert 1e-3 < errors[0] < 1.1 * errors[1] < 0.1
 
 
+@pytest.mark.slow
 def test_use_ops_triton_samples_in_fp8_and_says_what_is_not_asked(log):
     model, options = make(), {"sampler": "onestep"}
     want = epg_fast.sample(model, [0, 1, 2], **options)
     plain = epg_fast.sample(model, [0, 1, 2], precision="fp8", **options)
     log.messages.clear()
     fused = epg_fast.sample(model.use_ops("triton"), [0, 1, 2], precision="fp8", **options)
-    assert log.messages[1:] == ["precision fp8: 18 linears of the blocks; sites norm, proj, mlp, skip are not asked"]
+    assert log.messages[1:] == [
+        "precision fp8: 18 linears of the blocks, with a scale per row; sites norm, proj, mlp, skip are not asked"
+    ]
     assert 0 < error(fused, want) < 4 * error(plain, want)  # the interpreter's roundings
 
 
-def count_calls(monkeypatch, *names):
-    """How often `fused_fp8` calls these operations."""
-    module, calls = importlib.import_module("epg_fast.models.fused_fp8"), Counter()
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the network calls which operation, and the last two arguments of `linear_fp8`."""
+    counted = Counter()
 
-    def counted(name, operation):
+    def count(module, name):
+        operation = getattr(module, name)
+
         def call(*args, **kwargs):
-            calls[name] += 1
+            if name == "linear_fp8":
+                counted[(name, *args[-2:])] += 1
+            counted[name] += 1
             return operation(*args, **kwargs)
 
-        return call
+        monkeypatch.setattr(module, name, call)
 
-    for name in names:
-        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    return calls
+    for name in ("layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate"):
+        count(fused_fp8, name)
+    for module, name in ((fused_fp8, "skip_norms_fp8"), (fused_fp8, "quantize_rows")):
+        count(module, name)
+    for name in ("quantize_rows_ref", "linear_fp8"):
+        count(fp8, name)
+    return counted
 
 
 @pytest.mark.usefixtures("references")
-def test_every_pass_over_the_tokens_that_can_be_shared_is(monkeypatch):
+def test_every_pass_over_the_tokens_that_can_be_shared_is(calls):
     model = make()
-    arguments = inputs(model, 2)
-    names = ("layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate")
-    calls = count_calls(monkeypatch, *names, "skip_norms_fp8", "quantize_rows", "quantize_rows_ref", "linear_fp8")
-    in_fp8(model, arguments, {"fp8": "triton"})
-    assert calls == {
+    in_fp8(model, inputs(model, 2), {"fp8": "triton"})
+    assert {name: count for name, count in calls.items() if isinstance(name, str)} == {
         "layer_norm_modulate_fp8": 1,  # the first block's
         "gate_residual_norm_modulate_fp8": 4 + 1,  # second norms, and the second block's first
         "gate_residual_norm_modulate": 2,  # final norms
@@ -128,21 +142,14 @@ def test_every_pass_over_the_tokens_that_can_be_shared_is(monkeypatch):
 
 
 @pytest.mark.usefixtures("references")
-def test_products_of_the_extension_have_the_gelu_in_them(monkeypatch):
+def test_products_of_the_extension_have_the_gelu_in_them(monkeypatch, calls):
     pretend_gemms_run(monkeypatch, "linear_fp8")
-    module = importlib.import_module("epg_fast.models.fused_fp8")
-    monkeypatch.setattr(module, "require_gemms", lambda op, device: None)
-    model, seen = make(), []
+    monkeypatch.setattr(fused_fp8, "require_gemms", lambda op, device: None)
+    model = make()
     arguments = inputs(model)
-    linear = module.linear_fp8
-
-    def noted(*args):
-        seen.append(args[-2:])
-        return linear(*args)
-
-    monkeypatch.setattr(module, "linear_fp8", noted)
-    got, want = (in_fp8(model, arguments, {"fp8": backend}) for backend in ("cuda", "triton"))
-    assert Counter(seen[:18]) == {(True, "cuda"): 4, (False, "cuda"): 14}
+    got = in_fp8(model, arguments, {"fp8": "cuda"})
+    assert (calls["linear_fp8", True, "cuda"], calls["linear_fp8", False, "cuda"]) == (4, 14)
+    want = in_fp8(model, arguments, {"fp8": "triton"})
     with torch.no_grad():
         exact = model(*arguments)
     assert error(got, exact) == pytest.approx(error(want, exact), rel=0.1)
@@ -184,10 +191,8 @@ class Adapter(torch.nn.Module):
         ("out_norm", None),
     ],
 )
-@pytest.mark.parametrize("how", ["adapter", "hook"])
-def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path, kept, how, log, monkeypatch):
-    if how == "adapter" and path == kept:
-        how = "hook"  # the network asks blocks for more than a call
+def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path, kept, log, monkeypatch):
+    how = "hook" if path in (kept, "norm") else "adapter"  # the network asks blocks for more than a call
     model = make()
     arguments = inputs(model)
     with torch.no_grad():
@@ -226,6 +231,7 @@ def test_a_subclass_and_a_network_that_encodes_alone_are_computed():
     assert error(feature.float(), model.use_ops("plain").encode(x, t, y)) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("references")
 def test_blocks_and_network_compile_into_one_graph_each():
     model = make().use_ops({"fp8": "triton"})
@@ -250,4 +256,4 @@ def test_a_cpu_without_fp8_products_multiplies_the_rounded_values(monkeypatch):
     monkeypatch.setattr("epg_fast.ops.fp8.cpu_has_row_scales", lambda: False)
     assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) < 0.01
     network = inference_network(model.use_ops({"fp8": "triton"}), "fp8")
-    assert {m.backend for m in network.modules() if isinstance(m, QuantizedLinear)} == {"plain"}
+    assert {m.backend for m in network.modules() if isinstance(m, Fp8Linear)} == {"plain"}

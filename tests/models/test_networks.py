@@ -131,3 +131,12 @@ def test_torch_compile_sees_one_graph(inductor):
     want = model(*inputs)
     got = torch.compile(model, fullgraph=True)(*inputs)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_may_stand_in_the_official_order():
+    """A user's own code passes them by position."""
+    by_place = EPGViT(32, 8, 3, 32, 1, 2, 4.0, False, None, 1, 2, 48, 2, 10)
+    sizes = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    by_name = EPGViT(**sizes, decoder_depth=2, decoder_embed_dim=48, decoder_num_heads=2, num_classes=10)
+    assert str(by_place) == str(by_name)
+    assert str(RCMViT(32, 8, 3, 32, 64, 16, 1, 2)) == str(RCMViT(**sizes, hidden_dim=64, output_dim=16))

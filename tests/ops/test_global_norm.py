@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 
-from epg_fast.ops import extension
-from epg_fast.ops.global_norm import SPEC, global_norm, global_norm_ref
-from tests.ops.extension_checks import DEVICE, GPU, make_tensors, needs_extension
+from epg_fast.ops.global_norm import SPEC, global_norm
+from tests.ops.kernel_checks import DEVICE, GPU, make_tensors, needs_extension
 
 FLOAT32_STEP = 2.0**-23
 
@@ -19,14 +18,12 @@ def exact_norm(tensors):
 @pytest.mark.parametrize(
     "shape", [*SPEC.odd_shapes, *(pytest.param(s, marks=GPU) for s in ((349, 65_537), (5000, 4096)))], ids=str
 )
-def test_norm_of_gradients(shape, dtypes):
+def test_the_norm_is_the_float32_nearest_to_the_exact_one_or_its_neighbour(shape, dtypes):
     count, size = shape
     tensors = [t.to(dtypes[i % len(dtypes)]) for i, t in enumerate(make_tensors([(size,)] * count))]
     norm, found_inf = global_norm(tensors, backend="extension")
     assert norm.shape == found_inf.shape == () and norm.dtype == found_inf.dtype == torch.float32
     assert norm.item() == pytest.approx(exact_norm(tensors), rel=FLOAT32_STEP) and found_inf.item() == 0
-    reference, found_inf = global_norm(tensors, backend="plain")
-    assert reference.item() == pytest.approx(exact_norm(tensors), rel=1e-5) and found_inf.item() == 0
 
 
 @needs_extension
@@ -69,12 +66,12 @@ def test_the_reference_adds_up_millions_of_values():
 @pytest.mark.parametrize("backend", ["extension", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("place", [(0, 0), (1, 16_384), (2, 9)])
-def test_one_value_that_is_not_finite_is_found(place, value, dtype, backend):
-    tensors = [t.to(dtype) for t in make_tensors([(7,), (20_001,), (10,)])]
-    tensors[place[0]][place[1]] = value
-    norm, found_inf = global_norm(tensors, backend=backend)
-    assert found_inf.item() == 1 and not norm.isfinite()
+def test_one_value_that_is_not_finite_is_found(value, dtype, backend):
+    for tensor, place in ((0, 0), (1, 16_384), (2, 9)):
+        tensors = [t.to(dtype) for t in make_tensors([(7,), (20_001,), (10,)])]
+        tensors[tensor][place] = value
+        norm, found_inf = global_norm(tensors, backend=backend)
+        assert found_inf.item() == 1 and not norm.isfinite()
 
 
 @needs_extension
@@ -90,20 +87,6 @@ def test_the_number_of_threads_changes_no_bit():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
-
-
-@needs_extension
-def test_registration_and_compilation():
-    tensors = make_tensors([(5, 3), (17,)])
-    global_norm(tensors, backend="extension")
-    norm, found_inf = (torch.empty((), device=DEVICE) for _ in range(2))
-    torch.library.opcheck(torch.ops.epg_fast.global_norm_out.default, (norm, found_inf, tensors))
-
-    def both(x, y):
-        return global_norm([x, y], backend="extension")
-
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(compiled(*tensors), both(*tensors), strict=True))
 
 
 @needs_extension
@@ -126,15 +109,3 @@ def test_auto_takes_tensors_that_the_extension_does_not():
     tensors = [torch.ones(4, dtype=torch.float64, device=DEVICE), torch.ones(3, 2, device=DEVICE).t()]
     norm, found_inf = global_norm(tensors)
     assert norm.item() == pytest.approx(math.sqrt(10)) and found_inf.item() == 0
-
-
-def test_a_missing_extension_says_how_to_build_it(monkeypatch):
-    monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built: run `pip install .`"))
-    with pytest.raises(ValueError, match="global_norm.*not built.*pip install.*backend='plain'"):
-        global_norm([torch.ones(3)], backend="extension")
-    assert global_norm([torch.ones(4)])[0] == global_norm_ref([torch.ones(4)])[0] == 2
-
-
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="got backend='cuda', wanted one of auto, extension, plain"):
-        global_norm([torch.ones(3)], backend="cuda")

@@ -7,37 +7,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from epg_fast.ops import attention, layer_norm_modulate, mlp_residual, skip_linear
 from epg_fast.ops.registration import Backward, operation
-from tests.ops.kernel_checks import needs_triton, randn
+from tests.ops.examples import EXAMPLES, Values
+from tests.ops.kernel_checks import DEVICE, assert_same_bits, needs_triton, run, trained
 
 pytestmark = needs_triton
 SHAPES = {
-    "layer_norm_modulate": ((2, 3, 8), (8,), (8,), (2, 8), (2, 8)),
-    "attention": ((1, 5, 3, 2, 16),),
-    "skip_linear": ((2, 3, 8), (2, 3, 8), (8, 16), (8,), (8,), (8,)),
-    "mlp_residual": ((2, 3, 8), (2, 3, 8), (16, 8), (16,), (8, 16), (8,), (2, 8)),
+    "layer_norm_modulate": (2, 3, 8),
+    "attention": (1, 5, 2, 16),
+    "skip_linear": (2, 3, 8, 8),
+    "mlp_residual": (2, 3, 8, 16),
 }
-CALLS = {
-    "layer_norm_modulate": layer_norm_modulate,
-    "attention": attention,
-    "skip_linear": skip_linear,
-    "mlp_residual": mlp_residual,
-}
-EACH = pytest.mark.parametrize("name", CALLS)
+EACH = pytest.mark.parametrize("name", SHAPES)
+MODES = pytest.mark.parametrize("mode", [torch.enable_grad, lambda: SeenByDispatch()], ids=["past", "through"])
 
 
 def make_inputs(name):
-    return [randn(*shape, seed=seed) for seed, shape in enumerate(SHAPES[name])]
+    return EXAMPLES[name].inputs(SHAPES[name], "fp32", device=DEVICE)
 
 
 def call(name, inputs):
-    return CALLS[name](*inputs, backend="triton")
+    return EXAMPLES[name].call("triton", **inputs)
 
 
 def forward_and_backward(name, inputs):
-    y = call(name, inputs)
-    return y, *torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y))
+    return run(lambda **given: call(name, given), inputs)
 
 
 class SeenByDispatch(TorchDispatchMode):
@@ -70,8 +64,7 @@ def test_past_the_operator_the_results_are_the_same_bit_for_bit(name, interprete
     with SeenByDispatch() as mode:
         through = forward_and_backward(name, inputs)
     assert {f"epg_fast::{name}", f"epg_fast::{name}_bwd"} <= set(mode.seen)
-    for a, b in zip(past, through, strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(past, through)
 
 
 @EACH
@@ -90,9 +83,9 @@ def test_whoever_looks_at_operators_sees_them(name):
     with FlopCounterMode(display=False) as counter:
         forward_and_backward(name, inputs)
     assert bool(counter.get_total_flops()) == (name != "layer_norm_modulate")
-    with FakeTensorMode() as mode:
-        fakes = [torch.empty(tensor.shape) for tensor in inputs]
-        assert call(name, fakes).shape == call(name, [torch.empty(tensor.shape) for tensor in inputs]).shape
+    with FakeTensorMode():
+        fake = call(name, make_inputs(name))
+    assert fake.shape == call(name, inputs).shape
 
 
 class Wrapped(torch.Tensor):
@@ -115,25 +108,26 @@ class Wrapped(torch.Tensor):
 
 
 def test_a_tensor_of_another_kind_sees_them():
-    inputs = [tensor.detach() for tensor in make_inputs("attention")]
-    assert torch.equal(call("attention", [Wrapped(inputs[0])]), call("attention", inputs))
+    qkv = make_inputs("attention")["qkv"].detach()
+    assert torch.equal(call("attention", {"qkv": Wrapped(qkv)}), call("attention", {"qkv": qkv}))
     assert "epg_fast::attention" in Wrapped.seen
 
 
 def test_a_negated_view_is_read_as_what_it_stands_for():
-    qkv = torch.complex(*randn(2, 1, 5, 3, 2, 16, requires_grad=False)).conj().imag
+    qkv = torch.complex(*Values(DEVICE, grad=False)(2, 1, 5, 3, 2, 16)).conj().imag
     assert qkv.is_neg()
-    assert torch.equal(call("attention", [qkv]), call("attention", [qkv.resolve_neg()]))
+    assert torch.equal(call("attention", {"qkv": qkv}), call("attention", {"qkv": qkv.resolve_neg()}))
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, SeenByDispatch], ids=["past", "through"])
+@MODES
 @pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["linear", "square"])
 def test_a_second_derivative_is_refused(mode, loss):
     inputs = make_inputs("layer_norm_modulate")
+    x = trained(inputs)[:1]
     with mode():
-        (dx,) = torch.autograd.grad(loss(call("layer_norm_modulate", inputs)), inputs[:1], create_graph=True)
+        (dx,) = torch.autograd.grad(loss(call("layer_norm_modulate", inputs)), x, create_graph=True)
         with pytest.raises(RuntimeError, match="no autograd formula|not differentiable|does not require grad"):
-            torch.autograd.grad(dx.square().sum(), inputs[:1])
+            torch.autograd.grad(dx.square().sum(), x)
 
 
 def _product(
@@ -161,10 +155,11 @@ def _product_bwd(
 planted = operation("planted_product", _product, _product, "out size next", Backward(_product_bwd, _product_bwd, "x y"))
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, SeenByDispatch], ids=["past", "through"])
+@MODES
 @pytest.mark.parametrize("used", [(0,), (2,), (0, 2)], ids=str)
 def test_gradients_follow_from_the_names_of_what_the_backward_function_takes(mode, used):
-    x, y = (randn(2, 3, seed=seed).double().detach().requires_grad_() for seed in (0, 1))
+    values = Values(DEVICE)
+    x, y = (values(2, 3, dtype=torch.float64) for _ in range(2))
     with mode():
         made = planted(x, y, 3.0)
         got = torch.autograd.grad(sum(made[i].sum() for i in used), (x, y), allow_unused=True)
@@ -174,9 +169,9 @@ def test_gradients_follow_from_the_names_of_what_the_backward_function_takes(mod
         torch.testing.assert_close(a, torch.zeros_like(x) if b is None else b)
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, SeenByDispatch], ids=["past", "through"])
+@MODES
 def test_none_comes_back_as_none(mode):
-    x = randn(2, 3, requires_grad=False)
+    x = Values(DEVICE, grad=False)(2, 3)
     with mode():
         assert planted(x, None, 2.0, False)[1:] == (None, None)
         assert torch.equal(planted(x, None, 2.0)[1], x.abs())

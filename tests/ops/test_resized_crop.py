@@ -8,14 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from epg_fast.data.views import center_crop, crop_geometry
-from epg_fast.ops import extension
+from epg_fast.data.loading.views import center_crop, crop_geometry
 from epg_fast.ops.resized_crop import FILTERS, SPEC, resized_crop
-from tests.ops.extension_checks import DEVICE
+from tests.ops.kernel_checks import DEVICE, needs_extension
 
-AVAILABLE, REASON = extension.extension_status()
-needs_extension = pytest.mark.skipif(not AVAILABLE, reason=f"extension: {REASON}")
-BACKENDS = pytest.mark.parametrize("backend", ["plain", pytest.param("extension", marks=needs_extension)])
+BACKENDS = pytest.mark.parametrize(
+    "backend", [pytest.param("plain", marks=pytest.mark.slow), pytest.param("extension", marks=needs_extension)]
+)
 EACH_FILTER = pytest.mark.parametrize("filter", FILTERS)
 SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0}
 
@@ -251,6 +250,7 @@ def test_sums_beyond_the_levels_are_clipped_between_the_passes(backend):
 
 @needs_extension
 @EACH_FILTER
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SPEC.odd_shapes, ids=str)
 def test_the_extension_is_the_reference_bit_for_bit(shape, filter):
     batch, height, width, size = shape
@@ -309,12 +309,6 @@ def arguments(batch=2, **change):
     return {"images": [IMAGE] * batch} | parameters | {"size": 4, "filter": "bicubic"} | change
 
 
-@pytest.mark.parametrize("backend", ["auto", "plain", pytest.param("extension", marks=needs_extension)])
-def test_a_batch_of_nothing_gives_nothing(backend):
-    out = resized_crop(**arguments(0), backend=backend)
-    assert out.shape == (0, 4, 4, 3) and out.dtype == torch.uint8
-
-
 @needs_extension
 def test_auto_takes_the_extension_for_contiguous_images_only():
     with mock.patch("epg_fast.ops.resized_crop.resized_crop_ref", side_effect=AssertionError):
@@ -332,12 +326,6 @@ def operator_arguments(out=None, filter=2, **change):
     del inputs["size"], inputs["filter"]
     out = torch.full((len(inputs["images"]), 4, 4, 3), 7, dtype=torch.uint8) if out is None else out
     return out, *inputs.values(), filter
-
-
-@needs_extension
-def test_operator_passes_opcheck():
-    resized_crop(**arguments(), backend="extension")
-    torch.library.opcheck(torch.ops.epg_fast.resized_crop_out.default, operator_arguments())
 
 
 @needs_extension
@@ -410,18 +398,14 @@ WRONG_TENSORS = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["auto", "plain", "extension"])
-@pytest.mark.parametrize(("change", "message", "_"), WRONG_VALUES + WRONG_TENSORS)
-def test_a_mistake_is_answered_with_what_was_wanted(change, message, _, backend):
-    with pytest.raises(ValueError, match=f"resized_crop: .*{message}"):
-        resized_crop(**arguments(**change), backend=backend)
-
-
 @needs_extension
-@pytest.mark.parametrize(("change", "_", "message"), WRONG_VALUES + WRONG_TENSORS)
-def test_operator_refuses_what_it_cannot_compute(change, _, message):
+@pytest.mark.parametrize(("change", "message", "of_operator"), WRONG_VALUES + WRONG_TENSORS)
+def test_a_mistake_is_answered_with_what_was_wanted_and_the_operator_refuses_it(change, message, of_operator):
+    for backend in ("auto", "plain", "extension"):
+        with pytest.raises(ValueError, match=f"resized_crop: .*{message}"):
+            resized_crop(**arguments(**change), backend=backend)
     out = torch.full((2, 4, 4, 3), 7, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=f"resized_crop: .*{message}"):
+    with pytest.raises(RuntimeError, match=f"resized_crop: .*{of_operator}"):
         torch.ops.epg_fast.resized_crop_out(*operator_arguments(out, **change))
     assert (out == 7).all()
 
@@ -465,20 +449,15 @@ def test_sizes_filters_and_backends_that_do_not_exist_are_refused():
             resized_crop(**arguments(**change))
 
 
-@pytest.mark.parametrize("backend", ["auto", "plain", "extension"])
-def test_images_whose_pixels_float32_cannot_count_are_refused(backend):
-    image = torch.zeros(1, 2**24 + 1, 3, dtype=torch.uint8)
-    inputs = arguments(1, images=[image], halvings=torch.tensor([0]), boxes=torch.tensor([[0, 0, 4, 1]]).double())
-    with pytest.raises(ValueError, match=r"got images\[0\] of 16777217 x 1 pixels, wanted at most 16777216 a side"):
-        resized_crop(**inputs, backend=backend)
-
-
 @needs_extension
-def test_operator_refuses_images_whose_pixels_float32_cannot_count():
+def test_images_whose_pixels_float32_cannot_count_are_refused():
     image = torch.zeros(1, 2**24 + 3, 3, dtype=torch.uint8)
     edge = torch.tensor([[2**24 + 2.5, 0, 2**24 + 3, 1]], dtype=torch.float64)
+    inputs = {"images": [image], "halvings": torch.tensor([0]), "boxes": edge}
+    for backend in ("auto", "plain", "extension"):
+        with pytest.raises(ValueError, match=r"images\[0\] of 16777219 x 1 pixels, wanted at most 16777216 a side"):
+            resized_crop(**arguments(1, **inputs), backend=backend)
     with pytest.raises(RuntimeError, match="image 0 of 1 x 16777219 pixels is longer than 16777216"):
-        inputs = {"images": [image], "halvings": torch.tensor([0]), "boxes": edge}
         torch.ops.epg_fast.resized_crop_out(*operator_arguments(batch=1, **inputs))
 
 

@@ -10,8 +10,6 @@ import os
 import signal
 import sys
 
-import jsonargparse  # noqa: F401 (imported once, before the forks)
-
 import epg_fast.sampling.command  # noqa: F401
 from epg_fast.__main__ import main
 

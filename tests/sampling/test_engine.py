@@ -12,8 +12,7 @@ from torch.testing import assert_close
 import epg_fast
 from epg_fast import SamplingEngine
 from epg_fast.config import CHURN, Sampler
-from epg_fast.data import PixelNormalization
-from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, autoguided, guided
+from epg_fast.diffusion import SAMPLERS, STOCHASTIC, Denoiser, NoiseSchedule, PixelNormalization, autoguided, guided
 from epg_fast.models import EPGViT
 from epg_fast.ops import philox_normal_of
 from epg_fast.sampling import engine as engine_module

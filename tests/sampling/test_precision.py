@@ -9,7 +9,7 @@ import epg_fast
 from epg_fast import SamplingEngine
 from epg_fast.models import EPGViT
 from epg_fast.models.blocks import LayerNorm
-from epg_fast.models.fused_fp8 import QuantizedLinear
+from epg_fast.models.fp8 import Fp8Linear, refusal
 from epg_fast.runtime import float32_products
 from epg_fast.sampling import image_error, precision
 from epg_fast.sampling.precision import inference_network
@@ -73,12 +73,12 @@ def test_the_joined_adaln_projection_computes_what_the_blocks_did():
 
 def test_fp8_is_the_large_linears_of_the_blocks_and_nothing_else(log):
     network = inference_network(make_model(), "fp8")
-    names = [name for name, module in network.named_modules() if isinstance(module, QuantizedLinear)]
+    names = [name for name, module in network.named_modules() if isinstance(module, Fp8Linear)]
     assert len(names) == 5 * 4 + 2  # the third decoder block has no skip
     assert all("blocks." in name and "adaLN" not in name for name in names)
     assert type(network.decoder_blocks[2].skip_linear) is torch.nn.Linear
     assert network.out.weight.dtype == network.patch_embed.proj.weight.dtype == torch.bfloat16
-    assert log.messages == ["precision fp8: 22 linears of the blocks"]
+    assert log.messages == ["precision fp8: 22 linears of the blocks, with a scale per row"]
 
 
 def test_an_fp8_linear_rounds_weights_by_channel_and_activations_by_token():
@@ -100,8 +100,8 @@ def test_an_fp8_linear_rounds_weights_by_channel_and_activations_by_token():
 def test_sides_that_fp8_does_not_take_stay_in_bf16_and_are_counted(log):
     inference_network(make_model(decoder_embed_dim=40), "fp8")
     (line,) = log.messages
-    assert line.startswith("precision fp8: 8 linears of the blocks; 14 stay in bf16, ")
-    with pytest.raises(ValueError, match="no linear with sides that are multiples of 16; want bf16"):
+    assert line.startswith("precision fp8: 8 linears of the blocks") and "3 x fc1 40 to 160" in line
+    with pytest.raises(ValueError, match="no linear with sides that are multiples of 16"):
         inference_network(make_model(embed_dim=24, decoder_embed_dim=40), "fp8")
 
 
@@ -115,6 +115,7 @@ def test_precisions_that_the_device_lacks_give_way_and_say_so(log, monkeypatch):
     monkeypatch.setattr(precision, "_name", lambda device: "an old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    refusal.cache_clear()
     assert precision.available_precision("tf32", torch.device("cuda")) == "tf32"
     assert precision.available_precision("fp8", torch.device("cuda")) == "bf16"
     assert len(log.messages) == 1

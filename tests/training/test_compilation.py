@@ -11,7 +11,7 @@ from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
 from epg_fast.distributed import Ranks
 from epg_fast.training import loop
-from epg_fast.training.compilation import begin_step, check_compilation, compile_networks
+from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
@@ -63,7 +63,7 @@ def updates(job, compile_with=None, begin=lambda: None, steps=3):
     config.optimizer.backend, config.optimizer.warmup_steps, config.optimizer.lr = "torch", 0, 1e-3
     state = RunState(config, make_stage(job, config), _Images(), Ranks(0, 1, CPU))
     if compile_with:
-        compile_networks(state.stage, backend=compile_with)
+        compile_stage(state.stage, "network", backend=compile_with)
     metrics = Metrics(None, False)
     for step in range(steps):
         torch.manual_seed(10 + step)
@@ -76,6 +76,7 @@ def updates(job, compile_with=None, begin=lambda: None, steps=3):
     return tensors, metrics.write(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_compiled_networks_are_whole_graphs_and_leave_nothing_behind_a_step(job):
     """Compiled once, without graph breaks; the numbers of uncompiled updates although results are overwritten."""
@@ -134,10 +135,3 @@ def test_cuda_graphs_are_refused_where_they_cannot_be():
     assert check_compilation(DiffusionConfig(), Ranks(0, 2, CPU)) is None
     with pytest.raises(ValueError, match="cuda_graphs: got compile auto, want network: add --compile network"):
         DiffusionConfig(cuda_graphs=True)
-
-
-def test_the_old_name_of_blocks_is_answered_with_the_new_one(capsys):
-    with pytest.raises(ValueError, match="compile is on, which is now called blocks"):
-        DiffusionConfig(compile="on")
-    assert main(["finetune-diffusion", "--compile", "on"]) == 2
-    assert "on is called blocks now" in capsys.readouterr().err

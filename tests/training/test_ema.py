@@ -15,7 +15,7 @@ from epg_fast.config import DiffusionConfig, OptimizerConfig, PosthocEmaConfig
 from epg_fast.distributed import Ranks
 from epg_fast.training.ema import HostEma, PosthocEma, ema_copy, gamma_of, list_snapshots, power_decay
 from epg_fast.training.optimizer import make_optimizer
-from tests.ops.extension_checks import needs_extension
+from tests.ops.kernel_checks import needs_extension
 from tests.training.runs import assert_same_run, crash_after_save, run_command
 from tests.training.stages import make_config, make_stage
 

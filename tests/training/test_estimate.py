@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from epg_fast import training
-from epg_fast.__main__ import _RECIPES, _parse, main
+from epg_fast.__main__ import main
 from epg_fast.config import DryRunConfig, OptimizerConfig, PosthocEmaConfig
+from epg_fast.flags import RECIPES, parse
 from epg_fast.runtime import autocast
 from epg_fast.training import estimate
 from epg_fast.training.ema import HostEma, ema_copy
@@ -55,7 +56,7 @@ def _command(run):
 
 
 def test_every_recipe_is_part_of_a_run():
-    shipped = {file.name.removesuffix(".yaml") for file in _RECIPES.iterdir() if file.name.endswith(".yaml")}
+    shipped = {file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml")}
     used = [(flag, value) for run in RUNS for flag, value in zip(_command(run), _command(run)[1:], strict=False)]
     assert {value for flag, value in used if flag == "--config"} == shipped
 
@@ -283,7 +284,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(flags, expected, capsys):
 def test_the_flag_may_stand_alone_or_with_a_value():
     class_ = type(make_config("pretrain"))
     for flags, wanted in (("--dry-run", True), ("--dry_run false", False), ("--dry-run=true", True), ("", False)):
-        config, options = _parse("pretrain", class_, [*flags.split(), "--steps", "3"])
+        config, options = parse([class_, DryRunConfig], [*flags.split(), "--steps", "3"], "pretrain")
         assert (options.dry_run, config.steps) == (wanted, 3)
 
 

@@ -5,10 +5,9 @@ import torch
 
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
-from epg_fast.models import create_encoder, create_model
+from epg_fast.models import create_encoder, create_model, fp8
+from epg_fast.models.fp8 import Fp8Linear, require_fp8, use_fp8
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic_ref
-from epg_fast.training import fp8
-from epg_fast.training.fp8 import Fp8Linear, require_fp8, use_fp8
 from epg_fast.training.optimizer import make_optimizer
 from tests.training.stages import DECODER, JOBS, SIZES, loss_of, make_config, make_stage
 
@@ -20,6 +19,10 @@ def names_of(network):
     return {name for name, module in network.named_modules() if type(module) is Fp8Linear}
 
 
+def small_encoder(**changes):
+    return create_encoder("digits_32", **({"embed_dim": 32, "depth": 2, "num_heads": 2} | changes))
+
+
 def test_the_large_linears_of_the_blocks_change_and_nothing_else():
     network = create_model("digits_32", **SMALL)
     before, names = dict(network.named_parameters()), list(network.state_dict())
@@ -29,29 +32,20 @@ def test_the_large_linears_of_the_blocks_change_and_nothing_else():
     blocks = [f"blocks.{i}" for i in range(2)] + [f"decoder_blocks.{i}" for i in range(3)]
     want = {f"{block}.{name}" for block in blocks for name in LARGE}
     assert names_of(network) == want | {f"{block}.skip_linear" for block in blocks[2:4]}  # the third has no skip
-    assert line == (
-        "fp8: 22 linears of the blocks, with a scale per row; in 16 bits: gradients of weights, "
-        "6 other linears (small, first or last)"
-    )
+    assert line == "fp8: 22 linears of the blocks, with a scale per row; gradients of weights are in 16 bits"
 
 
-def test_linears_of_odd_sizes_stay_in_16_bits_and_are_named():
+def test_linears_of_odd_sizes_and_adapters_stay_in_16_bits_and_are_named():
     network = create_model("digits_32", **(SMALL | {"decoder_embed_dim": 40}))
+    network.blocks[0].mlp.fc1 = torch.nn.Sequential(network.blocks[0].mlp.fc1)
+    network.blocks[1].attn = torch.nn.Sequential(network.blocks[1].attn)
     line = use_fp8(network, "plain")
-    assert names_of(network) == {f"blocks.{i}.{name}" for i in range(2) for name in LARGE}
-    assert "fp8: 8 linears" in line and "3 x fc1 40 to 160" in line and "2 x skip_linear 72 to 40" in line
-    with pytest.raises(ValueError, match="no multiples of 16 .*2 x qkv 24 to 72.*leave out --fp8"):
-        use_fp8(create_encoder("digits_32", embed_dim=24, depth=2, num_heads=2))
-
-
-def test_another_layer_in_the_place_of_a_linear_is_refused():
-    network = create_encoder("digits_32", **{k: SIZES[k] for k in ("embed_dim", "depth", "num_heads")})
-    network.blocks[0].mlp.fc1 = torch.nn.LazyLinear(128)
-    with pytest.raises(ValueError, match=r"got a LazyLinear in the place of blocks.0.mlp.fc1"):
-        use_fp8(network)
-    network.blocks[0].attn = torch.nn.Sequential(network.blocks[0].attn)
-    with pytest.raises(ValueError, match=r"got a Sequential in the place of blocks.0.attn.qkv"):
-        use_fp8(network)
+    left = {"blocks.0.mlp.fc1", "blocks.1.attn.qkv", "blocks.1.attn.proj"}
+    assert names_of(network) == {f"blocks.{i}.{name}" for i in range(2) for name in LARGE} - left
+    for part in ("fp8: 5 linears", "3 x fc1 40 to 160", "2 x skip_linear 72 to 40", "1 x a Sequential as fc1"):
+        assert part in line
+    with pytest.raises(ValueError, match="no linear with sides that are multiples of 16 .*2 x qkv 24 to 72.*leave it"):
+        use_fp8(small_encoder(embed_dim=24))
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -85,8 +79,9 @@ def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
         assert torch.cosine_similarity(gradients[name].flatten(), others[name].flatten(), dim=0) > 0.8, name
 
 
+@pytest.mark.slow
 def test_a_block_in_fp8_is_one_graph():
-    network = create_encoder("digits_32", **{k: SIZES[k] for k in ("embed_dim", "depth", "num_heads")})
+    network = small_encoder()
     use_fp8(network, "plain")
     x = torch.randn(2, 18, 32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -118,6 +113,7 @@ def train(fp8, steps=12, checkpointing=False):
     return losses
 
 
+@pytest.mark.slow
 def test_training_follows_the_losses_of_16_bits():
     plain, quantised = train(False), train(True)
     assert plain[-1] < 0.8 * plain[0] and plain != quantised
@@ -155,6 +151,7 @@ def test_a_gpu_that_does_not_multiply_fp8_is_refused_with_its_name(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
     monkeypatch.setattr(fp8, "linear_fp8_dynamic", product)
+    fp8.refusal.cache_clear()
     if said is None:
         assert require_fp8(torch.device("cuda", 0)) is None
         return

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
-from epg_fast.data import prefetch
+from epg_fast.data.loading import prefetch
 from epg_fast.models import load_weights
 from epg_fast.training import checkpoint, loop, preview, state
 from tests.training.runs import (

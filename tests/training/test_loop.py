@@ -18,7 +18,7 @@ from epg_fast.distributed import Ranks, joined
 from epg_fast.ops import extension_status
 from epg_fast.training import ConsistencyStage, DiffusionStage, PretrainStage, loop
 from epg_fast.training import metrics as metrics_module
-from epg_fast.training.compilation import compile_blocks
+from epg_fast.training.compilation import compile_stage
 from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics, Progress
 from epg_fast.training.state import RunState
@@ -132,7 +132,7 @@ def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, micro_b
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compile_blocks(state.stage, backend="eager", fullgraph=True)
+    compile_stage(state.stage, "blocks", backend="eager", fullgraph=True)
     metrics = Metrics(None, False)
     train_step(state, next(batches), metrics)
     graphs = counters["stats"]["unique_graphs"]

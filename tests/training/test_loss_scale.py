@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epg_fast.training.loss_scale import LossScale
-from tests.ops.extension_checks import DEVICE
+from tests.ops.kernel_checks import DEVICE
 
 
 def test_the_loss_scale_is_torchs_gradient_scaler():

@@ -15,7 +15,7 @@ from epg_fast.config import OptimizerConfig
 from epg_fast.models import EPGViT
 from epg_fast.training import optimizer as module
 from epg_fast.training.optimizer import make_optimizer
-from tests.ops.extension_checks import DEVICE, needs_extension
+from tests.ops.kernel_checks import DEVICE, needs_extension
 
 FUSED = pytest.param("fused", marks=needs_extension)
 BACKENDS = [FUSED, "torch", "apex"]

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from epg_fast.__main__ import main
-from epg_fast.data.dali import dali_status
+from epg_fast.data.loading.dali import dali_status
 from epg_fast.ops import extension_status
 from epg_fast.training import decoding
 from tests.training.runs import (

@@ -10,12 +10,12 @@ from epg_fast.distributed import Ranks
 from epg_fast.ops import extension_status
 from epg_fast.runtime import AUTOCAST
 from epg_fast.training import weight_copies
-from epg_fast.training.compilation import compile_blocks, compile_networks
+from epg_fast.training.compilation import compile_stage
 from epg_fast.training.loop import train_step
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.state import RunState
 from epg_fast.training.weight_copies import WeightCopies
-from tests.ops.extension_checks import needs_extension
+from tests.ops.kernel_checks import needs_extension
 from tests.training.stages import JOBS, make_config, make_stage
 
 pytest.importorskip("triton")
@@ -194,10 +194,10 @@ def test_products_that_would_not_read_a_copy_have_none(fields, left_out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compile_stage", [compile_blocks, compile_networks])
-def test_compiled_blocks_share_one_graph_and_read_the_copies_of_their_own_weights(compile_stage):
+@pytest.mark.parametrize("how", ["blocks", "network"])
+def test_compiled_blocks_share_one_graph_and_read_the_copies_of_their_own_weights(how):
     eager, compiled = Training(), Training()
-    compile_stage(compiled.stage, backend="aot_eager")
+    compile_stage(compiled.stage, how, backend="aot_eager")
     compiled.update()
     with torch._dynamo.config.patch(error_on_recompile=True):
         got, want = compiled.updated(1), eager.updated(2)

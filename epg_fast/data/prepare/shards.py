@@ -1,0 +1,202 @@
+"""Centre crops of any dataset as WebDataset shards: few large files, which training checks and reads in any order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import logging
+import mmap
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from epg_fast.data.loading.workers import each
+from epg_fast.data.prepare.output import MAX_BAD_FRACTION, claimed, crop_and_encode, finish_manifest, open_source
+from epg_fast.data.sources.manifest import count_classes, read_manifest, write_manifest
+from epg_fast.data.sources.source import ImageSource
+from epg_fast.data.sources.tar_index import TarIndex
+from epg_fast.data.sources.tar_scan import scan_tars
+from epg_fast.data.sources.tars import INDEX, check_shards
+from epg_fast.files import open_atomically
+
+logger = logging.getLogger("epg_fast")
+
+
+def prepare_shards(
+    source: str | os.PathLike,
+    outdir: str | os.PathLike,
+    image_size: int,
+    *,
+    workers: int = 4,
+    images_per_shard: int = 2048,
+    format: Literal["png", "jpeg"] = "png",
+    quality: int = 95,
+    seed: int = 0,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+) -> dict:
+    """Write ADM centre crops of `source` to `outdir` as WebDataset shards and return the manifest.
+
+    `shard-000000.tar`, ... hold `<i>.png` (or .jpg) and `<i>.cls`, the class index in ASCII digits, for the images i of
+    `open_images(source)` in an order drawn from `seed`, so that every shard mixes the classes. `index.npz` (`TarIndex`)
+    has the place and CRC-32 of each image; manifest.json has `image_size`, `format`, `source`, `classes`, `counts` (per
+    class), `class_frequencies` (in class order), `shards` (name, bytes, images, sha256), `index_sha256` and
+    `bad_files`: those that cannot be decoded are left out and named. `ImageTars` refuses the folder until `complete`.
+
+    Shards appear whole or not at all. Run again, the work goes on with the missing ones, and the result is the same bit
+    for bit as without interruption (with the same Pillow).
+
+    Args:
+        source: see `open_images`.
+        outdir: a new or empty folder, or an earlier output for the same source and arguments.
+        image_size: side of the crops in pixels.
+        workers: processes, each of which writes a shard at a time and holds one image; 0 works in this one.
+        images_per_shard: images in a shard, but the last and those with bad files.
+        format: "png" is lossless; "jpeg", with chroma in full resolution (4:4:4), is smaller and is not.
+        quality: of JPEG, 1 to 100.
+        seed: of the order.
+        max_bad_fraction: share of bad files above which the output is not complete.
+
+    Raises ValueError for an `outdir` that is or lies in `source`, has other files, or is of other images or arguments,
+    or in which another process is at work; and (`DataError`, after the work) if too many files are bad.
+    """
+    if images_per_shard < 1 or seed < 0:
+        raise ValueError(f"images_per_shard, seed: got {images_per_shard}, {seed}, wanted at least 1 and at least 0")
+    if format not in ("png", "jpeg") or not 1 <= quality <= 100:
+        raise ValueError(f"format, quality: got {format}, {quality}, wanted png or jpeg, and 1 to 100")
+    source, outdir = Path(source), Path(outdir)
+    settings = {"layout": "shards", "image_size": image_size, "images_per_shard": images_per_shard, "format": format}
+    settings |= ({"quality": quality} if format == "jpeg" else {}) | {"seed": seed}
+    images = open_source(source, outdir, image_size, workers)
+    with claimed(outdir, source, images, settings) as (manifest, before):
+        if before is not None and _is_finished(outdir, before, images):
+            logger.info("%s already holds these shards", outdir)
+            return before
+        write_manifest(outdir, manifest | {"shards": [], "index_sha256": ""})
+        order = np.random.default_rng(seed).permutation(len(images))
+        task = functools.partial(_make_shard, images, order, outdir, settings)
+        count = -(-len(images) // images_per_shard)
+        shards = list(each(task, range(count), workers, total=count, unit="shard"))
+        for shard in shards:
+            manifest["bad_files"] |= shard.bad_files
+        index = _joined([shard.index for shard in shards], images.classes)
+        index.save(outdir / INDEX)
+        manifest |= count_classes(images.classes, index.label)
+        manifest["shards"] = [shard.entry for shard in shards]
+        manifest["index_sha256"] = _sha256(outdir / INDEX)
+        finish_manifest(outdir, manifest, len(images), max_bad_fraction)
+    return manifest
+
+
+def verify_shards(outdir: str | os.PathLike) -> int:
+    """Read all shards that `prepare_shards` wrote to `outdir`, compare their SHA-256 and return how many there are.
+
+    Raises ValueError for an `outdir` without shards, or that is not complete, and for the first file that is missing or
+    differs.
+    """
+    outdir = Path(outdir)
+    manifest = read_manifest(outdir)
+    if manifest is None or manifest["layout"] != "shards":
+        raise ValueError(f"outdir: {outdir} has no shards of prepare-data, wanted a folder with their manifest.json")
+    check_shards(outdir, manifest)
+    for shard in manifest["shards"]:
+        if _sha256(outdir / shard["name"]) != shard["sha256"]:
+            raise ValueError(
+                f"{outdir / shard['name']} is damaged: its SHA-256 is not the one in manifest.json; "
+                "delete it and run prepare-data again"
+            )
+    return len(manifest["shards"])
+
+
+@dataclass
+class _Shard:
+    """One shard: its index, with checksums, what the manifest says of it, and bad files that it lacks."""
+
+    index: TarIndex
+    entry: dict
+    bad_files: dict[str, str] = field(default_factory=dict)
+
+
+def _is_finished(outdir: Path, manifest: dict, images: ImageSource) -> bool:
+    """Whether nothing is missing from an earlier output; bad files may have been restored since."""
+    if manifest["bad_files"] or manifest["classes"] != images.classes:
+        return False
+    try:
+        check_shards(outdir, manifest)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _make_shard(images: ImageSource, order: np.ndarray, outdir: Path, settings: dict, number: int) -> _Shard:
+    """Write shard `number`, unless an interrupted run has."""
+    per_shard, format = settings["images_per_shard"], settings["format"]
+    wanted = order[number * per_shard : (number + 1) * per_shard].tolist()
+    names = {i: f"{i:08d}.{'png' if format == 'png' else 'jpg'}" for i in wanted}
+    labels = {i: int(images.labels[i]) for i in wanted}
+    path = outdir / f"shard-{number:06d}.tar"
+    try:
+        return _read_shard(path, list(names.values()), list(labels.values()))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        logger.warning("%s is made again: %s", path, error)
+    # subsampling 0: chroma in full resolution
+    options = {"format": "PNG"} if format == "png" else {"format": "JPEG", "quality": settings["quality"]}
+    encode = functools.partial(crop_and_encode, image_size=settings["image_size"], **options, subsampling=0)
+    bad_files = {}
+    # on the disk: a run after a power failure trusts what has its final name
+    with (
+        open_atomically(path, sync=True) as file,
+        tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for i in wanted:
+            content, reason = images.examine(i, encode)
+            if reason is not None:
+                bad_files[images.paths[i]] = reason
+                del names[i], labels[i]
+                continue
+            for name, member in ((names[i], content), (f"{i:08d}.cls", str(labels[i]).encode())):
+                # without times and owners: the same images give the same bytes
+                info = tarfile.TarInfo(name)
+                info.size = len(member)
+                tar.addfile(info, io.BytesIO(member))
+    shard = _read_shard(path, list(names.values()), list(labels.values()))
+    shard.bad_files = bad_files
+    return shard
+
+
+def _read_shard(path: Path, names: list[str], labels: list[int]) -> _Shard:
+    """Return what is to be known of the shard `path`. Raises ValueError unless it holds these images and labels."""
+    index = scan_tars(path.parent, [path.name])
+    if index.paths != [f"{path.name}/{name}" for name in names] or index.label.tolist() != labels:
+        raise ValueError("it holds other images or labels")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        places = zip(index.offset.tolist(), index.size.tolist(), strict=True)
+        index.crc32 = np.array([zlib.crc32(content[start : start + size]) for start, size in places], np.uint32)
+    entry = {"name": path.name, "bytes": path.stat().st_size, "images": len(index), "sha256": _sha256(path)}
+    return _Shard(index, entry)
+
+
+def _joined(indices: list[TarIndex], classes: list[str]) -> TarIndex:
+    columns = ("offset", "size", "label", "crc32")
+    return TarIndex(
+        tars=[index.tars[0] for index in indices],
+        classes=list(classes),
+        paths=[path for index in indices for path in index.paths],
+        shard=np.repeat(np.arange(len(indices), dtype=np.int32), [len(index) for index in indices]),
+        **{name: np.concatenate([getattr(index, name) for index in indices]) for name in columns},
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

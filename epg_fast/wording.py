@@ -1,0 +1,12 @@
+"""What messages to users share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" with the valid name that is most like `name`, or nothing."""
+    match = difflib.get_close_matches(name, list(valid), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
