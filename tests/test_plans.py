@@ -10,10 +10,17 @@ import torch
 
 import epg_fast
 from epg_fast.__main__ import main
-from epg_fast.plans import PLAIN, Case, Machine, Plan, choose, parse_ops, read_plan
+from epg_fast.config import DiffusionConfig
+from epg_fast.distributed import Ranks
+from epg_fast.flags import parse
+from epg_fast.models import generator_from_config
+from epg_fast.plans import PLAIN, Case, Chosen, Machine, Plan, Variant, choose, choose_together, parse_ops, read_plan
 from epg_fast.plans import plan as plan_module
 from epg_fast.plans.plan import architecture
 from epg_fast.sampling import SamplingEngine
+from epg_fast.training import DiffusionStage, state
+from epg_fast.training.planning import applied, kept_choice, training_case
+from epg_fast.training.stages import network_config
 
 CPU = torch.device("cpu")
 SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -41,8 +48,10 @@ def case_of(model, batch=64, precision="fp32"):
     return Case("sample", architecture(model), precision, batch)
 
 
-def make_plan(case, ops=None, **changes):
-    return Plan(case, Machine.here(CPU), {"steps": "extension"} if ops is None else ops, "off", speedup=1.5, **changes)
+def make_plan(case, ops=None, machine=None, evidence=None, made="", **run):
+    """A plan of this machine, unless another is given."""
+    variant = Variant({"steps": "extension"} if ops is None else ops, **run)
+    return Plan(case, machine or Machine.here(CPU), variant, 1.5, made, evidence or {})
 
 
 def put(folder, plan, name=None):
@@ -78,25 +87,27 @@ def test_a_file_that_is_no_plan_is_an_error_by_name_and_a_warning_in_the_folder(
 @pytest.mark.parametrize(
     "damage",
     [
-        {"ops": {"mlp": "triton"}},
-        {"compile": "on"},
-        {"ops": {"encoder.mlp": "fast"}},
+        {"variant": {"ops": {"mlp": "triton"}}},
+        {"variant": {"ops": {"encoder.mlp": "fast"}}},
+        {"variant": {"compile": "on"}},
+        {"variant": {"threads": -1}},
+        {"variant": {"options": [1]}},
         {"speedup": "x"},
-        {"threads": -1},
-        {"options": [1]},
     ],
 )
 def test_a_plan_with_what_does_not_exist_is_damaged(damage, model, tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(json.loads(make_plan(case_of(model)).text()) | damage))
+    found = json.loads(make_plan(case_of(model)).text())
+    found |= {name: found[name] | value if name == "variant" else value for name, value in damage.items()}
+    path.write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"plan.json: damaged .*run `epg-fast tune` again"):
         read_plan(path)
 
 
 def test_an_option_that_inductor_lacks_is_refused_before_anything_compiles(folder, model):
-    path = put(folder, dataclasses.replace(make_plan(case_of(model)), options={"epilogue_fusion": False}))
+    path = put(folder, make_plan(case_of(model), options={"epilogue_fusion": False}))
     assert choose(str(path), case_of(model), CPU).options == {"epilogue_fusion": False}
-    put(folder, dataclasses.replace(make_plan(case_of(model)), options={"epilog": False}))
+    put(folder, make_plan(case_of(model), options={"epilog": False}))
     with pytest.raises(ValueError, match="plan .*: got option 'epilog', wanted one that Inductor has"):
         choose("auto", case_of(model), CPU)
 
@@ -155,8 +166,8 @@ def test_the_plan_of_the_very_batch_goes_before_its_neighbours(folder, model):
 
 @pytest.mark.parametrize("field", ["torch", "triton", "epg_fast", "device", "capability", "extension"])
 def test_a_plan_of_another_machine_is_not_used_and_the_line_says_why(field, folder, model):
-    plan = make_plan(case_of(model))
-    path = put(folder, dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, **{field: "other"})))
+    other = dataclasses.replace(Machine.here(CPU), **{field: "other"})
+    path = put(folder, make_plan(case_of(model), machine=other))
     chosen = choose("auto", case_of(model), CPU)
     assert chosen.plan is None and f"{field} other there" in chosen.why and "epg-fast tune" in chosen.why
     with pytest.raises(ValueError, match=f"made elsewhere .{field} other there, .* here"):
@@ -164,8 +175,8 @@ def test_a_plan_of_another_machine_is_not_used_and_the_line_says_why(field, fold
 
 
 def test_another_driver_is_another_machine_to_nobody(folder, model):
-    plan = make_plan(case_of(model))
-    put(folder, dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, driver="12080")))
+    plan = make_plan(case_of(model), machine=dataclasses.replace(Machine.here(CPU), driver="12080"))
+    put(folder, plan)
     assert choose("auto", case_of(model), CPU).plan == plan.name
 
 
@@ -217,7 +228,7 @@ def test_an_engine_draws_by_the_plan_and_leaves_the_network_as_it_was(folder, mo
 
 
 def test_a_planned_network_in_one_piece_gives_way_to_hooks(folder, model, log):
-    put(folder, dataclasses.replace(make_plan(case_of(model), {}), compile="network"))
+    put(folder, make_plan(case_of(model), {}, compile="network"))
     model.blocks[0].register_forward_hook(lambda module, inputs, output: print(output.sum().item()))
     assert SamplingEngine(model, steps=4, batch_size=64).compile == "blocks"
     assert "compile: blocks, not the network as planned" in log.messages[-1]
@@ -230,18 +241,11 @@ def test_a_network_takes_a_plan_by_itself(folder, model):
     assert model.use_ops("auto", precision="fp16", batch_size=64).ops == PLAIN
 
 
-def training_plan(tiny_run, ops, device=CPU, **run):
+def training_plan(tiny_run, ops, **run):
     """A plan for the command `tiny_run`."""
-    from epg_fast.config import DiffusionConfig
-    from epg_fast.flags import parse
-    from epg_fast.models import generator_from_config
-    from epg_fast.training.planning import training_case
-    from epg_fast.training.stages import network_config
-
     (config,) = parse([DiffusionConfig], [*tiny_run], "finetune-diffusion")
     network = generator_from_config(network_config(config))
-    case = training_case("finetune-diffusion", config, network, 1)
-    return Plan(case, Machine.here(device), ops, **({"compile": "off"} | run), made="2026-01-01", speedup=1.2)
+    return make_plan(training_case("finetune-diffusion", config, network, 1), ops, **run)
 
 
 def test_a_run_records_its_plan_and_keeps_it_when_it_goes_on(tiny_run, folder, tmp_path, caplog):
@@ -257,7 +261,7 @@ def test_a_run_records_its_plan_and_keeps_it_when_it_goes_on(tiny_run, folder, t
     assert json.loads((newest / "state.json").read_text())["plan"] == record
 
     # another plan that has been made since does not change what the run computes
-    put(folder, dataclasses.replace(plan, ops={"decoder.attention": "math"}))
+    put(folder, training_plan(tiny_run, {"decoder.attention": "math"}))
     shutil.rmtree(newest)
     assert main([*command, "--steps", "4"]) == 0
     assert json.loads((tmp_path / "run" / "plan.json").read_text()) == record
@@ -267,11 +271,6 @@ def test_a_run_records_its_plan_and_keeps_it_when_it_goes_on(tiny_run, folder, t
 
 
 def test_a_plan_gives_way_to_flags(tiny_run, folder):
-    from epg_fast.config import DiffusionConfig
-    from epg_fast.distributed import Ranks
-    from epg_fast.flags import parse
-    from epg_fast.training import DiffusionStage
-
     put(folder, training_plan(tiny_run, {}, compile="network"))
     for flags, how in ((["--compile", "blocks"], "blocks"), ([], "network"), (["--ops", "plain"], "auto")):
         (config,) = parse([DiffusionConfig], [*tiny_run, *flags], "finetune-diffusion")
@@ -279,26 +278,21 @@ def test_a_plan_gives_way_to_flags(tiny_run, folder):
 
 
 def test_two_ranks_take_what_the_main_one_chooses_and_unlike_machines_are_refused(monkeypatch, folder, model):
-    from epg_fast.distributed import Ranks
-    from epg_fast.training import planning
-
-    plan = make_plan(dataclasses.replace(case_of(model), job="pretrain"))
+    plan = make_plan(case_of(model))
     put(folder, plan)
-    config = type("Config", (), {"ops": "auto"})
     here, told = Machine.here(CPU), []
-    of_the_main_one = choose("auto", plan.case, CPU)
+    of_the_main_one = {tuple: (choose("auto", plan.case, CPU), None), Machine: here}
 
     class Two(Ranks):
         def gather(self, value):
             told.append(value)
-            return [(here, of_the_main_one, None), value]
+            return [of_the_main_one[type(value)], value]
 
-    other = Two(1, 2, CPU)
-    chosen = planning.agreed_choice(config, plan.case, other, None)
-    assert chosen.plan == plan.name and told[0][1] is None  # this rank has not looked itself
+    assert choose_together("auto", plan.case, Two(1, 2, CPU)).plan == plan.name
+    assert told == [(None, None), here]  # this rank has not looked itself
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device: dataclasses.replace(here, device="H100")))
     with pytest.raises(ValueError, match="rank 1 is on another machine than rank 0.*device .* there, H100 here"):
-        planning.agreed_choice(config, plan.case, other, None)
+        choose_together("auto", plan.case, Two(1, 2, CPU))
 
 
 def test_a_damaged_plan_on_the_command_line_is_exit_code_2(tiny_run, tmp_path, capsys):
@@ -355,11 +349,6 @@ def test_a_run_that_goes_on_and_asks_for_tune_takes_the_plan_that_was_made(folde
 
 
 def test_a_plan_for_whole_networks_gives_way_to_sharding(tiny_run, folder, caplog):
-    from epg_fast.config import DiffusionConfig
-    from epg_fast.flags import parse
-    from epg_fast.plans import Chosen
-    from epg_fast.training.planning import applied
-
     (config,) = parse([DiffusionConfig], [*tiny_run, "--parallelism", "fsdp"], "finetune-diffusion")
     with caplog.at_level("INFO", "epg_fast"):
         assert applied(config, Chosen(PLAIN, compile="network", cuda_graphs=True), 1).compile == "blocks"
@@ -367,8 +356,6 @@ def test_a_plan_for_whole_networks_gives_way_to_sharding(tiny_run, folder, caplo
 
 
 def test_an_optimiser_that_is_named_without_a_plan_is_taken(tiny_run, folder, tmp_path, monkeypatch):
-    from epg_fast.training import state
-
     planned, make = [], state.make_optimizer
     monkeypatch.setattr(state, "make_optimizer", lambda *a: planned.append(a[-1]) or make(*a))
     flags = ["--outdir", str(tmp_path / "run"), "--steps", "1", "--ops", "plain,optimizer=fused"]
@@ -378,8 +365,6 @@ def test_an_optimiser_that_is_named_without_a_plan_is_taken(tiny_run, folder, tm
 
 @pytest.mark.parametrize("record", ["[]", "{}", '{"ops": {"nowhere": "math"}}', "{"])
 def test_a_damaged_record_of_a_run_is_one_line(record, tmp_path):
-    from epg_fast.training.planning import kept_choice
-
     (tmp_path / "plan.json").write_text(record)
     with pytest.raises(ValueError, match="plan.json is damaged; delete it"):
         kept_choice(tmp_path)

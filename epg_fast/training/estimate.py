@@ -28,6 +28,9 @@ _GIB = 2**30
 class _AbsentRanks(Ranks):
     """A rank among others that are not there."""
 
+    def gather(self, value):
+        return [value] * self.world_size
+
     def gather_tensors(self, tensor):
         return lambda: tensor.detach().repeat(self.world_size, *[1] * (tensor.dim() - 1))
 
