@@ -72,11 +72,8 @@ class Chosen(Variant):
 
     def record(self) -> dict:
         """What settings and checkpoints keep: all but `why`, and of the sites those that are not plain."""
-        found = dataclasses.asdict(self) | {
-            "ops": {site: backend for site, backend in self.ops.items() if backend != "plain"}
-        }
-        del found["why"]
-        return found
+        ops = {site: backend for site, backend in self.ops.items() if backend != "plain"}
+        return {name: value for name, value in vars(self).items() if name != "why"} | {"ops": ops}
 
     @classmethod
     def from_record(cls, record: Mapping, why: str = "") -> Chosen:
@@ -85,7 +82,7 @@ class Chosen(Variant):
         return cls(**fields | {"ops": site_choices(record["ops"])}, why=why)
 
 
-def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device, kept: Mapping | None = None) -> Chosen:
+def choose(ops: str | Mapping[str, str], case: Case, device: torch.device, kept: Mapping | None = None) -> Chosen:
     """What runs for `ops`, as `parse_ops` takes it or as backends by site, the others plain, on this device.
 
     auto takes `kept`, the record of the run that goes on, then a plan of the user's for this device, versions, job and
@@ -95,12 +92,12 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
     """
     if isinstance(ops, Mapping):
         given = site_choices(ops)  # raises for what does not exist
-        ops = Ops("plain", sites={site: backend for site, backend in given.items() if backend != "plain"})
-    asked = parse_ops(ops) if isinstance(ops, str) else ops
-    if asked.base == "plain":
-        chosen = Chosen(PLAIN, why="ops: plain, as asked")
-    elif asked.base in KINDS:
-        chosen = Chosen(site_choices(asked.base), why=f"ops: {asked.base} wherever there is one, as asked")
+        asked = Ops("plain", sites={site: backend for site, backend in given.items() if backend != "plain"})
+    else:
+        asked = parse_ops(ops)
+    if asked.base in KINDS:
+        where = "" if asked.base == "plain" else " wherever there is one"
+        chosen = Chosen(site_choices(asked.base), why=f"ops: {asked.base}{where}, as asked")
     elif asked.base == "plan":
         chosen = _of_file(asked.path, case, Machine.here(device))
     else:
@@ -162,19 +159,14 @@ def _automatic(case: Case, device: torch.device, kept: Mapping | None) -> Chosen
                 kept, f"ops: {name}, which this run has used so far; --ops tune or a file changes it"
             )
         log.warning("this run has used %s on another machine (%s); choosing anew", name, "; ".join(differences))
-    others, fitting = [], []
-    for where, plan in stored_plans():
-        if plan.case.like(case):
-            differences = here.differences(plan.machine)
-            (others if differences else fitting).append((where, plan, differences))
-    if fitting:
-        where, plan, _ = min(fitting, key=lambda entry: entry[1].case.batch != case.batch)
-        return _chosen(plan, where, case)
-    reason = "no plan for this job on this device"
-    if others:
-        where, _, differences = others[0]
-        reason = f"{where} is not used ({'; '.join(differences)})"
-    return Chosen(PLAIN, why=f"ops: plain code, {reason}; {_command(case)}")
+    found = [(here.differences(plan.machine), where, plan) for where, plan in stored_plans() if plan.case.like(case)]
+    if not found:
+        return Chosen(PLAIN, why=f"ops: plain code, no plan for this job on this device; {_command(case)}")
+    differences, where, plan = min(found, key=lambda entry: (bool(entry[0]), entry[2].case.batch != case.batch))
+    if differences:
+        why = f"ops: plain code, {where} is not used ({'; '.join(differences)}); {_command(case)}"
+        return Chosen(PLAIN, why=why)
+    return _chosen(plan, where, case)
 
 
 def _chosen(plan: Plan, where: str, case: Case) -> Chosen:

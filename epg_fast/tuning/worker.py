@@ -64,9 +64,10 @@ class Worker:
         (variant,) = variants
         try:
             return self._checked(unit, variant)
-        except torch.OutOfMemoryError:  # beside the network of before
-            self._forget()
-            return self._checked(unit, variant)
+        except torch.OutOfMemoryError:  # beside the networks of before
+            pass
+        self._forget()
+        return self._checked(unit, variant)
 
     def times(self, unit: str, variants: list[Variant]) -> list[list[float]]:
         """Seconds of a step of each variant, taken in turn; one after the other where memory holds but one."""
