@@ -14,7 +14,7 @@
 # lacks is left out, which is said. OUTPUT_FOLDER/README.md holds the tables; OUTPUT_FOLDER.tar.gz, which is renewed after
 # each part, holds everything. Exits with 1 if a part failed. PYTHON chooses the interpreter.
 set -u
-parts="build env sampling tests training tune_heun tune_diffusion tune_onestep tune_pretrain tune_consistency tune_fp8 heun latency onestep diffusion pretrain consistency operations data cpu roofline resources"
+parts="build env sampling tests training tune_heun tune_diffusion tune_onestep tune_pretrain tune_consistency tune_fp8 heun latency onestep diffusion pretrain consistency operations data resources"
 out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTPUT_FOLDER [PART...]}/logs" && cd "$1" && pwd) || exit 2
 wanted=" ${*:2} "
 for name in $wanted; do
@@ -93,7 +93,5 @@ bench pretrain 120
 bench consistency 120
 bench operations 180
 bench data 60
-bench cpu 60
-bench roofline 30
 part resources 240 "$python" -m bench.resources --arch 90
 exit $failed

@@ -1,6 +1,6 @@
-"""A ladder: one job done in several ways, from plain PyTorch upwards, each measured alike and each a row.
+"""A ladder: one job done by several variants, from plain PyTorch upwards, each measured alike and each a row.
 
-Rungs are measured in a process of their own, one after another, which lets go of everything between two of them. A rung
+Variants are measured in a process of their own, one after another, which lets go of everything between two of them. One
 that fails is a row with a note. One that ends the process, hangs or breaks the GPU's context costs its own row only:
 the next process goes on behind it. So does the same command later, given the same file.
 """
@@ -8,75 +8,98 @@ the next process goes on behind it. So does the same command later, given the sa
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
-from bench import measure, results
-from bench.parts import Job
-from bench.results import Results, Row
-from bench.roofline import Ceilings, seconds
-
-UNFINISHED = "unfinished"
-"""In the details of a row that there was no time for, and that is measured when the same command is given again."""
-
-_SAME = ("device", "power_limit", "torch", "triton", "commit", "threads")
-"""Of a header: what rows of one file share."""
+from bench import measure
+from bench.measure import Ceilings
+from bench.results import UNFINISHED, Results, Row
+from bench.roofline import Work
 
 
 class NotHere(Exception):
-    """A rung cannot be had on this machine; says why."""
+    """A variant cannot be had on this machine; says why."""
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One way of doing the job. options: what the ladder makes of it; later: after the others, if time is short."""
+class Variant:
+    """One way of doing the job. options: what the ladder makes of it; profiled: its longest kernels are listed."""
 
     name: str
     dtype: str
     options: dict = field(default_factory=dict)
-    later: bool = False
     profiled: bool = False
-    """Whether its time is split by kernel class."""
+
+
+@dataclass
+class Ready:
+    """A variant that has compiled and warmed up. call: the job, or a part of it that takes 1 / `scale` of its time."""
+
+    call: Callable[[], object]
+    error: float
+    scale: float = 1.0
+    calls: int = 1
+    """Between two synchronisations."""
+    profiled: Callable[[], object] | None = None
+    """What is profiled, if not `call`."""
+    notes: list[str] = field(default_factory=list)
+    details: dict = field(default_factory=dict)
 
 
 class Ladder:
     """What the ladders of sampling and training share. It is sent to other processes, before anything is measured.
 
-    job: of `Row`; shape: likewise; images: per call; unit: "images/s", or "ms" for the time of a call.
+    job: of `Row`; shape: likewise; images: per call; unit: "images/s", or "ms" for the time of a call; seconds: of a
+    variant's repetitions.
     """
 
     job: str
     shape: str
     images: int
     unit: str
-    rungs: tuple[Rung, ...]
+    seconds: float
+    variants: tuple[Variant, ...]
     device: torch.device
-    threads: int
-    """Of PyTorch on a CPU."""
 
-    def measure(self, rung: Rung) -> Row:
-        """The row of a rung. Raises NotHere, or whatever goes wrong."""
+    def prepare(self, variant: Variant) -> Ready:
+        """Raises NotHere, or whatever goes wrong."""
         raise NotImplementedError
 
     @cached_property
-    def plan(self) -> Job:
-        """Work and traffic of a call."""
+    def work(self) -> Work:
+        """FLOPs and traffic of a call."""
+        raise NotImplementedError
+
+    @cached_property
+    def reference(self) -> torch.Tensor:
+        """What errors are measured against."""
         raise NotImplementedError
 
     @cached_property
     def ceilings(self) -> Ceilings:
         """Measured in this process, once."""
-        products, memory = measure.large_product(self.device), measure.large_copy(self.device)
-        return Ceilings(products, memory, "measured in the same process as the rungs")
+        return Ceilings(measure.large_product(self.device), measure.large_copy(self.device))
 
-    def row(self, rung: Rung, timed: list[float], error: float | None, note: str = "", **details) -> Row:
+    def measure(self, variant: Variant) -> Row:
+        _ = self.reference, self.ceilings  # neither in the peak nor in the time
+        left = measure.start_afresh(self.device)
+        ready = self.prepare(variant)
+        timed = measure.rounds(ready.call, self.device, self.seconds, calls=ready.calls)
+        details = {"allocated_before": left, **ready.details}
+        row = self.row(variant, [ready.scale * x for x in timed], ready.error, "; ".join(ready.notes), **details)
+        if variant.profiled:
+            call = ready.profiled or ready.call
+            typical = measure.percentiles(measure.rounds(call, self.device, 0.0))[1]
+            row.details["longest"] = measure.longest_kernels(call, self.device, typical)
+        return row
+
+    def row(self, variant: Variant, timed: list[float], error: float, note: str = "", **details) -> Row:
         """A row of seconds per call, with the shares of the ceilings."""
         low, median, high = measure.percentiles(timed)
         if self.unit == "images/s":
@@ -85,108 +108,102 @@ class Ladder:
             numbers = {"median": 1e3 * median, "p20": 1e3 * low, "p80": 1e3 * high}
         details |= {
             "repetitions": len(timed),
-            "mfu": self.plan.products / median / self.ceilings.products,
-            "floor_ms": 1e3 * seconds(self.plan, self.ceilings),
+            "mfu": self.work.flops / median / self.ceilings.products,
+            "floor": self.work.floor(self.ceilings) / median,
             "ceiling_tflops": self.ceilings.products / 1e12,
             "ceiling_gbps": self.ceilings.memory / 1e9,
         }
-        peak = measure.peak_memory(self.device)
-        return Row(**self._identity(rung), **numbers, peak_memory_bytes=peak, error=error, details=details, note=note)
+        if self.device.type == "cuda":
+            numbers["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return Row(*self._identity(variant), **numbers, error=error, details=details, note=note)
 
-    def empty_row(self, rung: Rung, note: str, **details) -> Row:
+    def empty_row(self, variant: Variant, note: str, **details) -> Row:
         """A row without numbers."""
-        return Row(**self._identity(rung), details=details, note=note)
+        return Row(*self._identity(variant), details=details, note=note)
 
-    def _identity(self, rung: Rung) -> dict:
-        return {"job": self.job, "rung": rung.name, "shape": self.shape, "dtype": rung.dtype, "unit": self.unit}
+    def _identity(self, variant: Variant) -> tuple[str, ...]:
+        return self.job, variant.name, self.shape, variant.dtype, self.unit
 
 
-def attempt(ladder: Ladder, rung: Rung) -> Row:
-    """The rung's row; one with a note if it cannot be measured."""
+def attempt(ladder: Ladder, variant: Variant) -> Row:
+    """The variant's row; one with a note if it cannot be measured."""
     try:
-        return ladder.measure(rung)
+        return ladder.measure(variant)
     except NotHere as reason:
-        return ladder.empty_row(rung, str(reason))
+        return ladder.empty_row(variant, str(reason))
     except Exception as error:
         traceback.print_exc()
-        # what the frames hold would be counted for the next rung
+        # what the frames hold would be counted for the next variant
         traceback.clear_frames(error.__traceback__)
         lines = str(error).strip().splitlines() or [""]
-        return ladder.empty_row(rung, f"failed: {type(error).__name__}: {lines[0][:300]}")
+        return ladder.empty_row(variant, f"failed: {type(error).__name__}: {lines[0][:300]}")
 
 
-def climb(ladder: Ladder, found: Results, *, limit: float, rung_limit: float) -> bool:
-    """Measure the rungs that `found` has no row of, the later ones last; returns whether there was time for all.
+def climb(ladder: Ladder, found: Results, *, seconds: float, each: float) -> bool:
+    """Measure the variants that `found` has no row of; returns whether there was time for all.
 
-    limit, rung_limit: seconds for everything and for one rung.
+    seconds, each: for everything and for one variant.
     """
     known = {row.identity for row in found.rows}
-    pending = [rung for rung in ladder.rungs if ladder.empty_row(rung, "-").identity not in known]
-    pending.sort(key=lambda rung: rung.later)
-    deadline = time.monotonic() + limit
+    pending = [variant for variant in ladder.variants if ladder.empty_row(variant, "-").identity not in known]
+    deadline = time.monotonic() + seconds
     while pending and time.monotonic() < deadline:
-        with _Worker(ladder, pending) as worker:
-            while pending:
-                row = worker.row_of(pending[0], rung_limit, deadline)
-                if row is None:
-                    break
-                found.add(row)
-                _say(row)
-                del pending[0]
-                if worker.broken:
-                    break
-    for rung in pending:
-        note = "not measured: its turn did not come in the time given; the same command with the same folder goes on"
-        found.add(ladder.empty_row(rung, note, **{UNFINISHED: True}))
+        for row in _rows(ladder, list(pending), each, deadline):
+            found.say(row)
+            del pending[0]
+    for variant in pending:
+        note = "its turn did not come in the time given; the same command with the same folder goes on"
+        found.say(ladder.empty_row(variant, note, **{UNFINISHED: True}))
     return not pending
 
 
-class _Worker:
-    """A process that measures rungs one after another."""
-
-    def __init__(self, ladder: Ladder, rungs: list[Rung]):
-        context = multiprocessing.get_context("spawn")
-        self._ladder, (self._connection, far) = ladder, context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(ladder, list(rungs), far))
-        self._process.start()
-        far.close()
-        self.broken = False
-        """Whether it measures no further rung."""
-
-    def row_of(self, rung: Rung, rung_limit: float, deadline: float) -> Row | None:
-        """The next row; None if the deadline comes before it. The process is at an end if its rung ended it."""
-        began = time.monotonic()
-        wait = min(rung_limit, deadline - began)
-        try:
-            if self._connection.poll(max(wait, 0)):
-                row, self.broken = self._connection.recv()
-                return row
-        except EOFError:
-            self._process.join()
-            self.broken = True
-            return self._ladder.empty_row(rung, f"failed: its process ended with exit code {self._process.exitcode}")
-        self.broken = True
-        if wait < rung_limit:
-            return None
-        return self._ladder.empty_row(rung, f"failed: stopped after {rung_limit:.0f} s")
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._connection.close()
-        self._process.join(0 if self.broken else 20)  # at its end it may hang, too
-        self._process.kill()
-        self._process.join()
+def _rows(ladder: Ladder, variants: list[Variant], each: float, deadline: float) -> Iterator[Row]:
+    """The rows of the first variants, from one process, as far as it gets; its start counts for none of them."""
+    context = multiprocessing.get_context("spawn")
+    near, far = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(ladder, variants, far))
+    process.start()
+    far.close()
+    started = False
+    try:
+        for variant in variants:
+            try:
+                if not started:
+                    if not near.poll(max(deadline - time.monotonic(), 0)):
+                        return
+                    started = near.recv()
+                wait = min(each, deadline - time.monotonic())
+                if not near.poll(max(wait, 0)):
+                    if wait == each:
+                        yield ladder.empty_row(variant, f"failed: stopped after {each:.0f} s")
+                    return
+                row, broken = near.recv()
+            except EOFError:
+                process.join()
+                yield ladder.empty_row(variant, f"failed: its process ended with exit code {process.exitcode}")
+                return
+            yield row
+            if broken:
+                return
+        process.join(20)  # at its end it may hang, too
+    finally:
+        near.close()
+        process.kill()
+        process.join()
 
 
-def _work(ladder: Ladder, rungs: list[Rung], connection: Connection) -> None:
-    """Send a row and whether it is the last one for each rung: behind a fault of the GPU nothing can be measured."""
+def _work(ladder: Ladder, variants: list[Variant], connection: Connection) -> None:
+    """Say that it has started, then send each variant's row, and whether it is the last.
+
+    Behind a fault of the GPU nothing can be measured.
+    """
     if ladder.device.type == "cpu":
-        torch.set_num_threads(ladder.threads)
+        torch.set_num_threads(1)  # more wait for cores that others keep busy
     torch.backends.cudnn.allow_tf32 = False  # float32 is the reference; the engine chooses for itself
-    for rung in rungs:
-        row = attempt(ladder, rung)
+    measure.start_afresh(ladder.device)
+    connection.send(True)
+    for variant in variants:
+        row = attempt(ladder, variant)
         broken = False
         try:
             measure.synchronise(ladder.device)
@@ -197,23 +214,41 @@ def _work(ladder: Ladder, rungs: list[Rung], connection: Connection) -> None:
             return
 
 
-def open_results(path: Path, header: dict) -> Results:
-    """The file of ladders with the rows that it has, but for those that were unfinished.
+ALLOWED = 1e-3
+PLAIN = Variant("plain", "fp32", {"plain": None})
+OURS = Variant("ours", "fp32")
 
-    Raises ValueError if they were measured elsewhere or by other code.
+
+def in_turns(ladder: Ladder, least: int = 5) -> tuple[Row, Row]:
+    """Rows of the plain code and of the package as it comes, both in float32, in milliseconds; for a CPU.
+
+    They take turns, and each turn gives a ratio of two times that lie beside each other: a machine that is busy for a
+    while spoils a few ratios and not their median. Outputs that differ are not timed. details of ours: "ratio", plain
+    over ours.
     """
-    found = Results(path, header)
-    if path.exists():
-        before = results.read(path)
-        for name in _SAME:
-            if before.header.get(name) != header[name]:
-                raise ValueError(
-                    f"{path}: measured with {name} {before.header.get(name)}, now it is {header[name]}; "
-                    "give another folder"
-                )
-        found.header = before.header
-        found.rows = [row for row in before.rows if UNFINISHED not in row.details]
-    return found
+    identity = {"job": ladder.job, "shape": ladder.shape, "dtype": "fp32", "unit": "ms"}
+    ready = {variant.name: ladder.prepare(variant) for variant in (PLAIN, OURS)}
+    error = ready["ours"].error
+    if not error <= ALLOWED:
+        note = f"not timed: outputs differ by {error:.1e}, {ALLOWED:.0e} is allowed"
+        return tuple(Row(variant=name, note=note, **identity) for name in ready)
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    began = time.perf_counter()
+    while len(times["ours"]) < least or time.perf_counter() - began < ladder.seconds:
+        # whoever comes second finds the caches as the other left them
+        for name in sorted(ready, reverse=len(times["ours"]) % 2 == 0):
+            start = time.perf_counter()
+            ready[name].call()
+            times[name].append(ready[name].scale * (time.perf_counter() - start))
+    low, middle, high = measure.percentiles([a / b for a, b in zip(times["plain"], times["ours"], strict=True)])
+    details = {"repetitions": len(times["ours"]), "ratio": {"median": middle, "p20": low, "p80": high}}
+    rows = []
+    for name, values in times.items():
+        p20, median, p80 = (1e3 * value for value in measure.percentiles(values))
+        more = {"error": error, "details": details} if name == "ours" else {}
+        note = "; ".join(ready[name].notes)
+        rows.append(Row(variant=name, median=median, p20=p20, p80=p80, note=note, **more, **identity))
+    return tuple(rows)
 
 
 def default_device() -> torch.device:
@@ -221,15 +256,10 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def chosen(rungs: tuple[Rung, ...], names: list[str] | None) -> tuple[Rung, ...]:
+def chosen(variants: tuple[Variant, ...], names: list[str] | None) -> tuple[Variant, ...]:
     """Those of these names, all for None. Raises ValueError for a name that none has."""
-    known = [rung.name for rung in rungs]
+    known = [variant.name for variant in variants]
     for name in names or ():
         if name not in known:
-            raise ValueError(f"rung {name!r}: wanted one of {', '.join(map(repr, known))}")
-    return tuple(rung for rung in rungs if names is None or rung.name in names)
-
-
-def _say(row: Row) -> None:
-    value = row.note if row.median is None else f"{results.significant(row.median, 4)} {row.unit}"
-    print(f"{row.job}, {row.shape}, {row.rung}: {value}", file=sys.stderr, flush=True)
+            raise ValueError(f"variant {name!r}: wanted one of {', '.join(map(repr, known))}")
+    return tuple(variant for variant in variants if names is None or variant.name in names)

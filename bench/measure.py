@@ -6,8 +6,23 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """products: FLOP/s of a large matrix product in 16 bits; memory: bytes/s of a large copy."""
+
+    products: float
+    memory: float
+
+    def floor(self, flops: float, moved: float) -> float:
+        """Least seconds of so many operations of matrix products and so many bytes."""
+        return max(flops / self.products, moved / self.memory)
 
 
 def synchronise(device: torch.device) -> None:
@@ -79,6 +94,45 @@ def _median_seconds(call: Callable[[], object], device: torch.device, repetition
     return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3
 
 
+def longest_kernels(call: Callable[[], object], device: torch.device, typical: float, most: int = 12) -> dict:
+    """Where the time of a call goes: the kernels that take longest (operators on a CPU), and what none of them fills.
+
+    typical: seconds of a call without a profiler. Returns {"milliseconds": of such a call, "idle": of it, "kernels":
+    [[name, milliseconds], ...]}. Raises RuntimeError if the profiler sees nothing.
+    """
+    cuda = device.type == "cuda"
+    synchronise(device)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        call()
+        synchronise(device)
+    if cuda:
+        found = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not _is_range(e)]
+        times = alone((e.name, e.time_range.start, e.time_range.end) for e in found)
+    else:
+        times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+    if not any(times.values()):
+        raise RuntimeError("the profiler saw no kernel")
+    names = sorted(times, key=times.get, reverse=True)[:most]
+    busy, whole = sum(times.values()) / 1e3, 1e3 * typical
+    kernels = [[name[:160], times[name] / 1e3] for name in names]
+    return {"milliseconds": whole, "idle": max(whole - busy, 0.0), "kernels": kernels}
+
+
+def alone(spans) -> dict[str, float]:
+    """Time by name of (name, start, end); what overlaps counts once."""
+    times: dict[str, float] = {}
+    reached = -float("inf")
+    for name, start, end in sorted(spans, key=lambda span: span[1:]):
+        times[name] = times.get(name, 0.0) + max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return times
+
+
+def _is_range(event) -> bool:
+    """Annotations that the profiler draws on the GPU's time line above the kernels."""
+    return event.is_user_annotation or event.name.startswith(("ProfilerStep", "## Call CompiledFxGraph"))
+
+
 def start_afresh(device: torch.device) -> int | None:
     """Let go of compiled code and unused memory, and begin to look for the peak.
 
@@ -92,8 +146,3 @@ def start_afresh(device: torch.device) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that tensors took on a GPU since `start_afresh`; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

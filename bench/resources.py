@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("kernel", "arch", "shape", "dtype", "warps", "registers", "spills", "shared", "matrix", "16-byte", "TMA")
 _MATRIX_INSTRUCTIONS = {"wgmma": r"\bHGMMA\b|\bQGMMA\b|\bIGMMA\b", "mma": r"\b[HIQ]MMA\b", "tcgen05": r"\bUTC\w*MMA\b"}
 
 
@@ -42,6 +43,11 @@ class Row:
     tma: int
     gemm: bool = False
     vectorized: bool = False
+
+    @property
+    def cells(self) -> tuple:
+        cost = (self.registers, self.spills, self.shared, self.matrix, f"{self.wide}/{self.accesses}", self.tma)
+        return (self.kernel, f"sm_{self.arch}", self.shape, self.dtype, self.num_warps, *cost)
 
     def failure(self) -> str | None:
         if self.arch != 90:
@@ -113,26 +119,20 @@ def _compile(case, arch: int) -> Row:
         shape=case.shape,
         dtype=case.dtype,
         num_warps=str(case.num_warps),
-        **usage_of(compiled),
         gemm=case.gemm,
         vectorized=case.vectorized,
+        **usage_of(compiled),
     )
 
 
 def usage_of(compiled) -> dict:
-    """Of a kernel that Triton has compiled: registers, spills, shared memory, matrix instructions, accesses."""
+    """What a row says of a kernel that Triton has compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         (usage,) = _usage(cubin.name)
         sass = _tool("nvdisasm", cubin.name)
-    return {
-        "registers": usage["REG"],
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "shared": compiled.metadata.shared,
-        "matrix": _matrix(sass),
-        **_accesses(sass),
-    }
+    return {"registers": usage["REG"], "shared": compiled.metadata.shared, **_instructions(sass)}
 
 
 def _extension_rows() -> list[Row]:
@@ -155,10 +155,8 @@ def _extension_rows() -> list[Row]:
                 dtype="-",
                 num_warps="-",
                 registers=usage["REG"],
-                spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
                 shared=usage["SHARED"],
-                matrix=_matrix(sass),
-                **_accesses(sass),
+                **_instructions(sass),
                 gemm="13device_kernelI" in usage["name"],  # CUTLASS's, whose kernels are matrix products
             )
         )
@@ -223,15 +221,13 @@ def _template_arguments(mangled: str) -> str:
     return f"<{', '.join(re.findall('[0-9]+', match[1]))}>" if match else "-"
 
 
-def _matrix(sass: str) -> str:
-    counts = {name: len(re.findall(pattern, sass)) for name, pattern in _MATRIX_INSTRUCTIONS.items()}
-    return " ".join(f"{name}:{count}" for name, count in counts.items() if count) or "none"
-
-
-def _accesses(sass: str) -> dict[str, int]:
+def _instructions(sass: str) -> dict:
     """LDGSTS copies from global to shared memory, as cp.async does."""
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in _MATRIX_INSTRUCTIONS.items()}
     accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*", sass)
     return {
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "matrix": " ".join(f"{name}:{count}" for name, count in counts.items() if count) or "none",
         "wide": sum(".128" in access for access in accesses),
         "accesses": len(accesses),
         "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
@@ -239,12 +235,8 @@ def _accesses(sass: str) -> dict[str, int]:
 
 
 def _print(rows: list[Row]) -> None:
-    header = ("kernel", "arch", "shape", "dtype", "warps", "registers", "spills", "shared", "matrix", "16-byte", "TMA")
-    table = [header]
-    for r in rows:
-        cost = (r.registers, r.spills, r.shared, r.matrix, f"{r.wide}/{r.accesses}", r.tma)
-        table.append((r.kernel, f"sm_{r.arch}", r.shape, r.dtype, r.num_warps, *cost))
-    widths = [max(len(str(line[i])) for line in table) for i in range(len(header))]
+    table = [COLUMNS, *(row.cells for row in rows)]
+    widths = [max(len(str(line[i])) for line in table) for i in range(len(COLUMNS))]
     for line in table:
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
 

@@ -1,12 +1,12 @@
-"""What a ladder of benchmarks writes, and how it is read back: one JSON file per ladder, tables beside it.
+"""What every benchmark writes, and how it is read back: one JSON file of rows, each on a line of its own.
 
     {"schema": "epg_fast.bench/1",
      "header": {"device": ..., "gpu": ..., "power_limit": ..., "driver": ..., "cuda": ..., "torch": ..., "triton": ...,
                 "python": ..., "cpu": ..., "cores": ..., "threads": ..., "commit": ..., "date": ...},
-     "rows": [{"job": ..., "rung": ..., "shape": ..., "dtype": ..., "unit": ..., "median": ..., "p20": ..., "p80": ...,
-               "peak_memory_bytes": ..., "error": ..., "details": {...}, "note": ...}]}
+     "rows": [{"job": ..., "variant": ..., "shape": ..., "dtype": ..., "unit": ..., "median": ..., "p20": ...,
+               "p80": ..., "peak_memory_bytes": ..., "error": ..., "details": {...}, "note": ...}]}
 
-A row is known by job, rung, shape, dtype and unit; the rest is what was measured. What the header cannot find out is
+A row is known by job, variant, shape, dtype and unit; the rest is what was measured. What the header cannot find out is
 "none".
 """
 
@@ -20,11 +20,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from epg_fast.files import write_atomically
 
 SCHEMA = "epg_fast.bench/1"
 UNITS = {"images/s": "more", "us": "less", "ms": "less", "kernels": "less"}
@@ -32,15 +34,21 @@ UNITS = {"images/s": "more", "us": "less", "ms": "less", "kernels": "less"}
 
 ROOT = Path(__file__).resolve().parents[1]
 
+UNFINISHED = "unfinished"
+"""In the details of a row that there was no time for, and that is measured when the same command is given again."""
+
+_SAME = ("device", "power_limit", "torch", "triton", "commit", "threads")
+"""Of a header: what rows of one file share."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One rung of one ladder. Raises ValueError for numbers that no measurement gives."""
+    """One variant of one job. Raises ValueError for numbers that no measurement gives."""
 
     job: str
-    """What is done: "pretrain", "finetune-diffusion", "finetune-consistency", "sample-heun", "sample-onestep"."""
-    rung: str
-    """How: "plain", "16-bit", "compile", ..."""
+    """What is done: "pretrain", "finetune-diffusion", "finetune-consistency", "sample-heun", "sample-onestep", ..."""
+    variant: str
+    """How: "plain", "plain, 16 bits", "ours, compiled blocks", ..."""
     shape: str
     """Preset and batch, e.g. "epg_xl_16_256, batch 64"."""
     dtype: str
@@ -53,11 +61,11 @@ class Row:
     error: float | None = None
     """Of the output, relative L2, against float64 or float32."""
     details: dict = field(default_factory=dict)
-    """Whatever else a ladder knows: speed-up, MFU, settings."""
+    """Whatever else a benchmark knows: MFU, settings, the longest kernels."""
     note: str = ""
 
     def __post_init__(self):
-        name = f"row {self.job}, {self.rung}, {self.shape}"
+        name = f"row {self.job}, {self.variant}, {self.shape}"
         if self.unit not in UNITS:
             raise ValueError(f"{name}: got unit {self.unit!r}, wanted one of {', '.join(UNITS)}")
         numbers = (self.p20, self.median, self.p80)
@@ -65,49 +73,72 @@ class Row:
             if not self.note:
                 raise ValueError(f"{name}: got no numbers and no note, wanted the reason why nothing was measured")
             return
-        check_spread(name, *numbers)
+        plain = all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
+        if not plain or not 0 < self.p20 <= self.median <= self.p80:
+            got = f"p20, median and p80 of {self.p20}, {self.median} and {self.p80}"
+            raise ValueError(f"{name}: got {got}, wanted rising positive numbers")
 
     @property
     def identity(self) -> tuple[str, ...]:
-        return self.job, self.rung, self.shape, self.dtype, self.unit
+        return self.job, self.variant, self.shape, self.dtype, self.unit
 
-
-def check_spread(name: str, p20, median, p80) -> None:
-    """Raise ValueError unless 0 < p20 <= median <= p80 and all are finite numbers."""
-    numbers = (p20, median, p80)
-    plain = all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers)
-    if not plain or not 0 < p20 <= median <= p80:
-        raise ValueError(
-            f"{name}: got p20, median and p80 of {p20}, {median} and {p80}, wanted rising positive numbers"
-        )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A file of rows."""
-
-    header: dict
-    rows: tuple[Row, ...]
+    @property
+    def value(self) -> str:
+        return f"not measured: {self.note}" if self.median is None else f"{significant(self.median, 4)} {self.unit}"
 
 
 class Results:
-    """The file of a ladder that is being measured, whole after every row: what is cut short keeps what it has."""
+    """The file of a benchmark that is being measured, whole after every row: what is cut short keeps what it has."""
 
-    def __init__(self, path: str | os.PathLike, header: dict):
-        self.path, self.header, self.rows = Path(path), header, []
+    def __init__(self, path: str | os.PathLike, header: dict, rows: Iterable[Row] = ()):
+        self.path, self.header, self.rows = Path(path), header, list(rows)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike, header: dict) -> Results:
+        """A file that is there goes on, but for its unfinished rows.
+
+        Raises ValueError if it was measured elsewhere or by other code.
+        """
+        if not Path(path).exists():
+            return cls(path, header)
+        before, rows = read(path)
+        for name in _SAME:
+            if before.get(name) != header.get(name):
+                was, now = before.get(name), header.get(name)
+                raise ValueError(f"{path}: measured with {name} {was}, now it is {now}; give another folder")
+        return cls(path, before, [row for row in rows if UNFINISHED not in row.details])
 
     def add(self, row: Row) -> None:
         """Append a row and write. Raises ValueError for a second row of the same identity."""
         if any(row.identity == other.identity for other in self.rows):
             raise ValueError(f"{self.path}: got a second row of {', '.join(row.identity)}, wanted one")
         self.rows.append(row)
-        rows = [{name: value for name, value in asdict(row).items() if value not in ("", {})} for row in self.rows]
-        write_json(self.path, {"schema": SCHEMA, "header": self.header, "rows": rows})
+        lines = [_json({k: v for k, v in asdict(row).items() if v not in ("", {}, None)}) for row in self.rows]
+        head = f'{{"schema": {_json(SCHEMA)},\n"header": {_json(self.header)},\n"rows": [\n'
+        write_atomically(self.path, head + ",\n".join(lines) + "\n]}\n")
+
+    def say(self, row: Row) -> None:
+        """`add`, and a line on standard error."""
+        self.add(row)
+        print(f"{row.job}, {row.shape}, {row.variant}: {row.value}", file=sys.stderr, flush=True)
 
 
-def read(path: str | os.PathLike) -> Run:
-    """The rows of a ladder's file. Raises ValueError, naming the file, for anything else."""
-    return parse(read_json(path), path)
+def _json(value) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def read(path: str | os.PathLike) -> tuple[dict, list[Row]]:
+    """(header, rows) of a file of results. Raises ValueError, naming the file, for anything else."""
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: got schema {content.get('schema')!r}, wanted {SCHEMA!r}")
+    header, rows = content.get("header"), content.get("rows")
+    if not isinstance(header, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: wanted a header and a list of rows")
+    try:
+        return header, [Row(**row) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {str(error).replace('Row.__init__()', 'a row')}") from None
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -123,77 +154,33 @@ def read_json(path: str | os.PathLike) -> dict:
     return content
 
 
-def parse(content: dict, path: str | os.PathLike) -> Run:
-    """The same of a file's content."""
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: got schema {content.get('schema')!r}, wanted {SCHEMA!r}")
-    header, rows = content.get("header"), content.get("rows")
-    if not isinstance(header, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: wanted a header and a list of rows")
-    known = {f.name for f in fields(Row)}
-    for row in rows:
-        if unknown := set(row) - known:
-            raise ValueError(f"{path}: a row has {', '.join(sorted(unknown))}, wanted {', '.join(sorted(known))}")
-        if missing := {"job", "rung", "shape", "dtype", "unit"} - set(row):
-            raise ValueError(f"{path}: a row lacks {', '.join(sorted(missing))}")
-    try:
-        return Run(header, tuple(Row(**row) for row in rows))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file at once: it is there whole, or as it was before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def new_folder(parent: str | os.PathLike = ROOT / "bench" / "results") -> Path:
-    """Make and return a folder named by the date and the device, with a number if there is one of that name."""
-    device = "".join(c if c.isalnum() else "-" for c in (gpu_name() or "cpu")).strip("-").lower()
-    stem = f"{datetime.now().date().isoformat()}-{device}"
-    Path(parent).mkdir(parents=True, exist_ok=True)
-    for name in (stem, *(f"{stem}-{i}" for i in range(2, 1000))):
-        try:
-            (Path(parent) / name).mkdir()
-            return Path(parent) / name
-        except FileExistsError:
-            continue
-    raise ValueError(f"{parent}: has 999 folders of {stem}; remove some")
-
-
 def header() -> dict[str, str | int]:
     """Device and versions that rows belong to; "none" for what there is not."""
-    power_limit, driver = _nvidia_smi()
+    gpu, power_limit, driver = None, "", ""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+        query = ("nvidia-smi", f"--id={uuid}", "--query-gpu=power.limit,driver_version", "--format=csv,noheader")
+        power_limit, _, driver = _output(*query).partition(", ")
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
     return {
-        "device": gpu_name() or processor(),
-        "gpu": gpu_name() or "none",
-        "power_limit": power_limit,
-        "driver": driver,
+        "device": gpu or processor(),
+        "gpu": gpu or "none",
+        "power_limit": power_limit or "none",
+        "driver": driver or "none",
         "cuda": torch.version.cuda or "none",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": triton,
         "python": sys.version.split()[0],
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "commit": commit(),
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def gpu_name() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def processor() -> str:
@@ -205,57 +192,35 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def commit() -> str:
+def _commit() -> str:
     """The checkout's commit, with "+changes" if files differ from it."""
     found = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if not found:
-        return "none"
-    return found + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
-
-
-def _nvidia_smi() -> tuple[str, str]:
-    """(power limit, driver) of the GPU in use."""
-    if not torch.cuda.is_available():
-        return "none", "none"
-    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-    query = ("nvidia-smi", f"--id={uuid}", "--query-gpu=power.limit,driver_version", "--format=csv,noheader")
-    power_limit, _, driver = _output(*query).partition(", ")
-    return power_limit or "none", driver or "none"
+    changes = found and _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
+    return found + "+changes" * bool(changes) or "none"
 
 
 def _output(*command: str) -> str:
     """What a command prints, "" if it fails or is not there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table with a line per row; a column whose cells are all numbers (or empty) is set to the right."""
+    """A table with a line per row. Columns of numbers are set to the right; one without any cell is left out."""
     cells = [["" if cell is None else str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    if any(len(row) != len(columns) for row in cells):
-        raise ValueError(f"table: got rows of {sorted({len(row) for row in cells})} cells for {len(columns)} columns")
-    right = [all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
-    widths = [max(3, *(len(row[i]) for row in [columns, *cells])) for i in range(len(columns))]
+    table = [column for column in zip(columns, *cells, strict=True) if any(column[1:]) or not cells]
+    widths = [max(3, *map(len, column)) for column in table]
+    right = [all(map(_is_number, column[1:])) for column in table]
 
-    def line(row):
-        padded = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
+    def aligned(row):
+        pairs = zip(row, widths, right, strict=True)
+        return f"| {' | '.join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in pairs)} |"
 
-    rule = (f"{'-' * (width - 1)}:" if to_right else "-" * width for width, to_right in zip(widths, right, strict=True))
-    return "\n".join([line(columns), f"| {' | '.join(rule)} |", *(line(row) for row in cells)]) + "\n"
+    rule = ["-" * (width - 1) + (":" if r else "-") for width, r in zip(widths, right, strict=True)]
+    names, *lines = zip(*table, strict=True)
+    return "\n".join(map(aligned, [names, rule, *lines])) + "\n"
 
 
 def _is_number(cell: str) -> bool:
@@ -264,11 +229,6 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def header_lines(header: dict) -> str:
-    """The header as a markdown list."""
-    return "".join(f"- {name}: {value}\n" for name, value in header.items())
 
 
 def significant(value: float | None, digits: int = 3) -> str:

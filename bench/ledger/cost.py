@@ -9,13 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bench.measure import Ceilings
+
+if TYPE_CHECKING:
+    from bench.ledger.triton_ir import Source
 
 PRODUCTS, ATTENTION, NORMS, ELEMENTWISE = "products", "attention", "norms", "element-wise"
 COPIES, REDUCTIONS, OPTIMISER = "casts and copies", "reductions", "optimiser"
 KINDS = (PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES, REDUCTIONS, OPTIMISER)
 
-FLOPS, BANDWIDTH = 788e12, 4.3e12
-"""What an H200 is taken to reach: FLOP/s of a large product in 16 bits (twice that in FP8), bytes/s of a large copy."""
+H200 = Ceilings(788e12, 4.3e12)
+"""What an H200 is taken to reach, with a large product in 16 bits (twice that in FP8) and with a large copy."""
 
 MULTIPROCESSORS = 132
 _REGISTERS, _SHARED, _THREADS, _BLOCKS = 65536, 228 << 10, 2048, 32  # of a multiprocessor of compute capability 9.0
@@ -38,10 +44,8 @@ class Kernel:
     (Inductor's Triton), "ours" (the package's Triton), "extension" (its CUDA)."""
     detail: str = ""
     launches: int = 1
-    graph: str = ""
-    """Of torch.compile's, whose code launches it."""
-    tiles: Tiles | None = None
-    """Of a matrix product of the package's own."""
+    source: Source | None = None
+    """What Triton compiles, of the package's Triton."""
 
     @property
     def bytes(self) -> int:
@@ -50,7 +54,7 @@ class Kernel:
     @property
     def seconds(self) -> float:
         """The floor of one call."""
-        return max(self.flops / (FLOPS * (2 if self.fp8 else 1)), self.bytes / BANDWIDTH)
+        return H200.floor(self.flops / (2 if self.fp8 else 1), self.bytes)
 
 
 @dataclass
@@ -67,14 +71,18 @@ class Total:
         return sum(self.seconds.values())
 
     @property
-    def products(self) -> float:
-        """Seconds of matrix products, attention's included."""
-        return self.seconds[PRODUCTS] + self.seconds[ATTENTION]
-
-    @property
     def above(self) -> float:
-        """Seconds of everything else."""
-        return self.floor - self.products
+        """Seconds of everything but matrix products, attention's included."""
+        return self.floor - self.seconds[PRODUCTS] - self.seconds[ATTENTION]
+
+    def as_json(self) -> dict:
+        return {
+            "kernels": self.kernels,
+            "gigabytes": self.bytes / 1e9,
+            "teraflop": self.flops / 1e12,
+            "milliseconds": {kind: 1e3 * seconds for kind, seconds in self.seconds.items()},
+            "above_products": 1e3 * self.above,
+        }
 
 
 def total(kernels: Iterable[Kernel]) -> Total:
@@ -121,25 +129,53 @@ class Tiles:
         """Waves rounded up over waves: 1 where the last wave is full."""
         return math.ceil(self.waves) / self.waves
 
-    @property
-    def slowdown(self) -> float:
-        """Against a product without either loss, were all tiles equally fast."""
-        return self.unfilled * self.idle
 
-
-def resident(registers: int, threads: int, shared: int) -> int:
+def resident(registers: int, warps: int, shared: int) -> int:
     """Blocks that fit on a multiprocessor. registers: per thread, given out by 256 for a warp; shared: bytes, to which
     the system adds 1 KiB."""
     per_warp = math.ceil(max(registers, 1) * 32 / 256) * 256
-    by_registers = _REGISTERS // (per_warp * math.ceil(threads / 32))
-    return max(0, min(by_registers, _SHARED // (shared + 1024), _THREADS // threads, _BLOCKS))
+    by_registers = _REGISTERS // (per_warp * warps)
+    return min(by_registers, _SHARED // (shared + 1024), _THREADS // (32 * warps), _BLOCKS)
 
 
-def break_even(saved: float, product: float) -> float:
-    """How much slower than the library's a product of `product` seconds may be before `saved` seconds are gone."""
-    return 1 + saved / product
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of the package's own against the library's, in seconds.
 
+    floor: of the product. of_operation: of all products of its operation, which save `saved` together.
+    """
 
-def verdict(slowdown: float, allowed: float) -> str:
-    """Whether tiles and waves alone leave something of what a product saves."""
-    return "a win if the rest is as good" if slowdown < allowed else "not a win"
+    floor: float
+    of_operation: float
+    saved: float
+    tiles: Tiles
+
+    @property
+    def break_even(self) -> float:
+        """How much slower than the library's it may be before what it saves is gone."""
+        return 1 + self.saved / self.of_operation
+
+    @property
+    def slowdown(self) -> float:
+        """By tiles and waves alone, against a product that loses nothing to either."""
+        return self.tiles.unfilled * self.tiles.idle
+
+    @property
+    def outcome(self) -> str:
+        return "a win if the rest is as good" if self.slowdown < self.break_even else "not a win"
+
+    def as_json(self) -> dict:
+        tiles = self.tiles
+        return {
+            "result": [tiles.rows, tiles.columns],
+            "tile": [tiles.height, tiles.width],
+            "resident": tiles.resident,
+            "waves": tiles.waves,
+            "unfilled": tiles.unfilled,
+            "idle": tiles.idle,
+            "floor_us": 1e6 * self.floor,
+            "saved_us": 1e6 * self.saved,
+            "slowdown": self.slowdown,
+            "break_even": self.break_even,
+            "outcome": self.outcome,
+        }

@@ -16,6 +16,7 @@ import re
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import sympy
 import torch
@@ -31,17 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from bench.ledger import triton_ir
-from bench.ledger.cost import (
-    ATTENTION,
-    COPIES,
-    ELEMENTWISE,
-    NORMS,
-    OPTIMISER,
-    PRODUCTS,
-    REDUCTIONS,
-    Kernel,
-    Tiles,
-)
+from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, NORMS, OPTIMISER, PRODUCTS, REDUCTIONS, Kernel
 from bench.results import ROOT
 
 _CUDA = torch.device("cuda", 0)
@@ -51,20 +42,8 @@ _CUDA = torch.device("cuda", 0)
 class Graph:
     """One compiled graph: what a call of it launches. check: its bytes as Inductor itself counts them."""
 
-    name: str
     kernels: list[Kernel]
     check: int
-    code: str
-    calls: int = 0
-
-
-@dataclass
-class Launch:
-    """A launch of one of the package's Triton kernels, as Triton would compile it."""
-
-    kernel: JITFunction
-    source: triton_ir.Source
-    num_warps: int
 
 
 @dataclass
@@ -80,7 +59,7 @@ class Counter(FakeTensorMode):
     """The mode of tensors without memory, and what has been counted in it.
 
     kernels: in order, with `phases` [(name, how many kernels before its end)]; problems: what should not be, and how
-    often; graphs: all that were compiled; launches: of the package's Triton kernels, each specialisation once.
+    often; graphs: all that were compiled.
     """
 
     def __init__(self):
@@ -89,7 +68,6 @@ class Counter(FakeTensorMode):
         self.phases: list[tuple[str, int]] = []
         self.problems: Tally[str] = Tally()
         self.graphs: list[Graph] = []
-        self.launches: dict[str, Launch] = {}
         self.kind: str | None = None
         """Of everything that is noted, whatever it does: an optimiser's."""
         self.read: Iterator[float] = iter(())
@@ -104,10 +82,8 @@ class Counter(FakeTensorMode):
     def counting(self) -> Iterator[None]:
         """Note what is launched inside. Compiling once more, or a break of a graph, is a problem."""
         before, self._counting = len(self.graphs), True
-        for graph in self.graphs:
-            graph.calls = 0
         try:
-            with _replaced(JITFunction, "run", _run(self)):
+            with mock.patch.object(JITFunction, "run", _run(self)):
                 yield
         finally:
             self._counting = False
@@ -129,7 +105,7 @@ class Counter(FakeTensorMode):
                 (JITFunction, "run", _run(self)),
                 (JITFunction, "_do_compile", triton_ir.instead_of_compiling),
             ):
-                stack.enter_context(_replaced(owner, name, made))
+                stack.enter_context(mock.patch.object(owner, name, made))
             yield
 
     def end(self, phase: str) -> None:
@@ -232,6 +208,7 @@ class Counter(FakeTensorMode):
         programs = math.prod(grid(named) if callable(grid) else grid)
         tensors = {name: getattr(value, "base", value) for name, value in named.items()}
         tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        source.arguments = named | {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         fresh = self._frames[-1].fresh if self._frames else {}
         read = written = 0
         for name, tensor in tensors.items():
@@ -244,7 +221,6 @@ class Counter(FakeTensorMode):
         for name in found.stored:
             fresh.pop(tensors[name].untyped_storage()._cdata, None)
         warps = source.options.num_warps
-        self.launches.setdefault(source.source.hash(), Launch(kernel, source, warps))
         op = self._frames[-1].op if self._frames else ""
         noted = Kernel(
             name=kernel.fn.__name__,
@@ -253,9 +229,8 @@ class Counter(FakeTensorMode):
             written=written,
             by="ours",
             detail=f"{programs} x {warps} warps; " + " ".join(f"{n}={_shape(t)}" for n, t in tensors.items()),
+            source=source,
         )
-        if noted.kind == PRODUCTS:
-            noted.tiles = _tiles_of(named, [tensors[name] for name in found.stored])
         self._add([noted])
 
 
@@ -267,16 +242,6 @@ def _run(counter: Counter) -> Callable:
         counter.launched(self, args, grid, kwargs)
 
     return run
-
-
-@contextlib.contextmanager
-def _replaced(owner, name: str, value) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _tensors(values) -> list[torch.Tensor]:
@@ -380,9 +345,6 @@ def _operator(func, args, kwargs, out, by: str, problems: Tally[str]) -> Kernel 
     if formula is not None:
         kernel.flops = formula(*args, **kwargs, out_val=out)
     kernel.fp8 = any("float8" in str(t.dtype) for t in read)
-    if kernel.by == "extension" and kernel.kind == PRODUCTS:
-        columns = written[0].shape[-1]
-        kernel.tiles = extension_tiles(written[0].numel() // columns, columns)
     return kernel
 
 
@@ -400,8 +362,8 @@ def _launches(name: str, args, written: list[torch.Tensor]) -> int:
     if name == "global_norm_out":
         return 1 + math.ceil(len(lists[0]) / _table_rows(1))
     if name == "fused_adamw_ema_":
-        averages = len(args[4]) // len(args[0])
-        return 1 + math.ceil(len(args[0]) / _table_rows(6 + averages))
+        emas = len(args[4]) // len(args[0])
+        return 1 + math.ceil(len(args[0]) / _table_rows(6 + emas))
     if name == "convolution_backward":
         return len(written)
     if not name.startswith(("_foreach", "_fused")) or not lists:
@@ -441,25 +403,6 @@ def _kind_of_triton(name: str, op: str, products: bool) -> str:
     if "norm" in name:
         return NORMS
     return REDUCTIONS if re.search(r"sums?(_|$)", name) else ELEMENTWISE
-
-
-def _tiles_of(named: dict, stored: list[torch.Tensor]) -> Tiles | None:
-    """Tiles of a Triton product by the names of its constants; None if it has none of those."""
-    height = named.get("BLOCK_M", named.get("BLOCK_ROWS"))
-    width = named.get("BLOCK_N", named.get("BLOCK_COLUMNS"))
-    result = max(stored, key=lambda t: t.numel(), default=None)
-    if not isinstance(height, int) or not isinstance(width, int) or result is None:
-        return None
-    columns = result.shape[-1]
-    return Tiles(result.numel() // columns, columns, height, width)
-
-
-def extension_tiles(rows: int, columns: int) -> Tiles:
-    """Of the CUTLASS products, by their header: one block on a multiprocessor, clusters along the rows."""
-    source = (ROOT / "kernels" / "csrc" / "gemm_sm90.cuh").read_text()
-    height, width = map(int, re.search(r"using Wide = cute::Shape<cute::_(\d+), cute::_(\d+)", source).groups())
-    cluster = int(re.search(r"using ClusterShape = cute::Shape<cute::_(\d+)", source)[1])
-    return Tiles(rows, columns, height, width, cluster=cluster)
 
 
 # ------------------------------------------------------------------------------------------------ compiled code
@@ -587,7 +530,7 @@ def _describing(counter: Counter) -> Callable:
     """In the place of GraphLowering.compile_to_module: nothing is loaded."""
 
     def compile_to_module(graph: GraphLowering):
-        code, _ = graph.codegen()
+        graph.codegen()
         nested, counter._nested = counter._nested, True
         counting, counter._counting = counter._counting, False
         try:
@@ -596,9 +539,7 @@ def _describing(counter: Counter) -> Callable:
                 kernels += [event] if isinstance(event, Kernel) else _library(counter, event)
         finally:
             counter._nested, counter._counting = nested, counting
-        described = Graph(f"graph {len(counter.graphs)}", kernels, graph.count_bytes()[0], code.value)
-        for kernel in kernels:
-            kernel.graph = described.name
+        described = Graph(kernels, graph.count_bytes()[0])
         counter.graphs.append(described)
         for name, value in graph.graph_inputs.items():
             if isinstance(value, ir.TensorBox) and value.get_device().type == "cpu":
@@ -623,7 +564,6 @@ class _Module:
         inputs = list(args)
         args.clear()
         counter = self._counter
-        self._graph.calls += 1
         if counter._counting:
             counter._add([Kernel(**vars(kernel)) for kernel in self._graph.kernels])
         nested, counter._nested = counter._nested, True

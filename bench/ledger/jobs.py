@@ -1,29 +1,33 @@
-"""What the ledger counts: jobs of sampling and training, each done in several ways.
+"""What the ledger counts: jobs of sampling and training, each done by several variants.
 
-The ways are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what
-a keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks, with
-a compiled network and with the extension's products. Weights of the plain code are cast for sampling once, as anyone
-would, and its optimiser is PyTorch's fused one with one foreach call for the average, not the loops that
-`bench.plain` has.
+They are the plain code (`bench.plain`) and the package's plain operations ("auto") under torch.compile, with what a
+keen user would try, of which the best is the rival; and the package's kernels ("ours"), with compiled blocks, with a
+compiled network and with the extension's products. Weights of the plain code are cast for sampling once, as anyone
+would, and its optimiser is PyTorch's fused one with one foreach call for the EMA, not the loops that `bench.plain` has.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch._inductor import config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import parts, plain
-from bench.ledger.cost import OPTIMISER
+from bench import roofline
+from bench.ledger.cost import H200, KINDS, OPTIMISER
 from bench.ledger.count import Counter
+from bench.plain.networks import PlainGenerator, from_config
 from bench.plain.sampling import Sampler
+from bench.plain.training import Trainer
+from bench.roofline import Work
+from bench.sample import GUIDANCE, INTERVAL
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
@@ -33,7 +37,6 @@ from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_stage
 from epg_fast.training.weight_copies import WeightCopies
 
-GUIDANCE, INTERVAL = 2.5, (0.19, 1.61)
 _XL, _G, _L = "epg_xl_16_256", "epg_g_16_256", "epg_l_16_256"
 
 
@@ -45,30 +48,20 @@ class NotCounted(Exception):
 class Variant:
     """A way of doing jobs. code: "plain" (bench/plain), "auto" (ours, with PyTorch's operators) or "ours".
 
-    how: what torch.compile gets.
+    how: what torch.compile gets. ops: of the package, at all sites or by site: "cuda" are the extension's products.
+    optimizer: of the package, in whole updates: "fused" is the extension's, "torch" PyTorch's. within: a context.
     """
 
     name: str
     code: str
     how: str
-    tuned: bool = False
-    """With coordinate descent, and without fusing into templates."""
-    attention: str | None = None
-    """The only one of PyTorch's that is allowed."""
-    optimizer: str = "fused"
-    """Of the package, in whole updates: "fused" is the extension's, "torch" PyTorch's."""
-    cutlass: bool = False
-    """With the extension's products in the place of Triton's."""
+    ops: str | Mapping[str, str] = "plain"
+    optimizer: str = "torch"
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
-    @property
-    def ours(self) -> bool:
-        return self.code == "ours"
 
-    @property
-    def ops(self) -> str:
-        if self.cutlass:
-            return "cuda"
-        return "triton" if self.ours else "plain"
+def _tuned():
+    return config.patch(coordinate_descent_tuning=True, epilogue_fusion=False)
 
 
 VARIANTS = {
@@ -76,38 +69,50 @@ VARIANTS = {
     for variant in (
         Variant("plain-blocks", "plain", "blocks"),
         Variant("plain-network", "plain", "network"),
-        Variant("plain-tuned", "plain", "network", tuned=True),
-        Variant("plain-cudnn", "plain", "network", attention="CUDNN_ATTENTION"),
-        Variant("auto-blocks", "auto", "blocks", optimizer="torch"),
-        Variant("auto-network", "auto", "network", optimizer="torch"),
-        Variant("ours-blocks", "ours", "blocks"),
-        Variant("ours-network", "ours", "network"),
-        Variant("ours-cuda", "ours", "blocks", cutlass=True),
+        Variant("plain-tuned", "plain", "network", within=_tuned),
+        Variant("plain-cudnn", "plain", "network", within=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
+        Variant("auto-blocks", "auto", "blocks"),
+        Variant("auto-network", "auto", "network"),
+        Variant("ours-blocks", "ours", "blocks", "triton", "fused"),
+        Variant("ours-network", "ours", "network", "triton", "fused"),
+        Variant("ours-cuda", "ours", "blocks", "cuda", "fused"),
     )
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """count: notes a job's kernels in a counter. counted: phases that make up the job; others are listed beside it."""
+    """prepare: makes a call that tells the counter where a phase ends. counted: phases that make up the job; others are
+    listed beside it. task: a training job's. levels: a trajectory's."""
 
     name: str
     preset: str
     batch: int
     dtype: str
     counted: tuple[str, ...]
-    count: Callable[[Counter, Job, Variant], None]
-    least: Callable[[Job], parts.Job] | None = None
-    """The job in the largest fusion there is, of `bench.parts`."""
+    prepare: Callable[[Counter, Job, Variant], Callable[[], None]]
     levels: int = 1
+    task: str = ""
 
     @property
     def shape(self) -> str:
         return f"{self.preset}, batch {self.batch}" + (f", {self.levels} levels" if self.levels > 1 else "")
 
+    def least(self) -> Work:
+        """The job in the largest fusion there is; forward and backward pass alone leave out what is behind them."""
+        if not self.task:
+            return roofline.sampling(self.preset, self.batch, self.levels, INTERVAL)
+        work = roofline.update(self.task, self.preset, self.batch)
+        if "update" in self.counted:
+            return work
+        return Work(self.batch, tuple(op for op in work.ops if op.name != "patch_loss" and op.direction != "update"))
 
-def _sampling_call(counter: Counter, job: Job, variant: Variant) -> None:
-    """One call of the denoiser; the package computes what depends on level and label ahead of it."""
+
+def _sampling_call(counter: Counter, job: Job, variant: Variant, **sizes: int) -> Callable:
+    """One call of the denoiser; the package computes what depends on level and label ahead of it.
+
+    sizes: of the package's network that differ from the preset's.
+    """
     if variant.code == "plain":
         network, (x, t, y) = _plain_generator(job, variant), _inputs(job, torch.float32)
 
@@ -116,7 +121,7 @@ def _sampling_call(counter: Counter, job: Job, variant: Variant) -> None:
                 network(x, t, y)
             counter.end("call")
     else:
-        network = inference_network(_generator(job, variant), job.dtype)
+        network = inference_network(_generator(job, variant, **sizes), job.dtype)
         x, t, y = _inputs(job, network.pos_embed.dtype)
         compile_denoising(network, variant.how)
 
@@ -127,10 +132,10 @@ def _sampling_call(counter: Counter, job: Job, variant: Variant) -> None:
                 network.denoise(x, conditioning)
                 counter.end("call")
 
-    _second(counter, step)
+    return step
 
 
-def _images(counter: Counter, job: Job, variant: Variant) -> None:
+def _images(counter: Counter, job: Job, variant: Variant) -> Callable:
     """A batch of images from labels: a trajectory with interval guidance, or one step."""
     heun = job.levels > 1
     if variant.code == "plain":
@@ -166,10 +171,10 @@ def _images(counter: Counter, job: Job, variant: Variant) -> None:
             engine._compute(labels, seed, labels)
             counter.end("images")
 
-    _second(counter, step)
+    return step
 
 
-def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
+def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
     """Forward and backward pass of the network alone, from a gradient of its output; the optimiser wrote the copies."""
     copies = WeightCopies((), None)
     if variant.code == "plain":
@@ -198,19 +203,19 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> None:
             out.backward(torch.empty_like(out))
             counter.end("backward")
 
-    _second(counter, step)
+    return step
 
 
-def _update(task: str, counter: Counter, job: Job, variant: Variant) -> None:
-    """A whole update: forward and backward pass of the loss, clipping, AdamW, average."""
-    from bench.train_jobs import OurTraining, PlainTraining, Problem
+def _update(counter: Counter, job: Job, variant: Variant) -> Callable:
+    """A whole update: forward and backward pass of the loss, clipping, AdamW, EMA."""
+    from bench.train import OurTraining, PlainTraining, Problem
 
     with torch.device("cuda"):
-        problem = Problem(task, job.preset, job.batch, torch.device("cuda", 0))
+        problem = Problem(job.task, job.preset, job.batch, torch.device("cuda", 0))
     if variant.code == "plain":
         with torch.device("cuda"):
             training = PlainTraining(problem, torch.bfloat16)
-        for network in {training.trainer.network, training.trainer.average, training.perceptual} - {None}:
+        for network in {training.trainer.network, training.trainer.ema, training.perceptual} - {None}:
             _compile_plain(network, variant)
         _keen(training.trainer)
         optimise, update = training.trainer, training.step
@@ -226,62 +231,52 @@ def _update(task: str, counter: Counter, job: Job, variant: Variant) -> None:
         counter.end("backward")
         counter.kind = OPTIMISER if variant.code == "plain" else None
 
+    def as_optimiser(call: Callable, *args, **kwargs):
+        counter.kind = OPTIMISER
+        try:
+            return call(*args, **kwargs)
+        finally:
+            counter.kind = None
+
     def step():
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_patched(torch.Tensor, "backward", backward))
+            stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
             if variant.code != "plain":
-                stack.enter_context(_patched(optimise, "step", partial(_as_optimiser, counter, optimise.step)))
+                stack.enter_context(mock.patch.object(optimise, "step", partial(as_optimiser, optimise.step)))
             update()
         counter.kind = None
         counter.end("update")
 
-    _second(counter, step)
+    return step
 
 
 _BACKWARD = torch.Tensor.backward
 
 
-def _as_optimiser(counter: Counter, call: Callable, *args, **kwargs):
-    counter.kind = OPTIMISER
-    try:
-        return call(*args, **kwargs)
-    finally:
-        counter.kind = None
-
-
-def _keen(trainer: plain.Trainer) -> None:
-    """PyTorch's fused AdamW and one foreach call for the average."""
+def _keen(trainer: Trainer) -> None:
+    """PyTorch's fused AdamW and one foreach call for the EMA."""
     groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in trainer.optimizer.param_groups]
     first = trainer.optimizer.param_groups[0]
     trainer.optimizer = torch.optim.AdamW(groups, lr=first["lr"], betas=first["betas"], fused=True)
 
     @torch.no_grad()
-    def update_average() -> None:
-        averages, weights = list(trainer.average.parameters()), list(trainer.network.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - trainer.average_decay)
+    def update_ema() -> None:
+        emas, weights = list(trainer.ema.parameters()), list(trainer.network.parameters())
+        torch._foreach_lerp_(emas, weights, 1 - trainer.ema_decay)
 
-    trainer.update_average = update_average
-
-
-def _second(counter: Counter, step: Callable[[], None]) -> None:
-    """Count the second of two calls: the first compiles."""
-    step()
-    counter.phases.clear()
-    counter.kernels.clear()
-    with counter.counting():
-        step()
+    trainer.update_ema = update_ema
 
 
-def _generator(job: Job, variant: Variant) -> torch.nn.Module:
+def _generator(job: Job, variant: Variant, **sizes: int) -> torch.nn.Module:
     with torch.device("cuda"):
-        return create_model(job.preset).use_ops(variant.ops).eval()
+        return create_model(job.preset, **sizes).use_ops(variant.ops).eval()
 
 
 def _plain_generator(job: Job, variant: Variant, train: bool = False) -> torch.nn.Module:
     if job.dtype == "fp8":
         raise NotCounted("the plain code has no FP8; auto-blocks and auto-network are PyTorch's")
     with torch.device("cuda"):
-        network = plain.from_config(plain.PlainGenerator, preset_config(job.preset)).train(train)
+        network = from_config(PlainGenerator, preset_config(job.preset)).train(train)
     if not train:
         for module in network.modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -308,35 +303,23 @@ def _inputs(job: Job, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 @contextlib.contextmanager
-def _patched(owner, name: str, value) -> Iterator[None]:
-    own, before = vars(owner).get(name), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None and not isinstance(owner, type):
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
-@contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    """What PyTorch cannot do to tensors without memory, or with generators that would have some, left out."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_patched(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor))
-        stack.enter_context(_patched(torch.nn.Module, "to", lambda module, *_, **__: module))  # all are made there
-        # which take their slow paths for tensors of other types than PyTorch's own
-        stack.enter_context(_patched(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True))
-        stack.enter_context(_patched(NoiseSchedule, "levels", _levels))
-        stack.enter_context(_patched(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()))
-        yield
-
-
-@contextlib.contextmanager
 def compiling_as_is(counter: Counter) -> Iterator[None]:
-    """Inside, tensors have no memory and torch.compile is described."""
-    with _without_values(), counter.compiling(), counter:
+    """Inside, tensors have no memory and torch.compile is described.
+
+    What PyTorch cannot do to such tensors, or with generators that would have some, is left out.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor),
+            (torch.nn.Module, "to", lambda module, *_, **__: module),  # all are made there
+            # which take their slow paths for tensors of other types than PyTorch's own
+            (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
+            (NoiseSchedule, "levels", _levels),
+            (torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(counter.compiling())
+        stack.enter_context(counter)
         yield
 
 
@@ -351,75 +334,46 @@ def _levels(*arguments) -> list[float]:
 
 def count(job: Job, variant: Variant) -> Counter:
     """A counter with a job's kernels. Raises NotCounted if it cannot be done this way."""
-    from torch._inductor import config
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     counter = Counter()
-    with contextlib.ExitStack() as stack:
-        if variant.tuned:
-            stack.enter_context(config.patch(coordinate_descent_tuning=True, epilogue_fusion=False))
-        if variant.attention:
-            stack.enter_context(sdpa_kernel(getattr(SDPBackend, variant.attention)))
-        stack.enter_context(compiling_as_is(counter))
+    with variant.within(), compiling_as_is(counter):
         try:
-            job.count(counter, job, variant)
+            call = job.prepare(counter, job, variant)
+            call()  # compiles
+            counter.phases.clear()
+            counter.kernels.clear()
+            with counter.counting():
+                call()
         except ValueError as error:
             raise NotCounted(str(error).splitlines()[0]) from error
     return counter
 
 
-def _forward(job: Job) -> parts.Job:
-    return parts.forward(_on_meta(job), job.batch)
+def least_seconds(job: Job) -> dict[str, float]:
+    """Floors by kind in the largest fusion there is; in FP8 of the products that can be."""
+    seconds, fp8 = dict.fromkeys(KINDS, 0.0), (" qkv", " proj", " fc1", " fc2", " skip_linear")
+    for op in job.least().ops:
+        halved = job.dtype == "fp8" and any(word in op.name for word in fp8)
+        seconds[op.kind] += op.times * H200.floor(op.flops / (2 if halved else 1), op.bytes)
+    return seconds
 
 
-def _heun(job: Job) -> parts.Job:
-    return parts.heun(_on_meta(job), job.batch, job.levels, INTERVAL)
-
-
-def _trained(task: str, job: Job) -> parts.Job:
-    return next(made for made in map(parts.training, parts.training_stages(job.preset, job.batch)) if made.name == task)
-
-
-def _forward_and_backward(job: Job) -> parts.Job:
-    """A diffusion update without what is behind the network, and before it."""
-    made = _trained("finetune-diffusion", job)
-    kept = [part for part in made.parts if part.name != "patch_loss" and part.direction != "update"]
-    return dataclasses.replace(made, parts=tuple(kept))
-
-
-def _on_meta(job: Job) -> torch.nn.Module:
-    with torch.device("meta"):
-        return create_model(job.preset)
-
-
-def _update_job(name: str, task: str, preset: str, batch: int) -> Job:
-    return Job(
-        name,
-        preset,
-        batch,
-        "bf16",
-        ("forward", "backward", "update"),
-        partial(_update, task),
-        partial(_trained, task),
-    )
-
-
+_UPDATE = ("forward", "backward", "update")
 JOBS = {
     job.name: job
     for job in (
-        Job("sample_xl", _XL, 64, "bf16", ("call",), _sampling_call, _forward),
-        Job("sample_xl_fp8", _XL, 64, "fp8", ("call",), _sampling_call, _forward),
-        Job("sample_g", _G, 64, "bf16", ("call",), _sampling_call, _forward),
-        Job("sample_l_32", "epg_l_32_512", 64, "bf16", ("call",), _sampling_call, _forward),
-        Job("heun_xl", _XL, 64, "bf16", ("images",), _images, _heun, 32),
-        Job("heun_xl_fp8", _XL, 64, "fp8", ("images",), _images, _heun, 32),
-        Job("heun_g", _G, 64, "bf16", ("images",), _images, _heun, 32),
-        Job("heun_l_32", "epg_l_32_512", 64, "bf16", ("images",), _images, _heun, 32),
-        Job("onestep_l_1", _L, 1, "bf16", ("images",), _images, _forward),
-        Job("onestep_l_64", _L, 64, "bf16", ("images",), _images, _forward),
-        Job("train_xl", _XL, 64, "bf16", ("forward", "backward"), _gradients, _forward_and_backward),
-        _update_job("update_pretrain", "pretrain", _XL, 256),
-        _update_job("update_diffusion", "finetune-diffusion", _XL, 64),
-        _update_job("update_consistency", "finetune-consistency", _L, 64),
+        Job("sample_xl", _XL, 64, "bf16", ("call",), _sampling_call),
+        Job("sample_xl_fp8", _XL, 64, "fp8", ("call",), _sampling_call),
+        Job("sample_g", _G, 64, "bf16", ("call",), _sampling_call),
+        Job("sample_l_32", "epg_l_32_512", 64, "bf16", ("call",), _sampling_call),
+        Job("heun_xl", _XL, 64, "bf16", ("images",), _images, levels=32),
+        Job("heun_xl_fp8", _XL, 64, "fp8", ("images",), _images, levels=32),
+        Job("heun_g", _G, 64, "bf16", ("images",), _images, levels=32),
+        Job("heun_l_32", "epg_l_32_512", 64, "bf16", ("images",), _images, levels=32),
+        Job("onestep_l_1", _L, 1, "bf16", ("images",), _images),
+        Job("onestep_l_64", _L, 64, "bf16", ("images",), _images),
+        Job("train_xl", _XL, 64, "bf16", ("forward", "backward"), _gradients, task="finetune-diffusion"),
+        Job("update_pretrain", _XL, 256, "bf16", _UPDATE, _update, task="pretrain"),
+        Job("update_diffusion", _XL, 64, "bf16", _UPDATE, _update, task="finetune-diffusion"),
+        Job("update_consistency", _L, 64, "bf16", _UPDATE, _update, task="finetune-consistency"),
     )
 }

@@ -7,7 +7,6 @@ touched: all of it, or, where no access stands in a loop, at most what all progr
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections import defaultdict
@@ -36,6 +35,8 @@ class Source(BaseException):
     def __init__(self, source, options):
         super().__init__("not compiled")
         self.source, self.options = source, options
+        self.arguments: dict[str, Any] = {}
+        """Of the launch; of tensors the shapes."""
 
 
 def specialised(run: Callable, kernel, args: tuple, kwargs: dict[str, Any]) -> Source:
@@ -55,29 +56,14 @@ def instead_of_compiling(kernel, key, signature, device, constexprs, options, at
 def accesses(launch: Source) -> Accesses:
     """Of one program."""
     source = launch.source
-    pointers = [name for name, kind in source.signature.items() if str(kind).startswith(("*", "tensordesc"))]
-    return _read(source.hash(), _Lazy(lambda: (_intermediate_code(source, launch.options), pointers)))
+    key = source.hash()
+    if key not in _SEEN:
+        pointers = [name for name, kind in source.signature.items() if str(kind).startswith(("*", "tensordesc"))]
+        _SEEN[key] = read(_intermediate_code(source, launch.options), pointers)
+    return _SEEN[key]
 
 
-@functools.lru_cache(4096)
-def _read(key: str, code: _Lazy) -> Accesses:
-    return read(*code())
-
-
-class _Lazy:
-    """A call whose result does not count for a cache."""
-
-    def __init__(self, call: Callable[[], tuple]):
-        self.call = call
-
-    def __call__(self) -> tuple:
-        return self.call()
-
-    def __hash__(self):
-        return 0
-
-    def __eq__(self, other):
-        return isinstance(other, _Lazy)
+_SEEN: dict[str, Accesses] = {}
 
 
 def _intermediate_code(source, options) -> str:

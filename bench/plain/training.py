@@ -1,4 +1,4 @@
-"""The three losses and their training steps (SPEC 4 to 6), with one network call for each image that needs one."""
+"""The three losses (SPEC 4 to 6), with one network call for each image that needs one, and a step that trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bench.plain.diffusion import SIGMA_MIN, Denoiser, network_input, per_image, sigma_at
+from bench.plain.sampling import SIGMA_MIN, Denoiser, network_input, per_image, sigma_at
 
 
 def info_nce(queries: torch.Tensor, keys: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -113,29 +113,27 @@ def consistency_loss(
 
 
 class Trainer:
-    """A network in training: AdamW, warm-up, clipping, loss scale and the average that follows its weights.
+    """A network in training: AdamW, clipping, loss scale and the EMA that follows its weights.
 
-    average: a copy of the network, of which only parameters are averaged. dtype: of autocast, None for float32; float16
-    scales the loss. exempt: names of the parameters without weight decay. clip_norm: limit once the warm-up is over.
-    After the warm-up the learning rate stays; the released schedules' decay costs nothing.
+    ema: a copy of the network, of which only parameters are averaged. dtype: of autocast, None for float32; float16
+    scales the loss. exempt: names of the parameters without weight decay. The learning rate is that behind the warm-up;
+    the released schedules cost nothing.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        average: nn.Module,
+        ema: nn.Module,
         *,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         exempt: Collection[str] = (),
-        average_decay: float = 0.9999,
-        warmup_steps: int = 10_000,
+        ema_decay: float = 0.9999,
         clip_norm: float | None = None,
         dtype: torch.dtype | None = torch.float16,
     ):
-        self.network, self.average, self.average_decay = network, average, average_decay
-        self.warmup_steps, self.clip_norm, self.steps = warmup_steps, clip_norm, 0
+        self.network, self.ema, self.ema_decay, self.clip_norm = network, ema, ema_decay, clip_norm
         self.device_type, self.dtype = next(network.parameters()).device.type, dtype
         named = list(network.named_parameters())
         groups = [
@@ -143,7 +141,6 @@ class Trainer:
             {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=False, fused=False)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_factor)
         self.scaler = torch.amp.GradScaler(
             self.device_type,
             init_scale=2.0**14,
@@ -152,9 +149,6 @@ class Trainer:
             growth_interval=1,
             enabled=dtype == torch.float16,
         )
-
-    def lr_factor(self, step: int) -> float:
-        return min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device_type, self.dtype) if self.dtype else contextlib.nullcontext()
@@ -165,46 +159,17 @@ class Trainer:
         with self.autocast():
             loss = loss_of(self.network, *arguments, **options).mean()
         self.scaler.scale(loss).backward()
-        if self.clip_norm is not None and self.steps >= self.warmup_steps:
+        if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # or a gradient was not finite, and nothing has been updated
-            self.schedule.step()
-            self.update_average()
-            self.steps += 1
+            self.update_ema()
         return loss.item()
 
     @torch.no_grad()
-    def update_average(self) -> None:
-        for averaged, p in zip(self.average.parameters(), self.network.parameters(), strict=True):
-            averaged.mul_(self.average_decay).add_(p, alpha=1 - self.average_decay)
-
-
-def pretraining_step(
-    trainer: Trainer, x: torch.Tensor, view1: torch.Tensor, view2: torch.Tensor, num_scales: int = 1281
-) -> float:
-    """Stage 1's step on normalised images [B, C, H, W]; the trainer's average is the target network, in eval mode."""
-    noise = torch.randn_like(x)
-    index = torch.randint(num_scales - 1, (), device=x.device)
-    return trainer.step(pretraining_loss, trainer.average, x, view1, view2, noise, index, num_scales)
-
-
-def denoising_step(
-    trainer: Trainer, x: torch.Tensor, y: torch.Tensor, label_dropout: float = 0.1, p_mean: float = -1.2
-) -> float:
-    """Stage 2a's step on normalised images [B, C, H, W] and labels [B]."""
-    y = torch.where(torch.rand(len(y), device=y.device) < label_dropout, trainer.network.num_classes, y)
-    sigma = torch.exp(p_mean + 1.6 * torch.randn(len(x), device=x.device))
-    return trainer.step(denoising_loss, x, torch.randn_like(x), y, sigma)
-
-
-def consistency_step(
-    trainer: Trainer, x: torch.Tensor, y: torch.Tensor, stage: int, perceptual: nn.Module | None, p_mean: float = -0.4
-) -> float:
-    """Stage 2b's step, likewise; perceptual: the frozen encoder in eval mode."""
-    t = torch.exp(p_mean + 1.6 * torch.randn(len(x), device=x.device)).clamp(min=SIGMA_MIN)
-    r = consistency_r(t, stage)
-    return trainer.step(consistency_loss, x, torch.randn_like(x), y, t, r, stage, perceptual=perceptual)
+    def update_ema(self) -> None:
+        for averaged, p in zip(self.ema.parameters(), self.network.parameters(), strict=True):
+            averaged.mul_(self.ema_decay).add_(p, alpha=1 - self.ema_decay)

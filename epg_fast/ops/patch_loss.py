@@ -44,8 +44,9 @@ def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
             f"patchify: got an image of {height} x {width}, wanted multiples of the patch size {patch_size}; crop it "
             f"to {height // patch_size * patch_size} x {width // patch_size * patch_size}"
         )
-    x = image.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)
+    rows, columns = height // patch_size, width // patch_size
+    x = image.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
 def patch_loss_ref(
@@ -82,7 +83,7 @@ def _factor(squared_error, weight, huber_c, size: int) -> torch.Tensor | float:
 def _forward(tokens, target, scale, offset, offset_scale, weight, huber_c: float | None):
     residual = _residual(tokens, target, scale, offset, offset_scale)
     squared_error = residual.square().flatten(1).sum(1)
-    factor = _factor(squared_error.detach(), weight, huber_c, residual[0].numel())
+    factor = _factor(squared_error.detach(), weight, huber_c, residual.shape[1:].numel())
     return squared_error * factor, squared_error.detach()
 
 
@@ -90,7 +91,7 @@ def _backward(
     dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c: float | None
 ) -> torch.Tensor:
     residual = _residual(tokens, target, scale, offset, offset_scale)
-    factor = 2 * dloss * _factor(squared_error, weight, huber_c, residual[0].numel())
+    factor = 2 * dloss * _factor(squared_error, weight, huber_c, residual.shape[1:].numel())
     factor = factor if scale is None else factor * scale.to(factor.dtype)
     return (_per_image(factor, factor.dtype) * residual).to(tokens.dtype)
 

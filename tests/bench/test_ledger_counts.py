@@ -3,6 +3,7 @@
 Needs a CUDA build of PyTorch and the stand-in for its runtime, preloaded: `make ledger` runs it so.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -13,14 +14,16 @@ if "standin" not in os.environ.get("LD_PRELOAD", ""):
     pytest.skip("needs a CUDA build of PyTorch and a GPU that is not there: `make ledger`", allow_module_level=True)
 
 from bench.ledger import device
-from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, NORMS, OPTIMISER, PRODUCTS, REDUCTIONS, total
+from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, H200, NORMS, OPTIMISER, PRODUCTS, REDUCTIONS, total
 
 device.prepare()
 
+from bench import roofline  # noqa: E402
 from bench.ledger import products  # noqa: E402
 from bench.ledger.count import Counter  # noqa: E402
-from bench.ledger.jobs import JOBS, VARIANTS, NotCounted, compiling_as_is, count  # noqa: E402
+from bench.ledger.jobs import JOBS, VARIANTS, NotCounted, compiling_as_is, count, least_seconds  # noqa: E402
 from epg_fast import ops  # noqa: E402
+from epg_fast.models import create_model  # noqa: E402
 from epg_fast.ops.fused_adamw_ema import SPEC as ADAMW  # noqa: E402
 from epg_fast.ops.global_norm import SPEC as GLOBAL_NORM  # noqa: E402
 
@@ -172,7 +175,8 @@ def test_skip_linear_by_hand():
     assert kernel.flops == 2 * rows * width * (width + skip)
     assert kernel.read == 2 * (rows * (width + skip) + width * (width + skip) + width)
     assert kernel.written == 2 * rows * width
-    assert (kernel.tiles.rows, kernel.tiles.columns, kernel.tiles.count) == (rows, width, 4 * 4)
+    tiles = products.triton_tiles(kernel.source)
+    assert (tiles.rows, tiles.columns, tiles.count) == (rows, width, 4 * 4)
 
 
 def test_what_a_kernel_wrote_itself_is_not_read_again():
@@ -192,7 +196,7 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
     shapes = [(1000, 64)] * 3
 
     def update(*params):
-        grads, first, second, average = ([torch.empty_like(p) for p in params] for _ in range(4))
+        grads, first, second, ema = ([torch.empty_like(p) for p in params] for _ in range(4))
         norm, found_inf = ops.global_norm(grads, backend="extension")
         numbers = {name: empty(3, dtype=torch.float64) for name in ("lrs", "weight_decays")}
         ops.fused_adamw_ema_(
@@ -204,7 +208,7 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
             norm=norm,
             found_inf=found_inf,
             max_norm=empty(dtype=torch.float64),
-            emas=[average],
+            emas=[ema],
             ema_weights=empty(1, dtype=torch.float64),
             backend="extension",
             **numbers,
@@ -217,19 +221,44 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
     assert step.bytes == pytest.approx(ADAMW.bytes(values, 4), rel=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["ours-blocks", "ours-cuda", "auto-blocks", "plain-blocks"])
-def test_a_job_of_a_small_network_is_counted_without_problems(variant):
-    import dataclasses
+SMALL = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
 
-    job = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
-    found = count(job, VARIANTS[variant])
+
+@pytest.mark.parametrize("variant", ["ours-blocks", "ours-cuda", "auto-blocks", "plain-blocks", "plain-cudnn"])
+def test_a_job_of_a_small_network_is_counted_without_problems(variant):
+    found = count(SMALL, VARIANTS[variant])
     assert total(found.of_phase("call")).kernels > 20 and not found.problems
+    attention = {kernel.name for kernel in found.kernels if kernel.kind == ATTENTION}
+    assert attention and (variant != "plain-cudnn" or all("cudnn" in name for name in attention))
+
+
+def test_what_a_keen_user_tries_is_tried():
+    from torch._inductor import config
+
+    with VARIANTS["plain-tuned"].within():
+        assert config.coordinate_descent_tuning and not config.epilogue_fusion
+    with VARIANTS["plain-cudnn"].within():
+        assert torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and not config.coordinate_descent_tuning
 
 
 def test_products_of_the_package_are_studied_site_by_site():
-    blocks, _ = products._blocks("digits_32", 8, {products._SITES["mlp_residual"]})
-    found = {where: {*products._own(kernels)} for where, kernels in blocks.items()}
-    assert found == {"encoder": {"mlp_residual"}, "decoder": {"mlp_residual"}, "around": set()}
+    rows = {row.variant: row.details for row in products.study(SMALL, ["embedding", "encoder.mlp"])}
+    tokens, width = 8 * (16 + 2), 96
+    mlp = {f"encoder.mlp, mlp_residual ({i} of 2), {by}" for i in (1, 2) for by in ("Triton", "CUTLASS")}
+    assert set(rows) == {"embedding, patch_embed, Triton", *mlp}
+    for by in ("Triton", "CUTLASS"):
+        up, down = (rows[f"encoder.mlp, mlp_residual ({i} of 2), {by}"] for i in (1, 2))
+        assert (up["result"], down["result"]) == ([tokens, 4 * width], [tokens, width])
+        assert up["break_even"] == down["break_even"] == 1 + up["saved_us"] / (up["floor_us"] + down["floor_us"])
+
+
+def test_the_minimum_is_the_rooflines():
+    with torch.device("meta"):
+        floor = roofline.forward(create_model("digits_32"), 8).floor(H200)
+    assert sum(least_seconds(SMALL).values()) == pytest.approx(floor)
+    fp8 = least_seconds(dataclasses.replace(SMALL, dtype="fp8"))
+    assert sum(fp8.values()) <= floor
 
 
 def test_what_cannot_be_counted_says_why():

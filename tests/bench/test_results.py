@@ -1,4 +1,4 @@
-"""Results that are cut short keep what they have, and cannot hold what nobody measured."""
+"""Results that are cut short keep what they have; what became slower is found, and nothing that the spread explains."""
 
 import json
 import math
@@ -6,54 +6,49 @@ import math
 import pytest
 import torch
 
-from bench import results
-from bench.results import Results, Row, markdown_table, significant
+from bench import compare, results
+from bench.results import UNFINISHED, Results, Row, markdown_table, read, significant
 
-HEADER = {"device": "GPU A", "torch": "2"}
-
-
-def _row(rung="plain", **changes):
-    numbers = {"median": 100.0, "p20": 98.0, "p80": 101.0}
-    return Row(
-        **({"job": "pretrain", "rung": rung, "shape": "s", "dtype": "bf16", "unit": "images/s"} | numbers | changes)
-    )
+HEADER = dict.fromkeys(results._SAME, "1") | {"device": "GPU A"}
 
 
-def test_what_is_written_is_read_back(tmp_path):
-    written = Results(tmp_path / "new" / "train.json", HEADER)
-    rows = (
-        _row(peak_memory_bytes=3 * 2**30, error=1e-3, details={"mfu": 0.4}),
-        _row("fp8", median=None, p20=None, p80=None, note="needs a GPU of compute capability 8.9"),
-    )
-    for row in rows:
-        written.add(row)
-    run = results.read(written.path)
-    assert run.rows == rows and run.header == HEADER
+def row(variant="plain", median=100.0, spread=0.02, **changes):
+    numbers = {}
+    if median is not None:
+        numbers = {"p20": median * (1 - spread), "median": median, "p80": median * (1 + spread)}
+    identity = {"job": "pretrain", "variant": variant, "shape": "s", "dtype": "bf16", "unit": "images/s"}
+    return Row(**(identity | numbers | changes))
 
 
-def test_the_file_is_whole_after_every_row_and_has_one_of_each(tmp_path):
-    written = Results(tmp_path / "train.json", HEADER)
-    written.add(_row())
-    assert len(results.read(written.path).rows) == 1
+def unmeasured(variant, note="no such GPU", **details):
+    return row(variant, median=None, note=note, details=details)
+
+
+def written(path, *rows, **header):
+    found = Results(path, HEADER | header)
+    for one in rows:
+        found.add(one)
+    return path
+
+
+def test_what_is_written_is_read_back_and_whole_after_every_row(tmp_path):
+    path = tmp_path / "new" / "train.json"
+    rows = [row(peak_memory_bytes=3 * 2**30, error=1e-3, details={"mfu": 0.4}), unmeasured("fp8")]
+    found = Results(path, HEADER)
+    for i, one in enumerate(rows, 1):
+        found.add(one)
+        assert read(path) == (HEADER, rows[:i])
     with pytest.raises(ValueError, match="second row of pretrain, plain, s, bf16, images/s"):
-        written.add(_row(median=99.0))
-    written.add(_row(unit="ms"))
-    assert len(results.read(written.path).rows) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+        found.add(row(median=99.0))
+    assert [p.name for p in path.parent.iterdir()] == ["train.json"]
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    written = Results(tmp_path / "train.json", HEADER)
-    written.add(_row())
-    before = written.path.read_text()
-
-    def full(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(results.os, "replace", full)
-    with pytest.raises(OSError):
-        written.add(_row("compile"))
-    assert written.path.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["train.json"]
+def test_a_file_goes_on_but_for_its_unfinished_rows_and_not_on_another_machine_or_commit(tmp_path):
+    path = written(tmp_path / "x.json", row(), unmeasured("late", **{UNFINISHED: True}))
+    assert [one.variant for one in Results.resume(path, HEADER).rows] == ["plain"]
+    with pytest.raises(ValueError, match="measured with commit 1, now it is 2; give another folder"):
+        Results.resume(path, HEADER | {"commit": "2"})
+    assert not Results(path, HEADER).rows
 
 
 @pytest.mark.parametrize(
@@ -63,91 +58,134 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
         ({"median": math.nan}, "wanted rising positive numbers"),
         ({"median": 0.0, "p20": 0.0}, "wanted rising positive numbers"),
         ({"p20": 102.0}, "wanted rising positive numbers"),
-        ({"p80": 99.0}, "wanted rising positive numbers"),
         ({"p80": None}, "wanted rising positive numbers"),
         ({"p80": math.inf}, "wanted rising positive numbers"),
-        ({"median": None, "p20": None, "p80": None}, "no numbers and no note"),
+        ({"median": None}, "no numbers and no note"),
     ],
 )
 def test_rows_that_no_measurement_gives_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        _row(**changes)
+        row(**changes)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda c: c | {"schema": "epg_fast.bench/9"}, "got schema 'epg_fast.bench/9', wanted 'epg_fast.bench/1'"),
-        (lambda c: c | {"rows": {}}, "wanted a header and a list of rows"),
-        (lambda c: c | {"rows": [{"job": "x"}]}, "a row lacks dtype, rung, shape, unit"),
-        (lambda c: c | {"rows": [c["rows"][0] | {"mean": 3}]}, "a row has mean, wanted"),
-        (lambda c: c | {"rows": [c["rows"][0] | {"median": "fast"}]}, "wanted rising positive numbers"),
-    ],
-)
-def test_other_content_is_refused_with_the_name_of_the_file(change, message, tmp_path):
-    written = Results(tmp_path / "train.json", HEADER)
-    written.add(_row())
-    written.path.write_text(json.dumps(change(json.loads(written.path.read_text()))))
-    with pytest.raises(ValueError, match=message) as error:
-        results.read(written.path)
-    assert str(written.path) in str(error.value)
-
-
-def test_the_header_says_what_there_is_and_none_for_what_there_is_not():
+def test_the_header_asks_a_gpu_and_says_none_for_what_there_is_not(monkeypatch):
     header = results.header()
-    assert list(header)[:5] == ["device", "gpu", "power_limit", "driver", "cuda"]
-    assert header["torch"] == torch.__version__ and header["threads"] == torch.get_num_threads()
-    assert "" not in header.values() and None not in header.values()
-    if not torch.cuda.is_available():
-        assert header["gpu"] == header["power_limit"] == header["driver"] == "none"
-        assert header["device"] == header["cpu"] == results.processor()
-    json.dumps(header, allow_nan=False)
+    assert header["torch"] == torch.__version__ and "" not in header.values() and None not in header.values()
 
-
-def test_the_header_of_a_gpu_asks_for_its_limit_and_driver(monkeypatch):
     class Properties:
         uuid = "1234"
 
     asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    for name, value in {
+        "is_available": lambda: True,
+        "get_device_name": lambda: "NVIDIA H200",
+        "current_device": lambda: 3,
+        "get_device_properties": lambda device: Properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(results, "_output", lambda *command: asked.append(command) or "700.00 W, 575.51")
     header = results.header()
     assert (header["device"], header["power_limit"], header["driver"]) == ("NVIDIA H200", "700.00 W", "575.51")
     assert any("--id=GPU-1234" in command for command in asked)
-    monkeypatch.setattr(results, "_output", lambda *command: "")
-    header = results.header()
-    assert header["power_limit"] == header["driver"] == header["commit"] == "none"
-
-
-def test_a_command_that_is_not_there_gives_nothing():
+    monkeypatch.undo()
     assert results._output("no-such-command-anywhere") == "" == results._output("false")
 
 
-def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
-    first, second = results.new_folder(tmp_path / "results"), results.new_folder(tmp_path / "results")
-    assert first.is_dir() and second.is_dir() and second.name == first.name + "-2"
-    assert first.name.endswith("-nvidia-h100-80gb-hbm3") and first.name[:2] == "20"
-
-
-def test_tables_align_numbers_to_the_right():
-    table = markdown_table(("rung", "images/s", "of eager"), [("a|b", "1,234.5", "2.0x"), ("fp8", None, "95%")])
-    assert table == (
-        "| rung | images/s | of eager |\n"
-        "| ---- | -------: | -------: |\n"
-        "| a\\|b |  1,234.5 |     2.0x |\n"
-        "| fp8  |          |      95% |\n"
+def test_tables_align_numbers_to_the_right_and_leave_out_what_is_empty():
+    table = markdown_table(
+        ("variant", "images/s", "note", "of"), [("a|b", "1,234.5", "", "2.0x"), ("fp8", None, "", "95%")]
     )
-    with pytest.raises(ValueError, match="cells for 2 columns"):
-        markdown_table(("a", "b"), [("1",)])
+    assert table == (
+        "| variant | images/s |   of |\n"
+        "| ------- | -------: | ---: |\n"
+        "| a\\|b    |  1,234.5 | 2.0x |\n"
+        "| fp8     |          |  95% |\n"
+    )
+    numbers = {0.0012345: "0.00123", 9.996: "10.00", 1234.5: "1,234", 0: "0", None: "", 99.95: "100.0", 12: "12.0"}
+    assert {value: significant(value) for value in numbers} == numbers
+
+
+def run(capsys, *arguments):
+    code = compare.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_lower_rate_is_slower_and_a_lower_time_is_faster(tmp_path, capsys):
+    rates = [written(tmp_path / f"{rate}.json", row(median=rate)) for rate in (100.0, 90.0)]
+    code, out, _ = run(capsys, *rates)
+    assert code == 1 and "## Slower" in out and "-10.0%" in out and "1 slower, 0 faster" in out
+    code, out, _ = run(capsys, *reversed(rates))
+    assert code == 0 and "## Faster" in out and "+11.1%" in out
+    times = [written(tmp_path / f"us{time}.json", row(median=time, unit="us")) for time in (100.0, 90.0)]
+    assert run(capsys, *times)[0] == 0 and run(capsys, *reversed(times))[0] == 1
 
 
 @pytest.mark.parametrize(
-    "value, text",
-    [(0.0012345, "0.00123"), (9.996, "10.00"), (1234.5, "1,234"), (0, "0"), (None, ""), (99.95, "100.0"), (12, "12.0")],
+    "new, spread, percent, code", [(80, 0.25, 3, 0), (97.5, 0.001, 3, 0), (97.5, 0.001, 2, 1), (95, 0.001, 6, 0)]
 )
-def test_three_digits_of_a_number(value, text):
-    assert significant(value) == text
+def test_what_overlaps_or_is_below_the_threshold_does_not_count(tmp_path, capsys, new, spread, percent, code):
+    old = written(tmp_path / "old.json", row(spread=0.001))
+    changed = written(tmp_path / "new.json", row(median=float(new), spread=spread))
+    assert run(capsys, old, changed, "--threshold", percent)[0] == code
+
+
+def test_rows_that_come_and_go_are_listed_and_do_not_fail(tmp_path, capsys):
+    old = written(tmp_path / "old.json", row(), row("compile"), row("fp8"), unmeasured("graphs"))
+    new = written(tmp_path / "new.json", row(), unmeasured("fp8"), row("graphs", 500.0))
+    code, out, _ = run(capsys, old, new)
+    gone = out[out.index("## Disappeared") : out.index("## New")]
+    assert code == 0 and "pretrain, compile" in gone and "not measured: no such GPU" in gone
+    assert "2 disappeared, 1 new" in out and "500.0 images/s" in out[out.index("## New") :]
+
+
+def test_folders_are_compared_row_by_row_and_other_json_is_left_alone(tmp_path, capsys):
+    for name, median in (("old", 10.0), ("new", 15.0)):
+        written(tmp_path / name / "ops.json", row("triton", median, unit="us"), row("eager", 5.0, unit="us"))
+        written(tmp_path / name / "train.json", row())
+        (tmp_path / name / "progress.json").write_text(json.dumps({"heun": "complete"}))
+    code, out, _ = run(capsys, tmp_path / "old", tmp_path / "new")
+    assert code == 1 and "3 rows compared: 1 slower" in out and "| pretrain, triton, s, bf16" in out
+    written(tmp_path / "new" / "again.json", row())
+    assert "has a second row of pretrain, plain" in run(capsys, tmp_path / "old", tmp_path / "new")[2]
+
+
+def test_different_devices_are_refused_unless_forced(tmp_path, capsys):
+    old = written(tmp_path / "old.json", row(), power_limit="700 W")
+    new = written(tmp_path / "new.json", row(median=150.0), device="GPU B", power_limit="500 W")
+    code, out, error = run(capsys, old, new)
+    assert code == 2 and not out and "measured on GPU A" in error and "on GPU B" in error and "--force" in error
+    code, out, _ = run(capsys, old, new, "--force")
+    assert code == 0 and "- device: GPU A before, GPU B now" in out
+    assert "- power_limit: 700 W before, 500 W now" in out and "torch" not in out
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such file or folder"),
+        ("{", "not a JSON file"),
+        ("[1]", "got a JSON list, wanted an object"),
+        ('{"schema": "epg_fast.bench/9"}', "got schema 'epg_fast.bench/9', wanted 'epg_fast.bench/1'"),
+        ('{"schema": "epg_fast.bench/1", "header": {}, "rows": {}}', "wanted a header and a list of rows"),
+        ('{"schema": "epg_fast.bench/1", "header": {}, "rows": [{"job": "x"}]}', "missing 4 required"),
+        ('{"schema": "epg_fast.bench/1", "header": {}, "rows": [{"mean": 3}]}', "unexpected keyword argument 'mean'"),
+        ('{"schema": "epg_fast.bench/1", "header": {}, "rows": []}', "does not say on which device"),
+        ('{"schema": "epg_fast.bench/1", "header": {"device": "GPU A"}, "rows": []}', "no row in common"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error_of_one_line(content, message, tmp_path, capsys):
+    good, other = written(tmp_path / "good.json", row()), tmp_path / "other.json"
+    if content is not None:
+        other.write_text(content)
+    for arguments in ((good, other), (other, good)):
+        code, out, error = run(capsys, *arguments)
+        assert code == 2 and not out and message in error and error.count("\n") == 1
+    assert run(capsys, good, good, "--threshold", "-1")[0] == 2
+
+
+def test_committed_ledgers_can_be_compared_with():
+    folders = list((results.ROOT / "bench" / "results").glob("*-ledger"))
+    assert folders
+    for folder in folders:
+        assert len(compare.load(folder)[1]) > 20

@@ -1,17 +1,18 @@
 """Images per second of the loaders, Pillow against DALI, on the same images with the same parameters.
 
-    python -m bench.bench_data                          # 512 synthetic photographs of about 500 x 375 pixels
-    python -m bench.bench_data --images /data/imagenet/train --views 1 --threads 16 --device cuda
+    python -m bench.data                          # 512 synthetic photographs of about 500 x 375 pixels
+    python -m bench.data --images /data/imagenet/train --views 1 --threads 16 --device cuda
 
-Providers take turns for `--rounds` rounds and the medians are reported. Before that, both make the first batches and
-are compared: a loader that is wrong is not timed.
+Loaders take turns for `--rounds` rounds. Before that, both make the first batches and are compared: a loader that is
+wrong is not timed.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.results import processor
+from bench.measure import percentiles
+from bench.results import Results, Row, header, markdown_table, significant
 from epg_fast.config import AugmentConfig, DataConfig
 from epg_fast.data import ImageSource, Loader, make_loader, open_images
 
@@ -29,64 +31,67 @@ _ALLOWED = 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of class folders or tars; by default synthetic photographs")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--views", type=int, nargs="+", default=[1, 3], choices=[1, 3])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="Pillow's processes, DALI's threads")
     parser.add_argument("--readers", type=int, default=0, help="DALI's reading processes")
-    parser.add_argument("--torch_threads", type=int, default=1, help="as torchrun sets it; more compete with DALI's")
     parser.add_argument("--device", default="cpu", help="where DALI works")
     parser.add_argument("--seconds", type=float, default=6.0, help="per measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="folder of data.json, which is written anew")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.torch_threads)
-    with tempfile.TemporaryDirectory() as folder:
-        source = open_images(options.images or write_photographs(Path(folder), 512))
-        rows = [row for views in options.views for row in measure(source, options, views)]
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    report = {"processor": processor(), "torch": torch.__version__, "options": settings, "rows": rows}
-    print(f"{processor()}, {options.threads} threads, {options.image_size} pixels, batches of {options.batch_size}")
-    for row in rows:
-        rates = ", ".join(f"{rate:.0f}" for rate in row["rounds"])
-        print(
-            f"{row['views']} view{'s' if row['views'] > 1 else ''}  {row['loader']:<6}  {row['rate']:6.0f} images/s"
-            f"  ({rates})  {row['speed_up']:.2f} x Pillow  difference {row['difference']:.2f} levels"
-        )
+    torch.set_num_threads(1)  # as torchrun sets it; more compete with DALI's
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = open_images(options.images or write_photographs(Path(folder), 512))
+            rows = [row for views in options.views for row in measure(source, options, views)]
+    except ValueError as error:
+        print(f"bench.data: {error}", file=sys.stderr)
+        return 2
     if options.output:
-        options.output.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+        results = Results(options.output / "data.json", header())
+        for row in rows:
+            results.add(row)
+    print(table(rows))
     return 0
 
 
-def measure(source: ImageSource, options: argparse.Namespace, views: int) -> list[dict]:
-    """Rates of both loaders for `views` views per image."""
+def measure(source: ImageSource, options: argparse.Namespace, views: int) -> list[Row]:
+    """Rates of both loaders for `views` views per image. Raises ValueError if their batches differ."""
     difference = compare(source, options, views)
     rates: dict[str, list[float]] = {"pillow": [], "dali": []}
     for _ in range(options.rounds):
         for name, found in rates.items():
             with loader(name, source, options, views) as batches:
                 found.append(rate(batches, options))
-    base = statistics.median(rates["pillow"])
-    return [
-        {
-            "views": views,
-            "loader": name,
-            "rate": statistics.median(found),
-            "rounds": found,
-            "speed_up": statistics.median(found) / base,
-            "difference": difference if name == "dali" else 0.0,
-        }
-        for name, found in rates.items()
-    ]
+    shape = f"{options.image_size} pixels, {views} view{'s' * (views > 1)}, {options.threads} threads"
+    rows = []
+    for name, found in rates.items():
+        p20, median, p80 = percentiles(found)
+        details = {"rounds": found, "levels": difference * (name == "dali"), "device": options.device}
+        numbers = {"median": median, "p20": p20, "p80": p80, "details": details}
+        rows.append(Row("data", name, shape, "uint8", "images/s", **numbers))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """levels: mean difference from Pillow's pixels, of 255."""
+    base = {row.shape: row.median for row in rows if row.variant == "pillow"}
+    cells = []
+    for row in rows:
+        spread = f"{significant(row.p20)} to {significant(row.p80)}"
+        numbers = significant(row.median), spread, f"{significant(row.median / base[row.shape])}x"
+        cells.append((row.variant, row.shape, *numbers, significant(row.details["levels"], 2)))
+    return markdown_table(("loader", "of", "images/s", "p20 to p80", "against Pillow", "levels"), cells)
 
 
 def loader(name: str, source: ImageSource, options: argparse.Namespace, views: int) -> Loader:
-    config = DataConfig(workers=options.threads, readers=options.readers, augment=AugmentConfig())
     return make_loader(
         source,
-        config,
+        DataConfig(workers=options.threads, readers=options.readers, augment=AugmentConfig()),
         backend=name,
         image_size=options.image_size,
         batch_size=options.batch_size,
@@ -108,7 +113,7 @@ def rate(batches: Loader, options: argparse.Namespace) -> float:
 
 
 def compare(source: ImageSource, options: argparse.Namespace, views: int) -> float:
-    """Mean difference of the first batches in 8-bit levels; raises SystemExit when it is too large."""
+    """Mean difference of the first batches in 8-bit levels; raises ValueError when it is too large."""
     found = []
     for name in ("pillow", "dali"):
         with loader(name, source, options, views) as batches:
@@ -116,11 +121,11 @@ def compare(source: ImageSource, options: argparse.Namespace, views: int) -> flo
     differences = []
     for pillow, dali in zip(*found, strict=True):
         if not torch.equal(pillow["index"], dali["index"]):
-            raise SystemExit("the loaders disagree about the order of the images: nothing was timed")
+            raise ValueError("the loaders disagree about the order of the images: nothing was timed")
         pixels = [name for name, tensor in pillow.items() if tensor.dtype == torch.uint8]
         differences += [(pillow[name].float() - dali[name].float()).abs().mean().item() for name in pixels]
     if max(differences) > _ALLOWED:
-        raise SystemExit(f"the loaders' pixels differ by {max(differences):.2f} levels: nothing was timed")
+        raise ValueError(f"the loaders' pixels differ by {max(differences):.2f} levels: nothing was timed")
     return max(differences)
 
 
