@@ -358,7 +358,7 @@ def test_a_plan_is_made_here_and_taken(folder, tmp_path, capsys):
     [
         (["tune", "--job", "train"], "job"),
         (["tune", "--minutes", "0"], "minutes is 0"),
-        (["tune", "--job", "finetune-diffusion", "--gpus", "3", "--batch_size", "16"], "does not divide over 3 GPUs"),
+        (["tune", "--job", "finetune-diffusion", "--gpus", "3", "--batch_size", "16"], "does not divide over 3 ranks"),
         (["tune", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
         (["tune", "--confg", "digits"], "confg"),
         (["tune", "--output", "."], "want a file"),

@@ -18,7 +18,7 @@ from epg_fast.runtime import autocast
 from epg_fast.training.compilation import check_compilation
 from epg_fast.training.draws import Draws
 from epg_fast.training.flops import StepFlops, step_flops
-from epg_fast.training.gradients import check_micro_batches
+from epg_fast.training.gradients import check_batch_size
 from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
 from epg_fast.training.stages import Stage, network_config
 
@@ -199,8 +199,7 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     they cannot be and for an unknown GPU.
     """
     gpus, origin = _gpus(options)
-    _check_batch(config.batch_size, gpus)
-    check_micro_batches(config, gpus)
+    check_batch_size(config, gpus)
     check_compilation(config, Ranks(0, gpus, torch.device("cuda")))
     gpu, why = _gpu(options)
     stage = planned_stage(config, stage_class, gpus)
@@ -222,17 +221,6 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     ]
     lines = [f"{name:<19}{text}" for name, text in rows]
     return "\n".join([f"epg-fast {stage.name}: dry run; no data, GPU or run folder is touched", "", *lines])
-
-
-def _check_batch(batch_size: int, gpus: int) -> None:
-    """Raise ValueError for a global batch that is not the same number of images on every GPU."""
-    if batch_size % gpus:
-        below = batch_size // gpus * gpus
-        choices = " or ".join(f"--batch_size {size}" for size in (below, below + gpus) if size)
-        divisors = [n for n in range(1, gpus) if batch_size % n == 0]
-        raise ValueError(
-            f"batch_size {batch_size} does not divide over {gpus} GPUs; take {choices}, or {divisors[-1]} of the GPUs"
-        )
 
 
 def _gpus(options: DryRunConfig) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from epg_fast.plans import Case
 from epg_fast.plans.plan import architecture
 from epg_fast.runtime import is_small
 from epg_fast.sampling.precision import available_precision
+from epg_fast.training.gradients import check_batch_size
 from epg_fast.training.planning import training_case
 from epg_fast.training.stages import Stage, network_config
 
@@ -68,11 +69,7 @@ def job_of(
     Raises ValueError for a batch that does not divide over the ranks, and for a checkpoint that cannot draw images.
     """
     if stage is not None:
-        if config.batch_size % (ranks * config.gradient_accumulation):
-            raise ValueError(
-                f"batch_size {config.batch_size} does not divide over {ranks} GPUs with "
-                f"gradient_accumulation {config.gradient_accumulation}; say how many GPUs with --gpus"
-            )
+        check_batch_size(config, ranks)
         network = network_config(config)
     elif config.checkpoint:
         state, metadata = load_weights(config.checkpoint)

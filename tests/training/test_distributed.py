@@ -162,7 +162,7 @@ def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(tiny_run, tm
     assert main(["finetune-diffusion", *flags, "--batch_size", "16", "--outdir", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
     assert "batch_size 16 does not divide over 1 rank with 3 micro-batches" in message
-    assert "--batch_size 18" in message and not (tmp_path / "run").exists()
+    assert "--batch_size 15 or 18" in message and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("nodes, seen", [(1, False), (2, True)])
