@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from epg_fast import distributed
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.distributed import Ranks
-from epg_fast.models import encoder_from_config
 from epg_fast.models.encoder import is_recomputed
 from epg_fast.runtime import autocast
 from epg_fast.training.compilation import check_compilation
@@ -20,7 +19,7 @@ from epg_fast.training.draws import Draws
 from epg_fast.training.flops import StepFlops, step_flops
 from epg_fast.training.gradients import check_batch_size
 from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
-from epg_fast.training.stages import Stage, network_config
+from epg_fast.training.stages import Stage, stage_without_files
 
 _GIB = 2**30
 
@@ -36,14 +35,10 @@ class _AbsentRanks(Ranks):
 
 
 def planned_stage(config: RunConfig, stage_class: type[Stage], gpus: int) -> Stage:
-    """The stage on the meta device, without the files it would load: a perceptual encoder is the preset's own."""
-    perceptual = getattr(config, "perceptual", None)
-    absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
+    """The stage on the meta device, without the files it would load."""
     with torch.device("meta"):
-        plain = dataclasses.replace(config, ops="plain", offload_ema=False, **absent)
-        stage = stage_class(plain, _AbsentRanks(0, gpus, torch.device("meta")))
-        if perceptual:
-            stage.perceptual = encoder_from_config(network_config(config)).eval().requires_grad_(False)
+        plain = dataclasses.replace(config, ops="plain", offload_ema=False)
+        stage = stage_without_files(stage_class, plain, _AbsentRanks(0, gpus, torch.device("meta")))
     stage.config.offload_ema = config.offload_ema
     return stage
 

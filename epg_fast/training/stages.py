@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -230,6 +230,18 @@ class ConsistencyStage(_FineTuning):
         if self.perceptual is None or not consistency_stage(iteration, c.first_stage, c.stage_length, c.delta):
             return None
         return lambda images: perceptual_keys(self.perceptual, images, self._schedule())
+
+
+def stage_without_files(
+    stage_class: type[Stage], config: RunConfig, ranks: Ranks, kept: Mapping | None = None
+) -> Stage:
+    """The stage with fresh weights, whatever its configuration would load; a frozen encoder is of the run's preset."""
+    absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
+    stage = stage_class(replace(config, **absent), ranks, kept)
+    if getattr(config, "perceptual", None):
+        encoder = encoder_from_config(network_config(config))
+        stage.perceptual = encoder.use_ops(stage.chosen.ops).eval().requires_grad_(False)
+    return stage
 
 
 def network_config(config: RunConfig, **extra) -> dict:

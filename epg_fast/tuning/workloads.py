@@ -14,7 +14,7 @@ import torch
 from epg_fast.config import ModelConfig, RunConfig
 from epg_fast.diffusion import STEPPED
 from epg_fast.distributed import Ranks
-from epg_fast.models import encoder_from_config, generator_from_config
+from epg_fast.models import generator_from_config
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.models.fp8 import use_fp8
 from epg_fast.plans import Chosen, Variant
@@ -24,7 +24,7 @@ from epg_fast.training.draws import Draws
 from epg_fast.training.gradients import add_gradients
 from epg_fast.training.loop import train_step
 from epg_fast.training.planning import choice_record
-from epg_fast.training.stages import network_config
+from epg_fast.training.stages import stage_without_files
 from epg_fast.training.state import RunState
 from epg_fast.tuning.candidates import UNITS
 from epg_fast.tuning.job import Job
@@ -85,9 +85,8 @@ class Training:
     """
 
     def __init__(self, job: Job, unit: str, variant: Variant, batch: int, dtype: torch.dtype | None):
-        config, device, perceptual = job.config, job.device, getattr(job.config, "perceptual", None)
-        absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
-        self.config = dataclasses.replace(
+        config, device = job.config, job.device
+        config = dataclasses.replace(
             config,
             batch_size=batch,
             gradient_accumulation=1,
@@ -96,20 +95,17 @@ class Training:
             model=_model(config, unit),
             cuda_graphs=variant.cuda_graphs,
             offload_ema=False,
-            **absent,
         )
         ranks = Ranks(0, 1, device)
         torch.manual_seed(0)
         with device:
-            stage = job.stage(self.config, ranks, choice_record(Chosen.of(variant, "tuning"), device))
-            lively(stage.network)
-            if perceptual:
-                stage.perceptual = lively(encoder_from_config(network_config(self.config)))
-                stage.perceptual.use_ops(stage.chosen.ops).eval().requires_grad_(False)
+            stage = stage_without_files(job.stage, config, ranks, choice_record(Chosen.of(variant, "tuning"), device))
+            perceptual = getattr(stage, "perceptual", None)
+            for network in filter(None, (stage.network, perceptual)):
+                lively(network)
             stage.ema.load_state_dict(stage.network.state_dict())
-        if dtype is not None:
-            for network in filter(None, (stage.network, stage.ema, getattr(stage, "perceptual", None))):
-                network.to(dtype)
+        for network in filter(None, (stage.network, stage.ema, perceptual)):
+            network.to(dtype)
         self.stage, self.unit = stage, unit
         self.state = RunState(stage.config, stage, _NoImages(), ranks)
         if config.fp8:
