@@ -263,8 +263,8 @@ def _own_products(rows: list[Row]) -> str:
         numbers = significant(d["floor_us"]), *lost, significant(row.median)
         outcome = f"{d['slowdown']:.3f}", f"{d['break_even']:.3f}", d["outcome"]
         cells.append((row.variant, result, tile, d["resident"], f"{d['waves']:.2f}", *numbers, *outcome))
-    columns = ("product", "result", "tile", "resident", "waves", "floor, us", "unfilled tiles", "waves' end", "us")
-    return markdown_table((*columns, "model", "break-even", "outcome"), cells)
+    columns = ("product", "result", "tile", "resident", "waves", "floor, us", "unfilled tiles", "last wave")
+    return markdown_table((*columns, "with both, us", "model", "break-even", "outcome"), cells)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

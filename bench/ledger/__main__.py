@@ -99,8 +99,8 @@ def _counted(job, variant, options: argparse.Namespace) -> list:
             print(listing(counter.kernels), flush=True)
         rows = rows_of(job, variant.name, counter)
         if options.resources:
-            rows[0].details["resources"] = products.resources(counter.kernels)
-            print(markdown_table(report.RESOURCES, rows[0].details["resources"]), flush=True)
+            rows[0].details["resources"] = used = products.resources(counter.kernels)
+            print(markdown_table(report.RESOURCES, used) if used else "none of the package's Triton", flush=True)
         return rows
     print(f"{name}: not counted: {note}", flush=True)
     return [Row(job.name, variant.name, job.shape, job.dtype, "ms", note=note)]

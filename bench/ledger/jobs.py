@@ -312,6 +312,7 @@ def compiling_as_is(counter: Counter) -> Iterator[None]:
         for owner, name, value in (
             (torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor),
             (torch.nn.Module, "to", lambda module, *_, **__: module),  # all are made there
+            (torch.nn.Module, "_apply", _apply),
             # which take their slow paths for tensors of other types than PyTorch's own
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (NoiseSchedule, "levels", _levels),
@@ -321,6 +322,17 @@ def compiling_as_is(counter: Counter) -> Iterator[None]:
         stack.enter_context(counter.compiling())
         stack.enter_context(counter)
         yield
+
+
+def _apply(module: torch.nn.Module, fn: Callable, recurse: bool = True) -> torch.nn.Module:
+    """Like PyTorch's, which swaps the insides of tensors, as those without memory do not allow."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            module._parameters[name] = torch.nn.Parameter(fn(weight.detach()), weight.requires_grad)
+    module._buffers |= {name: fn(value) for name, value in module._buffers.items() if value is not None}
+    return module
 
 
 _LEVELS = NoiseSchedule.levels

@@ -94,7 +94,7 @@ def _usage(source: triton_ir.Source) -> Usage:
     made, options = source.source, source.options
     compiled = triton.compile(made, target=GPUTarget("cuda", 90, 32), options=vars(options))
     shape = " ".join(f"{name}={value}" for name, value in source.arguments.items() if name.startswith("BLOCK"))
-    dtype = next(kind.lstrip("*") for kind in map(str, made.signature.values()) if kind.startswith(("*", "tensordesc")))
+    dtype = re.search(r"(?:\*|tensordesc<)(\w+)", " ".join(map(str, made.signature.values())))[1]  # the first tensor's
     return Usage(made.name, 90, shape, dtype, str(options.num_warps), **usage_of(compiled))
 
 

@@ -22,6 +22,7 @@ def counted(variant, floor, kernels, problems=None):
     split = dict.fromkeys(cost.KINDS, 0.0) | {PRODUCTS: floor - 2.0, NORMS: 2.0}
     details = {"kernels": kernels, "gigabytes": 30.0, "teraflop": 16.0, "milliseconds": split, "above_products": 2.0}
     details |= {"problems": problems or {}, "phases": {}, "least": {PRODUCTS: 20.0}}
+    details["resources"] = [["_norm_kernel", "sm_90", "BLOCK=1024", "bf16", "4", 72, 0, 64, "none", "12/14", 0, 7]]
     return Row("sample_xl", variant, SHAPE, "bf16", "ms", floor, floor, floor, details=details)
 
 
@@ -59,7 +60,13 @@ def folder(tmp_path):
     written(
         "data", *(measured("data", name, r, details={"levels": 0.5}) for name, r in (("pillow", 10.0), ("dali", 20.0)))
     )
-    written("ledger", counted("auto-network", 25.0, 227), counted("ours-blocks", 23.8, 187, {"host sync: a value": 3}))
+    product = cost.Product(156e-6, 156e-6, 24e-6, cost.Tiles(16512, 1584, 128, 128, resident=2))
+    written(
+        "ledger",
+        counted("auto-network", 25.0, 227),
+        counted("ours-blocks", 23.8, 187, {"host sync: a value": 3}),
+        measured(report.OWN_PRODUCTS, "decoder.skip", 181.0, "us", details=product.as_json()),
+    )
     return tmp_path
 
 
@@ -83,6 +90,10 @@ def test_the_report_begins_with_what_a_floor_is_not_and_has_a_table_of_everythin
     (ledger,) = lines(text, "| sample_xl | digits")
     assert "auto-network: 25.00" in ledger and "ours-blocks: 23.80" in ledger and "4.8%" in ledger and "20.00" in ledger
     assert "- sample_xl, ours-blocks: host sync: a value (3 times)" in text
+    (product,) = lines(text, "| decoder.skip ")
+    assert "+5.1% |    +10.2% |           181 | 1.158 |      1.154 | not a win" in product
+    (used,) = lines(text, "| _norm_kernel ")  # of both counts
+    assert used.endswith(" 7 |")
 
 
 def test_pictures_are_1200_pixels_wide(folder):
