@@ -102,7 +102,7 @@ def check_writable(path: Path, option: str) -> None:
         ) from None
 
 
-def differences(before: Mapping, now: Mapping, ignored: Collection[str] = (), shown: int = 4) -> str:
+def differences(before: Mapping, now: Mapping, ignored: Collection[str] = ()) -> str:
     """What is not as before, `name was 1, now 2; ...`; empty for nothing. Mappings inside are compared item by item."""
     before, now = _flat(before), _flat(now)
     found = [
@@ -110,7 +110,7 @@ def differences(before: Mapping, now: Mapping, ignored: Collection[str] = (), sh
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in ignored)
     ]
-    return "; ".join(found[:shown]) + ("; ..." if len(found) > shown else "")
+    return "; ".join(found[:4]) + ("; ..." if len(found) > 4 else "")
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict:

@@ -32,7 +32,7 @@ from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
 from epg_fast.models.compilation import compile_denoising
-from epg_fast.plans import plain_choice
+from epg_fast.plans import PLAIN, Chosen
 from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_stage
 from epg_fast.training.weight_copies import WeightCopies
@@ -183,7 +183,7 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
         network = _generator(job, variant).train()
         config = SimpleNamespace(cuda_graphs=False)
         stage = SimpleNamespace(
-            chosen=plain_choice(),
+            chosen=Chosen(PLAIN),
             network=network,
             ema=None,
             name="finetune-diffusion",

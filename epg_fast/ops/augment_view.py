@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from epg_fast.ops.backends import check_backend
 from epg_fast.ops.checks import check_dtype
-from epg_fast.ops.extension import prefers_extension, require_extension
+from epg_fast.ops.extension import extension_takes, require_extension
 from epg_fast.ops.spec import OpSpec
 
 _OP = "augment_view"
@@ -88,7 +88,9 @@ def augment_view(
     _check_images(x)
     _check_parameters(x, *parameters)
     if backend == "auto":
-        backend = "extension" if prefers_extension([x], (torch.uint8,)) else "plain"
+        # what torch.compile traces it fuses itself
+        takes = not torch.compiler.is_compiling() and extension_takes([x], (torch.uint8,))
+        backend = "extension" if takes else "plain"
     if backend == "plain":
         return augment_view_ref(x, *parameters)
     if x.device.type != "cpu":

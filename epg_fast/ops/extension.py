@@ -108,14 +108,6 @@ def extension_has_gemms() -> bool:
     return torch._C._dispatch_has_kernel("epg_fast::linear_gelu_out")
 
 
-def prefers_extension(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether backend="auto" takes the extension: on a CPU, where it was measured to be faster, if it can.
-
-    Not while torch.compile traces: the plain path is what the compiler fuses.
-    """
-    return not torch.compiler.is_compiling() and extension_takes(tensors, dtypes)
-
-
 def extension_takes(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether the extension is there, and the tensors are on a CPU, of these dtypes and plain in memory."""
     tracing = torch.compiler.is_compiling()  # a negated view, which waits for its negation, is not traced

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 
 from epg_fast.ops.backends import check_backend
-from epg_fast.ops.extension import extension_takes, require_extension, require_one_device
+from epg_fast.ops.extension import require_extension, require_one_device
 from epg_fast.ops.spec import OpSpec
 
 _OP = "fused_adamw_ema_"
@@ -85,7 +85,7 @@ def fused_adamw_ema_(
     ema_copies: Copies = (),
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    backend: str = "auto",
+    backend: str = "plain",
 ) -> None:
     """Update params, exp_avgs, exp_avg_sqs, steps, emas and copies in place, or none of them if found_inf is not 0.
 
@@ -94,12 +94,11 @@ def fused_adamw_ema_(
     inf for none. grad_scale: [], what the loss was multiplied by; None for 1. emas: K averages, each N tensors, with
     ema_weights: [K], 1 - decay. copies, ema_copies: of params and of the first average, N tensors in bfloat16 or in
     float16, or none; None in the place of one that is not wanted.
-    backend: "plain" (plain PyTorch), "extension" (one pass in C++ or CUDA) or "auto": on a CPU the extension where
-    it is built and takes the tensors, else plain.
+    backend: "plain" (plain PyTorch) or "extension" (one pass in C++ or CUDA).
     Raises ValueError for a backend that cannot run here and for lists whose lengths do not fit, and RuntimeError that
     names the tensor for a wrong shape, dtype, device or memory layout; nothing has been changed then.
     """
-    check_backend(_OP, backend, ("auto", "extension", "plain"))
+    check_backend(_OP, backend, ("extension", "plain"))
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{_OP}: got betas={tuple(betas)}, wanted two values in [0, 1)")
     if ema_weights is None:
@@ -107,21 +106,14 @@ def fused_adamw_ema_(
     flat_emas = [tensor for average in emas for tensor in average]
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     _check_lengths(params, emas, ema_weights, **lists, copies=copies, ema_copies=ema_copies)
-    made = [copy for copy in (*copies, *ema_copies) if copy is not None]
-    written = [*params, *exp_avgs, *exp_avg_sqs, *flat_emas]
     scalars = {"steps": steps, "lrs": lrs, "weight_decays": weight_decays, "ema_weights": ema_weights}
     scalars |= {"norm": norm, "found_inf": found_inf, "max_norm": max_norm, "grad_scale": grad_scale}
-    if backend == "auto":
-        float32 = [*written, steps, norm, found_inf, *([] if grad_scale is None else [grad_scale])]
-        float64 = [lrs, weight_decays, ema_weights, max_norm]
-        dtypes = ((float32, (torch.float32,)), (float64, (torch.float64,)), (grads, _GRADS), (made, _COPIES))
-        taken = len(emas) <= _MAX_EMAS and all(extension_takes(*tensors) for tensors in dtypes)
-        backend = "extension" if taken and len({copy.dtype for copy in made}) <= 1 else "plain"
     if backend == "plain":
         _check_shapes_and_dtypes(params, **lists, emas=flat_emas, copies=copies, ema_copies=ema_copies)
         extras = {"emas": emas, "copies": copies, "ema_copies": ema_copies}
         return fused_adamw_ema_ref(params, **lists, **scalars, **extras, betas=betas, eps=eps)
     lists = {"params": params, **lists, "emas": flat_emas}
+    made = [copy for copy in (*copies, *ema_copies) if copy is not None]
     named = {name: [tensor] for name, tensor in scalars.items() if tensor is not None}
     require_one_device(_OP, steps, **lists, copies=made, **named)
     require_extension(_OP, steps)
@@ -129,7 +121,7 @@ def fused_adamw_ema_(
     torch.ops.epg_fast.fused_adamw_ema_(*map(list, lists.values()), joined, *scalars.values(), *betas, eps)
     if not torch.compiler.is_compiling():
         # Autograd counts writes, to notice a backward pass that needs what was overwritten.
-        torch.autograd.graph.increment_version([*written, *made, steps])
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *flat_emas, *made, steps])
     return None
 
 
@@ -142,9 +134,6 @@ def _joined(params: Tensors, copies: Copies, ema_copies: Copies, made: list[torc
     return [absent if copy is None else copy for copy in wanted]
 
 
-_GRADS = (torch.float32, torch.bfloat16)
-_COPIES = (torch.bfloat16, torch.float16)
-_MAX_EMAS = 4
 _OF_PARAMETERS_DTYPE = ("exp_avgs", "exp_avg_sqs", "emas")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from epg_fast.ops.backends import check_backend
-from epg_fast.ops.extension import prefers_extension, require_extension, require_one_device
+from epg_fast.ops.extension import require_extension, require_one_device
 from epg_fast.ops.spec import OpSpec
 
 _OP = "global_norm"
@@ -37,18 +37,15 @@ def global_norm_ref(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torc
 
 
 @torch.no_grad()
-def global_norm(tensors: Sequence[torch.Tensor], backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+def global_norm(tensors: Sequence[torch.Tensor], backend: str = "plain") -> tuple[torch.Tensor, torch.Tensor]:
     """(norm, found_inf), two tensors of shape [] on the device of the tensors.
 
-    tensors: gradients, say, of any shapes; an empty list has norm 0. backend: "plain" (plain PyTorch), "extension"
-    (one pass in C++ or CUDA; float32 and bfloat16, contiguous) or "auto": on a CPU the extension where it is built and
-    takes the tensors, else plain.
+    tensors: gradients, say, of any shapes; an empty list has norm 0. backend: "plain" (plain PyTorch) or
+    "extension" (one pass in C++ or CUDA; float32 and bfloat16, contiguous).
     Raises ValueError for a backend that cannot run here, and ValueError or RuntimeError for tensors that are not
     contiguous, not float32 or bfloat16, or on several devices.
     """
-    check_backend(_OP, backend, ("auto", "extension", "plain"))
-    if backend == "auto":
-        backend = "extension" if prefers_extension(tensors, _DTYPES) else "plain"
+    check_backend(_OP, backend, ("extension", "plain"))
     if backend == "plain" or not tensors:
         return global_norm_ref(tensors)
     require_one_device(_OP, tensors[0], tensors=tensors)
@@ -56,9 +53,6 @@ def global_norm(tensors: Sequence[torch.Tensor], backend: str = "auto") -> tuple
     norm, found_inf = (torch.empty((), device=tensors[0].device, dtype=torch.float32) for _ in range(2))
     torch.ops.epg_fast.global_norm_out(norm, found_inf, list(tensors))
     return norm, found_inf
-
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _bytes(shape: tuple[int, ...], itemsize: int) -> int:

@@ -1,9 +1,9 @@
 """Sinusoidal embedding of the time condition, and the condition of the decoder made from it.
 
-    time[k] = cos(t max_period^(-k / h)), time[h + k] = sin(t max_period^(-k / h))     h = dim // 2, k < h
+    time[k] = cos(t 10000^(-k / h)), time[h + k] = sin(t 10000^(-k / h))     h = dim // 2, k < h
     condition = SiLU(time + label)
 
-An odd dim ends with a zero column. With of_sigma, t holds noise levels sigma, and 250 ln(sigma) is embedded.
+An odd dim ends with a zero column.
 
 Source: Vaswani et al., "Attention Is All You Need" (2017); Peebles & Xie, "Scalable Diffusion Models with
 Transformers" (2023); the time condition 250 ln(sigma): SPEC 2.
@@ -23,35 +23,33 @@ from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
+_MAX_PERIOD = 10_000.0
 
-def timestep_embedding_ref(t, dim, max_period=10_000.0, *, of_sigma=False, dtype=None) -> torch.Tensor:
+
+def timestep_embedding_ref(t, dim, *, dtype=None) -> torch.Tensor:
     """`timestep_embedding` in plain PyTorch."""
     acc_dtype = accumulation_dtype(t)
     t = t.to(acc_dtype)
-    if of_sigma:
-        t = 250 * t.log()
     half = dim // 2
     exponent = torch.arange(half, device=t.device, dtype=acc_dtype) / half
-    base = torch.full((), max_period, device=t.device, dtype=acc_dtype)
+    base = torch.full((), _MAX_PERIOD, device=t.device, dtype=acc_dtype)
     phase = t[:, None] * torch.pow(base, -exponent)[None]
     return F.pad(torch.cat([phase.cos(), phase.sin()], dim=-1), (0, dim % 2)).to(dtype or acc_dtype)
 
 
-def timestep_condition_ref(
-    t, dim, label=None, max_period=10_000.0, *, of_sigma=False, dtype=None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def timestep_condition_ref(t, dim, label=None, *, dtype=None) -> tuple[torch.Tensor, torch.Tensor]:
     """`timestep_condition` in plain PyTorch."""
-    time = timestep_embedding_ref(t, dim, max_period, of_sigma=of_sigma, dtype=dtype)
+    time = timestep_embedding_ref(t, dim, dtype=dtype)
     u = time if label is None else time + label
     return time, F.silu(u.to(torch.promote_types(u.dtype, torch.float32))).to(u.dtype)
 
 
-def _forward(t, label, dim: int, max_period: float, of_sigma: bool, dtype: torch.dtype, with_condition: bool):
-    time, condition = timestep_condition_ref(t, dim, label, max_period, of_sigma=of_sigma, dtype=dtype)
+def _forward(t, label, dim: int, dtype: torch.dtype, with_condition: bool):
+    time, condition = timestep_condition_ref(t, dim, label, dtype=dtype)
     return time, condition if with_condition else None
 
 
-def _backward(dtime, dcondition, t, time, label, max_period: float, of_sigma: bool):
+def _backward(dtime, dcondition, t, time, label):
     acc_dtype, half, dlabel = accumulation_dtype(t), time.shape[1] // 2, None
     grad = torch.zeros_like(time, dtype=acc_dtype) if dtime is None else dtime.to(acc_dtype)
     if dcondition is not None:
@@ -60,11 +58,10 @@ def _backward(dtime, dcondition, t, time, label, max_period: float, of_sigma: bo
         through = dcondition.to(acc_dtype) * opening * (1 + u * (1 - opening))
         grad = grad + through
         dlabel = None if label is None else through.to(label.dtype, copy=True)
-    exact = timestep_embedding_ref(t, 2 * half, max_period, of_sigma=of_sigma)
-    frequency = max_period ** (-torch.arange(half, device=t.device, dtype=acc_dtype) / half)
+    exact = timestep_embedding_ref(t, 2 * half)
+    frequency = _MAX_PERIOD ** (-torch.arange(half, device=t.device, dtype=acc_dtype) / half)
     slope = torch.cat([-exact[:, half:] * frequency, exact[:, :half] * frequency], dim=1)
-    dt = (grad[:, : 2 * half] * slope).sum(1)
-    return (250 * dt / t if of_sigma else dt).to(t.dtype), dlabel
+    return (grad[:, : 2 * half] * slope).sum(1).to(t.dtype), dlabel
 
 
 _operation = operation(
@@ -79,34 +76,29 @@ _operation = operation(
 def timestep_embedding(
     t: torch.Tensor,
     dim: int,
-    max_period: float = 10_000.0,
     *,
-    of_sigma: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = "plain",
 ) -> torch.Tensor:
     """Sinusoidal embedding of t [B]: [B, dim], cosines, then sines, then a zero column if dim is odd.
 
-    t: 250 ln(sigma), may be negative; with of_sigma the level sigma > 0 itself (shifted). dtype: of the result, by
-    default float32, or float64 when t is float64.
+    t: 250 ln(sigma), may be negative. dtype: of the result, by default float32, or float64 when t is float64.
     backend: "plain" (plain PyTorch), "triton" (one kernel; t not in float64).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
     check_backend("timestep_embedding", backend, ("plain", "triton"))
-    _check("timestep_embedding", t, dim, max_period, None)
+    _check("timestep_embedding", t, dim, None)
     if backend != "triton":
-        return timestep_embedding_ref(t, dim, max_period, of_sigma=of_sigma, dtype=dtype)
+        return timestep_embedding_ref(t, dim, dtype=dtype)
     _require_triton("timestep_embedding", t)
-    return _operation(t.float(), None, dim, max_period, of_sigma, dtype or torch.float32, False)[0]
+    return _operation(t.float(), None, dim, dtype or torch.float32, False)[0]
 
 
 def timestep_condition(
     t: torch.Tensor,
     dim: int,
     label: torch.Tensor | None = None,
-    max_period: float = 10_000.0,
     *,
-    of_sigma: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,11 +107,11 @@ def timestep_condition(
     label: class embedding [B, dim] or None. The other arguments, and the errors, are those of `timestep_embedding`.
     """
     check_backend("timestep_condition", backend, ("plain", "triton"))
-    _check("timestep_condition", t, dim, max_period, label)
+    _check("timestep_condition", t, dim, label)
     if backend != "triton":
-        return timestep_condition_ref(t, dim, label, max_period, of_sigma=of_sigma, dtype=dtype)
+        return timestep_condition_ref(t, dim, label, dtype=dtype)
     _require_triton("timestep_condition", t, label)
-    return _operation(t.float(), label, dim, max_period, of_sigma, dtype or torch.float32, True)
+    return _operation(t.float(), label, dim, dtype or torch.float32, True)
 
 
 def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None) -> None:
@@ -128,11 +120,9 @@ def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None)
     require_dtypes(op, FLOATS, label=label)
 
 
-def _check(op: str, t: torch.Tensor, dim: int, max_period: float, label: torch.Tensor | None) -> None:
+def _check(op: str, t: torch.Tensor, dim: int, label: torch.Tensor | None) -> None:
     sizes = {"D": dim}
     check_shapes(op, sizes, t=(t, "B"))
-    if not max_period > 0:
-        raise ValueError(f"{op}: got max_period={max_period}, wanted a positive number")
     if dim < 2:
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
     check_shapes(op, sizes, label=(label, "BD"))

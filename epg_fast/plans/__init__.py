@@ -4,8 +4,8 @@
 turns what a user asks for (`--ops`) into what runs. A plan is a JSON file with its evidence in it.
 """
 
-from epg_fast.plans.choice import Chosen, Ops, choose, parse_ops, plain_choice, require_like_machines
-from epg_fast.plans.plan import Case, Machine, Plan, plans_folder, read_plan, stored_plans
+from epg_fast.plans.choice import Chosen, Ops, choose, choose_together, parse_ops
+from epg_fast.plans.plan import Case, Machine, Plan, Variant, plans_folder, read_plan, stored_plans
 from epg_fast.plans.sites import PLAIN, SITES, site_choices
 
 __all__ = [
@@ -16,12 +16,12 @@ __all__ = [
     "Machine",
     "Ops",
     "Plan",
+    "Variant",
     "choose",
+    "choose_together",
     "parse_ops",
-    "plain_choice",
     "plans_folder",
     "read_plan",
-    "require_like_machines",
     "site_choices",
     "stored_plans",
 ]

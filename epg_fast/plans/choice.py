@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from epg_fast.distributed import Ranks
 from epg_fast.ops.backends import require_triton
-from epg_fast.plans.plan import Case, Machine, Plan, read_plan, stored_plans
+from epg_fast.plans.plan import Case, Machine, Plan, Variant, read_plan, stored_plans
 from epg_fast.plans.sites import KINDS, PLAIN, SITES, site_choices, sites_of
 from epg_fast.wording import nearest
 
@@ -54,39 +55,34 @@ def parse_ops(text: str) -> Ops:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What runs. None where the job's own rule holds."""
+class Chosen(Variant):
+    """What runs: `ops` has every site. None where the job's own rule holds."""
 
-    ops: Mapping[str, str]
-    """Backend of every site."""
     compile: str | None = None
-    options: Mapping[str, object] = field(default_factory=dict)
     cuda_graphs: bool | None = None
-    threads: int | None = None
     plan: str | None = None
     """Name of the plan; None without one."""
     why: str = ""
     """One line for the log."""
 
+    @classmethod
+    def of(cls, variant: Variant, plan: str, why: str = "") -> Chosen:
+        """The variant of a plan."""
+        return cls(**vars(variant) | {"ops": site_choices(variant.ops)}, plan=plan, why=why)
+
     def record(self) -> dict:
-        """What settings and checkpoints keep: the sites that are not plain, and how the whole is run."""
+        """What settings and checkpoints keep: all but `why`, and of the sites those that are not plain."""
         ops = {site: backend for site, backend in self.ops.items() if backend != "plain"}
-        run = {"compile": self.compile, "options": dict(self.options), "cuda_graphs": self.cuda_graphs}
-        return {"plan": self.plan, "ops": ops, **run, "threads": self.threads}
+        return {name: value for name, value in vars(self).items() if name != "why"} | {"ops": ops}
 
     @classmethod
     def from_record(cls, record: Mapping, why: str = "") -> Chosen:
         """What `record` returned. Raises ValueError for a site or backend that this version lacks."""
-        run = {name: record.get(name) for name in ("compile", "cuda_graphs", "threads", "plan")}
-        return cls(site_choices(record["ops"]), options=record.get("options") or {}, why=why, **run)
+        fields = {name: value for name, value in record.items() if name != "machine"}
+        return cls(**fields | {"ops": site_choices(record["ops"])}, why=why)
 
 
-def plain_choice(why: str = "") -> Chosen:
-    """PyTorch's own operators everywhere, run as the job's own rules say."""
-    return Chosen(PLAIN, why=why)
-
-
-def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device, kept: Mapping | None = None) -> Chosen:
+def choose(ops: str | Mapping[str, str], case: Case, device: torch.device, kept: Mapping | None = None) -> Chosen:
     """What runs for `ops`, as `parse_ops` takes it or as backends by site, the others plain, on this device.
 
     auto takes `kept`, the record of the run that goes on, then a plan of the user's for this device, versions, job and
@@ -96,20 +92,20 @@ def choose(ops: str | Ops | Mapping[str, str], case: Case, device: torch.device,
     """
     if isinstance(ops, Mapping):
         given = site_choices(ops)  # raises for what does not exist
-        ops = Ops("plain", sites={site: backend for site, backend in given.items() if backend != "plain"})
-    asked = parse_ops(ops) if isinstance(ops, str) else ops
-    if asked.base == "plain":
-        chosen = plain_choice("ops: plain, as asked")
-    elif asked.base in KINDS:
-        chosen = Chosen(site_choices(asked.base), why=f"ops: {asked.base} wherever there is one, as asked")
+        asked = Ops("plain", sites={site: backend for site, backend in given.items() if backend != "plain"})
+    else:
+        asked = parse_ops(ops)
+    if asked.base in KINDS:
+        where = "" if asked.base == "plain" else " wherever there is one"
+        chosen = Chosen(site_choices(asked.base), why=f"ops: {asked.base}{where}, as asked")
     elif asked.base == "plan":
         chosen = _of_file(asked.path, case, Machine.here(device))
     else:
         chosen = _automatic(case, device, kept if asked.base == "auto" else None)
     if asked.sites:
         named = ", ".join(f"{site}={backend}" for site, backend in asked.sites.items())
-        merged = {**chosen.ops, **_named(asked.sites)}
-        chosen = dataclasses.replace(chosen, ops=merged, why=f"{chosen.why}; {named} as asked")
+        merged = {site: backend for name, backend in asked.sites.items() for site in sites_of(name)}
+        chosen = dataclasses.replace(chosen, ops={**chosen.ops, **merged}, why=f"{chosen.why}; {named} as asked")
     if {"triton", "norm", "cuda"} & {*chosen.ops.values()}:
         require_triton("ops", torch.empty(1, device=device))
     _require_options(chosen)
@@ -129,19 +125,20 @@ def _require_options(chosen: Chosen) -> None:
         )
 
 
-def require_like_machines(chosen: Chosen, machines: Sequence[Machine]) -> None:
-    """Raise ValueError for a plan that ranks on unlike machines would share; machines: of every rank, in order."""
+def choose_together(ops: str, case: Case, ranks: Ranks, kept: Mapping | None = None) -> Chosen:
+    """What the main rank chooses, on every rank.
+
+    Raises ValueError on all of them, as `choose` does, and for a plan that ranks on unlike machines would share.
+    """
+    chosen = ranks.decide(lambda: choose(ops, case, ranks.device, kept))
+    machines = ranks.gather(Machine.here(ranks.device))
     for rank, machine in enumerate(machines):
         if chosen.plan and (differences := machine.differences(machines[0])):
             raise ValueError(
                 f"ops: rank {rank} is on another machine than rank 0, whose plan it cannot share "
                 f"({'; '.join(differences)}); take like machines, or --ops plain"
             )
-
-
-def _named(sites: Mapping[str, str]) -> dict[str, str]:
-    """The sites that are named, a name for both halves as two."""
-    return {site: backend for name, backend in sites.items() for site in sites_of(name)}
+    return chosen
 
 
 def _of_file(path: Path, case: Case, here: Machine) -> Chosen:
@@ -162,29 +159,21 @@ def _automatic(case: Case, device: torch.device, kept: Mapping | None) -> Chosen
                 kept, f"ops: {name}, which this run has used so far; --ops tune or a file changes it"
             )
         log.warning("this run has used %s on another machine (%s); choosing anew", name, "; ".join(differences))
-    others: list[str] = []
-    found: list[tuple[bool, str, Plan]] = []
-    for where, plan in stored_plans():
-        if not plan.case.like(case):
-            continue
-        differences = here.differences(plan.machine)
-        if differences:
-            others.append(f"{where} is not used ({'; '.join(differences)})")
-        else:
-            found.append((plan.case.batch != case.batch, where, plan))
-    if found:
-        _, where, plan = min(found, key=lambda entry: entry[0])
-        return _chosen(plan, where, case)
-    reason = others[0] if others else "no plan for this job on this device"
-    return plain_choice(f"ops: plain code, {reason}; {_command(case)}")
+    found = [(here.differences(plan.machine), where, plan) for where, plan in stored_plans() if plan.case.like(case)]
+    if not found:
+        return Chosen(PLAIN, why=f"ops: plain code, no plan for this job on this device; {_command(case)}")
+    differences, where, plan = min(found, key=lambda entry: (bool(entry[0]), entry[2].case.batch != case.batch))
+    if differences:
+        why = f"ops: plain code, {where} is not used ({'; '.join(differences)}); {_command(case)}"
+        return Chosen(PLAIN, why=why)
+    return _chosen(plan, where, case)
 
 
 def _chosen(plan: Plan, where: str, case: Case) -> Chosen:
     batch = "" if plan.case.batch == case.batch else f", measured with {plan.case.batch} images a call"
     faster = f"{plan.speedup:.2f}x plain code" if plan.speedup > 1 else "which found nothing faster than plain code"
     why = f"ops: plan {where} of {plan.made}, {faster}{batch}"
-    run = plan.compile, dict(plan.options), plan.cuda_graphs, plan.threads
-    return Chosen(site_choices(plan.ops), *run, plan=plan.name, why=why)
+    return Chosen.of(plan.variant, plan.name, why)
 
 
 def _command(case: Case) -> str:

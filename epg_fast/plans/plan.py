@@ -13,17 +13,17 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
 import torch
 
+from epg_fast.ops.extension import extension_code
 from epg_fast.plans.sites import SITES
 
 JOBS = ("sample", "pretrain", "finetune-diffusion", "finetune-consistency")
 COMPILE = ("off", "blocks", "network")
 _FORMAT = "epg_fast plan 1"
-_SHIPPED = resources.files("epg_fast") / "plans" / "shipped"
+_SHIPPED = Path(__file__).parent / "shipped"
 log = logging.getLogger("epg_fast")
 
 
@@ -105,7 +105,7 @@ class Machine:
             name = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
             capability, driver = torch.backends.cpu.get_cpu_capability(), ""
         versions = {package: _version(package) for package in ("triton", "epg_fast")}
-        return cls(name, capability, str(torch.__version__), **versions, extension=_extension(), driver=driver)
+        return cls(name, capability, str(torch.__version__), **versions, extension=extension_code(), driver=driver)
 
     def differences(self, other: Machine) -> list[str]:
         """What keeps a plan of the other from being used: "torch 2.13.0 there, 2.14.1 here"."""
@@ -133,27 +133,34 @@ def _processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def _extension() -> str:
-    from epg_fast.ops.extension import extension_code
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute a job: backends of the sites that are not plain, and how the whole is run."""
 
-    return extension_code()
+    ops: Mapping[str, str] = field(default_factory=dict)
+    """Site -> backend."""
+    compile: str | None = "off"
+    """"off", "blocks" or "network"."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Inductor's, beside the package's own."""
+    cuda_graphs: bool | None = False
+    threads: int | None = None
+    """On a CPU; None: as many as PyTorch takes."""
+
+    def __str__(self) -> str:
+        ops = ", ".join(f"{site}={backend}" for site, backend in self.ops.items()) or "plain"
+        run = [f"compile {self.compile}", *(["CUDA graphs"] if self.cuda_graphs else []), *self.options]
+        run += [f"{self.threads} threads"] if self.threads else []
+        return f"{ops}; {', '.join(run)}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Backends by site, and how the whole is run, with the measurements that led to them."""
+    """The fastest variant of a job on a machine, with the measurements that led to it."""
 
     case: Case
     machine: Machine
-    ops: Mapping[str, str]
-    """Site -> backend; the sites that are not named are plain."""
-    compile: str
-    """"off", "blocks" or "network"."""
-    options: Mapping[str, object] = field(default_factory=dict)
-    """Inductor's, beside the package's own."""
-    cuda_graphs: bool = False
-    threads: int | None = None
-    """On a CPU; None: as many as PyTorch takes."""
+    variant: Variant = Variant()
     speedup: float = 1.0
     """Of the whole job, over what runs without a plan."""
     made: str = ""
@@ -174,10 +181,10 @@ class Plan:
         return json.dumps({"format": _FORMAT} | dataclasses.asdict(self), indent=2, default=dict) + "\n"
 
 
-def read_plan(path: Path, content: bytes | None = None) -> Plan:
+def read_plan(path: Path) -> Plan:
     """The plan in a file. Raises ValueError, in one line, for a file that is none."""
     try:
-        found = json.loads(path.read_bytes() if content is None else content)
+        found = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"plan {path}: {error.strerror}; want a file that `epg-fast tune` made") from None
     except ValueError:
@@ -185,8 +192,8 @@ def read_plan(path: Path, content: bytes | None = None) -> Plan:
     if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
         raise ValueError(f"plan {path}: not a plan of this version of epg_fast; run `epg-fast tune` again")
     try:
-        case, machine = Case(**found.pop("case")), Machine(**found.pop("machine"))
-        plan = Plan(case, machine, **found)
+        parts = {"case": Case, "machine": Machine, "variant": Variant}
+        plan = Plan(**found | {name: part(**found[name]) for name, part in parts.items()})
         _check(plan)
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         what = f"{error} is missing or unknown" if isinstance(error, KeyError) else error
@@ -195,21 +202,25 @@ def read_plan(path: Path, content: bytes | None = None) -> Plan:
 
 
 def _check(plan: Plan) -> None:
-    for site, backend in plan.ops.items():
+    """Raise for a value that no plan has."""
+    case, variant = plan.case, plan.variant
+    for site, backend in variant.ops.items():
         if backend not in SITES[site]:
             raise ValueError(f"{site} has no backend {backend!r}")
-    if plan.compile not in COMPILE or plan.case.job not in JOBS:
-        raise ValueError(f"compile {plan.compile!r}, job {plan.case.job!r}")
-    kinds = {"batch": int, "network": dict, "device": str, "options": dict, "cuda_graphs": bool, "speedup": int | float}
-    for name, kind in kinds.items():
-        value = {**vars(plan), **vars(plan.machine), **vars(plan.case)}[name]
-        if not isinstance(value, kind):
+    for name, value, right in (
+        ("job", case.job, case.job in JOBS),
+        ("image_size", case.network["image_size"], isinstance(case.network["image_size"], int)),
+        ("batch", case.batch, isinstance(case.batch, int)),
+        ("device", plan.machine.device, isinstance(plan.machine.device, str)),
+        ("compile", variant.compile, variant.compile in COMPILE),
+        ("options", variant.options, isinstance(variant.options, dict)),
+        ("cuda_graphs", variant.cuda_graphs, isinstance(variant.cuda_graphs, bool)),
+        ("threads", variant.threads, variant.threads is None or int(variant.threads) == variant.threads > 0),
+        ("speedup", plan.speedup, isinstance(plan.speedup, int | float)),
+    ):
+        if not right:
             raise ValueError(f"{name} {value!r}")
-    if plan.threads is not None and not (isinstance(plan.threads, int) and plan.threads > 0):
-        raise ValueError(f"threads {plan.threads!r}")
-    if not isinstance(plan.case.network["image_size"], int):
-        raise ValueError(f"image_size {plan.case.network['image_size']!r}")
-    str(plan.case)  # raises for a network without its depth and width
+    str(case)  # raises for a network without its depth and width
 
 
 def plans_folder() -> Path:
@@ -224,23 +235,16 @@ def stored_plans() -> Iterator[tuple[str, Plan]]:
 
     A file that cannot be read as one is left out, which one line says.
     """
-    files: list[tuple[str, bytes]] = []
+    folder, own = plans_folder(), []
     try:
-        own = list(plans_folder().iterdir()) if os.path.lexists(plans_folder()) else []  # glob is silent about a file
-        own = [path for path in own if path.suffix == ".json" and path.is_file()]
-        own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in own:
-            try:
-                files.append((str(path), path.read_bytes()))
-            except OSError as error:
-                log.warning("plan %s is not read: %s", path, error.strerror)
+        if os.path.lexists(folder):
+            own = [path for path in folder.iterdir() if path.suffix == ".json" and path.is_file()]
+            own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     except OSError as error:
-        log.warning("plans in %s are not read: %s", plans_folder(), error)
-    if _SHIPPED.is_dir():
-        shipped = sorted(_SHIPPED.iterdir(), key=lambda file: file.name)
-        files += [(f"the package's {file.name}", file.read_bytes()) for file in shipped if file.name.endswith(".json")]
-    for where, content in files:
+        log.warning("plans in %s are not read: %s", folder, error)
+    shipped = sorted(_SHIPPED.glob("*.json"))
+    for path in (*own, *shipped):
         try:
-            yield where, read_plan(Path(where), content)
+            yield f"the package's {path.name}" if path in shipped else str(path), read_plan(path)
         except ValueError as error:
             log.warning("%s", error)

@@ -18,7 +18,7 @@ from epg_fast.config import SampleConfig
 from epg_fast.distributed import Ranks, joined, resumable
 from epg_fast.files import OutputFolder, write_atomically
 from epg_fast.models import EPGViT, from_pretrained
-from epg_fast.plans import PLAIN, Case, Chosen, Machine, choose, require_like_machines
+from epg_fast.plans import PLAIN, choose_together
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.labels import choose_labels
@@ -73,7 +73,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
         log.info("%s was trained on %d of its %d classes: these are drawn", config.checkpoint, left, model.num_classes)
     labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained))
     options = _options(config)
-    engine = SamplingEngine(model, weak=weak, ops=lambda case: _agreed(config.ops, case, ranks), **options)
+    engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
     settings |= resolved(model, weak, labels, engine)
     using = drawn_with(engine, _alike(settings, ranks))
     outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
@@ -114,13 +114,6 @@ def _options(config: SampleConfig) -> dict:
         "interval": tuple(config.interval),
         **config.churn,
     }
-
-
-def _agreed(ops: str, case: Case, ranks: Ranks) -> Chosen:
-    """What the main rank chooses, on every rank. Raises ValueError, on all of them, where their devices differ."""
-    chosen = ranks.decide(lambda: choose(ops, case, ranks.device))
-    require_like_machines(chosen, ranks.gather(Machine.here(ranks.device)))
-    return chosen
 
 
 def _alike(settings: dict, ranks: Ranks) -> list[str]:

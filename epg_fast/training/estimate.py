@@ -12,15 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from epg_fast import distributed
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.distributed import Ranks
-from epg_fast.models import encoder_from_config
 from epg_fast.models.encoder import is_recomputed
 from epg_fast.runtime import autocast
 from epg_fast.training.compilation import check_compilation
 from epg_fast.training.draws import Draws
 from epg_fast.training.flops import StepFlops, step_flops
-from epg_fast.training.gradients import check_micro_batches
+from epg_fast.training.gradients import check_batch_size
 from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
-from epg_fast.training.stages import Stage, network_config
+from epg_fast.training.stages import Stage, stage_without_files
 
 _GIB = 2**30
 
@@ -28,19 +27,18 @@ _GIB = 2**30
 class _AbsentRanks(Ranks):
     """A rank among others that are not there."""
 
+    def gather(self, value):
+        return [value] * self.world_size
+
     def gather_tensors(self, tensor):
         return lambda: tensor.detach().repeat(self.world_size, *[1] * (tensor.dim() - 1))
 
 
 def planned_stage(config: RunConfig, stage_class: type[Stage], gpus: int) -> Stage:
-    """The stage on the meta device, without the files it would load: a perceptual encoder is the preset's own."""
-    perceptual = getattr(config, "perceptual", None)
-    absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
+    """The stage on the meta device, without the files it would load."""
     with torch.device("meta"):
-        plain = dataclasses.replace(config, ops="plain", offload_ema=False, **absent)
-        stage = stage_class(plain, _AbsentRanks(0, gpus, torch.device("meta")))
-        if perceptual:
-            stage.perceptual = encoder_from_config(network_config(config)).eval().requires_grad_(False)
+        plain = dataclasses.replace(config, ops="plain", offload_ema=False)
+        stage = stage_without_files(stage_class, plain, _AbsentRanks(0, gpus, torch.device("meta")))
     stage.config.offload_ema = config.offload_ema
     return stage
 
@@ -196,8 +194,7 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     they cannot be and for an unknown GPU.
     """
     gpus, origin = _gpus(options)
-    _check_batch(config.batch_size, gpus)
-    check_micro_batches(config, gpus)
+    check_batch_size(config, gpus)
     check_compilation(config, Ranks(0, gpus, torch.device("cuda")))
     gpu, why = _gpu(options)
     stage = planned_stage(config, stage_class, gpus)
@@ -219,17 +216,6 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     ]
     lines = [f"{name:<19}{text}" for name, text in rows]
     return "\n".join([f"epg-fast {stage.name}: dry run; no data, GPU or run folder is touched", "", *lines])
-
-
-def _check_batch(batch_size: int, gpus: int) -> None:
-    """Raise ValueError for a global batch that is not the same number of images on every GPU."""
-    if batch_size % gpus:
-        below = batch_size // gpus * gpus
-        choices = " or ".join(f"--batch_size {size}" for size in (below, below + gpus) if size)
-        divisors = [n for n in range(1, gpus) if batch_size % n == 0]
-        raise ValueError(
-            f"batch_size {batch_size} does not divide over {gpus} GPUs; take {choices}, or {divisors[-1]} of the GPUs"
-        )
 
 
 def _gpus(options: DryRunConfig) -> tuple[int, str]:

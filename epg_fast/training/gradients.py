@@ -20,15 +20,17 @@ from epg_fast.training.parallel import Replicated
 from epg_fast.training.stages import Stage
 
 
-def check_micro_batches(config: RunConfig, world_size: int) -> None:
+def check_batch_size(config: RunConfig, world_size: int) -> None:
     """Raise ValueError for a batch that is not the same number of images in every micro-batch of every rank."""
-    count = config.gradient_accumulation
-    if count > 1 and config.batch_size % (world_size * count):
+    count, size = config.gradient_accumulation, config.batch_size
+    beyond = size % (world_size * count)
+    if beyond:
         ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-        size = -(-config.batch_size // (world_size * count)) * world_size * count
+        each = f" with {count} micro-batches each (gradient_accumulation)" if count > 1 else ""
+        sizes = [f"{other}" for other in (size - beyond, size - beyond + world_size * count) if other]
         raise ValueError(
-            f"batch_size {config.batch_size} does not divide over {ranks} with {count} micro-batches each "
-            f"(gradient_accumulation); take --batch_size {size} or another number of micro-batches"
+            f"batch_size {size} does not divide over {ranks}{each}; take --batch_size {' or '.join(sizes)}, or other "
+            "numbers of GPUs and micro-batches"
         )
 
 

@@ -30,7 +30,7 @@ from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.classes import note_classes
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.gradients import add_gradients, check_micro_batches
+from epg_fast.training.gradients import add_gradients, check_batch_size
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.metrics import Metrics, Progress, names_by_level, require_wandb, sums_by_level
 from epg_fast.training.optimizer import lr_factor
@@ -57,7 +57,7 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
         if config.fp8:
             require_fp8(ranks.device)
         torch.manual_seed(config.seed)
-        check_micro_batches(config, ranks.world_size)
+        check_batch_size(config, ranks.world_size)
         stage = stage_class(config, ranks, kept_choice(folder.path) if folder.begun else None)
         note_classes(stage, source)
         with suitable_threads(stage.network, stage.chosen.threads), folder:

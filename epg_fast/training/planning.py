@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from epg_fast.config import RunConfig
-from epg_fast.distributed import Ranks
 from epg_fast.files import write_atomically
-from epg_fast.plans import Case, Chosen, Machine, choose, parse_ops, require_like_machines
+from epg_fast.plans import Case, Chosen, Machine
 from epg_fast.plans.plan import architecture
-from epg_fast.plans.sites import KINDS
 
 _RECORD = "plan.json"
 log = logging.getLogger("epg_fast")
@@ -27,33 +24,9 @@ def training_case(job: str, config: RunConfig, network: torch.nn.Module, world_s
     return Case(job, architecture(network), "fp8" if config.fp8 else config.precision, images)
 
 
-def agreed_choice(config: RunConfig, case: Case, ranks: Ranks, kept: Mapping | None) -> Chosen:
-    """What the main rank chooses, on every rank. Raises ValueError, on all of them, for ranks on unlike devices."""
-    if ranks.world_size == 1 or parse_ops(config.ops).base in KINDS:
-        chosen = choose(config.ops, case, ranks.device, kept)
-    else:
-        chosen = _decided(config, case, ranks, kept)
-    log.info("%s", chosen.why)
-    return chosen
-
-
-def _decided(config: RunConfig, case: Case, ranks: Ranks, kept: Mapping | None) -> Chosen:
-    chosen = error = None
-    if ranks.main:
-        try:
-            chosen = choose(config.ops, case, ranks.device, kept)
-        except ValueError as problem:
-            error = problem
-    everyone = ranks.gather((Machine.here(ranks.device), chosen, error))
-    machines, (_, chosen, error) = [machine for machine, *_ in everyone], everyone[0]
-    if error is not None:
-        raise error
-    require_like_machines(chosen, machines)
-    return chosen
-
-
 def applied(config: RunConfig, chosen: Chosen, world_size: int) -> RunConfig:
-    """The configuration with what was chosen where it says `auto`; flags that were given stay."""
+    """The configuration with what was chosen where it says `auto`; flags that were given stay. A line is logged."""
+    log.info("%s", chosen.why)
     changes = {}
     if config.compile == "auto" and chosen.compile:
         changes["compile"] = chosen.compile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -14,10 +14,11 @@ from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
 from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
+from epg_fast.plans import choose_together
 from epg_fast.plans.sites import has_fused_operations
 from epg_fast.training.draws import Draws
 from epg_fast.training.ema import ema_copy
-from epg_fast.training.planning import agreed_choice, applied, training_case
+from epg_fast.training.planning import applied, training_case
 
 log = logging.getLogger("epg_fast")
 
@@ -43,7 +44,7 @@ class Stage:
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks, kept: Mapping | None):
         """kept: the record of what the run has computed with so far."""
         case = training_case(self.name, config, network, ranks.world_size)
-        self.chosen = agreed_choice(config, case, ranks, kept)
+        self.chosen = choose_together(config.ops, case, ranks, kept)
         if config.fp8 and has_fused_operations(self.chosen.ops):
             raise ValueError(
                 f"fp8: got ops {config.ops}, whose fused operations take weights in 16 bits; want ops plain"
@@ -229,6 +230,18 @@ class ConsistencyStage(_FineTuning):
         if self.perceptual is None or not consistency_stage(iteration, c.first_stage, c.stage_length, c.delta):
             return None
         return lambda images: perceptual_keys(self.perceptual, images, self._schedule())
+
+
+def stage_without_files(
+    stage_class: type[Stage], config: RunConfig, ranks: Ranks, kept: Mapping | None = None
+) -> Stage:
+    """The stage with fresh weights, whatever its configuration would load; a frozen encoder is of the run's preset."""
+    absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
+    stage = stage_class(replace(config, **absent), ranks, kept)
+    if getattr(config, "perceptual", None):
+        encoder = encoder_from_config(network_config(config))
+        stage.perceptual = encoder.use_ops(stage.chosen.ops).eval().requires_grad_(False)
+    return stage
 
 
 def network_config(config: RunConfig, **extra) -> dict:

@@ -1,11 +1,13 @@
 """`epg-fast tune`: makes a plan by measuring on this machine; nothing else in the package measures.
 
-    command     what is to be tuned, the table, the plan's file
-    tuner       which candidate is tried against which, and who wins: no clock, no network
+    command     the table, the plan's file           calls job, candidates and tuner
+    job         what is to be tuned
+    candidates  which backends and ways to run there are, and which cannot run here
+    tuner       which candidate is tried against which, and who wins: no network, no process; asks a journal
+    answers     the journal, which asks the client for what it does not know yet
     client      the process that does the work, from outside: time limits, crashes
     worker      the same from inside
-    workloads   what is checked and timed: sampling and training as they will run, of a network with fewer blocks or all
-    candidates  which backends there are, and which cannot run here
+    workloads   what is checked and timed: sampling and training as they will run, of a few blocks or all
 
 PyTorch's own `register_custom_op_autotuning` chooses while it compiles, in every process for itself, one custom
 operator at a time. It checks no result, survives no crash, sees neither the backward pass nor the whole job, and ranks

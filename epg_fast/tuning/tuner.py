@@ -1,43 +1,24 @@
 """Which candidate is tried against which, and who wins.
 
 First sites, one after another, on a few blocks: a backend that is right and faster than the best so far replaces it.
-Then the whole job: ways to run it, with what the sites have won and without. Whoever measures is a `Bench`; everything
-that it has answered is kept, so that an interrupted tuning goes on.
+Then the whole job: ways to run it, with what the sites have won and without.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
-from epg_fast.tuning.candidates import Variant, unit_of
+from epg_fast.plans import Variant
+from epg_fast.tuning.answers import Failed, Journal
+from epg_fast.tuning.candidates import unit_of
 
 SITE_GAIN, WHOLE_GAIN = 1.02, 1.01
 """How many times as fast a candidate must be to win."""
-WANDER = 0.03
-_RESERVED = 0.5  # of the time, for the whole job
-
-
-class Bench(Protocol):
-    """What checks and times. Either raises `Failed` for a candidate that is wrong, crashes or hangs."""
-
-    def check(self, unit: str, variant: Variant, seconds: float) -> dict[str, float]:
-        """Errors of the candidate against exact results, those of plain code beside them."""
-
-    def times(self, unit: str, variants: list[Variant], seconds: float) -> list[list[float]]:
-        """Seconds of each variant, taken in turn."""
-
-
-class Failed(Exception):
-    """A candidate is out; `kind`: "wrong", "crashed", "hung" or "not here"."""
-
-    def __init__(self, kind: str, why: str):
-        super().__init__(why)
-        self.kind = kind
+_WANDER = 0.03
+_SITES = 0.5  # of the time; the rest is for the whole job
 
 
 @dataclass
@@ -71,7 +52,8 @@ def compared(base: list[float], candidate: list[float]) -> tuple[float, float]:
 class Tuner:
     """Finds the fastest way of a job. `rows` is the table, `notes` what may have disturbed the clock."""
 
-    bench: Bench
+    journal: Journal
+    """Whom it asks."""
     sites: list[tuple[str, str, str | None]]
     """(site, backend, why it cannot run here or None), in the order in which they are tried."""
     plain: Variant
@@ -79,15 +61,10 @@ class Tuner:
     runs: list[Variant]
     """Further ways to run the whole job; their ops do not count."""
     seconds: float
-    measured: dict[str, dict] = field(default_factory=dict)
-    """Answers of before, which are not asked for again; new ones are added."""
-    keep: Callable[[dict], None] = lambda measured: None
-    """Called with `measured` after every answer."""
+    """After so long nothing more is begun."""
     show: Callable[[str], None] = lambda text: None
     """Told what is tried."""
     clock: Callable[[], float] = time.monotonic
-    request: float = 240.0
-    """Most seconds for one answer."""
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     speedup: float = 1.0
@@ -96,54 +73,42 @@ class Tuner:
     def best(self) -> Variant:
         """The fastest variant of the whole job, `plain` if none is faster by 1% and by more than its spread."""
         self._began = self.clock()
-        best = self._of_whole(self._of_sites())
+        best = self._confirmed(self._of_whole(self._of_sites()))
         self._look_at_the_clock()
         return best
 
-    def _left(self) -> float:
-        return self.seconds - (self.clock() - self._began)
-
     def _of_sites(self) -> dict[str, str]:
         ops = dict(self.plain.ops)
-        end = self.seconds * _RESERVED
         for site, backend, obstacle in self.sites:
-            what = f"{site}={backend}"
+            unit, what = unit_of(site), f"{site}={backend}"
+            base, candidate = (replace(self.plain, ops=tried) for tried in (ops, ops | {site: backend}))
             if obstacle is not None:
-                self.rows.append(Row(unit_of(site), what, "not here", note=obstacle))
-                continue
-            base, candidate = replace(self.plain, ops=dict(ops)), replace(self.plain, ops=ops | {site: backend})
-            if self._left() < end and not self._known(unit_of(site), base, candidate):
-                self.rows.append(Row(unit_of(site), what, "not tried", note="the time was up"))
-            elif self._wins(unit_of(site), what, base, candidate, SITE_GAIN):
+                self.rows.append(Row(unit, what, "not here", note=obstacle))
+            elif self._wins(unit, what, base, candidate, until=self.seconds * _SITES):
                 ops = ops | {site: backend}
         return ops
 
     def _of_whole(self, ops: dict[str, str]) -> Variant:
-        """Ways to run the whole job, each against the best so far, and that against plain code once more."""
+        """The best of the ways to run the whole job, each against the best before it."""
         best, changed = self.plain, ops != self.plain.ops
         candidates = [replace(self.plain, ops=ops)] if changed else []
         candidates += [replace(run, ops=ops) for run in self.runs]
         candidates += [replace(run, ops=self.plain.ops) for run in self.runs if changed]
         for candidate in candidates:
-            if self._left() <= 0 and not self._known("whole", best, candidate):
-                self.rows.append(Row("whole", str(candidate), "not tried", note="the time was up"))
-            elif self._wins("whole", str(candidate), best, candidate, WHOLE_GAIN):
+            if self._wins("whole", str(candidate), best, candidate, until=self.seconds):
                 best = candidate
-        return self._confirmed(best)
+        return best
 
     def _confirmed(self, best: Variant) -> Variant:
+        """The best, if it is faster than plain code when both are timed once more."""
         if best == self.plain:
             return best
         try:
-            times = self._times("whole", [self.plain, best], again="once more")
+            won = self._is_faster("whole", f"{best} against plain code", self.plain, best, again="once more")
         except Failed as failure:
             self.notes.append(f"{best} {failure.kind} when it was timed once more: {failure}")
             return self.plain
-        ratio, spread = compared(*times)
-        self.rows.append(self._row("whole", f"{best} against plain code", "", times, ratio, spread))
-        won = ratio >= WHOLE_GAIN and ratio - 1 > spread
-        self.rows[-1].outcome = "won" if won else "lost"
-        self.speedup = ratio if won else 1.0
+        self.speedup = self.rows[-1].ratio if won else 1.0
         return best if won else self.plain
 
     def _look_at_the_clock(self) -> None:
@@ -152,55 +117,35 @@ class Tuner:
         if before is None:
             return
         try:
-            (times,) = self._times("whole", [self.plain], again="at the end")
+            (times,) = self.journal.ask("times", "whole", [self.plain], again="at the end")
         except Failed:
             return
         drift = 1e3 * statistics.median(times) / before - 1
-        if abs(drift) > WANDER:
+        if abs(drift) > _WANDER:
             self.notes.append(f"clocks wandered: plain code took {drift:+.1%} of its first time at the end")
 
-    def _wins(self, unit: str, what: str, base: Variant, candidate: Variant, gain: float) -> bool:
+    def _wins(self, unit: str, what: str, base: Variant, candidate: Variant, until: float) -> bool:
+        """Whether the candidate is right and faster; until: seconds after which only the journal is asked."""
+        is_late = self.clock() - self._began >= until
+        if is_late and not self.journal.knows("times", unit, [base, candidate]):
+            self.rows.append(Row(unit, what, "not tried", note="the time was up"))
+            return False
         self.show(f"{unit}: {what}")
         try:
-            self._check(unit, candidate)
-            times = self._times(unit, [base, candidate])
+            self.journal.ask("check", unit, [candidate])
+            return self._is_faster(unit, what, base, candidate)
         except Failed as failure:
             self.rows.append(Row(unit, what, failure.kind, note=str(failure)))
             return False
+
+    def _is_faster(self, unit: str, what: str, base: Variant, candidate: Variant, again: str = "") -> bool:
+        """Whether by the gain that counts and by more than the spread, of which a row is written."""
+        times = self.journal.ask("times", unit, [base, candidate], again)
         ratio, spread = compared(*times)
-        won = ratio > gain and ratio - 1 > spread
-        self.rows.append(self._row(unit, what, "won" if won else "lost", times, ratio, spread))
+        won = ratio > (WHOLE_GAIN if unit == "whole" else SITE_GAIN) and ratio - 1 > spread
+        against, own = (1e3 * statistics.median(values) for values in times)
+        self.rows.append(Row(unit, what, "won" if won else "lost", ratio, spread, own, against))
         return won
-
-    def _row(self, unit, what, outcome, times, ratio, spread) -> Row:
-        base, own = (1e3 * statistics.median(values) for values in times)
-        return Row(unit, what, outcome, ratio, spread, own, base)
-
-    def _known(self, unit: str, base: Variant, candidate: Variant) -> bool:
-        return _key("times", unit, [base, candidate]) in self.measured
-
-    def _check(self, unit: str, variant: Variant) -> dict[str, float]:
-        return self._asked(_key("check", unit, [variant]), lambda limit: self.bench.check(unit, variant, limit))
-
-    def _times(self, unit: str, variants: list[Variant], again: str = "") -> list[list[float]]:
-        return self._asked(_key("times", unit, variants, again), lambda limit: self.bench.times(unit, variants, limit))
-
-    def _asked(self, key: str, ask: Callable[[float], object]):
-        if key not in self.measured:
-            try:
-                answer = {"answer": ask(self.request)}
-            except Failed as failure:
-                answer = {"failed": failure.kind, "why": str(failure)}
-            self.measured[key] = answer
-            self.keep(self.measured)
-        found = self.measured[key]
-        if "failed" in found:
-            raise Failed(found["failed"], found["why"])
-        return found["answer"]
-
-
-def _key(kind: str, unit: str, variants: list[Variant], again: str = "") -> str:
-    return json.dumps([kind, unit, [asdict(variant) for variant in variants], again], sort_keys=True)
 
 
 def table(rows: list[Row]) -> Iterator[str]:

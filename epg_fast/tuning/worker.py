@@ -6,28 +6,24 @@ line with the job, then requests; see `epg_fast.tuning.client`.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import gc
 import json
 import os
-import pickle
 import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TextIO
 
 import torch
 
-from epg_fast.config import RunConfig, SampleConfig
-from epg_fast.distributed import resolve_device
-from epg_fast.tuning.candidates import Variant
-from epg_fast.tuning.tuner import Failed
+from epg_fast.plans import Variant
+from epg_fast.tuning.answers import Failed, packed
+from epg_fast.tuning.job import Job
 from epg_fast.tuning.workloads import Sampling, Training, checked_batch, errors, worst
 
 _PAIRS = (5, 60)  # at least, at most
@@ -36,32 +32,12 @@ _SAME = {"fp32": 1e-2, "tf32": 3e-2}  # of the whole job; 16 bits: 0.3
 _FLUSHED = 1 << 28  # bytes, several times a GPU's L2
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is tuned. config: of the job; network: arguments of the network; batch: images of a step."""
-
-    config: SampleConfig | RunConfig
-    stage: type | None
-    network: dict
-    batch: int
-    seconds: float
-    """Of timing, for a pair of variants."""
-
-    def line(self) -> str:
-        """For a worker's stdin."""
-        return base64.b64encode(pickle.dumps(self)).decode()
-
-    @classmethod
-    def of_line(cls, line: str) -> Job:
-        """What `line` returned."""
-        return pickle.loads(base64.b64decode(line))
-
-
 class Worker:
     """Answers requests; keeps the networks of the two variants that were used last."""
 
-    def __init__(self, job: Job):
-        self.job, self.device = job, resolve_device(job.config.device)
+    def __init__(self, job: Job, seconds: float):
+        """seconds: of timing, for a pair of variants."""
+        self.job, self.device, self._seconds = job, job.device, seconds
         self._threads = torch.get_num_threads()
         self._made: dict[tuple, Sampling | Training] = {}
         self._results: dict[tuple, dict] = {}
@@ -69,13 +45,43 @@ class Worker:
         for name in ("recompile_limit", "accumulated_recompile_limit"):
             setattr(torch._dynamo.config, name, 10_000)
 
-    def check(self, unit: str, variant: Variant) -> dict:
-        """{result: [error, error of plain code]}. Raises Failed for a variant that is wrong."""
+    def answer(self, kind: str, unit: str, variants: list[Variant]) -> dict:
+        """What the method `kind` returns or raises, packed."""
+        try:
+            return packed(lambda: getattr(self, kind)(unit, variants))
+        except Exception as error:  # whatever a candidate raises: it is out, and the rest goes on
+            text = " ".join(str(error).split())[:300]
+            with contextlib.suppress(RuntimeError):
+                self._forget()
+            return {"failed": "crashed", "why": f"{type(error).__name__}: {text}"}
+
+    def memory(self, *_) -> list[int]:
+        """[free, all] bytes of the GPU, [] on a CPU."""
+        return list(torch.cuda.mem_get_info(self.device)) if self.device.type == "cuda" else []
+
+    def check(self, unit: str, variants: list[Variant]) -> dict:
+        """{result: [error, error of plain code]} of a variant. Raises Failed for one that is wrong."""
+        (variant,) = variants
         try:
             return self._checked(unit, variant)
-        except torch.OutOfMemoryError:  # beside the network of before
+        except torch.OutOfMemoryError:  # beside the networks of before
+            pass
+        self._forget()
+        return self._checked(unit, variant)
+
+    def times(self, unit: str, variants: list[Variant]) -> list[list[float]]:
+        """Seconds of a step of each variant, taken in turn; one after the other where memory holds but one."""
+        try:
+            return self._in_turn(unit, variants)
+        except torch.OutOfMemoryError:
+            if len(variants) == 1:
+                raise
+        found: list[list[float]] = [[] for _ in variants]
+        for times, variant in 2 * list(zip(found, variants, strict=True)):
             self._forget()
-            return self._checked(unit, variant)
+            times += self._in_turn(unit, [variant])[0]
+        count = min(map(len, found))
+        return [times[:count] for times in found]
 
     def _checked(self, unit: str, variant: Variant) -> dict:
         precision = "fp8" if getattr(self.job.config, "fp8", None) else self.job.config.precision
@@ -84,7 +90,8 @@ class Worker:
         batch = checked_batch(self.job.batch, self.device)
         plain = Variant(threads=variant.threads)
         exact = self._reference(unit, plain, batch, "fp32" if unit == "optimizer" else "fp64")
-        found = errors(self._make(unit, variant, batch).results(), self._reference(unit, plain, batch, None), exact)
+        in_precision = self._reference(unit, plain, batch, None)
+        found = errors(self._make(unit, variant, batch).results(), in_precision, exact)
         wrong = worst(found, 1e-5 if unit == "optimizer" else _ROUNDING[precision])
         if wrong is not None:
             raise Failed("wrong", "{}: error {:.2g}, {:.2g} is allowed".format(*wrong))
@@ -101,42 +108,19 @@ class Worker:
             raise Failed("wrong", f"{total:.2g} off plain code, {allowed:.2g} is allowed")
         return {"whole": [total, 0.0]}
 
-    def memory(self) -> list[int]:
-        """[free, all] bytes of the GPU, [] on a CPU."""
-        return list(torch.cuda.mem_get_info(self.device)) if self.device.type == "cuda" else []
-
-    def times(self, unit: str, variants: list[Variant]) -> list[list[float]]:
-        """Seconds of a step of each variant, taken in turn; one after the other where memory holds but one."""
-        try:
-            return self._in_turn([(self._make(unit, v, self.job.batch), v) for v in variants])
-        except torch.OutOfMemoryError:
-            if len(variants) == 1:
-                raise
-            self._forget()
-            return self._apart(unit, variants)
-
-    def _in_turn(self, workloads: list) -> list[list[float]]:
+    def _in_turn(self, unit: str, variants: list[Variant]) -> list[list[float]]:
+        workloads = [(self._make(unit, variant, self.job.batch), variant) for variant in variants]
         found: list[list[float]] = [[] for _ in workloads]
         for workload, variant in workloads:
             for _ in range(2):
                 self._time(workload, variant)
-        began = time.perf_counter()
-        while len(found[0]) < _PAIRS[0] or (
-            time.perf_counter() - began < self.job.seconds and len(found[0]) < _PAIRS[1]
-        ):
+        fewest, most = _PAIRS
+        end = time.perf_counter() + self._seconds
+        while len(found[0]) < fewest or (time.perf_counter() < end and len(found[0]) < most):
             order = list(enumerate(workloads))
             for i, (workload, variant) in order if len(found[0]) % 2 else reversed(order):
                 found[i].append(self._time(workload, variant))
         return found
-
-    def _apart(self, unit: str, variants: list[Variant]) -> list[list[float]]:
-        found: list[list[float]] = [[] for _ in variants]
-        for _ in range(2):
-            for times, variant in zip(found, variants, strict=True):
-                times += self._in_turn([(self._make(unit, variant, self.job.batch), variant)])[0]
-                self._forget()
-        count = min(map(len, found))
-        return [times[:count] for times in found]
 
     def _time(self, workload, variant: Variant) -> float:
         if self.device.type != "cuda":
@@ -175,14 +159,12 @@ class Worker:
         return self._made[key]
 
     def _new(self, unit: str, variant: Variant, batch: int, precision: str | None):
-        job, config = self.job, self.job.config
-        dtype = None
+        job = self.job
         if precision is not None:
-            config = dataclasses.replace(config, precision="fp32", **({"fp8": None} if job.stage else {}))
-            dtype = torch.float64 if precision == "fp64" else None
-        if job.stage is None:
-            return Sampling(config, job.network, unit, variant, batch, dtype)
-        return Training(config, job.stage, unit, variant, batch, dtype)
+            plain = {"precision": "fp32"} | ({"fp8": None} if job.stage else {})
+            job = dataclasses.replace(job, config=dataclasses.replace(job.config, **plain))
+        dtype = torch.float64 if precision == "fp64" else None
+        return (Training if job.stage else Sampling)(job, unit, variant, batch, dtype)
 
     def _forget(self) -> None:
         self._made.clear()
@@ -195,28 +177,13 @@ class Worker:
             torch.cuda.empty_cache()
 
 
-def _answer(worker: Worker, request: dict) -> dict:
-    variants = [Variant(**variant) for variant in request["variants"]]
-    try:
-        if request["kind"] == "memory":
-            return {"answer": worker.memory()}
-        if request["kind"] == "check":
-            return {"answer": worker.check(request["unit"], variants[0])}
-        return {"answer": worker.times(request["unit"], variants)}
-    except Failed as failure:
-        return {"failed": failure.kind, "why": str(failure)}
-    except Exception as error:  # whatever a candidate raises: it is out, and the rest goes on
-        text = " ".join(str(error).split())[:300]
-        with contextlib.suppress(RuntimeError):
-            worker._forget()
-        return {"failed": "crashed", "why": f"{type(error).__name__}: {text}"}
-
-
 def serve(requests: Iterator[str], answers: TextIO) -> None:
-    """Answer until `requests` ends."""
-    worker = Worker(Job.of_line(next(requests)))
-    for line in requests:
-        answers.write(json.dumps(_answer(worker, json.loads(line))) + "\n")
+    """Answer until `requests` ends; the first line is the job and the seconds of timing."""
+    job, seconds = next(requests).split()
+    worker = Worker(Job.of_line(job), float(seconds))
+    for request in map(json.loads, requests):
+        variants = [Variant(**variant) for variant in request["variants"]]
+        answers.write(json.dumps(worker.answer(request["kind"], request["unit"], variants)) + "\n")
         answers.flush()
 
 

@@ -11,31 +11,26 @@ import math
 
 import torch
 
-from epg_fast.config import ModelConfig, RunConfig, SampleConfig
+from epg_fast.config import ModelConfig, RunConfig
 from epg_fast.diffusion import STEPPED
-from epg_fast.distributed import Ranks, resolve_device
-from epg_fast.models import encoder_from_config, generator_from_config
+from epg_fast.distributed import Ranks
+from epg_fast.models import generator_from_config
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.models.fp8 import use_fp8
-from epg_fast.plans import Chosen, site_choices
+from epg_fast.plans import Chosen, Variant
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.gradients import add_gradients
 from epg_fast.training.loop import train_step
 from epg_fast.training.planning import choice_record
-from epg_fast.training.stages import Stage, network_config
+from epg_fast.training.stages import stage_without_files
 from epg_fast.training.state import RunState
-from epg_fast.tuning.candidates import UNITS, Variant
+from epg_fast.tuning.candidates import UNITS
+from epg_fast.tuning.job import Job
 
 _LEVELS = 3
 _CHECKED_ON_CPU = 2  # images
-
-
-def chosen_of(variant: Variant) -> Chosen:
-    """The variant as what runs; its threads are set by the worker."""
-    run = {"compile": variant.compile, "options": variant.options, "cuda_graphs": variant.cuda_graphs}
-    return Chosen(site_choices(variant.ops), plan="tuning", **run)
 
 
 @torch.no_grad()
@@ -48,18 +43,15 @@ def lively(network: ViTEncoder) -> ViTEncoder:
 
 
 class Sampling:
-    """A few steps of the sampler. config: what `sample` would get; network: arguments of EPGViT; dtype: of weights."""
+    """A few steps of the sampler. dtype: of weights."""
 
-    def __init__(
-        self, config: SampleConfig, network: dict, unit: str, variant: Variant, batch: int, dtype: torch.dtype | None
-    ):
-        device = resolve_device(config.device)
-        arguments = network | (
-            {} if unit == "whole" else dict(zip(("depth", "decoder_depth"), UNITS[unit], strict=True))
-        )
+    def __init__(self, job: Job, unit: str, variant: Variant, batch: int, dtype: torch.dtype | None):
+        config, device, network = job.config, job.device, dict(job.network)
+        if unit != "whole":
+            network["depth"], network["decoder_depth"] = UNITS[unit]
         torch.manual_seed(0)
         with device:
-            model = lively(generator_from_config(arguments)).eval().to(dtype)
+            model = lively(generator_from_config(network)).eval().to(dtype)
         sampler = config.sampler if config.sampler in (*STEPPED, "onestep") else "heun"
         self.engine = SamplingEngine(
             model,
@@ -72,7 +64,7 @@ class Sampling:
             precision=config.precision,
             compile=variant.compile,
             cuda_graphs=variant.cuda_graphs,
-            ops=lambda case: chosen_of(variant),
+            ops=lambda case: Chosen.of(variant, "tuning"),
         )
         labels = torch.arange(batch) % max(model.num_classes, 1)
         self._inputs = [x.to(device) for x in (torch.arange(batch), torch.tensor([0]), labels)]
@@ -92,18 +84,9 @@ class Training:
     dtype: of weights and images, for results alone.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        stage_class: type[Stage],
-        unit: str,
-        variant: Variant,
-        batch: int,
-        dtype: torch.dtype | None,
-    ):
-        device, perceptual = resolve_device(config.device), getattr(config, "perceptual", None)
-        absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
-        self.config = dataclasses.replace(
+    def __init__(self, job: Job, unit: str, variant: Variant, batch: int, dtype: torch.dtype | None):
+        config, device = job.config, job.device
+        config = dataclasses.replace(
             config,
             batch_size=batch,
             gradient_accumulation=1,
@@ -112,20 +95,17 @@ class Training:
             model=_model(config, unit),
             cuda_graphs=variant.cuda_graphs,
             offload_ema=False,
-            **absent,
         )
         ranks = Ranks(0, 1, device)
         torch.manual_seed(0)
         with device:
-            stage = stage_class(self.config, ranks, choice_record(chosen_of(variant), device))
-            lively(stage.network)
-            if perceptual:
-                stage.perceptual = lively(encoder_from_config(network_config(self.config)))
-                stage.perceptual.use_ops(stage.chosen.ops).eval().requires_grad_(False)
+            stage = stage_without_files(job.stage, config, ranks, choice_record(Chosen.of(variant, "tuning"), device))
+            perceptual = getattr(stage, "perceptual", None)
+            for network in filter(None, (stage.network, perceptual)):
+                lively(network)
             stage.ema.load_state_dict(stage.network.state_dict())
-        if dtype is not None:
-            for network in filter(None, (stage.network, stage.ema, getattr(stage, "perceptual", None))):
-                network.to(dtype)
+        for network in filter(None, (stage.network, stage.ema, perceptual)):
+            network.to(dtype)
         self.stage, self.unit = stage, unit
         self.state = RunState(stage.config, stage, _NoImages(), ranks)
         if config.fp8:

@@ -233,10 +233,9 @@ def _dgelu_epilogue(
     values = _tile(z, row, column, stride_z, M, N, TMA, BLOCK_M, BLOCK_N)
     acc *= gelu_gradient(values.to(tl.float32), values.dtype == tl.float32)
     _store(dz, acc, row, column, M, N, TMA)
-    if partial is not None:
-        columns = column + tl.arange(0, BLOCK_N)
-        chunk = (row // BLOCK_M).to(tl.int64)
-        tl.store(partial + chunk * N + columns, tl.sum(acc, 0), mask=columns < N)  # rows beyond the edge are zeros
+    columns = column + tl.arange(0, BLOCK_N)
+    chunk = (row // BLOCK_M).to(tl.int64)
+    tl.store(partial + chunk * N + columns, tl.sum(acc, 0), mask=columns < N)  # rows beyond the edge are zeros
 
 
 @triton.jit
@@ -246,7 +245,7 @@ def _linear_dgelu_kernel(
     N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """dy [M, D], weight_t [D, N], z, dz [M, N]: descriptors if TMA, else pointers; partial [tiles in M, N] or None."""
+    """dy [M, D], weight_t [D, N], z, dz [M, N]: descriptors if TMA, else pointers; partial [tiles in M, N]."""
     HALF: tl.constexpr = BLOCK_N // 2
     row, column = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -262,10 +261,8 @@ def _linear_dgelu_kernel(
     _dgelu_epilogue(right, z, dz, partial, row, column + HALF, M, stride_z, N, TMA, BLOCK_M, HALF)
 
 
-def linear_dgelu(
-    dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor, sums: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns dz = (dy @ weight) * gelu'(z) [..., N] and, if `sums`, the sums of its columns [N] in float32.
+def linear_dgelu(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns dz = (dy @ weight) * gelu'(z) [..., N] and the sums of its columns [N] in float32.
 
     The gradient through a second linear layer and the GELU before it, and of the first layer's bias.
     dy: [..., D]; weight: [D, N]; z: [..., N], all in one dtype. The sums are those of dz before it is rounded.
@@ -277,7 +274,7 @@ def linear_dgelu(
     config = config_for(z.dtype, precision, _tma_reaches(*matrices.values()))
     rows, columns = z.shape
     chunks = triton.cdiv(rows, config.block_m)
-    partial = torch.empty((chunks, columns), dtype=torch.float32, device=z.device) if sums else None
+    partial = torch.empty((chunks, columns), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         _linear_dgelu_kernel[_grid(config, rows, columns)](
             **_operands(config, matrices),
@@ -287,7 +284,7 @@ def linear_dgelu(
             D=dy.shape[1], **_constexprs(config, columns, precision), num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
-    return dz, sum_partial_sums(partial, torch.float32) if sums else None
+    return dz, sum_partial_sums(partial, torch.float32)
 
 
 def rows_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -381,7 +378,13 @@ def linear_case(
 
 
 def _case(
-    kernel, config: Config, dtypes: dict[str, str], vectors: dict[str, str], constexprs: dict, shape: str, extras: str
+    kernel,
+    config: Config,
+    dtypes: dict[str, str],
+    vectors: dict[str, str],
+    constexprs: dict,
+    shape: str,
+    extras: str = "",
 ) -> AotCase:
     """dtypes: of the matrices that are there, x or dy first; vectors: of what the pointers beside them point to."""
     blocks, dtype, precision = _blocks(config), next(iter(dtypes.values())), constexprs["PRECISION"]
@@ -400,17 +403,14 @@ def _case(
     )
 
 
-def linear_dgelu_case(
-    config: Config, columns: int, width: int, dtype: str, sums: bool = True, precision: str = "tf32"
-) -> AotCase:
+def linear_dgelu_case(config: Config, columns: int, width: int, dtype: str, precision: str = "tf32") -> AotCase:
     return _case(
         _linear_dgelu_kernel,
         config,
         dict.fromkeys(("dy", "weight_t", "z", "dz"), dtype),
-        {"partial": "fp32"} if sums else {},
+        {"partial": "fp32"},
         {"D": width} | _constexprs(config, columns, precision),
         f"K={width} N={columns}",
-        "" if sums else " without sums",
     )
 
 
@@ -443,7 +443,6 @@ def aot_cases() -> list[AotCase]:
     cases += [linear_dgelu_case(BY_TMA, 4 * width, width, "bf16") for width in (768, 1024, 1584, 1920, 2688)]
     return [
         *cases,
-        linear_dgelu_case(BY_TMA, 6336, 1584, "bf16", sums=False),
         linear_dgelu_case(BY_TMA, 6336, 1584, "fp16"),
         linear_dgelu_case(BY_TMA_TF32, 6336, 1584, "fp32"),
         linear_dgelu_case(BY_POINTERS, 6336, 1584, "bf16"),

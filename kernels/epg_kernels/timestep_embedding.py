@@ -16,11 +16,9 @@ from epg_kernels._launch import aot_case, strides, unit_stride
 
 
 @triton.jit
-def _sine_and_cosine(t, k, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_SIGMA: tl.constexpr):
-    """sin(t f), cos(t f) and f = max_period^(-k / HALF), with 250 ln(t) for t if OF_SIGMA."""
+def _sine_and_cosine(t, k, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr):
+    """sin(t f), cos(t f) and f = 10000^(-k / HALF)."""
     frequency = tl.exp(k.to(tl.float64) * (-LOG_MAX_PERIOD / HALF)).to(tl.float32)
-    if OF_SIGMA:
-        t = tl.log(t.to(tl.float64)).to(tl.float32) * 250.0
     phase = (t * frequency).to(tl.float64)
     quarter = tl.floor(phase * 0.6366197723675814 + 0.5)
     r = (phase - quarter * 1.5707963267948966).to(tl.float32)  # within an eighth of a turn
@@ -40,7 +38,7 @@ def _sine_and_cosine(t, k, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_
 def _timestep_embedding_fwd_kernel(
     t, label, time, condition,
     stride_label,
-    DIM: tl.constexpr, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_SIGMA: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -48,7 +46,7 @@ def _timestep_embedding_fwd_kernel(
     # Column k and column HALF + k share a frequency: cosine, then sine, then a zero if DIM is odd.
     sine = column >= HALF
     k = tl.where(sine, column - HALF, column)
-    sines, cosines, _ = _sine_and_cosine(tl.load(t + batch), k, HALF, LOG_MAX_PERIOD, OF_SIGMA)
+    sines, cosines, _ = _sine_and_cosine(tl.load(t + batch), k, HALF, LOG_MAX_PERIOD)
     values = tl.where(column < 2 * HALF, tl.where(sine, sines, cosines), 0.0)
     embedding = values.to(time.dtype.element_ty)
     tl.store(time + batch * DIM + column, embedding, mask=inside)
@@ -63,15 +61,14 @@ def _timestep_embedding_fwd_kernel(
 def _timestep_embedding_bwd_kernel(
     dtime, dcondition, t, time, label, dt, dlabel,
     stride_dtime, stride_dcondition, stride_label,
-    DIM: tl.constexpr, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, OF_SIGMA: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, LOG_MAX_PERIOD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < DIM
     sine = column >= HALF
-    level = tl.load(t + batch)
     k = tl.where(sine, column - HALF, column)
-    sines, cosines, frequency = _sine_and_cosine(level, k, HALF, LOG_MAX_PERIOD, OF_SIGMA)
+    sines, cosines, frequency = _sine_and_cosine(tl.load(t + batch), k, HALF, LOG_MAX_PERIOD)
     live = column < 2 * HALF
     grad = tl.zeros([BLOCK], tl.float32)
     if dtime is not None:
@@ -87,14 +84,11 @@ def _timestep_embedding_bwd_kernel(
         if label is not None:
             tl.store(dlabel + batch * DIM + column, through.to(dlabel.dtype.element_ty), mask=inside)
     slope = tl.where(sine, cosines, -sines) * frequency
-    total = tl.sum(tl.where(live, grad * slope, 0.0), 0)
-    if OF_SIGMA:
-        total = total * 250.0 / level
-    tl.store(dt + batch, total)
+    tl.store(dt + batch, tl.sum(tl.where(live, grad * slope, 0.0), 0))
 
 
 def timestep_embedding_fwd(
-    t, label, dim: int, max_period: float, of_sigma: bool, dtype: torch.dtype, with_condition: bool
+    t, label, dim: int, dtype: torch.dtype, with_condition: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the embedding [B, dim] and SiLU(embedding + label) [B, dim] if that is wanted.
 
@@ -107,14 +101,12 @@ def timestep_embedding_fwd(
     label = unit_stride(label)
     with torch.cuda.device_of(t):
         _timestep_embedding_fwd_kernel[(batch,)](
-            t.contiguous(), label, time, condition, *strides(label), **_constexprs(dim, max_period, of_sigma)
+            t.contiguous(), label, time, condition, *strides(label), **_constexprs(dim)
         )
     return time, condition
 
 
-def timestep_embedding_bwd(
-    dtime, dcondition, t, time, label, max_period: float, of_sigma: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def timestep_embedding_bwd(dtime, dcondition, t, time, label) -> tuple[torch.Tensor, torch.Tensor | None]:
     """time: the embedding, as the forward pass returned it.
 
     Returns dt [B] and dlabel [B, dim] (None without a label or without dcondition).
@@ -127,17 +119,16 @@ def timestep_embedding_bwd(
     with torch.cuda.device_of(t):
         _timestep_embedding_bwd_kernel[(t.shape[0],)](
             dtime, dcondition, t.contiguous(), time, label, dt, dlabel,
-            *strides(dtime), *strides(dcondition), *strides(label), **_constexprs(time.shape[1], max_period, of_sigma),
+            *strides(dtime), *strides(dcondition), *strides(label), **_constexprs(time.shape[1]),
         )  # fmt: skip
     return dt, dlabel
 
 
-def _constexprs(dim: int, max_period: float, of_sigma: bool) -> dict:
+def _constexprs(dim: int) -> dict:
     return {
         "DIM": dim,
         "HALF": dim // 2,
-        "LOG_MAX_PERIOD": math.log(max_period),
-        "OF_SIGMA": of_sigma,
+        "LOG_MAX_PERIOD": math.log(10_000),
         "BLOCK": triton.next_power_of_2(dim),
     }
 
@@ -152,5 +143,5 @@ def aot_cases() -> list[AotCase]:
             (_timestep_embedding_fwd_kernel, forward),
             (_timestep_embedding_bwd_kernel, backward),
         ):
-            cases.append(aot_case(kernel, pointers, _constexprs(dim, 1e4, False), f"dim={dim}", dtype))
+            cases.append(aot_case(kernel, pointers, _constexprs(dim), f"dim={dim}", dtype))
     return cases

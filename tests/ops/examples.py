@@ -180,16 +180,13 @@ def _patch_loss(values, shape, dtypes, parametrization="edm", target="tokens", h
     return made | {"weight": constant(batch).abs(), "huber_c": huber_c}
 
 
-def _time(values, shape, dtypes, of_sigma=False, labelled=None):
-    """Noise levels of the whole range, 0.002 to 640, or their 250 ln(sigma).
-
-    Several images have the same: by sigma the gradient of the lowest level is by far the largest.
-    """
+def _time(values, shape, dtypes, labelled=None):
+    """250 ln(sigma) of noise levels of the whole range, 0.002 to 640; several images have the same."""
     (batch, dim), (dtype, label) = shape, dtypes
     sigma = torch.exp(torch.linspace(math.log(0.002), math.log(640.0), max(2, batch // 4), dtype=FP64))
     sigma = sigma.repeat(batch)[:batch]
-    t = (sigma if of_sigma else 250 * sigma.log()).to(values.device, FP32).requires_grad_(values.grad)
-    made = {"t": t, "dim": dim, "of_sigma": of_sigma, "dtype": dtype}
+    t = (250 * sigma.log()).to(values.device, FP32).requires_grad_(values.grad)
+    made = {"t": t, "dim": dim, "dtype": dtype}
     return made if labelled is None else made | {"label": values(batch, dim, dtype=label) if labelled else None}
 
 
@@ -341,7 +338,6 @@ _SKIP_DTYPES = {
 _ONE = {"fp32": (FP32,), "bf16": (BF16,), "fp16": (FP16,)}
 _FP8_DTYPES = {"fp32": (FP32,) * 4, "fp16": (FP16,) * 4}  # the interpreter truncates to bfloat16
 _STEP_FORMS = {"clamped": {}, "free": {"clamp": None}, "clamped above": {"clamp": (None, 0.5)}}
-_OF_SIGMA = {"of t": {}, "of sigma": {"of_sigma": True}}
 
 EXAMPLES = {
     example.name: example
@@ -464,14 +460,13 @@ EXAMPLES = {
             ops.timestep_embedding,
             _time,
             dtypes={name: dtypes * 2 for name, dtypes in _ONE.items()},
-            forms=_OF_SIGMA,
         ),
         _example(
             ops.timestep_condition,
             functools.partial(_time, labelled=True),
             spec="timestep_embedding",
             dtypes={name: dtypes * 2 for name, dtypes in _ONE.items()} | {"fp16 with an fp32 label": (FP16, FP32)},
-            forms=_OF_SIGMA | {"without a label": {"labelled": False}},
+            forms={"with a label": {}, "without a label": {"labelled": False}},
         ),
         _example(
             ops.quantize_rows,

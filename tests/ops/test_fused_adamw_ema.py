@@ -169,7 +169,7 @@ def test_the_reference_is_torch_adamw_in_float64():
     exact = TorchAdamW(state, torch.float64)
     for step in range(10):
         grads = make_tensors([p.shape for p in state.params], seed=step, dtype=torch.float64)
-        state.update(grads, "auto")  # the extension does not take float64
+        state.update(grads, "plain")
         exact.update(grads)
     torch.testing.assert_close(flat(state.params), flat(exact.params), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(flat(state.emas[1]), flat(exact.emas[1]), rtol=1e-12, atol=1e-14)
@@ -258,12 +258,11 @@ def test_a_huge_finite_gradient_does_not_freeze_the_weights_and_a_limit_that_is_
     assert state.params[0].isnan().all()
 
 
-@needs_extension
-def test_auto_takes_the_reference_for_what_the_extension_does_not_take():
+def test_the_reference_takes_what_the_extension_does_not_take():
     state = make_state([(5,)], averages=4)
     state.emas, state.ema_weights = state.emas + [[state.params[0].clone()]], torch.full((5,), 0.5, device=DEVICE)
     state.lrs = state.lrs.float()
-    state.update(make_tensors([(5,)]), "auto")
+    state.update(make_tensors([(5,)]), "plain")
     assert state.steps.tolist() == [1]
 
 
@@ -308,13 +307,13 @@ def test_autograd_notices_that_a_saved_weight_was_overwritten():
 @needs_extension
 @CPU
 @pytest.mark.slow
-def test_auto_compiled_into_one_graph_takes_the_extension_too():
+def test_the_extension_is_compiled_into_one_graph():
     eager, traced = make_state([(5, 3), (17,)], copies=True), make_state([(5, 3), (17,)], copies=True)
     grads = make_tensors([(5, 3), (17,)])
     norm, found_inf = global_norm(grads)
 
     def update(state):
-        fused_adamw_ema_(**state.arguments(), grads=grads, norm=norm, found_inf=found_inf, backend="auto")
+        fused_adamw_ema_(**state.arguments(), grads=grads, norm=norm, found_inf=found_inf, backend="extension")
 
     update(eager)
     torch.compile(update, fullgraph=True, backend="aot_eager")(traced)

@@ -40,7 +40,7 @@ def test_empty_and_unaligned_tensors_and_zero_dimensions(offset):
     assert [t.item() for t in global_norm(only_empty, backend="extension")] == [0, 0]
 
 
-@pytest.mark.parametrize("backend", ["auto", "extension", "plain"])
+@pytest.mark.parametrize("backend", ["extension", "plain"])
 def test_the_norm_of_nothing_is_zero(backend):
     assert [t.item() for t in global_norm([], backend=backend)] == [0, 0]
 
@@ -105,7 +105,7 @@ def test_a_wrong_tensor_is_named(wrong, message):
         global_norm([torch.ones(4, device=DEVICE), wrong], backend="extension")
 
 
-def test_auto_takes_tensors_that_the_extension_does_not():
+def test_the_default_takes_tensors_that_the_extension_does_not():
     tensors = [torch.ones(4, dtype=torch.float64, device=DEVICE), torch.ones(3, 2, device=DEVICE).t()]
     norm, found_inf = global_norm(tensors)
     assert norm.item() == pytest.approx(math.sqrt(10)) and found_inf.item() == 0

@@ -131,7 +131,6 @@ MISTAKES = {
         (3, 40),
         [
             ({"t": z(3, 1)}, r"got t of shape \(3, 1\), wanted \[B\]"),
-            ({"max_period": 0.0}, "got max_period=0.0, wanted a positive number"),
             ({"dim": 1}, "got dim=1, wanted at least 2"),
             ({"label": z(3, 41)}, r"got label of shape \(3, 41\), wanted \[3, 40\]"),
         ],
