@@ -158,15 +158,15 @@ class Metrics:
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which the resumed run will write again (and a line cut off by a crash)."""
+    """Drop the lines after `step`, which the resumed run will write again (and what a crash left of one)."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError):
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError):
             if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
-    write_atomically(path, "".join(kept))
+                kept.append(line + b"\n")
+    write_atomically(path, b"".join(kept))
 
 
 def _tensorboard_writer(folder: Path, step: int):

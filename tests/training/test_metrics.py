@@ -102,8 +102,8 @@ def test_lines_that_a_resumed_run_will_write_again_are_dropped(tmp_path):
     first.begin_with({"plan": "fast"})
     for step in (5, 10, 15):
         first.write(step)
-    with open(path, "a") as file:
-        file.write('{"step": 2')  # cut off by a crash
+    with open(path, "ab") as file:  # what a crash may leave
+        file.write(b'\0\xff\n3\nnull\n[1]\n{"step": "x"}\n{"step": 2')
     resumed = Metrics(tmp_path, True, step=10)
     resumed.begin_with({"plan": "another"})
     resumed.write(20)
