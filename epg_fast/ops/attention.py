@@ -121,6 +121,11 @@ def attention(
         return _operation(qkv, scale)[0]
     if backend in PACKAGES:
         return _of_package(backend, qkv, scale, dropout_p)
+    if backend in ("cudnn", "efficient") and qkv.device.type == "cpu":
+        raise ValueError(
+            f"attention: got qkv on {qkv.device}, wanted a CUDA device for backend={backend!r}; move it there or use "
+            "backend='plain'"
+        )
     with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(*_heads(qkv), dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).contiguous()

@@ -106,3 +106,9 @@ def test_dropout_drops_attention_weights_with_sdpa():
     assert not torch.allclose(dropped, kept)
     several = torch.stack([attention(qkv, dropout_p=0.5) for _ in range(100)])
     assert (several.mean(0) - kept).abs().mean() < 0.2 * (dropped - kept).abs().mean()
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "efficient"])
+def test_kernels_that_a_cpu_lacks_are_refused_by_name(backend):
+    with pytest.raises(ValueError, match=f"wanted a CUDA device for backend='{backend}'"):
+        attention(torch.ones(1, 2, 3, 1, 8), backend=backend)
