@@ -154,7 +154,7 @@ def test_files_that_are_no_network_are_refused(tmp_path, tiny_inception):
     path = tmp_path / "network.pt"
     with pytest.raises(ValueError, match=r"network\.pt is not a file; wanted NVIDIA's"):
         FeatureNetwork(path, CPU)
-    for content in (b"", b"garbage" * 100):
+    for content in (b"", b"garbage" * 100, b"batch_size: 8\nbatch_size: 16\n"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"network\.pt is neither TorchScript nor a state dict; wanted NVIDIA's"):
             FeatureNetwork(path, CPU)
