@@ -13,6 +13,7 @@ from epg_fast import distributed
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.distributed import Ranks
 from epg_fast.models.encoder import is_recomputed
+from epg_fast.plans import parse_ops
 from epg_fast.runtime import autocast
 from epg_fast.training.compilation import check_compilation
 from epg_fast.training.draws import Draws
@@ -191,11 +192,12 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     """A summary of the job, for people. Networks are made without memory; no data and no run folder is touched.
 
     Raises ValueError for a model that cannot be, for a batch that does not divide over the GPUs, for CUDA graphs where
-    they cannot be and for an unknown GPU.
+    they cannot be, for an unknown GPU and for ops that do not exist.
     """
     gpus, origin = _gpus(options)
     check_batch_size(config, gpus)
     check_compilation(config, Ranks(0, gpus, torch.device("cuda")))
+    parse_ops(config.ops)
     gpu, why = _gpu(options)
     stage = planned_stage(config, stage_class, gpus)
     first, last = (step_flops(stage, step) for step in (0, config.steps - 1))

@@ -25,8 +25,7 @@ def training_case(job: str, config: RunConfig, network: torch.nn.Module, world_s
 
 
 def applied(config: RunConfig, chosen: Chosen, world_size: int) -> RunConfig:
-    """The configuration with what was chosen where it says `auto`; flags that were given stay. A line is logged."""
-    log.info("%s", chosen.why)
+    """The configuration with what was chosen where it says `auto`; flags that were given stay."""
     changes = {}
     if config.compile == "auto" and chosen.compile:
         changes["compile"] = chosen.compile

@@ -45,6 +45,8 @@ class Stage:
         """kept: the record of what the run has computed with so far."""
         case = training_case(self.name, config, network, ranks.world_size)
         self.chosen = choose_together(config.ops, case, ranks, kept)
+        if ranks.device.type != "meta":  # as of a dry run, where nothing is chosen
+            log.info("%s", self.chosen.why)
         if config.fp8 and has_fused_operations(self.chosen.ops):
             raise ValueError(
                 f"fp8: got ops {config.ops}, whose fused operations take weights in 16 bits; want ops plain"

@@ -82,7 +82,8 @@ def test_every_recipe_is_described(run, tmp_path, monkeypatch, uncounted, capsys
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     _, parameters, steps = RUNS[run]
     assert main([*_command(run), "--dry_run"]) == 0
-    out = capsys.readouterr().out
+    out, messages = capsys.readouterr()
+    assert "ops:" not in messages  # nothing is chosen
     rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line and not line.startswith(" "))
     assert rows["parameters"].startswith(f"{parameters} M")
     assert rows["steps"].startswith(f"{steps:,} = ")
@@ -262,6 +263,7 @@ def test_keys_of_all_gpus_are_kept_by_each():
         ("--utilization 0.5", ["utilization is for --dry_run"]),
         ("--dry_run --utilization 60", ["utilization is 60"]),
         ("--dry_run --model.num_heads 5", ["768", "5"]),
+        ("--dry_run --ops tritn", ["ops 'tritn'", "did you mean 'triton'"]),
         ("--dry_run --cuda_graphs true --compile network --gpus 2", ["got 2 ranks, wanted 1"]),
     ],
 )
