@@ -39,13 +39,13 @@ def test_the_manifest_of_prepare_data_fits(tmp_path):
         ("not json", "has no class_frequencies"),
         ({"complete": True}, "has no class_frequencies"),
         ({"complete": False, "class_frequencies": [1, 0]}, "unfinished prepare-data"),
-        ({"complete": True, "class_frequencies": [1 / 3] * 3}, "frequencies of 3 classes, the model has 2"),
-        ({"complete": True, "class_frequencies": [0, 0]}, "no probabilities"),
-        ({"complete": True, "class_frequencies": [-1, 2]}, "no probabilities"),
-        ({"complete": True, "class_frequencies": [float("nan"), 1]}, "no probabilities"),
+        ([1 / 3] * 3, "frequencies of 3 classes, the model has 2"),
+        *((frequencies, "no probabilities") for frequencies in ([0, 0], [-1, 2], [float("nan"), 1])),
     ],
 )
 def test_frequencies_that_cannot_be_used_are_refused(tmp_path, content, message):
+    if isinstance(content, list):
+        content = {"complete": True, "class_frequencies": content}
     if content is not None:
         (tmp_path / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
