@@ -70,24 +70,21 @@ def test_samples_of_the_real_size_are_compared_as_they_are(digits):
     assert result["baselines"]["real_resized_frechet_distance"] is None
 
 
-def test_a_folder_of_some_classes_is_not_renumbered_silently(digits, arrays, tmp_path):
-    save_pngs(enlarged(arrays[0][:5]), np.full(5, 3), tmp_path)
-    with pytest.raises(ValueError, match=r"1 class folders and .* 10"):
-        evaluate_samples(config(digits, samples=str(tmp_path)))
-
-
-def test_missing_settings_and_unequal_classes_are_named(digits, tmp_path):
-    with pytest.raises(ValueError, match="`samples` is not set"):
-        evaluate_samples(config(digits))
-    with pytest.raises(ValueError, match="`test` is not set"):
-        evaluate_samples(EvaluateConfig(samples="x", train=str(digits / "train")))
-    (tmp_path / "zero").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "zero" / "a.png")
-    with pytest.raises(ValueError, match=r"same class folders.*'zero'"):
-        evaluate_samples(EvaluateConfig(samples="x", train=str(digits / "train"), test=str(tmp_path)))
-    one_class = EvaluateConfig(samples="x", train=str(tmp_path), test=str(tmp_path))
-    with pytest.raises(ValueError, match="one class, zero, want two at least.*--reference"):
-        evaluate_samples(one_class)
+def test_missing_settings_and_unequal_classes_are_named(digits, arrays, tmp_path):
+    train, other = str(digits / "train"), str(tmp_path / "other")
+    (tmp_path / "other" / "zero").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "other" / "zero" / "a.png")
+    save_pngs(enlarged(arrays[0][:5]), np.full(5, 3), tmp_path / "some")
+    for samples, real, test, message in (
+        (None, train, str(digits / "test"), "`samples` is not set"),
+        ("x", train, None, "`test` is not set"),
+        ("x", train, other, "same class folders.*'zero'"),
+        ("x", other, other, "one class, zero, want two at least.*--reference"),
+        # whose classes would be renumbered
+        (str(tmp_path / "some"), train, str(digits / "test"), r"1 class folders and .* 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_samples(EvaluateConfig(samples=samples, train=real, test=test))
 
 
 class PixelEncoder(nn.Module):
@@ -127,12 +124,7 @@ def test_a_missing_extra_is_reported_with_the_command_that_installs_it(monkeypat
         import_extra("sklearn.svm")
 
 
-def test_torch_fidelity_comes_with_another_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"needs torch-fidelity: pip install 'epg_fast\[eval\]'"):
-        import_extra("torch_fidelity")
-
-
+@pytest.mark.slow
 def test_importing_the_package_needs_no_extra():
     program = (
         "import sys, epg_fast.evaluation, epg_fast.evaluation.probe\n"

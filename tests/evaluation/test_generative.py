@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from epg_fast.evaluation import frechet_distance, generative, inception_score, precision_recall
+from epg_fast.evaluation import generative, inception_score, precision_recall
 from epg_fast.evaluation.generative import RunningMoments
 
 
@@ -22,53 +22,24 @@ def brute_force(real, fake, k):
     return covered(fake, real), covered(real, fake)
 
 
-def test_batches_of_any_size_give_the_moments_of_the_whole():
-    rows = np.random.default_rng(0).normal(size=(100, 5)) @ np.random.default_rng(1).normal(size=(5, 5)) + 1e4
-    moments = RunningMoments(5)
-    for batch in (rows[:1], rows[1:40], rows[40:43], rows[43:]):
-        moments.update(batch)
-    assert moments.num == 100
-    assert np.allclose(moments.mean, rows.mean(axis=0), rtol=100 * np.finfo(float).eps)  # of 100 like terms
-    assert np.allclose(moments.covariance(), np.cov(rows, rowvar=False), rtol=1e-9)
-
-
-def test_float32_rows_are_summed_in_float64():
+def test_batches_of_any_size_give_the_moments_of_the_whole_in_float64():
     rows = (1000 + np.random.default_rng(0).normal(size=(4096, 2))).astype(np.float32)
     moments = RunningMoments(2)
-    for start in range(0, 4096, 64):
-        moments.update(rows[start : start + 64])
-    assert np.allclose(moments.covariance(), np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-10)
-
-
-def test_one_row_has_no_covariance():
+    for batch in np.split(rows, [1, 40, 43, *range(64, 4096, 64)]):
+        moments.update(batch)
+    assert moments.num == 4096
+    assert np.allclose(moments.mean, rows.mean(axis=0, dtype=float), rtol=4096 * np.finfo(float).eps)  # of like terms
+    assert np.allclose(moments.covariance(), np.cov(rows.astype(float), rowvar=False), rtol=1e-9)
     moments = RunningMoments(2)
     moments.update(np.ones((1, 2)))
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         moments.covariance()
 
 
-def test_streamed_gaussians_have_the_distance_of_the_closed_form():
-    rng = np.random.default_rng(0)
-    wide, narrow = RunningMoments(3), RunningMoments(3)
-    for _ in range(40):
-        wide.update(rng.normal(size=(1000, 3)) * [1, 2, 3] + [0, 0, 5])
-        narrow.update(rng.normal(size=(1000, 3)))
-    got = frechet_distance(wide.mean, wide.covariance(), narrow.mean, narrow.covariance())
-    assert got == pytest.approx(25 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.02)
-
-
 def test_score_is_one_for_equal_answers_and_the_number_of_classes_for_sure_and_balanced_ones():
     assert inception_score(np.full((20, 7), 1 / 7), splits=2) == (pytest.approx(1), pytest.approx(0))
     sure = np.eye(5)[np.arange(100) % 5]
     assert inception_score(sure, splits=1) == (pytest.approx(5), 0)
-
-
-def test_score_equals_a_computation_by_hand():
-    p = np.array([[0.5, 0.5], [0.9, 0.1]])
-    marginal = np.array([0.7, 0.3])
-    kl = [0.5 * np.log(0.5 / 0.7) + 0.5 * np.log(0.5 / 0.3), 0.9 * np.log(0.9 / 0.7) + 0.1 * np.log(0.1 / 0.3)]
-    assert np.allclose(p.mean(axis=0), marginal)
-    assert inception_score(p, splits=1)[0] == pytest.approx(np.exp(np.mean(kl)), rel=1e-12)
 
 
 def test_deviation_is_that_of_the_splits_and_all_images_count():
@@ -88,12 +59,6 @@ def test_score_of_samples_sorted_by_class_does_not_suffer():
     mixed = np.eye(10)[np.arange(5000) % 10]
     ordered = np.eye(10)[np.arange(5000) // 500]
     assert inception_score(mixed)[0] > 9.8 and inception_score(ordered)[0] > 9.8
-
-
-@pytest.mark.parametrize("splits", [0, 4])
-def test_impossible_splits_are_refused(splits):
-    with pytest.raises(ValueError, match=rf"splits is {splits}, .*\[3, 2\]"):
-        inception_score(np.full((3, 2), 0.5), splits)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -142,10 +107,14 @@ def test_duplicates_are_neighbours_and_cover_one_another(monkeypatch, k):
     assert precision_recall(real, real + 1e-3, k) == (0.0, 0.0)
 
 
-def test_sets_that_cannot_be_compared_are_refused():
-    with pytest.raises(ValueError, match=r"got \[4, 2\] and \[4, 3\]"):
-        precision_recall(torch.zeros(4, 2), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="k is 3, .* 5 real and 3 fake"):
-        precision_recall(torch.zeros(5, 2), torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="k is 0"):
-        precision_recall(torch.zeros(5, 2), torch.zeros(3, 2), 0)
+def test_sets_that_cannot_be_compared_and_splits_that_cannot_be_are_refused():
+    for real, fake, k, message in (
+        ((4, 2), (4, 3), 3, r"got \[4, 2\] and \[4, 3\]"),
+        ((5, 2), (3, 2), 3, "k is 3, .* 5 real and 3 fake"),
+        ((5, 2), (3, 2), 0, "k is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            precision_recall(torch.zeros(real), torch.zeros(fake), k)
+    for splits in (0, 4):
+        with pytest.raises(ValueError, match=rf"splits is {splits}, .*\[3, 2\]"):
+            inception_score(np.full((3, 2), 0.5), splits)

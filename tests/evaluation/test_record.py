@@ -48,7 +48,8 @@ def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, log):
 
 def test_what_sample_notes_fills_the_record(tmp_path, log):
     config = SampleConfig(checkpoint="runs/x", outdir=str(tmp_path), num=2, guidance=2.5)
-    model = EPGViT(16, 8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_embed_dim=48, num_classes=5)
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_depth": 1, "decoder_embed_dim": 48}
+    model = EPGViT(image_size=16, patch_size=8, num_classes=5, **sizes)
     settings = requested(config) | resolved(model, None, np.arange(2), SamplingEngine(model, guidance=2.5))
     save_npz(np.zeros((2, 4, 4, 3), np.uint8), np.arange(2), tmp_path / "samples.npz", **settings)
     record = sampling_record(tmp_path / "samples.npz", 2)
@@ -68,15 +69,12 @@ def test_samples_without_a_note_have_nulls_and_one_warning(samples, log):
 
 
 def test_a_note_cannot_say_where_it_is_and_its_numbers_are_jsons(samples, log):
-    text = json.dumps(NOTE | {"source": "elsewhere"})[:-1] + ', "s_max": 1e999}'
-    (samples / "out" / "settings.json").write_text(text)
+    note = samples / "out" / "settings.json"
+    note.write_text(json.dumps(NOTE | {"source": "elsewhere"})[:-1] + ', "s_max": 1e999, "guidance": NaN}')
     record = sampling_record(samples / "out" / "png", 6)
-    assert record["source"] == str(samples / "out" / "settings.json") and record["s_max"] == "1e999"
+    assert record["source"] == str(note) and (record["s_max"], record["guidance"]) == ("1e999", "NaN")
     json.dumps(record, allow_nan=False)
-
-
-def test_settings_of_something_else_are_no_note(samples, log):
-    (samples / "out" / "settings.json").write_text('{"editor": "vi"}')
+    note.write_text('{"editor": "vi"}')  # something else's
     record = sampling_record(samples / "out" / "png", 6)
     assert record["source"] is None and "editor" not in record and len(log.messages) == 1
 
@@ -89,14 +87,7 @@ def test_a_note_about_another_number_of_images_is_said(samples, log):
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
 def test_an_unreadable_note_is_refused(samples, text):
     (samples / "out" / "settings.json").write_bytes(text.encode("latin1"))
-    with pytest.raises(ValueError, match=r"settings\.json.* mend or remove it"):
-        sampling_record(samples / "out" / "png", 6)
     np.savez(samples / "bad.npz", arr_0=np.zeros(1), metadata=np.array(text))
-    with pytest.raises(ValueError, match=r"bad\.npz: metadata.* mend or remove it"):
-        sampling_record(samples / "bad.npz", 6)
-
-
-def test_values_that_are_not_finite_become_words(samples):
-    (samples / "out" / "settings.json").write_text('{"sampler": "x", "s_max": Infinity, "guidance": NaN}')
-    record = sampling_record(samples / "out" / "png", 6)
-    assert (record["s_max"], record["guidance"]) == ("Infinity", "NaN")
+    for source, name in (("out/png", r"settings\.json"), ("bad.npz", r"bad\.npz: metadata")):
+        with pytest.raises(ValueError, match=rf"{name}.* mend or remove it"):
+            sampling_record(samples / source, 6)
