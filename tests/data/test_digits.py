@@ -1,5 +1,4 @@
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +6,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from epg_fast.data import ImageFolder, prepare_digits
+from tests.commands import snapshot
 from tests.data.images import touch
-
-
-def contents(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_files_hold_the_original_8x8_digits_once_each_in_a_stratified_split(digits):
@@ -36,7 +32,7 @@ def test_again_completes_an_interrupted_output_to_the_same_bytes_and_changed_pix
     touch(tmp_path, "train/0/.0000.png.12.tmp")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert prepare_digits(tmp_path) == {"train": 1347, "test": 450}
-    assert {path: data for path, data in contents(tmp_path).items() if path.endswith(".png")} == contents(digits)
+    assert {path: data for path, data in snapshot(tmp_path).items() if path.endswith(".png")} == snapshot(digits)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     one, two = sorted((tmp_path / "test" / "3").iterdir())[:2]
     two.write_bytes(one.read_bytes())
@@ -50,14 +46,6 @@ def test_a_folder_with_other_files_is_refused_untouched(tmp_path, name):
     touch(tmp_path, name, content=b"mine")
     with pytest.raises(ValueError, match=f"holds {name}.*choose another outdir"):
         prepare_digits(tmp_path)
-    assert contents(tmp_path) == {name: b"mine"}
+    assert snapshot(tmp_path) == {name: b"mine"}
     with pytest.raises(ValueError, match="is a file"):
         prepare_digits(tmp_path / name)
-
-
-def test_without_scikit_learn_one_line_says_how_to_get_it(tmp_path, monkeypatch):
-    for name in ("sklearn", "sklearn.datasets"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        prepare_digits(tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -57,24 +57,17 @@ def test_an_epoch_has_every_image_at_most_once_and_the_next_another_order(make_f
     assert all(len(set(epoch)) == 24 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 40
     # the images dropped at the end of an epoch are others each time
-    assert set().union(*epochs) == set(range(27))
-    assert loader.iteration == 120
+    assert set().union(*epochs) == set(range(27)) and loader.iteration == 120
 
 
-def test_views_of_an_image_change_from_epoch_to_epoch_and_with_the_seed(make_folder):
-    folder = ImageFolder(make_folder(8))
-
-    def view_of_image_0(seed, iteration):
-        (batch,) = batches(folder, 1, seed=seed, start=iteration, augment=AugmentConfig())
-        return batch["view1"][batch["index"] == 0].numpy().tobytes()
-
-    assert len({view_of_image_0(seed, iteration) for seed in (0, 1) for iteration in (0, 1)}) == 4
-
-
-def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder, workers):
     """The contract another loader has to keep: written out with numpy alone."""
     folder = ImageFolder(make_folder(20))
-    batch = batches(folder, 1, start=5, augment=AugmentConfig())[0]  # two iterations an epoch: epoch 2, second half
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    # two iterations an epoch: epoch 2, second half
+    batch = batches(folder, 1, start=5, workers=workers, augment=AugmentConfig())[0]
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
     def rng(*key):
         return np.random.default_rng(np.random.SeedSequence(3, spawn_key=key))
@@ -86,12 +79,11 @@ def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder):
         np.testing.assert_array_equal(batch[name][6].numpy(), view.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_resuming_anywhere_with_any_number_of_workers_continues_bit_for_bit(make_folder, workers):
+@pytest.mark.parametrize("workers, start", [(0, 1), (0, 5), (1, 1), (2, 5)])
+def test_resuming_anywhere_with_any_number_of_workers_continues_bit_for_bit(make_folder, workers, start):
     folder = ImageFolder(make_folder(21))
     whole = batches(folder, 9, augment=AugmentConfig())
-    for start in (1, 5):
-        assert_same(batches(folder, 9 - start, start=start, workers=workers, augment=AugmentConfig()), whole[start:])
+    assert_same(batches(folder, 9 - start, start=start, workers=workers, augment=AugmentConfig()), whole[start:])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -111,38 +103,26 @@ def test_tars_give_exactly_the_batches_of_the_folder_they_were_packed_from(make_
     assert_same(batches(open_images(tmp_path / "tars"), 7, workers=2), batches(folder, 7))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_global_random_states_are_neither_used_nor_touched(make_folder, workers):
+REFUSED = [
+    ({"batch_size": 21}, "got 21, wanted at most the 20 images"),
+    ({"world_size": 3}, "batch_size: got 8, wanted a multiple of 3"),
+    ({"rank": 2, "world_size": 2}, "rank: got 2 of 2"),
+    ({"world_size": 0}, "rank: got 0 of 0"),
+    ({"start": -1}, "start: got -1"),
+    ({"seed": -1}, "seed: got -1"),
+    ({"workers": -1}, "workers: got -1"),
+    ({"image_size": 0}, "image_size: got 0"),
+    ({"flip_probability": 1.5}, "flip_probability: got 1.5"),
+    ({"max_bad_fraction": 1.0}, "max_bad_fraction: got 1.0"),
+    ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
+]
+
+
+def test_arguments_that_cannot_work_are_refused_at_once(make_folder):
     folder = ImageFolder(make_folder(20))
-    torch.manual_seed(1)
-    np.random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = batches(folder, 2, workers=workers, augment=AugmentConfig())
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()
-    torch.manual_seed(2)
-    assert_same(batches(folder, 2, workers=workers, augment=AugmentConfig()), first)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"batch_size": 21}, "got 21, wanted at most the 20 images"),
-        ({"world_size": 3}, "batch_size: got 8, wanted a multiple of 3"),
-        ({"rank": 2, "world_size": 2}, "rank: got 2 of 2"),
-        ({"world_size": 0}, "rank: got 0 of 0"),
-        ({"start": -1}, "start: got -1"),
-        ({"seed": -1}, "seed: got -1"),
-        ({"workers": -1}, "workers: got -1"),
-        ({"image_size": 0}, "image_size: got 0"),
-        ({"flip_probability": 1.5}, "flip_probability: got 1.5"),
-        ({"max_bad_fraction": 1.0}, "max_bad_fraction: got 1.0"),
-        ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
-    ],
-)
-def test_arguments_that_cannot_work_are_refused_at_once(make_folder, options, message):
-    with pytest.raises(ValueError, match=message):
-        open_loader(ImageFolder(make_folder(20)), **options)
+    for options, message in REFUSED:
+        with pytest.raises(ValueError, match=message):
+            open_loader(folder, **options)
 
 
 # damaged files
@@ -184,22 +164,19 @@ def test_a_damaged_file_is_replaced_by_the_next_and_logged_once(make_folder, cap
     assert hits == 2
 
 
-def test_neighbouring_damaged_files_in_one_batch_are_both_replaced(make_folder):
-    folder = ImageFolder(make_folder(12))
-    for index in (10, 11):
-        damage(folder, index, "empty")
-    (batch,) = batches(folder, 1, batch_size=12, max_bad_fraction=0.2)
-    assert sorted(batch["index"].tolist()) == [0, 0, 0, *range(1, 10)]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_than_one_percent_of_damaged_files_stops_with_their_names(make_folder, workers):
     folder = ImageFolder(make_folder(20))
-    damage(folder, 7, "truncated")
+    for index in (7, 8):
+        damage(folder, index, "truncated")
+    with open_loader(folder, batch_size=20, workers=workers, max_bad_fraction=0.1, flip_probability=0.0) as loader:
+        wanted = sorted([0, 1, 2, 3, 4, 5, 6, 9, 9, 9, *range(10, 20)])
+        assert sorted(next(loader)["index"].tolist()) == wanted  # both are replaced by the next
+        processes = list(loader._stream.processes)
+    assert not any(process.is_alive() for process in processes)
+    loader.close()
     with open_loader(folder, batch_size=20, workers=workers) as loader:
-        with pytest.raises(
-            DataError, match=r"1 of 20 images \(5.00%\).*at most 1.00%.*class1/001.png.*Restore or delete"
-        ):
+        with pytest.raises(DataError, match=r" of 20 images \(.*%\).*at most 1.00%.*class[12]/00.*Restore or delete"):
             # the other process may have been the first to meet it, while it made the next batch
             for _ in range(workers or 1):
                 next(loader)
@@ -208,24 +185,19 @@ def test_more_than_one_percent_of_damaged_files_stops_with_their_names(make_fold
 
 
 @pytest.mark.parametrize("workers, mount_point", [(0, False), (1, True)])
-def test_a_disk_that_goes_away_is_waited_for_and_changes_nothing(make_folder, workers, mount_point):
+def test_a_disk_that_goes_away_is_waited_for_and_changes_nothing(make_folder, monkeypatch, workers, mount_point):
     root = make_folder(60)
     folder = ImageFolder(root)
-    expected = batches(folder, 6)
-    root.rename(root.with_name("elsewhere"))
+    expected, elsewhere = batches(folder, 3), root.with_name("elsewhere")
+    root.rename(elsewhere)
     if mount_point:
         root.mkdir()  # of a disk that was mounted there, the empty folder stays
-    timer = threading.Timer(0.3, lambda: root.with_name("elsewhere").rename(root))
+    timer = threading.Timer(0.1, lambda: elsewhere.rename(root))
     timer.start()
-    assert_same(batches(folder, 6, workers=workers), expected)
+    assert_same(batches(folder, 3, workers=workers), expected)
     timer.join()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_disk_that_stays_away_stops_training_with_one_line(make_folder, monkeypatch, workers):
-    root = make_folder(60)
-    folder = ImageFolder(root)
-    root.rename(root.with_name("elsewhere"))
+    # one that stays away stops training
+    root.rename(elsewhere)
     monkeypatch.setattr(source, "_PATIENCE", 0.1)
     with open_loader(folder, workers=workers) as loader:
         with pytest.raises(OSError, match="could not be read for . s .*is the disk there.*same command again") as error:
@@ -343,14 +315,3 @@ def test_no_worker_outlives_its_parent_however_that_ends(make_folder, start_pyth
     assert programs["finish"].stdout.readline() == "saved\n"
     assert programs["exit"].returncode == programs["finish"].returncode == 0
     assert not wait_until_gone(sum(workers.values(), []))
-
-
-def test_close_stops_the_workers_at_once_and_can_be_repeated(make_folder):
-    loader = open_loader(ImageFolder(make_folder(20)), workers=2)
-    next(loader)
-    workers = list(loader._stream.processes)
-    loader.close()
-    assert not any(worker.is_alive() for worker in workers)
-    loader.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        next(loader)

@@ -12,6 +12,7 @@ import torch
 from epg_fast.config import AugmentConfig
 from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
 from epg_fast.data.loading import prefetch
+from tests.data.images import assert_same
 
 
 class Loader:
@@ -63,10 +64,7 @@ def test_the_batches_are_those_of_the_loader_bit_for_bit(make_folder, depth, wor
     with PillowLoader(folder, workers=0, **options) as loader:
         want = list(itertools.islice(loader, 7))
     with Prefetcher(PillowLoader(folder, workers=workers, **options), "cpu", depth) as batches:
-        got = list(itertools.islice(batches, 7))
-    for a, b in zip(got, want, strict=True):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in b)
+        assert_same(list(itertools.islice(batches, 7)), want)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -102,17 +100,10 @@ def test_an_error_and_the_end_come_at_their_place_again_and_again(depth):
             with pytest.raises(OSError, match="disk on fire") as raised:
                 next(batches)
             assert "_explode" in [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
-    with Prefetcher(Loader(count=5), "cpu", depth) as batches:
+    loader = Loader(count=5)
+    with Prefetcher(loader, "cpu", depth) as batches:
         assert numbers(batches) == [0, 1, 2, 3, 4]
         assert list(batches) == []
-
-
-def test_close_ends_the_thread_and_the_loader_and_can_be_repeated():
-    loader = Loader()
-    batches = Prefetcher(loader, "cpu")
-    next(batches)
-    assert len(prefetch_threads()) == 1
-    batches.close()
     assert loader.closed == 1 and not prefetch_threads()
     batches.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -245,21 +236,13 @@ class TestOnAGpu:
 
 
 def test_the_drawing_thread_has_one_openmp_thread_and_the_consumer_keeps_its_own():
-    class Counting:
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            return {"threads": torch.tensor(torch.get_num_threads())}
-
-        def close(self):
-            pass
-
-    before = torch.get_num_threads()
+    drawing, before = [], torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with Prefetcher(Counting(), "cpu") as batches:
-            assert next(batches)["threads"] == 1 and torch.get_num_threads() == 2
-            assert next(batches)["threads"] == 1
+        with Prefetcher(Loader(before=lambda i: drawing.append(torch.get_num_threads())), "cpu") as batches:
+            next(batches)
+            assert torch.get_num_threads() == 2
+            next(batches)
+            assert set(drawing) == {1}
     finally:
         torch.set_num_threads(before)

@@ -17,22 +17,19 @@ from epg_fast.data.sources.faults import ReadError
 from tests.data.conftest import linux
 
 
-class Squares:
+def squares(number):
     """Items that say who made them."""
-
-    def __call__(self, number):
-        time.sleep(0.005 * (number % 3))
-        return np.array(number**2), os.getpid()
+    time.sleep(0.005 * (number % 3))
+    return np.array(number**2), os.getpid()
 
 
-class Raises:
-    def __init__(self, error):
-        self.error = error
-
-    def __call__(self, number):
+def raises(error):
+    def make(number):
         if number == 3:
-            raise self.error
+            raise error
         return number
+
+    return make
 
 
 @pytest.fixture
@@ -50,7 +47,7 @@ def open_stream():
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_items_come_in_order_from_any_start(open_stream, workers):
-    stream = open_stream(Squares(), 5, workers)
+    stream = open_stream(squares, 5, workers)
     items = [next(stream) for _ in range(12)]
     assert [int(item) for item, _ in items] == [number**2 for number in range(5, 17)]
     assert len({pid for _, pid in items} - {os.getpid()}) == workers
@@ -74,14 +71,17 @@ class _NoCopy(OSError):
     ],
 )
 def test_a_failure_is_raised_in_its_place_and_ends_the_stream(open_stream, error, raised, message):
-    stream = open_stream(Raises(error), 1, 2)
+    stream = open_stream(raises(error), 1, 2)
     assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(raised, match=message) as caught:
         next(stream)
-    assert "in __call__" in str(caught.value.__cause__)
+    assert "in make" in str(caught.value.__cause__)
     with pytest.raises(RuntimeError, match="closed"):
         next(stream)
     assert not any(process.is_alive() for process in stream.processes)
+    if isinstance(error, MemoryError):  # without a process too
+        with pytest.raises(raised, match="Cannot allocate memory"):
+            next(open_stream(raises(error), 3, 0))
 
 
 def test_an_interrupted_stream_ends_and_hands_out_nothing_of_another_place(open_stream):
@@ -93,7 +93,7 @@ def test_an_interrupted_stream_ends_and_hands_out_nothing_of_another_place(open_
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
         for delay in (0.001, 0.01):
-            stream, items = open_stream(Squares(), 0, 2), []
+            stream, items = open_stream(squares, 0, 2), []
             items.append(next(stream)[0])
             signal.setitimer(signal.ITIMER_REAL, delay)
             with pytest.raises(KeyboardInterrupt):
@@ -109,16 +109,6 @@ def test_an_interrupted_stream_ends_and_hands_out_nothing_of_another_place(open_
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-
-
-class Ends:
-    """Items of which the third ends its process."""
-
-    def __init__(self, end):
-        self.end = end
-
-    def __call__(self, number):
-        return self.end() if number == 2 else number
 
 
 def kill_itself():
@@ -139,7 +129,7 @@ def test_a_process_that_is_gone_is_noticed_at_once(open_stream, monkeypatch, end
     if open_elsewhere:  # as a process that was forked meanwhile has it
         monkeypatch.setattr("epg_fast.data.loading.workers._LOOK", 0.1)
         monkeypatch.setattr("multiprocessing.connection.Connection.close", lambda connection: None)
-    stream = open_stream(Ends(end), 0, 2)
+    stream = open_stream(lambda number: end() if number == 2 else number, 0, 2)
     assert [next(stream), next(stream)] == [0, 1]
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=message) as error:
@@ -148,18 +138,16 @@ def test_a_process_that_is_gone_is_noticed_at_once(open_stream, monkeypatch, end
     monkeypatch.undo()
 
 
-class Arrays:
+def arrays(number):
     """A batch of every kind of content."""
-
-    def __call__(self, number):
-        rng = np.random.default_rng(number)
-        return {
-            "x": rng.integers(0, 256, (3, 5, 7), dtype=np.uint8),
-            "odd": rng.random((1, 3)).astype(np.float32),
-            "transposed": np.arange(6).reshape(2, 3).T + number,
-            "none": np.empty(0, np.int64),
-            "record": np.zeros(2, [("a", "i1"), ("b", "f8", 4)]),
-        }, {"a file": f"reason {number}"}
+    rng = np.random.default_rng(number)
+    return {
+        "x": rng.integers(0, 256, (3, 5, 7), dtype=np.uint8),
+        "odd": rng.random((1, 3)).astype(np.float32),
+        "transposed": np.arange(6).reshape(2, 3).T + number,
+        "none": np.empty(0, np.int64),
+        "record": np.zeros(2, [("a", "i1"), ("b", "f8", 4)]),
+    }, {"a file": f"reason {number}"}
 
 
 @linux
@@ -169,14 +157,14 @@ def test_batches_go_through_no_file_and_no_socket_with_a_path(open_stream, tmp_p
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     before = set(os.listdir("/dev/shm"))
-    stream = open_stream(Arrays(), 0, 2)
+    stream = open_stream(arrays, 0, 2)
     received = []
     while len(received) < 6:
         received.append(next(stream))
         assert not os.listdir(folder) and not [n for n in set(os.listdir("/dev/shm")) - before if "torch" in n]
     stream.close()
     for number, (batch, bad_files) in enumerate(received):  # they live on, each in its own memory
-        expected, reasons = Arrays()(number)
+        expected, reasons = arrays(number)
         assert bad_files == reasons and batch.keys() == expected.keys()
         for name, value in expected.items():
             assert batch[name].dtype == value.dtype and np.array_equal(batch[name], value), name
@@ -186,7 +174,7 @@ def test_batches_go_through_no_file_and_no_socket_with_a_path(open_stream, tmp_p
 @linux
 @pytest.mark.parametrize("when", ["before the processes start", "between two batches"])
 def test_no_descriptor_left_is_said_with_the_limit_to_raise(open_stream, when):
-    stream, held, limits = open_stream(Arrays(), 0, 1), [], resource.getrlimit(resource.RLIMIT_NOFILE)
+    stream, held, limits = open_stream(arrays, 0, 1), [], resource.getrlimit(resource.RLIMIT_NOFILE)
     if when == "between two batches":
         next(stream)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 256), limits[1]))
@@ -202,11 +190,6 @@ def test_no_descriptor_left_is_said_with_the_limit_to_raise(open_stream, when):
         for descriptor in held:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_without_a_process_a_lack_of_memory_is_said_too(open_stream):
-    with pytest.raises(ReadError, match=r"Cannot allocate memory"):
-        next(open_stream(Raises(MemoryError()), 3, 0))
 
 
 @pytest.mark.parametrize("workers, chunk", [(0, 4), (2, 1), (2, 4)])
@@ -231,12 +214,6 @@ def garbage(path):
     return weakref.ref(node)
 
 
-class Collects:
-    def __call__(self, number):
-        gc.collect()
-        return number
-
-
 def collect(number):
     gc.collect()
     return number
@@ -250,7 +227,7 @@ def test_no_process_destroys_what_its_parent_left_behind(open_stream, tmp_path, 
     try:
         node = garbage(tmp_path / "destroyed")
         if who == "stream":
-            assert next(open_stream(Collects(), 0, 1)) == 0
+            assert next(open_stream(collect, 0, 1)) == 0
         else:
             assert list(each(collect, [0, 1], 1)) == [0, 1]
         gc.collect()
@@ -271,7 +248,7 @@ def test_a_process_that_cannot_be_started_leaves_none_behind(open_stream, monkey
         return real()
 
     monkeypatch.setattr("os.fork", fork)
-    stream = open_stream(Squares(), 0, 3)
+    stream = open_stream(squares, 0, 3)
     with pytest.raises(ReadError, match="cannot start a process .*temporarily unavailable.*fewer workers.*ulimit -u"):
         next(stream)
     assert len(stream.processes) == 2 and not any(process.is_alive() for process in stream.processes)
