@@ -36,10 +36,8 @@ def test_dropout_acts_on_decoder_attention_only_and_in_training_only():
     assert torch.equal(model.encode(x, t, y), model.encode(x, t, y))
     model.eval()
     assert torch.equal(model(x, t, y), model(x, t, y))
-    assert [n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p] == [
-        "decoder_blocks.0.attn.proj_drop",
-        "decoder_blocks.1.attn.proj_drop",
-    ]
+    dropouts = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    assert dropouts == [f"decoder_blocks.{i}.attn.proj_drop" for i in range(2)]
 
 
 @pytest.mark.parametrize(("share", "calls"), [(True, [2, 2, 2, 2]), (0.5, [1, 2, 1, 2]), (False, [1, 1, 1, 1])])
@@ -59,21 +57,6 @@ def test_activation_checkpointing_changes_no_number(share, calls):
         assert torch.equal(p.grad, q.grad)
 
 
-def test_a_share_of_blocks_to_compute_again_is_at_most_all_of_them():
-    with pytest.raises(ValueError, match="use_checkpoint is 1.5, want a share of the blocks from 0 to 1"):
-        EPGViT(**SIZES, **DECODER, use_checkpoint=1.5)
-
-
-def test_an_unconditional_model_takes_no_labels():
-    model = EPGViT(**SIZES, **(DECODER | {"num_classes": 0}))
-    x, t = torch.randn(2, 3, 16, 16), torch.zeros(2)
-    assert model(x, t).shape == x.shape
-    with pytest.raises(ValueError, match="unconditional"):
-        model(x, t, torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="y is missing"):
-        EPGViT(**SIZES, **DECODER)(x, t)
-
-
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     from epg_fast.models.blocks import DropPath
 
@@ -90,20 +73,25 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
 def test_official_arguments_are_accepted_and_unsupported_ones_refused():
     official = {"in_channels": 3, "qkv_bias": False, "qk_scale": None, "tokens": 1, "drop": 0.0, "attn_drop": 0.0}
     official |= {"drop_path": 0.0, "qk_norm": False, "mlp_time_embed": False, "skip_post_norm": True}
-    assert isinstance(DMViT(**SIZES, **DECODER, **official, use_checkpoint=False), EPGViT)
-    with pytest.raises(ValueError, match="qk_norm=True is not supported"):
-        EPGViT(**SIZES, **DECODER, qk_norm=True)
-    with pytest.raises(TypeError, match="unknown argument 'depht'"):
-        EPGViT(**SIZES, depht=3)
-    with pytest.raises(ValueError, match=r"got shape \[2, 3, 24, 24\], want \[B, 3, 16, 16\]"):
-        EPGViT(**SIZES, **DECODER)(torch.randn(2, 3, 24, 24), torch.zeros(2), torch.zeros(2).long())
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_several_class_tokens(tokens):
-    model = EPGViT(**SIZES, **DECODER, tokens=tokens)
-    assert model.pos_embed.shape[1] == tokens + 1 + 4
-    assert model(torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([1, 5])).shape == (2, 3, 16, 16)
+    model = DMViT(**SIZES, **DECODER, **official, use_checkpoint=False)
+    assert isinstance(model, EPGViT)
+    for options, error, message in (
+        ({"qk_norm": True}, ValueError, "qk_norm=True is not supported"),
+        ({"use_checkpoint": 1.5}, ValueError, "use_checkpoint is 1.5, want a share of the blocks from 0 to 1"),
+        ({"depht": 3}, TypeError, "unknown argument 'depht'"),
+    ):
+        with pytest.raises(error, match=message):
+            EPGViT(**SIZES, **DECODER, **options)
+    x, t, y = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2).long()
+    unconditional = EPGViT(**SIZES, **(DECODER | {"num_classes": 0}))
+    assert unconditional(x, t).shape == x.shape
+    for network, arguments, message in (
+        (model, (torch.randn(2, 3, 24, 24), t, y), r"got shape \[2, 3, 24, 24\], want \[B, 3, 16, 16\]"),
+        (model, (x, t), "y is missing"),
+        (unconditional, (x, t, y), "unconditional"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

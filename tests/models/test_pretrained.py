@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from epg_fast import create_model, from_pretrained, list_presets
-from epg_fast.models import EPGViT, RCMViT, create_encoder, export, load_into, save_weights
+from epg_fast.models import EPGViT, RCMViT, create_encoder, export, load_into, preset_config, save_weights
 from epg_fast.models.pretrained import interpolate_pos_embed
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 2}
@@ -86,6 +86,10 @@ def _distributed(model):
         dist.destroy_process_group()
 
 
+def _renamed(old, new, prefix=""):
+    return lambda model: {prefix + name.replace(old, new): tensor for name, tensor in model.state_dict().items()}
+
+
 FILES_OF_OTHERS = {
     "file": lambda model: model.state_dict(),
     "ddp": _prefixed("module."),
@@ -93,19 +97,10 @@ FILES_OF_OTHERS = {
     "lightning": lambda model: {"state_dict": _prefixed("model.")(model), "epoch": 3},
     "fabric": _prefixed("_forward_module."),
     "compiled ddp": _prefixed("_orig_mod.module."),
-    "compiled block": lambda model: {
-        k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in model.state_dict().items()
-    },
-    "fsdp": lambda model: {
-        f"_fsdp_wrapped_module.{k}".replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): v
-        for k, v in model.state_dict().items()
-    },
+    "compiled block": _renamed("blocks.0.", "blocks.0._orig_mod."),
+    "fsdp": _renamed("blocks.0.", "blocks.0._checkpoint_wrapped_module.", "_fsdp_wrapped_module."),
     "averaged model": lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
-    "ema beside": lambda model: {
-        "model": _noise(model),
-        "ema": model.state_dict(),
-        "opt": {"state": {0: _noise(model)}},
-    },
+    "ema beside": lambda m: {"model": _noise(m), "ema": m.state_dict(), "opt": {"state": {0: _noise(m)}}},
     "nested": lambda model: {"checkpoint": {"model_ema": _prefixed("module.")(model), "model": _noise(model)}},
     "objects": _with_objects,
     "containers": _with_containers,
@@ -143,52 +138,37 @@ def test_safetensors_are_known_by_their_content_and_put_together_from_shards(sma
         from_pretrained(index, **HEADS)
 
 
-def test_a_file_that_leaves_open_which_network_is_meant_is_refused(small, tmp_path):
-    torch.save({"teacher": small.state_dict(), "student": _noise(small)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"several networks \(teacher, student\)"):
-        from_pretrained(tmp_path / "x.pth", **HEADS)
-    torch.save({"vae": {"conv.weight": torch.ones(1)}}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"patch_embed.proj.weight is missing; it holds vae.conv.weight"):
-        from_pretrained(tmp_path / "x.pth", **HEADS)
-
-
-def test_a_part_of_sharded_tensors_is_refused_in_one_short_line(small, tmp_path):
-    content = _distributed(small)
-    part = content["model"]["out.weight"]
-    part._local_tensor = part._local_tensor[:7]
-    torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="out.weight is one rank's part .*full_state_dict=True") as caught:
-        from_pretrained(tmp_path / "x.pth", **HEADS)
-    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+def test_a_file_that_leaves_open_which_network_is_meant_is_refused_in_one_short_line(small, tmp_path):
+    sharded = _distributed(small)
+    sharded["model"]["out.weight"]._local_tensor = sharded["model"]["out.weight"]._local_tensor[:7]
+    for content, message in (
+        ({"teacher": small.state_dict(), "student": _noise(small)}, r"several networks \(teacher, student\)"),
+        ({"vae": {"conv.weight": torch.ones(1)}}, "patch_embed.proj.weight is missing; it holds vae.conv.weight"),
+        (sharded, "out.weight is one rank's part .*full_state_dict=True"),
+    ):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=message) as caught:
+            from_pretrained(tmp_path / "x.pth", **HEADS)
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["digits_32", pytest.param("epg_b_16_256", marks=pytest.mark.slow)])
 def test_the_preset_is_inferred_from_the_tensors(name, tmp_path):
-    torch.save(create_model(name).state_dict(), tmp_path / "generator.pth")
+    want = create_model(name)
+    torch.save(want.state_dict(), tmp_path / "generator.pth")
     torch.save(create_encoder(name).state_dict(), tmp_path / "encoder.pth")
     generator, encoder = from_pretrained(tmp_path / "generator.pth"), from_pretrained(tmp_path / "encoder.pth")
     assert isinstance(generator, EPGViT) and isinstance(encoder, RCMViT)
-    want = create_model(name)
     assert generator.blocks[0].attn.num_heads == want.blocks[0].attn.num_heads == encoder.blocks[0].attn.num_heads
     assert generator.decoder_blocks[0].attn.num_heads == want.decoder_blocks[0].attn.num_heads
 
 
-@pytest.mark.parametrize("name", list_presets())
-def test_every_generator_preset_has_unique_widths_or_equal_heads(name):
-    """Heads are found by widths and depths, so presets that share these must share the heads."""
-    from epg_fast.models import preset_config
-
-    keys = ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth")
-    mine = preset_config(name)
-    for other in map(preset_config, list_presets()):
-        if all(other[k] == mine[k] for k in keys):
-            assert (other["num_heads"], other["decoder_num_heads"]) == (mine["num_heads"], mine["decoder_num_heads"])
-
-
-def test_unknown_widths_need_the_number_of_heads(small, tmp_path):
-    torch.save(small.state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="pass num_heads= and decoder_num_heads="):
-        from_pretrained(tmp_path / "x.pth")
+def test_presets_of_the_same_widths_and_depths_by_which_heads_are_found_share_the_heads():
+    heads = {}
+    for config in map(preset_config, list_presets()):
+        key = tuple(config[k] for k in ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth"))
+        mine = config["num_heads"], config["decoder_num_heads"]
+        assert heads.setdefault(key, mine) == mine
 
 
 def test_safetensors_carry_their_configuration_and_round_trip_through_official(small, tmp_path):
@@ -226,23 +206,22 @@ def test_interpolation_keeps_constants_and_ramps():
     assert torch.equal(interpolate_pos_embed(old[:, :18], torch.empty(1, 18, 3), 2), old)
 
 
-def test_weights_that_do_not_fit_are_named(small):
-    other = EPGViT(image_size=32, patch_size=8, num_classes=7, **(SMALL | HEADS | {"embed_dim": 64}))
-    with pytest.raises(ValueError, match=r"cls_token has shape \[1, 1, 32\], want \[1, 1, 64\].* and \d+ more"):
-        load_into(other, small.state_dict(), "x.pth")
+def test_weights_that_do_not_fit_are_named(small, tmp_path):
+    for sizes, message in (
+        ({"embed_dim": 64}, r"cls_token has shape \[1, 1, 64\], want \[1, 1, 32\].* and \d+ more"),
+        ({"num_classes": 7}, "x.pth has 7 classes, the model 5; pass --model.num_classes 7"),
+        ({"num_classes": 0}, "x.pth has 0 classes, the model 5; pass --model.num_classes 0"),
+    ):
+        other = EPGViT(**({"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS | sizes))
+        with pytest.raises(ValueError, match=message):
+            load_into(small, other.state_dict(), "x.pth")
     state = small.state_dict()
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="pass num_heads= and decoder_num_heads="):
+        from_pretrained(tmp_path / "x.pth")
     del state["out.bias"]
     with pytest.raises(ValueError, match=r"x.pth does not fit EPGViT: missing out.bias"):
         load_into(small, state, "x.pth")
-
-
-@pytest.mark.parametrize("classes", [7, 0])
-def test_another_number_of_classes_is_said_as_such(small, classes):
-    other = EPGViT(image_size=32, patch_size=8, num_classes=classes, **(SMALL | HEADS))
-    with pytest.raises(
-        ValueError, match=rf"x.pth has {classes} classes, the model 5; pass --model.num_classes {classes}"
-    ):
-        load_into(small, other.state_dict(), "x.pth")
 
 
 def test_encoder_only_takes_the_trunk_and_leaves_the_rest(small):
@@ -271,15 +250,6 @@ def test_weights_that_are_not_finite_are_loaded_with_a_warning_that_names_the_fi
     assert line.startswith(f"{tmp_path}/x.pth: blocks.0.norm1.bias holds NaN or infinity")
 
 
-def test_a_file_that_is_cut_off_is_said_to_be(small, tmp_path):
-    torch.save(small.state_dict(), tmp_path / "whole.pth")
-    content = (tmp_path / "whole.pth").read_bytes()
-    for size, wanted in ((len(content) // 2, "is truncated; get it again"), (0, "is empty; get it again")):
-        (tmp_path / "cut.pth").write_bytes(content[:size])
-        with pytest.raises(ValueError, match=wanted):
-            from_pretrained(tmp_path / "cut.pth")
-
-
 def test_official_files_say_when_written_that_they_forget_untrained_classes(small, tmp_path, caplog):
     metadata = {"config": {"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS}
     save_weights(tmp_path / "x.safetensors", small.state_dict(), metadata | {"untrained_classes": [0, 4]})
@@ -300,12 +270,21 @@ NO_WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-@pytest.mark.parametrize("content", NO_WEIGHTS)
-def test_a_file_of_other_things_is_refused_by_name(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=NO_WEIGHTS[content]) as caught:
-        from_pretrained(tmp_path / name)
-    assert name in str(caught.value)
+def test_a_file_of_other_things_is_refused_by_name(small, tmp_path, name):
+    for content, message in NO_WEIGHTS.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            from_pretrained(tmp_path / name)
+        assert name in str(caught.value)
+    if name == "x.pth":
+        torch.save(small.state_dict(), tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:9000])
+        with pytest.raises(ValueError, match="is truncated; get it again"):
+            from_pretrained(tmp_path / name)
+    (tmp_path / name).unlink()
+    for path, message in ((tmp_path, "no weights in this folder"), (tmp_path / name, "no such file or folder")):
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(path)
 
 
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
@@ -322,13 +301,6 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     with pytest.raises(ValueError, match="argparse.Namespace"):
         from_pretrained(tmp_path / "old.pth")
     assert not (tmp_path / "executed").exists()
-
-
-def test_things_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="no weights in this folder"):
-        from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no such file or folder"):
-        from_pretrained(tmp_path / "nothing.pth")
 
 
 def test_a_hub_id_is_downloaded_by_the_hub_library(small, tmp_path, monkeypatch):
@@ -357,15 +329,3 @@ def test_unknown_names_are_answered_with_the_nearest():
         create_model("digits_32", embeddim=3)
     with pytest.raises(ValueError, match="not a multiple of patch_size"):
         create_model("digits_32", image_size=30)
-
-
-def test_official_files_become_safetensors_and_official_files_again(small, tmp_path):
-    (tmp_path / "released").mkdir()
-    torch.save(small.state_dict(), tmp_path / "released" / "nnet_ema.pth")
-    model = from_pretrained(tmp_path / "released", **HEADS)
-    config = {"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS
-    save_weights(tmp_path / "ours.safetensors", model.state_dict(), {"config": config})
-    export(tmp_path / "ours.safetensors", tmp_path / "again", "official")
-    again = torch.load(tmp_path / "again" / "nnet_ema.pth", weights_only=True)
-    want = small.state_dict()
-    assert again.keys() == want.keys() and all(torch.equal(again[name], want[name]) for name in want)
