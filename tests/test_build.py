@@ -48,50 +48,29 @@ def configure(tmp_path):
 
 
 @needs_cmake
-def test_without_nvcc_one_line_says_that_the_build_is_for_the_cpu(configure):
+def test_cmake_builds_for_what_nvcc_knows_and_says_in_one_line_what_it_leaves_out(configure):
     succeeded, output = configure()
     assert succeeded and output.count("epg_fast:") == 1
     assert "epg_fast: nvcc not found, building for the CPU only (EPG_BUILD_CUDA=auto)" in output
-
-
-@needs_cmake
-def test_without_nvcc_a_wanted_cuda_build_is_an_error_with_the_remedy(configure):
-    succeeded, output = configure(EPG_BUILD_CUDA="1")
-    assert not succeeded
-    assert (
-        "found no nvcc on PATH, in CUDA_HOME or in CUDA_PATH, wanted one as EPG_BUILD_CUDA=1; install the CUDA"
-        in output
-    )
-
-
-@needs_cmake
-def test_cuda_can_be_left_out_although_nvcc_is_there(configure):
     succeeded, output = configure(nvcc_codes="sm_80 sm_90 sm_100", EPG_BUILD_CUDA="0")
     assert succeeded and "CUDA" not in output
-
-
-@needs_cmake
-def test_an_old_nvcc_builds_for_the_default_architectures_that_it_knows(configure):
     _, output = configure(nvcc_codes="sm_80 sm_90")
     assert "leaving out CUDA architecture 10.0+PTX, which" in output and "CUDA 12.8 or later does" in output
     assert "building for the CPU and CUDA" in output and "8.0;9.0a)" in output
 
 
+MISTAKES = [
+    (None, {"EPG_BUILD_CUDA": "1"}, "found no nvcc on PATH, in CUDA_HOME or in CUDA_PATH, wanted one as EPG_"),
+    ("sm_80", {"EPG_BUILD_CUDA": "yes"}, "found EPG_BUILD_CUDA='yes', wanted auto, 1 or 0"),
+    ("sm_80", {"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}, "found 'Hopper' in TORCH_CUDA_ARCH_LIST, wanted entries such as"),
+    ("sm_80", {"TORCH_CUDA_ARCH_LIST": "8.0 10.0"}, "found '10.0' in TORCH_CUDA_ARCH_LIST, which"),
+    ("sm_30", {}, "found no CUDA architecture to build for in '8.0;9.0a;10.0+PTX', wanted one that"),
+    (None, {"torch_dir": "/nowhere"}, "found no LibTorch stable headers in EPG_TORCH_DIR='/nowhere', wanted"),
+]
+
+
 @needs_cmake
-@pytest.mark.parametrize(
-    ("codes", "environment", "message"),
-    [
-        ("sm_80", {"EPG_BUILD_CUDA": "yes"}, "found EPG_BUILD_CUDA='yes', wanted auto, 1 or 0"),
-        (
-            "sm_80",
-            {"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"},
-            "found 'Hopper' in TORCH_CUDA_ARCH_LIST, wanted entries such as",
-        ),
-        ("sm_80", {"TORCH_CUDA_ARCH_LIST": "8.0 10.0"}, "found '10.0' in TORCH_CUDA_ARCH_LIST, which"),
-        ("sm_30", {}, "found no CUDA architecture to build for in '8.0;9.0a;10.0+PTX', wanted one that"),
-        (None, {"torch_dir": "/nowhere"}, "found no LibTorch stable headers in EPG_TORCH_DIR='/nowhere', wanted"),
-    ],
-)
+@pytest.mark.parametrize(("codes", "environment", "message"), MISTAKES)
 def test_a_mistake_is_an_error_with_the_remedy(configure, codes, environment, message):
     succeeded, output = configure(codes, **environment)
     assert not succeeded and message in output
@@ -105,26 +84,23 @@ def setup_file():
     return module
 
 
-def test_the_extension_can_be_left_out(setup_file, monkeypatch):
-    monkeypatch.setenv("EPG_BUILD_EXTENSION", "0")
-    assert setup_file.missing() == "EPG_BUILD_EXTENSION=0"
-
-
-@pytest.mark.parametrize("name", ["EPG_BUILD_CUDA", "EPG_BUILD_EXTENSION"])
-def test_a_wrong_choice_is_refused_without_cmake_too(setup_file, monkeypatch, name):
-    monkeypatch.setenv(name, "2")
-    monkeypatch.setattr(setup_file, "missing", lambda: "found no cmake")
-    with pytest.raises(SystemExit, match=f"found {name}='2', wanted auto, 1 or 0"):
-        setup_file.main()
-
-
-@pytest.mark.parametrize("name", ["EPG_BUILD_CUDA", "EPG_BUILD_EXTENSION"])
-def test_what_was_asked_for_and_cannot_be_built_is_an_error(setup_file, monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(setup_file, "missing", lambda: "found no torch")
+def test_wrong_choices_are_refused_without_cmake_too_and_so_is_what_cannot_be_built(setup_file, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
-    with pytest.raises(SystemExit, match=f"{name}=1, but the extension cannot be built: found no torch"):
-        setup_file.main()
+    with monkeypatch.context() as patch:
+        patch.setenv("EPG_BUILD_EXTENSION", "0")
+        assert setup_file.missing() == "EPG_BUILD_EXTENSION=0"
+    monkeypatch.setattr(setup_file, "missing", lambda: "found no cmake")
+    for name in ("EPG_BUILD_CUDA", "EPG_BUILD_EXTENSION"):
+        for value, message in (
+            ("2", f"found {name}='2', wanted auto, 1 or 0"),
+            ("1", f"{name}=1, but the extension cannot be built: found no cmake"),
+        ):
+            with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
+                patch.setenv(name, value)
+                setup_file.main()
+    for jobs in ("0", "-1", "two", "²"):
+        with pytest.raises(SystemExit, match=f"found MAX_JOBS='{jobs}', wanted a number of at least 1"):
+            setup_file.job_count(jobs, 4, 1e12)
 
 
 PIP = """
@@ -164,24 +140,10 @@ def test_the_extension_is_here_if_it_can_be(setup_file):
 
 @pytest.mark.parametrize(
     ("max_jobs", "cores", "gigabytes", "wanted"),
-    [
-        (None, 8, 64, 8),
-        (None, 8, 10, 2),
-        (None, 8, 1, 1),
-        (None, 1, float("inf"), 1),
-        ("", 4, 64, 4),
-        ("3", 1, 1, 3),
-    ],
+    [(None, 8, 64, 8), (None, 8, 10, 2), (None, 8, 1, 1), (None, 1, 1e6, 1), ("", 4, 64, 4), ("3", 1, 1, 3)],
 )
 def test_compilers_run_side_by_side_as_cores_and_memory_allow(setup_file, max_jobs, cores, gigabytes, wanted):
-    free = min(gigabytes * 1e9, 1e15)
-    assert setup_file.job_count(max_jobs, cores, free) == wanted
-
-
-@pytest.mark.parametrize("max_jobs", ["0", "-1", "two", "²"])
-def test_a_wrong_number_of_jobs_is_refused(setup_file, max_jobs):
-    with pytest.raises(SystemExit, match=f"found MAX_JOBS='{max_jobs}', wanted a number of at least 1"):
-        setup_file.job_count(max_jobs, 4, 1e12)
+    assert setup_file.job_count(max_jobs, cores, gigabytes * 1e9) == wanted
 
 
 def compile_library(path, source):
@@ -257,59 +219,42 @@ REPORT = (
 
 @needs_compiler
 @pytest.mark.slow
-def test_env_reports_a_library_that_registers_nothing(tmp_path):
+def test_env_reports_a_library_that_registers_nothing_and_one_that_is_missing(tmp_path):
     library = compile_library(tmp_path / "empty.so", "int f() { return 1; }")
     out = python(REPORT, EPG_EXTENSION=str(library))
     assert f"not available (from another version of epg_fast: {library} has interface none, not " in out
     assert out.endswith("False\n")
-
-
-@pytest.mark.slow
-def test_env_reports_a_chosen_library_that_is_missing(tmp_path):
     out = python(REPORT, EPG_EXTENSION=str(tmp_path / "absent.so"))
     assert "not available (not found: EPG_EXTENSION is " in out and "absent.so, which is not a file" in out
 
 
 @pytest.mark.parametrize(
-    ("architectures", "capability", "wanted"),
+    ("architectures", "runs", "lacks"),
     [
-        ("8.0 9.0a 10.0+PTX", (8, 0), True),
-        ("8.0 9.0a 10.0+PTX", (8, 9), True),
-        ("8.0 9.0a 10.0+PTX", (9, 0), True),
-        ("8.0 9.0a 10.0+PTX", (10, 3), True),
-        ("8.0 9.0a 10.0+PTX", (12, 0), True),
-        ("8.0 9.0a 10.0+PTX", (7, 5), False),
-        ("8.0 9.0a", (10, 0), False),
-        ("8.0 9.0a", (9, 1), False),
-        ("8.6", (8, 0), False),
-        ("8.0+PTX", (9, 0), True),
-        ("9.0a+PTX", (10, 0), False),
-        ("", (9, 0), False),
+        ("8.0 9.0a 10.0+PTX", [(8, 0), (8, 9), (9, 0), (10, 3), (12, 0)], [(7, 5)]),
+        ("8.0 9.0a", [(8, 0), (9, 0)], [(9, 1), (10, 0)]),
+        ("8.6", [(8, 6)], [(8, 0)]),
+        ("8.0+PTX", [(9, 0)], []),
+        ("9.0a+PTX", [(9, 0)], [(10, 0)]),
+        ("", [], [(9, 0)]),
     ],
 )
-def test_which_gpus_a_library_runs_on(architectures, capability, wanted):
-    assert extension.has_code_for(architectures, capability) == wanted
+def test_which_gpus_a_library_runs_on(architectures, runs, lacks):
+    assert all(extension.has_code_for(architectures, capability) for capability in runs)
+    assert not any(extension.has_code_for(architectures, capability) for capability in lacks)
 
 
-@pytest.mark.parametrize(
-    ("with_cuda", "message"),
-    [
-        (
-            True,
-            "on cuda:1, but the extension was built for CUDA architectures 9.0a, not for this GPU's 8.6; run `pip",
-        ),
-        (False, "on cuda:1, but the extension was built without CUDA; put nvcc on PATH and run `pip install"),
-    ],
-)
-def test_a_gpu_that_the_library_was_not_built_for_is_named_with_the_remedy(monkeypatch, with_cuda, message):
+def test_a_gpu_that_the_library_was_not_built_for_is_named_with_the_remedy(monkeypatch):
     x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
     monkeypatch.setattr(extension, "extension_status", lambda: (True, "loaded"))
-    monkeypatch.setattr(extension, "extension_has_cuda", lambda: with_cuda)
     monkeypatch.setattr(extension, "_build_info", lambda: {"cuda_architectures": "9.0a"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    extension._lacks_code_for.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=message):
-            extension.require_extension("euler_step", x)
-    finally:
+    for with_cuda, message in (
+        (True, "built for CUDA architectures 9.0a, not for this GPU's 8.6; run `pip"),
+        (False, "built without CUDA; put nvcc on PATH and run `pip install"),
+    ):
+        monkeypatch.setattr(extension, "extension_has_cuda", lambda with_cuda=with_cuda: with_cuda)
         extension._lacks_code_for.cache_clear()
+        with pytest.raises(ValueError, match=f"on cuda:1, but the extension was {message}"):
+            extension.require_extension("euler_step", x)
+    extension._lacks_code_for.cache_clear()
