@@ -112,7 +112,7 @@ def test_networks_run_in_pure_16_bit_and_under_autocast(dtype):
 
 @pytest.mark.slow
 def test_torch_compile_sees_one_graph(inductor):
-    model = EPGViT(**SIZES, **DECODER)
+    model = EPGViT(**(SIZES | DECODER | {"depth": 1, "decoder_depth": 1}))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     inputs = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
