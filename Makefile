@@ -50,7 +50,7 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(INSTALLED) lint
 	$(BIN)/python tools/size.py
-	$(TESTS) -m 'not slow and not kernels' --budget 100
+	$(TESTS) -m 'not slow and not kernels' --budget 110
 
 test: check
 	$(TESTS) -m 'slow and not kernels' --budget 360

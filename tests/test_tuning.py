@@ -195,6 +195,7 @@ def run_script(monkeypatch, script):
     monkeypatch.setattr(client, "_COMMAND", [sys.executable, "-c", textwrap.dedent(script)])
 
 
+@pytest.mark.slow
 def test_a_worker_that_crashes_or_hangs_is_replaced(monkeypatch):
     run_script(
         monkeypatch,
@@ -223,6 +224,7 @@ def test_a_worker_that_crashes_or_hangs_is_replaced(monkeypatch):
         assert bench.ask("times", "whole", [Variant()]) == [[1.0]]
 
 
+@pytest.mark.slow
 def test_a_worker_in_the_midst_of_a_candidate_ends_with_whoever_asked():
     script = """
         import sys, threading, time
@@ -284,6 +286,7 @@ def test_a_wrong_kernel_is_found(name, monkeypatch):
     assert answer["failed"] == "wrong" and "is allowed" in answer["why"]
 
 
+@pytest.mark.slow
 def test_a_candidate_that_raises_is_out_and_the_worker_goes_on(monkeypatch):
     def raises(*_):
         raise RuntimeError("out of shared\nmemory")
@@ -295,6 +298,7 @@ def test_a_candidate_that_raises_is_out_and_the_worker_goes_on(monkeypatch):
     assert "answer" in worker.answer("check", "encoder", [Variant()])
 
 
+@pytest.mark.slow
 def test_where_memory_holds_one_network_they_are_timed_apart(monkeypatch):
     worker, new, math = tiny_worker("sample"), Worker._new, Variant({"encoder.attention": "math"})
 

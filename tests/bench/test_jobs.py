@@ -58,6 +58,7 @@ def test_random_weights_leave_images_that_differ_and_stay_in_range(heun):
     assert image_error(guided(*heun.start), images)["relative_l2"] > 0.03
 
 
+@pytest.mark.slow
 def test_sampling_has_speed_error_and_shares_of_the_ceilings(heun):
     plain, ours = (attempt(heun, variant(name)) for name in ("plain", "ours"))
     assert plain.error == 0 < 1e-4 < ours.error < 0.05 and ours.details["psnr_db"] > 30 and not ours.note
@@ -67,6 +68,7 @@ def test_sampling_has_speed_error_and_shares_of_the_ceilings(heun):
     assert ours.details["repetitions"] == 3 and ours.peak_memory_bytes is None
 
 
+@pytest.mark.slow
 def test_training_has_speed_the_error_of_its_losses_and_its_longest_operators():
     ladder = training("finetune-diffusion")
     row = attempt(ladder, variant("plain, 16 bits", ladder.variants))
@@ -104,6 +106,7 @@ def test_of_one_image_the_latency_is_reported():
     assert row.unit == "ms" and row.shape == "digits_32, batch 1" and row.median > 0.1
 
 
+@pytest.mark.slow
 def test_what_needs_a_gpu_is_a_row_that_says_so(heun):
     job = training("pretrain")
     job.reference = None
