@@ -220,7 +220,7 @@ class PosthocEmaConfig(_Checked):
     """EMAs of the weights from which one of any length is made after training (`reconstruct-ema`)."""
 
     sigma_rel: list[float] | None = None
-    """Widths of power-function averages to track, relative to the steps made; EDM2 has [0.05,0.10]; `null`: none."""
+    """Widths of power-function EMA to track, relative to the steps made; EDM2 has [0.05,0.10]; `null`: none."""
     every: int = number(10_000, 1)
     """Steps between their snapshots in posthoc_ema/ (2 bytes per weight and width); the last step has one, too."""
 

@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[dict, dict]:
     if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27):
         content, metadata = _read_safetensors(path)
         if isinstance(metadata.get("sigma_rel"), list):
-            raise ValueError(f"{path} is a snapshot of averages; `epg-fast reconstruct-ema` makes weights of them")
+            raise ValueError(f"{path} is a snapshot of post-hoc EMA; `epg-fast reconstruct-ema` makes weights of them")
         return content, metadata
     return _read_pickle(path), {}
 
