@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
             remedy = "; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or rename a file whose name is not UTF-8"
         return _fail(2, f"{error}{remedy}")
     except (OSError, RuntimeError) as error:
-        if os.environ.get("EPG_DEBUG"):
+        read_enough = isinstance(error, BrokenPipeError) and {"-h", "--help"} & {*rest}
+        if read_enough or os.environ.get("EPG_DEBUG"):
             raise
         code = 2 if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1
         return _fail(code, f"{error} (EPG_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else str(error))

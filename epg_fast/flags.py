@@ -54,7 +54,7 @@ def parse(kinds: Sequence[type], argv: Sequence[str], command: str, summary: str
         texts |= found
     for name, _ in given:
         if name not in flags and name != "config":
-            raise ValueError(f"unknown argument {name}{nearest(name, flags)}")
+            raise ValueError(f"unknown argument --{name}{nearest(name, flags)}")
     return [_built(kind(), texts | dict(given)) for kind in kinds]
 
 

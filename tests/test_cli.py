@@ -68,7 +68,7 @@ def test_every_flag_of_every_job_has_a_text_in_its_help(job, capsys):
 MISTAKES = {
     # command: what its one line of error says
     "pretain": "unknown job 'pretain' (did you mean 'pretrain'?)",
-    "pretrain --optimizer.lrr 1": "unknown argument optimizer.lrr (did you mean 'optimizer.lr'?)",
+    "pretrain --optimizer.lrr 1": "unknown argument --optimizer.lrr (did you mean 'optimizer.lr'?)",
     "pretrain --config digit_pretrain": "did you mean 'digits_pretrain'",
     "pretrain --batch_size many": "batch_size: got 'many', want INTEGER",
     "pretrain --batch_size": "batch_size: got 'nothing', want INTEGER",
@@ -388,3 +388,16 @@ def test_the_exit_code_reaches_the_shell(tmp_path, monkeypatch, capsys):
         runpy.run_module("epg_fast", run_name="__main__")
     assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_of_the_help_that_has_seen_enough_is_no_error(monkeypatch, capsys):
+    """`epg-fast sample --help | head`: `console` ends without a word."""
+
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        main(["sample", "--help"])
+    assert capsys.readouterr().err == ""
