@@ -20,6 +20,7 @@ import torch
 
 from epg_fast.evaluation.frechet import Gaussian, gaussian_of
 from epg_fast.evaluation.generative import split_scores
+from epg_fast.evaluation.kernel_distance import KernelDistance, kernel_distance
 
 _POINTS = 10
 
@@ -127,6 +128,35 @@ class Frechet(Figure):
 
     def resampled(self, generator):
         return self.of(_drawn(len(self.features), generator))
+
+
+class Kernel(Figure):
+    """KID of `features` [N, D] against `reference` [M, D], computed on `device`; `facts`: about its subsets."""
+
+    best = "low"
+
+    def __init__(self, reference: torch.Tensor, features: torch.Tensor, device: torch.device):
+        self._sets, self._device = (features, reference), device
+
+    @functools.cached_property
+    def _found(self) -> KernelDistance:
+        return kernel_distance(*self._sets, device=self._device)
+
+    @functools.cached_property
+    def value(self) -> float:
+        return self._found.mean
+
+    @property
+    def facts(self) -> dict:
+        return {"std": self._found.std, "subsets": self._found.subsets, "subset_size": self._found.size}
+
+    @functools.cached_property
+    def effects(self) -> np.ndarray:
+        return self._found.effects
+
+    @functools.cached_property
+    def spread(self) -> float:
+        return self._found.spread
 
 
 class FrechetAtInfinity(Figure):

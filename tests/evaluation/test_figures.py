@@ -1,4 +1,4 @@
-"""Spreads against what chance really does, figures of parts against figures made anew, comparisons with shared noise."""
+"""Spreads against what chance really does, figures of parts against figures made anew, comparisons."""
 
 import numpy as np
 import pytest
