@@ -191,7 +191,9 @@ def test_a_folder_above_the_files_and_one_with_other_kinds_are_refused(tmp_path)
     content = table([png(0)], [0])
     write(tmp_path / "repo" / "data" / "train-0.parquet", content)
     touch(tmp_path / "repo", "README.md", ".cache/x.parquet")
-    refused(tmp_path / "repo", "parquet files in data; pass", f"{tmp_path}/repo/data")
+    refused(tmp_path / "repo", "parquet files in data, wanted", f"pass {tmp_path}/repo/data")
+    with pytest.raises(ValueError, match="`epg-fast prepare-data --layout folder --source .*repo/data` makes class"):
+        ImageFolder(tmp_path / "repo" / "data")
     for split in ("test", "train", "a"):
         write(tmp_path / "converted" / "default" / split / "0000.parquet", content)
     refused(tmp_path / "converted", f"pass {tmp_path}/converted/default/train")
