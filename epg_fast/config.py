@@ -612,6 +612,15 @@ class EvaluateConfig(JudgeConfig):
     """Probe: seed of the noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Probe and reference: where the network runs."""
+    protocol: str | None = None
+    """A result that `output` has written: its images are drawn and judged again, and compared with it. The settings are
+    those in the file; `reference`, `inception`, `dinov2`, `train` and `test` say where the same things are now."""
+    checkpoint: str | None = None
+    """Protocol: where the weights are now; `null`: where they were."""
+    outdir: str | None = None
+    """Protocol: folder for the images, as `sample` fills it; the same command goes on."""
+    page: str | None = None
+    """Samples: HTML file to write the result to, with images and plots (these need matplotlib). It is replaced."""
     output: str | None = None
     """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
     file refused."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from epg_fast.config import EvaluateConfig
 from epg_fast.distributed import resolve_device
 from epg_fast.evaluation.figures import Figure, bootstrap, difference
 from epg_fast.evaluation.judge import Judges, check_judges, open_judges
-from epg_fast.evaluation.record import sampling_record
+from epg_fast.evaluation.protocol import protocol, sampling_record
 from epg_fast.evaluation.rows import Rows, collect, take_rows
 from epg_fast.evaluation.sources import FolderStream, ImageStream, open_stream
 
@@ -27,10 +28,10 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     By a network (`reference` and `inception`, `dinov2`): `fid`, `fid_infinity`, `inception_score`, `precision`,
     `recall`, ... (null, and the reason in `missing`, where the reference has no images). Without (`train` and `test`):
     `accuracy` and `frechet_distance`. Then `spread` (name -> standard error or null), what helps to read the figures,
-    `repeats` and `compared` if asked for, `judges` (networks and references by SHA-256), `protocol` (a sentence) and
-    `sampling` (how the samples were drawn: see `sampling_record`). What can be checked is checked before a network
+    `repeats` and `compared` if asked for, and `protocol`: see there. What can be checked is checked before a network
     runs. Raises ValueError for files that do not fit.
     """
+    begun = time.perf_counter()
     check_judges(config)
     streams = [open_stream(path) for path in (config.samples, config.compare) if path]
     samples = streams[0]
@@ -45,21 +46,27 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     compared = _compared(streams, sampling, figures, judges.figures(rows[1])) if config.compare else {}
     values = {name: figure.value for name, figure in figures.items()}
     missing = dict.fromkeys(judges.missing)
+    spreads = _spreads(figures, config.bootstrap)
     return {
         "kind": "images",
         "samples": str(config.samples),
         **values,
         **missing,
-        "spread": _spreads(figures, config.bootstrap) | missing,
+        "spread": spreads | missing,
         **({"missing": judges.missing} if missing else {}),
         "num_samples": samples.num,
         "image_size": list(samples.size),
         **judges.facts(figures, rows[0], samples.size),
         **({"repeats": parts} if parts else {}),
         **({"compared": compared} if compared else {}),
-        "judges": judges.description,
-        "protocol": f"{judges.sentence(samples.num, samples.size)} {_how_spread(config)}",
-        "sampling": sampling[0],
+        "protocol": protocol(
+            *(judges, config, sampling[0], samples.num, samples.size, device),
+            spread=_how_spread(config),
+            bootstrap=config.bootstrap,
+            repeats=config.repeats,
+            batch_size=config.batch_size,
+            seconds=time.perf_counter() - begun,
+        ),
     }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epg_fast.config import SampleConfig
-from epg_fast.evaluation.record import sampling_record
+from epg_fast.evaluation.protocol import sampling_record
 from epg_fast.models import EPGViT
 from epg_fast.sampling import SamplingEngine
 from epg_fast.sampling.command import requested, resolved
