@@ -57,7 +57,7 @@ def run(config: SampleConfig, expected: Mapping[str, str] | None = None) -> None
     """
     _require_names(config)
     with joined(config.device, "gloo", _PATIENCE) as ranks:
-        _run(config, ranks, expected or {})
+        _run(config, ranks, expected)
 
 
 def check_command(config: SampleConfig) -> None:
@@ -71,7 +71,7 @@ def _require_names(config: SampleConfig) -> None:
         raise ValueError("sample: --checkpoint and --outdir are needed")
 
 
-def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str]) -> None:
+def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None = None) -> None:
     folder, settings = SampleFolder(config.outdir), requested(config)
     ranks.decide(lambda: folder.require(settings))  # before weights are read, which may take long
     model = _generator(config.checkpoint, ranks.device)
@@ -85,7 +85,7 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str]) -> Non
     engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
     settings |= resolved(model, weak, labels, engine)
     using = drawn_with(engine, _alike(settings, ranks))
-    _require_expected(config, settings, expected)
+    _require_expected(config, settings, expected or {})
     outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
     with suitable_threads(engine.model, engine.chosen.threads), folder:
         missing = ranks.decide(lambda: _claim(folder, outputs, engine.batch_size, settings, using))
