@@ -600,8 +600,8 @@ class EvaluateConfig(JudgeConfig):
     repeats: int = number(1, 1)
     """Samples: parts that are judged apart, image by image in the order of the file, such as three of 50000, of which
     EDM's protocol reports the best FID."""
-    batch_size: int = number(64, 1)
-    """Reference: images per network call."""
+    batch_size: int | None = number(None, 1)
+    """Reference: images per network call; `null`: 64. Protocol: also when they are drawn; `null`: as then."""
     probe: str | None = None
     """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
     sigmas: list[float] = field(default_factory=lambda: [0.002, 0.5, 2.0, 5.0])

@@ -83,12 +83,14 @@ def _read(config: EvaluateConfig) -> dict:
     path = Path(config.protocol)
     try:
         result = json.loads(path.read_bytes())
-        judging = result["protocol"]["judging"]
-        {**judging["settings"], **judging["judges"], **result["protocol"]["sampling"], **result["protocol"]["versions"]}
-        height, width = result["image_size"]
+        protocol = result["protocol"]
+        parts = [protocol["sampling"], protocol["versions"], protocol["judging"]["settings"]]
+        if not all(isinstance(part, dict) for part in [*parts, *protocol["judging"]["judges"].values()]):
+            raise TypeError("its parts are no mappings")
+        _, _ = result["image_size"]
     except OSError as error:
         raise ValueError(f"protocol: {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"protocol: {path} is no result with a protocol ({type(error).__name__}: {error}); want a file that "
             "`evaluate --samples ... --output` of this version has written"
@@ -114,6 +116,7 @@ def _judged(config: EvaluateConfig, before: Mapping) -> EvaluateConfig:
     }
     settings |= {name: getattr(config, name) for name in _PATHS if getattr(config, name)}
     settings |= {name: judging[name] for name in ("bootstrap", "repeats", "batch_size") if name in judging}
+    settings |= {"batch_size": config.batch_size} if config.batch_size else {}
     samples = Path(config.outdir) / ("png" if _is_folder(before) else "samples.npz")
     return EvaluateConfig(**settings, samples=str(samples), device=config.device)
 
@@ -123,8 +126,7 @@ def _drawn(config: EvaluateConfig, before: Mapping) -> SampleConfig:
     note, folder = before["protocol"]["sampling"], _is_folder(before)
     changed = {"device": config.device, "npz": not folder, "png": folder}
     changed |= {name: note.get(name) for name in ("precision", "parameterization", "normalization")}
-    if config.checkpoint:
-        changed["checkpoint"] = config.checkpoint
+    changed |= {name: getattr(config, name) for name in ("checkpoint", "batch_size") if getattr(config, name)}
     return sampling.drawn_again(note, config.outdir, **changed)
 
 

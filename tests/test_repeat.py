@@ -243,6 +243,12 @@ def test_a_protocol_that_lacks_a_setting_or_holds_none_is_named(edited, again, o
     fails(capsys, [*again[:2], tmp_path / "old.json", *again[3:]], "does not say how its images were drawn (no ")
 
 
+def test_another_batch_size_is_obeyed_and_named(original, again, capsys):
+    run(*again, "--batch_size", 4)
+    changes = json.loads(capsys.readouterr().out)["repeated"]["protocol"]
+    assert changes == ["sampling.drawn_with.batch_size was 5, now 4", "judging.batch_size was 7, now 4"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -20,6 +20,7 @@ from epg_fast.evaluation.sources import FolderStream, ImageStream, open_stream
 log = logging.getLogger("epg_fast")
 # Normally distributed, of 20 equal pairs one is further apart.
 _STANDARD_ERRORS = 2.0
+_BATCH_SIZE = 64
 
 
 def evaluate_images(config: EvaluateConfig) -> dict:
@@ -31,16 +32,16 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     `repeats` and `compared` if asked for, and `protocol`: see there. What can be checked is checked before a network
     runs. Raises ValueError for files that do not fit.
     """
-    begun = time.perf_counter()
+    begun, batch_size = time.perf_counter(), config.batch_size or _BATCH_SIZE
     check_judges(config)
     streams = [open_stream(path) for path in (config.samples, config.compare) if path]
     samples = streams[0]
     sampling = [sampling_record(stream.path, stream.num) for stream in streams]
     device = resolve_device(config.device if config.reference else "cpu")
-    judges = open_judges(config, samples.size, device, batch_size=config.batch_size)
+    judges = open_judges(config, samples.size, device, batch_size=batch_size)
     for stream in streams:
         _check(config, stream, samples, judges)
-    rows = [_rows(judges, stream, config.batch_size) for stream in streams]
+    rows = [_rows(judges, stream, batch_size) for stream in streams]
     figures = judges.figures(rows[0])
     parts = _repeats(config, judges, rows[0]) if config.repeats > 1 else {}
     compared = _compared(streams, sampling, figures, judges.figures(rows[1])) if config.compare else {}
@@ -64,7 +65,7 @@ def evaluate_images(config: EvaluateConfig) -> dict:
             spread=_how_spread(config),
             bootstrap=config.bootstrap,
             repeats=config.repeats,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             seconds=time.perf_counter() - begun,
         ),
     }

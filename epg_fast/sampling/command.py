@@ -294,8 +294,8 @@ def drawn_again(note: Mapping, outdir: str, **changed) -> SampleConfig:
     lacking = [name for name in (*names, *CHECKSUMS, "drawn_with") if name not in note]
     if lacking or not note["drawn_with"]:
         raise ValueError(f"does not say how its images were drawn (no {', '.join(lacking) or 'drawn_with'})")
-    using, values = note["drawn_with"][-1], {name: note[name] for name in names} | changed | {"outdir": outdir}
-    values["batch_size"] = using["batch_size"]
+    using = note["drawn_with"][-1]
+    values = {name: note[name] for name in names} | {"batch_size": using["batch_size"], "outdir": outdir} | changed
     if using["plan"] is None and using["device"] == Machine.here(resolve_device(changed.get("device", "auto"))).device:
         sites = [f"{site}={backend}" for site, backend in using["ops"].items()]
         values |= {"ops": ",".join(["plain", *sites]), **{k: using[k] for k in ("compile", "cuda_graphs")}}
