@@ -95,7 +95,7 @@ def _read(config: EvaluateConfig) -> dict:
             f"protocol: {path} is no result with a protocol ({type(error).__name__}: {error}); want a file that "
             "`evaluate --samples ... --output` of this version has written"
         ) from None
-    if Path(config.outdir).resolve() in Path(result.get("samples", "")).resolve().parents:
+    if Path(config.outdir).resolve() in Path(result.get("samples") or "").resolve().parents:
         raise ValueError(f"outdir: {config.outdir} holds the images of {path}; choose another --outdir")
     return result
 
@@ -131,7 +131,7 @@ def _drawn(config: EvaluateConfig, before: Mapping) -> SampleConfig:
 
 
 def _is_folder(before: Mapping) -> bool:
-    return not before.get("samples", ".npz").endswith(".npz")
+    return not (before.get("samples") or ".npz").endswith(".npz")
 
 
 def _require_judges(judged: EvaluateConfig, before: Mapping) -> None:

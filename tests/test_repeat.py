@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,6 +130,17 @@ def test_an_interrupted_repeat_goes_on(again, tmp_path, monkeypatch, original):
     assert main(again) == 128 + signal.SIGTERM and not (tmp_path / "now.json").exists()
     monkeypatch.setattr(Outputs, "save_part", save)
     run(*again)
+    assert np.array_equal(images(tmp_path / "again"), images(original / "drawn"))
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_drawing_and_one_judges(original, again, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "epg_fast", *again], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    repeated = json.loads(done.stdout)["repeated"]
+    assert repeated["protocol"] == ["sampling.drawn_with.processes was 1, now 2"]
     assert np.array_equal(images(tmp_path / "again"), images(original / "drawn"))
 
 

@@ -1,6 +1,7 @@
 """Results as one HTML page that needs nothing else: no network, no script, no other file.
 
-`result_page` is that of `evaluate`; `document`, `section`, `table`, `images` and `plot` make others of the same looks.
+`result_page` is that of `evaluate`; `document`, `section`, `table`, `images`, `plots` and others make pages of the same
+looks.
 Whatever is given to them is escaped.
 """
 
@@ -57,7 +58,8 @@ pre { background: var(--card); border: 1px solid var(--line); padding: .6rem .8r
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
 .plots figure { margin: 0; max-width: 100%; }
 .plots figcaption { font-size: .875rem; color: var(--soft); max-width: 26rem; }
-.plots svg { display: block; max-width: 100%; height: auto; fill: currentColor; }
+.plots svg, .plots img { display: block; max-width: 100%; height: auto; }
+.plots svg { fill: currentColor; }
 @media (max-width: 30rem) {
   table { font-size: .8125rem; }
   th, td { padding-right: .45rem; } }
@@ -154,6 +156,13 @@ def images(pixels: np.ndarray, labels: Sequence[int] | None = None) -> str:
     return f'{paragraph(f"The first {len(pixels)}{reduced}.")}<div class="images{small}">\n{"".join(tiles)}</div>\n'
 
 
+def picture(png: bytes, alt: str, caption: str = "") -> str:
+    """A PNG file, such as a plot that was made elsewhere."""
+    data = base64.b64encode(png).decode()
+    about = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{_escaped(alt)}">{about}</figure>\n'
+
+
 def plot(alt: str, caption: str, draw: Callable[[Any], None], width: float = 4.4, height: float = 3.0) -> str:
     """What `draw(axes)` draws on axes of matplotlib, as inline SVG. width, height: inches.
 
@@ -187,6 +196,11 @@ def plot(alt: str, caption: str, draw: Callable[[Any], None], width: float = 4.4
     svg = svg.replace("xlink:href", "href")  # which HTML has without a namespace
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_escaped(alt)}" stroke-linejoin="round" ', 1)
     return f"<figure>{svg}<figcaption>{_escaped(caption)}</figcaption></figure>\n"
+
+
+def plots(drawn: Iterable[str]) -> str:
+    """Plots and pictures beside each other, as far as they have room."""
+    return f'<div class="plots">\n{"".join(drawn)}</div>\n'
 
 
 def protocol_tables(protocol: Mapping) -> list[str]:
@@ -272,7 +286,7 @@ def _plots(result: Mapping) -> str:
     if not draw:
         return ""
     try:
-        return section("Plots", f'<div class="plots">\n{"".join(make() for make in draw)}</div>\n')
+        return section("Plots", plots(make() for make in draw))
     except ImportError:
         return section("Plots", paragraph(_NO_PLOTS))
 
@@ -349,7 +363,7 @@ def _rounded(spread: float | None) -> str | None:
 
 def _shown(value) -> str:
     """A value in a cell of a table, escaped."""
-    if value is None:
+    if value is None or value == "":
         return "&ndash;"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -119,10 +119,16 @@ def test_images_are_those_of_the_file_and_say_what_they_are(judged):
 
 def test_large_images_are_reduced():
     text = page.images(pictures(0, 3, size=300))
-    (first, *_) = Page(text).of("img")
+    first = Page(text).of("img")[0]
     data = base64.b64decode(first["src"].removeprefix("data:image/png;base64,"))
     assert Image.open(io.BytesIO(data)).size == (128, 128) and first["alt"] == "image 0"
     assert "reduced from 300x300 to 128x128 pixels" in text
+
+
+def test_a_picture_that_was_made_elsewhere_is_in_the_page():
+    text = page.document("sweep", [page.section("Plots", page.plots([page.picture(b"PNG", NASTY, "guidance")]))])
+    (image,) = Page(text).of("img")
+    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == b"PNG" and image["alt"] == NASTY
 
 
 def test_what_comes_from_files_stays_text(judged):
