@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -14,6 +15,7 @@ from epg_fast.training.draws import Draws
 from epg_fast.training.measuring import Measurement
 from epg_fast.training.state import RunState
 
+log = logging.getLogger("epg_fast")
 _MOST_IMAGES = 1024
 
 
@@ -105,6 +107,7 @@ class Collapse(Measurement):
 def _fixed_batch(config: PretrainConfig, source: ImageSource, image_size: int, ranks: Ranks) -> dict[str, torch.Tensor]:
     """This rank's images of a batch that is the same at every step, after a resume and with any loader of the run."""
     size = min(config.batch_size, max(_MOST_IMAGES // ranks.world_size, 2) * ranks.world_size)
+    log.info("collapse: reading two views of %d training images", size)
     with PillowLoader(
         source,
         image_size=image_size,

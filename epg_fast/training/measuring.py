@@ -71,8 +71,8 @@ class Measuring:
     def measure(self, names: Collection[str], step: int) -> None:
         """Make those of these names."""
         for measurement in (m for m in self._measurements if m.name in names):
-            begin = time.perf_counter()
             with self._metrics.paused():
+                begin = time.perf_counter()
                 try:
                     figures = measurement.figures()
                 except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 
@@ -19,6 +21,8 @@ from epg_fast.evaluation.probe import (
 from epg_fast.training.measuring import Measurement
 from epg_fast.training.state import RunState
 
+log = logging.getLogger("epg_fast")
+
 
 class Probe(Measurement):
     """Accuracy of a logistic regression on the encoder's features at each noise level; see `evaluation.probe`.
@@ -31,11 +35,15 @@ class Probe(Measurement):
     def __init__(self, state: RunState):
         """Reads the images. Raises ValueError for what `check_probe` refuses, and for an image that cannot be read."""
         self._state = state
-        sources = check_probe(state.config, state.source)
-        numbers = state.config.probe.num
-        self._sets = [_Share(*both, state) for both in zip(sources, numbers, strict=True)]
-        schedule = NoiseSchedule(**vars(state.config.noise))
-        self._features_of = encoder_features(state.stage.network, schedule)
+        chosen = [
+            (source, evenly_chosen(source.labels, num))
+            for source, num in zip(check_probe(state.config, state.source), state.config.probe.num, strict=True)
+        ]
+        log.info(
+            "probe: reading %s", " and ".join(f"{len(places)} images of {source.root}" for source, places in chosen)
+        )
+        self._sets = [_Share(*both, state) for both in chosen]
+        self._features_of = encoder_features(state.stage.network, NoiseSchedule(**vars(state.config.noise)))
 
     def figures(self) -> dict[str, float]:
         ranks, sigmas = self._state.ranks, self._state.config.probe.sigmas
@@ -73,8 +81,8 @@ class Probe(Measurement):
 class _Share:
     """What a rank encodes of a set of images: every so manyth, as many on all ranks, some twice if need be."""
 
-    def __init__(self, source: ImageSource, num: int, state: RunState):
-        ranks, chosen = state.ranks, evenly_chosen(source.labels, num)
+    def __init__(self, source: ImageSource, chosen: np.ndarray, state: RunState):
+        ranks = state.ranks
         self.labels = np.asarray(source.labels, np.int64)[chosen]
         self._count = -(-len(chosen) // ranks.world_size)
         self.places = [i % len(chosen) for i in range(ranks.rank, self._count * ranks.world_size, ranks.world_size)]

@@ -252,6 +252,16 @@ def two_ranks(data, folder):
     kinds = {"ddp": {"parallelism": "ddp"}, "fsdp": {"gradient_accumulation": 2}}
     split = (stays_split, *rank_worker.make_config(data, folder, "none", "pretrain"))
     on_ranks(2, [split, *(run(f"{k}-{m}", m, **fields) for k, fields in kinds.items() for m in (False, True))])
+    for kind, fields in kinds.items():
+        killed(shutil.copytree(folder / f"{kind}-True", folder / f"{kind}-killed"))
+        on_ranks(2, [run(f"{kind}-killed", True, **fields)])
+
+
+def killed(run):
+    """Leave a run as a kill may do, between the checkpoint and the figures of step 2."""
+    shutil.rmtree(run / "checkpoints" / "step_000000003")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 1,' in line or '"lr"' in line))
 
 
 def stays_split(rank, config, job, interference):
@@ -275,6 +285,7 @@ def test_two_ranks_measure_the_same_and_train_as_if_they_did_not(digits, tmp_pat
     want = figures_of(tmp_path / "one")
     assert [step for step, _ in want] == [1, 2, 2, 3, 3]
     for kind in ("ddp", "fsdp"):
+        assert_same_run(tmp_path / f"{kind}-killed", tmp_path / f"{kind}-True")
         got = figures_of(tmp_path / f"{kind}-True")
         assert [(step, set(figures)) for step, figures in got] == [(step, set(figures)) for step, figures in want]
         for (_, figures), (_, wanted) in zip(got, want, strict=True):
