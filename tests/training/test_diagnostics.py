@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from epg_fast.__main__ import main
-from epg_fast.config import CollapseConfig, ProbeConfig
+from epg_fast.config import CollapseConfig, EvaluateConfig, ProbeConfig
 from epg_fast.distributed import joined
+from epg_fast.evaluation import evaluate_probe
 from epg_fast.evaluation.probe import evenly_chosen
+from epg_fast.models import from_pretrained
 from epg_fast.training import loop, measuring
 from epg_fast.training.collapse import alignment, effective_rank, uniformity
 from epg_fast.training.measuring import Measurement, Measuring
@@ -120,6 +122,17 @@ def test_training_is_the_same_bit_for_bit_whether_it_is_measured_or_not(flags, c
     for _, figures in found:
         assert all(math.isfinite(value) for value in figures.values())
     assert_same_run(tmp_path / "measured", tmp_path / "plain")
+
+
+def test_the_last_probe_is_what_evaluate_finds_of_the_weights(command, digits, tmp_path):
+    pytest.importorskip("sklearn")
+    flags = {"precision": "fp32", "probe.num": "[5000,5000]", "collapse.every": 0, "steps": 3}
+    assert main(command(tmp_path, **flags)) == 0
+    config = EvaluateConfig(
+        probe=str(tmp_path), train=str(digits / "train"), test=str(digits / "test"), sigmas=[0.002, 2]
+    )
+    wanted = evaluate_probe(config, from_pretrained(tmp_path))["accuracy"]
+    assert figures_of(tmp_path) == [(3, {f"probe_accuracy/{sigma}": value for sigma, value in wanted.items()})]
 
 
 def test_what_is_compiled_for_training_is_not_compiled_again(command, tmp_path, monkeypatch):
