@@ -349,7 +349,8 @@ def _command(result: Mapping, path: str | os.PathLike | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(str(text), quote=True)
+    # names of files may be no UTF-8
+    return html.escape(str(text).encode(errors="backslashreplace").decode(), quote=True)
 
 
 def _number(value: float) -> str:

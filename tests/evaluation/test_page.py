@@ -145,6 +145,10 @@ def test_what_comes_from_files_stays_text(judged):
     assert not parsed.of("script") and not parsed.of("img") and parsed.text.count("<script>alert(1)</script>") == 12
 
 
+def test_a_name_that_is_no_utf8_can_be_written():
+    assert "a\\udcff" in page.document("a\udcff", []).encode().decode()
+
+
 def test_without_matplotlib_the_page_has_tables_and_says_so(judged, monkeypatch):
     folder, words = judged
 
