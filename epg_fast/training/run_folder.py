@@ -39,6 +39,8 @@ _FREE = (
     "trackio",
     "outdir",
     "preview",
+    "probe",
+    "collapse",
 )
 
 
