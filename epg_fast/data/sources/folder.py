@@ -87,13 +87,11 @@ class ImageFolder(ImageSource):
         """Class folders, or the images of a `flat` folder."""
         if found.parquet and not found.images:
             folder = min(found.parquet, key=lambda name: (split_of(name.rpartition("/")[2]) != "train", name))
-            remedy = f"pass {self.root / folder}"
+            where, remedy = f" in {folder}", f"pass {self.root / folder}"
             if not folder:  # of a reader that takes class folders alone
+                where = ""
                 remedy = f"`epg-fast prepare-data --layout folder --source {self.root}` makes class folders of them"
-            raise ValueError(
-                f"data path: {self.root} has no images, but parquet files {f'in {folder}' if folder else 'itself'}, "
-                f"{_WANTED}; {remedy}"
-            )
+            raise ValueError(f"data path: {self.root} has no images, but parquet files{where}, {_WANTED}; {remedy}")
         self.classes = sorted(folder for folder in found.folders if "/" not in folder)
         self.paths = [path for path in found.images if "/" in path]
         loose = [path for path in found.images if "/" not in path]

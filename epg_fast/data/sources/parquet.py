@@ -202,7 +202,7 @@ def _choose_columns(schema, path: Path) -> _Columns:
         found = ", ".join(f"{field.name} ({field.type})" for field in list(schema)[:12]) or "none"
         raise ValueError(
             f"data path: {path} has the columns {found}; wanted one of encoded images, `image`, and one of class "
-            "indices, `label`; write it again with these names"
+            "indices, `label`; write it again with these names (pyarrow: `rename_columns`)"
         )
     names = features.get(label)
     return _Columns(images[image], label, names if isinstance(names, tuple) else ())
@@ -299,7 +299,7 @@ def _training_set(folder: Path, names: list[str]) -> list[str]:
             f"pass those of one as a pattern, such as '{pattern}'"
         )
     logger.info(
-        "%s: read %d files of the training set (%s, ...), and not %d others (%s, ...); pass '%s' for these",
-        *(folder, len(training), training[0], len(others), others[0], pattern),
+        "%s: the training set is read, files such as %s (%d), and no other split, such as %s (%d): '%s' reads those",
+        *(folder, training[0], len(training), others[0], len(others), pattern),
     )
     return training
