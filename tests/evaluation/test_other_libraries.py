@@ -166,6 +166,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_figures_of_images_with_its_own_inception(library, tmp_path):
     """`calculate_metrics` on images against our network and figures, with random weights in its architecture."""
     path = tmp_path / "weights.pth"
