@@ -22,16 +22,26 @@ PROJECT = "digits"
 @pytest.fixture(params=["wandb", "trackio"])
 def library(request, tmp_path, monkeypatch):
     """Its name; it logs to files of this test."""
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    module = pytest.importorskip(request.param)
+    pytest.importorskip(request.param)
+    in_a_new_process(request.param, monkeypatch, tmp_path / "0")
     yield request.param
-    if request.param == "wandb":
-        module.teardown()  # it would keep to the first folder
+    in_a_new_process(request.param, monkeypatch, tmp_path)
+    if request.param == "trackio":
+        importlib.import_module("trackio").delete_project(PROJECT, force=True)
+
+
+def in_a_new_process(library, monkeypatch, folder):
+    """What the library has in this process goes. A folder, because wandb tells runs of one id apart by the second."""
+    module = importlib.import_module(library)
+    if library == "wandb":
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setenv("WANDB_DIR", str(folder))
+        module.teardown()
         return
     with contextlib.suppress(RuntimeError):  # without a run
         module.finish()
-    module.delete_project(PROJECT, force=True)
 
 
 def of_trackio(_):
@@ -45,9 +55,9 @@ def of_trackio(_):
 
 
 def of_wandb(folder):
-    """Run id -> its lines, of all files that `wandb sync` would send, oldest first."""
+    """Run id -> its lines, of all files that `wandb sync` would send."""
     found = {}
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=os.path.getctime):
+    for path in sorted(folder.glob("?/wandb/offline-run-*/*.wandb")):
         for record in records(path):
             if record.WhichOneof("record_type") == "run":
                 run = record.run.run_id
@@ -81,8 +91,9 @@ def test_a_run_that_was_killed_goes_on_as_the_same_run(library, tiny_run, tmp_pa
     with monkeypatch.context() as patch:
         crash_after_save(patch, 2)
         assert main(command) == 1
-    importlib.import_module(library).finish()
+    in_a_new_process(library, monkeypatch, tmp_path / "1")
     assert main(command) == 0
+    in_a_new_process(library, monkeypatch, tmp_path)  # what is still on its way is written
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     ((run, logged),) = {"wandb": of_wandb, "trackio": of_trackio}[library](tmp_path).items()
     assert run == (out / f".{library}").read_text() if library == "wandb" else run.startswith("run-")
@@ -90,12 +101,14 @@ def test_a_run_that_was_killed_goes_on_as_the_same_run(library, tiny_run, tmp_pa
     assert logged == lines
 
 
-def test_folders_of_one_name_are_two_runs_and_so_is_one_that_begins_anew(library, tmp_path):
+def test_folders_of_one_name_are_two_runs_and_so_is_one_that_begins_anew(library, tmp_path, monkeypatch):
     config = DiffusionConfig(**{library: PROJECT})
-    for folder, step in (("a", 0), ("b", 0), ("a", 3), ("b", 0)):
+    for i, (folder, step) in enumerate((("a", 0), ("b", 0), ("a", 3), ("b", 0))):
+        in_a_new_process(library, monkeypatch, tmp_path / f"{i}")
         (logger,) = open_loggers(config, tmp_path / folder / "run", step)
         logger.log({"loss": 1.0}, step=step + 1)
         logger.finish()
+    in_a_new_process(library, monkeypatch, tmp_path)
     found = {"wandb": of_wandb, "trackio": of_trackio}[library](tmp_path)
     assert sorted([line["step"] for line in lines] for lines in found.values()) == [[1], [1], [1, 4]]
 
