@@ -559,34 +559,51 @@ class TunedSampleConfig(SampleConfig):
 
 
 @dataclass
-class EvaluateConfig(_Checked):
-    """Judge samples against real images, or probe an encoder. Needs scikit-learn, but for `reference`."""
+class JudgeConfig(_Checked):
+    """What images are judged by: networks and a reference, or small real images without any network."""
 
-    samples: str | None = None
-    """samples.npz of `sample` or a folder of images, to judge by `reference` and `inception`, or by `train` and `test`
-    (these need class folders)."""
     reference: str | None = None
-    """Samples: reference npz of ADM's evaluation (arr_0, or mu and sigma, may be missing) or a folder of images, for
-    FID, Inception Score, precision and recall."""
+    """Reference npz of ADM's evaluation (arr_0, or mu and sigma, may be missing), samples.npz or a folder of images,
+    for FID, KID, Inception Score, precision and recall."""
     inception: str | None = None
-    """Samples: network for `reference`: inception-2015-12-05.pt of NVIDIA, or torch-fidelity's
+    """Network for `reference`: inception-2015-12-05.pt of NVIDIA, or torch-fidelity's
     weights-inception-2015-12-05-6726825d.pth (needs torch-fidelity)."""
-    batch_size: int = number(64, 1)
-    """Reference: images per network call."""
+    dinov2: str | None = None
+    """Network for FD-DINOv2 and others: a name of torch-fidelity's such as dinov2-vit-l-14 (needs torch-fidelity), or a
+    TorchScript file that makes features of uint8 images."""
     splits: int = number(10, 1)
     """Reference: parts of the samples over which the Inception Score is averaged."""
     neighbors: int = number(3, 1)
     """Reference: the balls of precision and recall reach to this nearest neighbour."""
-    probe: str | None = None
-    """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
     train: str = ""
     """Folder of class folders: real images that classifier, PCA and probe are fitted on (without `reference`)."""
     test: str = ""
     """Folder of class folders: held-out real images (without `reference`)."""
     size: int = number(8, 1, 256)
-    """Samples and `train`: images are compared as size x size grayscale."""
+    """`train`: images are compared as size x size grayscale."""
     components: int = 20
-    """Samples and `train`: dimensions of the PCA."""
+    """`train`: dimensions of the PCA."""
+
+
+@dataclass
+class EvaluateConfig(JudgeConfig):
+    """Judge samples against real images, or probe an encoder. Needs scikit-learn, but for `reference`."""
+
+    samples: str | None = None
+    """samples.npz of `sample` or a folder of images, to judge by `reference` and `inception`, or by `train` and `test`
+    (these need class folders)."""
+    compare: str | None = None
+    """Other samples: whether they differ from `samples` by more than chance would have it."""
+    bootstrap: int = number(20, 0)
+    """Samples: sets drawn from the images with repetition, whose figures' deviation is the spread; 0: first-order
+    estimates, which take no time."""
+    repeats: int = number(1, 1)
+    """Samples: parts that are judged apart, image by image in the order of the file, such as three of 50000, of which
+    EDM's protocol reports the best FID."""
+    batch_size: int = number(64, 1)
+    """Reference: images per network call."""
+    probe: str | None = None
+    """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
     sigmas: list[float] = field(default_factory=lambda: [0.002, 0.5, 2.0, 5.0])
     """Probe: unshifted noise levels."""
     normalization: Literal["auto", "imagenet", "simple"] = "auto"
@@ -598,6 +615,11 @@ class EvaluateConfig(_Checked):
     output: str | None = None
     """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
     file refused."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bootstrap == 1:
+            raise ValueError("bootstrap is 1, want 0, or at least 2 sets, which have a deviation")
 
 
 @dataclass

@@ -107,6 +107,16 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_to_main(self, value: T) -> list[T] | None:
+        """The picklable `value` of every rank, in rank order, on the main rank; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.world_size if self.main else None
+        dist.gather_object(value, values)
+        return values
+
     def gather_tensors(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start to gather [B, ...] of this rank; the result waits for [world_size * B, ...], without a gradient."""
         tensor = tensor.detach().contiguous()

@@ -1,4 +1,4 @@
-"""Figures of generated images from features of them: Inception Score, precision and recall, and FID's moments."""
+"""Figures of generated images from what a network says of them: Inception Score, precision and recall."""
 
 from __future__ import annotations
 
@@ -9,33 +9,6 @@ from tqdm import tqdm
 _ROWS, _COLUMNS = 2048, 8192
 
 
-class RunningMoments:
-    """Mean and covariance of rows that come in batches, in float64. `num`: rows so far.
-
-    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
-    """
-
-    def __init__(self, dim: int):
-        self.num, self.mean = 0, np.zeros(dim)
-        self._scatter = np.zeros((dim, dim))
-
-    def update(self, rows: np.ndarray) -> None:
-        """Add rows [B, D]."""
-        rows = np.asarray(rows, dtype=np.float64)
-        mean = rows.mean(axis=0)
-        centred, step, total = rows - mean, mean - self.mean, self.num + len(rows)
-        self._scatter += centred.T @ centred
-        self._scatter += np.outer(step, step) * (self.num * len(rows) / total)
-        self.mean = self.mean + step * (len(rows) / total)
-        self.num = total
-
-    def covariance(self) -> np.ndarray:
-        """Covariance [D, D] with divisor `num - 1`, as FID takes it. Raises ValueError for fewer than two rows."""
-        if self.num < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.num}")
-        return self._scatter / (self.num - 1)
-
-
 def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation over `splits` of exp(E KL(p(y|x) || p(y))), in float64.
 
@@ -44,19 +17,31 @@ def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) 
     ADM's evaluator takes 5000 at a time in the order of the file. Raises ValueError for fewer images than splits.
     Source: Salimans et al., "Improved techniques for training GANs", 2016.
     """
+    scores, _ = split_scores(probabilities, splits, seed)
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def split_scores(probabilities: np.ndarray, splits: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(score of each split [splits], first-order effect of each image on their mean [N]); see `inception_score`.
+
+    The mean of p(y) moves with the images, but to first order that changes no score: an image's effect is the score
+    times what its own divergence exceeds the mean by.
+    """
     if np.ndim(probabilities) != 2 or not 1 <= splits <= len(probabilities):
         raise ValueError(
             f"splits is {splits}, want 1 to the number of images of probabilities [N, C], got "
             f"{list(np.shape(probabilities))}"
         )
     order = np.random.default_rng(seed).permutation(len(probabilities))
-    scores = []
-    for chosen in np.array_split(order, splits):
+    scores, effects = np.empty(splits), np.empty(len(probabilities))
+    for number, chosen in enumerate(np.array_split(order, splits)):
         p = np.asarray(probabilities[chosen], dtype=np.float64)
         # 0 log 0 = 0
         log_ratio = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(p > 0, p.mean(axis=0), 1.0))
-        scores.append(np.exp((p * log_ratio).sum(axis=1).mean()))
-    return float(np.mean(scores)), float(np.std(scores))
+        divergence = (p * log_ratio).sum(axis=1)
+        scores[number] = np.exp(divergence.mean())
+        effects[chosen] = scores[number] * (divergence - divergence.mean())
+    return scores, effects
 
 
 def precision_recall(
@@ -76,15 +61,15 @@ def precision_recall(
         raise ValueError(f"expected features [M, D] and [N, D], got {list(real.shape)} and {list(fake.shape)}")
     if not 1 <= k < min(len(real), len(fake)):
         raise ValueError(f"k is {k}, want at least 1 and fewer than the {len(real)} real and {len(fake)} fake images")
-    precision = _covered(fake, real, _squared_radii(real, k, device), device).double().mean()
-    recall = _covered(real, fake, _squared_radii(fake, k, device), device).double().mean()
+    precision = covered(fake, real, squared_radii(real, k, device), device).double().mean()
+    recall = covered(real, fake, squared_radii(fake, k, device), device).double().mean()
     return float(precision), float(recall)
 
 
-def _squared_radii(points: torch.Tensor, k: int, device) -> torch.Tensor:
+def squared_radii(points: torch.Tensor, k: int, device) -> torch.Tensor:
     """Squared distance [N] of each point to the k-th nearest other one, on the CPU."""
     radii = torch.empty(len(points), dtype=torch.float64)
-    for rows in tqdm(_slices(len(points), _ROWS), desc="neighbours", unit="block"):
+    for rows in tqdm(_slices(len(points), _ROWS), desc="neighbours", unit="block", leave=False):
         nearest = torch.full((rows.stop - rows.start, k), torch.inf, dtype=torch.float64, device=device)
         for columns in _slices(len(points), _COLUMNS):
             distance, _ = _squared_distances(points[rows], points[columns], device)
@@ -95,15 +80,15 @@ def _squared_radii(points: torch.Tensor, k: int, device) -> torch.Tensor:
     return radii
 
 
-def _covered(points: torch.Tensor, centres: torch.Tensor, squared_radii: torch.Tensor, device) -> torch.Tensor:
+def covered(points: torch.Tensor, centres: torch.Tensor, squared_radii: torch.Tensor, device) -> torch.Tensor:
     """Whether each point [N] lies in the ball around any centre."""
-    covered = torch.zeros(len(points), dtype=torch.bool)
-    for rows in tqdm(_slices(len(points), _ROWS), desc="coverage", unit="block"):
+    inside_any = torch.zeros(len(points), dtype=torch.bool)
+    for rows in tqdm(_slices(len(points), _ROWS), desc="coverage", unit="block", leave=False):
         for columns in _slices(len(centres), _COLUMNS):
             distance, rounding = _squared_distances(points[rows], centres[columns], device)
             inside = distance <= squared_radii[columns].to(device) + rounding
-            covered[rows] |= inside.any(dim=1).cpu()
-    return covered
+            inside_any[rows] |= inside.any(dim=1).cpu()
+    return inside_any
 
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from epg_fast.data import ImageFolder, ImageSource
@@ -29,6 +30,11 @@ def load_images(source: str | os.PathLike, size: int) -> tuple[np.ndarray, np.nd
         features.append(_gray_vector(image, size))
         labels.append(label)
     return np.stack(features), np.array(labels, dtype=np.int64)
+
+
+def gray_vectors(images: torch.Tensor, size: int) -> np.ndarray:
+    """Images uint8 [N, 3, H, W] as `load_images` gives them: float64 [N, size*size] in [0, 1]."""
+    return np.stack([_gray_vector(Image.fromarray(image), size) for image in images.permute(0, 2, 3, 1).numpy()])
 
 
 def stored_size(source: str | os.PathLike) -> int:

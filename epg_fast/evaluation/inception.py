@@ -12,7 +12,6 @@ Both resize the images to 299 x 299 themselves, as the TensorFlow graph does.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import warnings
 import zipfile
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 import torch
 
 from epg_fast.evaluation.extras import import_extra
+from epg_fast.evaluation.sources import sha256
 from epg_fast.runtime import float32_products
 
 _WANTED = (
@@ -47,7 +47,7 @@ class FeatureNetwork:
         self.description = {
             "kind": self.kind,
             "path": str(path),
-            "sha256": _sha256(path),
+            "sha256": sha256(path),
             "num_features": self.num_features,
         }
 
@@ -148,14 +148,6 @@ def _check_state_dict(path: str | os.PathLike) -> None:
     if not isinstance(weights, dict) or not names <= weights.keys():
         found = list(weights)[:3] if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(f"{path} holds no weights of Inception (found {found}); {_WANTED}")
-
-
-def _sha256(path: str | os.PathLike) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from epg_fast.config import EvaluateConfig
 from epg_fast.distributed import resolve_device
-from epg_fast.evaluation import evaluate_fid, evaluate_probe, evaluate_samples
+from epg_fast.evaluation import evaluate_images, evaluate_probe
 from epg_fast.files import check_writable, differences, write_atomically
 from epg_fast.models import create_encoder, from_pretrained, list_presets
 
@@ -48,32 +48,12 @@ def load_encoder(config: EvaluateConfig) -> tuple[torch.nn.Module, str | None]:
 def _chosen(config: EvaluateConfig):
     if bool(config.samples) == bool(config.probe):
         raise ValueError("evaluate: pass either --samples (images to judge) or --probe (an encoder to judge)")
-    real = [name for name in ("train", "test") if getattr(config, name)]
-    network = [name for name in ("reference", "inception") if getattr(config, name)]
     if config.probe:
+        network = [name for name in ("reference", "inception", "dinov2", "compare") if getattr(config, name)]
         if network:
             raise ValueError(f"evaluate: got --{network[0]} with --probe; it goes with --samples")
         return lambda config: evaluate_probe(config, *load_encoder(config))
-    if network and real:
-        raise ValueError(
-            f"evaluate: got --{network[0]} and --{real[0]}; pass --reference and --inception (FID and others) or "
-            "--train and --test (small data, without a pre-trained network)"
-        )
-    if not network and not real:
-        raise ValueError(
-            "evaluate: got --samples alone; pass --reference and --inception as well (FID and others), or --train and "
-            "--test (small data, without a pre-trained network)"
-        )
-    if network == ["reference"]:
-        raise ValueError(
-            "evaluate: got --reference without --inception; pass the path of inception-2015-12-05.pt (NVIDIA) or "
-            "weights-inception-2015-12-05-6726825d.pth (torch-fidelity)"
-        )
-    if network == ["inception"]:
-        raise ValueError(
-            "evaluate: got --inception without --reference; pass ADM's reference npz, samples.npz or a folder of images"
-        )
-    return evaluate_fid if network else evaluate_samples
+    return evaluate_images
 
 
 def _settings(config: EvaluateConfig) -> dict:

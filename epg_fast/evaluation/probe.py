@@ -15,7 +15,7 @@ from epg_fast.diffusion import NoiseSchedule, PixelNormalization, shift
 from epg_fast.diffusion.denoiser import per_sample, precondition
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image
-from epg_fast.evaluation.samples import check_folders
+from epg_fast.evaluation.small import check_folders
 
 Features = Callable[[torch.Tensor, float], torch.Tensor]
 LabeledImages = tuple[torch.Tensor, np.ndarray]
@@ -29,7 +29,7 @@ def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: st
     (`from_pretrained`), else imagenet. Keys: `accuracy` ({sigma: share}), sizes, `protocol`. Raises ValueError for
     missing folders, for classes that do not line up and for sigmas <= 0.
     """
-    check_folders(config, config.probe, "probe")
+    check_folders(config)
     size = encoder.image_size
     train, test = load_rgb(config.train, size), load_rgb(config.test, size)
     metadata = getattr(encoder, "metadata", {})

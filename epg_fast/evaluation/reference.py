@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
+from epg_fast.distributed import Ranks
+from epg_fast.evaluation.frechet import Gaussian, RunningMoments
 from epg_fast.evaluation.npz import Npz
-from epg_fast.evaluation.sources import ImageStream, NpzStream, open_stream
+from epg_fast.evaluation.sources import ImageStream, NpzStream, open_stream, sha256
+from epg_fast.files import open_atomically
+
+MOST_COMPARED = 50_000
+"""Precision, recall and KID keep all features: of larger sets they take images at even distances."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +30,22 @@ class Reference:
     At least one of the two is there.
     """
 
+    path: str | os.PathLike
     statistics: tuple[np.ndarray, np.ndarray] | None
     images: ImageStream | None
+
+    @property
+    def identity(self) -> dict:
+        """What tells it from other references, for JSON."""
+        return self.images.identity if self.images else {"path": str(self.path), "sha256": sha256(self.path)}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A reference as a network sees it: `gaussian` of all features, and `features` [M, D] of at most MOST_COMPARED."""
+
+    gaussian: Gaussian
+    features: torch.Tensor | None
 
 
 def open_reference(path: str | os.PathLike, num_features: int, size: tuple[int, int]) -> Reference:
@@ -32,19 +57,86 @@ def open_reference(path: str | os.PathLike, num_features: int, size: tuple[int, 
     Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
     """
     if Path(path).is_dir() or not Path(path).exists():
-        reference = Reference(None, open_stream(path))
+        reference = Reference(path, None, open_stream(path))
     else:
         file = Npz(path)
         if not {"arr_0", "mu", "sigma"} & set(file.names):
             raise ValueError(f"{path}: expected arr_0 (images), or mu and sigma (statistics), found {file.names}")
         stored = "mu" in file.names or "sigma" in file.names
-        reference = Reference(
-            _statistics(file, num_features) if stored else None, NpzStream(path) if "arr_0" in file.names else None
-        )
+        statistics = _statistics(file, num_features) if stored else None
+        reference = Reference(path, statistics, NpzStream(path) if "arr_0" in file.names else None)
     if reference.images and reference.images.size != size:
         got, wanted = ("x".join(map(str, (w, h))) for h, w in (reference.images.size, size))
         raise ValueError(f"{path}: its images are {got}, the samples {wanted}; take a reference of the samples' size")
     return reference
+
+
+def see(
+    reference: Reference,
+    features_of: Callable[[torch.Tensor], torch.Tensor],
+    num_features: int,
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> Seen | None:
+    """Show the reference's images to a network, a share on each rank; the main rank alone returns what was seen.
+
+    `features_of`: uint8 [B, 3, H, W] -> float32 [B, D] on the CPU. Moments are summed in float64 on `device`.
+    """
+    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    images, features = reference.images, None
+    moments = RunningMoments(num_features, device)
+    if images:
+        kept = np.linspace(0, images.num - 1, min(images.num, MOST_COMPARED)).round().astype(int)
+        places = np.full(images.num, -1)
+        places[kept] = np.arange(len(kept))
+        own: list[tuple[np.ndarray, torch.Tensor]] = []
+        batches = images.batches(batch_size, rank, world)
+        number = -(-images.num // batch_size // world)
+        for part, batch in tqdm(batches, total=number, desc="reference", unit="batch", leave=False, disable=rank > 0):
+            found = features_of(batch)
+            moments.update(found)
+            chosen = places[part] >= 0
+            own.append((places[part][chosen], found[torch.from_numpy(chosen)]))
+        everyone = ranks.gather_to_main((moments.to("cpu"), own)) if ranks else [(moments, own)]
+        if everyone is None:
+            return None
+        moments, features = RunningMoments(num_features, device), torch.empty(len(kept), num_features)
+        for theirs, parts in everyone:
+            moments.merge(theirs)
+            for places_of, found in parts:
+                features[torch.from_numpy(places_of)] = found
+    elif rank:
+        return None
+    if reference.statistics is None:
+        return Seen(moments.gaussian(), features)
+    mean, covariance = (torch.from_numpy(array).to(device) for array in reference.statistics)
+    return Seen(Gaussian(mean, covariance), features)
+
+
+def kept_seen(path: Path, device: torch.device) -> Seen | None:
+    """What `keep_seen` has written to `path`; None where there is nothing."""
+    if not path.exists():
+        return None
+    file = Npz(path)
+    mean, covariance = (torch.from_numpy(file.array(name).copy()).to(device) for name in ("mu", "sigma"))
+    features = torch.from_numpy(file.array("features").copy()) if "features" in file.names else None
+    return Seen(Gaussian(mean, covariance), features)
+
+
+def keep_seen(path: Path, seen: Seen) -> None:
+    """Write what was seen, as `mu`, `sigma` and `features`."""
+    arrays = {"mu": seen.gaussian.mean.cpu().numpy(), "sigma": seen.gaussian.covariance.cpu().numpy()}
+    if seen.features is not None:
+        arrays["features"] = seen.features.numpy()
+    with open_atomically(path) as file:
+        np.savez(file, **arrays)
+
+
+def file_name(identity: dict) -> str:
+    """The name under which what is seen of such a reference by such a network is kept."""
+    text = json.dumps(identity, sort_keys=True)
+    return f"reference_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
 
 def _statistics(file: Npz, dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +24,22 @@ _DECODERS = 4
 class ImageStream(abc.ABC):
     """Images of one size in a fixed order, of which a batch at a time is in memory.
 
-    `path`: where they are. `num`: how many. `size`: (height, width) in pixels.
+    `path`: where they are. `num`: how many. `size`: (height, width) in pixels. `labels`: class indices int64 [N], or
+    None where the source does not say. `identity`: what tells it from other images, for JSON.
     """
 
     path: Path
     num: int
     size: tuple[int, int]
+    labels: np.ndarray | None
+    identity: dict
 
     @abc.abstractmethod
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Yield all images in order as uint8 [B, 3, H, W]. Raises ValueError for what cannot be read."""
+    def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (which images, the images as uint8 [B, 3, H, W]) of batches first, first + step, ... in order.
+
+        Raises ValueError for what cannot be read.
+        """
 
 
 class NpzStream(ImageStream):
@@ -41,10 +49,24 @@ class NpzStream(ImageStream):
         self.path, self._file = Path(path), Npz(path)
         self.num, *size = self._file.images()
         self.size = tuple(size)
+        self.labels = self._read_labels() if "arr_1" in self._file.names else None
 
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        for batch in self._file.batches("arr_0", batch_size):
-            yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
+    @functools.cached_property
+    def identity(self) -> dict:
+        return {"path": str(self.path), "sha256": sha256(self.path)}
+
+    def _read_labels(self) -> np.ndarray:
+        labels = self._file.array("arr_1")
+        if labels.shape != (self.num,) or not np.issubdtype(labels.dtype, np.integer):
+            got = f"{labels.dtype} {list(labels.shape)}"
+            raise ValueError(f"{self.path}: arr_1 must hold {self.num} integers, got {got}")
+        return labels.astype(np.int64)
+
+    def batches(self, batch_size, first=0, step=1):
+        for number, batch in enumerate(self._file.batches("arr_0", batch_size)):
+            if number % step == first:
+                start = number * batch_size
+                yield slice(start, start + len(batch)), torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
 
 class FolderStream(ImageStream):
@@ -55,12 +77,18 @@ class FolderStream(ImageStream):
         self.num = len(self._files)
         width, height = read_image(self._files, 0).size
         self.size = height, width
+        self.labels = np.array(self._files.labels, np.int64)
+        self.classes = self._files.classes
 
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+    @functools.cached_property
+    def identity(self) -> dict:
+        return {"path": str(self.path), "fingerprint": self._files.fingerprint()}
+
+    def batches(self, batch_size, first=0, step=1):
         with ThreadPoolExecutor(_DECODERS) as pool:
-            for start in range(0, self.num, batch_size):
-                images = pool.map(self._pixels, range(start, min(start + batch_size, self.num)))
-                yield torch.stack(list(images))
+            for start in range(first * batch_size, self.num, step * batch_size):
+                part = slice(start, min(start + batch_size, self.num))
+                yield part, torch.stack(list(pool.map(self._pixels, range(part.start, part.stop))))
 
     def _pixels(self, i: int) -> torch.Tensor:
         image: Image.Image = read_image(self._files, i)
@@ -70,6 +98,15 @@ class FolderStream(ImageStream):
                 f"{self.size[1]}x{self.size[0]}; give images of one size (epg-fast prepare-data crops them)"
             )
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def open_stream(path: str | os.PathLike) -> ImageStream:

@@ -9,7 +9,7 @@ import torch.nn as nn
 from PIL import Image
 
 from epg_fast.config import EvaluateConfig
-from epg_fast.evaluation import evaluate_probe, evaluate_samples
+from epg_fast.evaluation import evaluate_images, evaluate_probe
 from epg_fast.evaluation.extras import import_extra
 from tests.evaluation.samples import save_npz, save_pngs
 
@@ -29,7 +29,7 @@ def config(digits, **fields):
 def real_result(digits, arrays, tmp_path_factory):
     path = tmp_path_factory.mktemp("real") / "samples.npz"
     save_npz(enlarged(arrays[0][::3]), arrays[1][::3], path, sampler="heun", steps=18, s_max=float("inf"))
-    return evaluate_samples(config(digits, samples=str(path)))
+    return evaluate_images(config(digits, samples=str(path)))
 
 
 def test_enlarged_real_digits_score_like_real_ones(real_result):
@@ -56,7 +56,7 @@ def test_class_means_pass_the_accuracy_and_fail_the_distance(digits, arrays, tmp
     means = np.stack([train_x[train_y == label].mean(axis=0) for label in range(10)])
     labels = np.repeat(np.arange(10), 40)
     save_pngs(enlarged(means)[labels], labels, tmp_path)
-    result = evaluate_samples(config(digits, samples=str(tmp_path)))
+    result = evaluate_images(config(digits, samples=str(tmp_path)))
     assert result["accuracy"] == 1 and result["frechet_distance"] > 1.2
     assert result["sampling"]["sampler"] is None and result["sampling"]["num"] == 400
     baselines = real_result["baselines"]
@@ -65,7 +65,7 @@ def test_class_means_pass_the_accuracy_and_fail_the_distance(digits, arrays, tmp
 
 
 def test_samples_of_the_real_size_are_compared_as_they_are(digits):
-    result = evaluate_samples(config(digits, samples=str(digits / "test")))
+    result = evaluate_images(config(digits, samples=str(digits / "test")))
     assert result["frechet_distance"] == pytest.approx(0, abs=1e-10)
     assert result["baselines"]["real_resized_frechet_distance"] is None
 
@@ -76,7 +76,6 @@ def test_missing_settings_and_unequal_classes_are_named(digits, arrays, tmp_path
     Image.new("L", (8, 8)).save(tmp_path / "other" / "zero" / "a.png")
     save_pngs(enlarged(arrays[0][:5]), np.full(5, 3), tmp_path / "some")
     for samples, real, test, message in (
-        (None, train, str(digits / "test"), "`samples` is not set"),
         ("x", train, None, "`test` is not set"),
         ("x", train, other, "same class folders.*'zero'"),
         ("x", other, other, "one class, zero, want two at least.*--reference"),
@@ -84,7 +83,7 @@ def test_missing_settings_and_unequal_classes_are_named(digits, arrays, tmp_path
         (str(tmp_path / "some"), train, str(digits / "test"), r"1 class folders and .* 10"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_samples(EvaluateConfig(samples=samples, train=real, test=test))
+            evaluate_images(EvaluateConfig(samples=samples, train=real, test=test))
 
 
 class PixelEncoder(nn.Module):

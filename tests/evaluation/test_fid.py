@@ -8,7 +8,8 @@ import torch
 
 from epg_fast.__main__ import main
 from epg_fast.config import EvaluateConfig
-from epg_fast.evaluation import evaluate_fid, fid, inception_score, precision_recall
+from epg_fast.evaluation import evaluate_images, inception_score, judge, precision_recall
+from epg_fast.evaluation import reference as references
 from epg_fast.evaluation.inception import FeatureNetwork
 from epg_fast.evaluation.reference import open_reference
 from tests.evaluation.samples import save_npz, save_pngs
@@ -65,7 +66,7 @@ def config(files, reference="real.npz", samples="samples.npz", **fields):
 
 @pytest.mark.parametrize(("neighbors", "splits"), [(3, 10), (1, 2)])
 def test_figures_equal_those_of_independent_computations(files, features, neighbors, splits):
-    result = evaluate_fid(config(files, batch_size=7, neighbors=neighbors, splits=splits))
+    result = evaluate_images(config(files, batch_size=7, neighbors=neighbors, splits=splits))
     (fake, probabilities), (real, _) = features(FAKE), features(REAL)
     assert result["fid"] == pytest.approx(frechet(moments(fake), moments(real)), rel=1e-5) and result["fid"] > 10
     score = inception_score(probabilities.numpy(), splits)
@@ -73,30 +74,31 @@ def test_figures_equal_those_of_independent_computations(files, features, neighb
     assert (result["precision"], result["recall"]) == precision_recall(real, fake, neighbors)
     assert precision_recall(real, fake, 1) != precision_recall(real, fake, 3)
     assert result["sampling"].items() >= (NOTE | {"num": 60, "evaluations": None, "checkpoint": None}).items()
-    assert result["inception"]["kind"] == "torchscript" and len(result["inception"]["sha256"]) == 64
+    network = result["judges"]["inception"]["network"]
+    assert network["kind"] == "torchscript" and len(network["sha256"]) == 64
     assert "60 samples of 8x8 pixels, 6 features of the torchscript network" in result["protocol"]
     assert f"FID: against 80 reference images. Inception Score: {splits} splits" in result["protocol"]
 
 
 def test_any_batch_size_and_every_kind_of_reference_give_the_same_figures(files):
-    names = ("fid", "inception_score", "precision", "recall")
-    expected = evaluate_fid(config(files))
+    names = ("fid", "fid_infinity", "inception_score", "precision", "recall")
+    expected = evaluate_images(config(files))
     for reference, batch_size in (("real.npz", 64), ("real.npz", 11), ("folder", 64), ("flat/0000", 80)):
-        result = evaluate_fid(config(files, reference, batch_size=batch_size))
+        result = evaluate_images(config(files, reference, batch_size=batch_size))
         # sums of 80 float64 terms, whose cancellation in a covariance of levels costs some thousand times eps
         assert [result[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-9)
-    assert evaluate_fid(config(files)) == expected
+    assert evaluate_images(config(files)) == expected
 
 
 def test_images_compared_with_themselves_are_perfect(files):
-    result = evaluate_fid(config(files, samples="flat/0000"))
+    result = evaluate_images(config(files, samples="flat/0000"))
     assert result["fid"] == pytest.approx(0, abs=1e-6) and (result["precision"], result["recall"]) == (1, 1)
 
 
 def test_stored_statistics_are_what_fid_is_measured_against(files, features):
     mu, sigma = moments(features(pictures(5, 300, contrast=60))[0])
     np.savez(files / "adm.npz", arr_0=REAL, mu=mu, sigma=sigma, mu_s=np.zeros(9), sigma_s=np.zeros((9, 9)))
-    result = evaluate_fid(config(files, "adm.npz"))
+    result = evaluate_images(config(files, "adm.npz"))
     fake, real = features(FAKE)[0], features(REAL)[0]
     assert result["fid"] == pytest.approx(frechet(moments(fake), (mu, sigma)), rel=1e-5)
     assert result["fid"] != pytest.approx(frechet(moments(fake), moments(real)), rel=0.01)
@@ -107,16 +109,17 @@ def test_stored_statistics_are_what_fid_is_measured_against(files, features):
 def test_without_reference_images_precision_is_null_with_the_reason(files, features):
     mu, sigma = moments(features(REAL)[0])
     np.savez(files / "stats.npz", mu=mu, sigma=sigma)
-    result = evaluate_fid(config(files, "stats.npz"))
-    assert result["fid"] == pytest.approx(evaluate_fid(config(files))["fid"], rel=1e-6)
+    result = evaluate_images(config(files, "stats.npz"))
+    assert result["fid"] == pytest.approx(evaluate_images(config(files))["fid"], rel=1e-6)
     assert result["precision"] is None and result["recall"] is None and result["num_reference_images"] is None
-    assert "no images (arr_0)" in result["precision_recall_missing"]
+    assert "no images (arr_0)" in result["missing"]["precision"]
     assert "Precision and recall: not computed" in result["protocol"]
 
 
 def test_of_large_sets_images_at_even_distances_are_compared(files, features, monkeypatch):
-    monkeypatch.setattr(fid, "_MOST_COMPARED", 21)
-    result = evaluate_fid(config(files, batch_size=13))
+    for module in (judge, references):
+        monkeypatch.setattr(module, "MOST_COMPARED", 21)
+    result = evaluate_images(config(files, batch_size=13))
     fake, real = features(FAKE)[0], features(REAL)[0]
     chosen = [np.linspace(0, n - 1, 21).round().astype(int) for n in (80, 60)]
     assert (result["precision"], result["recall"]) == precision_recall(real[chosen[0]], fake[chosen[1]])
@@ -125,10 +128,11 @@ def test_of_large_sets_images_at_even_distances_are_compared(files, features, mo
 
 
 def test_few_samples_are_said_to_be_few(files, log):
-    evaluate_fid(config(files))
+    evaluate_images(config(files))
     assert not log.messages
     save_npz(FAKE[:6], np.arange(6), files / "few.npz", **NOTE)
-    evaluate_fid(config(files, samples="few.npz", splits=1))
+    result = evaluate_images(config(files, samples="few.npz", splits=1, bootstrap=0))
+    assert result["spread"]["fid"] is None and "fid_infinity" not in result
     assert len(log.messages) == 1 and "6 samples do not determine a covariance of 6 features" in log.messages[0]
 
 
@@ -156,25 +160,27 @@ MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)
     ],
 )
 def test_unsuitable_references_are_refused_before_the_network_runs(files, monkeypatch, arrays, message):
-    monkeypatch.setattr(fid, "_extract", None)
+    monkeypatch.setattr(judge.NetworkJudge, "rows", None)
     np.savez(files / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
-        evaluate_fid(config(files, "bad.npz"))
+        evaluate_images(config(files, "bad.npz"))
 
 
 @pytest.mark.parametrize(
     ("num", "fields", "message"),
     [
-        (9, {}, r"few\.npz holds 9 images, want at least 2 and one per split.*--splits \(now 10\)"),
-        (1, {"splits": 1}, "want at least 2"),
-        (3, {"splits": 1}, r"few\.npz holds 3 images, want more than the 3 neighbours"),
+        (9, {}, r"few\.npz holds 9 images, want at least 10: two, one per split.*--splits \(now 10\)"),
+        (1, {"splits": 1, "neighbors": 1}, "holds 1 images, want at least 2"),
+        (3, {"splits": 1}, "want at least 4: .* more than there are neighbours"),
+        (60, {"repeats": 7}, "repeats is 7, which does not divide the 60 images"),
+        (60, {"repeats": 10}, "holds 6 images in each of the repeats, want at least 10"),
     ],
 )
 def test_too_few_samples_are_refused(files, monkeypatch, num, fields, message):
-    monkeypatch.setattr(fid, "_extract", None)
+    monkeypatch.setattr(judge.NetworkJudge, "rows", None)
     save_npz(FAKE[:num], np.arange(num), files / "few.npz")
     with pytest.raises(ValueError, match=message):
-        evaluate_fid(config(files, samples="few.npz", **fields))
+        evaluate_images(config(files, samples="few.npz", **fields))
 
 
 def test_float32_statistics_become_float64(tmp_path):
@@ -194,6 +200,6 @@ def test_the_command_prints_and_writes_what_was_found(files, capsys):
     result = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out) == result
     assert result.pop("settings")["splits"] == 10
-    assert result == json.loads(json.dumps(evaluate_fid(config(files, "folder"))))
+    assert result == json.loads(json.dumps(evaluate_images(config(files, "folder"))))
     before = out.read_bytes()
     assert main(words) == 0 and out.read_bytes() == before

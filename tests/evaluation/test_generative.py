@@ -1,11 +1,10 @@
-"""Inception Score, precision and recall, and running moments against closed forms and plain loops."""
+"""Inception Score, precision and recall against closed forms and plain loops."""
 
 import numpy as np
 import pytest
 import torch
 
 from epg_fast.evaluation import generative, inception_score, precision_recall
-from epg_fast.evaluation.generative import RunningMoments
 
 
 def brute_force(real, fake, k):
@@ -20,20 +19,6 @@ def brute_force(real, fake, k):
         return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True)) for p in points])
 
     return covered(fake, real), covered(real, fake)
-
-
-def test_batches_of_any_size_give_the_moments_of_the_whole_in_float64():
-    rows = (1000 + np.random.default_rng(0).normal(size=(4096, 2))).astype(np.float32)
-    moments = RunningMoments(2)
-    for batch in np.split(rows, [1, 40, 43, *range(64, 4096, 64)]):
-        moments.update(batch)
-    assert moments.num == 4096
-    assert np.allclose(moments.mean, rows.mean(axis=0, dtype=float), rtol=4096 * np.finfo(float).eps)  # of like terms
-    assert np.allclose(moments.covariance(), np.cov(rows.astype(float), rowvar=False), rtol=1e-9)
-    moments = RunningMoments(2)
-    moments.update(np.ones((1, 2)))
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        moments.covariance()
 
 
 def test_score_is_one_for_equal_answers_and_the_number_of_classes_for_sure_and_balanced_ones():

@@ -26,7 +26,7 @@ FID = "--samples s --reference r --inception i"
     [
         ("", ["--samples", "--probe"]),
         ("--samples s --probe p", ["--samples", "--probe"]),
-        ("--samples s", ["got --samples alone", "--reference", "--train"]),
+        ("--samples s", ["nothing to judge by", "--reference", "--train"]),
         ("--samples s --reference r", ["got --reference without --inception", "inception-2015-12-05.pt"]),
         ("--samples s --inception i", ["got --inception without --reference", "ADM"]),
         (f"{FID} --train t", ["--reference and --train"]),
@@ -36,7 +36,8 @@ FID = "--samples s --reference r --inception i"
         (f"{FID} --splits 0", ["splits is 0, want at least 1"]),
         (f"{FID} --neighbors 0", ["neighbors is 0"]),
         (f"{FID} --batch_size 0", ["batch_size is 0"]),
-        (FID, ["s: no such file or folder"]),
+        (FID, ["reference: r: no such file or folder"]),
+        (f"{FID} --bootstrap 1", ["bootstrap is 1, want 0, or at least 2"]),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_in_one_line(capsys, tmp_path, monkeypatch, words, parts):
@@ -47,9 +48,9 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(capsys, tmp_pa
 
 @pytest.fixture
 def figure(monkeypatch):
-    """Let `evaluate_fid` return the next of these numbers, and count its calls."""
+    """Let `evaluate_images` return the next of these numbers, and count its calls."""
     calls = []
-    monkeypatch.setattr(job, "evaluate_fid", lambda config: {"fid": float(len(calls)), "n": calls.append(1)})
+    monkeypatch.setattr(job, "evaluate_images", lambda config: {"fid": float(len(calls)), "n": calls.append(1)})
     return calls
 
 

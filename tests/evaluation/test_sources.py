@@ -15,10 +15,15 @@ def colors(num=7, height=6, width=6):
 
 def everything(path, batch_size=3):
     stream = open_stream(path)
-    batches = list(stream.batches(batch_size))
+    parts, batches = zip(*stream.batches(batch_size), strict=True)
     assert all(batch.dtype == torch.uint8 and len(batch) <= batch_size for batch in batches)
     images = torch.cat(batches)
     assert stream.num == len(images) and stream.size == images.shape[2:]
+    assert np.array_equal(np.concatenate([np.arange(stream.num)[part] for part in parts]), np.arange(stream.num))
+    # every third batch, as one of three ranks takes them
+    for first in range(3):
+        for part, batch in stream.batches(batch_size, first, 3):
+            assert part.start // batch_size % 3 == first and torch.equal(batch, images[part])
     return images.permute(0, 2, 3, 1).numpy()
 
 

@@ -1,0 +1,144 @@
+"""Samples of a file or folder: their figures, how far these can be trusted, and whether others differ from them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from epg_fast.config import EvaluateConfig
+from epg_fast.distributed import resolve_device
+from epg_fast.evaluation.figures import Figure, bootstrap, difference
+from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.record import sampling_record
+from epg_fast.evaluation.rows import Rows, collect, take_rows
+from epg_fast.evaluation.sources import FolderStream, ImageStream, open_stream
+
+log = logging.getLogger("epg_fast")
+# Normally distributed, of 20 equal pairs one is further apart.
+_STANDARD_ERRORS = 2.0
+
+
+def evaluate_images(config: EvaluateConfig) -> dict:
+    """Figures of `config.samples`, for JSON.
+
+    By a network (`reference` and `inception`, `dinov2`): `fid`, `fid_infinity`, `inception_score`, `precision`,
+    `recall`, ... (null, and the reason in `missing`, where the reference has no images). Without (`train` and `test`):
+    `accuracy` and `frechet_distance`. Then `spread` (name -> standard error or null), what helps to read the figures,
+    `repeats` and `compared` if asked for, `judges` (networks and references by SHA-256), `protocol` (a sentence) and
+    `sampling` (how the samples were drawn: see `sampling_record`). What can be checked is checked before a network
+    runs. Raises ValueError for files that do not fit.
+    """
+    check_judges(config)
+    streams = [open_stream(path) for path in (config.samples, config.compare) if path]
+    samples = streams[0]
+    sampling = [sampling_record(stream.path, stream.num) for stream in streams]
+    device = resolve_device(config.device if config.reference else "cpu")
+    judges = open_judges(config, samples.size, device, batch_size=config.batch_size)
+    for stream in streams:
+        _check(config, stream, samples, judges)
+    rows = [_rows(judges, stream, config.batch_size) for stream in streams]
+    figures = judges.figures(rows[0])
+    parts = _repeats(config, judges, rows[0]) if config.repeats > 1 else {}
+    compared = _compared(streams, sampling, figures, judges.figures(rows[1])) if config.compare else {}
+    values = {name: figure.value for name, figure in figures.items()}
+    missing = dict.fromkeys(judges.missing)
+    return {
+        "kind": "images",
+        "samples": str(config.samples),
+        **values,
+        **missing,
+        "spread": _spreads(figures, config.bootstrap) | missing,
+        **({"missing": judges.missing} if missing else {}),
+        "num_samples": samples.num,
+        "image_size": list(samples.size),
+        **judges.facts(figures, rows[0], samples.size),
+        **({"repeats": parts} if parts else {}),
+        **({"compared": compared} if compared else {}),
+        "judges": judges.description,
+        "protocol": f"{judges.sentence(samples.num, samples.size)} {_how_spread(config)}",
+        "sampling": sampling[0],
+    }
+
+
+def _rows(judges: Judges, stream: ImageStream, batch_size: int) -> Rows:
+    def parts():
+        batches = stream.batches(batch_size)
+        for part, batch in tqdm(batches, total=-(-stream.num // batch_size), desc=stream.path.name, unit="batch"):
+            yield part, judges.rows(batch, None if stream.labels is None else stream.labels[part])
+
+    return collect(parts(), stream.num)
+
+
+def _spreads(figures: dict[str, Figure], times: int) -> dict[str, float | None]:
+    first_order = {name: figure.spread for name, figure in figures.items()}
+    return first_order | (bootstrap(figures, times) if times else {})
+
+
+def _how_spread(config: EvaluateConfig) -> str:
+    if config.bootstrap:
+        return f"Spread: deviation over {config.bootstrap} sets drawn from the samples with repetition, seed 0."
+    return "Spread: standard error, from the first-order effect of each image."
+
+
+def _repeats(config: EvaluateConfig, judges: Judges, rows: Rows) -> dict:
+    """Figures of equal parts of the samples: name -> values, their mean and deviation, and the best of them."""
+    num = len(next(iter(rows.values())))
+    each = num // config.repeats
+    apart = [judges.figures(take_rows(rows, slice(i * each, (i + 1) * each))) for i in range(config.repeats)]
+    found: dict = {"num": config.repeats, "images_each": each}
+    for name in apart[0]:
+        values = [figures[name].value for figures in apart]
+        low = judges.best[name] == "low"
+        best = {"minimum": min(values)} if low else {"maximum": max(values)}
+        found[name] = {"values": values, "mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
+        found[name] |= best
+    return found
+
+
+def _compared(streams: list[ImageStream], sampling: list[dict], ours: dict, others: dict) -> dict:
+    """name -> by how much the other samples exceed ours, the standard error of that, and whether chance explains it."""
+    paired = _share_noise(streams, sampling)
+    found: dict = {"samples": str(streams[1].path), "num_samples": streams[1].num, "same_noise": paired}
+    for name, figure in ours.items():
+        if name in others:
+            change, spread = difference(others[name], figure, paired)
+            differs = None if spread is None else bool(abs(change) > _STANDARD_ERRORS * spread)
+            found[name] = {"value": others[name].value, "difference": change, "spread": spread, "differs": differs}
+    return found
+
+
+def _share_noise(streams: list[ImageStream], sampling: list[dict]) -> bool:
+    """Whether image i of both comes from the same noise and label, as their notes say."""
+    a, b = streams
+    same_labels = a.labels is not None and b.labels is not None and np.array_equal(a.labels, b.labels)
+    seeds = [note["seed"] for note in sampling]
+    return same_labels and None not in seeds and seeds[0] == seeds[1]
+
+
+def _check(config: EvaluateConfig, stream: ImageStream, first: ImageStream, judges: Judges) -> None:
+    if stream.size != first.size:
+        got, wanted = ("x".join(map(str, size[::-1])) for size in (stream.size, first.size))
+        raise ValueError(
+            f"{stream.path}: its images are {got}, those of {first.path} {wanted}; give images of one size"
+        )
+    each, of = stream.num // config.repeats, "images" if config.repeats == 1 else "images in each of the repeats"
+    if stream.num % config.repeats:
+        raise ValueError(f"repeats is {config.repeats}, which does not divide the {stream.num} images of {stream.path}")
+    if each < judges.least:
+        raise ValueError(
+            f"{stream.path} holds {each} {of}, want at least {judges.least}: two, one per split and more than "
+            f"there are neighbours; draw more (the paper's figures are of 50000), or lower --splits (now "
+            f"{config.splits}) or --neighbors (now {config.neighbors})"
+        )
+    judges.check(each)
+    # A folder of a few sampled classes would be numbered 0, 1, ... whatever they are.
+    if config.train and isinstance(stream, FolderStream):
+        wanted = len([path for path in Path(config.train).iterdir() if path.is_dir()])
+        if len(stream.classes) != wanted:
+            raise ValueError(
+                f"{stream.path} has {len(stream.classes)} class folders and {config.train} {wanted}, so that their "
+                "class indices differ; sample every class, or give the samples.npz, which knows its labels"
+            )

@@ -1,0 +1,216 @@
+"""Figures of a set of images, each with its spread: how far it would be off with other images of the same kind.
+
+`spread` is a standard error, found from `effects`: the first-order effect e_i of each image, the derivative of the
+figure by the image's weight. Its square is sum(e_i^2) / N^2 (the infinitesimal jackknife). It costs one pass. The
+bootstrap, `bootstrap`, judges images drawn with repetition again and again and needs no derivative. Effects also say
+how far two sets differ whose images share their noise: image by image, where most of the chance cancels.
+
+Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from epg_fast.evaluation.frechet import Gaussian, gaussian_of
+from epg_fast.evaluation.generative import split_scores
+
+_POINTS = 10
+
+
+class Figure(abc.ABC):
+    """A figure of images that are judged. What it costs is paid when it is first asked for.
+
+    `best`: "low" or "high". `value`: of all images. `effects`: float64 [N], or None where there are none. `spread`:
+    standard error of the value, or None.
+    """
+
+    best = "high"
+
+    @functools.cached_property
+    @abc.abstractmethod
+    def value(self) -> float: ...
+
+    @functools.cached_property
+    def effects(self) -> np.ndarray | None:
+        return None
+
+    @functools.cached_property
+    def spread(self) -> float | None:
+        return None if self.effects is None else _standard_error(self.effects)
+
+    def resampled(self, generator: np.random.Generator) -> float | None:
+        """The figure of as many images, drawn from these with repetition; None where that says nothing."""
+        return None
+
+
+class Mean(Figure):
+    """Mean of something that each image has, or each reference image. `values`: makes it, float or bool [N]."""
+
+    def __init__(self, values: Callable[[], np.ndarray]):
+        self._make = values
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        return np.asarray(self._make(), np.float64)
+
+    @functools.cached_property
+    def value(self) -> float:
+        return float(self.values.mean())
+
+    @functools.cached_property
+    def effects(self) -> np.ndarray:
+        return self.values - self.value
+
+    def resampled(self, generator):
+        return float(self.values[_drawn(len(self.values), generator)].mean())
+
+
+class InceptionScore(Figure):
+    """Mean over `splits` of the score of `probabilities` [N, C]; `deviation` is that over the splits."""
+
+    def __init__(self, probabilities: torch.Tensor, splits: int):
+        self._probabilities, self._splits = probabilities.numpy(), splits
+
+    @functools.cached_property
+    def _scores(self) -> tuple[np.ndarray, np.ndarray]:
+        return split_scores(self._probabilities, self._splits)
+
+    @functools.cached_property
+    def value(self) -> float:
+        return float(self._scores[0].mean())
+
+    @property
+    def deviation(self) -> float:
+        return float(self._scores[0].std())
+
+    @functools.cached_property
+    def effects(self) -> np.ndarray:
+        return self._scores[1]
+
+    def resampled(self, generator):
+        chosen = _drawn(len(self._probabilities), generator)
+        return float(split_scores(self._probabilities[chosen], self._splits)[0].mean())
+
+
+class Frechet(Figure):
+    """Frechet distance of `features` [N, D] to a reference. A covariance needs more images than features."""
+
+    best = "low"
+
+    def __init__(self, reference: Gaussian, features: torch.Tensor):
+        self.reference, self.features, self.device = reference, features, reference.mean.device
+
+    @functools.cached_property
+    def _own(self) -> Gaussian:
+        return gaussian_of(self.features, self.device)
+
+    @functools.cached_property
+    def value(self) -> float:
+        return self.reference.distance(self._own)
+
+    @functools.cached_property
+    def effects(self) -> np.ndarray | None:
+        if len(self.features) <= self.features.shape[1]:
+            return None  # where a covariance is singular, its root has no derivative
+        return self.reference.effects(self.features, self._own)
+
+    def of(self, chosen: np.ndarray) -> float:
+        """The distance of some of the images, numbers [n]."""
+        return self.reference.distance(gaussian_of(self.features, self.device, chosen))
+
+    def resampled(self, generator):
+        return self.of(_drawn(len(self.features), generator))
+
+
+class FrechetAtInfinity(Figure):
+    """Where the distance of a `Frechet` tends to with ever more images: its bias falls as 1/N.
+
+    A straight line in 1/n through the distances of parts of the images, from a quarter of them to all, drawn from a
+    fixed seed. `curve`: its points (n, distance). The spread joins that of the distance and of the line's end. `bias`:
+    what the distance of these N images is too high by. Source: Chong and Forsyth, "Effectively unbiased FID and
+    Inception Score and where to find them", 2020.
+    """
+
+    best = "low"
+
+    def __init__(self, distance: Frechet):
+        self._distance = distance
+
+    @staticmethod
+    def possible(num: int, dim: int) -> bool:
+        """Whether parts of `num` images determine a covariance of `dim` features."""
+        return num // 4 > dim
+
+    @functools.cached_property
+    def curve(self) -> list[tuple[int, float]]:
+        num, generator = len(self._distance.features), np.random.default_rng(0)
+        sizes = np.rint(1 / np.linspace(4 / num, 1 / num, _POINTS)).astype(int)
+        parts = [(int(n), self._distance.of(np.sort(generator.permutation(num)[:n]))) for n in sizes[:-1]]
+        return [*parts, (num, self._distance.value)]
+
+    @functools.cached_property
+    def _line(self) -> tuple[float, float, float]:
+        """(value at infinity, slope, standard error of the value)."""
+        sizes, distances = np.array(self.curve).T
+        (slope, end), covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
+        return float(end), float(slope), math.sqrt(max(covariance[1, 1], 0.0))
+
+    @functools.cached_property
+    def value(self) -> float:
+        return self._line[0]
+
+    @property
+    def bias(self) -> float:
+        return self._line[1] / len(self._distance.features)
+
+    @functools.cached_property
+    def spread(self) -> float | None:
+        own = self._distance.spread
+        return None if own is None else math.hypot(own, self._line[2])
+
+
+def difference(a: Figure, b: Figure, paired: bool) -> tuple[float, float | None]:
+    """(value of a - value of b, its standard error).
+
+    paired: image i of both has the same noise and label, so that what chance they share cancels.
+    """
+    change = a.value - b.value
+    if paired and a.effects is not None and b.effects is not None and len(a.effects) == len(b.effects):
+        return change, _standard_error(a.effects - b.effects)
+    if a.spread is None or b.spread is None:
+        return change, None
+    return change, math.hypot(a.spread, b.spread)
+
+
+def measured(figures: Mapping[str, Figure]) -> dict:
+    """`figures` (name -> value) and `spread` (name -> standard error or None), for JSON."""
+    return {
+        "figures": {name: figure.value for name, figure in figures.items()},
+        "spread": {name: figure.spread for name, figure in figures.items()},
+    }
+
+
+def bootstrap(figures: Mapping[str, Figure], times: int, seed: int = 0) -> dict[str, float]:
+    """Standard deviation of each figure over `times` sets drawn from its images; only those that can be resampled."""
+    found = {}
+    for name, figure in figures.items():
+        generator = np.random.default_rng(seed)  # the same images for each
+        values = [figure.resampled(generator) for _ in range(times)]
+        if None not in values:
+            found[name] = float(np.std(values, ddof=1))
+    return found
+
+
+def _standard_error(effects: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(effects**2) / len(effects)))
+
+
+def _drawn(num: int, generator: np.random.Generator) -> np.ndarray:
+    return np.sort(generator.integers(num, size=num))

@@ -1,0 +1,126 @@
+"""Samples judged against real images without any network: are they recognised, and are they as varied?"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from epg_fast.config import JudgeConfig
+from epg_fast.data import ImageFolder
+from epg_fast.evaluation.classifier import Classifier, per_class
+from epg_fast.evaluation.figures import Frechet, Mean
+from epg_fast.evaluation.frechet import gaussian_of, principal_components
+from epg_fast.evaluation.images import gray_vectors, load_images, round_trip, stored_size
+from epg_fast.evaluation.rows import Judge
+
+
+class SmallJudge(Judge):
+    """Judges images, reduced to small gray ones, by a classifier and by a Frechet distance in a PCA of the pixels.
+
+    A support vector machine and the PCA are fitted on the real images of `config.train`; `config.test` are held-out
+    ones, which the distance is to. Raises ValueError for folders that do not go together.
+    """
+
+    name = "small"
+    best = {"accuracy": "high", "frechet_distance": "low"}
+    least = 2
+
+    def __init__(self, config: JudgeConfig):
+        check_folders(config)
+        self.config = config
+        self.train, self.test = (load_images(path, config.size) for path in (config.train, config.test))
+        self._classifier = Classifier(*self.train)
+        self._pca = principal_components(self.train[0], config.components)
+        self._real = self._gaussian(self.test[0])
+
+    def rows(self, images, labels):
+        if labels is None:
+            raise ValueError("samples: no labels (arr_1), which accuracy needs; give a samples.npz or class folders")
+        pixels, labels = gray_vectors(images, self.config.size), np.asarray(labels)
+        self._classifier.check(labels)
+        return {
+            "small/features": torch.from_numpy(self._pca.transform(pixels)),
+            "small/right": torch.from_numpy(self._classifier.predict(pixels) == labels),
+            "small/label": torch.from_numpy(labels),
+        }
+
+    def figures(self, rows):
+        return {
+            "accuracy": Mean(lambda: rows["small/right"].numpy()),
+            "frechet_distance": Frechet(self._real, rows["small/features"]),
+        }
+
+    @functools.cached_property
+    def description(self):
+        c = self.config
+        return {"train": c.train, "test": c.test, "size": c.size, "components": c.components}
+
+    def facts(self, figures, rows, size):
+        pixels = min(size)
+        recall = per_class(rows["small/right"].numpy(), rows["small/label"].numpy())
+        test_x, test_y = self.test
+        return {
+            "per_class_recall": {str(label): share for label, share in recall.items()},
+            "classifier_accuracy": float((self._classifier.predict(test_x) == test_y).mean()),
+            "baselines": self._baselines(len(rows["small/label"]), pixels),
+            "num_train": len(self.train[0]),
+            "num_test": len(test_x),
+            "stored_size": pixels,
+            "size": self.config.size,
+            "components": self.config.components,
+        }
+
+    def _baselines(self, num: int, pixels: int) -> dict:
+        """What real images and class means would score, with as many images as there are samples (or all there are)."""
+        train_x, train_y = self.train
+        # Files come sorted by class: evenly spaced ones keep the classes' shares.
+        chosen = np.linspace(0, len(train_x) - 1, min(num, len(train_x))).round().astype(int)
+        classes = np.unique(train_y)
+        means = np.stack([train_x[train_y == label].mean(axis=0) for label in classes])
+        real = {"real": train_x[chosen], "class_means": means[np.searchsorted(classes, train_y[chosen])]}
+        if pixels > self.config.size:
+            real["real_resized"] = round_trip(train_x[chosen], pixels)
+            real["class_means"] = round_trip(real["class_means"], pixels)
+        distances = {name: self._real.distance(self._gaussian(x)) for name, x in real.items()}
+        return {
+            "num_images": len(chosen),
+            "real_frechet_distance": distances["real"],
+            "real_resized_frechet_distance": distances.get("real_resized"),
+            "class_means_frechet_distance": distances["class_means"],
+            "class_means_accuracy": float((self._classifier.predict(real["class_means"]) == train_y[chosen]).mean()),
+        }
+
+    def sentence(self, num, size):
+        c, pixels, real_pixels = self.config, min(size), stored_size(self.config.test)
+        reduced = f"{c.size}x{c.size}"
+        stored = "as stored" if real_pixels == c.size else f"reduced from {real_pixels}x{real_pixels}"
+        return (
+            f"{num} samples of {pixels}x{pixels} pixels, compared as {reduced} grayscale (bicubic) with "
+            f"{len(self.test[0])} held-out real images ({stored}). Accuracy: share recognised as their label by an SVC "
+            f"fitted on {len(self.train[0])} real training images. Frechet distance: to the held-out images, in the "
+            f"first {c.components} principal components of the training images' pixels in [0, 1]."
+        )
+
+    def _gaussian(self, images: np.ndarray):
+        return gaussian_of(torch.from_numpy(self._pca.transform(images)), "cpu")
+
+
+def check_folders(config: JudgeConfig) -> None:
+    """Raise ValueError unless both folders of real images are set, with the same classes, two at least."""
+    for name in ("train", "test"):
+        if not getattr(config, name):
+            raise ValueError(f"evaluate: `{name}` is not set")
+    images = ImageFolder(config.train)
+    train, test = images.classes, ImageFolder(config.test).classes
+    if len(set(images.labels)) < 2:
+        raise ValueError(
+            f"evaluate: {config.train} has images of one class, {train[images.labels[0]]}, want two at least, which a "
+            "classifier could tell apart; FID and others (--reference and --inception) ask for none"
+        )
+    if train != test:
+        only_train, only_test = sorted(set(train) - set(test))[:5], sorted(set(test) - set(train))[:5]
+        raise ValueError(
+            f"train and test must have the same class folders: only train has {only_train}, only test has {only_test}"
+        )
