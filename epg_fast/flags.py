@@ -65,6 +65,16 @@ def parse_known(kind: type, argv: Sequence[str]):
     return _built(kind(), dict(given)), rest
 
 
+def words(config) -> list[str]:
+    """The words of a command line from which `parse` makes this object: those of fields that are not as by default."""
+    found = []
+    for flag in _flags(type(config)):
+        value = functools.reduce(getattr, flag.name.split("."), config)
+        if value != flag.default:
+            found += [f"--{flag.name}", _shown(value)]
+    return found
+
+
 def _given(argv: Sequence[str]) -> Iterator[tuple[str, Text]]:
     """(name, text behind it or None) of each flag, `--batch-size` being `--batch_size`."""
     words = list(argv)

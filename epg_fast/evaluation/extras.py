@@ -7,6 +7,7 @@ from types import ModuleType
 
 # package: (project on PyPI, extra of ours that installs it)
 _PROJECTS = {
+    "matplotlib": ("matplotlib", "demo"),
     "sklearn": ("scikit-learn", "demo"),
     "torch_fidelity": ("torch-fidelity", "eval"),
 }
