@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,19 +38,20 @@ def grid(config: SweepConfig) -> list[Setting]:
     for width in widths:
         if width is not None:
             check_sigma_rel(width)
-    settings = []
-    for width, steps, pair, scale in itertools.product(
-        widths, _steps(config), pairs, axis("guidance", config.guidance)
-    ):
-        settings.append(Setting(width, steps, pairs[0] if scale == 1 else pair, scale))
-    settings = list(dict.fromkeys(settings))
+    axes = widths, _steps(config), pairs, axis("guidance", config.guidance)
+    if (count := math.prod(map(len, axes))) > _MOST:
+        raise ValueError(f"the grid has {count} settings, want at most {_MOST}; take wider steps")
+    settings = list(
+        dict.fromkeys(
+            Setting(width, steps, pairs[0] if scale == 1 else pair, scale)
+            for width, steps, pair, scale in itertools.product(*axes)
+        )
+    )
     if len(settings) == 1:
         raise ValueError(
             "the grid has one setting, want two or more to compare; give an axis several values, such as --guidance "
             "1.5:4.0:0.25"
         )
-    if len(settings) > _MOST:
-        raise ValueError(f"the grid has {len(settings)} settings, want at most {_MOST}; take wider steps")
     return settings
 
 
