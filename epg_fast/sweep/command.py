@@ -41,7 +41,7 @@ from epg_fast.sampling.outputs import runs
 from epg_fast.sweep.folder import SweepFolder, plain
 from epg_fast.sweep.grid import Setting, grid
 from epg_fast.sweep.halving import FEW, Judged, cut, ranked, round_sizes
-from epg_fast.sweep.report import final_commands, write_report
+from epg_fast.sweep.report import ends, final_commands, write_report
 from epg_fast.training.reconstruct import reconstruct_file, reconstructed_step
 from epg_fast.wording import nearest
 
@@ -333,6 +333,8 @@ class _Sweep:
         """Make table and plots, and print what comes next."""
         commands = final_commands(self.config, self.grid[self.state["result"]], self.folder)
         write_report(self.folder, self.state, commands)
+        for end in ends(self.state):
+            log.warning("the best lies at the end of its axis, %s: try values beyond it", end)
         print("\n".join(commands))
 
     # ---- time

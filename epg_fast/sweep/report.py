@@ -58,6 +58,18 @@ def write_report(folder: SweepFolder, state: dict, commands: Sequence[str]) -> N
     write_atomically(folder.path / "sweep.md", _table(state, commands, list(plots)))
 
 
+def ends(state: dict) -> list[str]:
+    """The axes, such as `guidance 4`, at whose end the best lies: values beyond may be better."""
+    found = []
+    for name in ("guidance", "sigma_rel"):
+        values = sorted({setting[name] for setting in state["grid"]} - {None})
+        value = state["grid"][state["result"]][name]
+        # below no guidance there is nothing
+        if len(values) > 2 and value in (values[0], values[-1]) and (name, value) != ("guidance", 1):
+            found.append(f"{name} {value:g}")
+    return found
+
+
 # ---- table
 
 
@@ -76,6 +88,7 @@ def _table(state: dict, commands: Sequence[str], plots: Sequence[str]) -> str:
             f"Of a round stays the best {100 * wanted['keep']:g}%, and what is within one paired spread of the last of "
             "these, up to half of the settings; where no spread is known, half stay."
         )
+    lines += [f"The best lies at the end of its axis, {end}: try values beyond it." for end in ends(state)]
     for number, this in reversed(list(enumerate(state["rounds"], 1))):
         lines += ["", f"## Round {number}: {len(this['order'])} settings, {this['images']} images of each", ""]
         lines += _round_rows(state, this)
@@ -239,14 +252,17 @@ def _curves(state: dict, name: str) -> bytes:
         for panel, x in zip(axes[0], (places, seconds), strict=False):
             style = {"color": f"C{colour}", "capsize": 3, "marker": "o", "label": f"{this['images']} images"}
             panel.errorbar(x, found, yerr=spreads, linestyle="-" if panel is axes[0, 0] else "none", **style)
-    if not numeric:
+    if numeric and len(values) <= 12:
+        axes[0, 0].set_xticks(values, [_value_word(value) for value in values])
+    elif not numeric:
         axes[0, 0].set_xticks(range(len(values)), [_value_word(value) for value in values])
     for panel, label in zip(axes[0], (_AXES[name], "seconds per image"), strict=False):
         panel.set(xlabel=label, ylabel=state["figure"])
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
-    axes[0, 0].set_title(f"the best over the other axes ({_KINDS[state['best']]})", fontsize=9)
+    title = f"the best over the other axes ({_KINDS[state['best']]})\ndifferences are known better than the bars say"
+    axes[0, 0].set_title(title, fontsize=9)
     return _png(figure)
 
 
