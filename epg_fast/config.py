@@ -346,6 +346,41 @@ class RunConfig(_ComputeConfig):
 
 
 @dataclass
+class CollapseConfig(_Checked):
+    """Whether the features that the contrastive loss makes collapse."""
+
+    every: int = number(0, 0)
+    """Steps between measurements of effective rank, alignment and uniformity, on a fixed batch of at most 1024 images;
+    0: none."""
+
+
+@dataclass
+class ProbeConfig(_Checked):
+    """Linear probe of the encoder while it is trained. Needs scikit-learn."""
+
+    every: int = number(0, 0)
+    """Steps between linear probes of the encoder; 0: none."""
+    train: str = ""
+    """Images with classes that the probe is fitted on, as `data.path` has them; default: those of `data.path`."""
+    test: str = ""
+    """Held-out images of the same classes."""
+    num: tuple[int, int] = number((10_000, 2_000), 1)
+    """At most so many images of `train` and of `test`, evenly over the classes; they stay in host memory."""
+    sigmas: list[float] = field(default_factory=lambda: [0.002, 2.0])
+    """Unshifted noise levels."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.every and not self.test:
+            raise ValueError(
+                "probe.test: got nothing, want held-out images with classes; add --probe.test FOLDER, or leave out "
+                "--probe.every"
+            )
+        if not self.sigmas or min(self.sigmas) <= 0 or len(set(self.sigmas)) < len(self.sigmas):
+            raise ValueError(f"probe.sigmas: got {self.sigmas}, want positive noise levels that differ")
+
+
+@dataclass
 class PretrainConfig(RunConfig):
     """Stage 1: self-supervised pre-training of the encoder."""
 
@@ -367,6 +402,10 @@ class PretrainConfig(RunConfig):
     """Interpolated temperature at sigma_min and at sigma_max."""
     target_ema: float = number(0.99, 0, 1)
     """Decay per step of the target network."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Linear probes during training."""
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    """Measurements of the features during training."""
 
     def __post_init__(self):
         super().__post_init__()

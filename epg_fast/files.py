@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -62,6 +63,15 @@ def write_atomically(path: str | os.PathLike, content: bytes | str, sync: bool =
     """Write `content` to `path`; see `open_atomically`."""
     with open_atomically(path, sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from epg_fast.evaluation.frechet import Gaussian, gaussian_of
 from epg_fast.evaluation.generative import split_scores
+from epg_fast.evaluation.kernel_distance import KernelDistance, kernel_distance
 
 _POINTS = 10
 
@@ -129,13 +130,44 @@ class Frechet(Figure):
         return self.of(_drawn(len(self.features), generator))
 
 
+class Kernel(Figure):
+    """KID of `features` [N, D] against `reference` [M, D], computed on `device`; `facts`: about its subsets."""
+
+    best = "low"
+
+    def __init__(self, reference: torch.Tensor, features: torch.Tensor, device: torch.device):
+        self._sets, self._device = (features, reference), device
+
+    @functools.cached_property
+    def _found(self) -> KernelDistance:
+        return kernel_distance(*self._sets, device=self._device)
+
+    @functools.cached_property
+    def value(self) -> float:
+        return self._found.mean
+
+    @property
+    def facts(self) -> dict:
+        return {"std": self._found.std, "subsets": self._found.subsets, "subset_size": self._found.size}
+
+    @functools.cached_property
+    def effects(self) -> np.ndarray:
+        return self._found.effects
+
+    @functools.cached_property
+    def spread(self) -> float:
+        return self._found.spread
+
+
 class FrechetAtInfinity(Figure):
     """Where the distance of a `Frechet` tends to with ever more images: its bias falls as 1/N.
 
-    A straight line in 1/n through the distances of parts of the images, from a quarter of them to all, drawn from a
-    fixed seed. `curve`: its points (n, distance). The spread joins that of the distance and of the line's end. `bias`:
-    what the distance of these N images is too high by. Source: Chong and Forsyth, "Effectively unbiased FID and
-    Inception Score and where to find them", 2020.
+    A straight line in 1/n through the distances of parts of the images, from half of them to all, drawn from a fixed
+    seed. `curve`: its points (n, distance). The spread joins that of the distance and of the line's end. `bias`: what
+    the distance of these N images is too high by. Parts of few images do not lie on the line. In simulations with 256
+    features, eigenvalues 1/k and a distance near 0, the end was off by a seventh of the bias, downwards, with N = 2.4
+    times as many images as features, by 4% of it with 4.9 times, and by nothing visible with 24 times.
+    Source: Chong and Forsyth, "Effectively unbiased FID and Inception Score and where to find them", 2020.
     """
 
     best = "low"
@@ -146,12 +178,12 @@ class FrechetAtInfinity(Figure):
     @staticmethod
     def possible(num: int, dim: int) -> bool:
         """Whether parts of `num` images determine a covariance of `dim` features."""
-        return num // 4 > dim
+        return num // 2 > dim
 
     @functools.cached_property
     def curve(self) -> list[tuple[int, float]]:
         num, generator = len(self._distance.features), np.random.default_rng(0)
-        sizes = np.rint(1 / np.linspace(4 / num, 1 / num, _POINTS)).astype(int)
+        sizes = np.rint(1 / np.linspace(2 / num, 1 / num, _POINTS)).astype(int)
         parts = [(int(n), self._distance.of(np.sort(generator.permutation(num)[:n]))) for n in sizes[:-1]]
         return [*parts, (num, self._distance.value)]
 

@@ -11,17 +11,13 @@ Both resize the images to 299 x 299 themselves, as the TensorFlow graph does.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import warnings
-import zipfile
-from collections.abc import Iterator
 
 import torch
 
-from epg_fast.evaluation.extras import import_extra
-from epg_fast.evaluation.sources import sha256
-from epg_fast.runtime import float32_products
+from epg_fast.evaluation.extras import import_torch_fidelity
+from epg_fast.evaluation.network import ImageNetwork, full_float32, is_torchscript, load_torchscript
+from epg_fast.files import file_sha256
 
 _WANTED = (
     "wanted NVIDIA's inception-2015-12-05.pt (TorchScript; the .pkl of the same name is not read) or torch-fidelity's "
@@ -29,37 +25,25 @@ _WANTED = (
 )
 
 
-class FeatureNetwork:
-    """A network that turns images into features and class probabilities, in float32 without TF32, on one device.
+class FeatureNetwork(ImageNetwork):
+    """Inception: features, of which there are 2048, and class probabilities.
 
-    `kind`: `torchscript` or `torch-fidelity`. `num_features`: width of the features (2048 in Inception).
-    `description`: kind, path, SHA-256 of the file and width, as JSON holds it. Raises ValueError for a file that is
-    neither of the two, ImportError with the command to run when it needs torch-fidelity.
+    `kind`: `torchscript` or `torch-fidelity`. Raises ValueError for a file that is neither of the two, ImportError with
+    the command to run when it needs torch-fidelity.
     """
+
+    title, wanted = "Inception", _WANTED
 
     def __init__(self, path: str | os.PathLike, device: torch.device):
         if not os.path.isfile(path):
             raise ValueError(f"inception: {path} is not a file; {_WANTED}")
-        self.path, self.device = path, device
-        self.kind = "torchscript" if _is_torchscript(path) else "torch-fidelity"
-        self._network = (_TorchScript if self.kind == "torchscript" else _TorchFidelity)(path, device)
-        self.num_features = self._try_out()
-        self.description = {
-            "kind": self.kind,
-            "path": str(path),
-            "sha256": sha256(path),
-            "num_features": self.num_features,
-        }
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Features float32 [N, D] on the CPU of `images` uint8 [N, 3, H, W]. Raises ValueError unless finite."""
-        with _full_float32():
-            features = self._network.features(images.to(self.device))
-        return self._checked(features, len(images), "features")
+        kind = "torchscript" if is_torchscript(path) else "torch-fidelity"
+        self._network = (_TorchScript if kind == "torchscript" else _TorchFidelity)(path, device)
+        super().__init__(path, device, kind, file_sha256(path))
 
     def features_and_probabilities(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features as above, class probabilities float32 [N, C] on the CPU: softmax without the output's bias)."""
-        with _full_float32():
+        """(`features`, class probabilities float32 [N, C] on the CPU: softmax without the output's bias)."""
+        with full_float32():
             features, probabilities = self._network.both(images.to(self.device))
         features = self._checked(features, len(images), "features")
         probabilities = self._checked(probabilities, len(images), "probabilities")
@@ -67,36 +51,16 @@ class FeatureNetwork:
             raise ValueError(f"{self.path}: the class probabilities do not add up to 1; {_WANTED}")
         return features, probabilities
 
-    def _checked(self, output: torch.Tensor, num: int, name: str) -> torch.Tensor:
-        if output.ndim != 2 or len(output) != num:
-            raise ValueError(f"{self.path}: expected {name} [{num}, D], got {list(output.shape)}; {_WANTED}")
-        output = output.float().cpu()
-        if not output.isfinite().all():
-            raise ValueError(f"{self.path}: {name} are not finite; the file is damaged or not Inception: {_WANTED}")
-        return output
+    def _call(self, images: torch.Tensor) -> torch.Tensor:
+        return self._network.features(images)
 
-    def _try_out(self) -> int:
-        images = torch.arange(2 * 3 * 32 * 32, device=self.device).remainder(256).to(torch.uint8).view(2, 3, 32, 32)
-        try:
-            features, _ = self.features_and_probabilities(images)
-        except torch.OutOfMemoryError:
-            raise
-        # TorchScript raises RuntimeError for arguments that it does not know and for whatever fails inside.
-        except (RuntimeError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"{self.path} cannot be called like Inception ({reason}); {_WANTED}") from error
-        return features.shape[1]
+    def _width(self, images: torch.Tensor) -> int:
+        return self.features_and_probabilities(images)[0].shape[1]
 
 
 class _TorchScript:
     def __init__(self, path: str | os.PathLike, device: torch.device):
-        try:
-            with warnings.catch_warnings():
-                # TorchScript is deprecated, but it is what the file is.
-                warnings.simplefilter("ignore", FutureWarning)
-                self._net = torch.jit.load(os.fspath(path), map_location=device).eval()
-        except RuntimeError as error:
-            raise ValueError(f"{path}: damaged TorchScript ({str(error).splitlines()[0]}); {_WANTED}") from error
+        self._net = load_torchscript(path, device, _WANTED)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         # Unoptimised: profiling would rewrite the network between the first batches and round them otherwise.
@@ -111,7 +75,7 @@ class _TorchScript:
 class _TorchFidelity:
     def __init__(self, path: str | os.PathLike, device: torch.device):
         _check_state_dict(path)
-        module = import_extra("torch_fidelity.feature_extractor_inceptionv3")
+        module = import_torch_fidelity("feature_extractor_inceptionv3")
         try:
             self._net = module.FeatureExtractorInceptionV3(
                 "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=os.fspath(path)
@@ -129,14 +93,6 @@ class _TorchFidelity:
         return features, logits.softmax(dim=1)
 
 
-def _is_torchscript(path: str | os.PathLike) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        # torch.save writes a zip as well, but only TorchScript holds code.
-        return any("/code/" in name for name in archive.namelist())
-
-
 def _check_state_dict(path: str | os.PathLike) -> None:
     """Torch-fidelity unpickles whatever the file holds: let it see nothing but tensors under Inception's names."""
     try:
@@ -148,11 +104,3 @@ def _check_state_dict(path: str | os.PathLike) -> None:
     if not isinstance(weights, dict) or not names <= weights.keys():
         found = list(weights)[:3] if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(f"{path} holds no weights of Inception (found {found}); {_WANTED}")
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """No gradients and no TF32, which cuDNN uses for convolutions unless told otherwise."""
-    flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with torch.no_grad(), float32_products(), flags:
-        yield

@@ -12,9 +12,11 @@ import torch
 
 from epg_fast.config import JudgeConfig
 from epg_fast.distributed import Ranks
-from epg_fast.evaluation.figures import Figure, Frechet, FrechetAtInfinity, InceptionScore, Mean
+from epg_fast.evaluation.dinov2 import HUB, Dinov2Network
+from epg_fast.evaluation.figures import Figure, Frechet, FrechetAtInfinity, InceptionScore, Kernel, Mean
 from epg_fast.evaluation.generative import covered, squared_radii
 from epg_fast.evaluation.inception import FeatureNetwork
+from epg_fast.evaluation.network import ImageNetwork
 from epg_fast.evaluation.reference import (
     MOST_COMPARED,
     Reference,
@@ -41,7 +43,7 @@ class NetworkJudge(Judge):
     def __init__(
         self,
         name: str,
-        network: FeatureNetwork,
+        network: ImageNetwork,
         reference: Reference,
         config: JudgeConfig,
         cache: Path | None = None,
@@ -56,15 +58,14 @@ class NetworkJudge(Judge):
                 f"{reference.path} holds {images.num} images, want more than the {config.neighbors} neighbours of "
                 "precision and recall; give more images or lower --neighbors"
             )
-        fid = "fid" if name == "inception" else f"fd_{name}"
-        suffix = "" if name == "inception" else f"_{name}"
-        self._names = {"distance": fid, "infinity": f"{fid}_infinity", "score": "inception_score"}
+        fid, kid, suffix = ("fid", "kid", "") if name == "inception" else (f"fd_{name}", f"kd_{name}", f"_{name}")
+        self._names = {"distance": fid, "infinity": f"{fid}_infinity", "score": "inception_score", "kernel": kid}
         self._names |= {"precision": f"precision{suffix}", "recall": f"recall{suffix}"}
         self.best = {fid: "low", f"{fid}_infinity": "low"}
         if name == "inception":
             self.best["inception_score"] = "high"
         if images:
-            self.best |= {self._names["precision"]: "high", self._names["recall"]: "high"}
+            self.best |= {kid: "low", self._names["precision"]: "high", self._names["recall"]: "high"}
 
     def rows(self, images, labels):
         if self.name != "inception":
@@ -84,6 +85,7 @@ class NetworkJudge(Judge):
             chosen = np.linspace(0, len(features) - 1, min(len(features), MOST_COMPARED)).round().astype(int)
             k, device = self._config.neighbors, self.device
             own = features if len(chosen) == len(features) else features[torch.from_numpy(chosen)]
+            found[names["kernel"]] = Kernel(seen.features, features, device)
             found[names["precision"]] = Mean(
                 lambda: covered(own, seen.features, self._real_radii, device).numpy(),
             )
@@ -97,13 +99,15 @@ class NetworkJudge(Judge):
         if self._reference.images:
             return {}
         reason = f"{self._reference.path} holds statistics but no images (arr_0)"
-        return {self._names[name]: reason for name in ("precision", "recall")}
+        return {self._names[name]: reason for name in ("kernel", "precision", "recall")}
 
     def facts(self, figures, rows, size):
         images = self._reference.images
         found = {"num_reference_images": images.num if images else None}
         if self.name == "inception":
             found["inception_score_std"] = figures["inception_score"].deviation
+        if self._names["kernel"] in figures:
+            found |= {f"{self._names['kernel']}_{k}": v for k, v in figures[self._names["kernel"]].facts.items()}
         if self._names["infinity"] in figures:
             end = figures[self._names["infinity"]]
             found |= {f"{self._names['distance']}_bias": end.bias, f"{self._names['infinity']}_curve": end.curve}
@@ -261,7 +265,7 @@ def check_judges(config: JudgeConfig) -> None:
         check_folders(config)
     for name in by_network:
         path = Path(getattr(config, name))
-        if not path.exists():
+        if not path.exists() and getattr(config, name) not in HUB:
             raise ValueError(f"{name}: {path}: no such file or folder")
 
 
@@ -283,10 +287,13 @@ def open_judges(
     if not config.reference:
         return Judges([SmallJudge(config)])
     judges = []
-    for name, path, network_class in (("inception", config.inception, FeatureNetwork), ("dinov2", config.dinov2, None)):
+    networks = (("inception", config.inception, FeatureNetwork), ("dinov2", config.dinov2, Dinov2Network))
+    for name, path, network_class in networks:
         if path:
             network = network_class(path, device)
-            reference = open_reference(config.reference, network.num_features, size)
+            # statistics in a file are of Inception
+            width = network.num_features if name == "inception" else None
+            reference = open_reference(config.reference, width, size)
             judges.append(NetworkJudge(name, network, reference, config, cache, batch_size))
     if cache or (ranks and ranks.world_size > 1):
         for judge in judges:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.frechet import Gaussian, RunningMoments
 from epg_fast.evaluation.npz import Npz
-from epg_fast.evaluation.sources import ImageStream, NpzStream, open_stream, sha256
-from epg_fast.files import open_atomically
+from epg_fast.evaluation.sources import ImageStream, NpzStream, open_stream
+from epg_fast.files import file_sha256, open_atomically
 
 MOST_COMPARED = 50_000
 """Precision, recall and KID keep all features: of larger sets they take images at even distances."""
@@ -37,7 +37,7 @@ class Reference:
     @property
     def identity(self) -> dict:
         """What tells it from other references, for JSON."""
-        return self.images.identity if self.images else {"path": str(self.path), "sha256": sha256(self.path)}
+        return self.images.identity if self.images else {"path": str(self.path), "sha256": file_sha256(self.path)}
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Seen:
     features: torch.Tensor | None
 
 
-def open_reference(path: str | os.PathLike, num_features: int, size: tuple[int, int]) -> Reference:
+def open_reference(path: str | os.PathLike, num_features: int | None, size: tuple[int, int]) -> Reference:
     """Open an npz with `mu` and `sigma`, with `arr_0` (uint8 [M, H, W, 3]) or with all, or a folder of images.
 
-    `num_features`: width D that statistics must have. `size`: (height, width) that images must have, the samples'.
+    `num_features`: width D that statistics must have; None for a network other than Inception, whose they are: it takes
+    images only. `size`: (height, width) that images must have, the samples'.
     ADM's files hold statistics of the whole dataset and 10000 images for precision and recall; the former are used as
     they are. `mu_s` and `sigma_s` (sFID) are not used. Raises ValueError for other files, shapes, sizes and values.
     Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
@@ -62,7 +63,9 @@ def open_reference(path: str | os.PathLike, num_features: int, size: tuple[int, 
         file = Npz(path)
         if not {"arr_0", "mu", "sigma"} & set(file.names):
             raise ValueError(f"{path}: expected arr_0 (images), or mu and sigma (statistics), found {file.names}")
-        stored = "mu" in file.names or "sigma" in file.names
+        stored = num_features is not None and ("mu" in file.names or "sigma" in file.names)
+        if num_features is None and "arr_0" not in file.names:
+            raise ValueError(f"{path}: its statistics are Inception's, and DINOv2 needs images (arr_0); found none")
         statistics = _statistics(file, num_features) if stored else None
         reference = Reference(path, statistics, NpzStream(path) if "arr_0" in file.names else None)
     if reference.images and reference.images.size != size:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from PIL import Image
 from epg_fast.data import ImageFolder
 from epg_fast.evaluation.images import read_image
 from epg_fast.evaluation.npz import Npz
+from epg_fast.files import file_sha256
 
 _DECODERS = 4
 
@@ -53,7 +53,7 @@ class NpzStream(ImageStream):
 
     @functools.cached_property
     def identity(self) -> dict:
-        return {"path": str(self.path), "sha256": sha256(self.path)}
+        return {"path": str(self.path), "sha256": file_sha256(self.path)}
 
     def _read_labels(self) -> np.ndarray:
         labels = self._file.array("arr_1")
@@ -98,15 +98,6 @@ class FolderStream(ImageStream):
                 f"{self.size[1]}x{self.size[0]}; give images of one size (epg-fast prepare-data crops them)"
             )
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def open_stream(path: str | os.PathLike) -> ImageStream:

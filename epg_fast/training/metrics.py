@@ -3,7 +3,8 @@
 A line has `step` (batches drawn), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
 (`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
 are left out), `images_per_second`, `data_wait` (share of the time), and on a GPU `peak_memory_gib` and `mfu`. The file
-of a run with a plan begins with a line of step 0, which has the `plan`.
+of a run with a plan begins with a line of step 0, which has the `plan`. Figures that are measured beside training
+(`write_figures`) have lines of their own, after that of their step; the time they take counts in no rate (`paused`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -100,6 +102,17 @@ class Metrics:
         self._images += images
         self._waited += waited
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent inside, on the host and on the GPU, out of the rates of the next line."""
+        _wait_for_gpu()  # what it has yet to do of training is no part of the pause
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            _wait_for_gpu()
+            self._since += time.perf_counter() - begin
+
     def write(self, step: int, **extra: float) -> dict:
         """Write the means since the last line under `step` and start anew; returns the line."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
@@ -108,15 +121,22 @@ class Metrics:
         if self._utilization:
             line |= self._utilization.figures(self._written, step, line["images_per_second"])
         self._begin(step)
+        self._show(line)
+        return line
+
+    def write_figures(self, step: int, figures: dict[str, float]) -> None:
+        """Write figures that were measured beside training as a line of their own; see `figures_at`."""
+        self._show({"step": step} | figures)
+
+    def _show(self, line: dict) -> None:
         if self.enabled:
             self._append(line)
         if self._tensorboard:
             for name, value in line.items():
                 if name != "step":
-                    self._tensorboard.add_scalar(name, value, step)
+                    self._tensorboard.add_scalar(name, value, line["step"])
         if self._wandb:
-            self._wandb.log(line, step=step)
-        return line
+            self._wandb.log(line, step=line["step"])
 
     def _append(self, line: dict) -> None:
         try:
@@ -157,16 +177,30 @@ class Metrics:
             self._wandb.finish()
 
 
+def figures_at(outdir: Path, step: int) -> set[str]:
+    """Names of all values that the run's lines of `step` have: a run that goes on from there measures what is missing.
+
+    A checkpoint comes before the figures of its step, which may take long, so that a kill can fall between them.
+    """
+    return {name for found, line in _lines(outdir / "metrics.jsonl") if found == step for name in json.loads(line)}
+
+
 def _truncate(path: Path, step: int) -> None:
     """Drop the lines after `step`, which the resumed run will write again (and what a crash left of one)."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines():
+    if path.exists():
+        write_atomically(path, b"".join(line + b"\n" for found, line in _lines(path) if found <= step))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(step, line) of all whole lines; none of a file that is not there."""
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, LookupError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-    write_atomically(path, b"".join(kept))
+            yield json.loads(line)["step"] + 0, line
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _tensorboard_writer(folder: Path, step: int):

@@ -179,10 +179,10 @@ def test_the_running_mean_covers_a_tenth_and_averages_what_there_is_at_the_ends(
 def test_what_evaluation_returns_is_what_the_report_reads(run, digits):
     pytest.importorskip("sklearn")
     from epg_fast.config import EvaluateConfig
-    from epg_fast.evaluation import evaluate_samples
+    from epg_fast.evaluation import evaluate_images
 
     config = EvaluateConfig(samples=f"{digits}/test", train=f"{digits}/train", test=f"{digits}/test")
-    found = evaluate_samples(config)
+    found = evaluate_images(config)
     for name in ("diffusion", "diffusion_fp8"):
         write(run / "eval" / f"{name}.json", found)
     report.main([str(run)])

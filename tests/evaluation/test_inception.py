@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from epg_fast.evaluation.inception import FeatureNetwork, _full_float32
+from epg_fast.evaluation.inception import FeatureNetwork
+from epg_fast.evaluation.network import full_float32
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(0, 256, (5, 3, 16, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -163,7 +164,7 @@ def test_files_that_are_no_network_are_refused(tmp_path, tiny_inception):
 def test_float32_is_full_while_the_network_runs_and_as_before_afterwards():
     torch.set_float32_matmul_precision("high")
     try:
-        with _full_float32():
+        with full_float32():
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
             assert torch.backends.cudnn.deterministic and not torch.is_grad_enabled()
         assert torch.get_float32_matmul_precision() == "high" and torch.is_grad_enabled()

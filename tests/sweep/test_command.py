@@ -26,7 +26,6 @@ from epg_fast.sweep import command as command_module
 from epg_fast.sweep.command import sweep_labels
 from epg_fast.sweep.folder import SweepFolder
 from tests.commands import fails, held_by_another_process, snapshot
-from tests.evaluation.conftest import tiny_inception  # noqa: F401 (a fixture)
 from tests.sampling.conftest import write_checkpoint
 from tests.sampling.test_command import ask_to_stop, environment
 from tests.training.runs import run_command
@@ -129,9 +128,7 @@ def test_the_figures_are_those_of_every_setting_drawn_and_judged_by_hand(finishe
     assert state["result"] == last["order"][0]
 
 
-def test_the_figures_of_a_network_are_those_of_sample_and_evaluate(
-    checkpoint, tiny_inception, tmp_path  # noqa: F811
-):
+def test_the_figures_of_a_network_are_those_of_sample_and_evaluate(checkpoint, tiny_inception, tmp_path):
     drawn = ["--checkpoint", checkpoint, "--num", 40, "--batch_size", 8, "--labels", 3, "--device", "cpu"]
     images = ["sample", *drawn, "--steps", 3, "--guidance", 8, "--interval", "[0.1,20]", "--outdir", tmp_path / "i"]
     other = ["sample", *drawn, "--steps", 2, "--seed", 5, "--outdir", tmp_path / "reference"]

@@ -1,12 +1,15 @@
 """Lines of metrics: right means, also by noise level, the same bits after a resume, nothing left of what is redone."""
 
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from epg_fast.diffusion import NoiseSchedule
-from epg_fast.training.metrics import LEVELS, Metrics, names_by_level, sums_by_level
+from epg_fast.training import metrics as metrics_module
+from epg_fast.training.metrics import LEVELS, Metrics, figures_at, names_by_level, sums_by_level
 from tests.training.stages import JOBS, Training, loss_of, make_config, make_stage
 
 
@@ -109,6 +112,48 @@ def test_lines_that_a_resumed_run_will_write_again_are_dropped(tmp_path):
     resumed.write(20)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 5, 10, 20] and lines[0]["plan"] == "fast"
+
+
+def test_a_run_knows_which_figures_of_its_step_are_missing(tmp_path):
+    """Those of later steps go with their lines; half a line is none."""
+    assert figures_at(tmp_path, 10) == set()
+    first = Metrics(tmp_path, True)
+    first.write(10)
+    first.write_figures(10, {"fid": 3.0})
+    first.write_figures(12, {"accuracy": 0.5})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 10, "kid": 1')
+    Metrics(tmp_path, True, step=10)
+    assert figures_at(tmp_path, 10) == {"step", "images_per_second", "data_wait", "fid"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[1] == {"step": 10, "fid": 3.0}
+
+
+def test_a_pause_counts_in_no_rate(tmp_path, monkeypatch):
+    """100 images and 1 s of waiting in 2 + 3 s, with pauses of 10 and 20 s, the second ended by an error."""
+    now = iter([0.0, 2.0, 12.0, 12.0, 32.0, 35.0, 35.0])
+    monkeypatch.setattr(metrics_module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    metrics = Metrics(tmp_path, True)
+    metrics.count(100, 1.0)
+    with metrics.paused():
+        pass
+    with pytest.raises(ValueError), metrics.paused():
+        raise ValueError
+    line = metrics.write(1)
+    assert line["images_per_second"] == 20.0 and line["data_wait"] == 0.2
+
+
+def test_figures_go_to_tensorboard_and_wandb_under_their_step(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    wandb = mock.Mock()
+    with mock.patch.dict("sys.modules", wandb=wandb):
+        metrics = Metrics(tmp_path, True, tensorboard=True, wandb="project")
+    metrics.write_figures(7, {"fid": 3.0})
+    metrics.close()
+    wandb.init.return_value.log.assert_called_once_with({"step": 7, "fid": 3.0}, step=7)
+    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("fid")] == [(7, 3.0)]
 
 
 def test_other_ranks_write_nothing(tmp_path):
