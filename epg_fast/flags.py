@@ -71,7 +71,8 @@ def words(config) -> list[str]:
     for flag in _flags(type(config)):
         value = functools.reduce(getattr, flag.name.split("."), config)
         if value != flag.default:
-            found += [f"--{flag.name}", _shown(value)]
+            text = _shown(value)
+            found += [f"--{flag.name}={text}"] if text.startswith("--") or not text else [f"--{flag.name}", text]
     return found
 
 

@@ -179,11 +179,7 @@ class _Sweep:
                 config, size, ranks.device, folder.path / "reference", ranks, batch_size=config.batch_size
             )
         figure = _figure(config.figure, judges.best)
-        if self.state["sizes"][0] < judges.least:
-            raise ValueError(
-                f"the first round has {self.state['sizes'][0]} images of each setting, and the judges want at least "
-                f"{judges.least}; raise --first or --num"
-            )
+        self._check_figure(judges, figure, size)
         with self._time("networks"):
             ranks.decide(self._make_weights)
         while "result" not in self.state:
@@ -202,6 +198,19 @@ class _Sweep:
         total = sum(seconds.values())
         shares = ", ".join(f"{name} {100 * value / total:.1f}%" for name, value in seconds.most_common())
         log.info("%.0f s so far: %s", total / ranks.world_size, shares)
+
+    def _check_figure(self, judges: Judges, figure: str, size: tuple[int, int]) -> None:
+        """Raise ValueError when the first round has too few images to be judged, or for this figure."""
+        images = self.state["sizes"][0]
+        if images < judges.least:
+            raise ValueError(
+                f"the first round has {images} images of each setting, and the judges want at least {judges.least}; "
+                "raise --first or --num"
+            )
+        # figures are computed when they are asked for: rows of the right number say which there are
+        rows = judges.rows(torch.zeros(1, 3, *size, dtype=torch.uint8), torch.from_numpy(self.labels[:1]))
+        if figure not in judges.figures({key: row.expand(images, *row.shape[1:]) for key, row in rows.items()}):
+            raise ValueError(f"figure {figure}: the first round's {images} images are too few for it; raise --first")
 
     def _make_weights(self) -> None:
         for width in self._widths():
@@ -285,8 +294,6 @@ class _Sweep:
             for number in numbers[ranks.rank :: ranks.world_size]:
                 rows, seconds = self.folder.load(number, parts[number], images)
                 figures = judges.figures(rows)
-                if figure not in figures:
-                    raise ValueError(f"figure {figure}: {images} images are too few for it; raise --first")
                 # all of them cost more, and only those of many images are worth it
                 said = measured(figures if last else {figure: figures[figure]}) | {"seconds_per_image": seconds}
                 judged = figures[figure]

@@ -65,8 +65,9 @@ class SweepFolder(OutputFolder):
 
     def scan(self, settings: Collection[int]) -> None:
         """Find the rows of these settings, and remove those of others, what is damaged, and what a kill has left."""
-        for left in self.path.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        for name in ("", "rows/*/", "weights/", "reference/"):
+            for left in self.path.glob(f"{name}.*.tmp"):
+                left.unlink()
         self.parts = {number: [] for number in settings}
         for folder in self.path.glob("rows/*"):
             if folder.name.isdecimal() and int(folder.name) not in self.parts:

@@ -19,12 +19,13 @@ from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConf
 from epg_fast.evaluation.figures import difference
 from epg_fast.evaluation.judge import open_judges
 from epg_fast.flags import parse
-from epg_fast.models import from_pretrained
+from epg_fast.models import from_pretrained, load_weights
 from epg_fast.sampling import sample
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sweep import command as command_module
 from epg_fast.sweep.command import sweep_labels
 from epg_fast.sweep.folder import SweepFolder
+from epg_fast.training.reconstruct import reconstruct
 from tests.commands import fails, held_by_another_process, snapshot
 from tests.sampling.conftest import write_checkpoint
 from tests.sampling.test_command import ask_to_stop, environment
@@ -345,6 +346,17 @@ def test_a_mistake_is_answered_before_anything_is_drawn(command, tmp_path, capsy
     assert not saved and not (tmp_path / "s" / "rows").exists()
 
 
+def test_a_figure_of_more_images_than_the_first_round_has_is_refused(
+    checkpoint, tiny_inception, tmp_path, capsys, saved
+):
+    np.savez(tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
+    judges = ["--reference", tmp_path / "reference.npz", "--inception", tiny_inception, "--device", "cpu"]
+    arguments = ["sweep", "--checkpoint", checkpoint, *judges, "--figure", "fid_infinity", "--outdir", tmp_path / "s"]
+    arguments += ["--num", 100, "--batch_size", 5, "--guidance", "1,2,3,4", "--interval", "0.1-20", "--steps", 3]
+    fails(capsys, [*arguments, "--first", 5], "fid_infinity: the first round's 10 images are too few for it")
+    assert not saved
+
+
 def test_what_a_checkpoint_cannot_do_is_said_before_anything_is_drawn(command, tmp_path, capsys):
     unconditional = write_checkpoint(tmp_path / "model.safetensors", num_classes=0)
     arguments = [*command, "--checkpoint", unconditional, "--outdir", tmp_path / "s"]
@@ -380,11 +392,8 @@ def test_widths_are_made_once_and_drawn_as_any_checkpoint(command, tiny_run, few
     assert state["step"] == 6 and {setting["sigma_rel"] for setting in state["grid"]} == {None, 0.06, 0.1}
     assert (tmp_path / "s" / "guidance_sigma_rel.png").exists()
     wide = tmp_path / "s" / "weights" / "sigma_rel_0.06.safetensors"
-    assert (
-        main(["reconstruct-ema", "--run", str(run), "--sigma_rel", "0.06", "--output", f"{tmp_path}/w.safetensors"])
-        == 0
-    )
-    assert wide.read_bytes() == (tmp_path / "w.safetensors").read_bytes()
+    (got, _), (want, _) = load_weights(wide), reconstruct(run, 0.06)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
     alone = [*command, "--checkpoint", str(wide), *flags[2:], "--outdir", str(tmp_path / "alone"), "--num", "10"]
     assert main(alone) == 0
     numbers = [n for n, setting in enumerate(state["grid"]) if setting["sigma_rel"] == 0.06]
@@ -396,15 +405,27 @@ def test_widths_are_made_once_and_drawn_as_any_checkpoint(command, tiny_run, few
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_finds(command, finished, tmp_path, saved):
-    arguments = [*command, "--outdir", str(tmp_path / "two")]
-    saved.stop = {7: ask_to_stop}
-    assert main(arguments) == 128 + signal.SIGTERM
+def test_two_ranks_find_what_one_finds(command, tiny_inception, tmp_path, saved):
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    judges = {"reference": f"{tmp_path}/reference.npz", "inception": str(tiny_inception), "train": "", "test": ""}
+    arguments = [*command, *(f"--{name}={value}" for name, value in judges.items()), "--outdir"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    saved.stop = {len(saved) + 7: ask_to_stop}
+    assert main([*arguments, str(tmp_path / "two")]) == 128 + signal.SIGTERM
+    shutil.rmtree(tmp_path / "two" / "reference")  # which the ranks then share
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    done = subprocess.run([*launch, "epg_fast", *arguments], capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [*launch, "epg_fast", *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "sweep (2 processes): 100%" in done.stderr and "200/200" in done.stderr
-    assert found(tmp_path / "two") == found(finished)
+    assert "sweep (2 processes): 100%" in done.stderr and "160/160" in done.stderr
+    one, two = found(tmp_path / "one"), found(tmp_path / "two")
+    assert one["rounds"][0]["order"] == two["rounds"][0]["order"] and one["result"] == two["result"]
+    for this, want in zip(two["rounds"], one["rounds"], strict=True):
+        for number, result in want["results"].items():
+            # the reference is summed in another order
+            assert this["results"][number]["figures"] == pytest.approx(result["figures"], rel=1e-9)
     written = json.loads((tmp_path / "two" / "sweep.json").read_text())["drawn_with"]
     assert [using["processes"] for using in written] == [1, 2]
 
