@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
@@ -21,6 +22,7 @@ from epg_fast.distributed import Ranks, joined, resumable
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import difference, measured
 from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.rows import Rows
 from epg_fast.models import EPGViT
 from epg_fast.plans import choose_together, parse_ops
 from epg_fast.runtime import suitable_threads
@@ -37,7 +39,6 @@ from epg_fast.sampling.command import (
 )
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import runs
 from epg_fast.sweep.folder import SweepFolder, plain
 from epg_fast.sweep.grid import Setting, grid
 from epg_fast.sweep.halving import FEW, Judged, cut, ranked, round_sizes
@@ -222,47 +223,31 @@ class _Sweep:
 
     def _draw(self, judges: Judges, missing: dict[int, list[range]], total: int) -> list[int]:
         """Draw and judge this rank's share of the images; returns the settings whose images are not finite."""
-        ranks, folder, config = self.ranks, self.folder, self.config
+        ranks, folder = self.ranks, self.folder
         units = [(number, images) for number in sorted(missing) for images in missing[number]]
         before = total - sum(len(images) for _, images in units)
         mine = units[_share([self.evaluations[n] * len(images) for n, images in units], ranks.rank, ranks.world_size)]
         written, diverged = [], []
-        offset, self._counted = self._counted, self._counted + total - before
         name = "sweep" if ranks.world_size == 1 else f"sweep ({ranks.world_size} processes)"
         with tqdm(total=total, initial=before, desc=name, unit="image", disable=not ranks.main or not units) as bar:
 
             def show(drawn: int = 0) -> None:
-                bar.update(before + ranks.count(drawn) - offset - bar.n)
+                bar.update(before + ranks.count(drawn) - self._counted - bar.n)
 
             for number, group in itertools.groupby(mine, key=lambda unit: unit[0]):
                 indices = np.concatenate([np.arange(images.start, images.stop) for _, images in group])
-                with self._time("networks"):
-                    engine = self.engines.of(self.grid[number], math.ceil(len(indices) / config.batch_size))
-                labels = self.labels[indices]
-                stream = engine.stream(labels_for(engine, labels), indices, config.seed, as_uint8=True)
-                started = time.perf_counter()
-                while (batch := self._next(stream, number, diverged)) is not None:
-                    where, pixels = batch
-                    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-                    rows, judging = _timed(
-                        ranks.device, lambda x=images, y=labels[where]: judges.rows(x, torch.from_numpy(y))
-                    )
-                    seconds = time.perf_counter() - started - judging
-                    self.clock["drawing"] += seconds
-                    self.clock["features"] += judging
-                    with self._time("files"):
-                        done = 0
-                        for part in runs(indices[where]):
-                            own = {key: values[done : done + len(part)] for key, values in rows.items()}
-                            folder.save(number, part, own, seconds * len(part) / len(pixels))
-                            written.append((number, part))
-                            done += len(part)
-                    show(len(pixels))
-                    started = time.perf_counter()
-                del engine, stream
+                try:
+                    for drawn, rows, seconds in self._judged_batches(judges, number, indices):
+                        with self._time("files"):
+                            written += [(number, part) for part in folder.save_runs(number, drawn, rows, seconds)]
+                        show(len(drawn))
+                except _NotFinite as error:
+                    log.warning("%s: %s; it is out", self.grid[number], error)
+                    diverged.append(number)
             with self._time("waiting"):
                 everyone = ranks.gather((written, diverged), while_waiting=show)
             show()
+        self._counted = ranks.count(0)  # nobody draws again before all have judged
         # By name: the listing of a folder on another machine may be older than its files.
         for rank, (parts, _) in enumerate(everyone if ranks.main else []):
             for number, images in parts:
@@ -273,13 +258,32 @@ class _Sweep:
                     )
         return sorted({number for _, numbers in everyone for number in numbers})
 
-    def _next(self, stream: Iterator, number: int, diverged: list[int]):
-        """The next batch; None after the last, and when it is not finite."""
-        try:
-            return next(stream, None)
-        except ValueError as error:
-            log.warning("%s: %s; it is out", self.grid[number], error)
-            diverged.append(number)
+    def _judged_batches(
+        self, judges: Judges, number: int, indices: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Rows, float]]:
+        """(numbers of the images, their rows, seconds of drawing) batch by batch. Raises _NotFinite."""
+        batch_size, device = self.config.batch_size, self.ranks.device
+        with self._time("networks"):
+            engine = self.engines.of(self.grid[number], math.ceil(len(indices) / batch_size))
+        # a share of less than a batch would be compiled for a size of its own
+        filled = np.pad(indices, (0, -len(indices) % batch_size if engine.fills_batches else 0), "edge")
+        stream = engine.stream(labels_for(engine, self.labels[filled]), filled, self.config.seed, as_uint8=True)
+        while True:
+            started = time.perf_counter()
+            try:
+                where, pixels = next(stream)
+            except StopIteration:
+                return
+            except ValueError as error:
+                raise _NotFinite(str(error)) from error
+            drawn = indices[where]
+            images = torch.from_numpy(pixels[: len(drawn)]).permute(0, 3, 1, 2).contiguous()
+            labels = torch.from_numpy(self.labels[drawn])
+            rows, judging = _timed(device, functools.partial(judges.rows, images, labels))
+            drawing = time.perf_counter() - started - judging
+            self.clock["drawing"] += drawing
+            self.clock["features"] += judging
+            yield drawn, rows, drawing
 
     # ---- judging
 
@@ -355,6 +359,10 @@ class _Sweep:
             self.clock[name] += time.perf_counter() - started
 
 
+class _NotFinite(Exception):
+    """The images of a setting hold no numbers."""
+
+
 class _Engines:
     """Engines of all settings; networks of one width at a time. `base` is one of them."""
 
@@ -363,6 +371,7 @@ class _Engines:
         # what computes is chosen for the batch that guidance doubles, if there is any
         self._first = max(settings, key=lambda setting: (setting.guidance != 1, setting.steps))
         self._width: float | None = None
+        self._said = False
         self.base = self._engine(model, lambda case: choose_together(config.ops, case, ranks))
 
     def of(self, setting: Setting, batches: int) -> SamplingEngine:
@@ -373,7 +382,11 @@ class _Engines:
             self.base = self._engine(load_generator(str(path), self._device), lambda _: chosen)
             self._width = setting.sigma_rel
         engine = self.base.with_settings(**_drawing(setting))
-        engine.cuda_graphs &= batches >= _RECORDED_BATCHES
+        if engine.cuda_graphs and batches < _RECORDED_BATCHES:
+            engine.cuda_graphs = False
+            if not self._said:
+                log.info("no CUDA graphs where a rank draws fewer than %d batches of a setting", _RECORDED_BATCHES)
+            self._said = True
         return engine
 
     def _engine(self, model: EPGViT, ops: Callable) -> SamplingEngine:

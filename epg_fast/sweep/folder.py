@@ -15,7 +15,7 @@ import logging
 import re
 import shutil
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from epg_fast.evaluation.rows import Rows, join_rows, take_rows
 from epg_fast.files import OutputFolder, write_atomically
-from epg_fast.sampling.outputs import cut_at_batches
+from epg_fast.sampling.outputs import cut_at_batches, runs
 
 log = logging.getLogger("epg_fast")
 
@@ -86,8 +86,17 @@ class SweepFolder(OutputFolder):
             lacking[images.start : images.stop] = False
         return cut_at_batches(lacking, batch_size)
 
+    def save_runs(self, number: int, indices: np.ndarray, rows: Rows, seconds: float) -> Iterator[range]:
+        """Keep the rows of the images of these numbers [n], which took so many seconds; yields them part by part."""
+        done = 0
+        for images in runs(indices):
+            part = slice(done, done + len(images))
+            self.save(number, images, take_rows(rows, part), seconds * len(images) / len(indices))
+            yield images
+            done = part.stop
+
     def save(self, number: int, images: range, rows: Rows, seconds: float) -> None:
-        """Keep the rows of these images, which took so many seconds to draw."""
+        """Keep the rows of these images, one behind the other."""
         rows = {name: values.contiguous() for name, values in rows.items()}
         content = safetensors.torch.save(rows, {"seconds": repr(seconds)})
         write_atomically(self._path(number, images), content)
