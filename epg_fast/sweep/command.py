@@ -118,11 +118,13 @@ class _Sweep:
 
     def _check(self, wanted: dict) -> None:
         """Raise ValueError for what cannot go on, before weights are read, which may take long."""
-        self.folder.require(wanted)
+        folder = self.folder
+        folder.require(wanted)
         check_judges(self.config)
-        for setting in self._widths():
-            if setting is not None:
-                reconstructed_step(self.config.checkpoint, setting)
+        begun, step = folder.begun, folder.read().get("step")
+        for width in self._widths():
+            if width is not None and not (begun and folder.weights(width).exists()):
+                reconstructed_step(self.config.checkpoint, width, step if begun else None)
 
     def _leave_out_equal(self) -> None:
         """Keep the first of settings that draw the same images: those whose intervals hold the same noise levels."""

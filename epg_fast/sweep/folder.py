@@ -29,7 +29,7 @@ from epg_fast.sampling.outputs import cut_at_batches, runs
 log = logging.getLogger("epg_fast")
 
 _PART = re.compile(r"(\d{8})_(\d{8})\.safetensors")
-# What is found out anew by each command, and what only the number of images of a round depends on.
+# Known by the checksum of its weights, wherever it is.
 _NOT_COMPARED = ("checkpoint",)
 
 

@@ -20,9 +20,10 @@ from epg_fast.evaluation.figures import difference
 from epg_fast.evaluation.judge import open_judges
 from epg_fast.flags import parse
 from epg_fast.models import from_pretrained, load_weights
-from epg_fast.sampling import sample
+from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sweep import command as command_module
+from epg_fast.sweep import report
 from epg_fast.sweep.command import sweep_labels
 from epg_fast.sweep.folder import SweepFolder
 from epg_fast.training.reconstruct import reconstruct
@@ -56,6 +57,13 @@ def finished(command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "s"
     assert main([*command, "--outdir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_rendered(monkeypatch):
+    """Plots take as long as the rest; those of `finished` are whole, and test_report.py has the others."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(report, "_png", lambda figure: pyplot.close(figure) or b"")
 
 
 @pytest.fixture
@@ -257,6 +265,21 @@ def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(command, fi
     assert main(arguments) == 0
     assert len(saved) == drawn and found(tmp_path / "s") == found(finished)
     assert snapshot(tmp_path / "s").keys() == snapshot(finished).keys()
+
+
+def test_a_share_of_less_than_a_batch_is_filled_up_where_sizes_are_compiled(command, finished, tmp_path, monkeypatch):
+    sizes, draw = set(), SamplingEngine._draw
+
+    def note(engine, inputs):
+        sizes.add(len(inputs[0]))
+        return draw(engine, inputs)
+
+    monkeypatch.setattr(SamplingEngine, "_draw", note)
+    monkeypatch.setattr(SamplingEngine, "fills_batches", True)
+    assert main([*command, "--num", "36", "--first", "20", "--outdir", str(tmp_path / "s")]) == 0
+    assert sizes == {8}
+    (this,) = found(tmp_path / "s")["rounds"]
+    assert this["images"] == 36 and len(this["results"]) == 10
 
 
 def test_damaged_rows_are_named_and_drawn_again(command, finished, tmp_path, saved, capsys):
