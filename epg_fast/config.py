@@ -645,8 +645,8 @@ class EvaluateConfig(JudgeConfig):
     repeats: int = number(1, 1)
     """Samples: parts that are judged apart, image by image in the order of the file, such as three of 50000, of which
     EDM's protocol reports the best FID."""
-    batch_size: int = number(64, 1)
-    """Reference: images per network call."""
+    batch_size: int | None = number(None, 1)
+    """Reference: images per network call; `null`: 64. Protocol: also when they are drawn; `null`: as then."""
     probe: str | None = None
     """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
     sigmas: list[float] = field(default_factory=lambda: [0.002, 0.5, 2.0, 5.0])
@@ -657,6 +657,15 @@ class EvaluateConfig(JudgeConfig):
     """Probe: seed of the noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Probe and reference: where the network runs."""
+    protocol: str | None = None
+    """A result that `output` has written: its images are drawn and judged again, and compared with it. The settings are
+    those in the file; `reference`, `inception`, `dinov2`, `train` and `test` say where the same things are now."""
+    checkpoint: str | None = None
+    """Protocol: where the weights are now; `null`: where they were."""
+    outdir: str | None = None
+    """Protocol: folder for the images, as `sample` fills it; the same command goes on."""
+    page: str | None = None
+    """Samples: HTML file to write the result to, with images and plots (these need matplotlib). It is replaced."""
     output: str | None = None
     """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
     file refused."""

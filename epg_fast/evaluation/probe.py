@@ -13,6 +13,7 @@ from epg_fast.config import EvaluateConfig
 from epg_fast.data import ImageFolder, ImageSource, center_crop
 from epg_fast.diffusion import NoiseSchedule, PixelNormalization, shift
 from epg_fast.diffusion.denoiser import per_sample, precondition
+from epg_fast.environment import versions
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image
 from epg_fast.evaluation.small import check_folders
@@ -45,10 +46,13 @@ def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: st
         "image_size": size,
         "normalization": normalization,
         "seed": config.seed,
-        "protocol": (
-            f"Logistic regression on the standardised class-token feature of noisy {size}x{size} images at each "
-            f"unshifted sigma; fitted on {len(train[1])} training images, accuracy on {len(test[1])} held-out ones."
-        ),
+        "protocol": {
+            "text": (
+                f"Logistic regression on the standardised class-token feature of noisy {size}x{size} images at each "
+                f"unshifted sigma; fitted on {len(train[1])} training images, accuracy on {len(test[1])} held-out ones."
+            ),
+            "versions": versions(next(encoder.parameters()).device),
+        },
     }
 
 
