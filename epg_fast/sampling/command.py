@@ -38,7 +38,7 @@ _ERROR, _TIME = "precision.json", "drawn_in.json"
 _REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops": PLAIN}
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
-_GIVES_WAY = ("precision", "parameterization", "normalization")
+GIVES_WAY = ("precision", "parameterization", "normalization")
 _NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema")
 CHECKSUMS = {"weights_sha256": "checkpoint", "autoguidance_sha256": "autoguidance", "labels_sha256": "labels"}
 """Of what settings.json holds a SHA-256, and the option that says where it is."""
@@ -267,7 +267,7 @@ def requested(config: SampleConfig) -> dict:
     """The settings that the command line alone tells, as JSON reads them back."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
     # what is done may be another one: a precision that the device has, and what `auto` stands for
-    settings |= {f"wanted_{name}": settings.pop(name) for name in _GIVES_WAY}
+    settings |= {f"wanted_{name}": settings.pop(name) for name in GIVES_WAY}
     return json.loads(json.dumps(finite(settings | ({"steps": 1} if config.sampler == "onestep" else {}))))
 
 
@@ -299,7 +299,7 @@ def _text(value) -> str:
 def resolved(model: torch.nn.Module, weak: torch.nn.Module | None, labels: np.ndarray, engine: SamplingEngine) -> dict:
     """The settings that the command line leaves open, with checksums of weights and labels [N]."""
     return {
-        **{name: getattr(engine, name) for name in _GIVES_WAY},
+        **{name: getattr(engine, name) for name in GIVES_WAY},
         "evaluations": engine.evaluations,
         "weights_sha256": weights_sha256(model),
         "autoguidance_sha256": None if weak is None else weights_sha256(weak),

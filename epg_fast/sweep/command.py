@@ -27,6 +27,7 @@ from epg_fast.models import EPGViT
 from epg_fast.plans import choose_together, parse_ops
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.command import (
+    GIVES_WAY,
     PATIENCE,
     alike,
     drawn_with,
@@ -100,9 +101,10 @@ class _Sweep:
         self.labels = sweep_labels(config, model)
         self.engines = _Engines(config, model, self.grid, folder, ranks)
         self._leave_out_equal()
-        labels_sha256 = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
-        settings = wanted | {"weights_sha256": weights_sha256(model), "labels_sha256": labels_sha256}
         base = self.engines.base
+        settings = wanted | {name: getattr(base, name) for name in GIVES_WAY}
+        settings["weights_sha256"] = weights_sha256(model)
+        settings["labels_sha256"] = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
         using = drawn_with(base, alike(settings, ranks))
         size = (model.image_size, model.image_size)
         del model
@@ -402,7 +404,10 @@ def _drawing(setting: Setting) -> dict:
 
 def _requested(config: SweepConfig) -> dict:
     """The settings that the command line alone tells, as JSON reads them back."""
-    return plain(finite({name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}))
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
+    # what is done may be another one: a precision that the device has, and what `auto` stands for
+    settings |= {f"wanted_{name}": settings.pop(name) for name in GIVES_WAY}
+    return plain(finite(settings))
 
 
 def _figure(wanted: str | None, best: dict[str, str]) -> str:
