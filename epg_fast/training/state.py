@@ -107,6 +107,8 @@ class RunState:
         due = self.posthoc_ema.is_due(iteration)
         snapshot = parallel.whole(self.posthoc_ema.snapshot(), copies) if due else None
         metadata = self.stage.metadata() | {"step": iteration}
+        if hasattr(config, "ema"):  # whose weights are averaged; those of pre-training are not
+            metadata["ema"] = config.ema
 
         def write_others():
             if snapshot is not None:

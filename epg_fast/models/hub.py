@@ -1,0 +1,110 @@
+"""The hub: files from a repository, and a folder into one. Needs huggingface_hub, which is imported here alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+log = logging.getLogger("epg_fast")
+
+_LOG_IN = "`hf auth login`, or pass token="
+
+
+def download_first(repo: str, names: Iterable[str], options: dict) -> tuple[str, Path]:
+    """(name, local path) of the first of these files that a repository holds; options: of `hf_hub_download`.
+
+    Raises ValueError when there is none, or the hub does not give it.
+    """
+    names, unreached = list(names), None
+    for name in names:
+        try:
+            return name, download(repo, name, options)
+        except FileNotFoundError:
+            continue
+        except ConnectionError as error:  # what was downloaded earlier may have another of the names
+            unreached, options = unreached or error, {**options, "local_files_only": True}
+    raise ValueError(str(unreached or f"{repo}: the hub repository holds none of {', '.join(names)}"))
+
+
+def download(repo: str, name: str, options: dict) -> Path:
+    """Local path of a file of a repository.
+
+    Raises FileNotFoundError when the repository lacks it, ConnectionError when it is not here and the hub cannot be
+    reached, and ValueError for other refusals.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise ValueError(
+            f"{repo}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
+        ) from None
+    try:
+        return Path(hf_hub_download(repo, name, **options))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(f"{repo}: no such file or folder, and {_answer(error.__cause__ or error)}") from None
+    except EntryNotFoundError:
+        raise FileNotFoundError(f"{repo} lacks {name}") from None
+    except Exception as error:
+        raise ValueError(f"{repo}: no such file or folder, and {_answer(error)}") from None
+
+
+def upload(
+    repo: str,
+    folder: str | os.PathLike,
+    *,
+    commit_message: str = "Upload weights",
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
+) -> str:
+    """Upload the files of `folder` in one commit to a repository, which is made if need be; returns its URL.
+
+    A README.md that the repository has stays as it is. Raises ValueError when the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        kept = [name for name in ("README.md",) if api.file_exists(repo, name, revision=branch)]
+        if kept:
+            log.info("%s: its README.md stays as it is; remove it to have the model card of this upload", repo)
+        return api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+            ignore_patterns=kept,
+        )
+    except Exception as error:
+        raise ValueError(f"{repo}: nothing was pushed, {_answer(error)}") from None
+
+
+def _answer(error: Exception) -> str:
+    """What the hub said, and what to do about it."""
+    from huggingface_hub.utils import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"the hub gives it to those only who asked on its page; do, then {_LOG_IN}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no such repository, or a private one; correct the name, or {_LOG_IN}"
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub has no such revision of it; correct revision="
+    if status in (401, 403):
+        return f"the hub refused ({status}); {_LOG_IN} of an account that may"
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, HfHubHTTPError | HFValidationError):
+        return f"the hub refused: {reason}"
+    return f"the hub cannot be reached ({reason.rstrip('.')}); try again later"
