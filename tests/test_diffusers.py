@@ -94,6 +94,7 @@ def test_diffusers_itself_loads_the_folder_and_the_repository(pipe, folder, modu
     want = pipe([7], generator=torch.Generator().manual_seed(0), output_type="pt", **FEW).images
     pipe.push_to_hub("me/epg", license="mit")
     assert sorted(fake_hub.repos["me/epg"]) == ["README.md", *FILES] and len(fake_hub.commits) == 1
+    assert "pipe(class_labels=[0, 0, 0, 0], seed=0).images" in fake_hub.repos["me/epg"]["README.md"].decode()
     card = fake_hub.repos["me/epg"]["README.md"].decode()
     assert 'DiffusionPipeline.from_pretrained("me/epg", trust_remote_code=True)' in card and "license: mit" in card
     for source, options in (

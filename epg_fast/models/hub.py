@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 log = logging.getLogger("epg_fast")
@@ -12,43 +11,37 @@ log = logging.getLogger("epg_fast")
 _LOG_IN = "`hf auth login`, or pass token="
 
 
-def download_first(repo: str, names: Iterable[str], options: dict) -> tuple[str, Path]:
-    """(name, local path) of the first of these files that a repository holds; options: of `hf_hub_download`.
+class Repository:
+    """Files of a repository, downloaded as they are asked for; options: of `hf_hub_download`.
 
-    Raises ValueError when there is none, or the hub does not give it.
+    `unreached`: why the hub cannot be reached, once that is so; only files that are here already are found then.
     """
-    names, unreached = list(names), None
-    for name in names:
+
+    def __init__(self, name: str, options: dict):
         try:
-            return name, download(repo, name, options)
-        except FileNotFoundError:
-            continue
-        except ConnectionError as error:  # what was downloaded earlier may have another of the names
-            unreached, options = unreached or error, {**options, "local_files_only": True}
-    raise ValueError(str(unreached or f"{repo}: the hub repository holds none of {', '.join(names)}"))
+            import huggingface_hub  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                f"{name}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
+            ) from None
+        self.name, self.options = name, options
+        self.unreached = ""
 
-
-def download(repo: str, name: str, options: dict) -> Path:
-    """Local path of a file of a repository.
-
-    Raises FileNotFoundError when the repository lacks it, ConnectionError when it is not here and the hub cannot be
-    reached, and ValueError for other refusals.
-    """
-    try:
+    def get(self, file: str) -> Path | None:
+        """Local path of a file; None if there is none. Raises ValueError when the hub refuses."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError:
-        raise ValueError(
-            f"{repo}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
-        ) from None
-    try:
-        return Path(hf_hub_download(repo, name, **options))
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"{repo}: no such file or folder, and {_answer(error.__cause__ or error)}") from None
-    except EntryNotFoundError:
-        raise FileNotFoundError(f"{repo} lacks {name}") from None
-    except Exception as error:
-        raise ValueError(f"{repo}: no such file or folder, and {_answer(error)}") from None
+
+        try:
+            return Path(hf_hub_download(self.name, file, **self.options))
+        except LocalEntryNotFoundError as error:
+            self.unreached = self.unreached or _answer(error.__cause__ or error)
+            self.options = {**self.options, "local_files_only": True}  # not to wait again for each file
+        except EntryNotFoundError:
+            pass
+        except Exception as error:
+            raise ValueError(f"{self.name}: no such file or folder, and {_answer(error)}") from None
+        return None
 
 
 def upload(
@@ -70,7 +63,7 @@ def upload(
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        kept = [name for name in ("README.md",) if api.file_exists(repo, name, revision=branch)]
+        kept = ["README.md"] if api.file_exists(repo, "README.md", revision=branch) else []
         if kept:
             log.info("%s: its README.md stays as it is; remove it to have the model card of this upload", repo)
         return api.upload_folder(

@@ -13,6 +13,8 @@ from epg_fast.models.generator import EPGViT
 PAPER = "arXiv:2510.12586"
 _TAGS = ["epg", "pixel-space", "image-generation", "arxiv:2510.12586"]
 _RECIPE = ("stage", "preset", "step", "ema", "posthoc_ema", "parameterization", "normalization", "noise")
+_IN_PIPELINE = {"steps": "num_inference_steps", "guidance": "guidance_scale", "interval": "guidance_interval"}
+_MOST_CLASSES = 20
 _SAMPLING = ("sampler", "steps", "guidance", "interval", "precision", "labels")
 
 
@@ -59,9 +61,12 @@ def _what(model: ViTEncoder) -> str:
     if not isinstance(model, EPGViT):
         return f"Pre-trained encoder of EPG for images of {size} pixels: {millions:.1f} M parameters."
     classes = f"of {model.num_classes} classes" if model.num_classes else "without classes"
+    names = getattr(model, "metadata", {}).get("class_names") or []
+    listed = ", ".join([f"{i} {name}" for i, name in enumerate(names[:_MOST_CLASSES])])
+    more = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""
     return (
         f"EPG draws images of {size} pixels {classes}, in the space of pixels: a vision transformer of "
-        f"{millions:.1f} M parameters, without an autoencoder."
+        f"{millions:.1f} M parameters, without an autoencoder." + (f" Classes: {listed}{more}." if names else "")
     )
 
 
@@ -80,12 +85,13 @@ def _usage(model: EPGViT, repo: str, result: Mapping, pipeline: bool) -> str:
         flags = f" --num {result['num_samples']}{flags}"
     labels = "[0, 0, 0, 0]" if model.num_classes else "4"
     how = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name != "labels"}
+    in_pipeline = {_IN_PIPELINE.get(name, name): value for name, value in how.items()}
     lines = [
         "```python",
         "from epg_fast import from_pretrained, sample",
         "",
         f'model = from_pretrained("{repo}")',
-        f"images = sample(model, {labels}, seed=0{''.join(f', {k}={v!r}' for k, v in how.items())})",
+        f"images = sample(model, {labels}, seed=0{_arguments(how)})",
         "```",
         "",
         "```sh",
@@ -99,12 +105,16 @@ def _usage(model: EPGViT, repo: str, result: Mapping, pipeline: bool) -> str:
             "from diffusers import DiffusionPipeline",
             "",
             f'pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True)  # needs epg_fast',
-            f"images = pipe(class_labels={labels}).images",
+            f"images = pipe(class_labels={labels}, seed=0{_arguments(in_pipeline)}).images",
             "```",
         ]
     if result:
         lines += ["", "The figures below are of images drawn so."]
     return "\n".join(lines)
+
+
+def _arguments(values: Mapping) -> str:
+    return "".join(f", {name}={value!r}" for name, value in values.items())
 
 
 def _settings(model: EPGViT, result: Mapping) -> dict:
@@ -130,14 +140,14 @@ def _figures(result: Mapping) -> str:
         if result.get(name) is not None
     ]
     text = _table(("figure", "value", "spread"), rows)
-    return f"{text}\n\n{result.get('num_samples')} samples. {result.get('protocol', '')}".rstrip()
+    return f"{text}\n\n{result.get('protocol', '')}".rstrip()
 
 
 def _eval_results(result: Mapping) -> list:
     from huggingface_hub import EvalResult
 
-    reference = (result.get("settings") or {}).get("reference") or "reference"
-    name = Path(reference).stem
+    settings = result.get("settings", {})
+    name = Path(settings.get("reference") or settings.get("test") or "unknown").stem
     return [
         EvalResult(
             task_type="unconditional-image-generation",

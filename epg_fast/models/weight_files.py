@@ -77,25 +77,33 @@ def _locate(source: str | os.PathLike, options: dict) -> Path:
     raise ValueError(f"{source}: no such file or folder (a hub id has the form owner/name)")
 
 
-def _download(repo: str, options: dict) -> Path:
-    name, path = hub.download_first(repo, _FILES_IN_FOLDER, options)
-    beside = [shard.name for shard in _shards(path)] if name.endswith(".index.json") else []
-    if path.name.startswith("model."):
-        beside.append("config.json")
-    for other in beside:
-        with contextlib.suppress(FileNotFoundError, ConnectionError):  # the reader says what is missing
-            hub.download(repo, str(Path(name).with_name(other)), options)
+def _download(name: str, options: dict) -> Path:
+    repository = hub.Repository(name, options)
+    if config := repository.get("config.json"):
+        _parse_config(config)  # of another architecture's, before its weights
+    for file in _FILES_IN_FOLDER:
+        if path := repository.get(file):
+            break
+    else:
+        holds = f"the hub repository holds none of {', '.join(_FILES_IN_FOLDER)}"
+        raise ValueError(f"{name}: no such file or folder, and {repository.unreached or holds}")
+    others = [shard.name for shard in _shards(path)] if file.endswith(".index.json") else ["config.json"]
+    for other in others:
+        repository.get(str(Path(file).with_name(other)))
     return path
 
 
 def _read_config(path: Path) -> dict:
-    """Metadata according to the config.json beside weights: {} unless it is one of `save_pretrained`.
+    """Metadata according to the config.json beside weights, which nothing else is."""
+    file = path.with_name("config.json")
+    return _parse_config(file) if path.name.startswith("model.") and file.is_file() else {}
+
+
+def _parse_config(file: Path) -> dict:
+    """Metadata of a config.json: {} unless it is one of `save_pretrained`.
 
     Raises ValueError for one of another architecture, and for names that are no arguments of a network.
     """
-    file = path.with_name("config.json")
-    if not path.name.startswith("model.") or not file.is_file():
-        return {}
     try:
         content = json.loads(file.read_bytes())
         named = content.get("architectures") or []
@@ -107,7 +115,7 @@ def _read_config(path: Path) -> dict:
     if not named:
         return {}
     if not set(named) & set(_NETWORKS):
-        raise ValueError(f"{path.parent} holds another architecture, {named[0]}; want {' or '.join(_NETWORKS)}")
+        raise ValueError(f"{file} is of another architecture, {named[0]}; want {' or '.join(_NETWORKS)}")
     arguments = {k: v for k, v in content.items() if k not in _NOT_ARGUMENTS}
     try:
         require_arguments(arguments)

@@ -182,7 +182,10 @@ def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path):
     file = tmp_path / "EPGViT/config.json"
     config = json.loads(file.read_text())
     for content, message in (
-        (config | {"architectures": ["LlamaForCausalLM"]}, "EPGViT holds another architecture, LlamaForCausalLM; want"),
+        (
+            config | {"architectures": ["LlamaForCausalLM"]},
+            "is of another architecture, LlamaForCausalLM; want EPGViT or RCMViT",
+        ),
         (config | {"embeddim": 3}, "unknown model argument 'embeddim' .did you mean 'embed_dim'.*correct or remove"),
         (config | {"epg_fast": 3}, "not JSON of names and values"),
         ([config], "not JSON of names and values"),
@@ -266,8 +269,11 @@ def test_the_hubs_refusals_are_one_line_with_the_remedy_and_nothing_is_pushed(fa
                 assert "\n" not in str(caught.value) and repo in str(caught.value)
     with pytest.raises(ValueError, match="no such revision"):
         EPGViT.from_pretrained("me/empty", revision="v404")
+    fake_hub.repos["me/llama"] = {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', "model.safetensors": b""}
+    with pytest.raises(ValueError, match="is of another architecture, LlamaForCausalLM; want EPGViT or RCMViT"):
+        EPGViT.from_pretrained("me/llama")
     fake_hub.down = True
-    with pytest.raises(ValueError, match="and the hub cannot be reached .no route to host.; try again later"):
+    with pytest.raises(ValueError, match="the hub cannot be reached .no route to host.; try again later"):
         EPGViT.from_pretrained("me/other")
     with pytest.raises(ValueError, match="nothing was pushed, the hub cannot be reached .no route to host"):
         model.push_to_hub("me/other")
@@ -287,7 +293,7 @@ def test_the_card_says_how_the_weights_were_made_how_to_sample_and_how_good_they
     text = fake_hub.repos["me/mine"]["README.md"].decode()
     for part in (
         *("# mine\n", "32 x 32 pixels of 5 classes", "| stage | finetune-consistency |", "| ema | 0.999 |"),
-        *("| fid | 2.0412 | 0.031 |", "50000 samples. FID: 50000 samples and the mean", "Weights: mit."),
+        *("| fid | 2.0412 | 0.031 |", "\n\nFID: 50000 samples and the mean", "Weights: mit."),
         "sample(model, [0, 0, 0, 0], seed=0, sampler='heun', steps=32, guidance=2.5, interval=(0.19, 1.61), "
         "precision='bf16')",
         "epg-fast sample --checkpoint me/mine --outdir samples --num 50000 --sampler heun --steps 32 --guidance 2.5 "
@@ -309,6 +315,11 @@ def test_the_card_says_how_the_weights_were_made_how_to_sample_and_how_good_they
 def test_the_command_in_a_card_is_one_of_the_command_line(fake_hub):
     """Without figures: the sampler that the kind of training asks for, and the network's own labels."""
     network(EPGViT, num_classes=0).push_to_hub("me/mine")
+    named = network(EPGViT, num_classes=22)
+    named.metadata["class_names"] = [f"kind {i}" for i in range(22)]
+    named.push_to_hub("me/named")
+    assert "Classes: 0 kind 0, 1 kind 1, " in (text := fake_hub.repos["me/named"]["README.md"].decode())
+    assert "19 kind 19 and 2 more." in text
     network(RCMViT).push_to_hub("me/encoder")
     text = fake_hub.repos["me/mine"]["README.md"].decode()
     assert "sample(model, 4, seed=0, sampler='onestep')" in text and "without classes" in text
