@@ -32,14 +32,19 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	touch $@
 
+# Whose figures the tests compare ours with. Of what they depend on nothing: torchvision has no build for most CPU torches.
+OTHERS = $(PIP) --no-deps $$(grep -E '^(clean-fid|torch-fidelity)==' constraints.txt)
+
 $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	$(PIP) -c constraints.txt -e '.[dev]'
+	$(OTHERS)
 	touch $@
 
 # With CUTLASS's headers the build takes minutes longer where nvcc is; its package's dependencies are its Python tools'.
 $(ALL_KERNELS): $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-deps $$(grep '^nvidia-cutlass==' constraints.txt)
 	$(PIP) -c constraints.txt -e '.[dev]'
+	$(OTHERS)
 	touch $(INSTALLED) $@
 
 demo: $(INSTALLED)

@@ -247,7 +247,7 @@ def render(metrics: dict) -> str:
     ]
     pictures = []
     for name in SHOWN:
-        drawn = samples[name]["sampling"]
+        drawn = samples[name]["protocol"]["sampling"]
         settings = ", ".join(f"{k} {drawn[k]}" for k in ("sampler", "steps", "guidance") if drawn.get(k) is not None)
         pictures += [f"**{SAMPLES[name]}** ({settings})", f"![{SAMPLES[name]}](samples_{name}/grid.png)"]
 
@@ -264,13 +264,13 @@ def render(metrics: dict) -> str:
     sections = [
         "# Demo report",
         "\n".join(goals),
-        samples["diffusion"]["protocol"],
+        samples["diffusion"]["protocol"]["text"],
         "How to read the figures:",
         "\n".join(f"- {line}" for line in remarks),
         "## Samples",
         *pictures,
         "## Encoder",
-        probe["probe_after"]["protocol"],
+        probe["probe_after"]["protocol"]["text"],
         "\n".join(probes),
         "![Linear probe](probe.png)",
         "## Training",

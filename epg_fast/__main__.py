@@ -139,7 +139,15 @@ def _tune(argv: list[str]) -> None:
     tune(config, stage, options, getattr(config, "model", None))
 
 
-def _evaluate(config: configs.EvaluateConfig) -> None:
+def _evaluate(config: configs.EvaluateConfig) -> int | None:
+    if config.protocol:
+        from epg_fast.distributed import Interrupted
+        from epg_fast.repeat import run
+
+        try:
+            return run(config)
+        except Interrupted as stop:
+            return _fail(stop.code, str(stop))
     from epg_fast.evaluation.job import run
 
     run(config)

@@ -346,6 +346,41 @@ class RunConfig(_ComputeConfig):
 
 
 @dataclass
+class CollapseConfig(_Checked):
+    """Whether the features that the contrastive loss makes collapse."""
+
+    every: int = number(0, 0)
+    """Steps between measurements of effective rank, alignment and uniformity, on a fixed batch of at most 1024 images;
+    0: none."""
+
+
+@dataclass
+class ProbeConfig(_Checked):
+    """Linear probe of the encoder while it is trained. Needs scikit-learn."""
+
+    every: int = number(0, 0)
+    """Steps between linear probes of the encoder; 0: none."""
+    train: str = ""
+    """Images with classes that the probe is fitted on, as `data.path` has them; default: those of `data.path`."""
+    test: str = ""
+    """Held-out images of the same classes."""
+    num: tuple[int, int] = number((10_000, 2_000), 1)
+    """At most so many images of `train` and of `test`, evenly over the classes; they stay in host memory."""
+    sigmas: list[float] = field(default_factory=lambda: [0.002, 2.0])
+    """Unshifted noise levels."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.every and not self.test:
+            raise ValueError(
+                "probe.test: got nothing, want held-out images with classes; add --probe.test FOLDER, or leave out "
+                "--probe.every"
+            )
+        if not self.sigmas or min(self.sigmas) <= 0 or len(set(self.sigmas)) < len(self.sigmas):
+            raise ValueError(f"probe.sigmas: got {self.sigmas}, want positive noise levels that differ")
+
+
+@dataclass
 class PretrainConfig(RunConfig):
     """Stage 1: self-supervised pre-training of the encoder."""
 
@@ -367,6 +402,10 @@ class PretrainConfig(RunConfig):
     """Interpolated temperature at sigma_min and at sigma_max."""
     target_ema: float = number(0.99, 0, 1)
     """Decay per step of the target network."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Linear probes during training."""
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    """Measurements of the features during training."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -600,8 +639,8 @@ class EvaluateConfig(JudgeConfig):
     repeats: int = number(1, 1)
     """Samples: parts that are judged apart, image by image in the order of the file, such as three of 50000, of which
     EDM's protocol reports the best FID."""
-    batch_size: int = number(64, 1)
-    """Reference: images per network call."""
+    batch_size: int | None = number(None, 1)
+    """Reference: images per network call; `null`: 64. Protocol: also when they are drawn; `null`: as then."""
     probe: str | None = None
     """Encoder or generator checkpoint, or the name of a preset (freshly initialised), to judge by a linear probe."""
     sigmas: list[float] = field(default_factory=lambda: [0.002, 0.5, 2.0, 5.0])
@@ -612,6 +651,15 @@ class EvaluateConfig(JudgeConfig):
     """Probe: seed of the noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Probe and reference: where the network runs."""
+    protocol: str | None = None
+    """A result that `output` has written: its images are drawn and judged again, and compared with it. The settings are
+    those in the file; `reference`, `inception`, `dinov2`, `train` and `test` say where the same things are now."""
+    checkpoint: str | None = None
+    """Protocol: where the weights are now; `null`: where they were."""
+    outdir: str | None = None
+    """Protocol: folder for the images, as `sample` fills it; the same command goes on."""
+    page: str | None = None
+    """Samples: HTML file to write the result to, with images and plots (these need matplotlib). It is replaced."""
     output: str | None = None
     """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
     file refused."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -35,6 +36,14 @@ def report() -> str:
 def version() -> str:
     """Versions of the package and of torch, and whether the compiled extension is there, in one line."""
     return f"epg-fast {_version('epg_fast')}, torch {_version('torch')}, extension {_extension()}"
+
+
+def versions(device) -> dict[str, str]:
+    """What numbers may depend on beside settings, for JSON: versions, the device (torch.device), its driver."""
+    from epg_fast.plans import Machine
+
+    found = dataclasses.asdict(Machine.here(device))
+    return found | {"numpy": _version("numpy"), "python": platform.python_version()}
 
 
 def _version(package: str) -> str:

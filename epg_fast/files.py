@@ -114,7 +114,7 @@ def check_writable(path: Path, option: str) -> None:
 
 def differences(before: Mapping, now: Mapping, ignored: Collection[str] = ()) -> str:
     """What is not as before, `name was 1, now 2; ...`; empty for nothing. Mappings inside are compared item by item."""
-    before, now = _flat(before), _flat(now)
+    before, now = flat(before), flat(now)
     found = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -123,11 +123,12 @@ def differences(before: Mapping, now: Mapping, ignored: Collection[str] = ()) ->
     return "; ".join(found[:4]) + ("; ..." if len(found) > 4 else "")
 
 
-def _flat(tree: Mapping, prefix: str = "") -> dict:
-    flat = {}
+def flat(tree: Mapping, prefix: str = "") -> dict:
+    """Values by their names, those of mappings inside joined by dots."""
+    values = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 class OutputFolder:

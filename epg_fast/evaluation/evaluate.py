@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from epg_fast.config import EvaluateConfig
 from epg_fast.distributed import resolve_device
 from epg_fast.evaluation.figures import Figure, bootstrap, difference
 from epg_fast.evaluation.judge import Judges, check_judges, open_judges
-from epg_fast.evaluation.record import sampling_record
+from epg_fast.evaluation.protocol import protocol, sampling_record
 from epg_fast.evaluation.rows import Rows, collect, take_rows
 from epg_fast.evaluation.sources import FolderStream, ImageStream, open_stream
 
 log = logging.getLogger("epg_fast")
 # Normally distributed, of 20 equal pairs one is further apart.
 _STANDARD_ERRORS = 2.0
+_BATCH_SIZE = 64
 
 
 def evaluate_images(config: EvaluateConfig) -> dict:
@@ -27,39 +29,45 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     By a network (`reference` and `inception`, `dinov2`): `fid`, `fid_infinity`, `inception_score`, `precision`,
     `recall`, ... (null, and the reason in `missing`, where the reference has no images). Without (`train` and `test`):
     `accuracy` and `frechet_distance`. Then `spread` (name -> standard error or null), what helps to read the figures,
-    `repeats` and `compared` if asked for, `judges` (networks and references by SHA-256), `protocol` (a sentence) and
-    `sampling` (how the samples were drawn: see `sampling_record`). What can be checked is checked before a network
+    `repeats` and `compared` if asked for, and `protocol`: see there. What can be checked is checked before a network
     runs. Raises ValueError for files that do not fit.
     """
+    begun, batch_size = time.perf_counter(), config.batch_size or _BATCH_SIZE
     check_judges(config)
     streams = [open_stream(path) for path in (config.samples, config.compare) if path]
     samples = streams[0]
     sampling = [sampling_record(stream.path, stream.num) for stream in streams]
     device = resolve_device(config.device if config.reference else "cpu")
-    judges = open_judges(config, samples.size, device, batch_size=config.batch_size)
+    judges = open_judges(config, samples.size, device, batch_size=batch_size)
     for stream in streams:
         _check(config, stream, samples, judges)
-    rows = [_rows(judges, stream, config.batch_size) for stream in streams]
+    rows = [_rows(judges, stream, batch_size) for stream in streams]
     figures = judges.figures(rows[0])
     parts = _repeats(config, judges, rows[0]) if config.repeats > 1 else {}
     compared = _compared(streams, sampling, figures, judges.figures(rows[1])) if config.compare else {}
     values = {name: figure.value for name, figure in figures.items()}
     missing = dict.fromkeys(judges.missing)
+    spreads = _spreads(figures, config.bootstrap)
     return {
         "kind": "images",
         "samples": str(config.samples),
         **values,
         **missing,
-        "spread": _spreads(figures, config.bootstrap) | missing,
+        "spread": spreads | missing,
         **({"missing": judges.missing} if missing else {}),
         "num_samples": samples.num,
         "image_size": list(samples.size),
         **judges.facts(figures, rows[0], samples.size),
         **({"repeats": parts} if parts else {}),
         **({"compared": compared} if compared else {}),
-        "judges": judges.description,
-        "protocol": f"{judges.sentence(samples.num, samples.size)} {_how_spread(config)}",
-        "sampling": sampling[0],
+        "protocol": protocol(
+            *(judges, config, sampling[0], samples.num, samples.size, device),
+            spread=_how_spread(config),
+            bootstrap=config.bootstrap,
+            repeats=config.repeats,
+            batch_size=batch_size,
+            seconds=time.perf_counter() - begun,
+        ),
     }
 
 

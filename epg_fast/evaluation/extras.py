@@ -9,6 +9,7 @@ import torch
 
 # package: (project on PyPI, extra of ours that installs it)
 _PROJECTS = {
+    "matplotlib": ("matplotlib", "demo"),
     "sklearn": ("scikit-learn", "demo"),
     "torch_fidelity": ("torch-fidelity", "eval"),
 }

@@ -162,10 +162,12 @@ class Kernel(Figure):
 class FrechetAtInfinity(Figure):
     """Where the distance of a `Frechet` tends to with ever more images: its bias falls as 1/N.
 
-    A straight line in 1/n through the distances of parts of the images, from a quarter of them to all, drawn from a
-    fixed seed. `curve`: its points (n, distance). The spread joins that of the distance and of the line's end. `bias`:
-    what the distance of these N images is too high by. Source: Chong and Forsyth, "Effectively unbiased FID and
-    Inception Score and where to find them", 2020.
+    A straight line in 1/n through the distances of parts of the images, from half of them to all, drawn from a fixed
+    seed. `curve`: its points (n, distance). The spread joins that of the distance and of the line's end. `bias`: what
+    the distance of these N images is too high by. Parts of few images do not lie on the line. In simulations with 256
+    features, eigenvalues 1/k and a distance near 0, the end was off by a seventh of the bias, downwards, with N = 2.4
+    times as many images as features, by 4% of it with 4.9 times, and by nothing visible with 24 times.
+    Source: Chong and Forsyth, "Effectively unbiased FID and Inception Score and where to find them", 2020.
     """
 
     best = "low"
@@ -176,12 +178,12 @@ class FrechetAtInfinity(Figure):
     @staticmethod
     def possible(num: int, dim: int) -> bool:
         """Whether parts of `num` images determine a covariance of `dim` features."""
-        return num // 4 > dim
+        return num // 2 > dim
 
     @functools.cached_property
     def curve(self) -> list[tuple[int, float]]:
         num, generator = len(self._distance.features), np.random.default_rng(0)
-        sizes = np.rint(1 / np.linspace(4 / num, 1 / num, _POINTS)).astype(int)
+        sizes = np.rint(1 / np.linspace(2 / num, 1 / num, _POINTS)).astype(int)
         parts = [(int(n), self._distance.of(np.sort(generator.permutation(num)[:n]))) for n in sizes[:-1]]
         return [*parts, (num, self._distance.value)]
 

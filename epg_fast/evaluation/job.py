@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,24 +12,33 @@ import torch
 from epg_fast.config import EvaluateConfig
 from epg_fast.distributed import resolve_device
 from epg_fast.evaluation import evaluate_images, evaluate_probe
+from epg_fast.evaluation.page import result_page
 from epg_fast.files import check_writable, differences, write_atomically
 from epg_fast.models import create_encoder, from_pretrained, list_presets
 
 
-def run(config: EvaluateConfig) -> None:
-    """Judge samples or an encoder, print the result as JSON and write it to `config.output`.
+def run(config: EvaluateConfig, evaluate: Callable[[EvaluateConfig], dict] | None = None) -> dict:
+    """Judge samples or an encoder, print the result as JSON and write it to `config.output`; returns it.
+
+    evaluate: what makes the result, if not what `config` asks for. `config.page` is written as well.
 
     The result holds its `settings`, so that the same command may replace its own result; any other file is left alone.
     Raises ValueError for settings that do not go together and for such a file, before anything is computed.
     """
-    evaluate = _chosen(config)
+    evaluate = evaluate or _chosen(config)
     settings = _settings(config)
     if config.output:
         _check_output(Path(config.output), settings)
-    text = json.dumps(evaluate(config) | {"settings": settings}, indent=2, allow_nan=False)
+    if config.page:
+        check_writable(Path(config.page), "page")
+    result = evaluate(config) | {"settings": settings}
+    text = json.dumps(result, indent=2, allow_nan=False)
     if config.output:
         write_atomically(config.output, text + "\n")
     print(text)
+    if config.page:
+        write_atomically(config.page, result_page(result, config.output))
+    return result
 
 
 def load_encoder(config: EvaluateConfig) -> tuple[torch.nn.Module, str | None]:
@@ -46,19 +56,22 @@ def load_encoder(config: EvaluateConfig) -> tuple[torch.nn.Module, str | None]:
 
 
 def _chosen(config: EvaluateConfig):
+    for name in ("checkpoint", "outdir"):
+        if getattr(config, name):
+            raise ValueError(f"evaluate: got --{name} without --protocol, which it goes with")
     if bool(config.samples) == bool(config.probe):
         raise ValueError("evaluate: pass either --samples (images to judge) or --probe (an encoder to judge)")
     if config.probe:
-        network = [name for name in ("reference", "inception", "dinov2", "compare") if getattr(config, name)]
-        if network:
-            raise ValueError(f"evaluate: got --{network[0]} with --probe; it goes with --samples")
+        others = [n for n in ("reference", "inception", "dinov2", "compare", "page") if getattr(config, n)]
+        if others:
+            raise ValueError(f"evaluate: got --{others[0]} with --probe; it goes with --samples")
         return lambda config: evaluate_probe(config, *load_encoder(config))
     return evaluate_images
 
 
 def _settings(config: EvaluateConfig) -> dict:
     """What the result depends on, as JSON reads it back."""
-    unrelated = ("output", "device", "batch_size")
+    unrelated = ("output", "page", "device", "batch_size")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in unrelated}
     return json.loads(json.dumps(settings))
 

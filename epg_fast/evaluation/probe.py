@@ -10,9 +10,10 @@ import torch
 import torch.nn as nn
 
 from epg_fast.config import EvaluateConfig
-from epg_fast.data import ImageFolder, center_crop
+from epg_fast.data import ImageFolder, ImageSource, center_crop
 from epg_fast.diffusion import NoiseSchedule, PixelNormalization, shift
 from epg_fast.diffusion.denoiser import per_sample, precondition
+from epg_fast.environment import versions
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image
 from epg_fast.evaluation.small import check_folders
@@ -45,22 +46,42 @@ def evaluate_probe(config: EvaluateConfig, encoder: nn.Module, normalization: st
         "image_size": size,
         "normalization": normalization,
         "seed": config.seed,
-        "protocol": (
-            f"Logistic regression on the standardised class-token feature of noisy {size}x{size} images at each "
-            f"unshifted sigma; fitted on {len(train[1])} training images, accuracy on {len(test[1])} held-out ones."
-        ),
+        "protocol": {
+            "text": (
+                f"Logistic regression on the standardised class-token feature of noisy {size}x{size} images at each "
+                f"unshifted sigma; fitted on {len(train[1])} training images, accuracy on {len(test[1])} held-out ones."
+            ),
+            "versions": versions(next(encoder.parameters()).device),
+        },
     }
 
 
-def load_rgb(folder: str | os.PathLike, image_size: int) -> LabeledImages:
-    """Read a folder of class folders: (images uint8 [N, 3, S, S], labels int64 [N]), centre-cropped as in training.
+def load_rgb(
+    source: str | os.PathLike | ImageSource, image_size: int, chosen: Sequence[int] | None = None
+) -> LabeledImages:
+    """Read labelled images: (images uint8 [N, 3, S, S], labels int64 [N]), centre-cropped as in training.
 
+    source: a folder of class folders, or images that are open. chosen: their places in it; None: all.
     Raises ValueError for a missing or empty folder and for files that are no images.
     """
-    files = ImageFolder(folder)
-    crops = [np.asarray(center_crop(read_image(files, i), image_size)) for i in range(len(files))]
-    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
-    return images, np.array(files.labels, dtype=np.int64)
+    files = source if isinstance(source, ImageSource) else ImageFolder(source)
+    chosen = range(len(files)) if chosen is None else chosen
+    images = torch.empty(len(chosen), 3, image_size, image_size, dtype=torch.uint8)
+    for image, i in zip(images, chosen, strict=True):
+        image.copy_(torch.from_numpy(np.array(center_crop(read_image(files, i), image_size))).permute(2, 0, 1))
+    return images, np.array([files.labels[i] for i in chosen], dtype=np.int64)
+
+
+def evenly_chosen(labels: Sequence[int], num: int) -> np.ndarray:
+    """Places of `num` images, or of all if there are fewer, spread evenly over the classes: rising, int64.
+
+    Which images of a class is always the same: the first of a shuffled order, whose seed is fixed.
+    """
+    labels = np.asarray(labels)
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    earlier = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])  # of the same class
+    return np.sort(by_class[np.argsort(earlier, kind="stable")[:num]])
 
 
 def encoder_features(encoder: nn.Module, schedule: NoiseSchedule | None = None) -> Features:
@@ -102,38 +123,65 @@ def linear_probe(
     Features are standardised by the training ones. Raises ValueError for sigmas <= 0, sizes that do not match and
     features that are not finite.
     """
-    linear_model = import_extra("sklearn.linear_model")
-    pipeline = import_extra("sklearn.pipeline")
-    preprocessing = import_extra("sklearn.preprocessing")
+    require_sklearn()
     if not sigmas or min(sigmas) <= 0:
         raise ValueError(f"sigmas must be positive noise levels (the cleanest is 0.002): {list(sigmas)}")
     for name, (images, labels) in (("train", train), ("test", test)):
         if images.ndim != 4 or len(images) == 0 or np.shape(labels) != (len(images),):
             got = f"{list(images.shape)} and {list(np.shape(labels))}"
             raise ValueError(f"{name}: expected images [N, 3, H, W] and labels [N], got {got}")
-    normalize = PixelNormalization(normalization).normalize
     accuracy = {}
     for sigma in sigmas:
         fitted_on, judged_on = (
-            _features(features_of, images, sigma, normalize, (seed, number), batch_size)
+            noisy_features(features_of, images, sigma, normalization, (seed, number), range(len(images)), batch_size)
             for number, (images, _) in enumerate((train, test))
         )
-        probe = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=2000))
-        accuracy[sigma] = float(probe.fit(fitted_on, train[1]).score(judged_on, test[1]))
+        accuracy[sigma] = probe_accuracy((fitted_on, train[1]), (judged_on, test[1]), sigma)
     return accuracy
 
 
-def _features(features_of, images, sigma, normalize, seeds, batch_size) -> np.ndarray:
-    level = sigma * shift(images.shape[-1])
+def require_sklearn() -> None:
+    """Raise ImportError with the command that installs scikit-learn, unless it is there."""
+    import_extra("sklearn.linear_model")
+
+
+def noisy_features(
+    features_of: Features,
+    images: torch.Tensor,
+    sigma: float,
+    normalization: str,
+    seeds: tuple[int, int],
+    places: Sequence[int],
+    batch_size: int = 256,
+) -> torch.Tensor:
+    """Features [N, E] of images uint8 [N, 3, H, W] at one noise level, float32 in host memory; see `linear_probe`.
+
+    seeds: the probe's, and the set's number. places: of the images in their set, on which their noise depends.
+    """
+    level, normalize = sigma * shift(images.shape[-1]), PixelNormalization(normalization).normalize
     batches = []
     for start in range(0, len(images), batch_size):
         clean = normalize(images[start : start + batch_size])
-        noise = torch.stack([_noise((*seeds, start + i), clean.shape[1:]) for i in range(len(clean))])
+        noise = torch.stack([_noise((*seeds, i), clean.shape[1:]) for i in places[start : start + batch_size]])
         batches.append(features_of(clean + level * noise, sigma).float().cpu())
-    features = torch.cat(batches).numpy()
-    if not np.isfinite(features).all():
-        raise ValueError(f"the encoder's features at sigma {sigma:g} are not finite")
-    return features
+    return torch.cat(batches)
+
+
+def probe_accuracy(
+    train: tuple[torch.Tensor, np.ndarray], test: tuple[torch.Tensor, np.ndarray], sigma: float
+) -> float:
+    """Accuracy on `test` of a logistic regression fitted to `train`: features [N, E] and labels [N] each.
+
+    sigma: the noise level, for messages. Raises ValueError for features that are not finite.
+    """
+    linear_model = import_extra("sklearn.linear_model")
+    pipeline = import_extra("sklearn.pipeline")
+    preprocessing = import_extra("sklearn.preprocessing")
+    for features, _ in (train, test):
+        if not features.isfinite().all():
+            raise ValueError(f"the encoder's features at sigma {sigma:g} are not finite")
+    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=2000))
+    return float(probe.fit(train[0].numpy(), train[1]).score(test[0].numpy(), test[1]))
 
 
 def _noise(seeds: tuple[int, ...], shape: torch.Size) -> torch.Tensor:

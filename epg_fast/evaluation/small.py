@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class SmallJudge(Judge):
     @functools.cached_property
     def description(self):
         c = self.config
-        return {"train": c.train, "test": c.test, "size": c.size, "components": c.components}
+        real = {name: {"path": getattr(c, name), "sha256": _sha256(*getattr(self, name))} for name in ("train", "test")}
+        return real | {"size": c.size, "components": c.components}
 
     def facts(self, figures, rows, size):
         pixels = min(size)
@@ -105,6 +107,11 @@ class SmallJudge(Judge):
 
     def _gaussian(self, images: np.ndarray):
         return gaussian_of(torch.from_numpy(self._pca.transform(images)), "cpu")
+
+
+def _sha256(pixels: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of images as they are compared, with their labels."""
+    return hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
 
 
 def check_folders(config: JudgeConfig) -> None:

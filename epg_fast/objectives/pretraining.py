@@ -86,6 +86,11 @@ class PretrainingObjective:
         t, _, clean = self._levels(x.dtype)
         return self.online.encode(*self._inputs(noise, (view1, clean), (view2, clean), (x, t))).chunk(3)
 
+    def clean_features(self, view1, view2, noise) -> torch.Tensor:
+        """The online network's features of view 1, then of view 2, [2B,E], as the contrastive term has them."""
+        clean = self._levels(view1.dtype)[2]
+        return self.online.encode(*self._inputs(noise, (view1, clean), (view2, clean)))
+
     def losses(
         self, features: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], everyone: Sequence[torch.Tensor]
     ) -> Loss:

@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import math
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,12 @@ import torch
 from tqdm import tqdm
 
 from epg_fast.config import SampleConfig
-from epg_fast.distributed import Ranks, joined, resumable
+from epg_fast.distributed import Ranks, joined, resolve_device, resumable
+from epg_fast.environment import versions
 from epg_fast.files import OutputFolder, write_atomically
+from epg_fast.flags import parse
 from epg_fast.models import EPGViT, from_pretrained
-from epg_fast.plans import PLAIN, choose_together
+from epg_fast.plans import PLAIN, Machine, choose_together
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.labels import choose_labels
@@ -30,25 +34,30 @@ log = logging.getLogger("epg_fast")
 # Ranks meet only before the first image and after the last, and a slow one may have hours more to do. A rank that dies
 # closes its connections, which the others notice at once.
 _PATIENCE = datetime.timedelta(days=30)
-_ERROR = "precision.json"
+_ERROR, _TIME = "precision.json", "drawn_in.json"
 _REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops": PLAIN}
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
 _GIVES_WAY = ("precision", "parameterization", "normalization")
-_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with")
+_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema")
+CHECKSUMS = {"weights_sha256": "checkpoint", "autoguidance_sha256": "autoguidance", "labels_sha256": "labels"}
+"""Of what settings.json holds a SHA-256, and the option that says where it is."""
+# What a checkpoint says of how its weights were averaged.
+_EMA = ("stage", "step", "ema_decay", "sigma_rel", "posthoc_ema")
 
 
-def run(config: SampleConfig) -> None:
+def run(config: SampleConfig, expected: Mapping[str, str] | None = None) -> None:
     """Draw `config.num` images and write samples.npz, PNG files or both, and grid.png, to `config.outdir`.
 
     Under torchrun the ranks share the batches. Images are kept on disk batch by batch: the same command goes on where
     one that was stopped or killed had come, with any batch size and number of ranks, and leaves finished work alone.
     Raises ValueError for what the user can mend, before anything is written (checkpoint, labels, guidance, an output
-    folder of other settings or in use); OSError when the disk fails; `Interrupted` after a signal.
+    folder of other settings or in use); OSError when the disk fails; `Interrupted` after a signal. expected: checksums
+    of weights and labels by their names in settings.json; others are refused, too.
     """
     _require_names(config)
     with joined(config.device, "gloo", _PATIENCE) as ranks:
-        _run(config, ranks)
+        _run(config, ranks, expected)
 
 
 def check_command(config: SampleConfig) -> None:
@@ -62,7 +71,7 @@ def _require_names(config: SampleConfig) -> None:
         raise ValueError("sample: --checkpoint and --outdir are needed")
 
 
-def _run(config: SampleConfig, ranks: Ranks) -> None:
+def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None = None) -> None:
     folder, settings = SampleFolder(config.outdir), requested(config)
     ranks.decide(lambda: folder.require(settings))  # before weights are read, which may take long
     model = _generator(config.checkpoint, ranks.device)
@@ -76,6 +85,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
     engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
     settings |= resolved(model, weak, labels, engine)
     using = drawn_with(engine, _alike(settings, ranks))
+    _require_expected(config, settings, expected or {})
     outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
     with suitable_threads(engine.model, engine.chosen.threads), folder:
         missing = ranks.decide(lambda: _claim(folder, outputs, engine.batch_size, settings, using))
@@ -90,11 +100,26 @@ def _run(config: SampleConfig, ranks: Ranks) -> None:
                 folder.write(_ERROR, _precision_error(config, engine, reference, labels, number))
                 del reference
             del model, weak  # of which the engine may have a copy in 16 bits
+            begun = time.perf_counter()
             _draw(engine, outputs, missing, config.seed, ranks)
             if ranks.main:
+                if missing:  # not in samples.npz, of which the same command makes the same bytes
+                    spent = {"seconds": time.perf_counter() - begun, "images": sum(map(len, missing))}
+                    folder.write(_TIME, spent)
                 error = folder.read(_ERROR)
                 outputs.finish(folder.read() | ({"precision_error": error} if error else {}))
                 log.info("%d images in %s", len(labels), folder.path)
+
+
+def _require_expected(config: SampleConfig, settings: dict, expected: Mapping[str, str]) -> None:
+    """Raise ValueError for weights or labels of another checksum than is expected."""
+    for name, wanted in expected.items():
+        if settings[name] != wanted:
+            option = CHECKSUMS[name]
+            raise ValueError(
+                f"{option}: {getattr(config, option)} gives other {'labels' if option == 'labels' else 'weights'} than "
+                f"before (SHA-256 {settings[name]}, want {wanted}); give the same as then"
+            )
 
 
 def _generator(source: str, device: torch.device) -> EPGViT:
@@ -118,9 +143,7 @@ def _options(config: SampleConfig) -> dict:
 
 def _alike(settings: dict, ranks: Ranks) -> list[str]:
     """The device names of all ranks. Raises ValueError on all of them when the settings of one differ."""
-    device = ranks.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    everyone = ranks.gather((settings, name))
+    everyone = ranks.gather((settings, Machine.here(ranks.device).device))
     different = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != everyone[0][0]]
     if different:
         raise ValueError(f"rank {different[0]} has read other weights or labels than rank 0; give all the same files")
@@ -136,7 +159,8 @@ def _claim(folder: SampleFolder, outputs: Outputs, batch_size: int, settings: di
         return None
     missing = outputs.missing(batch_size)
     if not folder.begun:
-        (folder.path / _ERROR).unlink(missing_ok=True)  # of other settings, perhaps
+        for name in (_ERROR, _TIME):  # of other settings, perhaps
+            (folder.path / name).unlink(missing_ok=True)
     if missing:
         folder.note(settings, using)
     return missing
@@ -260,6 +284,31 @@ def requested(config: SampleConfig) -> dict:
     return json.loads(json.dumps(finite(settings | ({"steps": 1} if config.sampler == "onestep" else {}))))
 
 
+def drawn_again(note: Mapping, outdir: str, **changed) -> SampleConfig:
+    """The command that draws again the images of which `note` is: settings.json, or `metadata` of samples.npz.
+
+    changed: fields with other values. What computes is the same on the same device, and chosen anew on another.
+    Raises ValueError for a note that lacks a setting, and for values that are none.
+    """
+    names = [f.name for f in dataclasses.fields(SampleConfig) if f.name not in _HOW]
+    lacking = [name for name in (*names, *CHECKSUMS, "drawn_with") if name not in note]
+    if lacking or not note["drawn_with"]:
+        raise ValueError(f"does not say how its images were drawn (no {', '.join(lacking) or 'drawn_with'})")
+    using = note["drawn_with"][-1]
+    values = {name: note[name] for name in names} | {"batch_size": using["batch_size"], "outdir": outdir} | changed
+    if using["plan"] is None and using["device"] == Machine.here(resolve_device(changed.get("device", "auto"))).device:
+        sites = [f"{site}={backend}" for site, backend in using["ops"].items()]
+        values |= {"ops": ",".join(["plain", *sites]), **{k: using[k] for k in ("compile", "cuda_graphs")}}
+    return parse([SampleConfig], [f"--{name}={_text(value)}" for name, value in values.items()], "sample")[0]
+
+
+def _text(value) -> str:
+    """A value of a note as it stands behind a flag."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return "null" if value is None else str(value)
+
+
 def resolved(model: torch.nn.Module, weak: torch.nn.Module | None, labels: np.ndarray, engine: SamplingEngine) -> dict:
     """The settings that the command line leaves open, with checksums of weights and labels [N]."""
     return {
@@ -268,6 +317,7 @@ def resolved(model: torch.nn.Module, weak: torch.nn.Module | None, labels: np.nd
         "weights_sha256": weights_sha256(model),
         "autoguidance_sha256": None if weak is None else weights_sha256(weak),
         "labels_sha256": hashlib.sha256(np.asarray(labels, "<i8").tobytes()).hexdigest(),
+        "ema": {name: value for name, value in getattr(model, "metadata", {}).items() if name in _EMA},
     }
 
 
@@ -282,12 +332,11 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 def drawn_with(engine: SamplingEngine, devices: list[str]) -> dict:
     """What the last bits of images may depend on: recorded, not compared. devices: the name of every rank's."""
-    return {
+    return versions(engine.device) | {
         "compile": engine.compile,
         "cuda_graphs": engine.cuda_graphs,
         "plan": engine.chosen.plan,
         "ops": engine.chosen.record()["ops"],
-        "torch": torch.__version__,
         "device": ", ".join(sorted(set(devices))),
         "processes": len(devices),
         "batch_size": engine.batch_size,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from epg_fast.config import RunConfig
+from epg_fast.config import PretrainConfig, RunConfig
 from epg_fast.data import DataError, ImageSource, Prefetcher, make_loader, open_images
 from epg_fast.distributed import StopSignals, joined
 from epg_fast.models.fp8 import require_fp8, use_fp8
@@ -28,15 +28,18 @@ from epg_fast.training import decoding
 from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
 from epg_fast.training.classes import note_classes
+from epg_fast.training.collapse import Collapse
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.gradients import add_gradients, check_batch_size
 from epg_fast.training.hardware import Utilization
+from epg_fast.training.measuring import Measurement, Measuring, measurements_due, measurements_missing
 from epg_fast.training.metrics import Metrics, Progress, names_by_level, require_wandb, sums_by_level
 from epg_fast.training.optimizer import lr_factor
 from epg_fast.training.parallel import Agreement
 from epg_fast.training.planning import kept_choice, note_choice
 from epg_fast.training.preview import preview_is_due, preview_path, write_preview
+from epg_fast.training.probe import Probe, check_probe
 from epg_fast.training.run_folder import RunFolder
 from epg_fast.training.stages import Stage
 from epg_fast.training.state import RunState
@@ -67,11 +70,12 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
             if config.fp8:
                 log.info(use_fp8(stage.network))  # after the EMA were copied from it, which stay in 16 bits
             state.resume(folder.path / "checkpoints")
-            if state.iteration >= config.steps:
+            missing = measurements_missing(state.config, folder.path, state.iteration, ranks)
+            if state.iteration >= config.steps and not missing:
                 _draw_missing_preview(state, folder.path)
                 log.info("%s is complete: %d steps", folder.path, state.iteration)
             else:
-                _go_on(config, state, folder)
+                _go_on(config, state, folder, missing)
 
 
 def check_command(config: RunConfig) -> ImageSource:
@@ -80,12 +84,19 @@ def check_command(config: RunConfig) -> ImageSource:
         raise ValueError("outdir is missing; name a run folder with --outdir")
     RunFolder(config.outdir).require(config)
     require_wandb(config.wandb)
-    return open_images(config.data.path)
+    source = open_images(config.data.path)
+    if isinstance(config, PretrainConfig) and config.probe.every:
+        check_probe(config, source)
+    return source
 
 
-def _go_on(asked: RunConfig, state: RunState, folder: RunFolder) -> None:
-    """asked: the configuration as it was given, without what a plan has put in the place of `auto`."""
+def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[str]) -> None:
+    """asked: the configuration as it was given, without what a plan has put in the place of `auto`.
+
+    missing: measurements to make before all else.
+    """
     config, ranks, stage = state.config, state.ranks, state.stage
+    measurements = _measurements(state)
     state.data_backend = decoding.agreed_backend(config.data.backend, state.data_backend, ranks)
     loader = make_loader(
         state.source,
@@ -101,7 +112,20 @@ def _go_on(asked: RunConfig, state: RunState, folder: RunFolder) -> None:
         device=ranks.device,
     )
     with contextlib.closing(loader):
-        _Run(asked, state, loader, folder).train()
+        _Run(asked, state, loader, folder, measurements).train(missing)
+
+
+def _measurements(state: RunState) -> list[Measurement]:
+    """What is asked for. Raises on all ranks what making one raises on any."""
+    found, failed = [], None
+    try:
+        found = [kind(state) for kind in (Collapse, Probe) if kind.is_asked_for(state.config)]
+    except (ValueError, OSError) as error:
+        failed = error
+    failed = next(filter(None, state.ranks.gather(failed)), None)
+    if failed:
+        raise failed
+    return found
 
 
 def train_step(state: RunState, batch: dict[str, torch.Tensor], metrics: Metrics) -> None:
@@ -154,7 +178,7 @@ def _report(state: RunState, loss: Loss, norm: torch.Tensor, found_inf: torch.Te
 class _Run:
     """A run from the iteration it has reached: the loop, and what the loop writes to."""
 
-    def __init__(self, asked: RunConfig, state: RunState, loader, folder: RunFolder):
+    def __init__(self, asked: RunConfig, state: RunState, loader, folder: RunFolder, measurements: list[Measurement]):
         config, ranks, stage, outdir = state.config, state.ranks, state.stage, folder.path
         self.config, self.state, self.outdir = config, state, outdir
         self.bad_files = BadFiles(state.bad_files, loader, state.source, config.data.max_bad_fraction, outdir, ranks)
@@ -172,6 +196,7 @@ class _Run:
         if stage.chosen.plan:
             self.metrics.begin_with({"plan": state.choice})
         self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)
+        self.measuring = Measuring(measurements, self.metrics)
         compile_stage(stage)
         self.metrics.add_image("samples", _draw_missing_preview(state, outdir), state.iteration)
         images = f"images of {state.source.root}, decoded by {decoded}"
@@ -179,12 +204,16 @@ class _Run:
         self.signals, self.stop = StopSignals(), Agreement(ranks)
         self.batches = Prefetcher(loader, ranks.device, on_stall=self._stalled)
 
-    def train(self) -> None:
-        """Train to the last step, or until a signal asks to end, and write what is to be written."""
+    def train(self, missing: list[str]) -> None:
+        """Train to the last step, or until a signal asks to end, and write what is to be written.
+
+        missing: measurements that an earlier process has not come to.
+        """
         state = self.state
         with self.signals:  # until everything is written
             try:
                 with self.progress, self.batches:
+                    self.measuring.measure(missing, state.iteration)
                     self._loop()
             except DataError as error:
                 raise self.bad_files.listed(error) from error
@@ -232,6 +261,8 @@ class _Run:
         if preview_is_due(state.stage, iteration):
             state.host_ema.wait()
             self.metrics.add_image("samples", write_preview(state.stage, self.outdir, iteration), iteration)
+        if not stop:  # else when the run goes on
+            self.measuring.measure(measurements_due(config, iteration), iteration)
 
     def _stalled(self, seconds: float) -> None:
         self.progress.stalled(seconds)

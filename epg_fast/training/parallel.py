@@ -91,6 +91,21 @@ class Replicated:
         with self._autocast():
             return self._module(compute, *arguments)
 
+    @torch.no_grad()
+    def observe(self, compute: Callable, *arguments):
+        """`compute(*arguments)` beside training, without gradient; training goes on as if it had not been called.
+
+        The networks run as written: what torch.compile has made for training stays the code of training. Their buffers,
+        BatchNorm's statistics, come back. All ranks call this at the same point.
+        """
+        before = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                return self(compute, *arguments)
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
     def _autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.ranks.device, self._precision)
 
@@ -168,6 +183,11 @@ class Sharded(Replicated):
             yield
         finally:
             self._module.set_requires_gradient_sync(True)
+
+    def observe(self, compute, *arguments):
+        found = super().observe(compute, *arguments)
+        self._module.reshard()  # which no backward pass does here
+        return found
 
     saves = True
 

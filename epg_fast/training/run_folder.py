@@ -38,6 +38,8 @@ _FREE = (
     "wandb",
     "outdir",
     "preview",
+    "probe",
+    "collapse",
 )
 
 

@@ -28,14 +28,16 @@ def samples(accuracy, distance, **sampling):
         "frechet_distance": distance,
         "classifier_accuracy": 0.991,
         "baselines": BASELINES,
-        "protocol": "500 samples compared as 8x8 grayscale.",
-        "sampling": {"sampler": None, "steps": None, "guidance": None} | sampling,
+        "protocol": {
+            "text": "500 samples compared as 8x8 grayscale.",
+            "sampling": {"sampler": None, "steps": None, "guidance": None} | sampling,
+        },
     }
 
 
 def probe(*accuracy):
     levels = dict(zip(("0.002", "0.5", "2", "5"), accuracy, strict=True))
-    return {"accuracy": levels, "protocol": "Logistic regression."}
+    return {"accuracy": levels, "protocol": {"text": "Logistic regression."}}
 
 
 def losses(name, count=150):

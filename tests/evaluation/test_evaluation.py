@@ -44,11 +44,11 @@ def test_result_states_sizes_and_protocol_and_survives_json(real_result):
     assert json.loads(json.dumps(real_result, allow_nan=False)) == real_result
     assert [real_result[key] for key in ("num_samples", "num_train", "num_test")] == [449, 1347, 450]
     assert (real_result["stored_size"], real_result["size"], real_result["components"]) == (32, 8, 20)
-    sampling = real_result["sampling"]
+    sampling = real_result["protocol"]["sampling"]
     assert (sampling["num"], sampling["sampler"], sampling["steps"], sampling["s_max"]) == (449, "heun", 18, "inf")
     assert sampling["guidance"] is None and sampling["evaluations"] is None
-    assert "449 samples of 32x32 pixels, compared as 8x8 grayscale" in real_result["protocol"]
-    assert "450 held-out real images (as stored)" in real_result["protocol"]
+    assert "449 samples of 32x32 pixels, compared as 8x8 grayscale" in real_result["protocol"]["text"]
+    assert "450 held-out real images (as stored)" in real_result["protocol"]["text"]
 
 
 def test_class_means_pass_the_accuracy_and_fail_the_distance(digits, arrays, tmp_path, real_result):
@@ -58,7 +58,7 @@ def test_class_means_pass_the_accuracy_and_fail_the_distance(digits, arrays, tmp
     save_pngs(enlarged(means)[labels], labels, tmp_path)
     result = evaluate_images(config(digits, samples=str(tmp_path)))
     assert result["accuracy"] == 1 and result["frechet_distance"] > 1.2
-    assert result["sampling"]["sampler"] is None and result["sampling"]["num"] == 400
+    assert result["protocol"]["sampling"]["sampler"] is None and result["protocol"]["sampling"]["num"] == 400
     baselines = real_result["baselines"]
     assert baselines["class_means_accuracy"] == 1
     assert baselines["class_means_frechet_distance"] == pytest.approx(result["frechet_distance"], abs=0.05)
@@ -105,7 +105,7 @@ def test_probe_reads_digits_from_pixels_until_noise_covers_them(digits):
     assert list(result["accuracy"]) == ["0.002", "100"]
     assert result["accuracy"]["0.002"] > 0.93 and result["accuracy"]["100"] < 0.3
     assert (result["num_train"], result["num_test"], result["image_size"]) == (1347, 450, 16)
-    assert "1347 training images" in result["protocol"]
+    assert "1347 training images" in result["protocol"]["text"]
 
 
 def test_probe_takes_the_pixel_scaling_from_the_checkpoint(digits):

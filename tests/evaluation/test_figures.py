@@ -92,7 +92,7 @@ def test_the_distance_at_infinity_has_no_bias_where_that_of_few_images_has():
     assert np.mean([end.bias for end in ends]) == pytest.approx(bias[0], rel=0.5)
     assert np.mean([end.spread for end in ends]) == pytest.approx(errors[1] * 20, rel=0.35)
     curve = ends[0].curve
-    assert curve[0][0] == 30 and curve[-1] == (120, distances[0].value) and len(curve) == 10
+    assert curve[0][0] == 60 and curve[-1] == (120, distances[0].value) and len(curve) == 10
 
 
 def test_shared_noise_makes_small_differences_visible():
@@ -109,7 +109,7 @@ def test_shared_noise_makes_small_differences_visible():
 
 def test_few_images_have_a_distance_and_no_spread():
     figure = Frechet(REFERENCE, images(0, DIM))
-    assert figure.value > 0 and figure.spread is None and not FrechetAtInfinity.possible(4 * DIM + 3, DIM)
+    assert figure.value > 0 and figure.spread is None and not FrechetAtInfinity.possible(2 * DIM + 1, DIM)
     other = Frechet(REFERENCE, images(0))
     assert difference(figure, other, paired=True)[1] is None and measured({"x": figure})["spread"] == {"x": None}
 

@@ -115,6 +115,7 @@ def test_judging_small_data_again_replaces_its_result_and_only_that(capsys, tmp_
     words = [*words, "--components", "3", "--output", str(tmp_path / "out.json")]
     assert main(["evaluate", *words]) == 0 and main(["evaluate", *words]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["accuracy"] == 1 and result["sampling"]["source"] is None and result["settings"]["components"] == 3
+    assert result["accuracy"] == 1 and result["settings"]["components"] == 3
+    assert result["protocol"]["sampling"]["source"] is None
     capsys.readouterr()
     refused(capsys, [*words, "--components", "2"], "components was 3, now 2")

@@ -17,6 +17,7 @@ def write_checkpoint(path, seed=0, **sizes):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     metadata = {"config": preset_config("digits_32", **sizes), "parameterization": "x0", "normalization": "simple"}
+    metadata |= {"step": 7, "ema_decay": 0.99}
     save_weights(path, model.state_dict(), metadata)
     return path
 

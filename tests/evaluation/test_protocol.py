@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epg_fast.config import SampleConfig
-from epg_fast.evaluation.record import sampling_record
+from epg_fast.evaluation.protocol import sampling_record
 from epg_fast.models import EPGViT
 from epg_fast.sampling import SamplingEngine
 from epg_fast.sampling.command import requested, resolved
@@ -44,6 +44,17 @@ def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, log):
     (samples / "out" / "png" / "settings.json").write_text(json.dumps(NOTE | {"seed": 4}))
     assert sampling_record(samples / "out" / "png", 6)["seed"] == 4
     assert not log.messages
+
+
+def test_how_long_drawing_took_lies_beside_the_note(samples):
+    assert "drawn_in" not in sampling_record(samples / "out" / "png", 6)
+    for folder in (samples, samples / "out"):
+        (folder / "drawn_in.json").write_text('{"seconds": 3.5, "images": 6}')
+    assert sampling_record(samples / "out" / "png", 6)["drawn_in"] == {"seconds": 3.5, "images": 6}
+    assert "drawn_in" not in sampling_record(samples / "noted.npz", 6)  # which may have been moved there
+    (samples / "noted.npz").rename(samples / "samples.npz")
+    assert sampling_record(samples / "samples.npz", 6)["drawn_in"]["seconds"] == 3.5
+    (samples / "samples.npz").unlink()
 
 
 def test_what_sample_notes_fills_the_record(tmp_path, log):

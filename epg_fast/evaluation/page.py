@@ -1,0 +1,373 @@
+"""Results as one HTML page that needs nothing else: no network, no script, no other file.
+
+`result_page` is that of `evaluate`; `document`, `section`, `table`, `images`, `plots` and others make pages of the same
+looks.
+Whatever is given to them is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from epg_fast.evaluation.extras import import_extra
+from epg_fast.evaluation.sources import open_stream
+from epg_fast.files import flat
+
+BLACK, SERIES = "#000000", "#1f62b4"
+"""Colours of plots that are those of the page, in light and in dark."""
+_SHOWN, _TILE = 48, 128
+_NO_PLOTS = "There are no plots, which need matplotlib: pip install 'epg_fast[demo]'."
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a616b; --line: #d5d9df; --back: #ffffff; --card: #f6f7f9;
+  --series: #1f62b4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #a2a9b4; --line: #3a4048; --back: #16181c; --card: #1e2126; --series: #7cb2f5; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--back); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+p { max-width: 45rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0 1rem; }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+th, td { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; }
+thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+tbody th { font-weight: 600; }
+table.numbers td { white-space: nowrap; overflow-wrap: normal; }
+table.names tbody th { font-weight: 400; color: var(--soft); overflow-wrap: anywhere; width: 30%; min-width: 8rem; }
+pre { background: var(--card); border: 1px solid var(--line); padding: .6rem .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .875rem; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); gap: .4rem; }
+.images figure { margin: 0; }
+.images img { display: block; width: 100%; height: auto; }
+.images figcaption { font-size: .75rem; color: var(--soft); text-align: center; }
+.small img { image-rendering: pixelated; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots figure { margin: 0; max-width: 100%; }
+.plots figcaption { font-size: .875rem; color: var(--soft); max-width: 26rem; }
+.plots svg, .plots img { display: block; max-width: 100%; height: auto; }
+.plots svg { fill: currentColor; }
+@media (max-width: 30rem) {
+  table { font-size: .8125rem; }
+  th, td { padding-right: .45rem; } }
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --card: #fff; --series: #1f62b4; }
+  body { max-width: none; font-size: 10pt; }
+  .images { grid-template-columns: repeat(12, 1fr); }
+  .scroll { overflow: visible; }
+  h2 { break-after: avoid; }
+  figure, tr, pre { break-inside: avoid; }
+}
+"""
+
+
+def result_page(result: Mapping, path: str | os.PathLike | None = None) -> str:
+    """The page of a result of `evaluate_images`. path: where the result is written, for the command that repeats it."""
+    stream = open_stream(result["samples"])
+    num = min(stream.num, _SHOWN)
+    _, first = next(stream.batches(num))
+    labels = None if stream.labels is None else stream.labels[:num]
+    protocol = result["protocol"]
+    sections = [
+        section("Figures", _figures(result), _missing(result)),
+        section("Images", images(first.permute(0, 2, 3, 1).numpy(), labels)),
+        _plots(result),
+        section("Comparison", _comparison(result["compared"])) if "compared" in result else "",
+        section("Repeats", _repeats(result["repeats"])) if "repeats" in result else "",
+        section("Repeated", *_repeated(result["repeated"])) if "repeated" in result else "",
+        section("Protocol", paragraph(protocol["text"]), *protocol_tables(protocol)),
+        section("To repeat it", _command(result, path)),
+    ]
+    return document(f"Evaluation of {result['samples']}", sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole page of parts that the functions below have made."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{_escaped(title)}</h1>\n{''.join(sections)}</main>\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """Parts under a title."""
+    return f"<section>\n<h2>{_escaped(title)}</h2>\n{''.join(parts)}</section>\n"
+
+
+def paragraph(text: str) -> str:
+    """Text."""
+    return f"<p>{_escaped(text)}</p>\n"
+
+
+def command(words: str) -> str:
+    """What is to be typed."""
+    return f"<pre>{_escaped(words)}</pre>\n"
+
+
+def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "numbers") -> str:
+    """A table whose first column names its rows. kind: `numbers`, or `names` for long text, which is wrapped."""
+    head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in heads)
+    body = "".join(
+        f'<tr><th scope="row">{_shown(first)}</th>{"".join(f"<td>{_shown(value)}</td>" for value in values)}</tr>\n'
+        for first, *values in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_escaped(caption)}">'
+        f'<table class="{kind}"><caption>{_escaped(caption)}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+    )
+
+
+def images(pixels: np.ndarray, labels: Sequence[int] | None = None) -> str:
+    """A grid of uint8 images [N, H, W, 3], large ones reduced; `labels` [N] stand below them."""
+    height, width = pixels.shape[1:3]
+    scale = min(1.0, _TILE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    tiles = []
+    for i, array in enumerate(pixels):
+        image = Image.fromarray(array)
+        image = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        image.save(file, "PNG", optimize=True)
+        data = base64.b64encode(file.getvalue()).decode()
+        about = "" if labels is None else f", class {int(labels[i])}"
+        caption = "" if labels is None else f"<figcaption>class {int(labels[i])}</figcaption>"
+        source = f'src="data:image/png;base64,{data}"'
+        tiles.append(
+            f'<figure><img {source} width="{size[0]}" height="{size[1]}" alt="image {i}{about}">{caption}</figure>\n'
+        )
+    reduced = "" if scale == 1 else f", reduced from {width}x{height} to {size[0]}x{size[1]} pixels"
+    small = " small" if max(height, width) <= 64 else ""
+    return f'{paragraph(f"The first {len(pixels)}{reduced}.")}<div class="images{small}">\n{"".join(tiles)}</div>\n'
+
+
+def picture(png: bytes, alt: str, caption: str = "") -> str:
+    """A PNG file, such as a plot that was made elsewhere."""
+    data = base64.b64encode(png).decode()
+    about = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{_escaped(alt)}">{about}</figure>\n'
+
+
+def plot(alt: str, caption: str, draw: Callable[[Any], None], width: float = 4.4, height: float = 3.0) -> str:
+    """What `draw(axes)` draws on axes of matplotlib, as inline SVG. width, height: inches.
+
+    Black takes the colour of the page's text, and SERIES that of its series. Raises ImportError without matplotlib.
+    """
+    matplotlib = import_extra("matplotlib")
+    figures = import_extra("matplotlib.figure")
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": alt,
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": BLACK,
+        "lines.linewidth": 1.5,
+    }
+    with matplotlib.rc_context(style):
+        figure = figures.Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()[file.getvalue().index("<svg") :]
+    svg = re.sub(r'\s+xmlns(:xlink)?="[^"]*"', "", svg, count=2)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = svg.replace(BLACK, "currentColor").replace(SERIES, "var(--series)")
+    svg = svg.replace("xlink:href", "href")  # which HTML has without a namespace
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_escaped(alt)}" stroke-linejoin="round" ', 1)
+    return f"<figure>{svg}<figcaption>{_escaped(caption)}</figcaption></figure>\n"
+
+
+def plots(drawn: Iterable[str]) -> str:
+    """Plots and pictures beside each other, as far as they have room."""
+    return f'<div class="plots">\n{"".join(drawn)}</div>\n'
+
+
+def protocol_tables(protocol: Mapping) -> list[str]:
+    """A protocol's parts, a table each."""
+    titles = {
+        "sampling": "How the images were drawn",
+        "judging": "How they were judged",
+        "versions": "Versions and device of judging",
+    }
+    return [
+        table(title, ("setting", "value"), _named_values(protocol[part]), "names")
+        for part, title in titles.items()
+        if part in protocol
+    ]
+
+
+def _named_values(tree: Mapping) -> list[tuple[str, Any]]:
+    """Rows of values with their names; of lists of mappings each has a number."""
+    open_lists = {
+        name: {str(i + 1): item for i, item in enumerate(value)} if len(value) > 1 else value[0]
+        for name, value in tree.items()
+        if isinstance(value, list) and value and isinstance(value[0], Mapping)
+    }
+    values = flat({**tree, **open_lists}).items()
+    return [(name, str(value) if isinstance(value, float) else value) for name, value in values]
+
+
+def _figures(result: Mapping) -> str:
+    num = result["num_samples"]
+    rows = [(name, result[name], _rounded(spread), num) for name, spread in result["spread"].items()]
+    how = result["protocol"]["judging"].get("spread", "")
+    return table(f"{how}", ("figure", "value", "spread", "images"), rows)
+
+
+def _missing(result: Mapping) -> str:
+    return "".join(paragraph(f"{name}: {reason}.") for name, reason in result.get("missing", {}).items())
+
+
+def _repeats(repeats: Mapping) -> str:
+    rows = []
+    for name, found in repeats.items():
+        if isinstance(found, Mapping):
+            best = next(f"{kind} {_number(found[kind])}" for kind in ("minimum", "maximum") if kind in found)
+            values = ", ".join(map(_number, found["values"]))
+            rows.append((name, found["mean"], _rounded(found["deviation"]), best, values))
+    caption = f"{repeats['num']} parts of {repeats['images_each']} images, judged apart"
+    return table(caption, ("figure", "mean", "deviation", "best", "values"), rows)
+
+
+def _comparison(compared: Mapping) -> str:
+    rows = []
+    for name, found in compared.items():
+        if isinstance(found, Mapping):
+            differs = {None: "not known", True: "yes", False: "no"}[found["differs"]]
+            rows.append((name, found["value"], found["difference"], _rounded(found["spread"]), differs))
+    noise = "which share their noise" if compared["same_noise"] else "drawn from other noise"
+    caption = f"{compared['samples']}: {compared['num_samples']} images, {noise}; yes: by more than two spreads"
+    return table(caption, ("figure", "theirs", "difference", "spread", "differs"), rows)
+
+
+def _repeated(repeated: Mapping) -> list[str]:
+    rows = [
+        (name, f["then"], f["now"], f["difference"], _rounded(f["standard_errors"]))
+        for name, f in repeated["figures"].items()
+    ]
+    about = repeated["images"]
+    same = {None: f"not known: {about.get('why')}", True: "yes, bit for bit", False: "no"}[about["same"]]
+    changes = [(*change.partition(" was ")[::2],) for change in repeated["protocol"]]
+    return [
+        table("Figures then and now", ("figure", "then", "now", "difference", "in standard errors"), rows),
+        table("What else differs", ("setting", "was"), [("images are the same", same), *changes], "names"),
+    ]
+
+
+def _plots(result: Mapping) -> str:
+    """The section of plots of what there is; without matplotlib it says so."""
+    there = {name for name, value in result.items() if value is not None}
+    draw = [partial(_curve_plot, result, name) for name in result if name.endswith("_infinity_curve")]
+    suffixes = [name.removeprefix("precision") for name in result["spread"] if name.startswith("precision")]
+    draw += [partial(_cover_plot, result, s) for s in suffixes if {f"precision{s}", f"recall{s}"} <= there]
+    if "repeats" in result:
+        draw.append(partial(_repeats_plot, result["repeats"], next(iter(result["spread"]))))
+    if not draw:
+        return ""
+    try:
+        return section("Plots", plots(make() for make in draw))
+    except ImportError:
+        return section("Plots", paragraph(_NO_PLOTS))
+
+
+def _curve_plot(result: Mapping, name: str) -> str:
+    infinity = name.removesuffix("_curve")
+    distance, points = infinity.removesuffix("_infinity"), np.array(result[name], float)
+    end, spread = result[infinity], result["spread"].get(infinity)
+
+    def draw(axes):
+        x = 1 / points[:, 0]
+        axes.plot([0, x.max()], [end, end + np.polyfit(x, points[:, 1], 1)[0] * x.max()], color=SERIES, linewidth=1)
+        axes.plot(x, points[:, 1], "o", color=SERIES, markersize=4)
+        axes.errorbar([0], [end], None if spread is None else [spread], fmt="D", color=SERIES, markersize=5, capsize=3)
+        ticks = [0, *x[[-1, len(x) // 2, 0]]]
+        axes.set_xticks(ticks, ["infinitely\nmany", *(f"{round(1 / tick)}" for tick in ticks[1:])])
+        axes.set(xlabel="images n, on a scale of 1/n", ylabel=distance)
+
+    alt = f"{distance} against 1/n: {points[0, 1]:.4g} of {points[0, 0]:.0f} images, {points[-1, 1]:.4g} of "
+    alt += f"{points[-1, 0]:.0f}, {end:.4g} at infinity"
+    return plot(alt, f"{distance} of parts of the images, and the line to infinitely many of them", draw)
+
+
+def _cover_plot(result: Mapping, suffix: str) -> str:
+    names = [f"recall{suffix}", f"precision{suffix}"]
+    values, spreads = [result[name] for name in names], [result["spread"].get(name) or 0 for name in names]
+    theirs = [result.get("compared", {}).get(name, {}).get("value") for name in names]
+
+    def draw(axes):
+        axes.errorbar(*values, yerr=spreads[1], xerr=spreads[0], fmt="o", color=SERIES, capsize=3, label="samples")
+        if None not in theirs:
+            axes.plot(*theirs, "s", color=BLACK, fillstyle="none", label="compared")
+            axes.legend(frameon=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=names[0], ylabel=names[1], aspect="equal")
+
+    alt = f"{names[1]} {values[1]:.4g}, {names[0]} {values[0]:.4g}"
+    return plot(alt, f"{names[1]} and {names[0]}, with their spreads", draw, width=3.4)
+
+
+def _repeats_plot(repeats: Mapping, name: str) -> str:
+    values, mean = repeats[name]["values"], repeats[name]["mean"]
+
+    def draw(axes):
+        axes.axhline(mean, color=SERIES, linewidth=1)
+        axes.plot(range(1, len(values) + 1), values, "o", color=SERIES)
+        axes.set_xticks(range(1, len(values) + 1))
+        axes.set(xlabel="part", ylabel=name, xlim=(0.5, len(values) + 0.5))
+
+    alt = f"{name} of {len(values)} parts: {', '.join(map(_number, values))}"
+    return plot(alt, f"{name} of each part, and their mean", draw, width=3.4)
+
+
+def _command(result: Mapping, path: str | os.PathLike | None) -> str:
+    if "weights_sha256" not in result["protocol"]["sampling"]:
+        return paragraph("The images do not say how they were drawn, so that they cannot be drawn again.")
+    text = "Its images are drawn and judged again, and compared with these figures, by"
+    without = "" if path else " (FILE is what --output writes)"
+    file = shlex.quote(os.fspath(path)) if path else "FILE"
+    return paragraph(f"{text}{without}:") + command(f"epg-fast evaluate --protocol {file} --outdir NEW_FOLDER")
+
+
+def _escaped(text: str) -> str:
+    # names of files may be no UTF-8
+    return html.escape(str(text).encode(errors="backslashreplace").decode(), quote=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}"
+
+
+def _rounded(spread: float | None) -> str | None:
+    """More digits of a spread say nothing."""
+    return None if spread is None else f"{float(f'{spread:.2g}'):g}"
+
+
+def _shown(value) -> str:
+    """A value in a cell of a table, escaped."""
+    if value is None or value == "":
+        return "&ndash;"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return _number(value)
+    return _escaped(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))

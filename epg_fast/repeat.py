@@ -1,0 +1,191 @@
+"""`evaluate --protocol`: the images of a result are drawn and judged again, and compared with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig
+from epg_fast.distributed import is_main, resolve_device
+from epg_fast.evaluation import evaluate_images, job
+from epg_fast.evaluation.judge import open_judges
+from epg_fast.evaluation.protocol import protocol_changes
+from epg_fast.evaluation.sources import open_stream
+from epg_fast.sampling import command as sampling
+
+log = logging.getLogger("epg_fast")
+
+_PATHS = ("reference", "inception", "dinov2", "train", "test")
+_HOW = ("protocol", "checkpoint", "outdir", "page", "output", "device", "batch_size")
+
+
+def run(config: EvaluateConfig) -> None:
+    """Draw the images of the result `config.protocol` again, judge them and say what differs.
+
+    The result is that of `evaluate`, with `repeated`: `protocol` (what differs), `figures` (name -> then, now, the
+    difference and how many standard errors that is) and `images` (whether they are the same bit for bit). Under
+    torchrun the ranks share the drawing, and the main one judges. Raises ValueError, before anything is drawn, for a
+    file that is no such result, and for weights, networks, references and folders that are others than then.
+    """
+    before = _read(config)
+    with _named(config.protocol):
+        judged, drawn = _judged(config, before), _drawn(config, before)
+
+    def draw() -> None:
+        sampling.run(drawn, {name: before["protocol"]["sampling"][name] for name in sampling.CHECKSUMS})
+
+    def evaluate(_: EvaluateConfig) -> dict:
+        _require_judges(judged, before)
+        draw()
+        now = evaluate_images(judged)
+        return now | {"repeated": compared(before, now)}
+
+    if not is_main():
+        draw()
+        return
+    for line in _lines(config.protocol, job.run(config, evaluate)["repeated"]):
+        log.info("%s", line)
+
+
+def compared(before: Mapping, now: Mapping) -> dict:
+    """What `repeated` of a result is, from two results."""
+    values, spreads = (before.get("figures", before), now), (before.get("spread", {}), now["spread"])
+    figures = {}
+    for name in now["spread"]:
+        then, here = (value.get(name) for value in values)
+        if then is not None and here is not None:
+            errors = [spread.get(name) for spread in spreads]
+            together = math.hypot(*errors) if None not in errors else None
+            figures[name] = {"then": then, "now": here, "spread": errors, "difference": here - then}
+            figures[name]["standard_errors"] = (here - then) / together if together else None
+    return {
+        "protocol": protocol_changes(before["protocol"], json.loads(json.dumps(now["protocol"]))),
+        "figures": figures,
+        "images": _images(before.get("samples"), now["samples"]),
+    }
+
+
+def _read(config: EvaluateConfig) -> dict:
+    """The result that is to be repeated."""
+    if not config.outdir:
+        raise ValueError("evaluate: --protocol needs --outdir, a folder for the images that are drawn")
+    default = EvaluateConfig()
+    for field in dataclasses.fields(EvaluateConfig):
+        if field.name not in (*_HOW, *_PATHS) and getattr(config, field.name) != getattr(default, field.name):
+            raise ValueError(f"evaluate: got --{field.name} with --protocol, which has its own; leave it out")
+    path = Path(config.protocol)
+    try:
+        result = json.loads(path.read_bytes())
+        protocol = result["protocol"]
+        parts = [protocol["sampling"], protocol["versions"], protocol["judging"]["settings"]]
+        if not all(isinstance(part, dict) for part in [*parts, *protocol["judging"]["judges"].values()]):
+            raise TypeError("its parts are no mappings")
+        _, _ = result["image_size"]
+    except OSError as error:
+        raise ValueError(f"protocol: {path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"protocol: {path} is no result with a protocol ({type(error).__name__}: {error}); want a file that "
+            "`evaluate --samples ... --output` of this version has written"
+        ) from None
+    if Path(config.outdir).resolve() in Path(result.get("samples") or "").resolve().parents:
+        raise ValueError(f"outdir: {config.outdir} holds the images of {path}; choose another --outdir")
+    return result
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"protocol: {path}: {error}") from error
+
+
+def _judged(config: EvaluateConfig, before: Mapping) -> EvaluateConfig:
+    """The command that judges as then, with the paths that are said to be others now."""
+    judging = before["protocol"]["judging"]
+    settings = {
+        f.name: judging["settings"][f.name] for f in dataclasses.fields(JudgeConfig) if f.name in judging["settings"]
+    }
+    settings |= {name: getattr(config, name) for name in _PATHS if getattr(config, name)}
+    settings |= {name: judging[name] for name in ("bootstrap", "repeats", "batch_size") if name in judging}
+    settings |= {"batch_size": config.batch_size} if config.batch_size else {}
+    samples = Path(config.outdir) / ("png" if _is_folder(before) else "samples.npz")
+    return EvaluateConfig(**settings, samples=str(samples), device=config.device)
+
+
+def _drawn(config: EvaluateConfig, before: Mapping) -> SampleConfig:
+    """The command that draws as then."""
+    note, folder = before["protocol"]["sampling"], _is_folder(before)
+    changed = {"device": config.device, "npz": not folder, "png": folder}
+    changed |= {name: note.get(name) for name in ("precision", "parameterization", "normalization")}
+    changed |= {name: getattr(config, name) for name in ("checkpoint", "batch_size") if getattr(config, name)}
+    return sampling.drawn_again(note, config.outdir, **changed)
+
+
+def _is_folder(before: Mapping) -> bool:
+    return not (before.get("samples") or ".npz").endswith(".npz")
+
+
+def _require_judges(judged: EvaluateConfig, before: Mapping) -> None:
+    """Raise ValueError for a network or real images that are others than then."""
+    device = resolve_device(judged.device if judged.reference else "cpu")
+    now = open_judges(judged, tuple(before["image_size"]), device).description
+    for name, judge in before["protocol"]["judging"]["judges"].items():
+        for part, then in judge.items():
+            here, option = now.get(name, {}).get(part), name if part == "network" else part
+            if isinstance(then, Mapping) and isinstance(here, Mapping):
+                checksums = [found.get("sha256", found.get("fingerprint")) for found in (here, then)]
+                if checksums[0] != checksums[1]:
+                    raise ValueError(
+                        f"{option}: {here['path']} is not what it was (checksum {checksums[0]}, want {checksums[1]}); "
+                        f"say with --{option} where {then['path']} is now"
+                    )
+
+
+def _images(then: str | None, now: str) -> dict:
+    """Whether images are the same, where those of then are still there."""
+    found = {"then": then, "now": now, "same": None}
+    if not then or not Path(then).exists():
+        return found | {"why": "those of then are not there any more"}
+    try:
+        streams = [open_stream(path) for path in (then, now)]
+        if (streams[0].num, streams[0].size) != (streams[1].num, streams[1].size):
+            return found | {"same": False, "why": "their numbers or sizes differ"}
+        differ, most = 0, 0
+        for (_, a), (_, b) in zip(*(stream.batches(64) for stream in streams), strict=True):
+            levels = np.abs(a.numpy().astype(np.int16) - b.numpy()).reshape(len(a), -1).max(axis=1)
+            differ, most = differ + int((levels > 0).sum()), max(most, int(levels.max()))
+    except ValueError as error:
+        return found | {"why": str(error)}
+    return found | {"same": not differ, "num": streams[0].num, "differ": differ, "most_levels": most}
+
+
+def _lines(path: str, repeated: Mapping) -> Iterator[str]:
+    yield f"protocol: {'differs from' if repeated['protocol'] else 'as in'} {path}"
+    yield from (f"  {change}" for change in repeated["protocol"])
+    for name, f in repeated["figures"].items():
+        then, now = (_with_spread(f[key], spread) for key, spread in zip(("then", "now"), f["spread"], strict=True))
+        far = "" if f["standard_errors"] is None else f", {abs(f['standard_errors']):.2g} standard errors"
+        yield f"{name}: then {then}, now {now}, difference {f['difference']:+.3g}{far}"
+    images = repeated["images"]
+    if images["same"]:
+        yield f"images: all {images['num']} are those of {images['then']}, bit for bit"
+    elif "differ" in images:
+        yield (
+            f"images: {images['differ']} of {images['num']} are not those of {images['then']}, by at most "
+            f"{images['most_levels']} of 255 levels"
+        )
+    else:
+        yield f"images: not compared with {images['then']}: {images['why']}"
+
+
+def _with_spread(value: float, spread: float | None) -> str:
+    return f"{value:.5g}" if spread is None else f"{value:.5g} +- {spread:.2g}"
