@@ -12,7 +12,7 @@ from epg_fast.models.generator import EPGViT
 
 PAPER = "arXiv:2510.12586"
 _TAGS = ["epg", "pixel-space", "image-generation", "arxiv:2510.12586"]
-_RECIPE = ("stage", "preset", "step", "ema", "posthoc_ema", "parameterization", "normalization", "noise")
+_RECIPE = ("stage", "preset", "step", "ema_decay", "posthoc_ema", "parameterization", "normalization", "noise")
 _IN_PIPELINE = {"steps": "num_inference_steps", "guidance": "guidance_scale", "interval": "guidance_interval"}
 _MOST_CLASSES = 20
 _SAMPLING = ("sampler", "steps", "guidance", "interval", "precision", "labels")
@@ -81,7 +81,7 @@ def _recipe(model: ViTEncoder) -> str:
 def _usage(model: EPGViT, repo: str, result: Mapping, pipeline: bool) -> str:
     settings = _settings(model, result)
     flags = "".join(f" --{name} {_plain(value)}" for name, value in settings.items())
-    if result.get("num_samples"):
+    if result:
         flags = f" --num {result['num_samples']}{flags}"
     labels = "[0, 0, 0, 0]" if model.num_classes else "4"
     how = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name != "labels"}
@@ -119,7 +119,7 @@ def _arguments(values: Mapping) -> str:
 
 def _settings(model: EPGViT, result: Mapping) -> dict:
     """Flags of `sample`: those that the evaluated images were drawn with, else what the kind of training asks for."""
-    drawn = result.get("sampling", {})
+    drawn = result["protocol"]["sampling"] if result else {}
     found = {name: drawn[name] for name in _SAMPLING if drawn.get(name) is not None}
     if found.get("guidance", 1) == 1:
         found.pop("interval", None)
@@ -140,14 +140,15 @@ def _figures(result: Mapping) -> str:
         if result.get(name) is not None
     ]
     text = _table(("figure", "value", "spread"), rows)
-    return f"{text}\n\n{result.get('protocol', '')}".rstrip()
+    protocol = result["protocol"]
+    return f"{text}\n\n{protocol['text']} {protocol['judging']['spread']}"
 
 
 def _eval_results(result: Mapping) -> list:
     from huggingface_hub import EvalResult
 
-    settings = result.get("settings", {})
-    name = Path(settings.get("reference") or settings.get("test") or "unknown").stem
+    settings = result["protocol"]["judging"]["settings"]
+    name = Path(settings["reference"] or settings["test"]).stem
     return [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -169,9 +170,9 @@ def _result(evaluation: str | os.PathLike | Mapping) -> Mapping:
             found = json.loads(Path(evaluation).read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"evaluation {evaluation}: {error}; {wanted}") from None
-    if not isinstance(found, Mapping) or not isinstance(found.get("spread"), Mapping):
-        what = "the mapping" if found is evaluation else evaluation
-        raise ValueError(f"evaluation: {what} holds no figures with spreads; {wanted}")
+    if not isinstance(found, Mapping) or found.get("kind") != "images" or "protocol" not in found:
+        what = "what was given" if found is evaluation else evaluation
+        raise ValueError(f"evaluation: {what} holds no figures of images with their protocol; {wanted}")
     return found
 
 

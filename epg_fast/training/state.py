@@ -106,13 +106,7 @@ class RunState:
         weights = parallel.whole(self.stage.exported.state_dict(), copies)
         due = self.posthoc_ema.is_due(iteration)
         snapshot = parallel.whole(self.posthoc_ema.snapshot(), copies) if due else None
-<<<<<<< HEAD
-        metadata = self.stage.metadata() | {"step": iteration}
-        if hasattr(config, "ema"):  # whose weights are averaged; those of pre-training are not
-            metadata["ema"] = config.ema
-=======
         metadata = self.stage.metadata() | {"step": iteration, "ema_decay": self.stage.ema_decay(iteration)}
->>>>>>> main
 
         def write_others():
             if snapshot is not None:

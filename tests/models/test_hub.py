@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import epg_fast
 from epg_fast.models import EPGViT, RCMViT, load_weights, save_weights
 from tests.commands import run
+from tests.evaluation.conftest import TinyInception
 
 TRUNK = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 ARGUMENTS = {
@@ -24,30 +25,10 @@ METADATA = {
     "stage": "finetune-consistency",
     "preset": "digits_32",
     "step": 7,
-    "ema": 0.999,
+    "ema_decay": 0.999,
     "parameterization": "edm",
     "normalization": "simple",
     "noise": {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "sigma_data": 0.5},
-}
-RESULT = {
-    "kind": "images",
-    "fid": 2.0412,
-    "inception_score": 290.5,
-    "recall": None,
-    "num_samples": 50000,
-    "spread": {"fid": 0.031, "inception_score": 3.2, "recall": None},
-    "protocol": "FID: 50000 samples and the mean and covariance stored in the reference.",
-    "sampling": {
-        "sampler": "heun",
-        "steps": 32,
-        "guidance": 2.5,
-        "interval": [0.19, 1.61],
-        "precision": "bf16",
-        "seed": 0,
-        "labels": "balanced",
-        "checkpoint": "runs/xl",
-    },
-    "settings": {"reference": "data/VIRTUAL_imagenet256_labeled.npz"},
 }
 
 
@@ -279,36 +260,46 @@ def test_the_hubs_refusals_are_one_line_with_the_remedy_and_nothing_is_pushed(fa
         model.push_to_hub("me/other")
     with pytest.raises(ValueError, match="evaluation nowhere.json: .*want a result of `epg-fast evaluate"):
         model.push_to_hub("me/other", evaluation="nowhere.json")
-    with pytest.raises(ValueError, match="holds no figures with spreads"):
+    with pytest.raises(ValueError, match="holds no figures of images with their protocol"):
         model.push_to_hub("me/other", evaluation={"kind": "probe"})
     assert not fake_hub.commits
 
 
-def test_the_card_says_how_the_weights_were_made_how_to_sample_and_how_good_they_are(fake_hub, tmp_path, log):
+def test_the_card_says_how_the_weights_were_made_how_to_sample_and_how_good_they_are(fake_hub, tmp_path):
     from huggingface_hub import ModelCard
 
     model = network(EPGViT)
-    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    model.save_pretrained(tmp_path / "mine")
+    flags = ["--num", 12, "--steps", 3, "--guidance", 2.5, "--interval", "[0.1,30]"]
+    run("sample", "--checkpoint", tmp_path / "mine", "--outdir", tmp_path / "s", "--device", "cpu", *flags)
+    np.savez(tmp_path / "imagenet.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
+    torch.jit.script(TinyInception()).save(tmp_path / "inception.pt")
+    judges = ["--reference", tmp_path / "imagenet.npz", "--inception", tmp_path / "inception.pt", "--splits", 2]
+    run("evaluate", "--samples", tmp_path / "s/samples.npz", "--output", tmp_path / "result.json", *judges)
+    result = json.loads((tmp_path / "result.json").read_text())
     model.push_to_hub("me/mine", evaluation=tmp_path / "result.json", license="mit")
     text = fake_hub.repos["me/mine"]["README.md"].decode()
     for part in (
-        *("# mine\n", "32 x 32 pixels of 5 classes", "| stage | finetune-consistency |", "| ema | 0.999 |"),
-        *("| fid | 2.0412 | 0.031 |", "\n\nFID: 50000 samples and the mean", "Weights: mit."),
-        "sample(model, [0, 0, 0, 0], seed=0, sampler='heun', steps=32, guidance=2.5, interval=(0.19, 1.61), "
-        "precision='bf16')",
-        "epg-fast sample --checkpoint me/mine --outdir samples --num 50000 --sampler heun --steps 32 --guidance 2.5 "
-        "--interval [0.19,1.61] --precision bf16 --labels balanced\n",
-        "https://arxiv.org/abs/2510.12586",
+        *("# mine\n", "32 x 32 pixels of 5 classes", "| stage | finetune-consistency |", "| ema_decay | 0.999 |"),
+        *(f"| fid | {result['fid']:.5g} | {result['spread']['fid']:.2g} |", "Weights: mit."),
+        *("12 samples of 32x32 pixels", "Spread: deviation over 20 sets", "https://arxiv.org/abs/2510.12586"),
+        "sample(model, [0, 0, 0, 0], seed=0, sampler='heun', steps=3, guidance=2.5, interval=(0.1, 30.0), "
+        "precision='fp32')",
+        "epg-fast sample --checkpoint me/mine --outdir samples --num 12 --sampler heun --steps 3 --guidance 2.5 "
+        "--interval [0.1,30.0] --precision fp32 --labels balanced\n",
     ):
         assert part in text, part
-    assert "recall" not in text
     data = ModelCard(text).data  # as the hub reads it
     assert data.license == "mit" and data.library_name == "epg_fast"
-    figures = {r.metric_type: (r.metric_value, r.dataset_name) for r in data.eval_results}
-    reference = "VIRTUAL_imagenet256_labeled"
-    assert figures == {"fid": (2.0412, reference), "inception_score": (290.5, reference)}
-    fake_hub.repos["me/mine"]["README.md"] = b"by hand"
-    model.push_to_hub("me/mine")
+    figures = {found.metric_type: (found.metric_value, found.dataset_name) for found in data.eval_results}
+    assert {"fid", "inception_score", "precision"} <= figures.keys() == {k for k in result["spread"] if result[k]}
+    assert figures["fid"] == (result["fid"], "imagenet")
+
+
+def test_a_card_that_somebody_wrote_stays(fake_hub, log):
+    fake_hub.repos["me/mine"] = {"README.md": b"by hand"}
+    network(EPGViT).push_to_hub("me/mine")
+    assert len(fake_hub.repos["me/mine"]) == 3
     assert fake_hub.repos["me/mine"]["README.md"] == b"by hand" and "README.md stays as it is" in log.messages[-1]
 
 
