@@ -292,7 +292,11 @@ def test_the_card_says_how_the_weights_were_made_how_to_sample_and_how_good_they
     data = ModelCard(text).data  # as the hub reads it
     assert data.license == "mit" and data.library_name == "epg_fast"
     figures = {found.metric_type: (found.metric_value, found.dataset_name) for found in data.eval_results}
-    assert {"fid", "inception_score", "precision"} <= figures.keys() == {k for k in result["spread"] if result[k]}
+    assert (
+        {"fid", "inception_score", "precision"}
+        <= figures.keys()
+        == {k for k in result["spread"] if result[k] is not None}
+    )
     assert figures["fid"] == (result["fid"], "imagenet")
 
 
