@@ -12,18 +12,20 @@ class FakeHub:
     """Repositories of files, as the requests of huggingface_hub fill and read them.
 
     repos: name -> {path: content}. commits: names of the repositories, one of each commit. down: no connection is made.
-    refuses: repository -> (status, error code of the hub).
+    refuses: repository -> (status, error code of the hub). asked: paths of all requests.
     """
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.commits: list[str] = []
         self.refuses: dict[str, tuple[int, str]] = {}
+        self.asked: list[str] = []
         self.down = False
 
     def answer(self, request):
         """Response to an httpx request."""
         httpx = _httpx()
+        self.asked.append(request.url.path)
         if self.down:
             raise httpx.ConnectError("no route to host")
         parts = request.url.path.strip("/").split("/")

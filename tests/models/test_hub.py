@@ -256,6 +256,7 @@ def test_the_hubs_refusals_are_one_line_with_the_remedy_and_nothing_is_pushed(fa
     fake_hub.down = True
     with pytest.raises(ValueError, match="the hub cannot be reached .no route to host.; try again later"):
         EPGViT.from_pretrained("me/other")
+    assert len({path for path in fake_hub.asked if path.startswith("/me/other/")}) == 1  # each is waited for
     with pytest.raises(ValueError, match="nothing was pushed, the hub cannot be reached .no route to host"):
         model.push_to_hub("me/other")
     with pytest.raises(ValueError, match="evaluation nowhere.json: .*want a result of `epg-fast evaluate"):
