@@ -25,7 +25,7 @@ class EPGPipeline(DiffusionPipeline):
     source: the folder that `epg-fast export --format diffusers` writes, or anything else that
     `epg_fast.from_pretrained` takes. diffusers' own `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`
     makes the same of such a folder, or of a repository that holds one. `transformer` is an EPGViT;
-    `to(torch.bfloat16)`, or `torch_dtype` when loading, is the precision of its weights and products.
+    `to(torch.bfloat16)`, or `dtype` when loading, is the precision of its weights and products.
     """
 
     def __init__(self, transformer: EPGViT):
@@ -34,11 +34,8 @@ class EPGPipeline(DiffusionPipeline):
         self._last: tuple[object, SamplingEngine] | None = None
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, dtype: torch.dtype | None = None, **options
-    ) -> EPGPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options) -> EPGPipeline:
         """Pipeline of a folder, file or hub id; `options` are those of `epg_fast.from_pretrained`."""
-        options["torch_dtype"] = dtype or options.get("torch_dtype")
         return cls(EPGViT.from_pretrained(pretrained_model_name_or_path, **options))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **ignored) -> None:
@@ -85,9 +82,9 @@ class EPGPipeline(DiffusionPipeline):
         if generator is not None:
             number = labels if isinstance(labels, int) else len(labels)
             shape = (number, network.in_chans, network.image_size, network.image_size)
-            device = (generator[0] if isinstance(generator, list) else generator).device
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            seed = 0  # of what some samplers add on the way
+            first = generator[0] if isinstance(generator, list) else generator
+            noise = randn_tensor(shape, generator=generator, device=first.device, dtype=torch.float32)
+            seed = first.initial_seed() % 2**63  # of what some samplers add on the way
         elif seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         batches = engine.stream(labels, seed=seed, noise=noise, as_uint8=output_type == "pil")

@@ -71,6 +71,15 @@ def test_pixels_are_those_of_sample_for_the_noise_that_the_generator_draws(pipe,
     assert torch.equal(images, sample(pipe.transformer, [7, 3], noise=noise, **SAME))
 
 
+def test_noise_on_the_way_depends_on_the_seed_of_the_generator(pipe):
+    few = {"num_inference_steps": 3, "sampler": "euler_ancestral", "output_type": "pt"}
+    drawn = [pipe([7, 3], generator=torch.Generator().manual_seed(seed), **few).images for seed in (5, 5, 6)]
+    want = sample(pipe.transformer, [7, 3], noise=noise_of(5), seed=5, steps=3, sampler="euler_ancestral")
+    assert torch.equal(drawn[0], want) and torch.equal(drawn[1], want)
+    other = sample(pipe.transformer, [7, 3], noise=noise_of(6), seed=5, steps=3, sampler="euler_ancestral")
+    assert not torch.equal(drawn[2], other)
+
+
 def test_image_i_of_a_seed_is_image_i_of_the_command(pipe, folder, tmp_path):
     flags = ["--num", 3, "--labels", "7,3", "--seed", 4, "--steps", 3, "--guidance", 2.0, "--interval", "[0.1,30]"]
     run("sample", "--checkpoint", folder, "--outdir", tmp_path / "s", "--device", "cpu", "--png", "true", *flags)

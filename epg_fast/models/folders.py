@@ -71,6 +71,7 @@ def push(
     **options,
 ) -> str:
     """Upload what `save` writes, with a model card; see `ViTEncoder.push_to_hub`. options: of `hub.upload`."""
+    hub.require(f"{repo_id}: pushing to the hub")
     card = model_card(model, repo_id, evaluation, license, pipeline=save is save_pipeline)
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder))

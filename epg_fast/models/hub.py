@@ -11,6 +11,14 @@ log = logging.getLogger("epg_fast")
 _LOG_IN = "`hf auth login`, or pass token="
 
 
+def require(what: str) -> None:
+    """Raise ValueError, which says that `what` needs it, unless huggingface_hub is installed."""
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        raise ValueError(f"{what} needs `pip install huggingface_hub`") from None
+
+
 class Repository:
     """Files of a repository, downloaded as they are asked for; options: of `hf_hub_download`.
 
@@ -18,12 +26,7 @@ class Repository:
     """
 
     def __init__(self, name: str, options: dict):
-        try:
-            import huggingface_hub  # noqa: F401
-        except ImportError:
-            raise ValueError(
-                f"{name}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
-            ) from None
+        require(f"{name}: no such file or folder, and loading it from the hub")
         self.name, self.options = name, options
         self.unreached = ""
 

@@ -24,6 +24,7 @@ def from_pretrained(
     source: str | os.PathLike,
     *,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
     kind: type[ViTEncoder] | None = None,
     revision: str | None = None,
@@ -39,8 +40,8 @@ def from_pretrained(
     `export`, or one holding nnet_ema.pth), or a hub id `owner/name` (needs huggingface_hub, whose `hf_hub_download`
     takes `revision` and what stands after it). The configuration is read from the file, or from a config.json of
     `save_pretrained` beside it, or inferred from the tensors; `overrides` are constructor arguments. With another
-    `image_size` the position embedding is interpolated. torch_dtype: of the weights, None for float32. kind: EPGViT,
-    RCMViT or a subclass, None for whichever it is.
+    `image_size` the position embedding is interpolated. dtype (diffusers also says torch_dtype): of the weights,
+    None for float32. kind: EPGViT, RCMViT or a subclass, None for whichever it is.
     Raises ValueError for weights that do not fit, naming the first few, for those of another `kind`, for files that are
     not plain tensors, and when the hub does not give them.
     """
@@ -61,7 +62,7 @@ def from_pretrained(
     model = kind(**{name: config[name] for name in arguments_of(found) & config.keys()})
     load_into(model, state, source)
     model.metadata = metadata
-    return model.to(device, torch_dtype).eval()
+    return model.to(device, dtype or torch_dtype).eval()
 
 
 def load_weights(source: str | os.PathLike, **options) -> tuple[dict[str, torch.Tensor], dict]:
