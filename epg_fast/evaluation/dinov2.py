@@ -38,6 +38,7 @@ class Dinov2Network(ImageNetwork):
     def __init__(self, network: str | os.PathLike, device: torch.device):
         if os.fspath(network) in HUB:
             self._net = _from_hub(os.fspath(network)).to(device).eval()
+            self.note = " Images are resized bilinearly by torch-fidelity: published figures of other resizing differ."
             super().__init__(network, device, "torch-fidelity", state_sha256(self._net))
             return
         if not os.path.isfile(network):

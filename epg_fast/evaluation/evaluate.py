@@ -48,6 +48,7 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     values = {name: figure.value for name, figure in figures.items()}
     missing = dict.fromkeys(judges.missing)
     spreads = _spreads(figures, config.bootstrap)
+    _say(values, spreads, compared, samples.num)
     return {
         "kind": "images",
         "samples": str(config.samples),
@@ -69,6 +70,20 @@ def evaluate_images(config: EvaluateConfig) -> dict:
             seconds=time.perf_counter() - begun,
         ),
     }
+
+
+def _say(values: dict, spreads: dict, compared: dict, num: int) -> None:
+    """The figures in a line each, beside the JSON."""
+    for name, value in values.items():
+        log.info("%s %.5g%s (%d images)", name, value, _plus_minus(spreads[name]), num)
+        if name in compared:
+            change, spread, differs = (compared[name][key] for key in ("difference", "spread", "differs"))
+            verdict = {True: "more than chance", False: "no more than chance", None: "spread unknown"}[differs]
+            log.info("  %s: %+.4g%s, %s", compared["samples"], change, _plus_minus(spread), verdict)
+
+
+def _plus_minus(spread: float | None) -> str:
+    return "" if spread is None else f" +- {spread:.2g}"
 
 
 def _rows(judges: Judges, stream: ImageStream, batch_size: int) -> Rows:

@@ -117,7 +117,7 @@ class NetworkJudge(Judge):
         images, network = self._reference.images, self._network
         real = f"{images.num} reference images" if images else "a reference without images"
         against = real if self._reference.statistics is None else "the mean and covariance stored in the reference"
-        score = f" Inception Score: {self._config.splits} splits of the samples in an order drawn from seed 0."
+        score = f" Inception Score: {self._config.splits} splits of the samples in torch-fidelity's order."
         numbers = [min(n, MOST_COMPARED) for n in (num, images.num if images else 0)]
         pairwise = (
             f"Precision and recall: {numbers[0]} samples and {numbers[1]} reference images, {self._config.neighbors} "
@@ -127,7 +127,7 @@ class NetworkJudge(Judge):
         )
         return (
             f"{num} samples of {size[1]}x{size[0]} pixels, {network.num_features} features of the {network.kind} "
-            f"network in float32. {'FID' if self.name == 'inception' else 'FD'}: against {against}."
+            f"network in float32. {'FID' if self.name == 'inception' else 'FD'}: against {against}.{network.note}"
             f"{score if self.name == 'inception' else ''} {pairwise}"
         )
 

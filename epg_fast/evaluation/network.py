@@ -24,6 +24,8 @@ class ImageNetwork(abc.ABC):
     title: str
     wanted: str
     """Its name, and what would be accepted: for errors."""
+    note = ""
+    """What a reader of its figures has to know, a sentence."""
 
     def __init__(self, path: str | os.PathLike, device: torch.device, kind: str, sha256: str):
         self.path, self.device, self.kind = path, device, kind

@@ -46,19 +46,18 @@ def test_the_estimate_has_no_bias_where_few_images_are_compared():
         exact = x_x + (1 + 3 / dim) - 2 * (1 + 3 * (dim + s) / dim**2)
         found = [
             kernel_distance(normal(8, dim, shift, seed=2 * i), normal(8, dim, seed=2 * i + 1), subsets=1, size=8).mean
-            for i in range(500)
+            for i in range(300)
         ]
-        assert abs(np.mean(found) - exact) < 4 * np.std(found) / 500**0.5
+        assert abs(np.mean(found) - exact) < 4 * np.std(found) / 300**0.5
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.05, 0.3])
 def test_spread_is_the_deviation_over_samples_drawn_anew(shift):
     reference = normal(1000, 16, seed=1)
     found = [
-        kernel_distance(normal(200, 16, shift, seed=10 + i), reference, subsets=10, size=100, seed=i)
-        for i in range(200)
+        kernel_distance(normal(200, 16, shift, seed=10 + i), reference, subsets=5, size=100, seed=i) for i in range(120)
     ]
-    # Of 200 values the deviation has a standard error of 5%. At no shift the spread errs upwards, by 41% at most.
+    # Of 120 values the deviation has a standard error of 6%. At no shift the spread errs upwards, by 41% at most.
     ratio = np.mean([f.spread**2 for f in found]) ** 0.5 / np.std([f.mean for f in found])
     assert 0.85 < ratio < (1.15 if shift == 0.3 else 1.41 * 1.15)
 
