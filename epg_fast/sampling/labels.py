@@ -6,11 +6,12 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
 from epg_fast.data import load_class_frequencies
+from epg_fast.models import EPGViT
 from epg_fast.wording import nearest
 
 log = logging.getLogger("epg_fast")
@@ -54,22 +55,40 @@ def choose_labels(
     return labels
 
 
-def class_index(name: str, names: Sequence[str]) -> int:
-    """Index of the class that is called `name`, in upper or lower case.
+def class_indices(model: EPGViT, labels: int | str | Iterable[int | str] | None) -> list[int] | int:
+    """Labels as `SamplingEngine` takes them, of indices or of names that the checkpoint knows: see `class_index`.
+
+    Labels of an unconditional model, which are its number of images, are returned as they are, None as 1. Raises
+    ValueError for other names, and for none.
+    """
+    if not model.num_classes:
+        return 1 if labels is None else labels
+    names = getattr(model, "metadata", {}).get("class_names") or []
+    if np.ndim(labels) == 0:
+        labels = [labels]
+    if any(label is None for label in labels):
+        raise ValueError(f"class_labels is missing; {_wanted(names, model.num_classes)}")
+    return [class_index(label, names, model.num_classes) if isinstance(label, str) else label for label in labels]
+
+
+def class_index(name: str, names: Sequence[str], num_classes: int) -> int:
+    """Index of the class that is called `name`, in upper or lower case. names: metadata `class_names` of a checkpoint.
 
     A class called "tench, Tinca tinca" is also "tench". Raises ValueError for no such class, and several.
     """
-    found = _indices(tuple(names)).get(_plain(name), [])
+    known = _indices(tuple(names))
+    found = known.get(_plain(name), [])
     if not found:
-        every = [part for whole in names for part in (whole, *map(str.strip, whole.split(",")))]
-        raise ValueError(
-            f"labels: no class is called {name!r}{nearest(name, every)}; the model has {len(names)} names, such as "
-            f"{', '.join(map(repr, names[:2]))}; class indices are taken too"
-        )
+        like = nearest(_plain(name), known)
+        raise ValueError(f"the model has no class {name!r}{like}, and takes no text; {_wanted(names, num_classes)}")
     if len(found) > 1:
         several = " and ".join(f"{label} ({names[label]!r})" for label in found)
-        raise ValueError(f"labels: {name!r} may be {several}; give the class index")
+        raise ValueError(f"class {name!r} may be {several}; give the class index")
     return found[0]
+
+
+def _wanted(names: Sequence[str], num_classes: int) -> str:
+    return f"want class indices in 0..{num_classes - 1}" + (f", or names such as {names[0]!r}" if names else "")
 
 
 @functools.lru_cache(8)
@@ -106,7 +125,7 @@ def _listed(how: str, num_classes: int, names: tuple[str, ...]) -> list[int]:
             )
         joined = (",".join(parts[:count]) for count in range(min(longest, len(parts)), 0, -1))
         name = next((name for name in joined if _plain(name) in known), parts[0])
-        chosen.append(class_index(name, names))
+        chosen.append(class_index(name, names, num_classes))
         del parts[: name.count(",") + 1]
     wrong = [label for label in chosen if not 0 <= label < num_classes]
     if wrong:

@@ -43,7 +43,7 @@ def test_a_killed_run_on_parquet_goes_on_exactly_and_its_model_knows_the_classes
     assert_same_run(killed, whole)
     assert from_pretrained(whole).metadata["class_names"] == NAMES
     sample = ["sample", "--checkpoint", str(whole), "--num", "5", "--steps", "2", "--outdir", str(samples)]
-    fails(capsys, [*sample, "--labels", "sevven"], "no class is called 'sevven' (did you mean 'seven'?)")
+    fails(capsys, [*sample, "--labels", "sevven"], "no class 'sevven' (did you mean 'seven'?)")
     assert not samples.exists()
     assert main([*sample, "--labels", "Seven,nought,3"]) == 0
     with np.load(samples / "samples.npz") as stored:
