@@ -160,6 +160,7 @@ class Evaluation(Measurement):
                 part, error = _attempt(lambda: next(drawing))  # noqa: B023 (called at once)
                 parts.append(part)
             self.show(self._newest | {f"evaluating {name}": f"{(turn + 1) / turns:.0%}"})
+        network = drawing = None  # their memory is for what figures take
         everyone = ranks.gather_to_main((parts, error))
 
         def judge() -> dict:
@@ -170,6 +171,8 @@ class Evaluation(Measurement):
             if black:
                 log.warning("%s: %d of the images drawn are not finite, and judged as black", name, black)
             rows = join_rows([rows for rows, _ in in_order])
+            for copies in (parts, everyone, in_order):  # half a gigabyte each of 50000 images
+                copies.clear()
             found, problem = _attempt(lambda: measured(judges.figures(rows)))
             if problem:
                 raise ValueError(problem)
@@ -263,7 +266,10 @@ class Evaluation(Measurement):
         if not changed:
             return {name: value for name, value in best.items() if name != "protocol"}
         aside = path.with_name(f"best_until_step_{step:09d}.safetensors")
-        os.replace(path, aside)
+        try:
+            os.replace(path, aside)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be renamed to {aside.name} ({error.strerror})") from None
         log.warning(
             "%s was chosen in another way (%s): it is %s now, and the best is sought anew", *(path, changed, aside.name)
         )
@@ -358,7 +364,8 @@ def _named_as_flags() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError("evaluate: " + re.sub(r"--(?=\w)", "--evaluate.", str(error))) from error
+        text = str(error).removeprefix("evaluate: ")
+        raise ValueError("evaluate: " + re.sub(r"--(?=\w)", "--evaluate.", text)) from error
 
 
 @contextlib.contextmanager

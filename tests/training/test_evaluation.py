@@ -213,6 +213,7 @@ def test_a_run_killed_in_evaluations_goes_on_exactly(tiny_run, evaluates, tmp_pa
     assert_same_evaluations(cut, whole)
 
 
+@pytest.mark.slow
 def test_evaluations_after_the_checkpoint_are_made_again(tiny_run, evaluates, tmp_path, monkeypatch):
     """They are gone until then, and nobody mistakes them for the run's own."""
     command = functools.partial(run_command, tiny_run, steps=6, checkpoint_every=3, **evaluates)
@@ -260,6 +261,7 @@ def scripted(monkeypatch, values):
     monkeypatch.setattr(evaluation, "measured", measured)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure, sign", [("frechet_distance", 1), ("accuracy", -1)])
 def test_the_best_weights_are_kept(figure, sign, tiny_run, evaluates, tmp_path, monkeypatch):
     """The EMA of step 2, a post-hoc width of step 4; neither of step 6, nor of step 8 after the run was killed."""
