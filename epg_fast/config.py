@@ -286,7 +286,8 @@ class RunEvaluationConfig(JudgeConfig):
     """How training judges its EMA weights, with images that are drawn as `preview` says."""
 
     every: int = number(0, 0)
-    """Steps between evaluations; the last step has one, too. 0: none."""
+    """Steps between evaluations, whose figures go to metrics.jsonl and evaluation/; the last step has one, too.
+    0: none."""
     num: int = number(5_000, 2)
     """Images to draw for one, shared by the ranks."""
     batch_size: int = number(64, 1)
