@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
 from epg_fast.evaluation.judge import Judges
-from epg_fast.models import load_weights
+from epg_fast.models import compilation, load_weights
+from epg_fast.sampling import engine
 from epg_fast.training import evaluation, loop
 from tests.training import evaluation_worker
 from tests.training.runs import (
@@ -152,6 +153,28 @@ def test_nothing_of_the_training_changes(run, tiny_run, evaluates, tmp_path, mon
     assert figures_of(with_it).keys() == {2, 4, 6, 7} and not (without / "evaluation").exists()
     assert [line["step"] for line in run_lines(with_it)] == [2, 3, 4, 6, 6, 7, 7]
     assert_same_training(with_it, without)
+
+
+@pytest.mark.slow
+def test_what_the_first_evaluation_compiles_serves_the_others_and_training_compiles_nothing_again(
+    tiny_run, evaluates, tmp_path, monkeypatch
+):
+    """Graphs are counted; no code is made of them, which would take long."""
+    torch._dynamo.reset()
+    for module in (compilation, engine):
+        monkeypatch.setattr(module, "compile_options", lambda *_, **__: {"dynamic": False, "backend": "eager"})
+    figures, compiled = loop.Evaluation.figures, []
+
+    def counted(self):
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        found = figures(self)
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return found
+
+    monkeypatch.setattr(loop.Evaluation, "figures", counted)
+    assert main(run_command(tiny_run, tmp_path / "run", steps=6, compile="blocks", **evaluates)) == 0
+    before, first, *later = compiled
+    assert first > before and later == [first] * 4
 
 
 def test_figures_are_those_of_the_commands_sample_and_evaluate(tiny_run, evaluates, few_digits, tmp_path, capsys):
