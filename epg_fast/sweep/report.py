@@ -121,7 +121,7 @@ def _page(state: dict, commands: Sequence[str], plots: Mapping[str, bytes]) -> s
         page.section(title, page.table("", *_round_rows(state, this)), page.paragraph(below) if below else "")
         for title, this, below in _rounds(state)
     ]
-    figure = state["figure"]
+    figure, protocol = state["figure"], state["protocol"]
     pictures = [page.picture(content, f"{figure} by {name.removesuffix('.png')}") for name, content in plots.items()]
     return page.document(
         _title(state),
@@ -130,7 +130,7 @@ def _page(state: dict, commands: Sequence[str], plots: Mapping[str, bytes]) -> s
             page.section("The best", *map(page.command, commands)),
             page.section("Plots", page.plots(pictures)),
             *tables,
-            page.section("Protocol", *page.protocol_tables(state["protocol"])),
+            page.section("Protocol", page.paragraph(protocol["text"]), *page.protocol_tables(protocol)),
         ],
     )
 
