@@ -39,6 +39,7 @@ _FREE = (
     "trackio",
     "outdir",
     "preview",
+    "evaluate",
     "probe",
     "collapse",
 )
