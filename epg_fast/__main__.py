@@ -95,6 +95,13 @@ def _sample(config: configs.SampleConfig) -> int | None:
         return _fail(stop.code, str(stop))
 
 
+def _app(config: configs.AppConfig) -> None:
+    from epg_fast.app import run
+
+    _require(config, "checkpoint")
+    run(config)
+
+
 def _plan_is_wanted(config: configs.RunConfig | configs.SampleConfig) -> bool:
     from epg_fast.plans import parse_ops
 
@@ -209,6 +216,9 @@ _JOBS = {
         "stage 2b: consistency fine-tuning for one-step generation", "ConsistencyStage", configs.ConsistencyConfig
     ),
     "sample": _Job("draw images from a trained model", _sample, (configs.SampleConfig,)),
+    "app": _Job(
+        "play with a trained model in the browser: images, and how they come about", _app, (configs.AppConfig,)
+    ),
     "tune": _Job(
         "measure on this device what computes a job fastest, and keep it as a plan that the job then takes",
         _tune,
