@@ -226,7 +226,9 @@ _JOBS = {
         "; the same command goes on with what is measured",
     ),
     "evaluate": _Job("judge samples against real images, or probe an encoder", _evaluate, (configs.EvaluateConfig,)),
-    "export": _Job("write weights as safetensors or as official .pth files", _export, (configs.ExportConfig,)),
+    "export": _Job(
+        "write weights as safetensors, official .pth files or a pipeline of diffusers", _export, (configs.ExportConfig,)
+    ),
     "reconstruct-ema": _Job(
         "write EMA weights of any length, from the snapshots of a run",
         _reconstruct_ema,

@@ -729,9 +729,10 @@ class ExportConfig(_Checked):
     checkpoint: str = ""
     """Run folder, .safetensors or official .pth."""
     output: str = ""
-    """File (.safetensors) or folder (official: nnet.pth and nnet_ema.pth) to write."""
-    format: Literal["safetensors", "official"] = "safetensors"
-    """`safetensors` holds the preset inside; `official` is what the released code loads."""
+    """File (.safetensors) or folder (official: nnet.pth and nnet_ema.pth; diffusers: a pipeline's) to write."""
+    format: Literal["safetensors", "official", "diffusers"] = "safetensors"
+    """`safetensors` holds the preset inside; `official` is what the released code loads, `diffusers` what
+    `EPGPipeline.from_pretrained` and `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` load."""
 
 
 @dataclass

@@ -87,6 +87,16 @@ def inductor():
         pytest.skip(f"Inductor cannot compile a softmax here: {' '.join(str(error).split())[:200]}")
 
 
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    """A hub in memory, without repositories, for huggingface_hub itself."""
+    pytest.importorskip("huggingface_hub")
+    from tests.fake_hub import running
+
+    with running(tmp_path / "hub", monkeypatch) as hub:
+        yield hub
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """Folder with train/ and test/ of the embedded handwritten digits."""

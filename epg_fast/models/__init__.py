@@ -1,6 +1,7 @@
 """Networks: RCMViT (encoder), EPGViT (generator), presets and pre-trained weights."""
 
 from epg_fast.models.encoder import RCMViT
+from epg_fast.models.folders import export
 from epg_fast.models.generator import DMViT, EPGViT
 from epg_fast.models.presets import (
     create_encoder,
@@ -10,7 +11,7 @@ from epg_fast.models.presets import (
     list_presets,
     preset_config,
 )
-from epg_fast.models.pretrained import export, from_pretrained, load_into, load_weights, save_weights
+from epg_fast.models.pretrained import from_pretrained, load_into, load_weights, save_weights
 
 __all__ = [
     "DMViT",

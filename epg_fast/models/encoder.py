@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -117,6 +118,70 @@ class ViTEncoder(nn.Module):
             ops = chosen.ops
         self.ops = site_choices(ops)
         return fuse(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are in."""
+        return self.pos_embed.dtype
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options) -> ViTEncoder:
+        """Network of this class, in eval mode, from a file, folder or hub id; see `epg_fast.from_pretrained`.
+
+        This method, `save_pretrained` and `push_to_hub` are called as those of huggingface_hub's PyTorchModelHubMixin.
+        It is no base class: what a network is does not depend on what is installed.
+        """
+        from epg_fast.models.pretrained import from_pretrained
+
+        return from_pretrained(pretrained_model_name_or_path, kind=cls, **options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors, in the place of earlier ones, for `from_pretrained` and `sample`.
+
+        config.json has the constructor arguments and, under `epg_fast`, what the checkpoint said of its use (attribute
+        `metadata`): parameterization, normalization, noise schedule, preset, stage, step, EMA. An edited one is obeyed.
+        Raises ValueError when the folder cannot be written, OSError when the disk fails.
+        """
+        from epg_fast.models.folders import save_pretrained
+
+        save_pretrained(self, save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload weights",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        evaluation: str | os.PathLike | Mapping | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card, in one commit; returns its URL.
+
+        The repository is made if need be; a README.md that it has stays. evaluation: result of `epg-fast evaluate`
+        (JSON file or what it holds), for the card. license: of the weights, as the hub names it, such as "apache-2.0".
+        Needs huggingface_hub. Raises ValueError when the hub refuses or cannot be reached; nothing is pushed then.
+        """
+        from epg_fast.models.folders import push
+
+        return push(
+            self,
+            repo_id,
+            evaluation=evaluation,
+            license=license,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+        )
 
     @property
     def all_blocks(self) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 
@@ -33,21 +34,26 @@ def preset_config(name: str, **overrides) -> dict:
         raise ValueError(
             f"unknown preset {name!r}{nearest(name, list_presets())}; presets: {', '.join(list_presets())}"
         )
-    valid = _arguments_of(EPGViT) | _arguments_of(RCMViT)
-    for field in overrides:
-        if field not in valid:
-            raise ValueError(f"unknown model argument {field!r}{nearest(field, valid)}")
+    require_arguments(overrides)
     return {**_presets()[name], **{k: v for k, v in overrides.items() if v is not None}}
+
+
+def require_arguments(names: Iterable[str]) -> None:
+    """Raise ValueError, which names the nearest valid one, for a name that is no constructor argument of a network."""
+    valid = arguments_of(EPGViT) | arguments_of(RCMViT)
+    for name in names:
+        if name not in valid:
+            raise ValueError(f"unknown model argument {name!r}{nearest(name, valid)}")
 
 
 def generator_from_config(config: dict) -> EPGViT:
     """EPGViT from the fields of `preset_config` that concern it."""
-    return EPGViT(**{name: config[name] for name in _arguments_of(EPGViT) & config.keys()})
+    return EPGViT(**{name: config[name] for name in arguments_of(EPGViT) & config.keys()})
 
 
 def encoder_from_config(config: dict) -> RCMViT:
     """RCMViT from the fields of `preset_config` that concern it."""
-    return RCMViT(**{name: config[name] for name in _arguments_of(RCMViT) & config.keys()})
+    return RCMViT(**{name: config[name] for name in arguments_of(RCMViT) & config.keys()})
 
 
 def create_model(name: str, **overrides) -> EPGViT:
@@ -60,6 +66,7 @@ def create_encoder(name: str, **overrides) -> RCMViT:
     return encoder_from_config(preset_config(name, **overrides))
 
 
-def _arguments_of(kind: type[ViTEncoder]) -> set[str]:
+def arguments_of(kind: type[ViTEncoder]) -> set[str]:
+    """Names of the constructor arguments of EPGViT or RCMViT."""
     names = {*inspect.signature(kind).parameters, *inspect.signature(ViTEncoder).parameters}
     return names - {"trunk", "official"}

@@ -6,40 +6,71 @@ import json
 import logging
 import os
 import re
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from epg_fast.files import check_writable, open_atomically
-from epg_fast.models.encoder import RCMViT
+from epg_fast.files import open_atomically
+from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
-from epg_fast.models.presets import encoder_from_config, generator_from_config, list_presets, preset_config
+from epg_fast.models.presets import arguments_of, list_presets, preset_config, require_arguments
 from epg_fast.models.weight_files import read_network
 
 log = logging.getLogger("epg_fast")
 
 
-def from_pretrained(source: str | os.PathLike, *, device: str = "cpu", **overrides) -> EPGViT | RCMViT:
+def from_pretrained(
+    source: str | os.PathLike,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None,
+    kind: type[ViTEncoder] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    **overrides,
+) -> EPGViT | RCMViT:
     """Network with the weights of `source`, in eval mode: EPGViT, or RCMViT when the file holds an encoder.
 
-    source: a .safetensors of this package, an official .pth, a folder (a run folder, or one holding nnet_ema.pth), or a
-    hub id `owner/name` (needs huggingface_hub). The configuration is read from the file or inferred from the tensors;
-    `overrides` are constructor arguments. With another `image_size` the position embedding is interpolated.
-    Raises ValueError for weights that do not fit, naming the first few, and for files that are not plain tensors.
+    source: a .safetensors of this package, an official .pth, a folder (a run folder, one of `save_pretrained` or of
+    `export`, or one holding nnet_ema.pth), or a hub id `owner/name` (needs huggingface_hub, whose `hf_hub_download`
+    takes `revision` and what stands after it). The configuration is read from the file, or from a config.json of
+    `save_pretrained` beside it, or inferred from the tensors; `overrides` are constructor arguments. With another
+    `image_size` the position embedding is interpolated. dtype (diffusers also says torch_dtype): of the weights,
+    None for float32. kind: EPGViT, RCMViT or a subclass, None for whichever it is.
+    Raises ValueError for weights that do not fit, naming the first few, for those of another `kind`, for files that are
+    not plain tensors, and when the hub does not give them.
     """
-    state, metadata = load_weights(source)
+    state, metadata = load_weights(
+        source,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+    )
+    found = EPGViT if is_generator(state) else RCMViT
+    kind = kind or found
+    if not issubclass(kind, found):
+        remedy = "it is a generator" if found is EPGViT else "it is a pre-trained encoder, to be fine-tuned first"
+        raise ValueError(f"{source} holds an {found.__name__}, want an {kind.__name__}: {remedy}")
     config = model_config(state, metadata, **overrides)
-    model = (generator_from_config if is_generator(state) else encoder_from_config)(config)
+    model = kind(**{name: config[name] for name in arguments_of(found) & config.keys()})
     load_into(model, state, source)
     model.metadata = metadata
-    return model.to(device).eval()
+    return model.to(device, dtype or torch_dtype).eval()
 
 
-def load_weights(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
-    """(state dict under the official names, metadata of our own files or {}) of a file, folder or hub id."""
-    path, state, metadata = read_network(source)
+def load_weights(source: str | os.PathLike, **options) -> tuple[dict[str, torch.Tensor], dict]:
+    """(state dict under the official names, metadata of our own files or {}) of a file, folder or hub id.
+
+    options: those of `hf_hub_download`.
+    """
+    path, state, metadata = read_network(source, **options)
     if bad := next((name for name, tensor in state.items() if not _is_finite(tensor)), None):
         log.warning("%s: %s holds NaN or infinity, and so will what is computed with it", path, bad)
     return state, metadata
@@ -78,8 +109,19 @@ def model_config(state: dict[str, torch.Tensor], metadata: dict, **overrides) ->
     """Constructor arguments for the tensors: shapes tell all but the number of heads, which the preset tells."""
     config = dict(metadata.get("config") or _infer_config(state, overrides))
     overrides = {k: v for k, v in overrides.items() if v is not None}
-    preset_config(list_presets()[0], **overrides)  # only to reject arguments that do not exist
+    require_arguments(overrides)
     return {**config, **overrides}
+
+
+def network_arguments(model: EPGViT | RCMViT) -> dict:
+    """Constructor arguments that make a network of this kind and computation; rates of dropout are left out."""
+    blocks = {"num_heads": model.blocks, "decoder_num_heads": getattr(model, "decoder_blocks", [])}
+    heads = {name: part[0].attn.num_heads for name, part in blocks.items() if len(part)}
+    config = _infer_config(model.state_dict(), heads) | heads
+    attention = model.blocks[0].attn
+    if attention.scale != (model.embed_dim // attention.num_heads) ** -0.5:
+        config["qk_scale"] = attention.scale
+    return config
 
 
 def load_into(model: nn.Module, state: dict[str, torch.Tensor], source="the checkpoint", encoder_only: bool = False):
@@ -184,33 +226,3 @@ def _heads(config: dict, overrides: dict) -> dict:
             return {k: preset[k] for k in wanted}
     shape = ", ".join(f"{k}={config[k]}" for k in keys)
     raise ValueError(f"no preset has {shape}; pass {' and '.join(f'{k}=' for k in wanted)} (no tensor shows them)")
-
-
-def export(source: str | os.PathLike, output: str | os.PathLike, form: str = "safetensors") -> list[Path]:
-    """Write the weights of `source` to `output`; returns the files written.
-
-    form: `safetensors`, one file with the configuration inside; `official`, a folder with nnet.pth and nnet_ema.pth as
-    the released code reads them (both hold the same weights). Raises ValueError when a file is already there.
-    """
-    output = Path(output)
-    files = [output] if form == "safetensors" else [output / "nnet.pth", output / "nnet_ema.pth"]
-    if form == "safetensors" and output.suffix != ".safetensors":
-        raise ValueError(f"output {output}: want a name that ends in .safetensors")
-    for path in files:
-        if path.exists():
-            raise ValueError(f"{path} exists; nothing is overwritten, choose another --output")
-        check_writable(path, "output")
-    state, metadata = load_weights(source)
-    if form == "safetensors":
-        save_weights(output, state, metadata or {"config": model_config(state, {})})
-        return files
-    for path in files:
-        with open_atomically(path) as file:
-            torch.save(state, file)
-    lost = {k: metadata[k] for k in ("parameterization", "normalization") if metadata.get(k)}
-    if lost:
-        flags = " ".join(f"--{k} {v}" for k, v in lost.items())
-        log.warning("official files do not say how they are to be used; sample from these with %s", flags)
-    if untrained := metadata.get("untrained_classes"):
-        log.warning("official files do not say that %d classes were never trained: %s", len(untrained), untrained)
-    return files

@@ -20,16 +20,25 @@ from pathlib import Path
 
 import torch
 
+from epg_fast.models import hub
+from epg_fast.models.presets import require_arguments
+
 log = logging.getLogger("epg_fast")
 
-# Looked for in this order when a folder is given: our own runs, then the released checkpoints.
-_FILES_IN_FOLDER = ("model.safetensors", "nnet_ema.pth", "nnet.pth", "model.safetensors.index.json")
+# Looked for in this order when a folder is given: our own runs, the released checkpoints, a pipeline of diffusers.
+_FILES_IN_FOLDER = (
+    *("model.safetensors", "nnet_ema.pth", "nnet.pth", "model.safetensors.index.json"),
+    "transformer/model.safetensors",
+)
 # What comes in place of a file that was not fetched: what it is, and what to do.
 _STAND_INS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`",
     b"<!doctype html": "a web page, not the file that it offers; download that",
     b"<html": "a web page, not the file that it offers; download that",
 }
+_NETWORKS = ("EPGViT", "RCMViT")
+# What config.json may say beside constructor arguments, by us or by other tools.
+_NOT_ARGUMENTS = ("architectures", "epg_fast", "library_name", "model_type", "dtype", "torch_dtype")
 # Each network has this tensor once: what stands before the name is where a file keeps the network.
 _MARK = "patch_embed.proj.weight"
 _AVERAGED = re.compile("ema|average|avg|shadow", re.IGNORECASE)
@@ -37,17 +46,21 @@ _AVERAGED = re.compile("ema|average|avg|shadow", re.IGNORECASE)
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters|_buffers)\.")
 
 
-def read_network(source: str | os.PathLike) -> tuple[Path, dict[str, torch.Tensor], dict]:
+def read_network(source: str | os.PathLike, **options) -> tuple[Path, dict[str, torch.Tensor], dict]:
     """(file that was read, state dict under the official names, metadata of our own files or {}).
 
-    source: a file, a folder or a hub id. Raises ValueError for what holds no network, or leaves open which is meant.
+    source: a file, a folder or a hub id; options: those of `hf_hub_download`, for a hub id. What a config.json of
+    `save_pretrained` beside the file says stands above what the file says itself.
+    Raises ValueError for what holds no network, or leaves open which is meant.
     """
-    path = _locate(source)
+    path = _locate(source, options)
+    described = _read_config(path)
     content, metadata = _read(path)
-    return path, _network(content, path), metadata
+    arguments = {**metadata.get("config", {}), **described.get("config", {})}
+    return path, _network(content, path), metadata | described | ({"config": arguments} if arguments else {})
 
 
-def _locate(source: str | os.PathLike) -> Path:
+def _locate(source: str | os.PathLike, options: dict) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -60,32 +73,55 @@ def _locate(source: str | os.PathLike) -> Path:
         raise ValueError(f"{source}: no weights in this folder; want one of {', '.join(_FILES_IN_FOLDER)}{run}")
     # `runs/mine` is a misspelt folder when there is a folder `runs`, not a repository of a user of that name.
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
-        return _download(str(source))
+        return _download(str(source), options)
     raise ValueError(f"{source}: no such file or folder (a hub id has the form owner/name)")
 
 
-def _download(repo: str) -> Path:
+def _download(name: str, options: dict) -> Path:
+    repository = hub.Repository(name, options)
+    if config := repository.get("config.json"):
+        _parse_config(config)  # of another architecture's, before its weights
+    for file in _FILES_IN_FOLDER:
+        if path := repository.get(file):
+            break
+    else:
+        holds = f"the hub repository holds none of {', '.join(_FILES_IN_FOLDER)}"
+        raise ValueError(f"{name}: no such file or folder, and {repository.unreached or holds}")
+    others = [shard.name for shard in _shards(path)] if file.endswith(".index.json") else ["config.json"]
+    for other in others:
+        repository.get(str(Path(file).with_name(other)))
+    return path
+
+
+def _read_config(path: Path) -> dict:
+    """Metadata according to the config.json beside weights, which nothing else is."""
+    file = path.with_name("config.json")
+    return _parse_config(file) if path.name.startswith("model.") and file.is_file() else {}
+
+
+def _parse_config(file: Path) -> dict:
+    """Metadata of a config.json: {} unless it is one of `save_pretrained`.
+
+    Raises ValueError for one of another architecture, and for names that are no arguments of a network.
+    """
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError:
-        raise ValueError(
-            f"{repo}: no such file or folder, and loading it from the hub needs `pip install huggingface_hub`"
-        ) from None
-    for name in _FILES_IN_FOLDER:
-        try:
-            path = Path(hf_hub_download(repo, name))
-            for shard in _shards(path) if name.endswith(".index.json") else ():
-                hf_hub_download(repo, shard.name)
-            return path
-        except LocalEntryNotFoundError:
-            raise ValueError(f"{repo}: no such file or folder, and the hub cannot be reached") from None
-        except EntryNotFoundError:
-            continue
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{repo}: no such file or folder, and the hub did not give it: {reason}") from None
-    raise ValueError(f"{repo}: the hub repository holds none of {', '.join(_FILES_IN_FOLDER)}")
+        content = json.loads(file.read_bytes())
+        named = content.get("architectures") or []
+        about = content.get("epg_fast", {})
+        if not isinstance(named, list) or not isinstance(about, dict):
+            raise ValueError("architectures is no list, or epg_fast no mapping")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: not JSON of names and values ({error}); get it again, or remove it") from None
+    if not named:
+        return {}
+    if not set(named) & set(_NETWORKS):
+        raise ValueError(f"{file} is of another architecture, {named[0]}; want {' or '.join(_NETWORKS)}")
+    arguments = {k: v for k, v in content.items() if k not in _NOT_ARGUMENTS}
+    try:
+        require_arguments(arguments)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; correct or remove it") from None
+    return about | {"config": arguments}
 
 
 def _read(path: Path) -> tuple[dict, dict]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
 from epg_fast.data import load_class_frequencies
+from epg_fast.models import EPGViT
+from epg_fast.wording import nearest
 
 log = logging.getLogger("epg_fast")
 
@@ -47,6 +49,29 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int, untrained: Co
     if wrong:
         log.warning("labels: the model was trained on no image of class %s: expect noise", ", ".join(map(str, wrong)))
     return labels
+
+
+def class_indices(model: EPGViT, labels: int | str | Iterable[int | str] | None) -> list[int] | int:
+    """Labels as `SamplingEngine` takes them, of indices or of names that the checkpoint knows (metadata `class_names`).
+
+    A name is that of its class, or one of several that are separated by commas, in upper or lower case. Labels of an
+    unconditional model, which are its number of images, are returned as they are, None as 1. Raises ValueError for
+    other names, and for none.
+    """
+    if not model.num_classes:
+        return 1 if labels is None else labels
+    names = getattr(model, "metadata", {}).get("class_names") or []
+    known = {part.strip().casefold(): i for i, name in enumerate(names) for part in [name, *name.split(",")]}
+    if np.ndim(labels) == 0:
+        labels = [labels]
+    wanted = f"want class indices in 0..{model.num_classes - 1}" + (f", or names such as {names[0]!r}" if names else "")
+    for label in labels:
+        if label is None:
+            raise ValueError(f"class_labels is missing; {wanted}")
+        if isinstance(label, str) and label.casefold() not in known:
+            like = nearest(label.casefold(), known)
+            raise ValueError(f"the model has no class {label!r}{like}, and takes no text; {wanted}")
+    return [known[label.casefold()] if isinstance(label, str) else label for label in labels]
 
 
 def _listed(how: str, num_classes: int) -> list[int]:

@@ -303,25 +303,6 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_hub_id_is_downloaded_by_the_hub_library(small, tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    from huggingface_hub.utils import EntryNotFoundError
-
-    torch.save(small.state_dict(), tmp_path / "nnet_ema.pth")
-    asked = []
-
-    def download(repo, name):
-        asked.append((repo, name))
-        if name != "nnet_ema.pth":
-            raise EntryNotFoundError.__new__(EntryNotFoundError)
-        return str(tmp_path / name)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    model = from_pretrained("someone/EPG-XL", **HEADS)
-    assert torch.equal(model.out.weight, small.out.weight)
-    assert asked == [("someone/EPG-XL", "model.safetensors"), ("someone/EPG-XL", "nnet_ema.pth")]
-
-
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'epg_xl_16_256'"):
         create_model("epg_xl_16_265")

@@ -1,0 +1,185 @@
+"""The model card of a network on the hub: what it is, how it was made, how to sample, how good its images are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from epg_fast.models.encoder import ViTEncoder
+from epg_fast.models.generator import EPGViT
+
+PAPER = "arXiv:2510.12586"
+_TAGS = ["epg", "pixel-space", "image-generation", "arxiv:2510.12586"]
+_RECIPE = ("stage", "preset", "step", "ema_decay", "posthoc_ema", "parameterization", "normalization", "noise")
+_IN_PIPELINE = {"steps": "num_inference_steps", "guidance": "guidance_scale", "interval": "guidance_interval"}
+_MOST_CLASSES = 20
+_SAMPLING = ("sampler", "steps", "guidance", "interval", "precision", "labels")
+
+
+def model_card(
+    model: ViTEncoder,
+    repo: str,
+    evaluation: str | os.PathLike | Mapping | None = None,
+    license: str | None = None,
+    pipeline: bool = False,
+):
+    """huggingface_hub's ModelCard of `model` in the repository `repo`.
+
+    evaluation: a result of `epg-fast evaluate --samples`. pipeline: whether diffusers loads the repository.
+    Raises ValueError for an evaluation that is none.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    result = {} if evaluation is None else _result(evaluation)
+    generator = isinstance(model, EPGViT)
+    name = repo.rpartition("/")[2]
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers" if pipeline else "epg_fast",
+        pipeline_tag="unconditional-image-generation" if generator else "image-feature-extraction",
+        tags=_TAGS,
+        **({"model_name": name, "eval_results": _eval_results(result)} if result else {}),
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {name}",
+        _what(model),
+        f"## Recipe\n\n{_recipe(model)}",
+        *([f"## Sampling\n\n{_usage(model, repo, result, pipeline)}"] if generator else []),
+        *([f"## Evaluation\n\n{_figures(result)}"] if result else []),
+        f"## Licence\n\n{f'Weights: {license}.' if license else 'The publisher states none for the weights.'} "
+        "The code of `epg_fast` has the licence Apache-2.0.",
+        f"## Paper\n\n[{PAPER}](https://arxiv.org/abs/{PAPER.removeprefix('arXiv:')})",
+    ]
+    return ModelCard("\n\n".join(parts) + "\n")
+
+
+def _what(model: ViTEncoder) -> str:
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    size = f"{model.image_size} x {model.image_size}"
+    if not isinstance(model, EPGViT):
+        return f"Pre-trained encoder of EPG for images of {size} pixels: {millions:.1f} M parameters."
+    classes = f"of {model.num_classes} classes" if model.num_classes else "without classes"
+    names = getattr(model, "metadata", {}).get("class_names") or []
+    listed = ", ".join([f"{i} {name}" for i, name in enumerate(names[:_MOST_CLASSES])])
+    more = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""
+    return (
+        f"EPG draws images of {size} pixels {classes}, in the space of pixels: a vision transformer of "
+        f"{millions:.1f} M parameters, without an autoencoder." + (f" Classes: {listed}{more}." if names else "")
+    )
+
+
+def _recipe(model: ViTEncoder) -> str:
+    metadata = getattr(model, "metadata", {})
+    known = {name: metadata[name] for name in _RECIPE if metadata.get(name) is not None}
+    if not known:
+        return "The checkpoint does not say how it was trained."
+    return _table(("", ""), [(name, _plain(value)) for name, value in known.items()])
+
+
+def _usage(model: EPGViT, repo: str, result: Mapping, pipeline: bool) -> str:
+    settings = _settings(model, result)
+    flags = "".join(f" --{name} {_plain(value)}" for name, value in settings.items())
+    if result:
+        flags = f" --num {result['num_samples']}{flags}"
+    labels = "[0, 0, 0, 0]" if model.num_classes else "4"
+    how = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name != "labels"}
+    in_pipeline = {_IN_PIPELINE.get(name, name): value for name, value in how.items()}
+    lines = [
+        "```python",
+        "from epg_fast import from_pretrained, sample",
+        "",
+        f'model = from_pretrained("{repo}")',
+        f"images = sample(model, {labels}, seed=0{_arguments(how)})",
+        "```",
+        "",
+        "```sh",
+        f"epg-fast sample --checkpoint {repo} --outdir samples{flags}",
+        "```",
+    ]
+    if pipeline:
+        lines += [
+            "",
+            "```python",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True)  # needs epg_fast',
+            f"images = pipe(class_labels={labels}, seed=0{_arguments(in_pipeline)}).images",
+            "```",
+        ]
+    if result:
+        lines += ["", "The figures below are of images drawn so."]
+    return "\n".join(lines)
+
+
+def _arguments(values: Mapping) -> str:
+    return "".join(f", {name}={value!r}" for name, value in values.items())
+
+
+def _settings(model: EPGViT, result: Mapping) -> dict:
+    """Flags of `sample`: those that the evaluated images were drawn with, else what the kind of training asks for."""
+    drawn = result["protocol"]["sampling"] if result else {}
+    found = {name: drawn[name] for name in _SAMPLING if drawn.get(name) is not None}
+    if found.get("guidance", 1) == 1:
+        found.pop("interval", None)
+    if found.get("sampler") == "onestep" or (not found and _is_consistency(model)):
+        found = {"sampler": "onestep"} | {name: found[name] for name in ("precision", "labels") if name in found}
+    return found
+
+
+def _is_consistency(model: EPGViT) -> bool:
+    return getattr(model, "metadata", {}).get("stage") == "finetune-consistency"
+
+
+def _figures(result: Mapping) -> str:
+    spread = result["spread"]
+    rows = [
+        (name, f"{result[name]:.5g}", "" if spread[name] is None else f"{spread[name]:.2g}")
+        for name in spread
+        if result.get(name) is not None
+    ]
+    text = _table(("figure", "value", "spread"), rows)
+    protocol = result["protocol"]
+    return f"{text}\n\n{protocol['text']} {protocol['judging']['spread']}"
+
+
+def _eval_results(result: Mapping) -> list:
+    from huggingface_hub import EvalResult
+
+    settings = result["protocol"]["judging"]["settings"]
+    name = Path(settings["reference"] or settings["test"]).stem
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=figure,
+            metric_value=result[figure],
+        )
+        for figure in result["spread"]
+        if result.get(figure) is not None
+    ]
+
+
+def _result(evaluation: str | os.PathLike | Mapping) -> Mapping:
+    wanted = "want a result of `epg-fast evaluate --samples --output`"
+    found = evaluation
+    if not isinstance(evaluation, Mapping):
+        try:
+            found = json.loads(Path(evaluation).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"evaluation {evaluation}: {error}; {wanted}") from None
+    if not isinstance(found, Mapping) or found.get("kind") != "images" or "protocol" not in found:
+        what = "what was given" if found is evaluation else evaluation
+        raise ValueError(f"evaluation: {what} holds no figures of images with their protocol; {wanted}")
+    return found
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _plain(value) -> str:
+    """A value as a flag takes it and a table shows it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
