@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +41,9 @@ _CSS = """
 .frame .image-frame, .frame img {width: 100% !important; object-fit: contain !important}
 .pixels img {image-rendering: pixelated}
 """
+# Said in so many words: some of these are open where gradio believes itself in a notebook or on a hub.
+_CLOSED = {"share": False, "inline": False, "inbrowser": False, "allowed_paths": [], "max_file_size": 1}
+_CLOSED |= {"mcp_server": False, "pwa": False, "ssr_mode": False, "enable_monitoring": False, "footer_links": []}
 _HINT = "Click an image to see how it came about."
 Image = tuple[np.ndarray, str]
 """uint8 [H, W, 3] with what stands beside it."""
@@ -52,7 +54,8 @@ def run(config: AppConfig) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(config) as address, contextlib.suppress(KeyboardInterrupt):
         log.info("%s is at %s (Ctrl-C ends it)", config.checkpoint, address)
-        threading.Event().wait()
+        while True:
+            signal.pause()
 
 
 @contextlib.contextmanager
@@ -71,24 +74,8 @@ def serving(config: AppConfig) -> Iterator[str]:
         desk = Desk(model, config.parameterization, config.normalization)
         page = make_page(gradio, desk, Path(config.checkpoint).resolve().name)
         with suitable_threads(model):
-            # Said in so many words: what is left open, gradio reads from the environment.
-            _, address, _ = page.queue(default_concurrency_limit=1, max_size=16).launch(
-                server_name=config.host,
-                server_port=config.port,
-                share=False,
-                inbrowser=False,
-                inline=False,
-                prevent_thread_lock=True,
-                quiet=True,
-                allowed_paths=[],
-                max_file_size=1,
-                enable_monitoring=False,
-                mcp_server=False,
-                pwa=False,
-                ssr_mode=False,
-                footer_links=[],
-                css=_CSS,
-            )
+            where = {"server_name": config.host, "server_port": config.port, "prevent_thread_lock": True}
+            _, address, _ = page.queue(max_size=16).launch(css=_CSS, quiet=True, **where, **_CLOSED)
             try:
                 yield address
             finally:
@@ -122,7 +109,7 @@ class Desk:
         seconds = time.perf_counter() - begun
         said = f"{len(images)} images in {seconds:.1f} s: {engine.evaluations} network evaluations each, "
         said += f"{engine.precision} on {engine.device.type}"
-        if request.guidance != 1 and not engine.guided:
+        if request.guidance != 1 and not engine._trajectory.guided:
             said += "; guidance does nothing, since no noise level lies in its interval"
         captions = [self.name(label) if self.model.num_classes else "" for label in labels]
         return list(zip(images, captions, strict=True)), said
@@ -232,24 +219,12 @@ def make_page(gr: ModuleType, desk: Desk, title: str):
                 precision = gr.Dropdown(list(PRECISIONS), value=start.precision, label="Precision")
                 button = gr.Button("Draw", variant="primary")
             with gr.Column(scale=4, min_width=300):
-                gallery = gr.Gallery(
-                    label="Images",
-                    format="png",
-                    columns=4,
-                    object_fit="contain",
-                    allow_preview=False,
-                    buttons=["download_all"],
-                    elem_classes=look,
-                )
+                plain = {"allow_preview": False, "buttons": ["download_all"], "elem_classes": look}
+                gallery = gr.Gallery(label="Images", format="png", columns=4, object_fit="contain", **plain)
                 said = gr.Markdown()
             with gr.Column(scale=3, min_width=280, visible=several):
-                frame = gr.Image(
-                    show_label=False,
-                    format="png",
-                    interactive=False,
-                    buttons=["download"],
-                    elem_classes=["frame", *look],
-                )
+                plain = {"show_label": False, "buttons": ["download"], "elem_classes": ["frame", *look]}
+                frame = gr.Image(format="png", interactive=False, **plain)
                 place = gr.Slider(1, 2, value=1, step=1, label="Step", visible=False, buttons=[])
                 text = gr.Markdown(_HINT)
 
@@ -257,14 +232,8 @@ def make_page(gr: ModuleType, desk: Desk, title: str):
         device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
         shown = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         button.click(draw, values, [gallery, said, asked, frame, place, text], show_progress_on=gallery, **device)
-        gallery.select(
-            show_trajectory,
-            [asked],
-            [frames, place, frame, text],
-            show_progress_on=frame,
-            scroll_to_output=True,
-            **device,
-        )
+        device |= {"scroll_to_output": True, "show_progress_on": frame}
+        gallery.select(show_trajectory, [asked], [frames, place, frame, text], **device)
         place.change(show_frame, [frames, place], [frame, text], trigger_mode="always_last", **shown)
         sampler.change(lambda name: gr.update(visible=name != "onestep"), [sampler], [stepped], **shown)
     return page
@@ -283,7 +252,9 @@ def _require_free(host: str, port: int) -> None:
     """Raise ValueError for an address that cannot be listened at."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended holds no port
+            probe.bind((host, port))
     except OSError as error:
         raise ValueError(f"cannot listen at {host}:{port} ({error.strerror}); say another --port or --host") from None
 
