@@ -24,7 +24,7 @@ from epg_fast.evaluation.extras import import_extra
 from epg_fast.models import EPGViT
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling import SamplingEngine
-from epg_fast.sampling.command import _generator
+from epg_fast.sampling.command import labels_for, load_generator
 from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sampling.precision import PRECISIONS
@@ -70,7 +70,7 @@ def serving(config: AppConfig) -> Iterator[str]:
         log.warning("host %s: whoever reaches this address can draw images here; there is no password", config.host)
     with tempfile.TemporaryDirectory() as folder, _own_settings(folder):
         gradio = import_extra("gradio")
-        model = _generator(config.checkpoint, resolve_device(config.device))
+        model = load_generator(config.checkpoint, resolve_device(config.device))
         desk = Desk(model, config.parameterization, config.normalization)
         page = make_page(gradio, desk, Path(config.checkpoint).resolve().name)
         with suitable_threads(model):
@@ -104,12 +104,12 @@ class Desk:
         """(the images that `sample` draws, with their classes; what was done). Raises ValueError."""
         engine, begun = self._engine(request), time.perf_counter()
         labels = self._labels(request)
-        parts = engine.stream(self._told(labels), seed=request.seed, as_uint8=True)
+        parts = engine.stream(labels_for(engine, labels), seed=request.seed, as_uint8=True)
         images = [image for _, pixels in parts for image in pixels]
         seconds = time.perf_counter() - begun
         said = f"{len(images)} images in {seconds:.1f} s: {engine.evaluations} network evaluations each, "
         said += f"{engine.precision} on {engine.device.type}"
-        if request.guidance != 1 and not engine._trajectory.guided:
+        if request.guidance != 1 and not engine.guided:
             said += "; guidance does nothing, since no noise level lies in its interval"
         captions = [self.name(label) if self.model.num_classes else "" for label in labels]
         return list(zip(images, captions, strict=True)), said
@@ -120,7 +120,8 @@ class Desk:
         It is drawn for itself, so that its last bits may differ from those in the batch. Raises ValueError.
         """
         label = self._labels(request)[place]
-        images, estimates = self._engine(request).trajectory(self._told([label]), [place], request.seed)
+        engine = self._engine(request)
+        images, estimates = engine.trajectory(labels_for(engine, [label]), [place], request.seed)
         if images.isnan().any():
             raise ValueError("the image contains NaN: the model or the sampler diverged")
         levels = [f"clean estimate at σ = {sigma / shift(self.model.image_size):.3g}" for sigma in estimates]
@@ -131,9 +132,6 @@ class Desk:
 
     def _labels(self, request: SampleConfig) -> list[int]:
         return choose_labels(request.labels, request.num, self.model.num_classes, request.seed, self._untrained)
-
-    def _told(self, labels: list[int]) -> list[int] | int:
-        return labels if self.model.num_classes else len(labels)
 
     def _engine(self, request: SampleConfig) -> SamplingEngine:
         """Weights are kept in one precision, that of the last images."""

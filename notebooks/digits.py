@@ -118,10 +118,8 @@ show(torch.cat([*estimates.values(), final]), [*levels, "image"])
 # and keeps a plan, which `ops="auto"` reads. Here are two by hand, in turns, on this device.
 
 # %%
-if DEVICE == "cuda":
-    other = "triton"
-else:
-    other = "plain,steps=extension" if extension_status()[0] else "plain,attention=math"
+on_cpu = "plain,steps=extension" if extension_status()[0] else "plain,attention=math"
+other = "triton" if DEVICE == "cuda" else on_cpu
 engines = {ops: SamplingEngine(model, steps=4 if SMALL else 18, ops=ops) for ops in ("plain", other)}
 drawn = {ops: engine(labels) for ops, engine in engines.items()}  # compiles and allocates
 times = {ops: [] for ops in engines}

@@ -50,9 +50,10 @@ class SamplingEngine:
     this device for this network, precision and batch size; a function gets the `Case` and returns what is `Chosen`.
     None: as the network has it, and auto if that is plain.
 
-    `evaluations` is the number of network evaluations per image; `chosen` is what computes; `precision`,
-    `parameterization`, `normalization`, `compile` and `cuda_graphs` are what is done, and `model` is the network that
-    is run.
+    `evaluations` is the number of network evaluations per image; `calls` are those of the networks, (noise level, 2 for
+    a conditional and an unconditional evaluation, else 1); `guided`: whether any of them is guided; `chosen` is what
+    computes; `precision`, `parameterization`, `normalization`, `compile` and `cuda_graphs` are what is done, and
+    `model` is the network that is run.
     Weights that are changed later may or may not be seen: make another engine then. In fp32 and tf32 an autocast around
     a call is obeyed. Threads that call one engine take turns. The conditioning of all noise levels is kept at once.
     Raises ValueError for unknown names and options, too few steps, guidance without classes.
@@ -112,6 +113,8 @@ class SamplingEngine:
         self._lock = threading.Lock()
         self._graphs: weakref.WeakSet[GraphedFunction] = weakref.WeakSet()
         self._set(settings | sampler_options)
+        if weak is None and guidance != 1 and not self.guided:
+            log.warning("guidance %g does nothing: no noise level of %s lies in its interval", guidance, sampler)
 
     def with_settings(self, **settings) -> SamplingEngine:
         """Another engine over the same networks, with other `sampler`, `steps`, `guidance`, `interval`, `clamp`, churn.
@@ -156,9 +159,8 @@ class SamplingEngine:
             options,
             self._noise,
         )
-        self.evaluations = self._trajectory.evaluations
-        if not weak and guidance != 1 and not self._trajectory.guided:
-            log.warning("guidance %g does nothing: no noise level of %s lies in its interval", guidance, sampler)
+        self.calls, self.evaluations = self._trajectory.calls, self._trajectory.evaluations
+        self.guided = weak or any(times > 1 for _, times in self.calls)
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
 
     def _choose(self, ops, model: EPGViT, guided: bool) -> Chosen:

@@ -411,7 +411,11 @@ def test_steps_of_the_extension_are_an_option(model):
         pytest.skip("the extension is not built")
     for sampler in ("heun", "euler"):
         want = epg_fast.sample(model, [0, 1], sampler=sampler, steps=4)
-        assert torch.equal(epg_fast.sample(model, [0, 1], sampler=sampler, steps=4, ops="steps=extension"), want)
+        engine = SamplingEngine(model, sampler=sampler, steps=4, ops="steps=extension")
+        assert torch.equal(engine([0, 1]), want)
+        plain, (images, estimates) = SamplingEngine(model, sampler=sampler, steps=4), engine.trajectory([0, 1])
+        assert torch.equal(images, want)
+        assert all(torch.equal(x, estimates[s]) for s, x in plain.trajectory([0, 1])[1].items())
 
 
 @pytest.mark.parametrize(
