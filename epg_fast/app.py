@@ -33,6 +33,7 @@ log = logging.getLogger("epg_fast")
 
 MOST = {"num": 64, "steps": 256, "seed": 2**53 - 1}
 """What the page takes; a browser keeps no integer above this seed."""
+_OLDEST = 6, 17  # pages of older ones fetch fonts and scripts from the internet
 _SMALL = 128  # images below this size are shown pixel by pixel
 _CSS = """
 .grid-wrap {max-height: none !important; overflow: hidden !important; padding-top: 36px !important}
@@ -69,7 +70,7 @@ def serving(config: AppConfig) -> Iterator[str]:
     if config.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("host %s: whoever reaches this address can draw images here; there is no password", config.host)
     with tempfile.TemporaryDirectory() as folder, _own_settings(folder):
-        gradio = import_extra("gradio")
+        gradio = _gradio()
         model = load_generator(config.checkpoint, resolve_device(config.device))
         desk = Desk(model, config.parameterization, config.normalization)
         page = make_page(gradio, desk, Path(config.checkpoint).resolve().name)
@@ -244,6 +245,15 @@ def describe(model: EPGViT) -> str:
     known = [metadata.get("preset"), f"{size} x {size} pixels", classes, metadata.get("stage")]
     step = f"step {metadata['step']}" if "step" in metadata else None
     return ", ".join(str(word) for word in [*known, step] if word)
+
+
+def _gradio() -> ModuleType:
+    """Gradio. Raises ImportError where it is not, and for one whose pages load from elsewhere."""
+    gradio = import_extra("gradio")
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < _OLDEST:
+        wanted = ".".join(map(str, _OLDEST))
+        raise ImportError(f"gradio is {gradio.__version__}, want at least {wanted}: pip install -U 'epg_fast[app]'")
+    return gradio
 
 
 def _require_free(host: str, port: int) -> None:

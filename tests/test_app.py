@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -155,9 +156,14 @@ def test_a_model_that_diverged_has_no_image():
         Desk(model).trajectory(asked(), 0)
 
 
-def test_without_gradio_a_line_says_how_to_install_it(checkpoint, port, monkeypatch, capsys):
+def test_without_gradio_or_with_one_that_asks_the_internet_a_line_says_what_to_install(
+    checkpoint, port, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "gradio", None)
     want = "this needs gradio: pip install 'epg_fast[app]'"
+    fails(capsys, ["app", "--checkpoint", checkpoint, "--port", port], want)
+    monkeypatch.setitem(sys.modules, "gradio", types.SimpleNamespace(__version__="6.9.0"))
+    want = "gradio is 6.9.0, want at least 6.17: pip install -U 'epg_fast[app]'"
     fails(capsys, ["app", "--checkpoint", checkpoint, "--port", port], want)
 
 
