@@ -98,7 +98,9 @@ class Desk:
         self._engines: dict[str, SamplingEngine] = {}
 
     def name(self, label: int) -> str:
-        """Number of a class, and its name where the checkpoint knows it."""
+        """Number of a class, and its name where the checkpoint knows it; nothing for an unconditional model."""
+        if not self.model.num_classes:
+            return ""
         return f"{label} {self._names[label]}" if label < len(self._names) else str(label)
 
     def draw(self, request: SampleConfig) -> tuple[list[Image], str]:
@@ -112,8 +114,7 @@ class Desk:
         said += f"{engine.precision} on {engine.device.type}"
         if request.guidance != 1 and not engine.guided:
             said += "; guidance does nothing, since no noise level lies in its interval"
-        captions = [self.name(label) if self.model.num_classes else "" for label in labels]
-        return list(zip(images, captions, strict=True)), said
+        return list(zip(images, map(self.name, labels), strict=True)), said
 
     def trajectory(self, request: SampleConfig, place: int) -> list[Image]:
         """The clean estimates on the way to one of these images, then the image, each with its noise level.
@@ -126,8 +127,9 @@ class Desk:
         if images.isnan().any():
             raise ValueError("the image contains NaN: the model or the sampler diverged")
         levels = [f"clean estimate at σ = {sigma / shift(self.model.image_size):.3g}" for sigma in estimates]
+        known = f", class {self.name(label)}" if self.model.num_classes else ""
         return [
-            (quantize(image)[0].numpy(), text)
+            (quantize(image)[0].numpy(), text + known)
             for image, text in zip([*estimates.values(), images], [*levels, "the image"], strict=True)
         ]
 
@@ -174,7 +176,7 @@ def make_page(gr: ModuleType, desk: Desk, title: str):
             try:
                 return function(*values)
             except (ValueError, RuntimeError) as error:
-                gr.Warning(html.escape(" ".join(str(error).split())), title="Not drawn")
+                gr.Warning(html.escape(" ".join(str(error).split())))
                 return gr.skip()
 
         return call
@@ -187,6 +189,8 @@ def make_page(gr: ModuleType, desk: Desk, title: str):
         request = make_request(*values)
         images, said = desk.draw(request)
         columns = max(4, math.ceil(math.sqrt(len(images))))
+        if columns > 4:  # captions would cover them
+            images = [image for image, _ in images]
         return gr.update(value=images, columns=columns), said, request, None, gr.update(visible=False), _HINT
 
     @told
@@ -196,7 +200,8 @@ def make_page(gr: ModuleType, desk: Desk, title: str):
         return frames, gr.update(maximum=count, value=count, visible=True), *show_frame(frames, count)
 
     def show_frame(frames, place):
-        return frames[int(place) - 1]
+        image, text = frames[int(place) - 1]
+        return image, html.escape(text)
 
     tab = f"{title} - epg-fast"
     with gr.Blocks(title=tab, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:

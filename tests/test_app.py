@@ -80,7 +80,8 @@ def test_the_trajectory_of_an_image_ends_in_it():
     assert np.array_equal(frames[-1][0], quantize(engine([2], indices=[2], seed=7))[0].numpy())
     texts = [text for _, text in frames]
     # noise levels as guidance's interval has them, of the schedule's end points
-    assert texts[0] == "clean estimate at σ = 80" and texts[4:] == ["clean estimate at σ = 0.002", "the image"]
+    assert texts[0] == "clean estimate at σ = 80, class 2"
+    assert texts[4:] == ["clean estimate at σ = 0.002, class 2", "the image, class 2"]
     assert not np.array_equal(frames[0][0], frames[-1][0])
     in_the_grid = desk.draw(request)[0][2][0].astype(int)
     assert abs(in_the_grid - frames[-1][0]).max() <= 1  # rounding of another batch
@@ -280,7 +281,7 @@ def test_a_visitor_draws_images_and_looks_at_a_trajectory(browser, checkpoint, p
             assert np.array_equal(pixels(page, thumbnail.locator("img")), image)
 
         thumbnails.nth(1).click()
-        page.get_by_text("the image", exact=True).wait_for()
+        page.get_by_text("the image, class 1 <b>goldfish</b>", exact=True).wait_for()
         slider, frame = page.locator("input[type=range]"), page.locator(".frame img")
         assert slider.get_attribute("max") == "5" and abs(pixels(page, frame).astype(int) - want[1][0]).max() <= 1
         slider.fill("1")
