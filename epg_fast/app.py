@@ -45,6 +45,7 @@ _CSS = """
 # Said in so many words: some of these are open where gradio believes itself in a notebook or on a hub.
 _CLOSED = {"share": False, "inline": False, "inbrowser": False, "allowed_paths": [], "max_file_size": 1}
 _CLOSED |= {"mcp_server": False, "pwa": False, "ssr_mode": False, "enable_monitoring": False, "footer_links": []}
+_CLOSED["state_session_capacity"] = 16  # pages whose trajectories are kept
 _HINT = "Click an image to see how it came about."
 Image = tuple[np.ndarray, str]
 """uint8 [H, W, 3] with what stands beside it."""
@@ -67,7 +68,7 @@ def serving(config: AppConfig) -> Iterator[str]:
     gradio.
     """
     _require_free(config.host, config.port)
-    if config.host not in ("127.0.0.1", "localhost", "::1"):
+    if config.host not in ("127.0.0.1", "localhost"):
         log.warning("host %s: whoever reaches this address can draw images here; there is no password", config.host)
     with tempfile.TemporaryDirectory() as folder, _own_settings(folder):
         gradio = _gradio()
@@ -263,9 +264,8 @@ def _gradio() -> ModuleType:
 
 def _require_free(host: str, port: int) -> None:
     """Raise ValueError for an address that cannot be listened at."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.socket(family) as probe:
+        with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended holds no port
             probe.bind((host, port))
     except OSError as error:
@@ -279,7 +279,7 @@ def _own_settings(folder: str) -> Iterator[None]:
     for name in before:
         if name.startswith("GRADIO_"):
             del os.environ[name]
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": folder}
     # it asks for its own page, which a proxy would not find
     passed_by = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     os.environ["no_proxy"] = ",".join(filter(None, [passed_by, "127.0.0.1", "localhost"]))

@@ -35,6 +35,7 @@ from epg_fast.ops import extension_status
 SMALL = bool(os.environ.get("EPG_NOTEBOOK_SMALL"))
 FOLDER = Path("runs/notebook_small" if SMALL else "runs/notebook")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_num_threads(1)  # on a CPU the network is too small for more, which would wait for each other
 
 
 def epg_fast(command):

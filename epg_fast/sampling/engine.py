@@ -214,7 +214,8 @@ class SamplingEngine:
         At most `batch_size` images, float32 [N, 3, H, W] in [0, 1] on the CPU, as are the estimates at each level. An
         estimate is what the sampler steps with: guided and clamped. Of a level that is evaluated twice, as Heun's are,
         it is the later one, at the corrected state; a level that is only arrived at has none. Levels are in the order
-        of evaluation. Arguments and errors are those of `stream`. CUDA graphs are not used.
+        of evaluation. Arguments and errors are those of `stream`. CUDA graphs are not used, whose images may differ in
+        rounding.
         """
         inputs, seed = self._inputs(labels, indices, seed, noise)
         count, estimates = len(inputs[0]), {}

@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "digits.py"
 
@@ -15,7 +16,11 @@ def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EPG_NOTEBOOK_SMALL", "1")
-    runpy.run_path(str(NOTEBOOK))
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(NOTEBOOK))
+    finally:
+        torch.set_num_threads(threads)
     said = capsys.readouterr().out
     assert "network evaluations an image" in said and "\nthe same image\n" in said
     assert re.search(r"^plain: [\d.]+ ms .* differ by 0\.0e\+00 at most$", said, re.M)
