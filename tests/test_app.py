@@ -247,6 +247,7 @@ def browser(gradio):
     with driver.sync_playwright() as playwright:
         chrome = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = chrome.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(100_000)  # of milliseconds, on a machine with much else to do
         page.asked = []
         page.on("request", lambda request: page.asked.append(urllib.parse.urlsplit(request.url)))
         yield page
