@@ -201,7 +201,7 @@ def make_page(gr: ModuleType, desk: Desk, title: str):
         return frames, gr.update(maximum=count, value=count, visible=True), *show_frame(frames, count)
 
     def show_frame(frames, place):
-        image, text = frames[int(place) - 1]
+        image, text = frames[min(int(place), len(frames)) - 1]  # the slider may still be where a longer one was
         return image, html.escape(text)
 
     tab = f"{title} - epg-fast"
