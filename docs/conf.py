@@ -1,0 +1,55 @@
+"""Sphinx's settings: `make docs`. Pages are Markdown (MyST); docs/flags and the API come from the sources."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from docs.flag_pages import write_flag_pages  # noqa: E402
+from epg_fast import __version__  # noqa: E402
+
+project, author, release = "epg_fast", "the authors of epg_fast", __version__
+project_copyright = author
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+nitpicky = False
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "epg_fast"
+html_static_path = ["_static"]
+html_css_files = ["own.css"]
+html_copy_source = html_show_sourcelink = False
+pygments_style, pygments_dark_style = "friendly", "monokai"
+
+# Only links of the site itself are checked without a network: `make docs-links` asks for the others.
+linkcheck_timeout = 30
+linkcheck_retries = 2
+
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+# Optional libraries that a public module needs.
+autodoc_mock_imports = [name for name in ("diffusers",) if importlib.util.find_spec(name) is None]
+
+
+def as_restructured_text(app, what, name, obj, options, lines) -> None:
+    """Docstrings here are plain text with code in backticks: of anything else no character means more than itself."""
+    code, text = re.compile(r"(`[^`]*`)"), "\n".join(lines)
+    parts = code.split(text)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"([*|\\])", r"\\\1", re.sub(r"_(?!\w)", r"\\_", parts[i]))
+    lines[:] = code.sub(lambda found: f"``{' '.join(found[0].strip('`').split())}``", "".join(parts)).split("\n")
+
+
+def setup(app) -> None:
+    write_flag_pages(HERE / "flags")
+    app.connect("autodoc-process-docstring", as_restructured_text)
