@@ -81,7 +81,6 @@ def _train(config: configs.RunConfig, options: configs.DryRunConfig, stage: str)
 
 
 def _sample(config: configs.SampleConfig) -> int | None:
-    from epg_fast.distributed import Interrupted
     from epg_fast.sampling.command import check_command, run
 
     if _plan_is_wanted(config):
@@ -89,9 +88,19 @@ def _sample(config: configs.SampleConfig) -> int | None:
 
         check_command(config)
         ensure_plan(config, None)
+    return _until_interrupted(run, config)
+
+
+def _sweep(config: configs.SweepConfig) -> int | None:
+    from epg_fast.sweep import run
+
+    return _until_interrupted(run, config)
+
+
+def _until_interrupted(run: Callable, config) -> int | None:
     try:
         run(config)
-    except Interrupted as stop:
+    except distributed.Interrupted as stop:
         return _fail(stop.code, str(stop))
 
 
@@ -209,6 +218,11 @@ _JOBS = {
         "stage 2b: consistency fine-tuning for one-step generation", "ConsistencyStage", configs.ConsistencyConfig
     ),
     "sample": _Job("draw images from a trained model", _sample, (configs.SampleConfig,)),
+    "sweep": _Job(
+        "search the guidance, interval, EMA width and steps whose images are judged best",
+        _sweep,
+        (configs.SweepConfig,),
+    ),
     "tune": _Job(
         "measure on this device what computes a job fastest, and keep it as a plan that the job then takes",
         _tune,

@@ -506,15 +506,11 @@ class DryRunConfig(_Checked):
 
 
 @dataclass
-class SampleConfig(_ComputeConfig):
-    """Draw images from a trained model."""
+class _DrawConfig(_ComputeConfig):
+    """What drawing images needs, whatever the setting."""
 
     checkpoint: str = ""
     """Run folder, .safetensors, official .pth (or its folder), or hub id."""
-    outdir: str = ""
-    """Folder for samples.npz, PNG files and grid.png; the same command with the same folder goes on."""
-    num: int = number(64, 1, 10_000_000)
-    """Images to draw."""
     labels: str = "balanced"
     """`balanced`, `random`, class indices such as `3` or `0,1,2` (at most `num`, repeated in turn), or
     `frequencies:PATH`, drawn as often as in the data whose manifest.json of prepare-data (or its folder) is PATH."""
@@ -522,14 +518,6 @@ class SampleConfig(_ComputeConfig):
     """Image i starts from noise that depends on the seed and i only."""
     sampler: Sampler = "heun"
     """Sampler; `onestep` is for consistency models."""
-    steps: int = 32
-    """Noise levels; heun makes 2(steps-1) evaluations."""
-    guidance: float = 1.0
-    """Guidance scale; 1 means unguided (with `autoguidance`, 0 does)."""
-    interval: tuple[float, float] = number(GUIDANCE_INTERVAL, ordered=True)
-    """Unshifted sigma interval of the guidance (low excluded, high included), such as `[0.19,1.61]`."""
-    autoguidance: str | None = None
-    """Checkpoint of a weaker model to guide away from, with scale `guidance`."""
     clamp: Literal["official", "data", "none"] = "official"
     """Clamp of the denoised estimate: [-1,1], the data's true range, or none."""
     parameterization: Literal["auto", "x0", "edm"] = "auto"
@@ -541,14 +529,8 @@ class SampleConfig(_ComputeConfig):
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "fp32"
     """What weights and matrix products are computed in; one that the device lacks gives way to the nearest, with a
     message. `fp32` is the released code's."""
-    error_images: int = number(8, 0)
-    """Images to draw in fp32 as well, at most a batch, to report how far those in `precision` are from them."""
     cuda_graphs: bool | None = None
     """Launch all evaluations of a batch as one CUDA graph; `null`: as the plan says, else on a GPU."""
-    npz: bool = True
-    """Write samples.npz, images and labels in the layout of ADM's evaluation."""
-    png: bool = False
-    """Write png/<class>/<index>.png, one file per image."""
     s_churn: float = number(0.0, 0)
     """edm_sde: amount of added noise."""
     s_min: float = number(0.0, 0)
@@ -558,17 +540,41 @@ class SampleConfig(_ComputeConfig):
     s_noise: float = number(1.0, 0)
     """edm_sde: scale of the added noise."""
 
+    @property
+    def churn(self) -> dict[str, float]:
+        """Those options of the sampler edm_sde that are not their defaults."""
+        values = {name: getattr(self, name) for name in CHURN}
+        return {name: value for name, value in values.items() if value != getattr(_DrawConfig, name)}
+
+
+@dataclass
+class SampleConfig(_DrawConfig):
+    """Draw images from a trained model."""
+
+    outdir: str = ""
+    """Folder for samples.npz, PNG files and grid.png; the same command with the same folder goes on."""
+    num: int = number(64, 1, 10_000_000)
+    """Images to draw."""
+    steps: int = 32
+    """Noise levels; heun makes 2(steps-1) evaluations."""
+    guidance: float = 1.0
+    """Guidance scale; 1 means unguided (with `autoguidance`, 0 does)."""
+    interval: tuple[float, float] = number(GUIDANCE_INTERVAL, ordered=True)
+    """Unshifted sigma interval of the guidance (low excluded, high included), such as `[0.19,1.61]`."""
+    autoguidance: str | None = None
+    """Checkpoint of a weaker model to guide away from, with scale `guidance`."""
+    error_images: int = number(8, 0)
+    """Images to draw in fp32 as well, at most a batch, to report how far those in `precision` are from them."""
+    npz: bool = True
+    """Write samples.npz, images and labels in the layout of ADM's evaluation."""
+    png: bool = False
+    """Write png/<class>/<index>.png, one file per image."""
+
     def __post_init__(self):
         super().__post_init__()
         check_sampler(self.sampler, self.steps, **self.churn)
         if not (self.npz or self.png):
             raise ValueError("npz and png are both false, want at least one: there would be nothing to write")
-
-    @property
-    def churn(self) -> dict[str, float]:
-        """Those options of the sampler edm_sde that are not their defaults."""
-        values = {name: getattr(self, name) for name in CHURN}
-        return {name: value for name, value in values.items() if value != getattr(SampleConfig, name)}
 
 
 @dataclass
@@ -668,6 +674,41 @@ class EvaluateConfig(JudgeConfig):
         super().__post_init__()
         if self.bootstrap == 1:
             raise ValueError("bootstrap is 1, want 0, or at least 2 sets, which have a deviation")
+
+
+@dataclass
+class SweepConfig(_DrawConfig, JudgeConfig):
+    """Search the guidance, interval, EMA width and steps whose images are judged best."""
+
+    outdir: str = ""
+    """Folder for sweep.json, sweep.md and plots, which nodes share; the same command with the same folder goes on."""
+    num: int = number(10_000, 1, 10_000_000)
+    """Images of each of the last settings; figures of fewer are biased, so that only equal numbers are compared."""
+    guidance: str = "1.0"
+    """Axis: guidance scales. An axis is a list of numbers and ranges start:stop:step, stop included, such as
+    `1,1.5:4.0:0.25`; every combination of the axes is a setting. 1 means unguided, drawn once for all intervals."""
+    interval: str = "0.19-1.61"
+    """Axis: unshifted sigma intervals of the guidance as low-high, such as `0.19-1.61,0.28-2.9`."""
+    interval_low: str | None = None
+    """Axis: lower ends of the interval, each with every upper end; `null`: that of `interval`."""
+    interval_high: str | None = None
+    """Axis: upper ends of the interval, each with every lower end; `null`: that of `interval`."""
+    steps: str = "32"
+    """Axis: noise levels."""
+    sigma_rel: str = "null"
+    """Axis: widths of the EMA, made from the snapshots in posthoc_ema/ of the run folder `checkpoint`, at the last of
+    them; `null`, which may be one of several, is the checkpoint as it is."""
+    search: Literal["halving", "grid"] = "halving"
+    """`halving` begins with few images and goes on with the best settings and four times as many, up to `num`; `grid`
+    draws `num` of every setting."""
+    first: int = number(500, 1)
+    """Halving: the first round has at least so many images of each setting. FID has a spread, which protects settings
+    that are as good as the last that stays, from more images than features on (2048)."""
+    keep: float = number(0.25, above=0, most=0.5)
+    """Halving: share of the settings that stay, and with them whatever is within one spread of the last of these, up to
+    half. Where no spread is known, half stay."""
+    figure: str | None = None
+    """What is best; `null`: fid, else fd_dinov2, else frechet_distance."""
 
 
 @dataclass

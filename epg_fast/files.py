@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -170,6 +171,28 @@ class OutputFolder:
     def unreadable(self, why: object) -> ValueError:
         """What to raise when the marker file cannot be read."""
         return ValueError(f"outdir: {self.marker} cannot be read ({why}); restore it, or choose another --outdir")
+
+    def read(self, name: str | None = None) -> dict:
+        """What the marker, or another JSON file of the folder, says; nothing if it is not there.
+
+        Raises ValueError when it is damaged.
+        """
+        path = self.path / (name or self.marker.name)
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("no mapping")
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise ValueError(
+                f"outdir: {path} cannot be read ({error}); restore it, or choose another --outdir"
+            ) from None
+        return content
+
+    def write(self, name: str, content: dict) -> None:
+        """Write a JSON file of the folder."""
+        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n", sync=True)
 
     def lock(self) -> bool:
         """Make the folder and lock it; returns whether it was not locked yet.

@@ -65,6 +65,17 @@ def parse_known(kind: type, argv: Sequence[str]):
     return _built(kind(), dict(given)), rest
 
 
+def words(config) -> list[str]:
+    """The words of a command line from which `parse` makes this object: those of fields that are not as by default."""
+    found = []
+    for flag in _flags(type(config)):
+        value = functools.reduce(getattr, flag.name.split("."), config)
+        if value != flag.default:
+            text = _shown(value)
+            found += [f"--{flag.name}={text}"] if text.startswith("--") or not text else [f"--{flag.name}", text]
+    return found
+
+
 def _given(argv: Sequence[str]) -> Iterator[tuple[str, Text]]:
     """(name, text behind it or None) of each flag, `--batch-size` being `--batch_size`."""
     words = list(argv)

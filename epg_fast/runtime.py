@@ -34,7 +34,9 @@ def suitable_threads(network: torch.nn.Module, planned: int | None = None) -> It
     threads = torch.get_num_threads()
     chosen = threads != _DEFAULT_THREADS or os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS")
     number = planned or (1 if is_small(network) else threads)
-    if next(network.parameters()).device.type != "cpu" or number == threads or chosen:
+    elsewhere = next(network.parameters()).device.type != "cpu"
+    del network  # whose memory the caller may need before the end
+    if elsewhere or number == threads or chosen:
         yield
         return
     if planned is None:

@@ -16,11 +16,14 @@ from epg_fast.config import (
     ConsistencyConfig,
     DiffusionConfig,
     EvaluateConfig,
+    OptimizerConfig,
+    PosthocEmaConfig,
     PrepareDataConfig,
     PretrainConfig,
     SampleConfig,
 )
 from epg_fast.flags import _flags, _shown, parse
+from epg_fast.flags import words as words_of
 from epg_fast.models import load_weights
 from epg_fast.training import loop
 from epg_fast.training.state import RunState
@@ -144,6 +147,21 @@ def test_configs_merge_left_to_right_and_flags_win_wherever_they_stand(tmp_path)
     assert (config.optimizer.lr, config.optimizer.eps, config.seed, config.batch_size) == (0.125, 0.25, 5, 7)
     assert config.model.preset == "digits_32" and config.optimizer.betas == (0.9, 0.99)
     assert (config.optimizer.clip_norm, config.steps) == (0.5, 1_000_000)  # the job's own defaults
+
+
+MADE_AGAIN = [
+    SampleConfig(),
+    SampleConfig(checkpoint="a b", guidance=1.25, interval=(0.28, 2.9), cuda_graphs=False, npz=False, png=True),
+    SampleConfig(sampler="edm_sde", s_churn=3.5, labels="--odd", s_max=5.0),
+    EvaluateConfig(samples="x.npz", sigmas=[0.5, 1e-7], inception="network.pt", train=""),
+    PretrainConfig(optimizer=OptimizerConfig(lr=0.125), activation_checkpointing=0.5),
+    DiffusionConfig(posthoc_ema=PosthocEmaConfig(sigma_rel=[0.05, 0.1]), ema_warmup=True),
+]
+
+
+@pytest.mark.parametrize("made", MADE_AGAIN)
+def test_the_words_of_a_configuration_make_it_again(made):
+    assert parse([type(made)], words_of(made), "job") == [made]
 
 
 def test_configuration_files_are_understood_as_flags_are(tmp_path, monkeypatch):

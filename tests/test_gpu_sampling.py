@@ -50,6 +50,22 @@ def test_a_recorded_trajectory_gives_the_images_of_single_launches(model, sample
     assert_close(graphed([1], [1]), plain([1], [1]), rtol=0, atol=1e-3 if precision == "fp32" else 2e-2)
 
 
+def test_engines_of_one_network_record_one_after_the_other_and_keep_their_memory_apart(model):
+    base = engine_of(model, compile="off")
+    for guidance in (1.0, 2.0, 3.0, 2.0):
+        recorded = base.with_settings(guidance=guidance)
+        assert_close(
+            recorded(LABELS),
+            engine_of(model, compile="off", cuda_graphs=False, guidance=guidance)(LABELS),
+            rtol=0,
+            atol=1e-3,
+        )
+        assert recorded.cuda_graphs and len(recorded._recorded) == 1
+    both = [base.with_settings(guidance=guidance) for guidance in (1.5, 2.5)]
+    want = [engine(LABELS) for engine in both]
+    assert all(torch.equal(engine(LABELS), images) for engine, images in zip(both, want, strict=True))
+
+
 @pytest.mark.parametrize("compile", ["blocks", "network"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_compiled_and_recorded_is_the_same_to_rounding(model, compile, precision):

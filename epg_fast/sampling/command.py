@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from epg_fast.config import SampleConfig
+from epg_fast.config import SampleConfig, SweepConfig
 from epg_fast.distributed import Ranks, joined, resolve_device, resumable
 from epg_fast.environment import versions
-from epg_fast.files import OutputFolder, write_atomically
+from epg_fast.files import OutputFolder
 from epg_fast.flags import parse
 from epg_fast.models import EPGViT, from_pretrained
 from epg_fast.plans import PLAIN, Machine, choose_together
@@ -33,12 +33,12 @@ log = logging.getLogger("epg_fast")
 
 # Ranks meet only before the first image and after the last, and a slow one may have hours more to do. A rank that dies
 # closes its connections, which the others notice at once.
-_PATIENCE = datetime.timedelta(days=30)
+PATIENCE = datetime.timedelta(days=30)
 _ERROR, _TIME = "precision.json", "drawn_in.json"
 _REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops": PLAIN}
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
-_GIVES_WAY = ("precision", "parameterization", "normalization")
+GIVES_WAY = ("precision", "parameterization", "normalization")
 _NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema")
 CHECKSUMS = {"weights_sha256": "checkpoint", "autoguidance_sha256": "autoguidance", "labels_sha256": "labels"}
 """Of what settings.json holds a SHA-256, and the option that says where it is."""
@@ -56,7 +56,7 @@ def run(config: SampleConfig, expected: Mapping[str, str] | None = None) -> None
     of weights and labels by their names in settings.json; others are refused, too.
     """
     _require_names(config)
-    with joined(config.device, "gloo", _PATIENCE) as ranks:
+    with joined(config.device, "gloo", PATIENCE) as ranks:
         _run(config, ranks, expected)
 
 
@@ -74,8 +74,8 @@ def _require_names(config: SampleConfig) -> None:
 def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None = None) -> None:
     folder, settings = SampleFolder(config.outdir), requested(config)
     ranks.decide(lambda: folder.require(settings))  # before weights are read, which may take long
-    model = _generator(config.checkpoint, ranks.device)
-    weak = _generator(config.autoguidance, ranks.device) if config.autoguidance else None
+    model = load_generator(config.checkpoint, ranks.device)
+    weak = load_generator(config.autoguidance, ranks.device) if config.autoguidance else None
     untrained = model.metadata.get("untrained_classes", [])
     if untrained and config.labels in ("balanced", "random"):
         left = model.num_classes - len(untrained)
@@ -84,7 +84,7 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
     options = _options(config)
     engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
     settings |= resolved(model, weak, labels, engine)
-    using = drawn_with(engine, _alike(settings, ranks))
+    using = drawn_with(engine, alike(settings, ranks))
     _require_expected(config, settings, expected or {})
     outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
     with suitable_threads(engine.model, engine.chosen.threads), folder:
@@ -92,7 +92,7 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
         if missing is None:
             log.info("%s already holds these samples", folder.path)
             return
-        _require_shared(folder, ranks)
+        require_shared(folder, ranks)
         with resumable(folder.path):
             number = min(config.error_images, config.batch_size, config.num) if missing and ranks.main else 0
             if number and engine.precision != "fp32" and not (folder.path / _ERROR).exists():
@@ -122,7 +122,8 @@ def _require_expected(config: SampleConfig, settings: dict, expected: Mapping[st
             )
 
 
-def _generator(source: str, device: torch.device) -> EPGViT:
+def load_generator(source: str, device: torch.device) -> EPGViT:
+    """The generator of a checkpoint. Raises ValueError for an encoder, which draws nothing."""
     model = from_pretrained(source, device=device)
     if not isinstance(model, EPGViT):
         raise ValueError(f"{source} holds a pre-trained encoder, which cannot draw images; fine-tune it first")
@@ -131,17 +132,22 @@ def _generator(source: str, device: torch.device) -> EPGViT:
 
 def _options(config: SampleConfig) -> dict:
     """Arguments of the engine."""
-    names = ("sampler", "steps", "guidance", "clamp", "precision", "batch_size", "compile", "cuda_graphs")
+    own = {"steps": config.steps, "guidance": config.guidance, "interval": tuple(config.interval)}
+    return engine_options(config) | own
+
+
+def engine_options(config: SampleConfig | SweepConfig) -> dict:
+    """Arguments of the engine that no setting of a sweep changes."""
+    names = ("sampler", "clamp", "precision", "batch_size", "compile", "cuda_graphs")
     by_checkpoint = ("parameterization", "normalization")
     return {
         **{name: getattr(config, name) for name in names},
         **{name: None if getattr(config, name) == "auto" else getattr(config, name) for name in by_checkpoint},
-        "interval": tuple(config.interval),
         **config.churn,
     }
 
 
-def _alike(settings: dict, ranks: Ranks) -> list[str]:
+def alike(settings: dict, ranks: Ranks) -> list[str]:
     """The device names of all ranks. Raises ValueError on all of them when the settings of one differ."""
     everyone = ranks.gather((settings, Machine.here(ranks.device).device))
     different = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != everyone[0][0]]
@@ -166,7 +172,7 @@ def _claim(folder: SampleFolder, outputs: Outputs, batch_size: int, settings: di
     return missing
 
 
-def _require_shared(folder: SampleFolder, ranks: Ranks) -> None:
+def require_shared(folder: OutputFolder, ranks: Ranks) -> None:
     """Raise ValueError on all ranks when one does not see what the main one has written."""
     blind = [rank for rank, sees in enumerate(ranks.gather(folder.marker.exists())) if not sees]
     if blind:
@@ -179,10 +185,10 @@ def _precision_error(
     config: SampleConfig, engine: SamplingEngine, reference: SamplingEngine, labels: np.ndarray, number: int
 ) -> dict:
     """How far the engine's first images are from those in fp32."""
-    want = reference(_for(engine, labels[:number]), seed=config.seed)
+    want = reference(labels_for(engine, labels[:number]), seed=config.seed)
     # of a whole batch where another number of images would have to be compiled for
     drawn = labels[: engine.batch_size if engine.fills_batches else number]
-    _, got = next(engine.stream(_for(engine, drawn), seed=config.seed))
+    _, got = next(engine.stream(labels_for(engine, drawn), seed=config.seed))
     if not want.isfinite().all():
         raise ValueError(f"{config.checkpoint}: its images are not finite, also in fp32: the model diverged")
     if not got[:number].isfinite().all():
@@ -195,7 +201,7 @@ def _precision_error(
     return finite({"precision": engine.precision, "images": number} | error)
 
 
-def _for(engine: SamplingEngine, labels: np.ndarray) -> np.ndarray | int:
+def labels_for(engine: SamplingEngine, labels: np.ndarray) -> np.ndarray | int:
     """Labels as the engine takes them: their number for a model without classes."""
     return labels if engine.model.num_classes else len(labels)
 
@@ -216,7 +222,7 @@ def _draw(engine: SamplingEngine, outputs: Outputs, missing: list[range], seed: 
 
         if mine:
             indices = np.concatenate([np.arange(images.start, images.stop) for images in mine])
-            labels = _for(engine, outputs.labels[indices])
+            labels = labels_for(engine, outputs.labels[indices])
             for where, pixels in engine.stream(labels, indices, seed, as_uint8=True):
                 for images in runs(indices[where]):
                     written.append(outputs.save_part(images.start, pixels[: len(images)]))
@@ -256,31 +262,12 @@ class SampleFolder(OutputFolder):
         before = self.read().get("drawn_with", []) if self.begun else []
         self.write(self.marker.name, settings | {"drawn_with": before if using in before else [*before, using]})
 
-    def read(self, name: str = "settings.json") -> dict:
-        """What a JSON file of the folder says; nothing if it is not there. Raises ValueError when it is damaged."""
-        path = self.path / name
-        try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("no mapping")
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise ValueError(
-                f"outdir: {path} cannot be read ({error}); restore it, or choose another --outdir"
-            ) from None
-        return content
-
-    def write(self, name: str, content: dict) -> None:
-        """Write a JSON file of the folder."""
-        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n", sync=True)
-
 
 def requested(config: SampleConfig) -> dict:
     """The settings that the command line alone tells, as JSON reads them back."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
     # what is done may be another one: a precision that the device has, and what `auto` stands for
-    settings |= {f"wanted_{name}": settings.pop(name) for name in _GIVES_WAY}
+    settings |= {f"wanted_{name}": settings.pop(name) for name in GIVES_WAY}
     return json.loads(json.dumps(finite(settings | ({"steps": 1} if config.sampler == "onestep" else {}))))
 
 
@@ -312,7 +299,7 @@ def _text(value) -> str:
 def resolved(model: torch.nn.Module, weak: torch.nn.Module | None, labels: np.ndarray, engine: SamplingEngine) -> dict:
     """The settings that the command line leaves open, with checksums of weights and labels [N]."""
     return {
-        **{name: getattr(engine, name) for name in _GIVES_WAY},
+        **{name: getattr(engine, name) for name in GIVES_WAY},
         "evaluations": engine.evaluations,
         "weights_sha256": weights_sha256(model),
         "autoguidance_sha256": None if weak is None else weights_sha256(weak),

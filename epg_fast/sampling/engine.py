@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from epg_fast.config import GUIDANCE_INTERVAL, ScheduleConfig, check_sampler
+from epg_fast.config import CHURN, GUIDANCE_INTERVAL, ScheduleConfig, check_sampler
 from epg_fast.diffusion import STEPPED, NoiseSchedule, PixelNormalization, autoguided, guided
 from epg_fast.models import EPGViT
 from epg_fast.models.compilation import compile_denoising, compile_options
+from epg_fast.ops import philox_normal_of
 from epg_fast.plans import PLAIN, Case, Chosen, choose
 from epg_fast.plans.plan import architecture
 from epg_fast.runtime import float32_products
@@ -26,6 +29,7 @@ from epg_fast.sampling.trajectory import Trajectory
 
 log = logging.getLogger("epg_fast")
 
+_SETTINGS = ("sampler", "steps", "guidance", "interval", "clamp")
 _COMPILE = ("auto", "off", "blocks", "network")
 _SHAPES = 64
 
@@ -46,9 +50,10 @@ class SamplingEngine:
     this device for this network, precision and batch size; a function gets the `Case` and returns what is `Chosen`.
     None: as the network has it, and auto if that is plain.
 
-    `evaluations` is the number of network evaluations per image; `chosen` is what computes; `precision`,
-    `parameterization`, `normalization`, `compile` and `cuda_graphs` are what is done, and `model` is the network that
-    is run.
+    `evaluations` is the number of network evaluations per image; `calls` are those of the networks, (noise level, 2 for
+    a conditional and an unconditional evaluation, else 1); `guided`: whether any of them is guided; `chosen` is what
+    computes; `precision`, `parameterization`, `normalization`, `compile` and `cuda_graphs` are what is done, and
+    `model` is the network that is run.
     Weights that are changed later may or may not be seen: make another engine then. In fp32 and tf32 an autocast around
     a call is obeyed. Threads that call one engine take turns. The conditioning of all noise levels is kept at once.
     Raises ValueError for unknown names and options, too few steps, guidance without classes.
@@ -75,22 +80,17 @@ class SamplingEngine:
         **sampler_options,
     ):
         networks = [model] if weak is None else [model, weak]
-        _check_networks(networks, guidance)
-        check_sampler(sampler, steps, **sampler_options)
+        settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "interval": interval, "clamp": clamp}
+        _check_networks(networks)
+        _check_settings(networks, settings | sampler_options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
         metadata = getattr(model, "metadata", {})
-        schedule = _schedule(metadata, noise_schedule)
+        self._schedule = _schedule(metadata, noise_schedule)
         self.parameterization = parameterization or metadata.get("parameterization") or "x0"
         self.normalization = normalization or metadata.get("normalization") or "imagenet"
-        pixels = PixelNormalization(self.normalization)
         if weak is not None:
-            _check_agreement(weak, self.parameterization, self.normalization, schedule)
-
-        def guide(denoiser, weak_denoiser=None):
-            if weak_denoiser is not None:
-                return autoguided(denoiser, weak_denoiser, guidance)
-            return denoiser if guidance == 1.0 else guided(denoiser, guidance, interval, model.num_classes)
+            _check_agreement(weak, self.parameterization, self.normalization, self._schedule)
 
         self.batch_size = batch_size
         self.device = next(model.parameters()).device
@@ -105,30 +105,63 @@ class SamplingEngine:
         as_they_are &= all(network.ops == self.chosen.ops for network in networks)
         if not as_they_are or any(module.training for network in networks for module in network.modules()):
             networks = [inference_network(network, self.precision, self.chosen.ops) for network in networks]
-        self.model = networks[0]
-        options = sampler_options | {"clamp": _clamp(clamp, pixels, self.device)}
-        if sampler in STEPPED:
-            options["steps_backend"] = self.chosen.ops["steps"]
-        self._trajectory = Trajectory(
-            networks,
-            guide,
-            schedule,
-            self.parameterization,
-            sampler,
-            schedule.levels(1 if sampler == "onestep" else steps, model.image_size),
-            pixels,
-            options,
-        )
-        self.evaluations = self._trajectory.evaluations
-        if weak is None and guidance != 1 and not self._trajectory.guided:
-            log.warning("guidance %g does nothing: no noise level of %s lies in its interval", guidance, sampler)
+        self.model, self._networks, self._noise = networks[0], networks, philox_normal_of
         if self.compile != "off":
             for network in networks:
                 compile_denoising(network, self.compile, self.chosen.options)
-            self._trajectory.noise = torch.compile(self._trajectory.noise, **compile_options())
+            self._noise = torch.compile(self._noise, **compile_options())
         self._lock = threading.Lock()
+        self._graphs: weakref.WeakSet[GraphedFunction] = weakref.WeakSet()
+        self._set(settings | sampler_options)
+        if weak is None and guidance != 1 and not self.guided:
+            log.warning("guidance %g does nothing: no noise level of %s lies in its interval", guidance, sampler)
+
+    def with_settings(self, **settings) -> SamplingEngine:
+        """Another engine over the same networks, with other `sampler`, `steps`, `guidance`, `interval`, `clamp`, churn.
+
+        What is not given stays; churn goes with its sampler. Networks are neither copied nor cast, and the choice of
+        what computes stays that for the batch of this engine: begin with a guided one if most are. Blocks or networks
+        are compiled only for sizes of a batch that no engine of them has met, and guidance doubles that size. CUDA
+        graphs are recorded for each engine, and go with it. Engines of the same networks take turns.
+        Images are those of an engine that is made anew for these settings, with the same `ops`.
+        Raises ValueError as the constructor does.
+        """
+        before = {k: v for k, v in self._settings.items() if "sampler" not in settings or k not in CHURN}
+        _check_settings(self._networks, before | settings)
+        other = copy.copy(self)
+        other._set(before | settings)
+        return other
+
+    def _set(self, settings: dict) -> None:
+        """Make the trajectory of these settings, which have been checked."""
+        self._settings = settings
+        sampler, steps, guidance, interval, clamp = (settings[name] for name in _SETTINGS)
+        num_classes, weak = self.model.num_classes, len(self._networks) > 1
+
+        def guide(denoiser, weak_denoiser=None):
+            if weak_denoiser is not None:
+                return autoguided(denoiser, weak_denoiser, guidance)
+            return denoiser if guidance == 1.0 else guided(denoiser, guidance, interval, num_classes)
+
+        pixels = PixelNormalization(self.normalization)
+        options = {name: value for name, value in settings.items() if name not in _SETTINGS}
+        options["clamp"] = _clamp(clamp, pixels, self.device)
+        if sampler in STEPPED:
+            options["steps_backend"] = self.chosen.ops["steps"]
+        self._trajectory = Trajectory(
+            self._networks,
+            guide,
+            self._schedule,
+            self.parameterization,
+            sampler,
+            self._schedule.levels(1 if sampler == "onestep" else steps, self.model.image_size),
+            pixels,
+            options,
+            self._noise,
+        )
+        self.calls, self.evaluations = self._trajectory.calls, self._trajectory.evaluations
+        self.guided = weak or any(times > 1 for _, times in self.calls)
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
 
     def _choose(self, ops, model: EPGViT, guided: bool) -> Chosen:
         """What computes, which a line of the log explains unless the caller has said it."""
@@ -210,8 +243,11 @@ class SamplingEngine:
         """Images [B, 3, H, W] on the device, which the next call may overwrite."""
         key = (len(inputs[0]), len(inputs) > 3)
         if self.cuda_graphs and key not in self._recorded:
+            # shared with graphs that are still there: a pool that all have left takes no further one
+            pool = next((graph.pool for graph in self._graphs), None) or torch.cuda.graph_pool_handle()
             try:
-                self._recorded[key] = GraphedFunction(self._compute, inputs, self._pool)
+                self._recorded[key] = GraphedFunction(self._compute, inputs, pool)
+                self._graphs.add(self._recorded[key])
             except RuntimeError as error:
                 log.warning("no CUDA graphs: %s; launching kernels one by one", str(error).splitlines()[0])
                 self.cuda_graphs = False
@@ -293,8 +329,8 @@ def _filled(part: torch.Tensor, size: int | None) -> torch.Tensor:
     return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
 
 
-def _check_networks(networks: list[torch.nn.Module], guidance: float) -> None:
-    """Raise ValueError unless all are EPGViTs and can be guided by this scale, the second being a weaker model."""
+def _check_networks(networks: list[torch.nn.Module]) -> None:
+    """Raise ValueError unless all are EPGViTs of colour images, the second one being a weaker model of the same."""
     for network in networks:
         if not isinstance(network, EPGViT):
             raise ValueError(
@@ -303,16 +339,23 @@ def _check_networks(networks: list[torch.nn.Module], guidance: float) -> None:
     model, *others = networks
     if model.in_chans != 3:
         raise ValueError(f"sample: the model has {model.in_chans} channels, want 3: red, green and blue")
+    for weak in others:
+        for name in ("num_classes", "image_size", "in_chans"):
+            _require_of_weak(name, getattr(weak, name), getattr(model, name))
+
+
+def _check_settings(networks: list[EPGViT], settings: dict) -> None:
+    """Raise ValueError unless there is such a sampler, and such a guidance of these networks."""
+    options = {name: value for name, value in settings.items() if name not in _SETTINGS}
+    check_sampler(settings["sampler"], settings["steps"], **options)
+    guidance = settings["guidance"]
     if not math.isfinite(guidance):
         raise ValueError(f"guidance is {guidance}, want a finite number")
-    if not others and guidance != 1 and not model.num_classes:
+    if len(networks) == 1 and guidance != 1 and not networks[0].num_classes:
         raise ValueError(
             f"guidance is {guidance}, which needs a class-conditional network; this one is unconditional "
             "(num_classes=0): leave guidance at 1, or guide with a weaker model"
         )
-    for weak in others:
-        for name in ("num_classes", "image_size", "in_chans"):
-            _require_of_weak(name, getattr(weak, name), getattr(model, name))
 
 
 def _check_agreement(weak: EPGViT, parameterization: str, normalization: str, schedule: NoiseSchedule) -> None:
@@ -375,7 +418,7 @@ class GraphedFunction:
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], pool):
-        self._inputs = [x.clone() for x in inputs]
+        self.pool, self._inputs = pool, [x.clone() for x in inputs]
         self._device = self._inputs[0].device
         self._graph = torch.cuda.CUDAGraph()
         # what is recorded, and where it runs, follows the current device

@@ -72,19 +72,13 @@ class Outputs:
         return not self._lacking().any() and not self.parts.exists()
 
     def missing(self, batch_size: int) -> list[range]:
-        """The images to draw, none across a multiple of `batch_size`, whole batches first.
-
-        A batch is the same however many ranks share the work, and so are its last bits on one kind of machine: any
-        share of them, cut every `batch_size` images, falls into the same batches as long as whole ones are missing.
-        """
+        """The images to draw; see `cut_at_batches`."""
         lacking = self._lacking() & (not self.npz.exists())
         for images in self._ranges:
             lacking[images.start : images.stop] = False
         if (lacking & self._has_png).any():
             log.info("%d images are drawn again: PNG files of them are not read back", (lacking & self._has_png).sum())
-        gaps = np.flatnonzero(lacking)
-        batches = np.split(gaps, np.flatnonzero(np.diff(gaps // batch_size)) + 1)
-        return sorted((run for batch in batches for run in runs(batch)), key=len, reverse=True)
+        return cut_at_batches(lacking, batch_size)
 
     def save_part(self, start: int, pixels: np.ndarray) -> range:
         """Keep uint8 images [n, H, W, 3], of which the first has index `start`; returns which they are."""
@@ -182,6 +176,17 @@ class Outputs:
     def _save_png(self, index: int, pixels: np.ndarray) -> None:
         if not self._has_png[index]:
             save_png(pixels, self.png_path(index))
+
+
+def cut_at_batches(lacking: np.ndarray, batch_size: int) -> list[range]:
+    """The images that are lacking, bool [N], none across a multiple of `batch_size`, whole batches first.
+
+    A batch is the same however many ranks share the work, and so are its last bits on one kind of machine: any share of
+    them, cut every `batch_size` images, falls into the same batches as long as whole ones are missing.
+    """
+    gaps = np.flatnonzero(lacking)
+    batches = np.split(gaps, np.flatnonzero(np.diff(gaps // batch_size)) + 1)
+    return sorted((run for batch in batches for run in runs(batch)), key=len, reverse=True)
 
 
 def runs(values: np.ndarray) -> Iterator[range]:

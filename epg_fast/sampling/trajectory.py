@@ -18,9 +18,9 @@ class Trajectory:
     """From labels and numbers of images to images: `trajectory(indices, seed, y)`.
 
     networks: the EPGViT that draws and, for autoguidance, a weaker one. guide: makes the guided denoiser of one
-    denoiser for each network. levels: shifted. options: further arguments of the sampler. `evaluations` is the number
-    of network evaluations per image; a conditional and an unconditional one count as two. `guided`: whether there is
-    a level with both.
+    denoiser for each network. levels: shifted. options: further arguments of the sampler. noise: `philox_normal_of`, or
+    that compiled. `calls` are those of the networks, (noise level, 2 for a conditional and an unconditional evaluation,
+    else 1); `evaluations` is the number of evaluations per image.
     """
 
     def __init__(
@@ -33,15 +33,16 @@ class Trajectory:
         levels: list[float],
         pixels: PixelNormalization,
         options: dict,
+        noise: Callable[..., torch.Tensor] = philox_normal_of,
     ):
         self.network, self.sampler, self.levels, self.options = networks[0], sampler, levels, options
         self.pixels = pixels.to(self.network.pos_embed.device)
         self.shape = (self.network.in_chans, self.network.image_size, self.network.image_size)
-        self.noise = philox_normal_of
+        self.noise = noise
         recorders = [_Recorder() for _ in networks]
         self._record(guide(*recorders))
-        calls = [times for recorder in recorders for _, times in recorder.calls]
-        self.evaluations, self.guided = sum(calls), max(calls) > 1
+        self.calls = [call for recorder in recorders for call in recorder.calls]
+        self.evaluations = sum(times for _, times in self.calls)
         self._denoisers = [
             _Conditioned(network, schedule, parameterization, recorder.calls)
             if is_plain(network, EPGViT, subclass=True)  # `conditioning` and `denoise` do what a call does

@@ -87,6 +87,25 @@ def reconstruct(
     Raises ValueError for a width or step that cannot be reached, for a fit worse than `max_residual`, and for snapshots
     that are missing, damaged or not of one model, naming the file.
     """
+    snapshots, fit = _plan(run, sigma_rel, step, max_residual)
+    step, tracked = snapshots[-1].step, snapshots[0].metadata["sigma_rel"]
+    state = _combine(snapshots, tracked, fit.weights.reshape(len(snapshots), len(tracked)))
+    made = {"tracked": tracked, "snapshots": len(snapshots), "residual": fit.residual, "rounding": fit.gain * _ROUNDING}
+    metadata = {name: value for name, value in snapshots[-1].metadata.items() if name != "crc32"}
+    return state, metadata | {"step": step, "sigma_rel": sigma_rel, "posthoc_ema": made}
+
+
+def reconstructed_step(
+    run: str | os.PathLike, sigma_rel: float, step: int | None = None, max_residual: float = 0.05
+) -> int:
+    """The step of the weights that `reconstruct` would return; raises what it would, but reads no weights."""
+    return _plan(run, sigma_rel, step, max_residual)[0][-1].step
+
+
+def _plan(
+    run: str | os.PathLike, sigma_rel: float, step: int | None, max_residual: float
+) -> tuple[list[_Snapshot], Fit]:
+    """The snapshots up to `step`, and what each counts for; see `reconstruct`."""
     gamma = gamma_of(sigma_rel)
     snapshots = _read_headers(Path(run) / FOLDER)
     step = snapshots[-1].step if step is None else step
@@ -100,10 +119,7 @@ def reconstruct(
             f"max_residual {max_residual:g}; choose a width nearer to theirs or a later step, raise --max_residual, or "
             "train with more frequent snapshots (--posthoc_ema.every)"
         )
-    state = _combine(snapshots, tracked, fit.weights.reshape(len(snapshots), len(tracked)))
-    made = {"tracked": tracked, "snapshots": len(snapshots), "residual": fit.residual, "rounding": fit.gain * _ROUNDING}
-    metadata = {name: value for name, value in snapshots[-1].metadata.items() if name != "crc32"}
-    return state, metadata | {"step": step, "sigma_rel": sigma_rel, "posthoc_ema": made}
+    return snapshots, fit
 
 
 def _up_to(step: int, snapshots: list[_Snapshot]) -> list[_Snapshot]:

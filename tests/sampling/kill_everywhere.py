@@ -1,17 +1,20 @@
 """Give each of some commands again and again, killed before its third change to its folder, until one finishes.
 
 One change is settings.json, so that every command has a change more than the one before, or two, where none is drawn.
-Argument: a JSON list of `epg-fast` command lines. Prints the number of kills of each, as a JSON list. A fork for each
-attempt saves importing torch.
+Arguments: a JSON list of `epg-fast` command lines, then modules that they need. Prints the number of kills of each, as
+a JSON list. A fork for each attempt saves importing torch and the modules.
 """
 
+import importlib
 import json
 import os
 import signal
 import sys
 
-import epg_fast.sampling.command  # noqa: F401
 from epg_fast.__main__ import main
+
+for name in ("epg_fast.sampling.command", *sys.argv[2:]):
+    importlib.import_module(name)
 
 
 def attempt(command):

@@ -366,7 +366,7 @@ class _Elsewhere:
 
 def test_ranks_whose_folder_is_not_shared_or_that_read_other_weights_are_named(command, tmp_path, finished):
     with pytest.raises(ValueError, match="rank 1 does not see .* of rank 0; .* must be a folder that nodes share"):
-        command_module._require_shared(command_module.SampleFolder(finished), _Elsewhere(False))
+        command_module.require_shared(command_module.SampleFolder(finished), _Elsewhere(False))
     config = SampleConfig(checkpoint=command[2], outdir=str(tmp_path / "s"), device="cpu")
     with pytest.raises(ValueError, match="rank 1 has read other weights or labels than rank 0"):
         command_module._run(config, _Elsewhere(({"weights_sha256": "other"}, "cpu")))

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
@@ -167,6 +168,7 @@ class _Replayed:
     made = []
 
     def __init__(self, function, inputs, pool):
+        self.pool = pool
         self._inputs, self._function = [x.clone() for x in inputs], function
         self.made.append([tuple(x.shape) for x in inputs])
 
@@ -181,6 +183,7 @@ def test_graphs_are_recorded_once_per_size_and_the_last_batch_is_filled_up(model
     want = SamplingEngine(model, **options)(LABELS, seed=4)
     monkeypatch.setattr(engine_module, "GraphedFunction", _Replayed)
     monkeypatch.setattr(_Replayed, "made", [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     engine = SamplingEngine(model, **options)
     engine.cuda_graphs = True
     assert_close(engine(LABELS, seed=4), want, rtol=0, atol=1e-3)
@@ -200,12 +203,102 @@ def test_where_no_graph_can_be_recorded_the_engine_goes_on_without_and_says_why(
     assert not log.messages
     engine = SamplingEngine(model, steps=3, batch_size=3, cuda_graphs=True)
     monkeypatch.setattr(engine_module, "GraphedFunction", refuse)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     engine.cuda_graphs = True
     assert_close(engine(LABELS), want, rtol=0, atol=1e-3)
     assert log.messages == [
         "no CUDA graphs: the network is on cpu",
         "no CUDA graphs: operation not permitted when stream is capturing; launching kernels one by one",
     ]
+
+
+OTHER_SETTINGS = [
+    {"guidance": 1.5},
+    {"guidance": 1.0},
+    {"guidance": 3.0, "interval": (0.0, 5.0)},
+    {"steps": 5},
+    {"sampler": "euler", "clamp": "none"},
+    {"sampler": "edm_sde", "s_churn": 40.0},
+    {"sampler": "onestep"},
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("weak", [False, True])
+def test_other_settings_of_an_engine_are_an_engine_of_those_settings_bit_for_bit(model, precision, weak):
+    options = {"batch_size": 3, "precision": precision, "weak": make_model() if weak else None}
+    first = SamplingEngine(model, steps=4, guidance=2.0, interval=(0.1, 10.0), **options)
+    before = first(LABELS)
+    for settings in OTHER_SETTINGS:
+        anew = {"steps": 4, "guidance": 2.0, "interval": (0.1, 10.0)} | settings
+        want = SamplingEngine(model, **anew, **options)
+        got = first.with_settings(**settings)
+        assert got.model is first.model and got.evaluations == want.evaluations
+        assert torch.equal(got(LABELS, seed=3), want(LABELS, seed=3)), settings
+    assert torch.equal(first(LABELS), before)
+    churned = first.with_settings(sampler="edm_sde", s_churn=40.0)
+    assert torch.equal(churned.with_settings(sampler="heun")(LABELS), before)
+    assert not torch.equal(churned.with_settings(s_churn=0.0)(LABELS), churned(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 1}, "heun needs at least 2 noise levels"),
+        ({"s_churn": 3.0}, "s_churn is 3.0: no option of heun"),
+        ({"gidance": 3.0}, "gidance is 3.0: no option of heun"),
+        ({"guidance": float("nan")}, "guidance is nan, want a finite number"),
+        ({"clamp": "both"}, "clamp 'both'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_by_an_engine_that_is_there(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingEngine(model, steps=3).with_settings(**settings)
+
+
+def test_graphs_go_with_their_engine_and_share_memory_with_those_that_are_there(model, monkeypatch):
+    class Recorded:
+        """Keeps no reference to the engine, as a CUDA graph does not."""
+
+        def __init__(self, function, inputs, pool):
+            self.pool, self.images = pool, function(*inputs)
+
+        def __call__(self, *_):
+            return self.images
+
+    monkeypatch.setattr(engine_module, "GraphedFunction", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    first = SamplingEngine(model, steps=3, batch_size=3)
+    first.cuda_graphs = True
+    second = first.with_settings(guidance=2.0)
+    first([1, 2, 3])
+    second([1, 2, 3])
+    (a,), (b,) = first._recorded.values(), second._recorded.values()
+    assert a.pool is b.pool
+    pool, gone = a.pool, weakref.ref(b)
+    del a, b, second
+    assert gone() is None  # at once, without the garbage collector
+    third = first.with_settings(guidance=3.0)
+    third([1, 2, 3])
+    assert next(iter(third._recorded.values())).pool is pool
+    del first, third
+    alone = SamplingEngine(model, steps=3, batch_size=3).with_settings(steps=4)
+    alone.cuda_graphs = True
+    alone([1, 2, 3])
+    assert next(iter(alone._recorded.values())).pool is not pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["blocks", "network"])
+def test_other_settings_compile_only_what_has_another_size(model, compile, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    engine = SamplingEngine(model, steps=4, guidance=2.0, batch_size=4, compile=compile)
+    engine(LABELS)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for settings in ({"guidance": 3.0}, {"guidance": 1.0}, {"steps": 6, "interval": (0.0, 5.0)}):
+            want = SamplingEngine(model, **{"steps": 4, "guidance": 2.0} | settings, batch_size=4)(LABELS)
+            assert_close(engine.with_settings(**settings)(LABELS), want, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,456 @@
+"""The `sweep` command: rounds of drawing and judging, until the best setting is known."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from epg_fast.config import SweepConfig
+from epg_fast.distributed import Ranks, joined, resumable
+from epg_fast.evaluation.extras import import_extra
+from epg_fast.evaluation.figures import difference, measured
+from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.rows import Rows
+from epg_fast.models import EPGViT
+from epg_fast.plans import choose_together, parse_ops
+from epg_fast.runtime import suitable_threads
+from epg_fast.sampling.command import (
+    GIVES_WAY,
+    PATIENCE,
+    alike,
+    drawn_with,
+    engine_options,
+    finite,
+    labels_for,
+    load_generator,
+    require_shared,
+    weights_sha256,
+)
+from epg_fast.sampling.engine import SamplingEngine
+from epg_fast.sampling.labels import choose_labels
+from epg_fast.sweep.folder import SweepFolder, plain
+from epg_fast.sweep.grid import Setting, grid
+from epg_fast.sweep.halving import FEW, Judged, cut, ranked, round_sizes
+from epg_fast.sweep.report import ends, final_commands, write_report
+from epg_fast.training.reconstruct import reconstruct_file, reconstructed_step
+from epg_fast.wording import nearest
+
+log = logging.getLogger("epg_fast")
+
+# How images are drawn and kept, which changes their last bits at most.
+_HOW = ("outdir", "device", "batch_size", "compile", "cuda_graphs", "ops")
+_FIGURES = ("fid", "fd_dinov2", "frechet_distance")
+# Recording a graph takes longer than a batch; with so many of them it is a small part.
+_RECORDED_BATCHES = 16
+
+
+def run(config: SweepConfig) -> None:
+    """Find the best setting of `config`'s grid; write sweep.json, sweep.md and plots to `config.outdir`.
+
+    Images are judged batch by batch and not kept. Under torchrun the ranks share the batches, and then the figures. The
+    same command goes on where one that was stopped or killed had come, with any batch size and number of ranks.
+    Raises ValueError for what the user can mend, before anything is drawn; ImportError without matplotlib; OSError when
+    the disk fails; `Interrupted` after a signal.
+    """
+    if not config.checkpoint or not config.outdir:
+        raise ValueError("sweep: --checkpoint and --outdir are needed")
+    if parse_ops(config.ops).base == "tune":
+        raise ValueError(
+            "ops: got tune, but sweep measures no plan; run `epg-fast tune --job sample` first, then sweep"
+        )
+    import_extra("matplotlib")  # after hours it would be too late
+    with joined(config.device, "gloo", PATIENCE) as ranks:
+        _Sweep(config, ranks).run()
+
+
+def sweep_labels(config: SweepConfig, model: EPGViT) -> np.ndarray:
+    """Labels [num] as `sample` has them, in an order of chance, so that the first ones are fair to all classes."""
+    untrained = model.metadata.get("untrained_classes", [])
+    labels = choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained)
+    return np.random.default_rng(config.seed).permutation(labels)
+
+
+class _Sweep:
+    """One command's work. `state` is what sweep.json holds, the same on every rank."""
+
+    def __init__(self, config: SweepConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.grid = grid(config)
+        self.folder = SweepFolder(config.outdir)
+        self.state: dict = {}
+        self.clock: Counter[str] = Counter()
+        self._counted = 0
+
+    def run(self) -> None:
+        config, ranks, folder = self.config, self.ranks, self.folder
+        wanted = _requested(config)
+        ranks.decide(lambda: self._check(wanted))
+        model = load_generator(config.checkpoint, ranks.device)
+        self.labels = sweep_labels(config, model)
+        self.engines = _Engines(config, model, self.grid, folder, ranks)
+        self._leave_out_equal()
+        base = self.engines.base
+        settings = wanted | {name: getattr(base, name) for name in GIVES_WAY}
+        settings["weights_sha256"] = weights_sha256(model)
+        settings["labels_sha256"] = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
+        using = drawn_with(base, alike(settings, ranks))
+        size = (model.image_size, model.image_size)
+        del model
+        with suitable_threads(base.model, base.chosen.threads), folder:
+            del base
+            self.state = ranks.decide(lambda: self._claim(settings, using))
+            require_shared(folder, ranks)
+            with resumable(folder.path):
+                if "result" not in self.state:
+                    self._search(size)
+                if ranks.main:
+                    self._finish()
+
+    def _check(self, wanted: dict) -> None:
+        """Raise ValueError for what cannot go on, before weights are read, which may take long."""
+        folder = self.folder
+        folder.require(wanted)
+        check_judges(self.config)
+        begun, step = folder.begun, folder.read().get("step")
+        for width in self._widths():
+            if width is not None and not (begun and folder.weights(width).exists()):
+                reconstructed_step(self.config.checkpoint, width, step if begun else None)
+
+    def _leave_out_equal(self) -> None:
+        """Keep the first of settings that draw the same images: those whose intervals hold the same noise levels."""
+        found: dict[tuple, tuple[Setting, int]] = {}
+        for setting in self.grid:
+            engine = self.engines.base.with_settings(**_drawing(setting))  # raises for what cannot be drawn
+            key = setting.sigma_rel, tuple(engine.calls), setting.guidance if engine.guided else 1.0
+            found.setdefault(key, (setting, engine.evaluations))
+        if len(found) < len(self.grid):
+            left, total = len(self.grid) - len(found), len(self.grid)
+            log.info("%d of %d settings guide at the same noise levels as others and are left out", left, total)
+        if len(found) == 1:
+            raise ValueError(
+                "the grid has one setting, as no noise level lies in its guidance intervals; want two or more to "
+                "compare: widen --interval, or take more --steps"
+            )
+        self.grid, self.evaluations = map(list, zip(*found.values(), strict=True))
+
+    def _widths(self) -> list[float | None]:
+        return list(dict.fromkeys(setting.sigma_rel for setting in self.grid))
+
+    def _claim(self, settings: dict, using: dict) -> dict:
+        """The state with which this command begins; the folder is locked."""
+        folder, config = self.folder, self.config
+        folder.lock()
+        folder.require(settings)
+        state = folder.read() if folder.begun else {}
+        if not state:
+            folder.forget()
+            of_all = config.search == "grid" or len(self.grid) <= FEW
+            sizes = [config.num] if of_all else round_sizes(config.num, config.first, config.batch_size)
+            widths = [width for width in self._widths() if width is not None]
+            state = {
+                "settings": settings,
+                "drawn_with": [],
+                "sizes": sizes,
+                "step": reconstructed_step(config.checkpoint, widths[0]) if widths else None,
+                "grid": [
+                    plain(dataclasses.asdict(setting)) | {"evaluations": evaluations}
+                    for setting, evaluations in zip(self.grid, self.evaluations, strict=True)
+                ],
+                "rounds": [],
+            }
+        if using not in state["drawn_with"]:
+            state["drawn_with"].append(using)
+        folder.scan(_alive(state))
+        if "result" not in state:
+            folder.write("sweep.json", state)
+        return state
+
+    def _search(self, size: tuple[int, int]) -> None:
+        config, ranks, folder = self.config, self.ranks, self.folder
+        with self._time("judges"):
+            judges = open_judges(
+                config, size, ranks.device, folder.path / "reference", ranks, batch_size=config.batch_size
+            )
+        figure = _figure(config.figure, judges.best)
+        self._check_figure(judges, figure, size)
+        with self._time("networks"):
+            ranks.decide(self._make_weights)
+        while "result" not in self.state:
+            self._round(judges, figure)
+
+    def _round(self, judges: Judges, figure: str) -> None:
+        """Draw, judge and decide once."""
+        ranks, alive, images = self.ranks, _alive(self.state), _next_size(self.state)
+        log.info("round %d: %d settings, %d images of each", len(self.state["rounds"]) + 1, len(alive), images)
+        missing = ranks.decide(lambda: {n: self.folder.missing(n, images, self.config.batch_size) for n in alive})
+        diverged = self._draw(judges, missing, len(alive) * images)
+        found = self._judge(judges, figure, sorted(set(alive) - set(diverged)), images)
+        with self._time("files"):
+            self.state = ranks.decide(lambda: self._decide(judges, figure, images, found, diverged))
+        seconds = sum(ranks.gather(self.clock), Counter())
+        total = sum(seconds.values())
+        shares = ", ".join(f"{name} {100 * value / total:.1f}%" for name, value in seconds.most_common())
+        log.info("%.0f s so far: %s", total / ranks.world_size, shares)
+
+    def _check_figure(self, judges: Judges, figure: str, size: tuple[int, int]) -> None:
+        """Raise ValueError when the first round has too few images to be judged, or for this figure."""
+        images = self.state["sizes"][0]
+        if images < judges.least:
+            raise ValueError(
+                f"the first round has {images} images of each setting, and the judges want at least {judges.least}; "
+                "raise --first or --num"
+            )
+        # figures are computed when they are asked for: rows of the right number say which there are
+        rows = judges.rows(torch.zeros(1, 3, *size, dtype=torch.uint8), torch.from_numpy(self.labels[:1]))
+        if figure not in judges.figures({key: row.expand(images, *row.shape[1:]) for key, row in rows.items()}):
+            raise ValueError(f"figure {figure}: the first round's {images} images are too few for it; raise --first")
+
+    def _make_weights(self) -> None:
+        for width in self._widths():
+            if width is not None and not self.folder.weights(width).exists():
+                said = reconstruct_file(self.config.checkpoint, self.folder.weights(width), width, self.state["step"])
+                log.info("%s", said)
+
+    # ---- drawing
+
+    def _draw(self, judges: Judges, missing: dict[int, list[range]], total: int) -> list[int]:
+        """Draw and judge this rank's share of the images; returns the settings whose images are not finite."""
+        ranks, folder = self.ranks, self.folder
+        units = [(number, images) for number in sorted(missing) for images in missing[number]]
+        before = total - sum(len(images) for _, images in units)
+        mine = units[_share([self.evaluations[n] * len(images) for n, images in units], ranks.rank, ranks.world_size)]
+        written, diverged = [], []
+        name = "sweep" if ranks.world_size == 1 else f"sweep ({ranks.world_size} processes)"
+        with tqdm(total=total, initial=before, desc=name, unit="image", disable=not ranks.main or not units) as bar:
+
+            def show(drawn: int = 0) -> None:
+                bar.update(before + ranks.count(drawn) - self._counted - bar.n)
+
+            for number, group in itertools.groupby(mine, key=lambda unit: unit[0]):
+                indices = np.concatenate([np.arange(images.start, images.stop) for _, images in group])
+                try:
+                    for drawn, rows, seconds in self._judged_batches(judges, number, indices):
+                        with self._time("files"):
+                            written += [(number, part) for part in folder.save_runs(number, drawn, rows, seconds)]
+                        show(len(drawn))
+                except _NotFinite as error:
+                    log.warning("%s: %s; it is out", self.grid[number], error)
+                    diverged.append(number)
+            with self._time("waiting"):
+                everyone = ranks.gather((written, diverged), while_waiting=show)
+            show()
+        self._counted = ranks.count(0)  # nobody draws again before all have judged
+        # By name: the listing of a folder on another machine may be older than its files.
+        for rank, (parts, _) in enumerate(everyone if ranks.main else []):
+            for number, images in parts:
+                if not folder.add(number, images):
+                    raise RuntimeError(
+                        f"rank {rank} has written rows of setting {number}, which rank 0 does not see in "
+                        f"{folder.path}; --outdir must be a folder that nodes share"
+                    )
+        return sorted({number for _, numbers in everyone for number in numbers})
+
+    def _judged_batches(
+        self, judges: Judges, number: int, indices: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Rows, float]]:
+        """(numbers of the images, their rows, seconds of drawing) batch by batch. Raises _NotFinite."""
+        batch_size, device = self.config.batch_size, self.ranks.device
+        with self._time("networks"):
+            engine = self.engines.of(self.grid[number], math.ceil(len(indices) / batch_size))
+        # a share of less than a batch would be compiled for a size of its own
+        filled = np.pad(indices, (0, -len(indices) % batch_size if engine.fills_batches else 0), "edge")
+        stream = engine.stream(labels_for(engine, self.labels[filled]), filled, self.config.seed, as_uint8=True)
+        while True:
+            started = time.perf_counter()
+            try:
+                where, pixels = next(stream)
+            except StopIteration:
+                return
+            except ValueError as error:
+                raise _NotFinite(str(error)) from error
+            drawn = indices[where]
+            images = torch.from_numpy(pixels[: len(drawn)]).permute(0, 3, 1, 2).contiguous()
+            labels = torch.from_numpy(self.labels[drawn])
+            rows, judging = _timed(device, functools.partial(judges.rows, images, labels))
+            drawing = time.perf_counter() - started - judging
+            self.clock["drawing"] += drawing
+            self.clock["features"] += judging
+            yield drawn, rows, drawing
+
+    # ---- judging
+
+    def _judge(self, judges: Judges, figure: str, numbers: list[int], images: int) -> dict[int, tuple]:
+        """(Judged, what sweep.json says of it) of each setting. Every rank judges its share."""
+        ranks = self.ranks
+        if not numbers:
+            raise ValueError("the images of all settings are not finite: the model or the sampler diverged")
+        parts, last = ranks.decide(lambda: self.folder.parts), _is_last(self.state, images)
+        found = {}
+        with self._time("figures"):
+            for number in numbers[ranks.rank :: ranks.world_size]:
+                rows, seconds = self.folder.load(number, parts[number], images)
+                figures = judges.figures(rows)
+                # all of them cost more, and only those of many images are worth it
+                said = measured(figures if last else {figure: figures[figure]}) | {"seconds_per_image": seconds}
+                judged = figures[figure]
+                found[number] = (Judged(judged.value, judged.spread, judged.effects), said)
+        with self._time("waiting"):
+            return {number: item for share in ranks.gather(found) for number, item in share.items()}
+
+    def _decide(self, judges: Judges, figure: str, images: int, found: dict[int, tuple], diverged: list[int]) -> dict:
+        """The state with a further round, which sweep.json then holds; rows that no later round needs go."""
+        judged, best = {number: item for number, (item, _) in found.items()}, judges.best[figure]
+        if _is_last(self.state, images):
+            order, kept, near, out = ranked(judged, best), [], [], []
+        else:
+            decided = cut(judged, best, self.config.keep)
+            order, kept = decided.order, decided.kept
+            near, out = decided.kept_within_spread, decided.out_within_spread
+            if out:
+                log.warning(
+                    "%d settings are out that the spread cannot tell from the last one that stays; see sweep.md",
+                    len(out),
+                )
+        results = {}
+        for number in order:
+            apart, spread = difference(judged[number], judged[order[0]], paired=True)
+            results[str(number)] = found[number][1] | {"difference": apart, "difference_spread": spread}
+        this = {
+            "images": images,
+            "order": order,
+            "kept": kept,
+            "kept_within_spread": near,
+            "out_within_spread": out,
+            "diverged": diverged,
+            "results": results,
+        }
+        state = self.state | {"figure": figure, "best": best, "judges": judges.description}
+        state["rounds"] = [*self.state["rounds"], plain(finite(this))]
+        if not kept:
+            state["result"] = order[0]
+        self.folder.write("sweep.json", state)
+        self.folder.drop(number for number in list(self.folder.parts) if number not in kept)
+        return state
+
+    def _finish(self) -> None:
+        """Make table and plots, and print what comes next."""
+        commands = final_commands(self.config, self.grid[self.state["result"]], self.folder)
+        write_report(self.folder, self.state, commands)
+        for end in ends(self.state):
+            log.warning("the best lies at the end of its axis, %s: try values beyond it", end)
+        print("\n".join(commands))
+
+    # ---- time
+
+    @contextlib.contextmanager
+    def _time(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock[name] += time.perf_counter() - started
+
+
+class _NotFinite(Exception):
+    """The images of a setting hold no numbers."""
+
+
+class _Engines:
+    """Engines of all settings; networks of one width at a time. `base` is one of them."""
+
+    def __init__(self, config: SweepConfig, model: EPGViT, settings: list[Setting], folder: SweepFolder, ranks: Ranks):
+        self._config, self._folder, self._device = config, folder, ranks.device
+        # what computes is chosen for the batch that guidance doubles, if there is any
+        self._first = max(settings, key=lambda setting: (setting.guidance != 1, setting.steps))
+        self._width: float | None = None
+        self._said = False
+        self.base = self._engine(model, lambda case: choose_together(config.ops, case, ranks))
+
+    def of(self, setting: Setting, batches: int) -> SamplingEngine:
+        """The engine of a setting, of which so many batches are to be drawn."""
+        if setting.sigma_rel != self._width:
+            chosen, self.base = self.base.chosen, None  # both networks need not fit
+            path = self._config.checkpoint if setting.sigma_rel is None else self._folder.weights(setting.sigma_rel)
+            self.base = self._engine(load_generator(str(path), self._device), lambda _: chosen)
+            self._width = setting.sigma_rel
+        engine = self.base.with_settings(**_drawing(setting))
+        if engine.cuda_graphs and batches < _RECORDED_BATCHES:
+            engine.cuda_graphs = False
+            if not self._said:
+                log.info("no CUDA graphs where a rank draws fewer than %d batches of a setting", _RECORDED_BATCHES)
+            self._said = True
+        return engine
+
+    def _engine(self, model: EPGViT, ops: Callable) -> SamplingEngine:
+        return SamplingEngine(model, ops=ops, **_drawing(self._first), **engine_options(self._config))
+
+
+def _drawing(setting: Setting) -> dict:
+    """What an engine takes of a setting."""
+    return {"steps": setting.steps, "guidance": setting.guidance, "interval": setting.interval}
+
+
+def _requested(config: SweepConfig) -> dict:
+    """The settings that the command line alone tells, as JSON reads them back."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
+    # what is done may be another one: a precision that the device has, and what `auto` stands for
+    settings |= {f"wanted_{name}": settings.pop(name) for name in GIVES_WAY}
+    return plain(finite(settings))
+
+
+def _figure(wanted: str | None, best: dict[str, str]) -> str:
+    """The figure that is decided by."""
+    if wanted is None:
+        return next((name for name in _FIGURES if name in best), next(iter(best)))
+    if wanted not in best:
+        raise ValueError(f"figure {wanted!r}{nearest(wanted, best)}: the judges have {', '.join(best)}")
+    return wanted
+
+
+def _alive(state: dict) -> list[int]:
+    """The settings that are still drawn."""
+    if not state["rounds"]:
+        return list(range(len(state["grid"])))
+    return sorted(state["rounds"][-1]["kept"])
+
+
+def _next_size(state: dict) -> int:
+    """Images per setting of the next round: the last one's at once, when few are left."""
+    done = state["rounds"][-1]["images"] if state["rounds"] else 0
+    return state["sizes"][-1] if len(_alive(state)) <= FEW else next(n for n in state["sizes"] if n > done)
+
+
+def _is_last(state: dict, images: int) -> bool:
+    return images == state["sizes"][-1]
+
+
+def _share(costs: Sequence[float], rank: int, world_size: int) -> slice:
+    """Which of the units, one behind the other, so that a rank meets few settings, are this rank's."""
+    middles = np.cumsum(costs) - np.asarray(costs) / 2
+    bounds = np.searchsorted(middles, np.sum(costs) * np.arange(world_size + 1) / world_size)
+    return slice(int(bounds[rank]), int(bounds[rank + 1]))
+
+
+def _timed(device: torch.device, function: Callable[[], dict]) -> tuple[dict, float]:
+    """(what it returns, its seconds): on a GPU without those of the batch that is drawn before it."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        return function(), time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    result = function()
+    end.record()
+    end.synchronize()
+    return result, begin.elapsed_time(end) / 1000

@@ -1,0 +1,281 @@
+"""What a sweep leaves for people: sweep.md, plots, and the commands that come next. All are made of sweep.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import shlex
+from collections.abc import Callable, Sequence
+
+from epg_fast import flags
+from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConfig
+from epg_fast.files import write_atomically
+from epg_fast.sweep.folder import SweepFolder
+from epg_fast.sweep.grid import Setting
+
+_FINAL = 50_000
+_AXES = {"guidance": "guidance scale", "sigma_rel": "EMA width sigma_rel", "interval": "interval", "steps": "steps"}
+_KINDS = {"low": "lower is better", "high": "higher is better"}
+
+
+def final_commands(config: SweepConfig, best: Setting, folder: SweepFolder) -> list[str]:
+    """The command that draws 50,000 images with the best setting, and the one that judges them.
+
+    Another seed draws them: images that a setting was chosen for flatter it.
+    """
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SampleConfig) if hasattr(config, f.name)}
+    sample = SampleConfig(
+        **shared
+        | {
+            "checkpoint": config.checkpoint if best.sigma_rel is None else str(folder.weights(best.sigma_rel)),
+            "outdir": str(folder.path / "best"),
+            "num": _FINAL,
+            "seed": (config.seed + 1) % 2**63,
+            "steps": best.steps,
+            "guidance": best.guidance,
+            "interval": best.interval,
+        }
+    )
+    judges = {f.name: getattr(config, f.name) for f in dataclasses.fields(JudgeConfig)}
+    evaluate = EvaluateConfig(
+        **judges,
+        samples=str(folder.path / "best" / "samples.npz"),
+        device=config.device,
+        batch_size=config.batch_size,
+        output=str(folder.path / "best.json"),
+    )
+    return [
+        shlex.join(["epg-fast", job, *flags.words(made)]) for job, made in (("sample", sample), ("evaluate", evaluate))
+    ]
+
+
+def write_report(folder: SweepFolder, state: dict, commands: Sequence[str]) -> None:
+    """Write sweep.md and the plots of a sweep that has a result."""
+    plots = _plots(state)
+    for name, content in plots.items():
+        write_atomically(folder.path / name, content)
+    write_atomically(folder.path / "sweep.md", _table(state, commands, list(plots)))
+
+
+def ends(state: dict) -> list[str]:
+    """The axes, such as `guidance 4`, at whose end the best lies: values beyond may be better."""
+    found = []
+    for name in ("guidance", "sigma_rel"):
+        values = sorted({setting[name] for setting in state["grid"]} - {None})
+        value = state["grid"][state["result"]][name]
+        # below no guidance there is nothing
+        if len(values) > 2 and value in (values[0], values[-1]) and (name, value) != ("guidance", 1):
+            found.append(f"{name} {value:g}")
+    return found
+
+
+# ---- table
+
+
+def _table(state: dict, commands: Sequence[str], plots: Sequence[str]) -> str:
+    figure, best, wanted = state["figure"], state["best"], state["settings"]
+    lines = [
+        f"# {len(state['grid'])} settings of {wanted['checkpoint']}",
+        "",
+        f"Decided by {figure}: {_KINDS[best]}. Spreads are standard errors. Image i has the same noise and label in "
+        "every setting, so that the spread of a difference is smaller than those of its two figures.",
+        "A figure of few images is biased (FID upwards): compare equal numbers of images only, and none of these with "
+        "one of 50,000. The best of many is flattered by having been chosen: the command below draws other noise.",
+    ]
+    if len(state["rounds"]) > 1:
+        lines.append(
+            f"Of a round stays the best {100 * wanted['keep']:g}%, and what is within one paired spread of the last of "
+            "these, up to half of the settings; where no spread is known, half stay."
+        )
+    lines += [f"The best lies at the end of its axis, {end}: try values beyond it." for end in ends(state)]
+    for number, this in reversed(list(enumerate(state["rounds"], 1))):
+        lines += ["", f"## Round {number}: {len(this['order'])} settings, {this['images']} images of each", ""]
+        lines += _round_rows(state, this)
+        if this["diverged"]:
+            settings = ", ".join(_words(state["grid"][n]) for n in this["diverged"])
+            lines += ["", f"Images that are not finite: {settings}."]
+    lines += ["", "## The best", "", "```", *commands, "```", ""]
+    lines += [line for name in plots for line in (f"![{name.removesuffix('.png')}]({name})", "")]
+    return "\n".join(lines)
+
+
+def _round_rows(state: dict, this: dict) -> list[str]:
+    figure = state["figure"]
+    first = this["results"][str(this["order"][0])]
+    others = [name for name in first["figures"] if name != figure]
+    heads = [*_AXES, figure, "worse than the best by", *others, "s/image", ""]
+    rows = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for n in this["order"]:
+        result, setting = this["results"][str(n)], state["grid"][n]
+        apart = abs(_number(result["difference"]))
+        cells = [
+            *(_axis_word(setting, name) for name in _AXES),
+            _with_spread(_number(result["figures"][figure]), result["spread"][figure]),
+            "" if n == this["order"][0] else _with_spread(apart, result["difference_spread"]),
+            *(_with_spread(_number(result["figures"].get(name)), result["spread"].get(name)) for name in others),
+            f"{result['seconds_per_image']:.3g}",
+            _fate(this, n),
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _fate(this: dict, number: int) -> str:
+    if number in this["kept_within_spread"]:
+        return "goes on, within the spread"
+    if number in this["kept"]:
+        return "goes on"
+    return "out, though within the spread" if number in this["out_within_spread"] else ""
+
+
+def _with_spread(value: float, spread: float | None) -> str:
+    """`2.315 ± 0.021`: as many places as the spread's two digits have."""
+    if not math.isfinite(value):
+        return str(value)
+    if not spread or not math.isfinite(_number(spread)):
+        return f"{value:.4g}"
+    places = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{value:.{places}f} ± {spread:.{places}f}"
+
+
+def _number(value: float | str | None) -> float:
+    """A number of sweep.json, where those that are not finite are texts."""
+    return math.nan if value is None else float(value)
+
+
+def _axis_word(setting: dict, name: str) -> str:
+    value = setting[name]
+    if name == "interval":
+        return "-" if setting["guidance"] == 1 else f"{value[0]:g}-{value[1]:g}"
+    return "as it is" if value is None else f"{value:g}"
+
+
+def _words(setting: dict) -> str:
+    return " ".join(f"{name} {_axis_word(setting, name)}" for name in _AXES)
+
+
+# ---- plots
+
+
+def _plots(state: dict) -> dict[str, bytes]:
+    """File name -> PNG, of the axes that have several values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    several = {name for name in _AXES if len({_axis_word(setting, name) for setting in state["grid"]} - {"-"}) > 1}
+    plots = {}
+    if {"guidance", "sigma_rel"} <= several:
+        plots["guidance_sigma_rel.png"] = _heat_maps(state)
+        several -= {"guidance", "sigma_rel"}
+    for name in sorted(several):
+        plots[f"{name}.png"] = _curves(state, name)
+    return plots
+
+
+def _best_of(state: dict, this: dict, key: Callable[[dict], object]) -> dict[object, int]:
+    """For each value of `key` the best setting of a round that has it."""
+    found: dict[object, int] = {}
+    for number in this["order"]:
+        found.setdefault(key(state["grid"][number]), number)
+    return found
+
+
+def _value(state: dict, this: dict, number: int) -> tuple[float, float]:
+    """(figure, spread or 0) of a setting in a round."""
+    result, name = this["results"][str(number)], state["figure"]
+    return _number(result["figures"][name]), _number(result["spread"][name] or 0)
+
+
+def _heat_maps(state: dict) -> bytes:
+    """Guidance and width, a panel for each round; in a cell the best over the other axes."""
+    import matplotlib.pyplot as plt
+
+    def key(setting):
+        return setting["guidance"], setting["sigma_rel"]
+
+    scales = sorted({setting["guidance"] for setting in state["grid"]})
+    widths = sorted({setting["sigma_rel"] for setting in state["grid"]}, key=lambda width: (width is not None, width))
+    rounds = state["rounds"]
+    size = (1.6 + max(3.0, 0.85 * len(scales)), 1.3 + max(1.5, 0.55 * len(widths)) * 1.0)
+    figure, panels = plt.subplots(
+        len(rounds), 1, figsize=(size[0], size[1] * len(rounds)), layout="constrained", squeeze=False
+    )
+    for panel, this in zip(panels[:, 0], rounds, strict=True):
+        cells = [[math.nan] * len(scales) for _ in widths]
+        best = _best_of(state, this, key)
+        for (scale, width), number in best.items():
+            cells[widths.index(width)][scales.index(scale)] = _value(state, this, number)[0]
+        colours = plt.get_cmap("viridis_r" if state["best"] == "low" else "viridis")
+        image = panel.imshow(cells, cmap=colours, aspect="auto", origin="lower")
+        for (scale, width), number in best.items():
+            value, spread = _value(state, this, number)
+            red, green, blue, _ = image.cmap(image.norm(value)) if math.isfinite(value) else (1, 1, 1, 1)
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            place = (scales.index(scale), widths.index(width))
+            chosen = "bold" if number == this["order"][0] else "normal"
+            text = _with_spread(value, spread).replace(" ± ", "\n± ")
+            style = {"ha": "center", "va": "center", "fontsize": 7, "weight": chosen}
+            panel.annotate(text, place, color="white" if dark else "black", **style)
+        panel.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
+        panel.set_yticks(range(len(widths)), ["as it is" if width is None else f"{width:g}" for width in widths])
+        panel.set(xlabel=_AXES["guidance"], ylabel=_AXES["sigma_rel"])
+        panel.set_title(f"{state['figure']}, {this['images']} images ({_KINDS[state['best']]})", fontsize=9)
+        figure.colorbar(image, ax=panel)
+    return _png(figure)
+
+
+def _curves(state: dict, name: str) -> bytes:
+    """The figure over an axis, a line for each round; at each value the best over the other axes.
+
+    For steps a second panel has the seconds of an image in the place of their number.
+    """
+    import matplotlib.pyplot as plt
+
+    def key(setting):
+        return tuple(setting[name]) if name == "interval" else setting[name]
+
+    guided = [setting for setting in state["grid"] if name != "interval" or setting["guidance"] != 1]
+    values = sorted({key(setting) for setting in guided}, key=lambda value: (value is not None, value))
+    numeric = name != "interval" and None not in values
+    panels = 2 if name == "steps" else 1
+    width = max(4.6, 0.0 if numeric else 1.0 * len(values))
+    figure, axes = plt.subplots(1, panels, figsize=(width * panels, 3.8), layout="constrained", squeeze=False)
+    for colour, this in enumerate(state["rounds"]):
+        best = _best_of(state, this, key)
+        shown = [value for value in values if value in best]
+        if not shown:
+            continue
+        found, spreads = zip(*(_value(state, this, best[value]) for value in shown), strict=True)
+        places = shown if numeric else [values.index(value) for value in shown]
+        seconds = [this["results"][str(best[value])]["seconds_per_image"] for value in shown]
+        for panel, x in zip(axes[0], (places, seconds), strict=False):
+            style = {"color": f"C{colour}", "capsize": 3, "marker": "o", "label": f"{this['images']} images"}
+            panel.errorbar(x, found, yerr=spreads, linestyle="-" if panel is axes[0, 0] else "none", **style)
+    if numeric and len(values) <= 12:
+        axes[0, 0].set_xticks(values, [_value_word(value) for value in values])
+    elif not numeric:
+        axes[0, 0].set_xticks(range(len(values)), [_value_word(value) for value in values])
+    for panel, label in zip(axes[0], (_AXES[name], "seconds per image"), strict=False):
+        panel.set(xlabel=label, ylabel=state["figure"])
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
+    title = f"the best over the other axes ({_KINDS[state['best']]})\ndifferences are known better than the bars say"
+    axes[0, 0].set_title(title, fontsize=9)
+    return _png(figure)
+
+
+def _value_word(value) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:g}-{value[1]:g}"
+    return "as it is" if value is None else f"{value:g}"
+
+
+def _png(figure) -> bytes:
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
