@@ -255,6 +255,52 @@ class PreviewConfig(_Checked):
 
 
 @dataclass
+class JudgeConfig(_Checked):
+    """What images are judged by: networks and a reference, or small real images without any network."""
+
+    reference: str | None = None
+    """Reference npz of ADM's evaluation (arr_0, or mu and sigma, may be missing), samples.npz or a folder of images,
+    for FID, KID, Inception Score, precision and recall."""
+    inception: str | None = None
+    """Network for `reference`: inception-2015-12-05.pt of NVIDIA, or torch-fidelity's
+    weights-inception-2015-12-05-6726825d.pth (needs torch-fidelity)."""
+    dinov2: str | None = None
+    """Network for FD-DINOv2 and others: a name of torch-fidelity's such as dinov2-vit-l-14 (needs torch-fidelity), or a
+    TorchScript file that makes features of uint8 images."""
+    splits: int = number(10, 1)
+    """Reference: parts of the samples over which the Inception Score is averaged."""
+    neighbors: int = number(3, 1)
+    """Reference: the balls of precision and recall reach to this nearest neighbour."""
+    train: str = ""
+    """Folder of class folders: real images that classifier, PCA and probe are fitted on (without `reference`)."""
+    test: str = ""
+    """Folder of class folders: held-out real images (without `reference`)."""
+    size: int = number(8, 1, 256)
+    """`train`: images are compared as size x size grayscale."""
+    components: int = 20
+    """`train`: dimensions of the PCA."""
+
+
+@dataclass
+class RunEvaluationConfig(JudgeConfig):
+    """How training judges its EMA weights, with images that are drawn as `preview` says."""
+
+    every: int = number(0, 0)
+    """Steps between evaluations, whose figures go to metrics.jsonl and evaluation/; the last step has one, too.
+    0: none."""
+    num: int = number(5_000, 2)
+    """Images to draw for one, shared by the ranks."""
+    batch_size: int = number(64, 1)
+    """Images per network call, on each GPU."""
+    seed: int = number(0, 0, 2**63 - 1)
+    """Image i starts from noise that depends on the seed and i only, the same in every evaluation."""
+    sigma_rel: list[float] | None = None
+    """Widths of `posthoc_ema.sigma_rel` to judge beside the EMA; each costs as much again."""
+    best: str | None = None
+    """Figure by which best.safetensors is kept; `null`: `fid`, or `frechet_distance` on small data."""
+
+
+@dataclass
 class _ComputeConfig(_Checked):
     """How training and sampling compute."""
 
@@ -438,6 +484,17 @@ class FinetuneConfig(RunConfig):
     """Dropout on the output projection of decoder attention."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Sample grids during training."""
+    evaluate: RunEvaluationConfig = field(default_factory=RunEvaluationConfig)
+    """Figures of samples during training."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        tracked = self.posthoc_ema.sigma_rel or []
+        if untracked := [width for width in self.evaluate.sigma_rel or () if width not in tracked]:
+            raise ValueError(
+                f"evaluate.sigma_rel: got {untracked[0]}, want widths that the run tracks; "
+                f"--posthoc_ema.sigma_rel is {tracked or 'null'}"
+            )
 
 
 @dataclass
@@ -601,33 +658,6 @@ class TunedSampleConfig(SampleConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network, where there is no checkpoint."""
-
-
-@dataclass
-class JudgeConfig(_Checked):
-    """What images are judged by: networks and a reference, or small real images without any network."""
-
-    reference: str | None = None
-    """Reference npz of ADM's evaluation (arr_0, or mu and sigma, may be missing), samples.npz or a folder of images,
-    for FID, KID, Inception Score, precision and recall."""
-    inception: str | None = None
-    """Network for `reference`: inception-2015-12-05.pt of NVIDIA, or torch-fidelity's
-    weights-inception-2015-12-05-6726825d.pth (needs torch-fidelity)."""
-    dinov2: str | None = None
-    """Network for FD-DINOv2 and others: a name of torch-fidelity's such as dinov2-vit-l-14 (needs torch-fidelity), or a
-    TorchScript file that makes features of uint8 images."""
-    splits: int = number(10, 1)
-    """Reference: parts of the samples over which the Inception Score is averaged."""
-    neighbors: int = number(3, 1)
-    """Reference: the balls of precision and recall reach to this nearest neighbour."""
-    train: str = ""
-    """Folder of class folders: real images that classifier, PCA and probe are fitted on (without `reference`)."""
-    test: str = ""
-    """Folder of class folders: held-out real images (without `reference`)."""
-    size: int = number(8, 1, 256)
-    """`train`: images are compared as size x size grayscale."""
-    components: int = 20
-    """`train`: dimensions of the PCA."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ log = logging.getLogger("epg_fast")
 
 # How long a rank waits for the others: twice as long as a loader waits for its disk.
 TIMEOUT = datetime.timedelta(minutes=20)
-_POLL_SECONDS = 0.02
+_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.02, 1.0
 # What gloo and NCCL say when a rank is gone or silent.
 _LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|timeout|NCCL", re.IGNORECASE)
 # Schedulers send SIGTERM when they take a machine back, Slurm's --signal=USR1@120 two minutes before the time is up.
@@ -84,7 +84,7 @@ class Ranks:
     def __init__(self, rank: int, world_size: int, device: torch.device, store: Store | None = None):
         """store: where `count` counts."""
         self.rank, self.world_size, self.device = rank, world_size, device
-        self._store, self._counted = store, 0
+        self._store, self._counted, self._awaited = store, 0, 0
 
     @property
     def main(self) -> bool:
@@ -135,17 +135,36 @@ class Ranks:
         return wait
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """Return on every rank what `choose` returns on the main one, or raise the ValueError or OSError it raises."""
+        """Return on every rank what `choose` returns on the main one, or raise the ValueError or OSError it raises.
+
+        It may take longer than the ranks wait for each other otherwise.
+        """
         result, error = None, None
-        if self.main:
-            try:
+        try:
+            if self.main:
                 result = choose()
-            except (ValueError, OSError) as problem:
-                error = problem
+        except (ValueError, OSError) as problem:
+            error = problem
+        finally:
+            self._await_main()
         result, error = self.gather((result, error))[0]
         if error is not None:
             raise error
         return result
+
+    def _await_main(self) -> None:
+        """Wait, the other ranks, until the main rank comes here: for as long as it takes, unlike a collective."""
+        if self._store is None or self.world_size == 1:
+            return
+        self._awaited += 1
+        here, pause = f"main/{self._awaited}", _POLL_SECONDS
+        if self.main:
+            self._store.set(here, "")
+            self._store.delete_key(f"main/{self._awaited - 1}")  # which all have seen
+            return
+        while not self._store.check([here]):
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_POLL_SECONDS)
 
     def count(self, number: int) -> int:
         """Add `number` to a count that all ranks share, and return it."""

@@ -16,7 +16,7 @@ from epg_fast.evaluation.protocol import protocol_changes
 from epg_fast.repeat import compared
 from epg_fast.sampling.outputs import Outputs
 from tests.commands import fails, run, snapshot
-from tests.evaluation.conftest import TinyInception
+from tests.conftest import TinyInception
 from tests.evaluation.samples import save_npz
 from tests.sampling.conftest import write_checkpoint
 

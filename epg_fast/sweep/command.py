@@ -22,6 +22,7 @@ from epg_fast.distributed import Ranks, joined, resumable
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import difference, measured
 from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.protocol import protocol
 from epg_fast.evaluation.rows import Rows
 from epg_fast.models import EPGViT
 from epg_fast.plans import choose_together, parse_ops
@@ -336,13 +337,18 @@ class _Sweep:
             "diverged": diverged,
             "results": results,
         }
-        state = self.state | {"figure": figure, "best": best, "judges": judges.description}
+        state = self.state | {"figure": figure, "best": best, "protocol": self._protocol(judges, images)}
         state["rounds"] = [*self.state["rounds"], plain(finite(this))]
         if not kept:
             state["result"] = order[0]
         self.folder.write("sweep.json", state)
         self.folder.drop(number for number in list(self.folder.parts) if number not in kept)
         return state
+
+    def _protocol(self, judges: Judges, images: int) -> dict:
+        sampling = self.state["settings"] | {"drawn_with": self.state["drawn_with"]}
+        size = (self.engines.base.model.image_size,) * 2
+        return plain(finite(protocol(judges, self.config, sampling, images, size, self.ranks.device)))
 
     def _finish(self) -> None:
         """Make table and plots, and print what comes next."""

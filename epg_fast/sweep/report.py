@@ -1,4 +1,4 @@
-"""What a sweep leaves for people: sweep.md, plots, and the commands that come next. All are made of sweep.json."""
+"""What a sweep leaves for people: sweep.md, sweep.html, plots, and what to type next. All are made of sweep.json."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import io
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from epg_fast import flags
 from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConfig
+from epg_fast.evaluation import page
 from epg_fast.files import write_atomically
 from epg_fast.sweep.folder import SweepFolder
 from epg_fast.sweep.grid import Setting
@@ -51,11 +52,12 @@ def final_commands(config: SweepConfig, best: Setting, folder: SweepFolder) -> l
 
 
 def write_report(folder: SweepFolder, state: dict, commands: Sequence[str]) -> None:
-    """Write sweep.md and the plots of a sweep that has a result."""
+    """Write sweep.md, sweep.html and the plots of a sweep that has a result."""
     plots = _plots(state)
     for name, content in plots.items():
         write_atomically(folder.path / name, content)
     write_atomically(folder.path / "sweep.md", _table(state, commands, list(plots)))
+    write_atomically(folder.path / "sweep.html", _page(state, commands, plots))
 
 
 def ends(state: dict) -> list[str]:
@@ -70,14 +72,17 @@ def ends(state: dict) -> list[str]:
     return found
 
 
-# ---- table
+# ---- tables
 
 
-def _table(state: dict, commands: Sequence[str], plots: Sequence[str]) -> str:
-    figure, best, wanted = state["figure"], state["best"], state["settings"]
+def _title(state: dict) -> str:
+    return f"{len(state['grid'])} settings of {state['settings']['checkpoint']}"
+
+
+def _remarks(state: dict) -> list[str]:
+    """How to read the tables, a paragraph each."""
+    figure, best = state["figure"], state["best"]
     lines = [
-        f"# {len(state['grid'])} settings of {wanted['checkpoint']}",
-        "",
         f"Decided by {figure}: {_KINDS[best]}. Spreads are standard errors. Image i has the same noise and label in "
         "every setting, so that the spread of a difference is smaller than those of its two figures.",
         "A figure of few images is biased (FID upwards): compare equal numbers of images only, and none of these with "
@@ -85,27 +90,58 @@ def _table(state: dict, commands: Sequence[str], plots: Sequence[str]) -> str:
     ]
     if len(state["rounds"]) > 1:
         lines.append(
-            f"Of a round stays the best {100 * wanted['keep']:g}%, and what is within one paired spread of the last of "
-            "these, up to half of the settings; where no spread is known, half stay."
+            f"Of a round stays the best {100 * state['settings']['keep']:g}%, and what is within one paired spread of "
+            "the last of these, up to half of the settings; where no spread is known, half stay."
         )
-    lines += [f"The best lies at the end of its axis, {end}: try values beyond it." for end in ends(state)]
+    return lines + [f"The best lies at the end of its axis, {end}: try values beyond it." for end in ends(state)]
+
+
+def _rounds(state: dict) -> Iterator[tuple[str, dict, str]]:
+    """(title, round, what is to be said below its table), the last round first."""
     for number, this in reversed(list(enumerate(state["rounds"], 1))):
-        lines += ["", f"## Round {number}: {len(this['order'])} settings, {this['images']} images of each", ""]
-        lines += _round_rows(state, this)
-        if this["diverged"]:
-            settings = ", ".join(_words(state["grid"][n]) for n in this["diverged"])
-            lines += ["", f"Images that are not finite: {settings}."]
+        settings = ", ".join(_words(state["grid"][n]) for n in this["diverged"])
+        title = f"Round {number}: {len(this['order'])} settings, {this['images']} images of each"
+        yield title, this, f"Images that are not finite: {settings}." if settings else ""
+
+
+def _table(state: dict, commands: Sequence[str], plots: Sequence[str]) -> str:
+    lines = [f"# {_title(state)}", "", *_remarks(state)]
+    for title, this, below in _rounds(state):
+        heads, rows = _round_rows(state, this)
+        lines += ["", f"## {title}", "", *("| " + " | ".join(cells) + " |" for cells in (heads, *rows))]
+        lines.insert(len(lines) - len(rows), "|" + " --- |" * len(heads))
+        lines += ["", below] if below else []
     lines += ["", "## The best", "", "```", *commands, "```", ""]
     lines += [line for name in plots for line in (f"![{name.removesuffix('.png')}]({name})", "")]
     return "\n".join(lines)
 
 
-def _round_rows(state: dict, this: dict) -> list[str]:
+def _page(state: dict, commands: Sequence[str], plots: Mapping[str, bytes]) -> str:
+    tables = [
+        page.section(title, page.table("", *_round_rows(state, this)), page.paragraph(below) if below else "")
+        for title, this, below in _rounds(state)
+    ]
+    figure, protocol = state["figure"], state["protocol"]
+    pictures = [page.picture(content, f"{figure} by {name.removesuffix('.png')}") for name, content in plots.items()]
+    return page.document(
+        _title(state),
+        [
+            *map(page.paragraph, _remarks(state)),
+            page.section("The best", *map(page.command, commands)),
+            page.section("Plots", page.plots(pictures)),
+            *tables,
+            page.section("Protocol", page.paragraph(protocol["text"]), *page.protocol_tables(protocol)),
+        ],
+    )
+
+
+def _round_rows(state: dict, this: dict) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a round's table."""
     figure = state["figure"]
     first = this["results"][str(this["order"][0])]
     others = [name for name in first["figures"] if name != figure]
     heads = [*_AXES, figure, "worse than the best by", *others, "s/image", ""]
-    rows = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    rows = []
     for n in this["order"]:
         result, setting = this["results"][str(n)], state["grid"][n]
         apart = abs(_number(result["difference"]))
@@ -117,8 +153,8 @@ def _round_rows(state: dict, this: dict) -> list[str]:
             f"{result['seconds_per_image']:.3g}",
             _fate(this, n),
         ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return rows
+        rows.append(cells)
+    return heads, rows
 
 
 def _fate(this: dict, number: int) -> str:

@@ -242,7 +242,7 @@ def set_aside(paths: list[Path]) -> None:
 
 def remove_temporaries(outdir: Path) -> None:
     """Remove what a killed run was writing: all that is hidden and named tmp."""
-    for folder in ("", "checkpoints", "kept", "previews", "posthoc_ema"):
+    for folder in ("", "checkpoints", "kept", "previews", "posthoc_ema", "evaluation"):
         for path in (outdir / folder).glob(".*tmp*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -31,6 +31,7 @@ from epg_fast.training.classes import note_classes
 from epg_fast.training.collapse import Collapse
 from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
 from epg_fast.training.draws import Draws
+from epg_fast.training.evaluation import Evaluation, check_evaluation, discard_evaluations_after
 from epg_fast.training.gradients import add_gradients, check_batch_size
 from epg_fast.training.hardware import Utilization
 from epg_fast.training.measuring import Measurement, Measuring, measurements_due, measurements_missing
@@ -83,6 +84,7 @@ def check_command(config: RunConfig) -> ImageSource:
     if not config.outdir:
         raise ValueError("outdir is missing; name a run folder with --outdir")
     RunFolder(config.outdir).require(config)
+    check_evaluation(config)
     require_wandb(config.wandb)
     source = open_images(config.data.path)
     if isinstance(config, PretrainConfig) and config.probe.every:
@@ -190,18 +192,22 @@ class _Run:
             set_aside(state.damaged)
             remove_temporaries(outdir)
             note_choice(outdir, state.choice)
+            discard_evaluations_after(outdir, state.iteration)
         state.posthoc_ema.discard_after(state.iteration)
         writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
         self.metrics = Metrics(outdir, ranks.main, state.iteration, *writers, Utilization(stage))
         if stage.chosen.plan:
             self.metrics.begin_with({"plan": state.choice})
         self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)
-        self.measuring = Measuring(measurements, self.metrics)
+        self.signals, self.stop = StopSignals(), Agreement(ranks)
+        evaluation = Evaluation(state, outdir, self._is_to_end) if Evaluation.is_asked_for(config) else None
+        self.measuring = Measuring([*measurements, *filter(None, [evaluation])], self.metrics)
         compile_stage(stage)
         self.metrics.add_image("samples", _draw_missing_preview(state, outdir), state.iteration)
         images = f"images of {state.source.root}, decoded by {decoded}"
         self.progress = Progress(stage.name, config.steps, state.iteration, images, ranks)
-        self.signals, self.stop = StopSignals(), Agreement(ranks)
+        if evaluation:
+            evaluation.show = self.progress.show_beside
         self.batches = Prefetcher(loader, ranks.device, on_stall=self._stalled)
 
     def train(self, missing: list[str]) -> None:
@@ -213,8 +219,8 @@ class _Run:
         with self.signals:  # until everything is written
             try:
                 with self.progress, self.batches:
-                    self.measuring.measure(missing, state.iteration)
-                    self._loop()
+                    made = self.measuring.measure(missing, state.iteration)
+                    self._loop(stop=not made)
             except DataError as error:
                 raise self.bad_files.listed(error) from error
             finally:
@@ -225,8 +231,8 @@ class _Run:
             who = self.signals.asked or "another rank"
             log.warning("%s: stopped at step %d; the same command goes on", who, state.iteration)
 
-    def _loop(self) -> None:
-        config, state, batches, stop = self.config, self.state, self.batches, False
+    def _loop(self, stop: bool) -> None:
+        config, state, batches = self.config, self.state, self.batches
         while state.iteration < config.steps and not stop:
             waited = batches.waited
             try:
@@ -239,11 +245,14 @@ class _Run:
             begin_step(config)
             train_step(state, batch, self.metrics)
             self.progress.reach(state.iteration)
-            stop = self.stop(bool(self.signals.asked) or state.writer.failed)
-            self._write_what_is_due(stop)
+            stop = self._write_what_is_due(self._is_to_end())
         self.stop.settle()
 
-    def _write_what_is_due(self, stop: bool) -> None:
+    def _is_to_end(self) -> bool:
+        return self.stop(bool(self.signals.asked) or self.state.writer.failed)
+
+    def _write_what_is_due(self, stop: bool) -> bool:
+        """Returns whether the run is to end."""
         config, state, iteration = self.config, self.state, self.state.iteration
         last = iteration == config.steps
         logs = iteration % config.log_every == 0 or last
@@ -261,8 +270,11 @@ class _Run:
         if preview_is_due(state.stage, iteration):
             state.host_ema.wait()
             self.metrics.add_image("samples", write_preview(state.stage, self.outdir, iteration), iteration)
-        if not stop:  # else when the run goes on
-            self.measuring.measure(measurements_due(config, iteration), iteration)
+        if self.measuring.measure(measurements_due(config, iteration), iteration, stop):
+            return stop
+        self.bad_files.exchange()
+        state.save(self.outdir, self.metrics)
+        return True
 
     def _stalled(self, seconds: float) -> None:
         self.progress.stalled(seconds)

@@ -18,7 +18,8 @@ from epg_fast.distributed import Ranks
 from epg_fast.training.metrics import Metrics, figures_at
 
 log = logging.getLogger("epg_fast")
-_MEASURED = ("collapse", "probe")
+# Groups of the configuration, and how the names of their figures begin.
+_MEASURED = {"collapse": "collapse", "probe": "probe", "evaluate": "evaluation"}
 # Share of the time that a measurement may take without a word.
 _CHEAP = 0.05
 
@@ -27,7 +28,7 @@ class Measurement(abc.ABC):
     """Something to measure of the weights as they are now."""
 
     name: str
-    """Its group in the configuration, which has `every`; the names of its figures begin with it."""
+    """Its group in the configuration, which has `every`."""
 
     @classmethod
     def is_asked_for(cls, config: RunConfig) -> bool:
@@ -38,8 +39,17 @@ class Measurement(abc.ABC):
     def figures(self) -> dict[str, float]:
         """The figures on the main rank. All ranks call it at the same point, and training is left as it is.
 
-        Raises ValueError for what cannot be measured now; no other rank waits for one that does.
+        Raises ValueError for what cannot be measured now; no other rank waits for one that does. Raises `BrokenOff` on
+        all ranks when the run is to end before that.
         """
+
+    def said(self, figures: dict[str, float]) -> str:
+        """The figures in a line of the log."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+class BrokenOff(Exception):
+    """The run is to end."""
 
 
 def measurements_due(config: RunConfig, step: int) -> list[str]:
@@ -51,7 +61,7 @@ def measurements_missing(config: RunConfig, outdir: Path, step: int, ranks: Rank
     """Those of `measurements_due` without a figure in metrics.jsonl, because the run was ended before; on all ranks."""
     due = measurements_due(config, step)
     found = ranks.decide(lambda: figures_at(outdir, step)) if due else ()
-    return [name for name in due if not any(figure.startswith(name) for figure in found)]
+    return [name for name in due if not any(figure.startswith(_MEASURED[name]) for figure in found)]
 
 
 def _intervals(config: RunConfig) -> dict[str, int]:
@@ -68,20 +78,25 @@ class Measuring:
         self._ended: dict[str, float] = {}
         self._warned: set[str] = set()
 
-    def measure(self, names: Collection[str], step: int) -> None:
-        """Make those of these names."""
+    def measure(self, names: Collection[str], step: int, stop: bool = False) -> bool:
+        """Make those of these names; False if the run is to end before that, as `stop` says or one finds meanwhile."""
         for measurement in (m for m in self._measurements if m.name in names):
-            with self._metrics.paused():
-                begin = time.perf_counter()
-                try:
+            begin, figures = time.perf_counter(), {}
+            try:
+                if stop:
+                    raise BrokenOff
+                with self._metrics.paused():
                     figures = measurement.figures()
-                except ValueError as error:
-                    log.warning("step %d: no figures of %s: %s; training goes on", step, measurement.name, error)
-                    figures = {}
+            except BrokenOff:
+                log.warning("step %d: no figures of %s yet; the same command begins with them", step, measurement.name)
+                return False
+            except ValueError as error:
+                log.warning("step %d: no figures of %s: %s; training goes on", step, measurement.name, error)
             if figures:
                 self._metrics.write_figures(step, figures)
-                log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+                log.info("step %d: %s", step, measurement.said(figures))
             self._say_cost(measurement.name, begin, step)
+        return True
 
     def _say_cost(self, name: str, begin: float, step: int) -> None:
         end, last = time.perf_counter(), self._ended.get(name)

@@ -30,6 +30,20 @@ def preview_path(outdir: Path, step: int) -> Path:
     return outdir / "previews" / f"step_{step:09d}.png"
 
 
+def sampling_options(stage: Stage) -> dict:
+    """Arguments of `SamplingEngine` that say which images the run's samples are."""
+    p = stage.preview
+    return {
+        "sampler": p.sampler,
+        "steps": p.steps,
+        "guidance": p.guidance if stage.network.num_classes else 1.0,
+        "interval": tuple(p.interval),
+        "parameterization": stage.parameterization,
+        "normalization": stage.config.data.normalization,
+        "noise_schedule": stage.config.noise,
+    }
+
+
 def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     """Sample from the EMA weights into previews/step_<step>.png; returns the picture, uint8 [H, W, 3].
 
@@ -48,13 +62,7 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
         images = sample(
             network,
             labels if network.num_classes else p.num,
-            sampler=p.sampler,
-            steps=p.steps,
-            guidance=p.guidance if network.num_classes else 1.0,
-            interval=tuple(p.interval),
-            parameterization=stage.parameterization,
-            normalization=stage.config.data.normalization,
-            noise_schedule=stage.config.noise,
+            **sampling_options(stage),
             ops=network.ops,  # of the run; a plan for sampling is not asked for
         )
     del network

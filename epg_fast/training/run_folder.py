@@ -38,6 +38,7 @@ _FREE = (
     "wandb",
     "outdir",
     "preview",
+    "evaluate",
     "probe",
     "collapse",
 )

@@ -28,7 +28,7 @@ class Stage:
 
     name: str
     three_views = False
-    preview = None
+    preview = evaluate = None
     parameterization: str | None = None
     by_level: str
     """Term of the loss that is also logged by noise level."""
@@ -163,7 +163,7 @@ class _FineTuning(Stage):
             block.skip_linear.requires_grad_(False)
             block.skip_norm.requires_grad_(False)
         super().__init__(config, network, ranks, kept)
-        self.preview = config.preview
+        self.preview, self.evaluate = config.preview, config.evaluate
 
     def ema_decay(self, iteration):
         return min(self.config.ema, iteration / (iteration + 10)) if self.config.ema_warmup else self.config.ema

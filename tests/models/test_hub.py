@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import epg_fast
 from epg_fast.models import EPGViT, RCMViT, load_weights, save_weights
 from tests.commands import run
-from tests.evaluation.conftest import TinyInception
+from tests.conftest import TinyInception
 
 TRUNK = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 ARGUMENTS = {

@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 
-from tests.evaluation.conftest import tiny_inception  # noqa: F401 (a fixture)
-
 
 @pytest.fixture(scope="session")
 def few_digits(digits, tmp_path_factory):

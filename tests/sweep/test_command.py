@@ -1,5 +1,6 @@
 """The `sweep` command: what it finds, whoever drew it and however often it was stopped."""
 
+import html
 import json
 import resource
 import shlex
@@ -174,8 +175,11 @@ def test_a_grid_draws_all_of_every_setting_and_halving_begins_like_it(command, f
 
 def test_the_folder_says_what_is_best_and_holds_nothing_else(finished):
     files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()} - {".lock"}
-    assert files == {"sweep.json", "sweep.md", "guidance.png", "interval.png", "steps.png"}
+    assert files == {"sweep.json", "sweep.md", "sweep.html", "guidance.png", "interval.png", "steps.png"}
     text, state = (finished / "sweep.md").read_text(), found(finished)
+    page = (finished / "sweep.html").read_text()
+    assert page.count("data:image/png") == 3 and html.escape(state["protocol"]["text"]) in page
+    assert state["protocol"]["sampling"]["weights_sha256"] == state["settings"]["weights_sha256"] and "http" not in page
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(rows) == 2 + sum(len(this["order"]) for this in state["rounds"])
     best = state["grid"][state["result"]]

@@ -48,7 +48,9 @@ def state(steps=(18, 32), best="low", scales=SCALES, widths=WIDTHS, pairs=PAIRS)
         rounds.append(this | {"results": {str(n): results[n] for n in order}})
         alive = kept
     wanted = {"checkpoint": "run", "keep": 0.25}
-    return {"settings": wanted, "grid": grid, "figure": "fid", "best": best, "rounds": rounds, "result": order[0]}
+    said = {"text": "how", "sampling": {"seed": 3}, "judging": {"judges": {}}, "versions": {}}
+    sweep = {"settings": wanted, "grid": grid, "figure": "fid", "best": best, "rounds": rounds, "protocol": said}
+    return sweep | {"result": order[0]}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from epg_fast.training.checkpoint import iteration_of, list_checkpoints
 from epg_fast.training.state import RunState
 from tests.training.stages import JOBS
 
-TIMINGS = ("images_per_second", "data_wait")
+TIMINGS = ("images_per_second", "data_wait", "evaluation_seconds", "evaluation_share")
 
 
 def run_command(tiny_run, outdir, job="finetune-diffusion", **extra):

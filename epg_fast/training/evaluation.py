@@ -1,0 +1,416 @@
+"""Evaluation of a run's EMA weights while it trains, which changes nothing of the training.
+
+All ranks draw images, each its batches, with the settings of `preview` and the run's precision and plan. What judges
+keep of an image is a row; the image goes. The main rank makes figures of all rows in the images' order. Labels, noise
+and how batches are cut are the same every time and for any number of ranks, and so are the figures.
+
+What it leaves in the run folder, in this order:
+    best.safetensors              the weights with the best figure so far; which that is stands in its metadata
+    evaluation/step_<step>.json   figures with their spreads, and how they were made
+    a line of metrics.jsonl       figures as `fid`, of a post-hoc width as `fid/sigma_rel_0.05`, their spreads as
+                                  `fid/spread`; `evaluation_seconds`, and `evaluation_share`: that of all evaluations in
+                                  the time since the process began to train
+The line comes last: a run that goes on from a step without one begins with that evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from epg_fast.config import RunConfig
+from epg_fast.evaluation.figures import measured
+from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.protocol import protocol, protocol_changes
+from epg_fast.evaluation.rows import Rows, join_rows
+from epg_fast.files import write_atomically
+from epg_fast.models import EPGViT, generator_from_config, save_weights
+from epg_fast.models.weight_files import open_safetensors
+from epg_fast.sampling import SamplingEngine
+from epg_fast.sampling.labels import choose_labels
+from epg_fast.sampling.outputs import quantize
+from epg_fast.training.measuring import BrokenOff, Measurement
+from epg_fast.training.preview import sampling_options
+from epg_fast.training.stages import network_config
+from epg_fast.training.state import RunState
+
+log = logging.getLogger("epg_fast")
+
+FOLDER, BEST = "evaluation", "best.safetensors"
+_NAME = re.compile(r"step_(\d+)\.json")
+_EMA = "ema"
+# Of the figures that are there, the first of these is the one to go by.
+_MAIN_FIGURES = ("fid", "frechet_distance", "fd_dinov2")
+# What may go wrong with an evaluation and is no reason to end a run: files, a GPU's memory, images without figures.
+_FAILURES = (ValueError, OSError, ImportError, RuntimeError)
+_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError)
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Raise ValueError for judges that cannot be, before anything takes long. Pre-training has none."""
+    evaluate = getattr(config, "evaluate", None)
+    if evaluate is None or not evaluate.every:
+        return
+    with _named_as_flags():
+        check_judges(evaluate)
+
+
+def discard_evaluations_after(outdir: Path, step: int) -> None:
+    """Remove the figures of steps after `step`, where training goes on: they will be made again; main rank only."""
+    for path in (outdir / FOLDER).glob("step_*.json"):
+        name = _NAME.fullmatch(path.name)
+        if name and int(name[1]) > step:
+            path.unlink(missing_ok=True)
+
+
+class Evaluation(Measurement):
+    """The evaluations of a run. All ranks make it, and call its methods, together.
+
+    Args:
+        stop: whether the run is to end; all ranks ask together, and get the same answer.
+
+    `show` may be set: it gets what a progress line is to show, {name: text}, and seconds that were no training.
+    Raises ValueError for judges that cannot be opened. What they see of their reference is kept in evaluation/.
+    """
+
+    name = "evaluate"
+
+    def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool]):
+        self._state, self._stage, self._ranks = state, state.stage, state.ranks
+        self._config, self._outdir, self._stop = state.stage.evaluate, outdir, stop
+        self.show: Callable[..., None] = lambda texts, pause=0.0: None
+        self._begun, self._spent = time.perf_counter(), 0.0
+        self._newest: dict[str, str] = {}
+        self._best: dict | None = None
+        self._sentence = ""
+        c, against = self._config, self._config.reference or self._config.test
+        with _untouched(self._ranks.device), _named_as_flags():
+            judges = self._judges(self._ranks)
+            self._direction, self._figure = judges.best, _figure_to_go_by(c.best, judges.best)
+            if c.num < judges.least:
+                raise ValueError(f"num is {c.num}, want at least {judges.least}, for as many do the judges need")
+            judges.check(c.num)
+            labels, size = self._labels()[: self._batch_size], self._stage.network.image_size
+            black = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8)
+            judges.rows(black, labels)  # raises for what cannot judge such images
+            if self._ranks.main:
+                self._protocol = _finite(protocol(judges, c, self._sampling(), c.num, (size, size), self._ranks.device))
+        log.info(
+            "every %d steps %d images are drawn and judged against %s; %s has the weights with the best %s",
+            *(c.every, c.num, against, BEST, self._figure),
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Those of the weights as they are, for metrics.jsonl, on every rank; all other files are written."""
+        step, begin = self._state.iteration, time.perf_counter()
+        try:
+            with _untouched(self._ranks.device):
+                found = self._found()
+                better = self._keep_best(step, found)
+                seconds = time.perf_counter() - begin
+                if self._ranks.main:
+                    self._write(step, found, seconds)
+        finally:
+            self._spent += time.perf_counter() - begin
+        share = self._spent / (time.perf_counter() - self._begun)
+        self._newest = {self._figure: _shown(found[_EMA], self._figure)}
+        self.show(self._newest, seconds)
+        texts = [f"{name} {_shown(m, self._figure)}" for name, m in found.items() if name != _EMA]
+        self._sentence = f"{self._figure} " + ", ".join([_shown(found[_EMA], self._figure), *texts])
+        self._sentence += f"; the best so far, {better}" if better else ""
+        self._sentence += f"; {seconds:.3g} s, evaluations are {share:.1%} of the time"
+        return _line(found) | {"evaluation_seconds": seconds, "evaluation_share": share}
+
+    def said(self, figures: dict[str, float]) -> str:
+        return self._sentence
+
+    def _found(self) -> dict[str, dict]:
+        """{name of the weights: their figures and spreads}, on every rank."""
+        self._ask()
+        self._state.host_ema.wait()
+        judges, error = _attempt(lambda: self._judges(None))
+        return {
+            name: self._figures(name, judges, error) for name in (_EMA, *map(_name_of, self._config.sigma_rel or ()))
+        }
+
+    def _figures(self, name: str, judges: Judges | None, error: str | None) -> dict:
+        """Figures and spreads of weights. Raises ValueError on every rank where one has an `error`, or meets one."""
+        ranks, batches = self._ranks, -(-self._config.num // self._batch_size)
+        parts: list[tuple[Rows, int]] = []
+        network, drawing, turns = self._on_device(name), None, -(-batches // ranks.world_size)
+        for turn in range(turns):
+            self._ask()
+            if error is None and turn * ranks.world_size + ranks.rank < batches:
+                drawing = drawing or self._drawn(network, judges, range(ranks.rank, batches, ranks.world_size))
+                part, error = _attempt(lambda: next(drawing))  # noqa: B023 (called at once)
+                parts.append(part)
+            self.show(self._newest | {f"evaluating {name}": f"{(turn + 1) / turns:.0%}"})
+        network = drawing = None  # their memory is for what figures take
+        everyone = ranks.gather_to_main((parts, error))
+
+        def judge() -> dict:
+            if problem := next((error for _, error in everyone if error), None):
+                raise ValueError(problem)
+            in_order = [everyone[i % ranks.world_size][0][i // ranks.world_size] for i in range(batches)]
+            black = sum(count for _, count in in_order)
+            if black:
+                log.warning("%s: %d of the images drawn are not finite, and judged as black", name, black)
+            rows = join_rows([rows for rows, _ in in_order])
+            for copies in (parts, everyone, in_order):  # half a gigabyte each of 50000 images
+                copies.clear()
+            found, problem = _attempt(lambda: measured(judges.figures(rows)))
+            if problem:
+                raise ValueError(problem)
+            return _finite(found | {"not_finite": black})
+
+        return ranks.decide(judge)
+
+    def _drawn(self, network: EPGViT, judges: Judges, batches: range) -> Iterator[tuple[Rows, int]]:
+        """(rows, how many images are not finite) of these batches.
+
+        All batches have one size, the last filled up with images that are not judged, so that each is computed in the
+        same way whichever rank it falls to.
+        """
+        c, size, config = self._config, self._batch_size, self._state.config
+        engine = SamplingEngine(
+            network,
+            **sampling_options(self._stage),
+            batch_size=size,
+            precision=config.precision,
+            compile=config.compile,
+            # Recording one forbids other threads, which load data, to allocate memory meanwhile.
+            cuda_graphs=False,
+            ops=network.ops,
+        )
+        numbers = [min(i, c.num - 1) for batch in batches for i in range(batch * size, (batch + 1) * size)]
+        labels = self._labels()[numbers]
+        stream = engine.stream(labels if network.num_classes else len(numbers), indices=numbers, seed=c.seed)
+        for batch, (where, images) in zip(batches, stream, strict=True):
+            judged = min(size, c.num - batch * size)
+            images = images[:judged]
+            black = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+            pixels = quantize(images.nan_to_num(0.0)).permute(0, 3, 1, 2).contiguous()
+            yield judges.rows(pixels, labels[where][:judged]), black
+
+    def _on_device(self, name: str) -> EPGViT:
+        """The network of these weights on this rank's device: a copy, where it is sharded or in host memory."""
+        network, config = self._network(name), self._state.config
+        if not self._stage.sharded and not config.offload_ema:
+            return network
+        with torch.device("meta"):
+            copy = generator_from_config(network_config(config))
+        copy.use_ops(self._stage.network.ops).to_empty(device=self._ranks.device).eval().requires_grad_(False)
+        source = {} if network is None else network.state_dict()
+        for key, tensor in copy.state_dict().items():
+            whole = self._state.parallel.whole({key: source[key]} if source else {}, {})
+            if self._ranks.main:
+                tensor.copy_(whole[key])
+            if self._ranks.world_size > 1:
+                dist.broadcast(tensor, 0)
+        return copy
+
+    def _keep_best(self, step: int, found: dict[str, dict]) -> str | None:
+        """Which weights of this step are better than those in best.safetensors, which has them then; None for none."""
+
+        def choose() -> str | None:
+            sign = 1 if self._direction[self._figure] == "low" else -1
+            values = {name: m["figures"][self._figure] for name, m in found.items()}
+            values = {name: sign * value for name, value in values.items() if value is not None}
+            self._best = before = self._best_so_far(step)
+            name = min(values, key=values.get, default=None)
+            return name if name and (before is None or values[name] < sign * before["value"]) else None
+
+        name = self._ranks.decide(choose)
+        if name is None:
+            return None
+        self._state.writer.wait()  # one copy at a time in host memory
+        network = self._network(name)
+        weights = self._state.parallel.whole({} if network is None else network.state_dict(), {})
+        if self._ranks.main:
+            value, spread = (found[name][kind][self._figure] for kind in ("figures", "spread"))
+            best = {"step": step, "weights": name, "figure": self._figure, "value": value, "spread": spread}
+            metadata = self._stage.metadata() | {"step": step, "best": best | {"protocol": self._protocol}}
+            with _reported(step, "the best weights so far are not kept"):
+                save_weights(self._outdir / BEST, weights, metadata)
+                self._best = best
+        return name
+
+    def _best_so_far(self, step: int) -> dict | None:
+        """What best.safetensors says of itself. One that was chosen in another way is set aside."""
+        path = self._outdir / BEST
+        if not path.exists():
+            return None
+        try:
+            with open_safetensors(path) as file:
+                best = json.loads(file.metadata()["epg_fast"])["best"]
+            changed = "; ".join(protocol_changes(*map(_yardstick, (best["protocol"], self._protocol))))
+            if best["figure"] != self._figure:
+                changed = f"by {best['figure']}"
+        except _UNREADABLE as error:
+            changed = f"it cannot be read: {error}"
+        if not changed:
+            return {name: value for name, value in best.items() if name != "protocol"}
+        aside = path.with_name(f"best_until_step_{step:09d}.safetensors")
+        try:
+            os.replace(path, aside)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be renamed to {aside.name} ({error.strerror})") from None
+        log.warning(
+            "%s was chosen in another way (%s): it is %s now, and the best is sought anew", *(path, changed, aside.name)
+        )
+        return None
+
+    def _write(self, step: int, found: dict[str, dict], seconds: float) -> None:
+        content = {"step": step, "weights": found, "best": self._best, "seconds": seconds, "protocol": self._protocol}
+        with _reported(step, "its figures are in metrics.jsonl alone"):
+            write_atomically(self._outdir / FOLDER / f"step_{step:09d}.json", json.dumps(content, indent=2) + "\n")
+
+    def _judges(self, ranks) -> Judges:
+        """Judges with their networks on the device. ranks: those that share what is to be seen of the reference.
+
+        None: it has been seen, and the main rank alone needs it.
+        """
+        size = self._stage.network.image_size
+        cache = self._outdir / FOLDER if ranks or self._ranks.main else None
+        return open_judges(self._config, (size, size), self._ranks.device, cache, ranks)
+
+    def _sampling(self) -> dict:
+        """How images are drawn, as a protocol says it."""
+        config, stage, device = self._state.config, self._stage, self._ranks.device
+        options = sampling_options(stage)
+        options["noise_schedule"] = dataclasses.asdict(options["noise_schedule"])
+        using = {
+            "compile": config.compile,
+            "plan": stage.chosen.plan,
+            "ops": stage.chosen.record()["ops"],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": self._ranks.world_size,
+            "batch_size": self._batch_size,
+        }
+        return {
+            "num": self._config.num,
+            "labels": "balanced",
+            "untrained_classes": list(stage.untrained_classes),
+            "seed": self._config.seed,
+            "precision": config.precision,
+            **options,
+            "drawn_with": [using],
+        }
+
+    def _labels(self) -> torch.Tensor:
+        """Of all images, int64 [num]."""
+        classes, untrained = self._stage.network.num_classes, self._stage.untrained_classes
+        return torch.tensor(choose_labels("balanced", self._config.num, classes, self._config.seed, untrained))
+
+    def _network(self, name: str) -> torch.nn.Module | None:
+        """The weights' network as the run has it; None where another rank has it."""
+        if name == _EMA:
+            return self._stage.ema
+        tracked = self._state.posthoc_ema
+        by_name = zip(map(_name_of, tracked.sigma_rel), tracked.networks, strict=False)
+        return dict(by_name).get(name)
+
+    @property
+    def _batch_size(self) -> int:
+        return min(self._config.batch_size, self._config.num)
+
+    def _ask(self) -> None:
+        if self._stop():
+            raise BrokenOff
+
+
+def _figure_to_go_by(named: str | None, there: dict[str, str]) -> str:
+    found = named or next((name for name in _MAIN_FIGURES if name in there), next(iter(there)))
+    if found not in there:
+        raise ValueError(f"best: got {found!r}, want a figure of these judges: {', '.join(there)}")
+    return found
+
+
+def _attempt(act: Callable) -> tuple:
+    """(what `act` returns, None), or (None, why it failed)."""
+    try:
+        return act(), None
+    except _FAILURES as error:
+        return None, (str(error).partition("\n")[0] or type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def _reported(step: int, effect: str) -> Iterator[None]:
+    """A disk that does not take a file of an evaluation ends no run."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("step %d: %s (%s); training goes on", step, effect, error)
+
+
+@contextlib.contextmanager
+def _named_as_flags() -> Iterator[None]:
+    """Errors name the flags as they are called in training."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).removeprefix("evaluate: ")
+        raise ValueError("evaluate: " + re.sub(r"--(?=\w)", "--evaluate.", text)) from error
+
+
+@contextlib.contextmanager
+def _untouched(device: torch.device) -> Iterator[None]:
+    """Afterwards all generators of random numbers are as before, and what was made inside is gone."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+        gc.collect()  # compiled networks are in cycles
+
+
+def _yardstick(protocol: Mapping) -> dict:
+    """A protocol without what does not change figures by more than rounding."""
+    sampling = {name: value for name, value in protocol["sampling"].items() if name != "drawn_with"}
+    return {"sampling": sampling, "judging": protocol["judging"], "versions": {}}
+
+
+def _name_of(sigma_rel: float) -> str:
+    return f"sigma_rel_{sigma_rel:g}"
+
+
+def _line(found: dict[str, dict]) -> dict[str, float]:
+    """The figures for a line of metrics, without those that are none."""
+    line = {}
+    for name, m in found.items():
+        suffix = "" if name == _EMA else f"/{name}"
+        for figure, value in m["figures"].items():
+            line |= {f"{figure}{suffix}": value, f"{figure}{suffix}/spread": m["spread"].get(figure)}
+    return {name: value for name, value in line.items() if value is not None}
+
+
+def _shown(m: dict, figure: str) -> str:
+    value, spread = m["figures"][figure], m["spread"].get(figure)
+    text = "none" if value is None else f"{value:.4g}"
+    return text if spread is None else f"{text} ± {spread:.1g}"
+
+
+def _finite(value):
+    """`value` with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
