@@ -161,7 +161,8 @@ class DataConfig(_Checked):
     """Where images come from and how they become tensors."""
 
     path: str = ""
-    """Folder of class folders with images, folder of tars (`prepare-data`, WebDataset, ImageNet's), or a tar."""
+    """Folder of class folders with images, folder of tars (`prepare-data`, WebDataset, ImageNet's), or a tar; parquet
+    files of the Hugging Face hub: their folder, one of them, or a pattern such as `data/train-*.parquet`."""
     backend: Literal["auto", "dali", "pillow"] = "auto"
     """Who decodes and augments: `auto` takes DALI when it is installed and says so. Their pixels differ slightly."""
     normalization: Literal["imagenet", "simple"] = "imagenet"
@@ -368,7 +369,9 @@ class RunConfig(_ComputeConfig):
     tensorboard: bool = True
     """Write TensorBoard events when tensorboard is installed."""
     wandb: str | None = None
-    """Weights & Biases project to log to, when wandb is installed."""
+    """Weights & Biases project to log to (needs wandb); `WANDB_MODE=offline` logs to files alone."""
+    trackio: str | None = None
+    """Trackio project to log to, a local database that `trackio show` opens (needs trackio)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -569,7 +572,7 @@ class _DrawConfig(_ComputeConfig):
     checkpoint: str = ""
     """Run folder, .safetensors, official .pth (or its folder), or hub id."""
     labels: str = "balanced"
-    """`balanced`, `random`, class indices such as `3` or `0,1,2` (at most `num`, repeated in turn), or
+    """`balanced`, `random`, class indices and names such as `3` or `0,1,goldfish` (at most `num`, repeated in turn), or
     `frequencies:PATH`, drawn as often as in the data whose manifest.json of prepare-data (or its folder) is PATH."""
     seed: int = number(0, 0, 2**63 - 1)
     """Image i starts from noise that depends on the seed and i only."""
@@ -747,7 +750,7 @@ class PrepareDataConfig(_Checked):
 
     source: str = "digits"
     """`digits` (the handwritten digits inside scikit-learn, always a folder), or a folder of class folders, a tar or a
-    folder of tars (WebDataset, ImageNet's) to centre-crop."""
+    folder of tars (WebDataset, ImageNet's), or parquet files (as in `data.path`) to centre-crop."""
     outdir: str = ""
     """Folder to write; digits make train/ and test/ in it. The same command goes on after an interruption."""
     layout: Literal["shards", "folder"] = "shards"

@@ -25,6 +25,7 @@ def report() -> str:
         "scikit-learn",
         "nvidia-dali-cuda130",
         "nvidia-dali-cuda120",
+        "pyarrow",
         "flash-attn",
     ):
         lines[package] = _version(package)

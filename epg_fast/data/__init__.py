@@ -28,6 +28,7 @@ from epg_fast.data.sources.decoding import decode_image
 from epg_fast.data.sources.faults import DataError, printable, too_many_bad_files
 from epg_fast.data.sources.folder import ImageFolder
 from epg_fast.data.sources.manifest import load_class_frequencies
+from epg_fast.data.sources.parquet import ImageParquet
 from epg_fast.data.sources.source import LABELS_WANTED, NO_LABELS, ImageSource
 from epg_fast.data.sources.tars import ImageTars
 
@@ -37,6 +38,7 @@ __all__ = [
     "DaliLoader",
     "DataError",
     "ImageFolder",
+    "ImageParquet",
     "ImageSource",
     "ImageTars",
     "Loader",

@@ -80,7 +80,8 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
     if untrained and config.labels in ("balanced", "random"):
         left = model.num_classes - len(untrained)
         log.info("%s was trained on %d of its %d classes: these are drawn", config.checkpoint, left, model.num_classes)
-    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained))
+    names = model.metadata.get("class_names", [])
+    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained, names))
     options = _options(config)
     engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
     settings |= resolved(model, weak, labels, engine)

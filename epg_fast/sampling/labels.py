@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -16,10 +17,13 @@ from epg_fast.wording import nearest
 log = logging.getLogger("epg_fast")
 
 
-def choose_labels(how: str, num: int, num_classes: int, seed: int, untrained: Collection[int] = ()) -> list[int]:
-    """Labels of `num` images: `balanced` (0, 1, ..., repeated), `random` (uniform, from the seed) or a list `3,7`.
+def choose_labels(
+    how: str, num: int, num_classes: int, seed: int, untrained: Collection[int] = (), names: Sequence[str] = ()
+) -> list[int]:
+    """Labels of `num` images: `balanced` (0, 1, ..., repeated), `random` (uniform, from the seed) or a list `3,cat`.
 
-    Both leave out the classes that are `untrained`; others that choose them are obeyed, with a warning.
+    Both words leave out the classes that are `untrained`; lists that choose them are obeyed, with a warning. `names` of
+    the classes: see `class_index`.
 
     `frequencies:PATH` draws from the seed with the probabilities in PATH, a manifest.json of `prepare-data` or its
     folder. An unconditional model (num_classes 0) has zeros, and takes `balanced` only. Raises ValueError for anything
@@ -38,7 +42,7 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int, untrained: Co
     if how.startswith("frequencies:"):
         labels = _draw(os.path.expanduser(how.removeprefix("frequencies:")), num, num_classes, seed)
     else:
-        chosen = _listed(how, num_classes)
+        chosen = _listed(how, num_classes, tuple(names))
         if len(chosen) > num:
             raise ValueError(
                 f"labels: got more labels than images, {len(chosen)} for {num}; want at most {num}, or "
@@ -52,35 +56,77 @@ def choose_labels(how: str, num: int, num_classes: int, seed: int, untrained: Co
 
 
 def class_indices(model: EPGViT, labels: int | str | Iterable[int | str] | None) -> list[int] | int:
-    """Labels as `SamplingEngine` takes them, of indices or of names that the checkpoint knows (metadata `class_names`).
+    """Labels as `SamplingEngine` takes them, of indices or of names that the checkpoint knows: see `class_index`.
 
-    A name is that of its class, or one of several that are separated by commas, in upper or lower case. Labels of an
-    unconditional model, which are its number of images, are returned as they are, None as 1. Raises ValueError for
-    other names, and for none.
+    Labels of an unconditional model, which are its number of images, are returned as they are, None as 1. Raises
+    ValueError for other names, and for none.
     """
     if not model.num_classes:
         return 1 if labels is None else labels
     names = getattr(model, "metadata", {}).get("class_names") or []
-    known = {part.strip().casefold(): i for i, name in enumerate(names) for part in [name, *name.split(",")]}
     if np.ndim(labels) == 0:
         labels = [labels]
-    wanted = f"want class indices in 0..{model.num_classes - 1}" + (f", or names such as {names[0]!r}" if names else "")
-    for label in labels:
-        if label is None:
-            raise ValueError(f"class_labels is missing; {wanted}")
-        if isinstance(label, str) and label.casefold() not in known:
-            like = nearest(label.casefold(), known)
-            raise ValueError(f"the model has no class {label!r}{like}, and takes no text; {wanted}")
-    return [known[label.casefold()] if isinstance(label, str) else label for label in labels]
+    if any(label is None for label in labels):
+        raise ValueError(f"class_labels is missing; {_wanted(names, model.num_classes)}")
+    return [class_index(label, names, model.num_classes) if isinstance(label, str) else label for label in labels]
 
 
-def _listed(how: str, num_classes: int) -> list[int]:
-    try:
-        chosen = [int(label) for label in re.split(r"\s*,\s*|\s+", how.strip())]
-    except ValueError:
-        raise ValueError(
-            f"labels {how!r}: want balanced, random, frequencies:PATH, or class indices such as 3 or 0,1,2"
-        ) from None
+def class_index(name: str, names: Sequence[str], num_classes: int) -> int:
+    """Index of the class that is called `name`, in upper or lower case. names: metadata `class_names` of a checkpoint.
+
+    A class called "tench, Tinca tinca" is also "tench". Raises ValueError for no such class, and several.
+    """
+    known = _indices(tuple(names))
+    found = known.get(_plain(name), [])
+    if not found:
+        like = nearest(_plain(name), known)
+        raise ValueError(f"the model has no class {name!r}{like}, and takes no text; {_wanted(names, num_classes)}")
+    if len(found) > 1:
+        several = " and ".join(f"{label} ({names[label]!r})" for label in found)
+        raise ValueError(f"class {name!r} may be {several}; give the class index")
+    return found[0]
+
+
+def _wanted(names: Sequence[str], num_classes: int) -> str:
+    return f"want class indices in 0..{num_classes - 1}" + (f", or names such as {names[0]!r}" if names else "")
+
+
+@functools.lru_cache(8)
+def _indices(names: tuple[str, ...]) -> dict[str, list[int]]:
+    """Plain name -> the classes that are called so; a whole name counts before the parts of others."""
+    parts: dict[str, list[int]] = {}
+    for label, name in enumerate(names):
+        for part in {*map(_plain, name.split(","))}:
+            parts.setdefault(part, []).append(label)
+    return parts | {_plain(name): [label] for label, name in enumerate(names)}
+
+
+def _plain(name: str) -> str:
+    return ",".join(part.strip() for part in name.casefold().split(","))
+
+
+def _listed(how: str, num_classes: int, names: tuple[str, ...]) -> list[int]:
+    """A list of class indices and names, of which some have commas: the longest name counts."""
+    parts, known, chosen = [part.strip() for part in how.split(",")], _indices(names), []
+    longest = max((name.count(",") + 1 for name in names), default=1)
+    while parts:
+        if re.fullmatch(r"[+-]?[0-9]+(\s+[+-]?[0-9]+)*", parts[0]):
+            numbers = parts.pop(0).split()
+            chosen += map(int, numbers)
+            for number in numbers:
+                if known.get(number, [int(number)]) != [int(number)]:
+                    log.warning("labels: %s is the class index, not the class called so, %s", number, known[number][0])
+            continue
+        if not names or not parts[0]:
+            without = "" if names else " (the checkpoint knows no names of classes)"
+            raise ValueError(
+                f"labels {how!r}: want balanced, random, frequencies:PATH, class indices such as 3 or 0,1,2, or names "
+                f"of classes{without}"
+            )
+        joined = (",".join(parts[:count]) for count in range(min(longest, len(parts)), 0, -1))
+        name = next((name for name in joined if _plain(name) in known), parts[0])
+        chosen.append(class_index(name, names, num_classes))
+        del parts[: name.count(",") + 1]
     wrong = [label for label in chosen if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(f"label {wrong[0]} is out of range: the model has classes 0..{num_classes - 1}")

@@ -79,7 +79,8 @@ def run(config: SweepConfig) -> None:
 def sweep_labels(config: SweepConfig, model: EPGViT) -> np.ndarray:
     """Labels [num] as `sample` has them, in an order of chance, so that the first ones are fair to all classes."""
     untrained = model.metadata.get("untrained_classes", [])
-    labels = choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained)
+    names = model.metadata.get("class_names", [])
+    labels = choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained, names)
     return np.random.default_rng(config.seed).permutation(labels)
 
 

@@ -1,4 +1,4 @@
-"""Which classes of a network the data trains."""
+"""Which classes of a network the data trains, and what they are called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("epg_fast")
 
 
 def note_classes(stage: Stage, source: ImageSource) -> None:
-    """Tell `stage` which classes of its network stay untrained, and say so once.
+    """Tell `stage` what its classes are called and which of them stay untrained, and say the latter once.
 
     Raises ValueError for more classes than the network has, and for no labels if it has several.
     """
@@ -33,6 +33,7 @@ def note_classes(stage: Stage, source: ImageSource) -> None:
         raise ValueError(
             f"{source.root} has {found} classes, but the model has {classes}; {remedy}pass --model.num_classes {found}"
         )
+    stage.class_names = source.classes if _are_names(source.classes) else []
     absent = np.flatnonzero(counts == 0).tolist()
     before = stage.untrained_before
     stage.untrained_classes = absent if before is None else [label for label in absent if label in before]
@@ -51,6 +52,11 @@ def note_classes(stage: Stage, source: ImageSource) -> None:
         *("%s has no images of %d of the model's %d classes (%s): %s", source.root, len(absent), classes),
         *(_ranges(absent), effect),
     )
+
+
+def _are_names(classes: list[str]) -> bool:
+    """Whether names say more than the numbers of the classes."""
+    return classes != NO_LABELS and classes != [f"{label:0{len(name)}d}" for label, name in enumerate(classes)]
 
 
 def _ranges(labels: list[int]) -> str:

@@ -307,7 +307,7 @@ def _inputs(config: RunConfig) -> list[tuple[str, str]]:
         ("init_from", getattr(config, "init_from", ""), "the run folder of the stage before"),
         ("perceptual", getattr(config, "perceptual", ""), "the run folder of stage 1"),
     ):
-        if value and not Path(value).exists():
+        if value and not any(Path(value).parent.glob(Path(value).name)):  # which may be a pattern
             rows.append(("missing", f"{name} {value}: {remedy} makes it"))
         elif not value and name == "data.path":
             rows.append(("missing", "data.path: say with --data.path where the images are"))

@@ -11,7 +11,6 @@ where it is not, the batch is skipped, and counts as a step that changes nothing
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -34,8 +33,9 @@ from epg_fast.training.draws import Draws
 from epg_fast.training.evaluation import Evaluation, check_evaluation, discard_evaluations_after
 from epg_fast.training.gradients import add_gradients, check_batch_size
 from epg_fast.training.hardware import Utilization
+from epg_fast.training.loggers import open_loggers, require_loggers
 from epg_fast.training.measuring import Measurement, Measuring, measurements_due, measurements_missing
-from epg_fast.training.metrics import Metrics, Progress, names_by_level, require_wandb, sums_by_level
+from epg_fast.training.metrics import Metrics, Progress, names_by_level, sums_by_level
 from epg_fast.training.optimizer import lr_factor
 from epg_fast.training.parallel import Agreement
 from epg_fast.training.planning import kept_choice, note_choice
@@ -85,7 +85,7 @@ def check_command(config: RunConfig) -> ImageSource:
         raise ValueError("outdir is missing; name a run folder with --outdir")
     RunFolder(config.outdir).require(config)
     check_evaluation(config)
-    require_wandb(config.wandb)
+    require_loggers(config)
     source = open_images(config.data.path)
     if isinstance(config, PretrainConfig) and config.probe.every:
         check_probe(config, source)
@@ -186,6 +186,8 @@ class _Run:
         self.bad_files = BadFiles(state.bad_files, loader, state.source, config.data.max_bad_fraction, outdir, ranks)
         decoded = decoding.description(state.data_backend, config.data.workers)
         log.info("images are decoded by %s", decoded)
+        loggers: list = []
+        ranks.decide(lambda: loggers.extend(open_loggers(config, outdir, state.iteration)))
         # Nothing is written before this line, so that a command that fails above can be corrected and given again.
         folder.claim(stage.name, asked, ranks)
         if ranks.main:
@@ -194,8 +196,7 @@ class _Run:
             note_choice(outdir, state.choice)
             discard_evaluations_after(outdir, state.iteration)
         state.posthoc_ema.discard_after(state.iteration)
-        writers = (config.tensorboard, config.wandb, dataclasses.asdict(config))
-        self.metrics = Metrics(outdir, ranks.main, state.iteration, *writers, Utilization(stage))
+        self.metrics = Metrics(outdir, ranks.main, state.iteration, config.tensorboard, loggers, Utilization(stage))
         if stage.chosen.plan:
             self.metrics.begin_with({"plan": state.choice})
         self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)

@@ -1,4 +1,4 @@
-"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and (optionally) Weights & Biases.
+"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and what `loggers` opens.
 
 A line has `step` (batches drawn), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
 (`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -51,8 +51,8 @@ def names_by_level(name: str) -> tuple[str, ...]:
 class Metrics:
     """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes.
 
-    step: batches drawn before; later lines of an earlier process are dropped. utilization: figures of the GPU to add to
-    each line, if any.
+    step: batches drawn before; later lines of an earlier process are dropped. loggers: see `open_loggers`. utilization:
+    figures of the GPU to add to each line, if any.
     """
 
     def __init__(
@@ -61,21 +61,18 @@ class Metrics:
         enabled: bool,
         step: int = 0,
         tensorboard: bool = False,
-        wandb: str | None = None,
-        config: dict | None = None,
+        loggers: Sequence = (),
         utilization: Utilization | None = None,
     ):
         self.enabled, self._utilization = enabled, utilization
         self._begin(step)
-        self._tensorboard = self._wandb = None
+        self._tensorboard, self._loggers = None, loggers
         if not enabled:
             return
         self._path = outdir / "metrics.jsonl"
         _truncate(self._path, step)
         if tensorboard:
             self._tensorboard = _tensorboard_writer(outdir / "tensorboard", step)
-        if wandb:
-            self._wandb = _wandb_run(wandb, outdir, config)
 
     def _begin(self, step: int) -> None:
         """A line, after that of `step`."""
@@ -135,8 +132,8 @@ class Metrics:
             for name, value in line.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, line["step"])
-        if self._wandb:
-            self._wandb.log(line, step=line["step"])
+        for logger in self._loggers:
+            logger.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
     def _append(self, line: dict) -> None:
         try:
@@ -173,8 +170,8 @@ class Metrics:
         """Flush and close the writers."""
         if self._tensorboard:
             self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        for logger in self._loggers:
+            logger.finish()
 
 
 def figures_at(outdir: Path, step: int) -> set[str]:
@@ -214,23 +211,6 @@ def _tensorboard_writer(folder: Path, step: int):
             why = f"it takes no path that the locale cannot write, as {folder}"
         log.warning("metrics go to metrics.jsonl, not to TensorBoard (%s)", why)
         return None
-
-
-def require_wandb(project: str | None) -> None:
-    """Raise ValueError when a `project` is asked for and wandb is not installed."""
-    try:
-        if project:
-            import wandb  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f"wandb project {project!r} asked for, but wandb is not installed: pip install wandb"
-        ) from None
-
-
-def _wandb_run(project: str, outdir: Path, config: dict):
-    import wandb
-
-    return wandb.init(project=project, name=outdir.name, id=outdir.name, resume="allow", config=config)
 
 
 # Value of a line of metrics.jsonl, its name in the progress line, and its form there.

@@ -42,7 +42,7 @@ class _Snapshot:
     @property
     def kind(self) -> dict:
         """What all snapshots of a run have in common."""
-        own = ("step", "crc32", "untrained_classes")
+        own = ("step", "crc32", "untrained_classes", "class_names")
         return {name: value for name, value in self.metadata.items() if name not in own} | self.shapes
 
 

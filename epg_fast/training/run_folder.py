@@ -36,6 +36,7 @@ _FREE = (
     "keep_every",
     "tensorboard",
     "wandb",
+    "trackio",
     "outdir",
     "preview",
     "evaluate",

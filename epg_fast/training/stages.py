@@ -40,6 +40,8 @@ class Stage:
     """Classes that the weights to start from were not trained on; None for all."""
     untrained_classes: list[int] = []
     """Those that will not have been trained at the end: see `note_classes`."""
+    class_names: list[str] = []
+    """Of the data, where they are known."""
 
     def __init__(self, config: RunConfig, network: torch.nn.Module, ranks: Ranks, kept: Mapping | None):
         """kept: the record of what the run has computed with so far."""
@@ -94,6 +96,7 @@ class Stage:
             "normalization": self.config.data.normalization,
             "noise": asdict(self.config.noise),
             **({"untrained_classes": self.untrained_classes} if self.untrained_classes else {}),
+            **({"class_names": self.class_names} if self.class_names else {}),
         }
 
     def _schedule(self, num_scales: int = 1280) -> NoiseSchedule:

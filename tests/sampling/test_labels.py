@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epg_fast.data import prepare_shards
-from epg_fast.sampling.labels import choose_labels
+from epg_fast.sampling.labels import choose_labels, class_index
 
 
 def test_labels_are_as_frequent_as_in_the_data(tmp_path):
@@ -87,3 +87,62 @@ def test_labels_are_chosen_by_a_word_or_a_list(how, classes, want):
 def test_other_words_and_labels_are_refused(how, classes, message):
     with pytest.raises(ValueError, match=message):
         choose_labels(how, 4, classes, 0)
+
+
+NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane, machine", "great white shark, man-eater", "n01440764"]
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        ("goldfish", [1]),
+        ("tench,goldfish", [0, 1]),
+        ("tench, Tinca tinca", [0]),
+        ("TENCH,Tinca Tinca", [0]),
+        ("Tinca tinca,tench , 3, goldfish,0 1", [0, 0, 3, 1, 0, 1]),
+        # a whole name counts before the part of another, and the longest before its parts
+        ("crane", [2]),
+        ("crane,machine,crane", [3, 2]),
+        ("great white shark,n01440764", [4, 5]),
+    ],
+)
+def test_classes_are_chosen_by_their_names_beside_numbers(how, want):
+    assert choose_labels(how, len(want), 6, 0, names=NAMES) == want
+
+
+@pytest.mark.parametrize(
+    ("how", "names", "message"),
+    [
+        (
+            "golfish",
+            NAMES,
+            r"no class 'golfish' \(did you mean 'goldfish'\?\), and takes no text; want class indices in",
+        ),
+        ("tinca", NAMES, "no class 'tinca'"),
+        (
+            "a dog riding a bicycle",
+            NAMES,
+            "no class 'a dog riding a bicycle', .* or names such as 'tench, Tinca tinca'$",
+        ),
+        ("goldfish,", NAMES, "want balanced, .* or names of classes$"),
+        ("tench,6", NAMES, r"label 6 is out of range: the model has classes 0\.\.5"),
+        ("crane", ["crane, bird", "crane, machine"], r"may be 0 \('crane, bird'\) and 1 .*; give the class index"),
+        ("tench", [], r"names of classes \(the checkpoint knows no names of classes\)"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_with_the_nearest(how, names, message):
+    with pytest.raises(ValueError, match=message):
+        choose_labels(how, 8, 6, 0, names=names)
+
+
+def test_a_number_is_a_class_index_also_where_classes_are_called_so(log):
+    names = ["1", "10", "2"]
+    assert choose_labels("1,2", 2, 3, 0, names=names) == [1, 2]
+    assert log.messages == ["labels: 1 is the class index, not the class called so, 0"]
+    assert class_index("10", names, 3) == 1
+
+
+def test_many_names_take_no_time():
+    names = [f"{i}, {i} of many" for i in range(1000)]
+    how = ",".join(f"{i % 1000} of many" for i in range(5000))
+    assert choose_labels(how, 5000, 1000, 0, names=names) == [i % 1000 for i in range(5000)]

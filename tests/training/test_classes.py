@@ -41,6 +41,22 @@ def test_classes_without_images_are_named_with_a_remedy(log, labels, classes, be
 
 
 @pytest.mark.parametrize(
+    "classes, names",
+    [
+        (["n01440764", "n01443537"], True),
+        (["1", "10", "2"], True),
+        (["0", "1"], False),
+        ([f"{i:03d}" for i in range(101)], False),
+        (["all"], False),
+    ],
+)
+def test_the_names_of_classes_are_noted_where_they_say_more_than_numbers(classes, names):
+    it = stage(len(classes))
+    note_classes(it, source(list(range(len(classes))), classes))
+    assert it.class_names == (classes if names else [])
+
+
+@pytest.mark.parametrize(
     "labels, names, message",
     [
         ([1, 2, 3, 4], None, "no image is of class 0: if the labels count from 1, write them from 0; or pass --model"),

@@ -143,14 +143,14 @@ def test_a_pause_counts_in_no_rate(tmp_path, monkeypatch):
     assert line["images_per_second"] == 20.0 and line["data_wait"] == 0.2
 
 
-def test_figures_go_to_tensorboard_and_wandb_under_their_step(tmp_path):
+def test_figures_go_to_tensorboard_and_loggers_under_their_step(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    wandb = mock.Mock()
-    with mock.patch.dict("sys.modules", wandb=wandb):
-        metrics = Metrics(tmp_path, True, tensorboard=True, wandb="project")
+    logger = mock.Mock()
+    metrics = Metrics(tmp_path, True, tensorboard=True, loggers=[logger])
     metrics.write_figures(7, {"fid": 3.0})
     metrics.close()
-    wandb.init.return_value.log.assert_called_once_with({"step": 7, "fid": 3.0}, step=7)
+    logger.log.assert_called_once_with({"fid": 3.0}, step=7)
+    logger.finish.assert_called_once_with()
     found = events.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert [(event.step, event.value) for event in found.Scalars("fid")] == [(7, 3.0)]

@@ -58,6 +58,8 @@ def make_loader(
         "augment": config.augment if three_views else None,
         "max_bad_fraction": config.max_bad_fraction,
     }
+    if source.slow_at_random:
+        logger.warning("%s", source.slow_at_random)
     if backend == "pillow":
         return PillowLoader(source, workers=config.workers, **options)
     return DaliLoader(source, threads=max(config.workers, 1), readers=config.readers, device=device, **options)

@@ -43,10 +43,11 @@ def prepare_shards(
     """Write ADM centre crops of `source` to `outdir` as WebDataset shards and return the manifest.
 
     `shard-000000.tar`, ... hold `<i>.png` (or .jpg) and `<i>.cls`, the class index in ASCII digits, for the images i of
-    `open_images(source)` in an order drawn from `seed`, so that every shard mixes the classes. `index.npz` (`TarIndex`)
-    has the place and CRC-32 of each image; manifest.json has `image_size`, `format`, `source`, `classes`, `counts` (per
-    class), `class_frequencies` (in class order), `shards` (name, bytes, images, sha256), `index_sha256` and
-    `bad_files`: those that cannot be decoded are left out and named. `ImageTars` refuses the folder until `complete`.
+    `open_images(source)` in an order drawn from `seed` (`ImageSource.mixed`), so that every shard mixes the classes.
+    `index.npz` (`TarIndex`) has the place and CRC-32 of each image; manifest.json has `image_size`, `format`, `source`,
+    `classes`, `counts` (per class), `class_frequencies` (in class order), `shards` (name, bytes, images, sha256),
+    `index_sha256` and `bad_files`: those that cannot be decoded are left out and named. `ImageTars` refuses the folder
+    until `complete`.
 
     Shards appear whole or not at all. Run again, the work goes on with the missing ones, and the result is the same bit
     for bit as without interruption (with the same Pillow).
@@ -78,7 +79,7 @@ def prepare_shards(
             logger.info("%s already holds these shards", outdir)
             return before
         write_manifest(outdir, manifest | {"shards": [], "index_sha256": ""})
-        order = np.random.default_rng(seed).permutation(len(images))
+        order = images.mixed(np.random.default_rng(seed))
         task = functools.partial(_make_shard, images, order, outdir, settings)
         count = -(-len(images) // images_per_shard)
         shards = list(each(task, range(count), workers, total=count, unit="shard"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from epg_fast.data.sources.manifest import check_complete, check_counts, read_manifest
-from epg_fast.data.sources.names import IMAGES, Ignored, find_splits, is_image, is_split
+from epg_fast.data.sources.names import IMAGES, Ignored, find_splits, is_image, is_parquet, is_split, split_of
 from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing
 
 _WANTED = "wanted a folder of class folders with images"
@@ -25,7 +25,8 @@ class ImageFolder(ImageSource):
         root: the folder as a `Path`.
         paths: image paths relative to `root`, with `/`, sorted; class folders are searched recursively.
         labels: class index of each path.
-        classes: names of all class folders, sorted; the class index is the position in this list.
+        classes: names of all class folders, sorted; the class index is the position in this list. An output of
+            `prepare-data` may have numbers for folders, and the names in its manifest.json.
 
     Where `root` has the dataset.json of EDM and StyleGAN, `{"labels": [["00000/img00000000.png", 6], ...]}`, its labels
     count and the folders are none. Classes are then "0", "1", ... up to the largest label, with leading zeros, so that
@@ -56,6 +57,8 @@ class ImageFolder(ImageSource):
         if manifest is not None:
             check_complete(self.root, manifest)
             check_counts(self.root, manifest, self.classes, self.labels)
+            # where names of classes are none of folders, or not in the order of the classes
+            self.classes = manifest.get("class_names", self.classes)
 
     def read(self, i: int) -> bytes:
         """Return the content of file `i`."""
@@ -82,6 +85,13 @@ class ImageFolder(ImageSource):
 
     def _take_classes(self, found: _Found, flat: bool) -> None:
         """Class folders, or the images of a `flat` folder."""
+        if found.parquet and not found.images:
+            folder = min(found.parquet, key=lambda name: (split_of(name.rpartition("/")[2]) != "train", name))
+            where, remedy = f" in {folder}", f"pass {self.root / folder}"
+            if not folder:  # of a reader that takes class folders alone
+                where = ""
+                remedy = f"`epg-fast prepare-data --layout folder --source {self.root}` makes class folders of them"
+            raise ValueError(f"data path: {self.root} has no images, but parquet files{where}, {_WANTED}; {remedy}")
         self.classes = sorted(folder for folder in found.folders if "/" not in folder)
         self.paths = [path for path in found.images if "/" in path]
         loose = [path for path in found.images if "/" not in path]
@@ -178,11 +188,13 @@ class _Found:
     Attributes:
         folders: all of them, relative with `/`.
         images: their paths likewise, sorted.
+        parquet: the folders that have parquet files.
         others: whether there are other files.
     """
 
     folders: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    parquet: set[str] = field(default_factory=set)
     others: bool = False
 
 
@@ -205,6 +217,8 @@ def _walk(root: str) -> _Found:
                 found.images.append(prefix + name)
             else:
                 ignored.add_other(name)
+                if is_parquet(name):
+                    found.parquet.add(prefix.rstrip("/"))
     found.images.sort()
     found.others = bool(ignored.others)
     ignored.report(root)

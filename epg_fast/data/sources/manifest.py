@@ -39,7 +39,8 @@ def read_manifest(folder: Path) -> dict | None:
     if not isinstance(manifest, dict) or "source_fingerprint" not in manifest:
         logger.warning("%s was not written by prepare-data and is ignored", path)
         return None
-    for key, kind in (_KEYS | (_KEYS_OF_SHARDS if manifest.get("layout") == "shards" else {})).items():
+    kinds = _KEYS | (_KEYS_OF_SHARDS if manifest.get("layout") == "shards" else {})
+    for key, kind in (kinds | ({"class_names": list} if "class_names" in manifest else {})).items():
         if not isinstance(manifest.get(key), kind):
             raise ValueError(
                 f"data path: {path} is damaged: {key} is {manifest.get(key)!r:.40}, wanted {kind.__name__}; {_RESTORE}"

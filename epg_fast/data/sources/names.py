@@ -13,6 +13,7 @@ from epg_fast.files import is_junk
 
 IMAGES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+PARQUET = (".parquet",)
 # What this package writes into a folder of images, and the labels that EDM's tools do.
 OWN = ("manifest.json", "index.npz", "dataset.json", ".lock")
 
@@ -35,6 +36,17 @@ def is_image(name: str) -> bool:
 def is_tar(name: str) -> bool:
     """Whether a file of this name is a tar, also a compressed one, which its reader refuses."""
     return name.lower().endswith(TARS)
+
+
+def is_parquet(name: str) -> bool:
+    """Whether a file of this name is a parquet file."""
+    return name.lower().endswith(PARQUET)
+
+
+def split_of(name: str) -> str | None:
+    """Which split a folder or file of this name can be: train, val, test or unlabelled."""
+    split = _split(name)
+    return split and split[0]
 
 
 def is_split(name: str) -> bool:

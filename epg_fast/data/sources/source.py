@@ -11,19 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from epg_fast.data.sources.decoding import decode_image
 from epg_fast.data.sources.faults import ReadError, printable, read_error, whose_fault
 
-WANTED = "wanted a folder of class folders with images, a folder of tars, or a tar"
+WANTED = "wanted a folder of class folders with images, of tars or of parquet files, or a tar or parquet file"
 NO_LABELS = ["all"]
 """`classes` of images of which no class is known."""
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "target")
 """Of a .json beside an image in a tar: where its class index is looked for."""
 LABELS_WANTED = (
     f"wanted class folders, a dataset.json with labels, key.cls or key.json ({'/'.join(LABEL_KEYS)}) beside key.jpg in "
-    "tars, or tars of classes (cat.tar with cat_1.jpg; names that differ in digits alone are shards)"
+    "tars, tars of classes (cat.tar with cat_1.jpg; names that differ in digits alone are shards), or a column `label` "
+    "of a parquet file"
 )
 MOST_CLASSES = 1_000_000
 # Seconds to wait for a disk that is away, and after how many to say so.
@@ -40,12 +42,14 @@ class ImageSource(abc.ABC):
         paths: names of the images, relative to `root`, with `/`.
         labels: class index of each image.
         classes: names of all classes; the class index is the position in this list.
+        slow_at_random: why reading in any order is slow, and what to do; empty where it is not.
     """
 
     root: Path
     paths: Sequence[str]
     labels: Sequence[int]
     classes: list[str]
+    slow_at_random: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,6 +57,10 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def read(self, i: int) -> bytes:
         """Return the encoded image `i`. Raises OSError if it cannot be read."""
+
+    def mixed(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the positions of all images, int64, in a random order in which they can be read fast."""
+        return rng.permutation(len(self))
 
     def load(self, i: int) -> Image.Image:
         """Return image `i`, decoded: see `decode_image`."""
