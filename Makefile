@@ -107,4 +107,4 @@ asan: $(INSTALLED)
 	$(BIN)/python -m pytest -q --capture=sys -m 'not slow' $(ASAN_TESTS)
 
 clean:
-	rm -rf $(VENV) $(LEDGER_VENV) build dist docs/_build docs/flags *.egg-info epg_fast/ops/*.so
+	rm -rf $(VENV) $(LEDGER_VENV) build dist docs/_build docs/flags docs/api/ops.md *.egg-info epg_fast/ops/*.so

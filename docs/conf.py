@@ -1,14 +1,14 @@
-"""Sphinx's settings: `make docs`. Pages are Markdown (MyST); docs/flags and the API come from the sources."""
+"""Sphinx's settings: `make docs`. Pages are Markdown (MyST); flags and operations come from the sources."""
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from docs.flag_pages import write_flag_pages  # noqa: E402
+from docs.docstrings import restructured  # noqa: E402
+from docs.generated import write_pages  # noqa: E402
 from epg_fast import __version__  # noqa: E402
 
 project, author, release = "epg_fast", "the authors of epg_fast", __version__
@@ -42,14 +42,9 @@ autodoc_mock_imports = [name for name in ("diffusers",) if importlib.util.find_s
 
 
 def as_restructured_text(app, what, name, obj, options, lines) -> None:
-    """Docstrings here are plain text with code in backticks: of anything else no character means more than itself."""
-    code, text = re.compile(r"(`[^`]*`)"), "\n".join(lines)
-    parts = code.split(text)
-    for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"([*|\\])", r"\\\1", re.sub(r"_(?!\w)", r"\\_", parts[i]))
-    lines[:] = code.sub(lambda found: f"``{' '.join(found[0].strip('`').split())}``", "".join(parts)).split("\n")
+    lines[:] = restructured(lines)
 
 
 def setup(app) -> None:
-    write_flag_pages(HERE / "flags")
+    write_pages(HERE)
     app.connect("autodoc-process-docstring", as_restructured_text)
