@@ -32,7 +32,8 @@ linkcheck_timeout = 30
 linkcheck_retries = 2
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+highlight_language = "none"
+add_module_names = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

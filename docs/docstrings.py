@@ -6,6 +6,7 @@ import re
 from itertools import groupby, takewhile
 
 _ITEM = re.compile(r"\w[\w, .]*: ")
+_OWN_PARAGRAPH = re.compile(r"[A-Z][a-z]+: |Raises ")
 _CODE = re.compile(r"(`[^`]*`)")
 
 
@@ -18,7 +19,7 @@ def restructured(lines: list[str]) -> list[str]:
         above = _indent(line) if hangs else above
         block = _block(lines[i + 1 :], above + 4)
         i += 1 + len(block)
-        marked.append((False, line))
+        marked += [(False, "")] * bool(_OWN_PARAGRAPH.match(line.lstrip())) + [(False, line)]
         if not block or line.lstrip().startswith("- "):
             marked += [(False, text) for text in block]
         elif not hangs:
