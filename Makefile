@@ -4,6 +4,7 @@
 # make kernels  CUTLASS, the kernels' resources on three architectures, the interpreter at every shape
 # make bench  all benchmarks, results in bench/results/<date>-<device>
 # make ledger what a Hopper GPU would be given, counted without one, results in bench/results/<date>-ledger
+# make docs   the documents as a site, docs/_build/html
 # make asan   the extension's CPU code under AddressSanitizer, with the tests in ASAN_TESTS
 # Each creates the environment in .venv and installs the package first.
 PYTHON ?= python3
@@ -22,7 +23,7 @@ LEDGER_BIN := $(LEDGER_VENV)/bin
 LEDGER_FLAGS ?=
 ASAN_TESTS ?= tests/ops -k 'extension or step or fused_adamw_ema or global_norm or augment_view or resized_crop'
 
-.PHONY: install demo check test kernels lint resources bench ledger asan clean
+.PHONY: install demo check test kernels lint resources bench ledger docs docs-links asan clean
 
 install: $(INSTALLED)
 
@@ -87,6 +88,13 @@ ledger: $(LEDGER_VENV)/.torch-$(LEDGER_TORCH)
 	LD_PRELOAD="$$standin" $(LEDGER_BIN)/python -m pytest -q tests/bench/test_ledger.py tests/bench/test_ledger_counts.py && \
 	$(LEDGER_BIN)/python -m bench.ledger --output "bench/results/$$(date +%F)-ledger" $(LEDGER_FLAGS)
 
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# What the pages point to elsewhere; needs a network, and is no part of CI.
+docs-links: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
+
 # libstdc++ too, or throwing a C++ exception aborts. Slow tests call compilers, which crawl under preloaded libraries.
 asan: $(INSTALLED)
 	build=$$(mktemp -d) && trap 'rm -rf "$$build"' EXIT && \
@@ -99,4 +107,4 @@ asan: $(INSTALLED)
 	$(BIN)/python -m pytest -q --capture=sys -m 'not slow' $(ASAN_TESTS)
 
 clean:
-	rm -rf $(VENV) $(LEDGER_VENV) build dist *.egg-info epg_fast/ops/*.so
+	rm -rf $(VENV) $(LEDGER_VENV) build dist docs/_build docs/flags docs/api/ops.md *.egg-info epg_fast/ops/*.so

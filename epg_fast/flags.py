@@ -110,15 +110,19 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
+def explained(kinds: Sequence[type]) -> Iterator[tuple[str, str, str]]:
+    """(flag with what it takes, text, default as a user would write it or "") of every flag of a command."""
+    yield "--config FILE", "YAML file, or name of a shipped recipe; may be repeated, later ones win, flags win", ""
+    for name, hint, default, owner in (flag for kind in kinds for flag in _flags(kind)):
+        yield f"--{name} {wanted(hint)}", _texts(owner)[name.rpartition(".")[2]], _shown(default)
+
+
 def _help(kinds: Sequence[type], command: str, summary: str) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
     lines = [f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]", "", f"{summary}.", ""]
-    entries = [("config FILE", "YAML file, or name of a shipped recipe; may be repeated, later ones win, flags win")]
-    for name, hint, default, owner in (flag for kind in kinds for flag in _flags(kind)):
-        text = _texts(owner)[name.rpartition(".")[2]]
-        entries.append((f"{name} {wanted(hint)}", text if default == "" else f"{text} (default: {_shown(default)})"))
-    for name, text in entries:
-        lines += [f"  --{name}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    for flag, text, default in explained(kinds):
+        text += f" (default: {default})" if default else ""
+        lines += [f"  {flag}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
     return "\n".join(lines)
 
 
