@@ -104,6 +104,13 @@ def _until_interrupted(run: Callable, config) -> int | None:
         return _fail(stop.code, str(stop))
 
 
+def _app(config: configs.AppConfig) -> None:
+    from epg_fast.app import run
+
+    _require(config, "checkpoint")
+    run(config)
+
+
 def _plan_is_wanted(config: configs.RunConfig | configs.SampleConfig) -> bool:
     from epg_fast.plans import parse_ops
 
@@ -218,6 +225,7 @@ _JOBS = {
         "stage 2b: consistency fine-tuning for one-step generation", "ConsistencyStage", configs.ConsistencyConfig
     ),
     "sample": _Job("draw images from a trained model", _sample, (configs.SampleConfig,)),
+    "app": _Job("play with a trained model in the browser: images and trajectories", _app, (configs.AppConfig,)),
     "sweep": _Job(
         "search the guidance, interval, EMA width and steps whose images are judged best",
         _sweep,

@@ -638,6 +638,24 @@ class SampleConfig(_DrawConfig):
 
 
 @dataclass
+class AppConfig(_Checked):
+    """A page on which to play with a trained model."""
+
+    checkpoint: str = ""
+    """Run folder, .safetensors, official .pth (or its folder), or hub id."""
+    host: str = "127.0.0.1"
+    """Address to listen at; this one is reached from this machine alone. There is no password."""
+    port: int = number(7860, 1, 65535)
+    """Port to listen at."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a GPU when there is one and says so. Nothing is compiled."""
+    parameterization: Literal["auto", "x0", "edm"] = "auto"
+    """Meaning of the network's output; `auto` reads it from the checkpoint (official files: x0)."""
+    normalization: Literal["auto", "imagenet", "simple"] = "auto"
+    """Pixel scaling; `auto` reads it from the checkpoint (official files: imagenet)."""
+
+
+@dataclass
 class TuneConfig(_Checked):
     """What `tune` has beside the options of the job that it makes a plan for."""
 

@@ -50,6 +50,17 @@ def test_a_recorded_trajectory_gives_the_images_of_single_launches(model, sample
     assert_close(graphed([1], [1]), plain([1], [1]), rtol=0, atol=1e-3 if precision == "fp32" else 2e-2)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_trajectory_is_shown_of_the_images_that_are_drawn(model, sampler):
+    plain, graphed = (engine_of(model, sampler, compile="off", cuda_graphs=graphs) for graphs in (False, True))
+    labels = LABELS[:3]
+    images, estimates = plain.trajectory(labels)
+    assert torch.equal(images, plain(labels))
+    shown, others = graphed.trajectory(labels)
+    assert_close(shown, graphed(labels), rtol=0, atol=1e-3)
+    assert list(estimates) == list(others) and all(x.device.type == "cpu" for x in estimates.values())
+
+
 def test_engines_of_one_network_record_one_after_the_other_and_keep_their_memory_apart(model):
     base = engine_of(model, compile="off")
     for guidance in (1.0, 2.0, 3.0, 2.0):

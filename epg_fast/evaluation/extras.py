@@ -1,4 +1,4 @@
-"""Import of the optional dependencies that evaluation needs."""
+"""Import of optional dependencies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 # package: (project on PyPI, extra of ours that installs it)
 _PROJECTS = {
+    "gradio": ("gradio", "app"),
     "matplotlib": ("matplotlib", "demo"),
     "sklearn": ("scikit-learn", "demo"),
     "torch_fidelity": ("torch-fidelity", "eval"),

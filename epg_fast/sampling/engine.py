@@ -200,6 +200,34 @@ class SamplingEngine:
         Raises ValueError for labels out of range, negative numbers, noise of another shape, and for images with NaN
         where they have to become integers.
         """
+        return self._stream(*self._inputs(labels, indices, seed, noise), as_uint8)
+
+    def trajectory(
+        self,
+        labels: torch.Tensor | Sequence[int] | int,
+        indices: Sequence[int] | None = None,
+        seed: int = 0,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[float, torch.Tensor]]:
+        """(the images of a call, bit for bit; the clean estimates on the way to them, by shifted noise level).
+
+        At most `batch_size` images, float32 [N, 3, H, W] in [0, 1] on the CPU, as are the estimates at each level. An
+        estimate is what the sampler steps with: guided and clamped. Of a level that is evaluated twice, as Heun's are,
+        it is the later one, at the corrected state; a level that is only arrived at has none. Levels are in the order
+        of evaluation. Arguments and errors are those of `stream`. CUDA graphs are not used, whose images may differ in
+        rounding.
+        """
+        inputs, seed = self._inputs(labels, indices, seed, noise)
+        count, estimates = len(inputs[0]), {}
+        if count > self.batch_size:
+            raise ValueError(f"trajectory: got {count} images, want at most a batch of {self.batch_size}")
+        numbers, *others = (_filled(x, self._size(count)).to(self.device) for x in inputs)
+        with self._lock:
+            images = self._compute(numbers, seed.to(self.device), *others, watch=estimates.__setitem__)
+        return images[:count].cpu(), {sigma: seen[:count].cpu() for sigma, seen in estimates.items()}
+
+    def _inputs(self, labels, indices, seed, noise) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """([numbers, labels, perhaps noise], seed [1]) of what a caller gave, which is checked."""
         y = _checked_labels(self.model, labels)
         numbers = torch.arange(len(y)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         if len(numbers) != len(y) or (numbers < 0).any():
@@ -209,7 +237,7 @@ class SamplingEngine:
             raise ValueError(f"noise has shape {list(noise.shape)}, want {list(shape)}")
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}, want 0 to 2^63 - 1")
-        return self._stream([numbers, y, *([] if noise is None else [noise])], torch.tensor([int(seed)]), as_uint8)
+        return [numbers, y, *([] if noise is None else [noise])], torch.tensor([int(seed)])
 
     def _stream(self, inputs: list[torch.Tensor], seed: torch.Tensor, as_uint8: bool):
         count = len(inputs[0])
@@ -254,7 +282,7 @@ class SamplingEngine:
         return self._recorded[key](*inputs) if self.cuda_graphs else self._compute(*inputs)
 
     @torch.no_grad()
-    def _compute(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _compute(self, *inputs: torch.Tensor, watch: Callable | None = None) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
@@ -264,7 +292,7 @@ class SamplingEngine:
             if self.compile != "off":
                 # every size of batch is compiled for itself, twice with guidance
                 stack.enter_context(torch._dynamo.config.patch(recompile_limit=_SHAPES))
-            return self._trajectory(*inputs)
+            return self._trajectory(*inputs, watch=watch)
 
 
 def sample(

@@ -52,11 +52,17 @@ class Trajectory:
         self._denoiser = guide(*self._denoisers)
 
     def __call__(
-        self, indices: torch.Tensor, seed: torch.Tensor, y: torch.Tensor, noise: torch.Tensor | None = None
+        self,
+        indices: torch.Tensor,
+        seed: torch.Tensor,
+        y: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        watch: Callable[[float, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """indices, y: [B] int64, seed: [1] int64, noise: unit variance -> [B, 3, H, W] in [0, 1].
 
-        Image number i depends on the seed, i and its label, and on nothing else but rounding.
+        Image number i depends on the seed, i and its label, and on nothing else but rounding. watch: is told the noise
+        level and the clamped clean estimate, an image as those returned, of every evaluation.
         """
         labels = y if self.network.num_classes else None
         told = [denoiser for denoiser in self._denoisers if isinstance(denoiser, _Conditioned)]
@@ -72,10 +78,23 @@ class Trajectory:
         options = dict(self.options)
         if self.sampler in STOCHASTIC:
             options["step_noise"] = lambda i: draw(i + 1).to(noise.dtype)
-        x = SAMPLERS[self.sampler](self._denoiser, noise, self.levels, labels, **options)
+        watched = self._denoiser if watch is None else self._watched(watch)
+        x = SAMPLERS[self.sampler](watched, noise, self.levels, labels, **options)
         for denoiser in told:
             denoiser.forget()
         return self.pixels.denormalize(x.float())
+
+    def _watched(self, watch: Callable[[float, torch.Tensor], None]) -> Callable:
+        """The denoiser, of whose estimates `watch` is told."""
+        clamp = self.options["clamp"]
+
+        def denoise(x, sigma, y):
+            denoised = self._denoiser(x, sigma, y)
+            seen = denoised if clamp is None else denoised.clamp(*clamp)
+            watch(sigma, self.pixels.denormalize(seen.float()))
+            return denoised
+
+        return denoise
 
     def _record(self, denoiser: Denoiser) -> None:
         """Run the sampler on a strip of the image's height."""

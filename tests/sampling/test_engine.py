@@ -88,6 +88,48 @@ def test_it_is_the_plain_sampler_bit_for_bit(model, sampler, guide):
     assert got.std() > 0.05
 
 
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "interval": (0.1, 30.0)}, {"clamp": "data"}])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_trajectory_shows_the_estimates_on_the_way_to_the_same_images(model, sampler, options):
+    options = {"sampler": sampler, "steps": 5} | options | churn(sampler)
+    engine = SamplingEngine(model.eval(), **options)
+    inputs = {"labels": LABELS[:3], "indices": [5, 6, 7], "seed": 3}
+    images, estimates = engine.trajectory(**inputs)
+    assert torch.equal(images, engine(**inputs))
+    low, high = PixelNormalization().bounds() if options.get("clamp") == "data" else (-1.0, 1.0)
+    denoiser, seen = Denoiser(model), []
+    if "guidance" in options:
+        denoiser = guided(denoiser, options["guidance"], options["interval"])
+
+    def watched(x, sigma, y):
+        seen.append((sigma, denoiser(x, sigma, y)))
+        return seen[-1][1]
+
+    plain = churn(sampler)
+    if sampler in STOCHASTIC:
+        plain["step_noise"] = lambda i: philox_normal_of(torch.tensor([5, 6, 7]), 3, (3, 16, 16), i + 1)
+    with torch.no_grad():
+        levels = NoiseSchedule().levels(1 if sampler == "onestep" else 5, 16)
+        noise = philox_normal_of(torch.tensor([5, 6, 7]), 3, (3, 16, 16))
+        SAMPLERS[sampler](watched, noise, levels, torch.tensor(LABELS[:3]), clamp=(low, high), **plain)
+    assert list(estimates) == list(dict.fromkeys(sigma for sigma, _ in seen))
+    for sigma, denoised in dict(seen).items():
+        assert torch.equal(estimates[sigma], PixelNormalization().denormalize(denoised.clamp(low, high)))
+    assert (len(seen) > len(estimates)) == (sampler == "heun")  # of two at a level it is the later
+
+
+def test_a_trajectory_is_of_one_batch_and_records_no_graph(model, monkeypatch):
+    engine = SamplingEngine(model, steps=4, batch_size=3)
+    with pytest.raises(ValueError, match="trajectory: got 4 images, want at most a batch of 3"):
+        engine.trajectory([0, 1, 2, 3])
+    want = engine([1, 2, 2], indices=[0, 1, 1])[:2]
+    engine.batch_size, engine.cuda_graphs = 4, True  # one image more is drawn, to fill up a size that is recorded
+    monkeypatch.setattr(engine_module, "GraphedFunction", None)
+    images, estimates = engine.trajectory([1, 2])
+    assert_close(images, want, rtol=0, atol=1e-3)
+    assert len(estimates) == 4 and {x.shape for x in estimates.values()} == {images.shape}
+
+
 @pytest.mark.parametrize(
     ("options", "want"),
     [
@@ -369,7 +411,11 @@ def test_steps_of_the_extension_are_an_option(model):
         pytest.skip("the extension is not built")
     for sampler in ("heun", "euler"):
         want = epg_fast.sample(model, [0, 1], sampler=sampler, steps=4)
-        assert torch.equal(epg_fast.sample(model, [0, 1], sampler=sampler, steps=4, ops="steps=extension"), want)
+        engine = SamplingEngine(model, sampler=sampler, steps=4, ops="steps=extension")
+        assert torch.equal(engine([0, 1]), want)
+        plain, (images, estimates) = SamplingEngine(model, sampler=sampler, steps=4), engine.trajectory([0, 1])
+        assert torch.equal(images, want)
+        assert all(torch.equal(x, estimates[s]) for s, x in plain.trajectory([0, 1])[1].items())
 
 
 @pytest.mark.parametrize(
