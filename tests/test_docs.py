@@ -34,7 +34,7 @@ OTHERS_FLAGS = {
         "--shutdown-timeout",
         "--signals-to-handle",
     },
-    "docker, slurm": {"--shm-size", "--signal"},
+    "docker, slurm, jupytext": {"--shm-size", "--signal", "--to"},
     "the command line itself": {"--help", "--version", "--name", "--config", "--batch-size"},
     "pytest and tools": {"--budget", "--record", "--threshold"},
 }
@@ -154,7 +154,7 @@ def test_files_modules_and_targets_of_make_exist(name):
     targets = set(re.findall(r"^([\w-]+):", read_makefile(), re.M))
     text = read(name)
     assert set(re.findall(r"`make ([\w-]+)", text)) | set(re.findall(r"^make ([\w-]+)", text, re.M)) <= targets
-    for path in re.findall(r"(?<![\w./-])(?:epg_fast|tests|bench|kernels|docs|demo|tools)/[\w./-]*\w", text):
+    for path in re.findall(r"(?<![\w./-])(?:epg_fast|tests|bench|kernels|docs|demo|notebooks|tools)/[\w./-]*\w", text):
         assert (ROOT / path).exists() or path.startswith("docs/_build") or Path(path).stem == "x", path
     for module in re.findall(r"python -m (bench[\w.]*)", text):
         assert importlib.util.find_spec(module), module
@@ -187,11 +187,13 @@ def test_lines_are_short_enough_to_be_read(name):
 def variables_of_the_sources():
     """Names of environment variables in what is packaged, built and tested."""
     names, own = set(), [*ROOT.glob("*.py")]
-    for folder in ("epg_fast", "kernels", "bench", "tests", "demo", "tools"):
+    for folder in ("epg_fast", "kernels", "bench", "tests", "demo", "notebooks", "tools"):
         own += (ROOT / folder).rglob("*.py")
     for path in own:
         text = path.read_text(encoding="utf-8")
         names |= set(re.findall(r"environ(?:\.get|\.setdefault|\.pop)?[\[(]\s*\"(\w+)\"", text))
+        for added in re.findall(r"environ \|= \{(.*?)\}", text):
+            names |= set(re.findall(r"\"(\w+)\":", added))
         if path.name == "distributed.py":
             names |= set(re.findall(r"(?:number\(|for name in \(|, )\"([A-Z_]{4,})\"", text))
         if found := re.search(r"_OF_RANKS = \((.*)\)", text):
