@@ -692,7 +692,7 @@ class EvaluateConfig(JudgeConfig):
     """Other samples: whether they differ from `samples` by more than chance would have it."""
     bootstrap: int = number(20, 0)
     """Samples: sets drawn from the images with repetition, whose figures' deviation is the spread; 0: first-order
-    estimates, which take no time."""
+    estimates, which take no time. KID, recall, FID at infinity and `compare` have estimates of their own."""
     repeats: int = number(1, 1)
     """Samples: parts that are judged apart, image by image in the order of the file, such as three of 50000, of which
     EDM's protocol reports the best FID."""

@@ -173,7 +173,10 @@ def _built(default, texts: dict[str, Text], prefix: str = ""):
                 raise ValueError(f"{path}: got {got!r}, want {wanted(hint)}{near}") from None
             if isinstance(changes[name], str):
                 changes[name] = _expanded(path, changes[name])
-    return dataclasses.replace(default, **changes)
+    try:
+        return dataclasses.replace(default, **changes)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def _value(text: Text, hint):

@@ -90,10 +90,10 @@ def _read(config: EvaluateConfig) -> dict:
         _, _ = result["image_size"]
     except OSError as error:
         raise ValueError(f"protocol: {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"protocol: {path} is no result with a protocol ({type(error).__name__}: {error}); want a file that "
-            "`evaluate --samples ... --output` of this version has written"
+            f"protocol: {path} is no result with a protocol; want a file that `evaluate --samples ... --output` of "
+            "this version has written"
         ) from None
     if Path(config.outdir).resolve() in Path(result.get("samples") or "").resolve().parents:
         raise ValueError(f"outdir: {config.outdir} holds the images of {path}; choose another --outdir")

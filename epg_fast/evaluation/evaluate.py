@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     parts = _repeats(config, judges, rows[0]) if config.repeats > 1 else {}
     compared = _compared(streams, sampling, figures, judges.figures(rows[1])) if config.compare else {}
     values = {name: figure.value for name, figure in figures.items()}
+    if wild := next((name for name, value in values.items() if not math.isfinite(value)), None):
+        raise ValueError(
+            f"{wild} is {values[wild]}: features or statistics of {config.samples} and {config.reference or config.test} "
+            "are too large to be compared; compute them again"
+        )
     missing = dict.fromkeys(judges.missing)
     spreads = _spreads(figures, config.bootstrap)
     _say(values, spreads, compared, samples.num)
@@ -78,7 +84,7 @@ def _say(values: dict, spreads: dict, compared: dict, num: int) -> None:
         log.info("%s %.5g%s (%d images)", name, value, _plus_minus(spreads[name]), num)
         if name in compared:
             change, spread, differs = (compared[name][key] for key in ("difference", "spread", "differs"))
-            verdict = {True: "more than chance", False: "no more than chance", None: "spread unknown"}[differs]
+            verdict = {True: "more than chance", False: "no more than chance", None: "not known if by chance"}[differs]
             log.info("  %s: %+.4g%s, %s", compared["samples"], change, _plus_minus(spread), verdict)
 
 
@@ -102,7 +108,10 @@ def _spreads(figures: dict[str, Figure], times: int) -> dict[str, float | None]:
 
 def _how_spread(config: EvaluateConfig) -> str:
     if config.bootstrap:
-        return f"Spread: deviation over {config.bootstrap} sets drawn from the samples with repetition, seed 0."
+        return (
+            f"Spread: deviation over {config.bootstrap} sets drawn from the samples with repetition, seed 0; of KID, "
+            "recall and FID at infinity an estimate of their own."
+        )
     return "Spread: standard error, from the first-order effect of each image."
 
 
@@ -124,11 +133,17 @@ def _repeats(config: EvaluateConfig, judges: Judges, rows: Rows) -> dict:
 def _compared(streams: list[ImageStream], sampling: list[dict], ours: dict, others: dict) -> dict:
     """name -> by how much the other samples exceed ours, the standard error of that, and whether chance explains it."""
     paired = _share_noise(streams, sampling)
+    if streams[0].num != streams[1].num:
+        log.warning(
+            "%s holds %d images and %s %d: figures that depend on the number are not compared; give equal numbers",
+            *(streams[0].path, streams[0].num, streams[1].path, streams[1].num),
+        )
     found: dict = {"samples": str(streams[1].path), "num_samples": streams[1].num, "same_noise": paired}
     for name, figure in ours.items():
         if name in others:
             change, spread = difference(others[name], figure, paired)
-            differs = None if spread is None else bool(abs(change) > _STANDARD_ERRORS * spread)
+            unequal = figure.by_number and streams[0].num != streams[1].num
+            differs = None if spread is None or unequal else bool(abs(change) > _STANDARD_ERRORS * spread)
             found[name] = {"value": others[name].value, "difference": change, "spread": spread, "differs": differs}
     return found
 
@@ -149,11 +164,21 @@ def _check(config: EvaluateConfig, stream: ImageStream, first: ImageStream, judg
         )
     each, of = stream.num // config.repeats, "images" if config.repeats == 1 else "images in each of the repeats"
     if stream.num % config.repeats:
-        raise ValueError(f"repeats is {config.repeats}, which does not divide the {stream.num} images of {stream.path}")
+        raise ValueError(
+            f"repeats is {config.repeats}, which does not divide the {stream.num} images of {stream.path}; give a "
+            "number that does"
+        )
+    if config.repeats > 1 and isinstance(stream, FolderStream) and len(stream.classes) > 1:
+        raise ValueError(
+            f"repeats: {stream.path} holds class folders, whose images come class by class, so that parts differ in "
+            "their classes; give the samples.npz"
+        )
+    if config.reference and Path(stream.path).resolve() == Path(config.reference).resolve():
+        log.warning("%s is judged against itself: its figures say nothing", stream.path)
     if each < judges.least:
         raise ValueError(
-            f"{stream.path} holds {each} {of}, want at least {judges.least}: two, one per split and more than "
-            f"there are neighbours; draw more (the paper's figures are of 50000), or lower --splits (now "
+            f"{stream.path} holds {each} {of}, want at least {judges.least}: one per split, and more than there are "
+            f"neighbours; draw more (the paper's figures are of 50000), or lower --splits (now "
             f"{config.splits}) or --neighbors (now {config.neighbors})"
         )
     judges.check(each)

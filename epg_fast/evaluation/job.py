@@ -12,7 +12,7 @@ import torch
 from epg_fast.config import EvaluateConfig
 from epg_fast.distributed import resolve_device
 from epg_fast.evaluation import evaluate_images, evaluate_probe
-from epg_fast.evaluation.page import result_page
+from epg_fast.evaluation.page import MARK, result_page
 from epg_fast.files import check_writable, differences, write_atomically
 from epg_fast.models import create_encoder, from_pretrained, list_presets
 
@@ -30,14 +30,16 @@ def run(config: EvaluateConfig, evaluate: Callable[[EvaluateConfig], dict] | Non
     if config.output:
         _check_output(Path(config.output), settings)
     if config.page:
-        check_writable(Path(config.page), "page")
+        _check_page(Path(config.page))
+        if config.output and Path(config.page).resolve() == Path(config.output).resolve():
+            raise ValueError(f"page: {config.page} is the --output, too; choose another --page")
     result = evaluate(config) | {"settings": settings}
     text = json.dumps(result, indent=2, allow_nan=False)
     if config.output:
         write_atomically(config.output, text + "\n")
-    print(text)
     if config.page:
         write_atomically(config.page, result_page(result, config.output))
+    print(text)
     return result
 
 
@@ -63,10 +65,24 @@ def _chosen(config: EvaluateConfig):
         raise ValueError("evaluate: pass either --samples (images to judge) or --probe (an encoder to judge)")
     if config.probe:
         others = [n for n in ("reference", "inception", "dinov2", "compare", "page") if getattr(config, n)]
+        others += [n for n in ("repeats", "bootstrap", "splits") if getattr(config, n) != getattr(EvaluateConfig, n)]
         if others:
             raise ValueError(f"evaluate: got --{others[0]} with --probe; it goes with --samples")
         return lambda config: evaluate_probe(config, *load_encoder(config))
     return evaluate_images
+
+
+def _check_page(path: Path) -> None:
+    """Raise ValueError unless the file is new or a page of ours; nothing is written."""
+    check_writable(path, "page")
+    if path.is_dir():
+        raise ValueError(f"page: {path} is a folder; name a file, such as {path / 'page.html'}")
+    if path.exists():
+        with open(path, "rb") as file:
+            if MARK.encode() not in file.read(500):
+                raise ValueError(
+                    f"page: {path} exists and is no page of `evaluate`; choose another --page or delete it"
+                )
 
 
 def _settings(config: EvaluateConfig) -> dict:

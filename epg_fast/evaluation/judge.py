@@ -13,7 +13,7 @@ import torch
 from epg_fast.config import JudgeConfig
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.dinov2 import HUB, Dinov2Network
-from epg_fast.evaluation.figures import Figure, Frechet, FrechetAtInfinity, InceptionScore, Kernel, Mean
+from epg_fast.evaluation.figures import Figure, Frechet, FrechetAtInfinity, InceptionScore, Kernel, Mean, Recall
 from epg_fast.evaluation.generative import covered, squared_radii
 from epg_fast.evaluation.inception import FeatureNetwork
 from epg_fast.evaluation.network import ImageNetwork
@@ -89,8 +89,12 @@ class NetworkJudge(Judge):
             found[names["precision"]] = Mean(
                 lambda: covered(own, seen.features, self._real_radii, device).numpy(),
             )
-            found[names["recall"]] = Mean(
-                lambda: covered(seen.features, own, squared_radii(own, k, device), device).numpy(),
+
+            def covers(chosen: torch.Tensor) -> np.ndarray:
+                return covered(seen.features, chosen, squared_radii(chosen, k, device), device).numpy()
+
+            found[names["recall"]] = Recall(
+                lambda: covers(own), lambda some: covers(own[torch.from_numpy(some)]).mean(), len(own)
             )
         return found
 

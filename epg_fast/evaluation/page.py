@@ -28,6 +28,8 @@ BLACK, SERIES = "#000000", "#1f62b4"
 """Colours of plots that are those of the page, in light and in dark."""
 _SHOWN, _TILE = 48, 128
 _NO_PLOTS = "There are no plots, which need matplotlib: pip install 'epg_fast[demo]'."
+MARK = '<meta name="generator" content="epg-fast">\n'
+"""What tells a page of ours from other files."""
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a616b; --line: #d5d9df; --back: #ffffff; --card: #f6f7f9;
   --series: #1f62b4; }
@@ -98,7 +100,7 @@ def document(title: str, sections: Iterable[str]) -> str:
     """A whole page of parts that the functions below have made."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'{MARK}<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{_escaped(title)}</h1>\n{''.join(sections)}</main>\n</body>\n</html>\n"
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from epg_fast.config import SweepConfig
+from epg_fast.config import JudgeConfig, SweepConfig
 from epg_fast.distributed import Ranks, joined, resumable
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import difference, measured
@@ -347,7 +347,9 @@ class _Sweep:
         return state
 
     def _protocol(self, judges: Judges, images: int) -> dict:
-        sampling = self.state["settings"] | {"drawn_with": self.state["drawn_with"]}
+        judging = {f.name for f in dataclasses.fields(JudgeConfig)} | {"search", "first", "keep", "figure"}
+        settings = {name: value for name, value in self.state["settings"].items() if name not in judging}
+        sampling = settings | {"drawn_with": self.state["drawn_with"]}
         size = (self.engines.base.model.image_size,) * 2
         return plain(finite(protocol(judges, self.config, sampling, images, size, self.ranks.device)))
 
