@@ -88,11 +88,15 @@ ledger: $(LEDGER_VENV)/.torch-$(LEDGER_TORCH)
 	LD_PRELOAD="$$standin" $(LEDGER_BIN)/python -m pytest -q tests/bench/test_ledger.py tests/bench/test_ledger_counts.py && \
 	$(LEDGER_BIN)/python -m bench.ledger --output "bench/results/$$(date +%F)-ledger" $(LEDGER_FLAGS)
 
-docs: $(INSTALLED)
+$(VENV)/.docs: $(INSTALLED)
+	$(PIP) -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 # What the pages point to elsewhere; needs a network, and is no part of CI.
-docs-links: $(INSTALLED)
+docs-links: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
 
 # libstdc++ too, or throwing a C++ exception aborts. Slow tests call compilers, which crawl under preloaded libraries.
