@@ -233,7 +233,7 @@ Raises ValueError."""
     assert restructured(text.split("\n")) == [
         "Sum of x\\_ and ``y_``.",
         *("", "::", "", "    y = a * b", "    z = |y|", "", ""),
-        *("Args:", "", "    - x: first, which", "      goes on.", "    - y: second.", "", "", "Raises ValueError."),
+        *("Args:", "", "- x: first, which", "  goes on.", "- y: second.", "", "", "Raises ValueError."),
     ]
 
 
