@@ -6,7 +6,7 @@ import re
 from itertools import groupby, takewhile
 
 _ITEM = re.compile(r"\w[\w, .]*: ")
-_OWN_PARAGRAPH = re.compile(r"[A-Z][a-z]+: |Raises ")
+_OWN_PARAGRAPH = re.compile("(Shapes|Dtypes|Error|Source|Sources): |Raises ")
 _CODE = re.compile(r"(`[^`]*`)")
 
 
