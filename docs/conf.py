@@ -32,6 +32,7 @@ linkcheck_timeout = 30
 linkcheck_retries = 2
 
 autodoc_member_order = "bysource"
+autodoc_default_options = {"special-members": "__call__"}
 highlight_language = "none"
 add_module_names = False
 autodoc_typehints = "signature"

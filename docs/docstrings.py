@@ -6,7 +6,7 @@ import re
 from itertools import groupby, takewhile
 
 _ITEM = re.compile(r"\w[\w, .]*: ")
-_OWN_PARAGRAPH = re.compile(r"[A-Z][a-z]+: |Raises ")
+_OWN_PARAGRAPH = re.compile("(Shapes|Dtypes|Error|Source|Sources): |Raises ")
 _CODE = re.compile(r"(`[^`]*`)")
 
 
@@ -25,7 +25,7 @@ def restructured(lines: list[str]) -> list[str]:
         elif not hangs:
             marked += [(False, " " * above + "::"), (False, ""), *((True, text) for text in block), (False, "")]
         elif _ITEM.match(block[0].strip()):
-            marked += [(False, ""), *((False, text) for text in _bullets(block)), (False, "")]
+            marked += [(False, ""), *((False, text) for text in _bullets(block, " " * above)), (False, "")]
         else:
             marked += [(False, ""), *((False, text) for text in block), (False, "")]
     result = []
@@ -39,11 +39,11 @@ def _block(lines: list[str], depth: int) -> list[str]:
     return list(takewhile(lambda line: line.strip() and _indent(line) >= depth, lines))
 
 
-def _bullets(block: list[str]) -> list[str]:
+def _bullets(block: list[str], margin: str) -> list[str]:
     """Each line at the block's own indentation begins an item."""
     depth = _indent(block[0])
     return [
-        " " * depth + ("- " if _indent(line) == depth and _ITEM.match(line.strip()) else "  ") + line.strip()
+        margin + ("- " if _indent(line) == depth and _ITEM.match(line.strip()) else "  ") + line.strip()
         for line in block
     ]
 
