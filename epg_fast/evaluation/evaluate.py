@@ -49,8 +49,8 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     values = {name: figure.value for name, figure in figures.items()}
     if wild := next((name for name, value in values.items() if not math.isfinite(value)), None):
         raise ValueError(
-            f"{wild} is {values[wild]}: features or statistics of {config.samples} and {config.reference or config.test} "
-            "are too large to be compared; compute them again"
+            f"{wild} is {values[wild]}: features of {config.samples} or of {config.reference or config.test} are too "
+            "large to be compared; compute them again"
         )
     missing = dict.fromkeys(judges.missing)
     spreads = _spreads(figures, config.bootstrap)

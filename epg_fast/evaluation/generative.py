@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -71,7 +73,7 @@ def precision_recall(
 def squared_radii(points: torch.Tensor, k: int, device) -> torch.Tensor:
     """Squared distance [N] of each point to the k-th nearest other one, on the CPU."""
     radii = torch.empty(len(points), dtype=torch.float64)
-    for rows in tqdm(_slices(len(points), _ROWS), desc="neighbours", unit="block", leave=False):
+    for rows in _shown(_slices(len(points), _ROWS), "neighbours"):
         nearest = torch.full((rows.stop - rows.start, k), torch.inf, dtype=torch.float64, device=device)
         for columns in _slices(len(points), _COLUMNS):
             distance, _ = _squared_distances(points[rows], points[columns], device)
@@ -85,7 +87,7 @@ def squared_radii(points: torch.Tensor, k: int, device) -> torch.Tensor:
 def covered(points: torch.Tensor, centres: torch.Tensor, squared_radii: torch.Tensor, device) -> torch.Tensor:
     """Whether each point [N] lies in the ball around any centre."""
     inside_any = torch.zeros(len(points), dtype=torch.bool)
-    for rows in tqdm(_slices(len(points), _ROWS), desc="coverage", unit="block", leave=False):
+    for rows in _shown(_slices(len(points), _ROWS), "coverage"):
         for columns in _slices(len(centres), _COLUMNS):
             distance, rounding = _squared_distances(points[rows], centres[columns], device)
             inside = distance <= squared_radii[columns].to(device) + rounding
@@ -99,6 +101,11 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor, device) -> tuple[torch.
     norms = a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1)
     distance = torch.addmm(norms, a, b.T, alpha=-2).clamp_(min=0)
     return distance, norms * (4 * a.shape[1] * torch.finfo(torch.float64).eps)
+
+
+def _shown(blocks: list[slice], name: str) -> Iterable[slice]:
+    """The blocks, with a bar where there are several."""
+    return tqdm(blocks, desc=name, unit="block", leave=False, disable=len(blocks) < 2)
 
 
 def _slices(num: int, size: int) -> list[slice]:

@@ -45,8 +45,9 @@ def kernel_distance(
 
     `spread` is the error from drawing the samples anew, the reference held: its square is the variance of the complete
     U-statistic, 4/N of the variance of its projection on a sample (the mean of the kernel over other samples less that
-    over the reference, of at most 4096 images each), plus what the choice of subsets adds, std^2 / subsets. Near 0, where
-    that variance vanishes, it errs either way: a value of many spreads below 0 is chance. Images are not resampled for it: a pair of equal images is no pair.
+    over the reference, of at most 4096 images each), plus what the choice of subsets adds, std^2 / subsets. Near 0,
+    where that variance vanishes, it errs either way: a value of many spreads below 0 is chance. Images are not
+    resampled for it: a pair of equal images is no pair.
 
     Raises ValueError for fewer than 3 images, for widths that differ and for subsets of fewer than 2. Sources:
     Binkowski et al., "Demystifying MMD GANs", 2018; of the variance: Hoeffding, "A class of statistics with

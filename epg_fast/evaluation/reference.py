@@ -158,7 +158,5 @@ def _statistics(file: Npz, dim: int) -> tuple[np.ndarray, np.ndarray]:
     if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * np.abs(covariance).max()):
         raise ValueError(f"{file.path}: sigma is not symmetric, so it is no covariance; fetch or compute it again")
     if np.diagonal(covariance).min() < 0:
-        raise ValueError(
-            f"{file.path}: sigma has a variance below 0, so it is no covariance; fetch or compute it again"
-        )
+        raise ValueError(f"{file.path}: sigma has variances below 0, so it is no covariance; fetch or compute it again")
     return mean, covariance

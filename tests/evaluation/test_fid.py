@@ -141,6 +141,21 @@ def test_few_samples_are_said_to_be_few(files, log):
     assert "6 samples do not determine a covariance of 6 features" in log.messages[0]
 
 
+def test_unequal_numbers_are_not_compared_by_what_depends_on_the_number(files, log):
+    save_npz(FAKE[:40], np.arange(40) % 10, files / "forty.npz", **NOTE)
+    result = evaluate_images(config(files, compare=str(files / "forty.npz"), bootstrap=0))
+    differs = {name: found["differs"] for name, found in result["compared"].items() if isinstance(found, dict)}
+    assert {name for name, verdict in differs.items() if verdict is None} == {"fid", "inception_score", "recall"}
+    assert any("holds 60 images and" in message and "give equal numbers" in message for message in log.messages)
+
+
+def test_what_would_say_nothing_is_refused_or_said(files, log):
+    with pytest.raises(ValueError, match=r"folder holds class folders, .*; give the samples\.npz"):
+        evaluate_images(config(files, samples="folder", repeats=2))
+    evaluate_images(config(files, samples="real.npz", bootstrap=0))
+    assert any("is judged against itself" in message for message in log.messages)
+
+
 MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)
 
 
@@ -156,6 +171,7 @@ MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)
         ({"mu": MU * np.nan, "sigma": SIGMA}, "mu holds values that are not finite"),
         ({"mu": MU, "sigma": SIGMA * np.inf}, "sigma holds values that are not finite"),
         ({"mu": MU, "sigma": SIGMA + np.eye(6, k=1)}, "sigma is not symmetric"),
+        ({"mu": MU, "sigma": -np.eye(6)}, "sigma has variances below 0"),
         ({"mu": np.array([None] * 6), "sigma": SIGMA}, "mu holds Python objects"),
         ({"arr_0": REAL[:, :7]}, "its images are 8x7, the samples 8x8; take a reference of the samples' size"),
         ({"arr_0": REAL, "mu": np.zeros(2048), "sigma": SIGMA}, r"got float64 \[2048\]; take statistics of this"),
@@ -174,7 +190,7 @@ def test_unsuitable_references_are_refused_before_the_network_runs(files, monkey
 @pytest.mark.parametrize(
     ("num", "fields", "message"),
     [
-        (9, {}, r"few\.npz holds 9 images, want at least 10: two, one per split.*--splits \(now 10\)"),
+        (9, {}, r"few\.npz holds 9 images, want at least 10: one per split.*--splits \(now 10\)"),
         (1, {"splits": 1, "neighbors": 1}, "holds 1 images, want at least 2"),
         (3, {"splits": 1}, "want at least 4: .* more than there are neighbours"),
         (60, {"repeats": 7}, "repeats is 7, which does not divide the 60 images"),

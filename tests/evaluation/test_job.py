@@ -33,6 +33,7 @@ FID = "--samples s --reference r --inception i"
         ("--samples s --inception i --test t", ["got --inception and --test"]),
         ("--samples s --train t", ["`test` is not set"]),
         ("--probe p --reference r", ["got --reference with --probe"]),
+        ("--probe p --repeats 3", ["got --repeats with --probe"]),
         (f"{FID} --splits 0", ["splits is 0, want at least 1"]),
         (f"{FID} --neighbors 0", ["neighbors is 0"]),
         (f"{FID} --batch_size 0", ["batch_size is 0"]),
@@ -77,6 +78,19 @@ def test_a_file_that_is_something_else_is_left_alone_before_the_work_starts(tmp_
     with pytest.raises(ValueError, match=r"output: .*out\.json .*choose another --output or delete it"):
         job.run(config(out))
     assert out.read_bytes() == content and not figure
+
+
+def test_a_page_replaces_nothing_but_a_page(tmp_path, figure):
+    result = tmp_path / "r.json"
+    result.write_text("{}")
+    for page, message in (
+        (result, "exists and is no page of `evaluate`"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "new.html", "is the --output, too"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            job.run(config(tmp_path / "new.html", page=str(page)))
+    assert result.read_text() == "{}" and not figure and [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_a_result_of_other_settings_is_left_alone(tmp_path, figure):

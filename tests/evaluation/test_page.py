@@ -88,7 +88,7 @@ def test_the_page_shows_images_figures_plots_and_the_protocol(judged):
     result = json.loads((folder / "result.json").read_text())
     text, parsed = read(folder)
     assert text.startswith("<!DOCTYPE html>") and parsed.of("html") == [{"lang": "en"}]
-    assert parsed.of("meta")[1]["content"] == "width=device-width, initial-scale=1"
+    assert parsed.of("meta")[2]["content"] == "width=device-width, initial-scale=1"
     for name in ("fid", "fid_infinity", "inception_score", "precision", "recall"):
         assert f'<th scope="row">{name}</th><td>{result[name]:.5g}</td>' in text
     for title in ("Figures", "Images", "Plots", "Comparison", "Repeats", "Protocol", "To repeat it"):
