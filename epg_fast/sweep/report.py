@@ -54,10 +54,13 @@ def final_commands(config: SweepConfig, best: Setting, folder: SweepFolder) -> l
 def write_report(folder: SweepFolder, state: dict, commands: Sequence[str]) -> None:
     """Write sweep.md, sweep.html and the plots of a sweep that has a result."""
     plots = _plots(state)
-    for name, content in plots.items():
-        write_atomically(folder.path / name, content)
-    write_atomically(folder.path / "sweep.md", _table(state, commands, list(plots)))
-    write_atomically(folder.path / "sweep.html", _page(state, commands, plots))
+    files: dict[str, bytes | str] = dict(plots)
+    files |= {"sweep.md": _table(state, commands, list(plots)), "sweep.html": _page(state, commands, plots)}
+    for name, content in files.items():
+        path = folder.path / name
+        content = content.encode() if isinstance(content, str) else content
+        if not (path.exists() and path.read_bytes() == content):
+            write_atomically(path, content)
 
 
 def ends(state: dict) -> list[str]:

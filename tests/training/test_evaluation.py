@@ -254,6 +254,7 @@ def test_evaluations_after_the_checkpoint_are_made_again(tiny_run, evaluates, tm
     assert_same_evaluations(cut, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_signal_breaks_an_evaluation_off_and_the_next_run_begins_with_it(
     step, tiny_run, evaluates, tmp_path, monkeypatch, capsys
