@@ -56,10 +56,10 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(INSTALLED) lint
 	$(BIN)/python tools/size.py
-	$(TESTS) -m 'not slow and not kernels' --budget 120
+	$(TESTS) -m 'not slow and not kernels' --budget 110
 
 test: check
-	$(TESTS) -m 'slow and not kernels' --budget 390
+	$(TESTS) -m 'slow and not kernels' --budget 360
 
 kernels: $(ALL_KERNELS) resources
 	EPG_RESOURCE_TABLE=$(RESOURCE_TABLE) $(TESTS) -m kernels --budget 300

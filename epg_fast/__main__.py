@@ -157,13 +157,9 @@ def _tune(argv: list[str]) -> None:
 
 def _evaluate(config: configs.EvaluateConfig) -> int | None:
     if config.protocol:
-        from epg_fast.distributed import Interrupted
         from epg_fast.repeat import run
 
-        try:
-            return run(config)
-        except Interrupted as stop:
-            return _fail(stop.code, str(stop))
+        return _until_interrupted(run, config)
     from epg_fast.evaluation.job import run
 
     run(config)

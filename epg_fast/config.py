@@ -298,7 +298,7 @@ class RunEvaluationConfig(JudgeConfig):
     sigma_rel: list[float] | None = None
     """Widths of `posthoc_ema.sigma_rel` to judge beside the EMA; each costs as much again."""
     best: str | None = None
-    """Figure by which best.safetensors is kept; `null`: `fid`, or `frechet_distance` on small data."""
+    """Figure by which best.safetensors is kept; `null`: fid, else fd_dinov2, else frechet_distance."""
 
 
 @dataclass
@@ -716,7 +716,8 @@ class EvaluateConfig(JudgeConfig):
     outdir: str | None = None
     """Protocol: folder for the images, as `sample` fills it; the same command goes on."""
     page: str | None = None
-    """Samples: HTML file to write the result to, with images and plots (these need matplotlib). It is replaced."""
+    """Samples: HTML file to write the result to, with images and plots (these need matplotlib). A page is replaced, any
+    other file refused."""
     output: str | None = None
     """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
     file refused."""

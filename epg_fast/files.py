@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -66,7 +67,13 @@ def write_atomically(path: str | os.PathLike, content: bytes | str, sync: bool =
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file, in hexadecimal digits; a file that has not changed is read once by a process."""
+    found = os.stat(path)
+    return _sha256(os.path.realpath(path), found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, size: int, changed: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

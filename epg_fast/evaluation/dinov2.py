@@ -12,7 +12,6 @@ diffusion models", 2023, with ViT-L/14.
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 import torch
@@ -20,6 +19,7 @@ import torch
 from epg_fast.evaluation.extras import import_torch_fidelity
 from epg_fast.evaluation.network import ImageNetwork, is_torchscript, load_torchscript
 from epg_fast.files import file_sha256
+from epg_fast.models.weight_files import state_sha256
 
 HUB = {f"dinov2-vit-{size}-14": f"dinov2_vit{size}14" for size in "sblg"}
 _WANTED = f"wanted one of {', '.join(HUB)}, or a TorchScript file that maps uint8 images [N, 3, H, W] to features"
@@ -53,15 +53,6 @@ class Dinov2Network(ImageNetwork):
         with torch.jit.optimized_execution(False):
             output = self._net(images)
         return output[0] if self.kind == "torch-fidelity" else output
-
-
-def state_sha256(network: torch.nn.Module) -> str:
-    """SHA-256 of a state dict: of each entry in the order of names its name, dtype, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _from_hub(name: str) -> torch.nn.Module:

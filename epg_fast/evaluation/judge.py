@@ -29,8 +29,10 @@ from epg_fast.evaluation.reference import (
 )
 from epg_fast.evaluation.rows import Judge, Rows
 from epg_fast.evaluation.small import SmallJudge, check_folders
+from epg_fast.wording import nearest
 
 log = logging.getLogger("epg_fast")
+FIGURES_TO_GO_BY = ("fid", "fd_dinov2", "frechet_distance")
 
 
 class NetworkJudge(Judge):
@@ -178,7 +180,7 @@ class NetworkJudge(Judge):
 
     @property
     def _kept(self) -> Path | None:
-        return self._cache / file_name(self._identity) if self._cache else None
+        return self._cache / file_name(self._identity | {"files": self._reference.stamp}) if self._cache else None
 
     @functools.cached_property
     def _identity(self) -> dict:
@@ -218,6 +220,16 @@ class Judges:
     def missing(self) -> dict[str, str]:
         """Figures that another reference would give: name -> the reason why this one does not."""
         return {name: reason for judge in self.judges for name, reason in judge.missing.items()}
+
+    def decisive(self, named: str | None, flag: str) -> str:
+        """The figure to go by: `named`, else the first of FIGURES_TO_GO_BY. Raises ValueError for one that is none.
+
+        flag: the flag that names it, for the message.
+        """
+        found = named or next(name for name in FIGURES_TO_GO_BY if name in self.best)
+        if found not in self.best:
+            raise ValueError(f"{flag} {found!r}{nearest(found, self.best)}: the judges have {', '.join(self.best)}")
+        return found
 
     def facts(self, figures: Mapping[str, Figure], rows: Rows, size: tuple[int, int]) -> dict:
         """What helps to read the figures of images of `size` (height, width), for JSON."""
@@ -269,7 +281,7 @@ def check_judges(config: JudgeConfig) -> None:
         check_folders(config)
     for name in by_network:
         path = Path(getattr(config, name))
-        if not path.exists() and getattr(config, name) not in HUB:
+        if not path.exists() and not (name == "dinov2" and config.dinov2 in HUB):
             raise ValueError(f"{name}: {path}: no such file or folder")
 
 

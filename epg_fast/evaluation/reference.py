@@ -16,7 +16,7 @@ from tqdm import tqdm
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.frechet import Gaussian, RunningMoments
 from epg_fast.evaluation.npz import Npz
-from epg_fast.evaluation.sources import ImageStream, NpzStream, open_stream
+from epg_fast.evaluation.sources import FolderStream, ImageStream, NpzStream, open_stream
 from epg_fast.files import file_sha256, open_atomically
 
 MOST_COMPARED = 50_000
@@ -38,6 +38,11 @@ class Reference:
     def identity(self) -> dict:
         """What tells it from other references, for JSON."""
         return self.images.identity if self.images else {"path": str(self.path), "sha256": file_sha256(self.path)}
+
+    @property
+    def stamp(self) -> str | None:
+        """What changes with the contents of a folder's files, whose names alone are its identity; None for an npz."""
+        return self.images.stamp if isinstance(self.images, FolderStream) else None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,15 @@ class FolderStream(ImageStream):
     @functools.cached_property
     def identity(self) -> dict:
         return {"path": str(self.path), "fingerprint": self._files.fingerprint()}
+
+    @functools.cached_property
+    def stamp(self) -> str:
+        """A digest of the sizes and times of the files; their contents are not read."""
+        digest = hashlib.sha256()
+        for path in self._files.paths:
+            found = os.stat(self._files.root / path)
+            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     def batches(self, batch_size, first=0, step=1):
         with ThreadPoolExecutor(_DECODERS) as pool:

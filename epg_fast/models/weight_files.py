@@ -7,6 +7,7 @@ executed: its objects other than tensors and plain values are left out.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import logging
@@ -292,3 +293,12 @@ def _whole(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
             "whole ones: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
         )
     return part
+
+
+def state_sha256(network: torch.nn.Module, about: str = "") -> str:
+    """SHA-256 of `about` and of a network's state dict: names in order, each with its dtype, shape and bytes."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -22,6 +22,7 @@ from epg_fast.environment import versions
 from epg_fast.files import OutputFolder
 from epg_fast.flags import parse
 from epg_fast.models import EPGViT, from_pretrained
+from epg_fast.models.weight_files import state_sha256
 from epg_fast.plans import PLAIN, Machine, choose_together
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
@@ -311,11 +312,7 @@ def resolved(model: torch.nn.Module, weak: torch.nn.Module | None, labels: np.nd
 
 def weights_sha256(model: torch.nn.Module) -> str:
     """SHA-256 of the model's tensors, with names, dtypes and shapes, and of its checkpoint's metadata."""
-    digest = hashlib.sha256(json.dumps(getattr(model, "metadata", {}), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return state_sha256(model, json.dumps(getattr(model, "metadata", {}), sort_keys=True))
 
 
 def drawn_with(engine: SamplingEngine, devices: list[str]) -> dict:

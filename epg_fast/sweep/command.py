@@ -46,13 +46,11 @@ from epg_fast.sweep.grid import Setting, grid
 from epg_fast.sweep.halving import FEW, Judged, cut, ranked, round_sizes
 from epg_fast.sweep.report import ends, final_commands, write_report
 from epg_fast.training.reconstruct import reconstruct_file, reconstructed_step
-from epg_fast.wording import nearest
 
 log = logging.getLogger("epg_fast")
 
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "compile", "cuda_graphs", "ops")
-_FIGURES = ("fid", "fd_dinov2", "frechet_distance")
 # Recording a graph takes longer than a batch; with so many of them it is a small part.
 _RECORDED_BATCHES = 16
 
@@ -185,7 +183,7 @@ class _Sweep:
             judges = open_judges(
                 config, size, ranks.device, folder.path / "reference", ranks, batch_size=config.batch_size
             )
-        figure = _figure(config.figure, judges.best)
+        figure = judges.decisive(config.figure, "figure")
         self._check_figure(judges, figure, size)
         with self._time("networks"):
             ranks.decide(self._make_weights)
@@ -417,15 +415,6 @@ def _requested(config: SweepConfig) -> dict:
     # what is done may be another one: a precision that the device has, and what `auto` stands for
     settings |= {f"wanted_{name}": settings.pop(name) for name in GIVES_WAY}
     return plain(finite(settings))
-
-
-def _figure(wanted: str | None, best: dict[str, str]) -> str:
-    """The figure that is decided by."""
-    if wanted is None:
-        return next((name for name in _FIGURES if name in best), next(iter(best)))
-    if wanted not in best:
-        raise ValueError(f"figure {wanted!r}{nearest(wanted, best)}: the judges have {', '.join(best)}")
-    return wanted
 
 
 def _alive(state: dict) -> list[int]:

@@ -54,8 +54,6 @@ log = logging.getLogger("epg_fast")
 FOLDER, BEST = "evaluation", "best.safetensors"
 _NAME = re.compile(r"step_(\d+)\.json")
 _EMA = "ema"
-# Of the figures that are there, the first of these is the one to go by.
-_MAIN_FIGURES = ("fid", "frechet_distance", "fd_dinov2")
 # What may go wrong with an evaluation and is no reason to end a run: files, a GPU's memory, images without figures.
 _FAILURES = (ValueError, OSError, ImportError, RuntimeError)
 _UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError)
@@ -101,7 +99,7 @@ class Evaluation(Measurement):
         c, against = self._config, self._config.reference or self._config.test
         with _untouched(self._ranks.device), _named_as_flags():
             judges = self._judges(self._ranks)
-            self._direction, self._figure = judges.best, _figure_to_go_by(c.best, judges.best)
+            self._direction, self._figure = judges.best, judges.decisive(c.best, "best")
             if c.num < judges.least:
                 raise ValueError(f"num is {c.num}, want at least {judges.least}, for as many do the judges need")
             judges.check(c.num)
@@ -332,13 +330,6 @@ class Evaluation(Measurement):
     def _ask(self) -> None:
         if self._stop():
             raise BrokenOff
-
-
-def _figure_to_go_by(named: str | None, there: dict[str, str]) -> str:
-    found = named or next((name for name in _MAIN_FIGURES if name in there), next(iter(there)))
-    if found not in there:
-        raise ValueError(f"best: got {found!r}, want a figure of these judges: {', '.join(there)}")
-    return found
 
 
 def _attempt(act: Callable) -> tuple:

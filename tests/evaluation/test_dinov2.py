@@ -50,7 +50,7 @@ def test_a_name_goes_through_torch_fidelity_and_is_told_from_others_by_its_weigh
     network = Dinov2Network("dinov2-vit-l-14", CPU)
     features = network.features(IMAGES)
     assert features.dtype == torch.float32 and torch.equal(features, IMAGES.float().mean(dim=(2, 3)) * 2)
-    digest = hashlib.sha256(b"scale torch.float32 []\n\0\0\0\x40").hexdigest()
+    digest = hashlib.sha256(b"\nscale torch.float32 []\n\0\0\0\x40").hexdigest()
     wanted = {"kind": "torch-fidelity", "path": "dinov2-vit-l-14", "sha256": digest, "num_features": 3}
     assert network.description == wanted
 

@@ -149,6 +149,27 @@ def test_unequal_numbers_are_not_compared_by_what_depends_on_the_number(files, l
     assert any("holds 60 images and" in message and "give equal numbers" in message for message in log.messages)
 
 
+def test_a_kept_reference_is_seen_anew_when_its_images_have_changed(files, monkeypatch):
+    judge_of = config(files, "flat/0000")
+
+    def open_with(folder):
+        return judge.open_judges(judge_of, (SIZE, SIZE), torch.device("cpu"), folder)
+
+    def kept():
+        return sorted(path.name for path in (files / "cache").iterdir())
+
+    open_with(files / "cache")
+    first, calls = kept(), []
+    see = judge.see
+    monkeypatch.setattr(judge, "see", lambda *arguments: calls.append(1) or see(*arguments))
+    open_with(files / "cache")
+    assert not calls and kept() == first and len(first) == 1
+    path = next((files / "flat" / "0000").iterdir())
+    path.write_bytes(path.read_bytes() + b" ")
+    open_with(files / "cache")
+    assert calls == [1] and len(kept()) == 2
+
+
 def test_what_would_say_nothing_is_refused_or_said(files, log):
     with pytest.raises(ValueError, match=r"folder holds class folders, .*; give the samples\.npz"):
         evaluate_images(config(files, samples="folder", repeats=2))

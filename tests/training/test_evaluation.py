@@ -388,7 +388,7 @@ MISTAKES = {
     "less than no steps": ({"evaluate.every": -1}, "every is -1, want at least 0"),
     "a figure that nobody computes": (
         {"evaluate.best": "fid"},
-        "evaluate: best: got 'fid', want a figure of these judges: accuracy, frechet_distance",
+        "evaluate: best 'fid': the judges have accuracy, frechet_distance",
     ),
     "a sampler that cannot be": ({"preview.steps": 1}, "heun needs at least 2 noise levels"),
     "one image": ({"evaluate.num": 1}, "num is 1, want at least 2"),
