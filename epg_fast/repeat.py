@@ -15,9 +15,9 @@ import numpy as np
 from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig
 from epg_fast.distributed import is_main, resolve_device
 from epg_fast.evaluation import evaluate_images, job
+from epg_fast.evaluation.images import open_stream
 from epg_fast.evaluation.judge import open_judges
 from epg_fast.evaluation.protocol import protocol_changes
-from epg_fast.evaluation.sources import open_stream
 from epg_fast.sampling import command as sampling
 
 log = logging.getLogger("epg_fast")

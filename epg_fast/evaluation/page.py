@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from epg_fast.evaluation.extras import import_extra
-from epg_fast.evaluation.sources import open_stream
+from epg_fast.evaluation.images import open_stream
 from epg_fast.files import flat
 
 BLACK, SERIES = "#000000", "#1f62b4"

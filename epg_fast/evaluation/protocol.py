@@ -15,8 +15,8 @@ import torch
 from epg_fast.config import JudgeConfig
 from epg_fast.environment import versions
 from epg_fast.evaluation.judge import Judges
-from epg_fast.evaluation.npz import Npz
 from epg_fast.files import flat
+from epg_fast.npz import Npz
 
 log = logging.getLogger("epg_fast")
 # Parts of names, joined by dots, that say nothing of what was done.
@@ -86,23 +86,21 @@ def sampling_record(samples: str | os.PathLike, num: int) -> dict:
 
 
 def _note(samples: Path) -> tuple[str | None, dict]:
-    source, note = _own_note(samples)
+    """(where it is, what `sample` noted), or (None, {})."""
+    source, note = None, {}
+    if not samples.is_dir():
+        file = Npz(samples)
+        if "metadata" in file.names:
+            source = f"{samples}: metadata"
+            note = _parse(source, str(file.array("metadata")))
+    else:
+        paths = [samples / "settings.json", *([samples.parent / "settings.json"] if samples.name == "png" else [])]
+        if found := next((path for path in paths if path.is_file()), None):
+            source, note = str(found), _parse(found, found.read_bytes())
     time = (samples if (samples / "settings.json").exists() else samples.parent) / "drawn_in.json"
     if note and time.is_file() and samples.name in ("samples.npz", "png"):
         note |= {"drawn_in": _parse(time, time.read_bytes())}
     return source, note
-
-
-def _own_note(samples: Path) -> tuple[str | None, dict]:
-    if not samples.is_dir():
-        file = Npz(samples)
-        if "metadata" not in file.names:
-            return None, {}
-        return f"{samples}: metadata", _parse(f"{samples}: metadata", str(file.array("metadata")))
-    for path in [samples / "settings.json", *([samples.parent / "settings.json"] if samples.name == "png" else [])]:
-        if path.is_file():
-            return str(path), _parse(path, path.read_bytes())
-    return None, {}
 
 
 def _finite_float(text: str) -> float | str:

@@ -34,6 +34,10 @@ _COMPILE = ("auto", "off", "blocks", "network")
 _SHAPES = 64
 
 
+class NotFinite(ValueError):
+    """Images that have no colour."""
+
+
 class SamplingEngine:
     """Draws images of one network with one sampler, batch after batch: `engine(labels)`, or `engine.stream(labels)`.
 
@@ -333,7 +337,7 @@ class _Arriving:
         if not self.as_uint8:
             return self.part, self.tensors[0]
         if self.tensors[1]:
-            raise ValueError("images contain NaN: the model or the sampler diverged")
+            raise NotFinite("images contain NaN: the model or the sampler diverged")
         return self.part, self.tensors[0].numpy()
 
 

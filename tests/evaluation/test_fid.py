@@ -10,7 +10,7 @@ from epg_fast.__main__ import main
 from epg_fast.config import EvaluateConfig
 from epg_fast.evaluation import evaluate_images, inception_score, judge, precision_recall
 from epg_fast.evaluation import reference as references
-from epg_fast.evaluation.inception import FeatureNetwork
+from epg_fast.evaluation.networks import Inception
 from epg_fast.evaluation.reference import open_reference
 from tests.evaluation.samples import save_npz, save_pngs
 
@@ -30,10 +30,10 @@ NOTE = {"labels": "balanced", "sampler": "heun", "steps": 18, "guidance": 1.5, "
 
 @pytest.fixture(scope="module")
 def features(tiny_inception):
-    network = FeatureNetwork(tiny_inception, torch.device("cpu"))
+    network = Inception(tiny_inception, torch.device("cpu"))
 
     def of(images):
-        return network.features_and_probabilities(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+        return (*network.rows(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).values(),)
 
     return of
 

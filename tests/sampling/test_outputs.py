@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from epg_fast.npz import write_npz
 from epg_fast.sampling import outputs
-from epg_fast.sampling.outputs import Outputs, quantize, runs, save_grid, write_npz
+from epg_fast.sampling.outputs import Outputs, quantize, save_grid
+from epg_fast.sampling.parts import runs
 
 LABELS = np.arange(10) % 3
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
@@ -26,7 +28,7 @@ def outputs_of(folder, npz=True, png=False):
 
 def put(held, *ranges):
     for start, stop in ranges:
-        assert held.add(held.save_part(start, PIXELS[start:stop]))
+        assert held.parts.add(held.save_part(start, PIXELS[start:stop]))
 
 
 def png(folder, i):
@@ -47,7 +49,7 @@ def test_batches_are_the_same_for_any_number_of_ranks_and_whole_ones_come_first(
     assert list(runs(np.array([0, 1, 4, 6, 7]))) == [range(2), range(4, 5), range(6, 8)]
     assert list(runs(np.array([], int))) == []
     held = outputs_of(tmp_path)
-    assert not held.add(range(4))  # that another rank says it has written, and that is not there
+    assert not held.parts.add(range(4))  # that another rank says it has written, and that is not there
     assert held.missing(4) == [range(4), range(4, 8), range(8, 10)] and not held.finished
     put(held, (2, 5))
     assert held.missing(4) == [range(5, 8), range(2), range(8, 10)]
@@ -65,7 +67,8 @@ def test_parts_of_several_batch_sizes_may_overlap(tmp_path):
             held.npz.unlink()
             put(held, (0, 4), (2, 6), (6, 10))
         held.finish({})
-    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10)) and not held.parts.exists()
+    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10))
+    assert not held.parts.folder.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "of another range", "beyond the end"])
@@ -91,7 +94,7 @@ def test_what_killed_commands_began_is_removed_and_other_files_are_not(tmp_path)
     held = outputs_of(tmp_path)
     assert not any(path.exists() for path in left)
     held.finish({})
-    assert all(path.exists() for path in mine) and [path.name for path in held.parts.iterdir()] == ["notes.npy"]
+    assert all(path.exists() for path in mine) and [path.name for path in held.parts.folder.iterdir()] == ["notes.npy"]
 
 
 def test_png_files_can_be_made_of_the_npz_without_drawing(tmp_path, log):
@@ -131,11 +134,12 @@ def test_broken_off_while_png_files_are_made_no_image_is_lost(tmp_path, monkeypa
         outputs_of(tmp_path, wants_npz, True).finish({})
     monkeypatch.undo()
     held = outputs_of(tmp_path, wants_npz, True)
-    assert len(list(held.parts.iterdir())) == kept and held.missing(4) == []
+    assert len(list(held.parts.folder.iterdir())) == kept and held.missing(4) == []
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "png").rglob("*.png")}
     held.finish({})
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10)) and not held.parts.exists()
+    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10))
+    assert not held.parts.folder.exists()
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -148,7 +152,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         outputs_of(tmp_path).finish({})
     held.npz.unlink()
     put(held, (0, 10))
-    held.part_path(range(10)).write_bytes(b"x")  # since the scan
+    held.parts.path(range(10)).write_bytes(b"x")  # since the scan
     with pytest.raises(ValueError, match=r"00000000_00000010.npy is damaged"):
         held.finish({})
 

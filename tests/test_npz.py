@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from epg_fast.evaluation.npz import Npz
+from epg_fast.npz import Npz
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
