@@ -40,7 +40,7 @@ _REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops"
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
 GIVES_WAY = ("precision", "parameterization", "normalization")
-_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema")
+_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema", "class_names")
 CHECKSUMS = {"weights_sha256": "checkpoint", "autoguidance_sha256": "autoguidance", "labels_sha256": "labels"}
 """Of what settings.json holds a SHA-256, and the option that says where it is."""
 # What a checkpoint says of how its weights were averaged.
@@ -85,10 +85,10 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
     labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained, names))
     options = _options(config)
     engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
-    settings |= resolved(model, weak, labels, engine)
+    settings |= resolved(model, weak, labels, engine) | ({"class_names": names} if names else {})
     using = drawn_with(engine, alike(settings, ranks))
     _require_expected(config, settings, expected or {})
-    outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
+    outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png, names)
     with suitable_threads(engine.model, engine.chosen.threads), folder:
         missing = ranks.decide(lambda: _claim(folder, outputs, engine.batch_size, settings, using))
         if missing is None:
