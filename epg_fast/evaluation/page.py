@@ -22,6 +22,7 @@ from PIL import Image
 
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import open_stream
+from epg_fast.evaluation.protocol import class_names
 from epg_fast.files import flat
 
 BLACK, SERIES = "#000000", "#1f62b4"
@@ -55,7 +56,7 @@ pre { background: var(--card); border: 1px solid var(--line); padding: .6rem .8r
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); gap: .4rem; }
 .images figure { margin: 0; }
 .images img { display: block; width: 100%; height: auto; }
-.images figcaption { font-size: .75rem; color: var(--soft); text-align: center; }
+.images figcaption { font-size: .75rem; color: var(--soft); text-align: center; overflow-wrap: anywhere; }
 .small img { image-rendering: pixelated; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
 .plots figure { margin: 0; max-width: 100%; }
@@ -85,7 +86,7 @@ def result_page(result: Mapping, path: str | os.PathLike | None = None) -> str:
     protocol = result["protocol"]
     sections = [
         section("Figures", _figures(result), _missing(result)),
-        section("Images", images(first.permute(0, 2, 3, 1).numpy(), labels)),
+        section("Images", images(first.permute(0, 2, 3, 1).numpy(), labels, class_names(result["samples"]))),
         _plots(result),
         section("Comparison", _comparison(result["compared"])) if "compared" in result else "",
         section("Repeats", _repeats(result["repeats"])) if "repeats" in result else "",
@@ -135,8 +136,8 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], kin
     )
 
 
-def images(pixels: np.ndarray, labels: Sequence[int] | None = None) -> str:
-    """A grid of uint8 images [N, H, W, 3], large ones reduced; `labels` [N] stand below them."""
+def images(pixels: np.ndarray, labels: Sequence[int] | None = None, names: Sequence[str] = ()) -> str:
+    """A grid of uint8 images [N, H, W, 3], large ones reduced; `labels` [N] and their names stand below them."""
     height, width = pixels.shape[1:3]
     scale = min(1.0, _TILE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -147,8 +148,8 @@ def images(pixels: np.ndarray, labels: Sequence[int] | None = None) -> str:
         file = io.BytesIO()
         image.save(file, "PNG", optimize=True)
         data = base64.b64encode(file.getvalue()).decode()
-        about = "" if labels is None else f", class {int(labels[i])}"
-        caption = "" if labels is None else f"<figcaption>class {int(labels[i])}</figcaption>"
+        known = "" if labels is None else _class(int(labels[i]), names)
+        about, caption = (f", {known}", f"<figcaption>{known}</figcaption>") if known else ("", "")
         source = f'src="data:image/png;base64,{data}"'
         tiles.append(
             f'<figure><img {source} width="{size[0]}" height="{size[1]}" alt="image {i}{about}">{caption}</figure>\n'
@@ -156,6 +157,10 @@ def images(pixels: np.ndarray, labels: Sequence[int] | None = None) -> str:
     reduced = "" if scale == 1 else f", reduced from {width}x{height} to {size[0]}x{size[1]} pixels"
     small = " small" if max(height, width) <= 64 else ""
     return f'{paragraph(f"The first {len(pixels)}{reduced}.")}<div class="images{small}">\n{"".join(tiles)}</div>\n'
+
+
+def _class(label: int, names: Sequence[str]) -> str:
+    return f"{label} {_escaped(names[label])}" if label < len(names) else f"class {label}"
 
 
 def picture(png: bytes, alt: str, caption: str = "") -> str:

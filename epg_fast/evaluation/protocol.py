@@ -77,12 +77,19 @@ def sampling_record(samples: str | os.PathLike, num: int) -> dict:
     ValueError for a note that is not JSON of names and values.
     """
     source, note = _note(Path(samples))
+    note.pop("class_names", None)  # of which nothing depends; see `class_names`
     if not note.keys() & set(_KEYS):
         log.warning("%s does not say how it was drawn: the result cannot be attributed to a sampler", samples)
         source, note = None, {}
     elif note.get("num", num) != num:
         log.warning("%s holds %d images, but %s is about %s", samples, num, source, note["num"])
     return dict.fromkeys(("source", "num", *_KEYS)) | note | {"source": source, "num": num}
+
+
+def class_names(samples: str | os.PathLike) -> list[str]:
+    """What the classes of samples are called, as `sample` noted it; nothing where it did not."""
+    names = _note(Path(samples))[1].get("class_names")
+    return names if isinstance(names, list) else []
 
 
 def _note(samples: Path) -> tuple[str | None, dict]:

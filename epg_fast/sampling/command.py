@@ -41,7 +41,7 @@ _REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops"
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
 GIVES_WAY = ("precision", "parameterization", "normalization")
-_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema")
+_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema", "class_names")
 CHECKSUMS = {"weights_sha256": "checkpoint", "autoguidance_sha256": "autoguidance", "labels_sha256": "labels"}
 """Of what settings.json holds a SHA-256, and the option that says where it is."""
 # What a checkpoint says of how its weights were averaged.
@@ -78,7 +78,7 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
     ranks.decide(lambda: folder.require(settings))  # before weights are read, which may take long
     model = load_generator(config.checkpoint, ranks.device)
     weak = load_generator(config.autoguidance, ranks.device) if config.autoguidance else None
-    labels = labels_of(config, model)
+    labels, names = labels_of(config, model), model.metadata.get("class_names", [])
     untrained = model.metadata.get("untrained_classes", [])
     if untrained and config.labels in ("balanced", "random"):
         left = model.num_classes - len(untrained)
@@ -86,10 +86,10 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
     own = {"steps": config.steps, "guidance": config.guidance, "interval": tuple(config.interval)}
     options = engine_options(config) | own
     engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
-    settings |= resolved(model, weak, labels, engine)
+    settings |= resolved(model, weak, labels, engine) | ({"class_names": names} if names else {})
     using = drawn_with(engine, alike(settings, ranks))
     _require_expected(config, settings, expected or {})
-    outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
+    outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png, names)
     with suitable_threads(engine.model, engine.chosen.threads), folder:
         missing = ranks.decide(lambda: _claim(folder, outputs, engine.batch_size, settings, using))
         if missing is None:

@@ -10,15 +10,16 @@ import contextlib
 import logging
 import math
 import os
+import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from epg_fast.files import open_atomically
 from epg_fast.npz import Npz, write_header, write_npz
@@ -26,7 +27,7 @@ from epg_fast.sampling.parts import Parts, cut_at_batches
 
 log = logging.getLogger("epg_fast")
 
-_GRID, _PADDING, _LARGEST_ENLARGED_TILE = 100, 2, 96
+_GRID, _PADDING, _LARGEST_ENLARGED_TILE, _CAPTION = 100, 2, 96, 14
 _CHUNK = 64
 
 
@@ -34,14 +35,14 @@ class Outputs:
     """What an output folder holds of the images 0..N-1, and what it lacks.
 
     labels: integers [N]. size: height and width in pixels. npz, png: whether samples.npz and PNG files are wanted
-    beside grid.png.
+    beside grid.png. names: of the classes, for the grid.
     """
 
-    def __init__(self, outdir: Path, labels: np.ndarray, size: int, npz: bool, png: bool):
+    def __init__(self, outdir: Path, labels: np.ndarray, size: int, npz: bool, png: bool, names: Sequence[str] = ()):
         self.labels, self.shape = labels, (size, size, 3)
         self.parts = Parts(outdir / "parts", ".npy", self._load)
         self.grid, self.npz = outdir / "grid.png", outdir / "samples.npz"
-        self._outdir, self._wants_npz, self._wants_png = outdir, npz, png
+        self._outdir, self._wants_npz, self._wants_png, self._names = outdir, npz, png, names
         self._digits = max(4, len(str(int(labels.max())))), max(6, len(str(len(labels) - 1)))
         self._has_png = np.zeros(len(labels), bool)
 
@@ -88,7 +89,7 @@ class Outputs:
         """
         if not self.grid.exists():
             images = (image for _, pixels in self._read() for image in pixels)
-            save_grid(np.stack(list(islice(images, _GRID))), self.grid)
+            save_grid(np.stack(list(islice(images, _GRID))), self.grid, captions(self.labels[:_GRID], self._names))
         if self._wants_png and not self._has_png.all():
             log.info("writing PNG files to %s", self._outdir / "png")
             with ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
@@ -169,18 +170,46 @@ def quantize(images: torch.Tensor) -> torch.Tensor:
     return levels.permute(0, 2, 3, 1).contiguous()
 
 
-def save_grid(images: np.ndarray, path: str | os.PathLike) -> None:
-    """Write uint8 images [N, H, W, 3] as the tiles of one PNG: a square of rows, on white, small images enlarged."""
+def captions(labels: Sequence[int], names: Sequence[str]) -> list[str]:
+    """What stands below images of these classes: the first of a class's names, or its number; without names nothing.
+
+    Pillow's own font has the letters of ASCII: others lose their accents, or are left out.
+    """
+    firsts = [unicodedata.normalize("NFKD", name.split(",")[0]) for name in names]
+    known = dict(enumerate(" ".join(name.encode("ascii", "ignore").decode().split()) for name in firsts))
+    return [known.get(label) or str(label) for label in map(int, labels)] if names else []
+
+
+def save_grid(images: np.ndarray, path: str | os.PathLike, below: Sequence[str] = ()) -> None:
+    """Write uint8 images [N, H, W, 3] as the tiles of one PNG: a square of rows, on white, small images enlarged.
+
+    below: a text for each, cut to its width; without any there is no room for them.
+    """
     num, height, width, _ = images.shape
     columns = math.ceil(math.sqrt(num))
     scale = max(1, _LARGEST_ENLARGED_TILE // max(height, width))
     tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    step_y, step_x = height * scale + _PADDING, width * scale + _PADDING
+    room = _CAPTION if below else 0
+    step_y, step_x = height * scale + _PADDING + room, width * scale + _PADDING
     canvas = np.full((math.ceil(num / columns) * step_y + _PADDING, columns * step_x + _PADDING, 3), 255, np.uint8)
     for index, tile in enumerate(tiles):
         top, left = index // columns * step_y + _PADDING, index % columns * step_x + _PADDING
         canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    save_png(canvas, path)
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for index, text in enumerate(below):
+        place = index % columns * step_x + _PADDING, (index // columns + 1) * step_y - room
+        draw.text(place, _fitting(draw, text, width * scale), fill=(0, 0, 0))
+    save_png(np.asarray(picture), path)
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """As much of a text as fits."""
+    shown = text
+    while text and draw.textlength(shown) > width:
+        text = text[:-1]
+        shown = f"{text}.."
+    return shown
 
 
 def save_png(image: np.ndarray, path: str | os.PathLike) -> None:

@@ -117,6 +117,20 @@ def test_images_are_those_of_the_file_and_say_what_they_are(judged):
         assert (image["width"], image["height"]) == ("32", "32")
 
 
+def test_classes_have_the_names_that_the_samples_say_in_captions_alone(judged):
+    folder, words = judged
+    names = ["tench, Tinca tinca", NASTY, *map(str, range(7))]  # one too few
+    save_npz(pictures(0, 60), np.arange(60) % 10, folder / "s.npz", **NOTE, class_names=names)
+    run(*words, "--output", folder / "result.json")
+    text, parsed = read(folder)
+    assert [image["alt"] for image in parsed.of("img")[8:12]] == [
+        *("image 8, 8 6", "image 9, class 9"),
+        *("image 10, 0 tench, Tinca tinca", f"image 11, 1 {NASTY}"),
+    ]
+    assert "<figcaption>0 tench, Tinca tinca</figcaption>" in text
+    assert "class_names" not in json.loads((folder / "result.json").read_text())["protocol"]["sampling"]
+
+
 def test_large_images_are_reduced():
     text = page.images(pictures(0, 3, size=300))
     first = Page(text).of("img")[0]

@@ -109,6 +109,21 @@ def test_the_folder_says_what_it_holds(finished, checkpoint):
     assert Image.open(whole / "grid.png").width > 3 * 96
 
 
+def test_names_of_classes_are_below_the_grid_and_in_the_note(command, finished, tmp_path):
+    """A folder that was begun before names were noted goes on."""
+    state, metadata = load_weights(command[command.index("--checkpoint") + 1])
+    save_weights(tmp_path / "named.safetensors", state, metadata | {"class_names": [f"kind {i}" for i in range(10)]})
+    named = [*command, "--checkpoint", str(tmp_path / "named.safetensors"), "--outdir", str(tmp_path / "s")]
+    stopped_at(outputs, "save_grid", named)
+    settings = json.loads((tmp_path / "s/settings.json").read_text())
+    assert settings.pop("class_names") == [f"kind {i}" for i in range(10)]
+    (tmp_path / "s/settings.json").write_text(json.dumps(settings))
+    assert main(named) == 0
+    assert np.array_equal(arrays(tmp_path / "s")[0], arrays(finished)[0])
+    with Image.open(tmp_path / "s/grid.png") as grid, Image.open(finished / "grid.png") as bare:
+        assert grid.width == bare.width and grid.height > bare.height + 30
+
+
 @pytest.mark.parametrize("classes", [10, 0])
 def test_the_error_of_a_precision_is_measured_once_on_the_first_images(command, tmp_path, monkeypatch, classes):
     checkpoint = write_checkpoint(tmp_path / "model.safetensors", num_classes=classes)
@@ -225,7 +240,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(command, tmp_path, capsys, lim
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "save_grid", lambda images, path: path.touch())  # which is too large as well
+        patch.setattr(outputs, "save_grid", lambda images, path, *_: path.touch())  # which is too large as well
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             assert main(arguments) == 1

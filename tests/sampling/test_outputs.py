@@ -13,7 +13,7 @@ from PIL import Image
 
 from epg_fast.npz import write_npz
 from epg_fast.sampling import outputs
-from epg_fast.sampling.outputs import Outputs, quantize, save_grid
+from epg_fast.sampling.outputs import Outputs, captions, quantize, save_grid
 from epg_fast.sampling.parts import runs
 
 LABELS = np.arange(10) % 3
@@ -195,6 +195,31 @@ def test_a_grid_places_each_pixel_where_a_hand_count_puts_it(tmp_path):
     want[2:98, 2:98] = want[2:98, 100:196] = want[100:196, 2:98] = 0
     want[2:6, 6:10], want[94:98, 100:104], want[120:124, 22:26] = (200, 0, 0), (0, 200, 0), (0, 0, 200)
     assert np.array_equal(grid, want)
+
+
+def test_names_of_classes_stand_below_the_tiles_whose_pixels_stay(tmp_path):
+    """Of a synonym set the first; accents go, and what the font has no letters for is a number."""
+    names = ["tench, Tinca tinca", "fünf", "七", "a name \n that is far too long for 96 pixels"]
+    assert (below := captions(np.array([3, 1, 2, 0, 9]), names)) == [
+        "a name that is far too long for 96 pixels",
+        *("funf", "2", "tench", "9"),
+    ]
+    assert captions([0, 1], []) == []
+    images = np.full((5, 32, 32, 3), 128, np.uint8)
+    save_grid(images, tmp_path / "bare.png")
+    save_grid(images, tmp_path / "named.png", below)
+    bare, named = pixels_of(tmp_path / "bare.png"), pixels_of(tmp_path / "named.png")
+    rows, columns = 2, 3
+    room, odd = divmod(named.shape[0] - bare.shape[0], rows)
+    assert named.shape[1] == bare.shape[1] and room > 10 and not odd
+    for row in range(rows):
+        top = 2 + row * (98 + room)
+        assert np.array_equal(named[top : top + 96], bare[2 + row * 98 : 98 + row * 98])
+        texts = named[top + 96 : top + 96 + room, 2:].reshape(room, columns, 98, 3)
+        for column in range(columns):
+            inked = (texts[:, column].min(axis=(0, 2)) < 128).nonzero()[0]
+            assert len(inked) if row * columns + column < 5 else not len(inked)
+            assert not len(inked) or inked.max() < 96  # the long one does not reach into the next tile
 
 
 @pytest.mark.parametrize(("size", "tile"), [(8, 96), (28, 84), (32, 96), (40, 80), (64, 64), (96, 96), (128, 128)])
