@@ -17,6 +17,7 @@ from PIL import Image
 
 from epg_fast.__main__ import main
 from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConfig
+from epg_fast.evaluation import page
 from epg_fast.evaluation.figures import difference
 from epg_fast.evaluation.judge import open_judges
 from epg_fast.flags import parse
@@ -24,7 +25,6 @@ from epg_fast.models import from_pretrained, load_weights
 from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sweep import command as command_module
-from epg_fast.sweep import report
 from epg_fast.sweep.command import sweep_labels
 from epg_fast.sweep.folder import SweepFolder
 from epg_fast.training.reconstruct import reconstruct
@@ -63,8 +63,8 @@ def finished(command, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _nothing_rendered(monkeypatch):
     """Plots take as long as the rest; those of `finished` are whole, and test_report.py has the others."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(report, "_png", lambda figure: pyplot.close(figure) or b"")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(page, "drawn", lambda *_, **__: b"")
 
 
 @pytest.fixture
@@ -177,9 +177,9 @@ def test_the_folder_says_what_is_best_and_holds_nothing_else(finished):
     files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()} - {".lock"}
     assert files == {"sweep.json", "sweep.md", "sweep.html", "guidance.png", "interval.png", "steps.png"}
     text, state = (finished / "sweep.md").read_text(), found(finished)
-    page = (finished / "sweep.html").read_text()
-    assert page.count("data:image/png") == 3 and html.escape(state["protocol"]["text"]) in page
-    assert state["protocol"]["sampling"]["weights_sha256"] == state["settings"]["weights_sha256"] and "http" not in page
+    shown = (finished / "sweep.html").read_text()
+    assert shown.count("data:image/png") == 3 and html.escape(state["protocol"]["text"]) in shown
+    assert state["protocol"]["sampling"]["weights_sha256"] == state["settings"]["weights_sha256"]
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(rows) == 2 + sum(len(this["order"]) for this in state["rounds"])
     best = state["grid"][state["result"]]
@@ -223,7 +223,7 @@ def test_killed_at_any_moment_the_same_command_finds_the_same(command, finished,
     flags = ["--batch_size", "12", "--guidance", "1,3,6,9", "--interval", "0.1-20", "--steps", "3", "--first", "12"]
     commands = [[*command, *flags, "--outdir", str(tmp_path / name)] for name in ("whole", "killed")]
     assert main(commands[0]) == 0
-    modules = ["epg_fast.sweep.command", "matplotlib.pyplot", "sklearn.svm"]
+    modules = ["epg_fast.sweep.command", "matplotlib.figure", "sklearn.svm"]
     done = subprocess.run(
         [sys.executable, KILLER, json.dumps(commands[1:]), *modules], capture_output=True, text=True, env=environment()
     )
