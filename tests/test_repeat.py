@@ -1,11 +1,8 @@
 """`evaluate --protocol`: a result is repeated to the last bit, and whatever is not as it was is named."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from epg_fast.__main__ import main
 from epg_fast.evaluation.protocol import protocol_changes
 from epg_fast.repeat import compared
 from epg_fast.sampling.outputs import Outputs
-from tests.commands import fails, run, snapshot
+from tests.commands import ask_to_stop, fails, on_two_ranks, run, snapshot
 from tests.conftest import TinyInception
 from tests.evaluation.samples import save_npz
 from tests.sampling.conftest import write_checkpoint
@@ -93,7 +90,7 @@ def test_the_protocol_says_how_images_were_drawn_and_judged(original):
         "precision": "fp32",
     }
     assert protocol["sampling"].items() >= (drawn | {"ema": {"step": 7, "ema_decay": 0.99}}).items()
-    assert protocol["sampling"]["drawn_in"]["images"] == 12 and protocol["judging"]["seconds"] > 0
+    assert protocol["judging"]["seconds"] > 0
     assert protocol["judging"]["settings"]["splits"] == 3 and protocol["judging"]["bootstrap"] == 4
     network = protocol["judging"]["judges"]["inception"]
     assert len(network["network"]["sha256"]) == len(network["reference"]["sha256"]) == 64
@@ -119,27 +116,16 @@ def test_a_result_is_repeated_to_the_last_bit(original, again, tmp_path, capsys)
 
 
 def test_an_interrupted_repeat_goes_on(again, tmp_path, monkeypatch, original):
-    save, drawn = Outputs.save_part, []
-
-    def stop_after_one(held, start, pixels):
-        drawn.append(start)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return save(held, start, pixels)
-
-    monkeypatch.setattr(Outputs, "save_part", stop_after_one)
-    assert main(again) == 128 + signal.SIGTERM and not (tmp_path / "now.json").exists()
-    monkeypatch.setattr(Outputs, "save_part", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(Outputs, "save_part", ask_to_stop)
+        assert main(again) == 128 + signal.SIGTERM and not (tmp_path / "now.json").exists()
     run(*again)
     assert np.array_equal(images(tmp_path / "again"), images(original / "drawn"))
 
 
 @pytest.mark.slow
 def test_two_ranks_share_the_drawing_and_one_judges(original, again, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, "epg_fast", *again], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    repeated = json.loads(done.stdout)["repeated"]
+    repeated = json.loads(on_two_ranks(again).stdout)["repeated"]
     assert repeated["protocol"] == ["sampling.drawn_with.processes was 1, now 2"]
     assert np.array_equal(images(tmp_path / "again"), images(original / "drawn"))
 
@@ -202,7 +188,7 @@ def test_every_difference_of_two_protocols_is_named(original):
     before = json.loads((original / "result.json").read_text())["protocol"]
     now = json.loads(json.dumps(before))
     assert protocol_changes(before, now) == []
-    now["sampling"] |= {"guidance": 2.5, "weights_sha256": "other", "checkpoint": "elsewhere", "drawn_in": None}
+    now["sampling"] |= {"guidance": 2.5, "weights_sha256": "other", "checkpoint": "elsewhere"}
     now["sampling"]["drawn_with"][-1] |= {"device": "another GPU", "torch": "9.9", "batch_size": 1}
     now["judging"]["judges"]["inception"]["reference"] |= {"sha256": "other", "path": "elsewhere"}
     now["judging"] |= {"seconds": 0, "bootstrap": 0}
@@ -221,7 +207,7 @@ def test_every_difference_of_two_protocols_is_named(original):
 
 def test_figures_that_only_one_of_two_results_has_are_left_out():
     protocol = {"sampling": {}, "judging": {}, "versions": {}}
-    before = {"figures": {"fid": 3.0, "gone": 1.0}, "spread": {"fid": None}, "protocol": protocol}
+    before = {"fid": 3.0, "gone": 1.0, "spread": {"fid": None}, "samples": "none", "protocol": protocol}
     now = {"fid": 5.0, "kid": 1.0, "spread": {"fid": 0.1, "kid": 0.1}, "samples": "none", "protocol": protocol}
     figures = compared(before, now)["figures"]
     assert figures == {"fid": {"then": 3, "now": 5, "spread": [None, 0.1], "difference": 2, "standard_errors": None}}

@@ -20,7 +20,7 @@ from epg_fast.npz import Npz
 
 log = logging.getLogger("epg_fast")
 # Parts of names, joined by dots, that say nothing of what was done.
-_NO_CHANGE = {"source", "checkpoint", "path", "seconds", "drawn_in", "settings", "precision_error"}
+_NO_CHANGE = {"source", "checkpoint", "path", "seconds", "settings", "precision_error"}
 _KEYS = ("labels", "sampler", "steps", "evaluations", "guidance", "interval", "precision", "seed", "checkpoint")
 
 
@@ -72,9 +72,8 @@ def sampling_record(samples: str | os.PathLike, num: int) -> dict:
     The note is the entry `metadata` of an npz file; for a folder it is the settings.json in it, or beside it if the
     folder is the `png` of `sample`. Keys: `source` (where the note is), `num`, `labels` (the label protocol),
     `sampler`, `steps`, `evaluations` (network evaluations per image), `guidance`, `interval`, `precision`, `seed` and
-    `checkpoint`, null where the note says nothing, then whatever else it says, and `drawn_in` (seconds) where the
-    folder of `sample` has it. Without a note that has one of these all are null and a warning is logged. Raises
-    ValueError for a note that is not JSON of names and values.
+    `checkpoint`, null where the note says nothing, then whatever else it says. Without a note that has one of these all
+    are null and a warning is logged. Raises ValueError for a note that is not JSON of names and values.
     """
     source, note = _note(Path(samples))
     note.pop("class_names", None)  # of which nothing depends; see `class_names`
@@ -94,20 +93,13 @@ def class_names(samples: str | os.PathLike) -> list[str]:
 
 def _note(samples: Path) -> tuple[str | None, dict]:
     """(where it is, what `sample` noted), or (None, {})."""
-    source, note = None, {}
     if not samples.is_dir():
-        file = Npz(samples)
-        if "metadata" in file.names:
-            source = f"{samples}: metadata"
-            note = _parse(source, str(file.array("metadata")))
-    else:
-        paths = [samples / "settings.json", *([samples.parent / "settings.json"] if samples.name == "png" else [])]
-        if found := next((path for path in paths if path.is_file()), None):
-            source, note = str(found), _parse(found, found.read_bytes())
-    time = (samples if (samples / "settings.json").exists() else samples.parent) / "drawn_in.json"
-    if note and time.is_file() and samples.name in ("samples.npz", "png"):
-        note |= {"drawn_in": _parse(time, time.read_bytes())}
-    return source, note
+        file, source = Npz(samples), f"{samples}: metadata"
+        return (source, _parse(source, str(file.array("metadata")))) if "metadata" in file.names else (None, {})
+    for path in [samples / "settings.json", *([samples.parent / "settings.json"] if samples.name == "png" else [])]:
+        if path.is_file():
+            return str(path), _parse(path, path.read_bytes())
+    return None, {}
 
 
 def _finite_float(text: str) -> float | str:

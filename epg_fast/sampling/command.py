@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +35,7 @@ log = logging.getLogger("epg_fast")
 # Ranks meet only before the first image and after the last, and a slow one may have hours more to do. A rank that dies
 # closes its connections, which the others notice at once.
 PATIENCE = datetime.timedelta(days=30)
-_ERROR, _TIME = "precision.json", "drawn_in.json"
+_ERROR = "precision.json"
 _REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops": PLAIN}
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
@@ -103,12 +102,8 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
                 folder.write(_ERROR, _precision_error(config, engine, reference, labels, number))
                 del reference
             del model, weak  # of which the engine may have a copy in 16 bits
-            begun = time.perf_counter()
             _draw(engine, outputs, missing, config.seed, ranks)
             if ranks.main:
-                if missing:  # not in samples.npz, of which the same command makes the same bytes
-                    spent = {"seconds": time.perf_counter() - begun, "images": sum(map(len, missing))}
-                    folder.write(_TIME, spent)
                 error = folder.read(_ERROR)
                 outputs.finish(folder.read() | ({"precision_error": error} if error else {}))
                 log.info("%d images in %s", len(labels), folder.path)
@@ -169,8 +164,7 @@ def _claim(folder: SampleFolder, outputs: Outputs, batch_size: int, settings: di
         return None
     missing = outputs.missing(batch_size)
     if not folder.begun:
-        for name in (_ERROR, _TIME):  # of other settings, perhaps
-            (folder.path / name).unlink(missing_ok=True)
+        (folder.path / _ERROR).unlink(missing_ok=True)  # of other settings, perhaps
     if missing:
         folder.note(settings, using)
     return missing

@@ -46,17 +46,6 @@ def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, log):
     assert not log.messages
 
 
-def test_how_long_drawing_took_lies_beside_the_note(samples):
-    assert "drawn_in" not in sampling_record(samples / "out" / "png", 6)
-    for folder in (samples, samples / "out"):
-        (folder / "drawn_in.json").write_text('{"seconds": 3.5, "images": 6}')
-    assert sampling_record(samples / "out" / "png", 6)["drawn_in"] == {"seconds": 3.5, "images": 6}
-    assert "drawn_in" not in sampling_record(samples / "noted.npz", 6)  # which may have been moved there
-    (samples / "noted.npz").rename(samples / "samples.npz")
-    assert sampling_record(samples / "samples.npz", 6)["drawn_in"]["seconds"] == 3.5
-    (samples / "samples.npz").unlink()
-
-
 def test_what_sample_notes_fills_the_record(tmp_path, log):
     config = SampleConfig(checkpoint="runs/x", outdir=str(tmp_path), num=2, guidance=2.5)
     sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_depth": 1, "decoder_embed_dim": 48}

@@ -112,18 +112,6 @@ def test_png_files_can_be_made_of_the_npz_without_drawing(tmp_path, log):
     assert outputs_of(tmp_path, png=True).finished and not any("again" in line for line in log.messages)
 
 
-def test_images_that_only_png_files_hold_are_drawn_again_where_they_are_needed(tmp_path, log):
-    put(outputs_of(tmp_path), (0, 10))
-    outputs_of(tmp_path, npz=False, png=True).finish({})
-    png(tmp_path, 4).unlink()
-    assert outputs_of(tmp_path, npz=False, png=True).missing(4) == [range(4, 5)]
-    assert not any("again" in line for line in log.messages)
-    assert outputs_of(tmp_path).missing(4) == [range(4), range(4, 8), range(8, 10)]
-    assert log.messages[-1] == "9 images are drawn again: PNG files of them are not read back"
-    (tmp_path / "grid.png").unlink()
-    assert sum(map(len, outputs_of(tmp_path, npz=False, png=True).missing(4))) == 10
-
-
 @pytest.mark.parametrize(("wants_npz", "kept"), [(True, 3), (False, 1)])
 def test_broken_off_while_png_files_are_made_no_image_is_lost(tmp_path, monkeypatch, wants_npz, kept):
     """Parts that no npz needs go one by one, so that the disk holds few images twice."""
@@ -176,15 +164,6 @@ def test_rounding_is_nearest_with_ties_up_values_outside_are_clamped_and_channel
     assert quantize(images)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 2, 254, 255, 255, 255]
 
 
-def test_conversion_agrees_with_torchvision_and_leaves_its_input_alone(tmp_path):
-    utils = pytest.importorskip("torchvision.utils")
-    images = torch.rand(1, 3, 9, 7) * 1.4 - 0.2
-    before = images.clone()
-    utils.save_image(images, tmp_path / "image.png", padding=0)
-    assert np.array_equal(quantize(images)[0], pixels_of(tmp_path / "image.png"))
-    assert torch.equal(images, before)
-
-
 def test_a_grid_places_each_pixel_where_a_hand_count_puts_it(tmp_path):
     """Two columns of tiles of 48 x 48, each pixel four times as long and two pixels of white between."""
     images = np.zeros((3, 24, 24, 3), np.uint8)
@@ -222,7 +201,7 @@ def test_names_of_classes_stand_below_the_tiles_whose_pixels_stay(tmp_path):
             assert not len(inked) or inked.max() < 96  # the long one does not reach into the next tile
 
 
-@pytest.mark.parametrize(("size", "tile"), [(8, 96), (28, 84), (32, 96), (40, 80), (64, 64), (96, 96), (128, 128)])
+@pytest.mark.parametrize(("size", "tile"), [(28, 84), (64, 64), (128, 128)])
 def test_small_images_are_enlarged_and_large_ones_are_not(tmp_path, size, tile):
     save_grid(np.zeros((1, size, size, 3), np.uint8), tmp_path / "grid.png")
     assert pixels_of(tmp_path / "grid.png").shape == (tile + 4, tile + 4, 3)

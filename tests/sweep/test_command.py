@@ -1,12 +1,11 @@
 """The `sweep` command: what it finds, whoever drew it and however often it was stopped."""
 
+import contextlib
 import html
 import json
-import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,9 +27,17 @@ from epg_fast.sweep import command as command_module
 from epg_fast.sweep.command import sweep_labels
 from epg_fast.sweep.folder import SweepFolder
 from epg_fast.training.reconstruct import reconstruct
-from tests.commands import fails, held_by_another_process, snapshot
+from tests.commands import (
+    Kept,
+    ask_to_stop,
+    fails,
+    full_disk,
+    held_by_another_process,
+    on_two_ranks,
+    python,
+    snapshot,
+)
 from tests.sampling.conftest import write_checkpoint
-from tests.sampling.test_command import ask_to_stop, environment
 from tests.training.runs import run_command
 
 KILLER = Path(__file__).parents[1] / "sampling" / "kill_everywhere.py"
@@ -74,17 +81,12 @@ def whole(finished, tmp_path):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """(setting, images) of the rows that are kept; `saved.stop[n]` is done when there are n."""
-
-    class Saved(list):
-        stop = {}
-
-    kept, save = Saved(), SweepFolder.save
+    """(setting, images) of the rows that are kept."""
+    kept, save = Kept(), SweepFolder.save
 
     def note(folder, number, images, rows, seconds):
         save(folder, number, images, rows, seconds)
         kept.append((number, images))
-        kept.stop.pop(len(kept), lambda: None)()
 
     monkeypatch.setattr(SweepFolder, "save", note)
     return kept
@@ -224,10 +226,7 @@ def test_killed_at_any_moment_the_same_command_finds_the_same(command, finished,
     commands = [[*command, *flags, "--outdir", str(tmp_path / name)] for name in ("whole", "killed")]
     assert main(commands[0]) == 0
     modules = ["epg_fast.sweep.command", "matplotlib.figure", "sklearn.svm"]
-    done = subprocess.run(
-        [sys.executable, KILLER, json.dumps(commands[1:]), *modules], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = python(KILLER, json.dumps(commands[1:]), *modules)
     assert min(json.loads(done.stdout.splitlines()[-1])) >= 6
     assert found(tmp_path / "killed") == found(tmp_path / "whole")
     assert snapshot(tmp_path / "killed").keys() == snapshot(tmp_path / "whole").keys()
@@ -302,13 +301,10 @@ def test_damaged_rows_are_named_and_drawn_again(command, finished, tmp_path, sav
 def test_a_full_disk_is_named_and_nothing_is_lost(command, finished, tmp_path, capsys, saved, after, failing):
     """While rows are written, and when the first round is decided."""
     arguments = [*command, "--outdir", str(tmp_path / "s")]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    saved.stop = {after: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))}
     capsys.readouterr()
-    try:
+    with contextlib.ExitStack() as stack:
+        saved.stop = {after: lambda: stack.enter_context(full_disk(200))}
         code = main(arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 1 and f"{failing}: File too large; what is finished stays" in said and "goes on" in said
     assert len(saved) == after and not list((tmp_path / "s").rglob("*.tmp"))
@@ -441,11 +437,7 @@ def test_two_ranks_find_what_one_finds(command, tiny_inception, tmp_path, saved)
     saved.stop = {len(saved) + 7: ask_to_stop}
     assert main([*arguments, str(tmp_path / "two")]) == 128 + signal.SIGTERM
     shutil.rmtree(tmp_path / "two" / "reference")  # which the ranks then share
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    done = subprocess.run(
-        [*launch, "epg_fast", *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_two_ranks([*arguments, tmp_path / "two"])
     assert "sweep (2 processes): 100%" in done.stderr and "160/160" in done.stderr
     one, two = found(tmp_path / "one"), found(tmp_path / "two")
     assert one["rounds"][0]["order"] == two["rounds"][0]["order"] and one["result"] == two["result"]
