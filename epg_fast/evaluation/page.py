@@ -258,8 +258,6 @@ def _plots(result: Mapping) -> str:
     draw = [partial(_curve_plot, result, name) for name in result if name.endswith("_infinity_curve")]
     suffixes = [name.removeprefix("precision") for name in result["spread"] if name.startswith("precision")]
     draw += [partial(_cover_plot, result, s) for s in suffixes if {f"precision{s}", f"recall{s}"} <= there]
-    if "repeats" in result:
-        draw.append(partial(_repeats_plot, result["repeats"], next(iter(result["spread"]))))
     if not draw:
         return ""
     try:
@@ -303,20 +301,6 @@ def _cover_plot(result: Mapping, suffix: str) -> str:
 
     alt = f"{names[1]} {values[1]:.4g}, {names[0]} {values[0]:.4g}"
     return picture(drawn(draw, 3.4, 3), alt, f"{names[1]} and {names[0]}, with their spreads")
-
-
-def _repeats_plot(repeats: Mapping, name: str) -> str:
-    values, mean = repeats[name]["values"], repeats[name]["mean"]
-
-    def draw(panels):
-        axes, parts = panels[0, 0], range(1, len(values) + 1)
-        axes.axhline(mean, color="C0", linewidth=1)
-        axes.plot(parts, values, "C0o")
-        axes.set_xticks(parts)
-        axes.set(xlabel="part", ylabel=name, xlim=(0.5, len(values) + 0.5))
-
-    alt = f"{name} of {len(values)} parts: {', '.join(map(_number, values))}"
-    return picture(drawn(draw, 3.4, 3), alt, f"{name} of each part, and their mean")
 
 
 def _command(result: Mapping, path: str | os.PathLike | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from epg_fast.config import JudgeConfig
 from epg_fast.environment import versions
 from epg_fast.evaluation.judge import Judges
-from epg_fast.files import flat
+from epg_fast.files import as_json, flat
 from epg_fast.npz import Npz
 
 log = logging.getLogger("epg_fast")
@@ -102,14 +101,9 @@ def _note(samples: Path) -> tuple[str | None, dict]:
     return None, {}
 
 
-def _finite_float(text: str) -> float | str:
-    return value if math.isfinite(value := float(text)) else text
-
-
 def _parse(source: str | os.PathLike, text: str | bytes) -> dict:
     try:
-        # Strict JSON, which the result becomes, has no word for what is not finite.
-        note = json.loads(text, parse_constant=str, parse_float=_finite_float)
+        note = as_json(json.loads(text))
     except ValueError as error:
         raise ValueError(f"{source} is not JSON ({error}); mend or remove it") from error
     if not isinstance(note, dict):

@@ -1,12 +1,9 @@
 """`evaluate --reference`: figures against independent computations, what is recorded, and every unsuitable file."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from epg_fast.__main__ import main
 from epg_fast.config import EvaluateConfig
 from epg_fast.evaluation import evaluate_images, inception_score, judge, precision_recall
 from epg_fast.evaluation import reference as references
@@ -185,19 +182,12 @@ MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)
     [
         ({"images": REAL}, r"expected arr_0 \(images\), or mu and sigma \(statistics\), found \['images'\]"),
         ({"mu": MU}, r"expected sigma, found \['mu'\]"),
-        ({"arr_0": REAL, "sigma": SIGMA}, "expected mu, found"),
         ({"mu": np.zeros(5), "sigma": SIGMA}, r"mu must be floating point \[6\].* got float64 \[5\]"),
-        ({"mu": MU, "sigma": SIGMA[:5]}, r"sigma must be floating point \[6, 6\].* got float64 \[5, 6\]"),
-        ({"mu": MU.astype(int), "sigma": SIGMA}, r"got int64 \[6\]"),
         ({"mu": MU * np.nan, "sigma": SIGMA}, "mu holds values that are not finite"),
-        ({"mu": MU, "sigma": SIGMA * np.inf}, "sigma holds values that are not finite"),
         ({"mu": MU, "sigma": SIGMA + np.eye(6, k=1)}, "sigma is not symmetric"),
         ({"mu": MU, "sigma": -np.eye(6)}, "sigma has variances below 0"),
-        ({"mu": np.array([None] * 6), "sigma": SIGMA}, "mu holds Python objects"),
         ({"arr_0": REAL[:, :7]}, "its images are 8x7, the samples 8x8; take a reference of the samples' size"),
         ({"arr_0": REAL, "mu": np.zeros(2048), "sigma": SIGMA}, r"got float64 \[2048\]; take statistics of this"),
-        ({"arr_0": REAL[:0]}, "N > 0"),
-        ({"arr_0": REAL / 255}, "must be uint8"),
         ({"arr_0": REAL[:3]}, "holds 3 images, want more than the 3 neighbours"),
     ],
 )
@@ -231,19 +221,3 @@ def test_float32_statistics_become_float64(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.ones(6, np.float32), sigma=sigma)
     mean, covariance = open_reference(tmp_path / "stats.npz", 6, (8, 8)).statistics
     assert mean.dtype == covariance.dtype == np.float64 and np.array_equal(covariance, sigma)
-
-
-def test_the_command_prints_and_writes_what_was_found(files, capsys):
-    out = files / "new" / "result.json"
-    words = ["evaluate", "--device", "cpu", "--output", str(out)]
-    for name, file in (("samples", "samples.npz"), ("reference", "folder"), ("inception", "inception.pt")):
-        words += [f"--{name}", str(files / file)]
-    assert main(words) == 0
-    result = json.loads(out.read_text())
-    assert json.loads(capsys.readouterr().out) == result
-    assert result.pop("settings")["splits"] == 10
-    assert main(words) == 0
-    for again in (json.loads(out.read_text()), json.loads(json.dumps(evaluate_images(config(files, "folder"))))):
-        again["protocol"]["judging"]["seconds"] = result["protocol"]["judging"]["seconds"]
-        again.pop("settings", None)
-        assert again == result

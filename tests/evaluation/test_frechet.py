@@ -13,10 +13,6 @@ def covariance(rng, dim, rank=None):
     return factors @ factors.T / factors.shape[1]
 
 
-def test_one_dimensional_gaussians_have_a_closed_form():
-    assert frechet_distance([1.0], [[4.0]], [4.0], [[25.0]]) == pytest.approx((1 - 4) ** 2 + (2 - 5) ** 2, rel=1e-12)
-
-
 def test_agrees_with_the_matrix_root_of_scipy():
     rng = np.random.default_rng(1)
     cov1, cov2, mean1, mean2 = covariance(rng, 20), covariance(rng, 20), rng.normal(size=20), rng.normal(size=20)
@@ -33,16 +29,6 @@ def test_singular_covariances_keep_the_closed_form():
     # times, doubled.
     error = 2 * 3 * 2 * np.sqrt(4 * np.finfo(float).eps * (u @ u) * (v @ v))
     assert frechet_distance(zero, np.outer(u, u), zero, np.outer(v, v)) == pytest.approx(expected, abs=error)
-
-
-def test_distance_is_symmetric_and_zero_for_equal_gaussians():
-    rng = np.random.default_rng(2)
-    mean, cov1, cov2 = rng.normal(size=12), covariance(rng, 12, rank=4), covariance(rng, 12)
-    there, back = frechet_distance(mean, cov1, -mean, cov2), frechet_distance(-mean, cov2, mean, cov1)
-    # 8 eigenvalues of 0, each known to 12 eps of the largest; the root of that counts twice, on either side
-    error = 2 * 2 * 8 * np.sqrt(12 * np.finfo(float).eps * np.linalg.norm(cov1, 2) * np.linalg.norm(cov2, 2))
-    assert there == pytest.approx(back, abs=error)
-    assert frechet_distance(mean, cov2, mean, cov2) == pytest.approx(0, abs=1e-12)
 
 
 def test_shapes_and_values_that_cannot_be_are_refused():

@@ -97,7 +97,7 @@ def test_the_page_shows_images_figures_plots_and_the_protocol(judged):
     assert all(cell.get("scope") in ("row", "col") for cell in parsed.of("th"))
     assert len(parsed.of("caption")) == len(parsed.of("table"))
     drawings = parsed.of("img")[48:]
-    assert len(drawings) == 3 and f"{result['fid_infinity']:.4g} at infinity" in drawings[0]["alt"]
+    assert len(drawings) == 2 and f"{result['fid_infinity']:.4g} at infinity" in drawings[0]["alt"]
     for drawing in drawings:
         pixels = np.asarray(shown(drawing).convert("L"))
         assert min(pixels.shape) > 300 and len(np.unique(pixels)) > 20

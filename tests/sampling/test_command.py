@@ -40,6 +40,12 @@ def command(checkpoint):
     return ["sample", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
 
 
+@pytest.fixture
+def arguments(command, tmp_path):
+    """That command with a folder for one test, `s`."""
+    return [*command, "--outdir", str(tmp_path / "s")]
+
+
 @pytest.fixture(scope="session")
 def finished(command, tmp_path_factory):
     """The folder of that command, with PNG files."""
@@ -131,8 +137,7 @@ def test_the_error_of_a_precision_is_measured_once_on_the_first_images(command, 
     assert arrays(tmp_path / "s")[2]["precision_error"] == found
 
 
-def test_a_folder_without_images_takes_other_settings_and_keeps_no_error_of_the_first(command, tmp_path):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_a_folder_without_images_takes_other_settings_and_keeps_no_error_of_the_first(arguments, tmp_path):
     stopped_at(command_module, "_draw", [*arguments, "--precision", "bf16", "--steps", "3"])
     assert json.loads((tmp_path / "s" / "precision.json").read_text())["precision"] == "bf16"
     assert main([*arguments, "--precision", "fp8"]) == 0
@@ -162,8 +167,7 @@ def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(comman
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_keeps_what_is_finished(command, finished, tmp_path, capsys, drawn, number):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_a_signal_keeps_what_is_finished(arguments, finished, tmp_path, capsys, drawn, number):
     before = signal.getsignal(signal.SIGTERM)
 
     def twice():
@@ -189,8 +193,7 @@ def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(command, fi
     assert snapshot(tmp_path / "s") == snapshot(finished)
 
 
-def test_another_batch_size_goes_on_and_is_noted(command, finished, tmp_path, drawn):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_another_batch_size_goes_on_and_is_noted(arguments, finished, tmp_path, drawn):
 
     def crash():
         raise RuntimeError("out of memory")
@@ -221,8 +224,7 @@ def test_outputs_are_chosen_and_completed(command, finished, tmp_path, capsys, d
 
 
 @pytest.mark.parametrize(("limit", "failing", "parts"), [(8000, "00000000_00000003.npy", 0), (20000, "samples.npz", 3)])
-def test_a_full_disk_is_named_and_nothing_is_lost(command, tmp_path, capsys, limit, failing, parts):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_a_full_disk_is_named_and_nothing_is_lost(arguments, tmp_path, capsys, limit, failing, parts):
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, full_disk(limit):
         patch.setattr(outputs, "save_grid", lambda images, path, *_: path.touch())  # which is too large as well
@@ -303,10 +305,9 @@ def test_two_commands_cannot_write_to_one_folder(command, tmp_path, capsys):
     assert main([*command, "--outdir", str(tmp_path / "s")]) == 0
 
 
-def test_resumed_images_count_as_done_and_not_as_speed(command, tmp_path, drawn, monkeypatch, capsys):
+def test_resumed_images_count_as_done_and_not_as_speed(arguments, tmp_path, drawn, monkeypatch, capsys):
     bars, tqdm = [], command_module.tqdm
     monkeypatch.setattr(command_module, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
     drawn.stop = {2: ask_to_stop}
     assert [main(arguments) for _ in range(3)] == [128 + signal.SIGTERM, 0, 0]
     assert [(bar.initial, bar.n, bar.total, bar.unit) for bar in bars] == [(0, 3, 8, "image"), (6, 8, 8, "image")]

@@ -207,19 +207,6 @@ def test_small_images_are_enlarged_and_large_ones_are_not(tmp_path, size, tile):
     assert pixels_of(tmp_path / "grid.png").shape == (tile + 4, tile + 4, 3)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "samples.npz"
-    path.write_bytes(b"old")
-
-    def chunks():
-        yield PIXELS
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="cannot write .*samples.npz: No space left"):
-        write_npz(path, chunks(), np.arange(20), (4, 4, 3), {})
-    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["samples.npz"]
-
-
 def test_npz_is_written_from_chunks_in_the_memory_of_one(tmp_path):
     labels = np.arange(512)
     write_npz(tmp_path / "warm.npz", [PIXELS], LABELS, (4, 4, 3), {})
