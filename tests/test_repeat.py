@@ -14,12 +14,8 @@ from epg_fast.repeat import compared
 from epg_fast.sampling.outputs import Outputs
 from tests.commands import ask_to_stop, fails, on_two_ranks, run, snapshot
 from tests.conftest import TinyInception
-from tests.evaluation.samples import save_npz
+from tests.evaluation.samples import pictures, save_npz
 from tests.sampling.conftest import write_checkpoint
-
-
-def pictures(seed, num=40):
-    return np.random.default_rng(seed).integers(0, 256, size=(num, 32, 32, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +24,7 @@ def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("original")
     write_checkpoint(folder / "model.safetensors")
     torch.jit.script(TinyInception()).save(folder / "network.bin")
-    save_npz(pictures(1), np.arange(40) % 10, folder / "real.npz")
+    save_npz(pictures(1, 40), np.arange(40) % 10, folder / "real.npz")
     draw = ["sample", "--checkpoint", folder / "model.safetensors", "--num", 12, "--steps", 3, "--guidance", 1.5]
     draw += ["--interval", "[0,100]"]
     run(*draw, "--seed", 5, "--batch_size", 5, "--device", "cpu", "--outdir", folder / "drawn")
@@ -134,7 +130,7 @@ def test_other_weights_reference_and_network_are_refused_before_anything_is_draw
     other = tmp_path / "other"
     other.mkdir()
     write_checkpoint(other / "model.safetensors", seed=1)
-    save_npz(pictures(2), np.arange(40) % 10, other / "real.npz")
+    save_npz(pictures(2, 40), np.arange(40) % 10, other / "real.npz")
     network = TinyInception()
     torch.nn.init.zeros_(network.output.weight)
     torch.jit.script(network).save(other / "network.bin")

@@ -26,40 +26,24 @@ def final_commands(config: SweepConfig, best: Setting, folder: SweepFolder) -> l
 
     Another seed draws them: images that a setting was chosen for flatter it.
     """
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SampleConfig) if hasattr(config, f.name)}
-    sample = SampleConfig(
-        **shared
-        | {
-            "checkpoint": config.checkpoint if best.sigma_rel is None else str(folder.weights(best.sigma_rel)),
-            "outdir": str(folder.path / "best"),
-            "num": _FINAL,
-            "seed": (config.seed + 1) % 2**63,
-            "steps": best.steps,
-            "guidance": best.guidance,
-            "interval": best.interval,
-        }
-    )
-    judges = {f.name: getattr(config, f.name) for f in dataclasses.fields(JudgeConfig)}
-    evaluate = EvaluateConfig(
-        **judges,
-        samples=str(folder.path / "best" / "samples.npz"),
-        device=config.device,
-        batch_size=config.batch_size,
-        output=str(folder.path / "best.json"),
-    )
-    return [
-        shlex.join(["epg-fast", job, *flags.words(made)]) for job, made in (("sample", sample), ("evaluate", evaluate))
-    ]
+    drawn = {f.name: getattr(config, f.name) for f in dataclasses.fields(SampleConfig) if hasattr(config, f.name)}
+    drawn |= {"num": _FINAL, "seed": (config.seed + 1) % 2**63, "outdir": str(folder.path / "best")}
+    drawn |= {"steps": best.steps, "guidance": best.guidance, "interval": best.interval}
+    if best.sigma_rel is not None:
+        drawn["checkpoint"] = str(folder.weights(best.sigma_rel))
+    judged = {f.name: getattr(config, f.name) for f in dataclasses.fields(JudgeConfig)}
+    judged |= {"samples": str(folder.path / "best" / "samples.npz"), "output": str(folder.path / "best.json")}
+    judged |= {"device": config.device, "batch_size": config.batch_size}
+    made = {"sample": SampleConfig(**drawn), "evaluate": EvaluateConfig(**judged)}
+    return [shlex.join(["epg-fast", job, *flags.words(settings)]) for job, settings in made.items()]
 
 
 def write_report(folder: SweepFolder, state: dict, commands: Sequence[str]) -> None:
-    """Write sweep.md, sweep.html and the plots of a sweep that has a result."""
+    """Write sweep.md, sweep.html and the plots of a sweep that has a result; a file that is as it would be stays."""
     plots = _plots(state)
-    files: dict[str, bytes | str] = dict(plots)
-    files |= {"sweep.md": _table(state, commands, list(plots)), "sweep.html": _page(state, commands, plots)}
-    for name, content in files.items():
+    texts = {"sweep.md": _table(state, commands, list(plots)), "sweep.html": _page(state, commands, plots)}
+    for name, content in (plots | {name: text.encode() for name, text in texts.items()}).items():
         path = folder.path / name
-        content = content.encode() if isinstance(content, str) else content
         if not (path.exists() and path.read_bytes() == content):
             write_atomically(path, content)
 

@@ -9,19 +9,13 @@ from epg_fast.evaluation import evaluate_images, inception_score, judge, precisi
 from epg_fast.evaluation import reference as references
 from epg_fast.evaluation.networks import Inception
 from epg_fast.evaluation.reference import open_reference
-from tests.evaluation.samples import save_npz, save_pngs
+from tests.evaluation.samples import pictures, save_npz, save_pngs
 
 linalg = pytest.importorskip("scipy.linalg")
 SIZE = 8
 
 
-def pictures(seed, num, contrast=40):
-    rng = np.random.default_rng(seed)
-    base = rng.normal(128, contrast, size=(num, 1, 1, 3)) + rng.normal(0, 25, size=(num, SIZE, SIZE, 3))
-    return base.clip(0, 255).astype(np.uint8)
-
-
-FAKE, REAL = pictures(0, 60, contrast=25), pictures(1, 80)
+FAKE, REAL = pictures(0, 60, SIZE, contrast=25), pictures(1, 80, SIZE)
 NOTE = {"labels": "balanced", "sampler": "heun", "steps": 18, "guidance": 1.5, "interval": [0.19, 1.61], "seed": 7}
 
 
@@ -96,7 +90,7 @@ def test_images_compared_with_themselves_are_perfect(files):
 
 
 def test_stored_statistics_are_what_fid_is_measured_against(files, features):
-    mu, sigma = moments(features(pictures(5, 300, contrast=60))[0])
+    mu, sigma = moments(features(pictures(5, 300, SIZE, contrast=60))[0])
     np.savez(files / "adm.npz", arr_0=REAL, mu=mu, sigma=sigma, mu_s=np.zeros(9), sigma_s=np.zeros((9, 9)))
     result = evaluate_images(config(files, "adm.npz"))
     fake, real = features(FAKE)[0], features(REAL)[0]

@@ -13,7 +13,7 @@ from PIL import Image
 from epg_fast.__main__ import main
 from epg_fast.evaluation import page
 from tests.commands import fails, run
-from tests.evaluation.samples import save_npz
+from tests.evaluation.samples import pictures, save_npz
 
 _VOID = {"meta", "img", "br", "hr", "link", "input"}
 _LOADS = {"src", "href", "srcset", "poster", "action", "data", "background"}
@@ -42,12 +42,6 @@ class Page(HTMLParser):
 
     def of(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
-
-
-def pictures(seed, num, size=32):
-    rng = np.random.default_rng(seed)
-    base = rng.normal(128, 40, size=(num, 1, 1, 3)) + rng.normal(0, 25, size=(num, size, size, 3))
-    return base.clip(0, 255).astype(np.uint8)
 
 
 NOTE = {"sampler": "heun", "steps": 18, "guidance": 1.5, "seed": 7, "labels": "balanced", "weights_sha256": "ab" * 32}

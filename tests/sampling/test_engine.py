@@ -19,18 +19,13 @@ from epg_fast.ops import philox_normal_of
 from epg_fast.sampling import engine as engine_module
 from epg_fast.sampling.outputs import quantize
 from tests.golden_data import Case
+from tests.sampling.conftest import make_model as make_small_model
 from tests.waiting import NothingIsRead
 
-SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-DECODER = {"decoder_depth": 2, "decoder_embed_dim": 48, "decoder_num_heads": 2}
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 
 
-def make_model(**changes):
-    model = EPGViT(**(SIZES | DECODER | {"num_classes": 5, "drop": 0.5} | changes))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return model
+make_model = functools.partial(make_small_model, drop=0.5)
 
 
 @pytest.fixture
@@ -445,7 +440,7 @@ def test_a_bad_request_says_what_is_wanted(model, labels, options, message):
 
 
 def test_unconditional_models_are_sampled_by_number_and_cannot_be_guided():
-    model = EPGViT(**SIZES, **DECODER, num_classes=0)
+    model = make_model(num_classes=0)
     assert epg_fast.sample(model, 3, steps=2).shape == (3, 3, 16, 16)
     with pytest.raises(ValueError, match="unconditional"):
         epg_fast.sample(model, [0, 1], steps=2)
