@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,23 @@ log = logging.getLogger("epg_fast")
 FIGURES_TO_GO_BY = ("fid", "fd_dinov2", "frechet_distance")
 
 
+_BEST = {"distance": "low", "infinity": "low", "score": "high", "kernel": "low", "precision": "high", "recall": "high"}
+
+
+def _names(network: str) -> dict[str, str]:
+    """Figures by a network: kind -> name."""
+    inception = network == "inception"
+    fid, kid, suffix = ("fid", "kid", "") if inception else (f"fd_{network}", f"kd_{network}", f"_{network}")
+    return {
+        "distance": fid,
+        "infinity": f"{fid}_infinity",
+        **({"score": "inception_score"} if inception else {}),
+        "kernel": kid,
+        "precision": f"precision{suffix}",
+        "recall": f"recall{suffix}",
+    }
+
+
 class NetworkJudge(Judge):
     """Judges by the features of a network against those of a reference.
 
@@ -60,14 +77,9 @@ class NetworkJudge(Judge):
                 f"{reference.path} holds {images.num} images, want more than the {config.neighbors} neighbours of "
                 "precision and recall; give more images or lower --neighbors"
             )
-        fid, kid, suffix = ("fid", "kid", "") if name == "inception" else (f"fd_{name}", f"kd_{name}", f"_{name}")
-        self._names = {"distance": fid, "infinity": f"{fid}_infinity", "score": "inception_score", "kernel": kid}
-        self._names |= {"precision": f"precision{suffix}", "recall": f"recall{suffix}"}
-        self.best = {fid: "low", f"{fid}_infinity": "low"}
-        if name == "inception":
-            self.best["inception_score"] = "high"
-        if images:
-            self.best |= {kid: "low", self._names["precision"]: "high", self._names["recall"]: "high"}
+        self._names = _names(name)
+        of_images = () if images else ("kernel", "precision", "recall")
+        self.best = {figure: _BEST[kind] for kind, figure in self._names.items() if kind not in of_images}
 
     def rows(self, images, labels):
         if self.name != "inception":
@@ -226,10 +238,7 @@ class Judges:
 
         flag: the flag that names it, for the message.
         """
-        found = named or next(name for name in FIGURES_TO_GO_BY if name in self.best)
-        if found not in self.best:
-            raise ValueError(f"{flag} {found!r}{nearest(found, self.best)}: the judges have {', '.join(self.best)}")
-        return found
+        return _decisive(self.best, named, flag)
 
     def facts(self, figures: Mapping[str, Figure], rows: Rows, size: tuple[int, int]) -> dict:
         """What helps to read the figures of images of `size` (height, width), for JSON."""
@@ -253,8 +262,18 @@ class Judges:
         return {name: figure for judge in self.judges for name, figure in judge.figures(rows).items()}
 
 
-def check_judges(config: JudgeConfig) -> None:
-    """Raise ValueError for settings that do not go together, and for files that are not there. Nothing is loaded."""
+def _decisive(figures: Collection[str], named: str | None, flag: str) -> str:
+    found = named or next(name for name in FIGURES_TO_GO_BY if name in figures)
+    if found not in figures:
+        raise ValueError(f"{flag} {found!r}{nearest(found, figures)}: the judges have {', '.join(figures)}")
+    return found
+
+
+def check_judges(config: JudgeConfig, decisive: str | None = None, flag: str = "figure") -> None:
+    """Raise ValueError for settings that do not go together, and for files that are not there. Nothing is loaded.
+
+    decisive: the figure to go by, if one is named, which must be one that the judges may have; see `Judges.decisive`.
+    """
     real = [name for name in ("train", "test") if getattr(config, name)]
     networks = [name for name in ("inception", "dinov2") if getattr(config, name)]
     by_network = [*(["reference"] if config.reference else []), *networks]
@@ -283,6 +302,7 @@ def check_judges(config: JudgeConfig) -> None:
         path = Path(getattr(config, name))
         if not path.exists() and not (name == "dinov2" and config.dinov2 in HUB):
             raise ValueError(f"{name}: {path}: no such file or folder")
+    _decisive([figure for name in networks for figure in _names(name).values()] or SmallJudge.best, decisive, flag)
 
 
 def open_judges(
