@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from epg_fast.config import EvaluateConfig
+from epg_fast.data import images_of
 from epg_fast.distributed import resolve_device
 from epg_fast.evaluation.figures import bootstrap, difference, measured
 from epg_fast.evaluation.images import FolderStream, ImageStream, open_stream
@@ -39,7 +40,7 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     """
     begun, batch_size = time.perf_counter(), config.batch_size or _BATCH_SIZE
     check_judges(config)
-    streams = [open_stream(path) for path in (config.samples, config.compare) if path]
+    streams = [_opened(name, getattr(config, name)) for name in ("samples", "compare") if getattr(config, name)]
     samples = streams[0]
     sampling = [sampling_record(stream.path, stream.num) for stream in streams]
     device = resolve_device(config.device if config.reference else "cpu")
@@ -141,6 +142,11 @@ def _share_noise(streams: list[ImageStream], sampling: list[dict]) -> bool:
     same_labels = a.labels is not None and b.labels is not None and np.array_equal(a.labels, b.labels)
     seeds = [note["seed"] for note in sampling]
     return same_labels and None not in seeds and seeds[0] == seeds[1]
+
+
+def _opened(name: str, path: str) -> ImageStream:
+    with images_of(name):
+        return open_stream(path)
 
 
 def _check(config: EvaluateConfig, stream: ImageStream, first: ImageStream, judges: Judges) -> None:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,10 @@ Rows = dict[str, torch.Tensor]
 """What is kept of n images: name -> [n, ...] on the CPU."""
 
 
+_BEST = {"distance": "low", "infinity": "low", "score": "high", "kernel": "low", "precision": "high", "recall": "high"}
+_OF_IMAGES = ("kernel", "precision", "recall")
+
+
 def join_rows(parts: Sequence[Rows]) -> Rows:
     """Rows one behind the other."""
     return {name: torch.cat([rows[name] for rows in parts]) for name in parts[0]}
@@ -49,6 +53,14 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
 def take_rows(rows: Rows, chosen: slice) -> Rows:
     """The rows of some of the images."""
     return {name: values[chosen] for name, values in rows.items()}
+
+
+def _names(network: str) -> dict[str, str]:
+    """Figures by a network: kind -> name."""
+    inception = network == "inception"
+    fid, kid, suffix = ("fid", "kid", "") if inception else (f"fd_{network}", f"kd_{network}", f"_{network}")
+    names = {"distance": fid, "infinity": f"{fid}_infinity"} | ({"score": "inception_score"} if inception else {})
+    return names | {"kernel": kid, "precision": f"precision{suffix}", "recall": f"recall{suffix}"}
 
 
 class NetworkJudge:
@@ -76,27 +88,22 @@ class NetworkJudge:
                 f"{reference.path} holds {images.num} images, want more than the {config.neighbors} neighbours of "
                 "precision and recall; give more images or lower --neighbors"
             )
-        self._is_inception = name == "inception"
-        fid, kid, suffix = ("fid", "kid", "") if self._is_inception else (f"fd_{name}", f"kd_{name}", f"_{name}")
-        self._fid, self._infinity, self._kid = fid, f"{fid}_infinity", kid
-        self._precision, self._recall = f"precision{suffix}", f"recall{suffix}"
-        self.best = {fid: "low", self._infinity: "low"} | ({"inception_score": "high"} if self._is_inception else {})
-        of_images = {kid: "low", self._precision: "high", self._recall: "high"}
+        self._names, without = _names(name), () if images else _OF_IMAGES
         reason = f"{reference.path} holds statistics but no images (arr_0)"
-        self.best |= of_images if images else {}
-        self.missing = {} if images else dict.fromkeys(of_images, reason)
+        self.best = {figure: _BEST[kind] for kind, figure in self._names.items() if kind not in without}
+        self.missing = {self._names[kind]: reason for kind in without}
 
     def rows(self, images, labels):
         return {f"{self.name}/{kind}": row for kind, row in self._network.rows(images).items()}
 
     def figures(self, rows):
-        features, seen, device = rows[f"{self.name}/features"], self._seen, self._device
+        features, seen, names, device = rows[f"{self.name}/features"], self._seen, self._names, self._device
         distance = Frechet(seen.gaussian, features)
-        found: dict[str, Figure] = {self._fid: distance}
+        found: dict[str, Figure] = {names["distance"]: distance}
         if FrechetAtInfinity.possible(*features.shape):
-            found[self._infinity] = FrechetAtInfinity(distance)
-        if self._is_inception:
-            found["inception_score"] = InceptionScore(rows["inception/probabilities"], self._config.splits)
+            found[names["infinity"]] = FrechetAtInfinity(distance)
+        if "score" in names:
+            found[names["score"]] = InceptionScore(rows["inception/probabilities"], self._config.splits)
         if seen.features is not None:
             own = features[torch.from_numpy(evenly(len(features), MOST_COMPARED))]
 
@@ -105,21 +112,21 @@ class NetworkJudge:
                 radii = squared_radii(points, self._config.neighbors, device)
                 return covered(seen.features, points, radii, device).numpy()
 
-            found[self._kid] = Kernel(features, seen.features, device)
-            found[self._precision] = Mean(lambda: covered(own, seen.features, self._real_radii, device).numpy())
-            found[self._recall] = Recall(covers, len(own))
+            found[names["kernel"]] = Kernel(features, seen.features, device)
+            found[names["precision"]] = Mean(lambda: covered(own, seen.features, self._real_radii, device).numpy())
+            found[names["recall"]] = Recall(covers, len(own))
         return found
 
     def facts(self, figures, rows, size):
-        images = self._reference.images
+        images, names = self._reference.images, self._names
         found = {"num_reference_images": images.num if images else None}
-        if self._is_inception:
-            found["inception_score_std"] = figures["inception_score"].deviation
-        if self._kid in figures:
-            found |= {f"{self._kid}_{name}": fact for name, fact in figures[self._kid].facts.items()}
-        if self._infinity in figures:
-            end = figures[self._infinity]
-            found |= {f"{self._fid}_bias": end.bias, f"{self._infinity}_curve": end.curve}
+        if "score" in names:
+            found[f"{names['score']}_std"] = figures[names["score"]].deviation
+        if names["kernel"] in figures:
+            found |= {f"{names['kernel']}_{name}": fact for name, fact in figures[names["kernel"]].facts.items()}
+        if names["infinity"] in figures:
+            end = figures[names["infinity"]]
+            found |= {f"{names['distance']}_bias": end.bias, f"{names['infinity']}_curve": end.curve}
         return found
 
     def sentence(self, num, size):
@@ -130,11 +137,13 @@ class NetworkJudge:
             pairwise = f"{numbers[0]} samples and {numbers[1]} reference images, {c.neighbors} neighbours"
         if self._reference.statistics is not None:
             against = "the mean and covariance stored in the reference"
-        score = f" Inception Score: {c.splits} splits of the samples in torch-fidelity's order."
+        score = ""
+        if "score" in self._names:
+            score = f" Inception Score: {c.splits} splits of the samples in torch-fidelity's order."
         return (
             f"{num} samples of {size[1]}x{size[0]} pixels, {network.num_features} features of the {network.kind} "
-            f"network in float32. {'FID' if self._is_inception else 'FD'}: against {against}.{network.note}"
-            f"{score if self._is_inception else ''} Precision and recall: {pairwise}."
+            f"network in float32. {'FID' if score else 'FD'}: against {against}.{network.note}"
+            f"{score} Precision and recall: {pairwise}."
         )
 
     def check(self, num):
@@ -181,7 +190,7 @@ class NetworkJudge:
             "reference": self._reference.identity,
             "statistics": "computed" if self._reference.statistics is None else "stored in the reference",
             "num_reference_images": images.num if images else None,
-            **({"splits": c.splits} if self._is_inception else {}),
+            **({"splits": c.splits} if "score" in self._names else {}),
             "neighbors": c.neighbors,
         }
 
@@ -208,10 +217,7 @@ class Judges:
 
         flag: the flag that names it, for the message.
         """
-        found = named or next(name for name in FIGURES_TO_GO_BY if name in self.best)
-        if found not in self.best:
-            raise ValueError(f"{flag} {found!r}{nearest(found, self.best)}: the judges have {', '.join(self.best)}")
-        return found
+        return _decisive(self.best, named, flag)
 
     def rows(self, images: torch.Tensor, labels: torch.Tensor | None) -> Rows:
         """What is kept of images uint8 [B, 3, H, W] with labels int64 [B]; names begin with the judge's."""
@@ -235,8 +241,18 @@ class Judges:
             judge.check(num)
 
 
-def check_judges(config: JudgeConfig) -> None:
-    """Raise ValueError for settings that do not go together, and for files that are not there. Nothing is loaded."""
+def _decisive(figures: Collection[str], named: str | None, flag: str) -> str:
+    found = named or next(name for name in FIGURES_TO_GO_BY if name in figures)
+    if found not in figures:
+        raise ValueError(f"{flag} {found!r}{nearest(found, figures)}: the judges have {', '.join(figures)}")
+    return found
+
+
+def check_judges(config: JudgeConfig, decisive: str | None = None, flag: str = "figure") -> None:
+    """Raise ValueError for settings that do not go together, and for files that are not there. Nothing is loaded.
+
+    decisive: the figure to go by, if one is named, which must be one that the judges may have; see `Judges.decisive`.
+    """
     by_network = [name for name in ("reference", "inception", "dinov2") if getattr(config, name)]
     real = [name for name in ("train", "test") if getattr(config, name)]
     two_ways = "--reference and --inception (FID and others)", "--train and --test (small data, without a network)"
@@ -259,6 +275,8 @@ def check_judges(config: JudgeConfig) -> None:
         path = Path(getattr(config, name))
         if not path.exists() and not (name == "dinov2" and config.dinov2 in HUB):
             raise ValueError(f"{name}: {path}: no such file or folder")
+    networks = [name for name in by_network if name != "reference"]
+    _decisive([figure for name in networks for figure in _names(name).values()] or SmallJudge.best, decisive, flag)
 
 
 def open_judges(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from epg_fast.data import images_of
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.frechet import Gaussian, RunningMoments
 from epg_fast.evaluation.images import FolderStream, ImageStream, NpzStream, open_stream
@@ -64,7 +65,8 @@ def open_reference(path: str | os.PathLike, num_features: int | None, size: tupl
     Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
     """
     if Path(path).is_dir() or not Path(path).exists():
-        reference = Reference(path, None, open_stream(path))
+        with images_of("reference"):
+            reference = Reference(path, None, open_stream(path))
     else:
         file = Npz(path)
         if not {"arr_0", "mu", "sigma"} & set(file.names):

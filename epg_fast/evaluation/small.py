@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from epg_fast.config import JudgeConfig
-from epg_fast.data import ImageFolder
+from epg_fast.data import ImageFolder, images_of
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import Frechet, Mean
 from epg_fast.evaluation.frechet import gaussian_of
@@ -131,11 +131,13 @@ class SmallJudge:
 
 def check_folders(config: JudgeConfig) -> None:
     """Raise ValueError unless both folders of real images are set, with the same classes, two at least."""
-    for name in ("train", "test"):
-        if not getattr(config, name):
-            raise ValueError(f"evaluate: `{name}` is not set")
-    images = ImageFolder(config.train)
-    train, test = images.classes, ImageFolder(config.test).classes
+    paths, opened = {name: getattr(config, name) for name in ("train", "test")}, []
+    if unset := next((name for name, path in paths.items() if not path), None):
+        raise ValueError(f"evaluate: `{unset}` is not set")
+    for name, path in paths.items():
+        with images_of(name):
+            opened.append(ImageFolder(path))
+    images, (train, test) = opened[0], (folder.classes for folder in opened)
     if len(set(images.labels)) < 2:
         raise ValueError(
             f"evaluate: {config.train} has images of one class, {train[images.labels[0]]}, want two at least, which a "

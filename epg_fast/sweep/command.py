@@ -119,7 +119,7 @@ class _Sweep:
         """Raise ValueError for what cannot go on, before weights are read, which may take long."""
         folder = self.folder
         folder.require(wanted)
-        check_judges(self.config)
+        check_judges(self.config, self.config.figure)
         begun, step = folder.begun, folder.read().get("step")
         for width in self._widths():
             if width is not None and not (begun and folder.weights(width).exists()):

@@ -64,7 +64,7 @@ def check_evaluation(config: RunConfig) -> None:
     if evaluate is None or not evaluate.every:
         return
     with _named_as_flags():
-        check_judges(evaluate)
+        check_judges(evaluate, evaluate.best, "best")
 
 
 def discard_evaluations_after(outdir: Path, step: int) -> None:

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from epg_fast.__main__ import main
 from epg_fast.config import EvaluateConfig
 from epg_fast.evaluation import job
+from tests.evaluation.samples import save_npz, save_pngs
 
 
 def refused(capsys, words, *parts):
@@ -39,6 +41,27 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(capsys, tmp_pa
     monkeypatch.chdir(tmp_path)
     refused(capsys, [*words.split(), "--output", "out.json", "--device", "cpu"], *parts)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--samples nowhere", "samples: nowhere: no such file or folder"),
+        ("--samples empty", "samples: empty is empty, wanted a folder of class folders"),
+        ("--samples s.npz --compare empty", "compare: empty is empty"),
+        ("--samples s.npz --train nowhere", "train: nowhere does not exist, wanted"),
+        ("--samples s.npz --test s.npz", "test: s.npz is a file, wanted a folder"),
+        ("--probe digits_32 --test empty", "test: empty is empty"),
+    ],
+)
+def test_images_that_are_not_there_are_called_as_their_flag_is(capsys, tmp_path, monkeypatch, words, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    save_npz(images, np.arange(4) % 2, tmp_path / "s.npz")
+    save_pngs(images, np.arange(4) % 2, tmp_path / "real")
+    real = {f"--{name} real" for name in ("train", "test") if f"--{name}" not in words}
+    refused(capsys, [*words.split(), *" ".join(sorted(real)).split(), "--device", "cpu"], f"error: {line}")
 
 
 @pytest.fixture

@@ -354,6 +354,18 @@ def test_a_mistake_is_answered_before_anything_is_drawn(command, tmp_path, capsy
     assert not saved and not (tmp_path / "s" / "rows").exists()
 
 
+def test_a_figure_that_no_judge_has_is_refused_before_weights_and_reference_are_read(
+    command, tmp_path, capsys, monkeypatch
+):
+    for name in ("load_generator", "open_judges"):
+        monkeypatch.setattr(command_module, name, lambda *_, **__: pytest.fail("was read"))
+    (tmp_path / "x").touch()
+    judges = ["--train=", "--test=", "--reference", tmp_path / "x", "--dinov2", tmp_path / "x"]
+    for figure, line in (("fid", "figure 'fid': the judges have fd_dinov2, "), ("kid_dinov2", "'kd_dinov2'?")):
+        fails(capsys, [*command, *judges, "--figure", figure, "--outdir", tmp_path / "s"], line)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_figure_of_more_images_than_the_first_round_has_is_refused(
     checkpoint, tiny_inception, tmp_path, capsys, saved
 ):
