@@ -40,7 +40,10 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     """
     begun, batch_size = time.perf_counter(), config.batch_size or _BATCH_SIZE
     check_judges(config)
-    streams = [_opened(name, getattr(config, name)) for name in ("samples", "compare") if getattr(config, name)]
+    streams = []
+    for name in ("samples", *(["compare"] if config.compare else [])):
+        with images_of(name):
+            streams.append(open_stream(getattr(config, name)))
     samples = streams[0]
     sampling = [sampling_record(stream.path, stream.num) for stream in streams]
     device = resolve_device(config.device if config.reference else "cpu")
@@ -142,11 +145,6 @@ def _share_noise(streams: list[ImageStream], sampling: list[dict]) -> bool:
     same_labels = a.labels is not None and b.labels is not None and np.array_equal(a.labels, b.labels)
     seeds = [note["seed"] for note in sampling]
     return same_labels and None not in seeds and seeds[0] == seeds[1]
-
-
-def _opened(name: str, path: str) -> ImageStream:
-    with images_of(name):
-        return open_stream(path)
 
 
 def _check(config: EvaluateConfig, stream: ImageStream, first: ImageStream, judges: Judges) -> None:
