@@ -36,13 +36,11 @@ from epg_fast.evaluation.small import SmallJudge, check_folders
 from epg_fast.wording import nearest
 
 log = logging.getLogger("epg_fast")
+_BEST = {"distance": "low", "infinity": "low", "score": "high", "kernel": "low", "precision": "high", "recall": "high"}
+_OF_IMAGES = ("kernel", "precision", "recall")
 FIGURES_TO_GO_BY = ("fid", "fd_dinov2", "frechet_distance")
 Rows = dict[str, torch.Tensor]
 """What is kept of n images: name -> [n, ...] on the CPU."""
-
-
-_BEST = {"distance": "low", "infinity": "low", "score": "high", "kernel": "low", "precision": "high", "recall": "high"}
-_OF_IMAGES = ("kernel", "precision", "recall")
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:
@@ -105,7 +103,9 @@ class NetworkJudge:
         if "score" in names:
             found[names["score"]] = InceptionScore(rows["inception/probabilities"], self._config.splits)
         if seen.features is not None:
-            own = features[torch.from_numpy(evenly(len(features), MOST_COMPARED))]
+            own = features
+            if len(features) > MOST_COMPARED:
+                own = features[torch.from_numpy(evenly(len(features), MOST_COMPARED))]
 
             def covers(chosen: np.ndarray) -> np.ndarray:
                 points = own[torch.from_numpy(chosen)]
