@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -119,15 +120,19 @@ def command(words: str) -> str:
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "numbers") -> str:
     """A table whose first column names its rows. kind: `numbers`, or `names` for long text, which is wrapped."""
     head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in heads)
-    body = "".join(
-        f'<tr><th scope="row">{_shown(first)}</th>{"".join(f"<td>{_shown(value)}</td>" for value in values)}</tr>\n'
-        for first, *values in rows
-    )
+    cells = ((_named(first, kind), "".join(f"<td>{_shown(value)}</td>" for value in values)) for first, *values in rows)
+    body = "".join(f'<tr><th scope="row">{name}</th>{values}</tr>\n' for name, values in cells)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_escaped(caption)}">'
         f'<table class="{kind}"><caption>{_escaped(caption)}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )
+
+
+def _named(first: Any, kind: str) -> str:
+    """A row's name: a long one is broken between its parts first."""
+    name = _shown(first)
+    return re.sub(r"(?<=[._])(?=\w)", "<wbr>", name) if kind == "names" else name
 
 
 def images(pixels: np.ndarray, labels: Sequence[int] | None = None, names: Sequence[str] = ()) -> str:

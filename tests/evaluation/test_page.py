@@ -15,7 +15,7 @@ from epg_fast.evaluation import page
 from tests.commands import fails, run
 from tests.evaluation.samples import pictures, save_npz
 
-_VOID = {"meta", "img", "br", "hr", "link", "input"}
+_VOID = {"meta", "img", "br", "hr", "link", "input", "wbr"}
 _LOADS = {"src", "href", "srcset", "poster", "action", "data", "background"}
 
 
@@ -90,6 +90,9 @@ def test_the_page_shows_images_figures_plots_and_the_protocol(judged):
         assert f"<h2>{title}</h2>" in text
     assert all(cell.get("scope") in ("row", "col") for cell in parsed.of("th"))
     assert len(parsed.of("caption")) == len(parsed.of("table"))
+    # a wide one scrolls by itself, not with the page; a long name is broken between its parts
+    assert text.count('<div class="scroll" tabindex="0"') == text.count("<table") == len(parsed.of("table"))
+    assert "weights_<wbr>sha256</th>" in text
     drawings = parsed.of("img")[48:]
     assert len(drawings) == 2 and f"{result['fid_infinity']:.4g} at infinity" in drawings[0]["alt"]
     for drawing in drawings:
