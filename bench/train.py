@@ -15,10 +15,9 @@ from functools import cached_property
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bench import measure, roofline
+from bench import measure, plain, roofline
 from bench.ladder import Ladder, NotHere, Ready, Variant, chosen, default_device
-from bench.plain import training as plain
-from bench.plain.networks import PlainEncoder, PlainGenerator, from_config
+from bench.plain import PlainEncoder, PlainGenerator, from_config
 from bench.roofline import STAGES
 from bench.sample import lively
 from epg_fast import config as configs

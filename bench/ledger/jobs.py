@@ -23,9 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import roofline
 from bench.ledger.cost import H200, KINDS, OPTIMISER
 from bench.ledger.count import Counter
-from bench.plain.networks import PlainGenerator, from_config
-from bench.plain.sampling import Sampler
-from bench.plain.training import Trainer
+from bench.plain import PlainGenerator, Sampler, Trainer, from_config
 from bench.roofline import Work
 from bench.sample import GUIDANCE, INTERVAL
 from epg_fast import SamplingEngine
@@ -46,7 +44,7 @@ class NotCounted(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of doing jobs. code: "plain" (bench/plain), "auto" (ours, with PyTorch's operators) or "ours".
+    """A way of doing jobs. code: "plain" (bench/plain.py), "auto" (ours, with PyTorch's operators) or "ours".
 
     how: what torch.compile gets. ops: of the package, at all sites or by site: "cuda" are the extension's products.
     optimizer: of the package, in whole updates: "fused" is the extension's, "torch" PyTorch's. within: a context.

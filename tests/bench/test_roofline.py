@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline
 from bench.measure import Ceilings
-from bench.plain.networks import PlainGenerator, from_config
+from bench.plain import PlainGenerator, from_config
 from bench.roofline import Op, Work
 from epg_fast.models import EPGViT, create_model, list_presets, preset_config
 from tests.training.stages import JOBS, backward_of, make_config, make_stage
