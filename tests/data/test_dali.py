@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
     not (dali_status()[0] and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
 )
 
-JITTER = replace(OFF, jitter_probability=1.0)
 CROP = replace(OFF, crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
 
 
@@ -72,7 +71,7 @@ def difference(folder, dali_resizes=False, count=3, **options):
 # views
 
 
-@pytest.mark.parametrize("size", [16, 64, 300])
+@pytest.mark.parametrize("size", [16, 300])
 def test_the_centre_crop_equals_pillows(photographs, size):
     levels = difference(photographs, image_size=size)["x"]
     # Pillow 13 resamples some images along y first: a level for each rounding
@@ -81,11 +80,7 @@ def test_the_centre_crop_equals_pillows(photographs, size):
 
 
 EXACT = {
-    "brightness": replace(JITTER, brightness=0.4),
-    "contrast": replace(JITTER, contrast=0.4),
-    "saturation": replace(JITTER, saturation=0.2),
-    "hue": replace(JITTER, hue=0.1),
-    "all four": replace(JITTER, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+    "jitter": replace(OFF, jitter_probability=1.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
     "grayscale": replace(OFF, grayscale_probability=1.0),
     "solarize": replace(OFF, solarize_probability=(1.0, 1.0)),
     "flip": replace(OFF, flip_probability=1.0),
@@ -114,7 +109,7 @@ def test_the_blur_is_a_gaussian_where_pillow_approximates_it_and_all_together_is
         assert levels.float().mean() < (0.1 if name == "x" else 1.0)
 
 
-@pytest.mark.parametrize("size", [16, 64, 300])
+@pytest.mark.parametrize("size", [16, 300])
 def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
     """What a GPU runs, with DALI's CPU operators."""
     differences = difference(photographs, dali_resizes=True, image_size=size, augment=CROP)
@@ -127,8 +122,7 @@ def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dali_resizes", [False, True])
-@pytest.mark.parametrize("options", [{"threads": 3, "readers": 1}, {"readers": 2}])
+@pytest.mark.parametrize("options, dali_resizes", [({"threads": 3, "readers": 1}, False), ({"readers": 2}, True)])
 def test_resuming_anywhere_with_other_threads_and_readers_continues_bit_for_bit(photographs, options, dali_resizes):
     common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
     whole = batches(photographs, 6, **common)

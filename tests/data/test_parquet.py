@@ -104,8 +104,10 @@ def test_of_a_folder_with_splits_the_training_set_is_read_and_others_by_a_patter
         open_images(dataset)
 
 
-@pytest.mark.parametrize("options", [{"compression": "none", "use_dictionary": False}, {"compression": "zstd"}, {}])
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize(
+    "options, kind",
+    [({"compression": "none", "use_dictionary": False}, pa.binary()), ({"compression": "zstd"}, pa.large_binary())],
+)
 def test_any_compression_and_width_of_bytes_gives_the_same_images(tmp_path, options, kind):
     images = [png(i) for i in range(10)]
     write(tmp_path / "a.parquet", table(images, range(10), names=None, kind=kind, label_type=pa.uint8()), **options)
@@ -131,7 +133,7 @@ def test_images_without_labels_are_one_class(tmp_path, labels, log):
     assert "no image has a label: one class, 'all'" in log.messages[0]
 
 
-@pytest.mark.parametrize("names", [["a", "a"], ["a", ""], "ab", {"0": "a"}, None, [1, 2]])
+@pytest.mark.parametrize("names", [["a", "a"], "ab", None, [1, 2]])
 def test_class_names_that_are_none_are_numbers(tmp_path, names):
     content = table([png(0), png(1)], [0, 1]).replace_schema_metadata(hub(names))
     assert open_images(write(tmp_path / "x.parquet", content)).classes == ["0", "1"]
@@ -303,10 +305,9 @@ def test_training_is_told_what_reading_in_any_order_costs(tmp_path, monkeypatch,
 # prepare-data
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_prepared_shards_have_the_same_images_labels_and_class_names(dataset, tmp_path, workers):
+def test_prepared_shards_have_the_same_images_labels_and_class_names(dataset, tmp_path):
     source = open_images(dataset)
-    manifest = prepare_shards(dataset, tmp_path / "out", 8, workers=workers, images_per_shard=5)
+    manifest = prepare_shards(dataset, tmp_path / "out", 8, workers=2, images_per_shard=5)
     prepared = open_images(tmp_path / "out")
     assert manifest["classes"] == prepared.classes == NAMES and manifest["counts"]["goldfish"] == 6
     members = {int(os.path.basename(path).split(".")[0]): i for i, path in enumerate(prepared.paths)}

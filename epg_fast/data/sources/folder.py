@@ -167,17 +167,11 @@ def _read_labels(path: Path) -> dict[str, int] | None:
         logger.warning("%s has no labels and is ignored", path)
         return None
     try:
-        pairs = [(name.replace("\\", "/"), label) for name, label in content["labels"] or ()]
+        labels = {name.replace("\\", "/"): label for name, label in content["labels"] or ()}
     except (TypeError, ValueError, AttributeError):
-        pairs = [("", None)]
-    labels = dict(pairs)
+        labels = {"": None}
     if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels.values()):
         raise ValueError(f"data path: {path} has other labels, wanted a list of [file, class index]; or move it away")
-    for name, label in pairs:
-        if labels[name] != label:
-            raise ValueError(
-                f"data path: {path} names {name} with the labels {label} and {labels[name]}; delete one of them"
-            )
     return labels
 
 
@@ -221,7 +215,7 @@ def _walk(root: str) -> _Found:
                     found.parquet.add(prefix.rstrip("/"))
     found.images.sort()
     found.others = bool(ignored.others)
-    ignored.report(root)
+    ignored.report(root, "images")
     if loops:
         logger.warning(
             "%s: %d links lead back to a folder above them and are not followed (%s)", root, len(loops), loops[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.sources.names import Ignored, is_parquet, split_of, splits
+from epg_fast.data.sources.names import files_in, is_parquet, split_of, splits
 from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing
 
 # Bytes of row groups that a process keeps; one row group in any case.
@@ -272,16 +272,7 @@ def _find_files(path: str | os.PathLike) -> tuple[Path, list[str]]:
     path = existing(path)
     if not path.is_dir():
         return path.parent, [path.name]
-    ignored, names = Ignored(), []
-    for name in sorted(os.listdir(path)):
-        if ignored.skips(name):
-            continue
-        if is_parquet(name):
-            names.append(name)
-        else:
-            ignored.add_other(name)
-    ignored.report(path, "parquet files")
-    return path, _training_set(path, names)
+    return path, _training_set(path, files_in(path, is_parquet, "parquet files"))
 
 
 def _training_set(folder: Path, names: list[str]) -> list[str]:
