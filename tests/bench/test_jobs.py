@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def sampling(job="sample-heun", batch=2, **options):
-    ladder = Sampling(job, "digits_32", batch, **({"steps": 18, "seconds": 0, "device": "cpu"} | options))
+    ladder = Sampling(job, "digits_32", batch, **({"steps": 8, "seconds": 0, "device": "cpu"} | options))
     ladder.ceilings = Ceilings(1e12, 1e10)
     return ladder
 
@@ -32,7 +32,7 @@ def variant(name, variants=sample.VARIANTS):
 
 @pytest.fixture(scope="module")
 def heun():
-    return sampling()
+    return sampling(steps=18)
 
 
 @pytest.mark.parametrize("job", ["sample-heun", "sample-onestep"])

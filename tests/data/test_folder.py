@@ -9,7 +9,7 @@ from PIL import Image
 
 from epg_fast.data import ImageFolder
 from epg_fast.data.sources.decoding import FORMATS
-from epg_fast.data.sources.names import IMAGES, is_image, is_split, splits
+from epg_fast.data.sources.names import IMAGES, is_image, split_of, splits
 from epg_fast.files import is_junk
 from tests.data.images import labels, touch
 
@@ -54,7 +54,7 @@ CLASSES = """
 
 def test_splits_are_known_by_their_words_and_classes_are_none(tmp_path):
     for names in map(str.split, SPLITS.strip().splitlines()):
-        assert splits(names) == [name for name in names if is_split(name)]
+        assert splits(names) == [name for name in names if split_of(name)]
         assert splits(reversed(names))[0] == names[0]  # the training set, if there is one
     for i, names in enumerate(map(str.split, CLASSES.strip().splitlines())):
         assert splits(names) == []

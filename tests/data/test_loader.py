@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, open_images, training_views
+from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, training_views
 from epg_fast.data.loading.loader import PillowBatches
 from epg_fast.data.loading.workers import WorkerStream
 from epg_fast.data.sources import source
 from epg_fast.data.sources.faults import ReadError
 from tests.data.conftest import linux
-from tests.data.images import assert_same, pack
+from tests.data.images import assert_same
 
 
 def open_loader(folder, **options):
@@ -89,14 +89,6 @@ def test_ranks_share_the_global_batches_of_a_single_process(make_folder):
     ranks = [batches(folder, 5, rank=rank, world_size=4, augment=augment) for rank in range(4)]
     joined = [{key: torch.cat([share[key] for share in step]) for key in step[0]} for step in zip(*ranks, strict=True)]
     assert_same(joined, batches(folder, 5, augment=augment))
-
-
-def test_tars_give_exactly_the_batches_of_the_folder_they_were_packed_from(make_folder, tmp_path):
-    folder = ImageFolder(make_folder(21, size=(40, 31)))
-    for name in folder.classes:
-        members = {f"{name}_{path.name}": path.read_bytes() for path in sorted((folder.root / name).iterdir())}
-        pack(tmp_path / "tars" / f"{name}.tar", members)
-    assert_same(batches(open_images(tmp_path / "tars"), 7, workers=2), batches(folder, 7))
 
 
 REFUSED = [

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import sys
@@ -21,7 +20,6 @@ from epg_fast.data import (
     prepare_folder,
     prepare_shards,
 )
-from epg_fast.data.loading.dali import why_not_dali
 from epg_fast.data.sources import parquet
 from tests.data.images import assert_same, contents, encode, noise, pack, png, samples, touch
 
@@ -224,24 +222,13 @@ def batches(source, count, **options):
 
 def test_batches_are_those_of_the_same_images_in_a_folder_and_go_on_exactly(dataset, tmp_path):
     source = open_images(dataset)
-    expected = batches(as_folder(source, tmp_path / "folder"), 9)
+    expected = batches(as_folder(source, tmp_path / "folder"), 9)  # which reads before processes are forked
     assert_same(batches(source, 9), expected)
     assert_same(batches(source, 4, start=5), expected[5:])
     assert_same(batches(source, 9, workers=2), expected)
     again = pickle.loads(pickle.dumps(source))
     assert_same(batches(again, 9), expected)
     assert again.fingerprint() == source.fingerprint() != open_images(dataset / "*.parquet").fingerprint()
-
-
-@pytest.mark.skipif(why_not_dali("cpu") is not None, reason=f"DALI cannot run here: {why_not_dali('cpu')}")
-def test_dali_decodes_them_as_those_of_a_folder(dataset, tmp_path):
-    source = open_images(dataset)
-    options = {"backend": "dali", "image_size": 8, "batch_size": 4, "seed": 3}
-    both = []
-    for images in (source, as_folder(source, tmp_path / "folder")):
-        with make_loader(images, DataConfig(), **options) as loader:
-            both.append(list(itertools.islice(loader, 5)))
-    assert_same(*both)
 
 
 def test_an_image_that_cannot_be_decoded_is_named_by_file_and_row(tmp_path, log):
@@ -337,18 +324,3 @@ def test_more_than_ten_numbered_classes_keep_their_numbers_in_a_prepared_folder(
     prepare_folder(tmp_path / "in", tmp_path / "out", 8, workers=0)
     prepared = open_images(tmp_path / "out")
     assert prepared.labels == list(range(12)) and prepared.classes == [str(i) for i in range(12)]
-
-
-def _read_in(connection, source):
-    connection.send([source.read(i) for i in range(len(source))])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
-def test_a_forked_process_reads_what_its_parent_has_read(dataset):
-    source = open_images(dataset)
-    expected = [source.read(i) for i in range(len(source))]
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_read_in, args=(there, source))
-    process.start()
-    assert here.poll(20) and here.recv() == expected
-    process.join()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from epg_fast.data.sources.manifest import check_complete, check_counts, read_manifest
-from epg_fast.data.sources.names import IMAGES, Ignored, find_splits, is_image, is_parquet, is_split, split_of
+from epg_fast.data.sources.names import IMAGES, Ignored, find_splits, is_image, is_parquet, split_of
 from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing
 
 _WANTED = "wanted a folder of class folders with images"
@@ -136,7 +136,7 @@ class ImageFolder(ImageSource):
         """What may be another dataset than was meant."""
         used = [self.classes[label] for label in sorted(labels)]
         inner = sorted({path.split("/", 2)[1] for path in self.paths if path.count("/") > 1})
-        if all(map(is_split, used)) and all(path.count("/") > 1 for path in self.paths):
+        if all(map(split_of, used)) and all(path.count("/") > 1 for path in self.paths):
             raise ValueError(
                 f"data path: {self.root} holds the split {', '.join(used)}, {_WANTED}; pass {self.root / used[0]}"
             )

@@ -45,14 +45,9 @@ def is_parquet(name: str) -> bool:
 
 
 def split_of(name: str) -> str | None:
-    """Which split a folder or file of this name can be: train, val, test or unlabelled."""
+    """Which split a folder or file of this name (`val2017`, `Test Set`) can be: train, val, test or unlabelled."""
     split = _split(name)
     return split and split[0]
-
-
-def is_split(name: str) -> bool:
-    """Whether a folder or tar of this name can be a split of a dataset, as `train`, `val2017` and `Test Set`."""
-    return _split(name) is not None
 
 
 def splits(names: Iterable[str]) -> list[str]:
