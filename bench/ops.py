@@ -71,14 +71,6 @@ class Measured:
         return EXAMPLES[self.name]
 
 
-def _split_skip_linear(x, skip, weight, bias, norm_weight, norm_bias):
-    """Two products of a library; the sum is rounded once more than with a concatenation."""
-    width, columns = x.shape[-1], weight.shape[0]
-    z = torch.addmm(bias, x.flatten(0, 1), weight[:, :width].t())
-    z = torch.addmm(z, skip.flatten(0, 1), weight[:, width:].t())
-    return F.layer_norm(z, (columns,), norm_weight, norm_bias).view(*x.shape[:-1], columns)
-
-
 def _linear_in_16_bits(x, weight, bias, gelu=False, **_):
     z = F.linear(x, weight.bfloat16(), bias.bfloat16())
     return F.gelu(z) if gelu else z
@@ -135,7 +127,7 @@ MEASURED = (
     Measured("gate_residual_norm_modulate", ("bf16 with fp32 parameters",), ((2, 258, 768),)),
     Measured("linear_residual_norm", ("bf16 with fp32 parameters",), ((1, 66, 768, 768),)),
     Measured("mlp_residual", ("bf16 with fp32 parameters",), ((1, 66, 768, 3072),)),
-    Measured("skip_linear", ("bf16",), ((1, 66, 768, 768),), rivals={"split": Rival(_split_skip_linear, checked=CUDA)}),
+    Measured("skip_linear", ("bf16",), ((1, 66, 768, 768),)),
     Measured(
         "attention",
         ("bf16", "fp16"),

@@ -130,29 +130,29 @@ class ScheduleConfig(_Checked):
 class AugmentConfig(_Checked):
     """The two augmented views of pre-training; pairs are (low, high) or (view 1, view 2)."""
 
-    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_area: tuple[float, float] = number((0.08, 1.0), most=1, above=0, ordered=True)
     """Random resized crop: range of the area fraction."""
-    crop_ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    crop_ratio: tuple[float, float] = number((0.75, 4.0 / 3.0), above=0, ordered=True)
     """Random resized crop: range of the aspect ratio."""
-    jitter_probability: float = 0.8
+    jitter_probability: float = number(0.8, 0, 1)
     """Probability of colour jitter."""
-    brightness: float = 0.4
+    brightness: float = number(0.4, 0)
     """Colour jitter: factor in 1 +- this."""
-    contrast: float = 0.4
+    contrast: float = number(0.4, 0)
     """Colour jitter: factor in 1 +- this."""
-    saturation: float = 0.2
+    saturation: float = number(0.2, 0)
     """Colour jitter: factor in 1 +- this."""
-    hue: float = 0.1
+    hue: float = number(0.1, 0, 0.5)
     """Colour jitter: shift in +- this, in turns of the hue circle."""
-    grayscale_probability: float = 0.2
+    grayscale_probability: float = number(0.2, 0, 1)
     """Probability of grayscale."""
-    blur_probability: tuple[float, float] = (1.0, 0.1)
+    blur_probability: tuple[float, float] = number((1.0, 0.1), 0, 1)
     """Probability of Gaussian blur in view 1 and in view 2."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = number((0.1, 2.0), 0, 1024, ordered=True)
     """Gaussian blur: range of sigma in pixels."""
-    solarize_probability: tuple[float, float] = (0.0, 0.2)
+    solarize_probability: tuple[float, float] = number((0.0, 0.2), 0, 1)
     """Probability of solarisation (threshold 128) in view 1 and in view 2."""
-    flip_probability: float = 0.5
+    flip_probability: float = number(0.5, 0, 1)
     """Probability of a horizontal flip."""
 
 

@@ -102,7 +102,6 @@ REFUSED = [
     ({"image_size": 0}, "image_size: got 0"),
     ({"flip_probability": 1.5}, "flip_probability: got 1.5"),
     ({"max_bad_fraction": 1.0}, "max_bad_fraction: got 1.0"),
-    ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
 ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data.loading.views import check_augment, training_views
+from epg_fast.data.loading.views import training_views
 from epg_fast.data.loading.workers import WorkerStream
 from epg_fast.data.sources.decoding import decode_image
 from epg_fast.data.sources.faults import printable, too_many_bad_files
@@ -69,8 +69,6 @@ class Batches(abc.ABC):
         ):
             if not good:
                 raise ValueError(f"{name}: got {value}, wanted {wanted}")
-        if augment is not None:
-            check_augment(augment)
         self.source, self.image_size, self.batch_size, self.seed = source, image_size, batch_size, seed
         self.flip_probability, self.augment, self.max_bad_fraction = flip_probability, augment, max_bad_fraction
         self._count = len(source)
