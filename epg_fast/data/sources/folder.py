@@ -125,12 +125,10 @@ class ImageFolder(ImageSource):
         """The splits of a dataset hold class folders of their own and would be taken for classes, the test set too."""
         if held := find_splits(folders):
             above, found = held
-            remedy = f"pass {self.root / above / found[0]}"
-            if (self.root / _DATASET).is_file():
-                remedy += f", with a {_DATASET} of its images in it"
-            elif above and sum("/" not in folder for folder in folders) > 1:
-                remedy = f"move one of them into a folder of its own, as {found[0]}/{above.replace('/', '_')}"
-            raise ValueError(f"data path: {self.root / above} holds the splits {', '.join(found)}, {_WANTED}; {remedy}")
+            where = self.root / above
+            raise ValueError(
+                f"data path: {where} holds the splits {', '.join(found)}, {_WANTED}; pass {where / found[0]}"
+            )
 
     def _check_used(self, labels: set[int], loose: int) -> None:
         """What may be another dataset than was meant."""
