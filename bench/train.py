@@ -33,6 +33,13 @@ from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
+<<<<<<< ours
+=======
+from epg_fast.tuning.workloads import NoImages, lively
+
+STAGES = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
+"""Training jobs, and what the names of their classes begin with."""
+>>>>>>> theirs
 
 _EAGER = {"optimizer": "torch", "compile": "off", "ops": "plain"}
 _BLOCKS = _EAGER | {"compile": "blocks"}
@@ -253,7 +260,7 @@ class OurTraining:
             network.load_state_dict(problem.weights(), strict=True)
         if (perceptual := problem.perceptual(encoder_from_config)) is not None:
             stage.perceptual = perceptual.use_ops(stage.chosen.ops)
-        self.state = RunState(config, stage, _NoImages(), ranks)
+        self.state = RunState(config, stage, NoImages(), ranks)
         if config.fp8:
             use_fp8(stage.network)
         self._losses = _Losses()
@@ -277,10 +284,3 @@ class _Losses:
 
     def add(self, names, sums, counts, made) -> None:
         self.found = [*self.found[:8], sums[names.index("loss")]]
-
-
-class _NoImages:
-    """In the place of a run's images."""
-
-    def fingerprint(self) -> str:
-        return ""

@@ -107,10 +107,10 @@ class Training:
         for network in filter(None, (stage.network, stage.ema, perceptual)):
             network.to(dtype)
         self.stage, self.unit = stage, unit
-        self.state = RunState(stage.config, stage, _NoImages(), ranks)
+        self.state = RunState(stage.config, stage, NoImages(), ranks)
         if config.fp8:
             use_fp8(stage.network)
-        self._metrics = _NoMetrics()
+        self._metrics = NoMetrics()
         if unit != "optimizer":
             compile_stage(stage)
         self._batch = {k: v.to(dtype) if k != "label" else v for k, v in _images(stage, batch, device).items()}
@@ -162,12 +162,16 @@ def _images(stage, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
     return found | {"label": torch.randint(classes, (batch,), generator=generator).to(device)}
 
 
-class _NoMetrics:
+class NoMetrics:
+    """In the place of a run's metrics."""
+
     def add(self, *values) -> None:
         pass
 
 
-class _NoImages:
+class NoImages:
+    """In the place of a run's images."""
+
     def fingerprint(self) -> str:
         return ""
 

@@ -192,15 +192,13 @@ class _Found:
 
 def _walk(root: str) -> _Found:
     found, ignored, loops = _Found(), Ignored(), []
-    # for each folder to come, those on the way to it: a link to one of them would be walked round and round
-    above = {root: frozenset(map(_identity, (root, *Path(root).resolve().parents)))}
     for folder, subfolders, files in os.walk(root, onerror=_unreadable, followlinks=True):
         prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        parents = above.pop(folder)
-        identities = {name: _identity(os.path.join(folder, name)) for name in subfolders if not ignored.skips(name)}
-        subfolders[:] = [name for name, identity in identities.items() if identity not in parents]
-        loops += [prefix + name for name, identity in identities.items() if identity in parents]
-        above |= {os.path.join(folder, name): parents | {identities[name]} for name in subfolders}
+        subfolders[:] = [name for name in subfolders if not ignored.skips(name)]
+        # which would be walked round and round
+        back = [name for name in subfolders if _leads_back(folder, name)]
+        loops += [prefix + name for name in back]
+        subfolders[:] = [name for name in subfolders if name not in back]
         found.folders += [prefix + name for name in subfolders]
         for name in files:
             if ignored.skips(name):
@@ -221,9 +219,10 @@ def _walk(root: str) -> _Found:
     return found
 
 
-def _identity(path: str | os.PathLike) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether `name` is a link to `folder` or to one above it."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and Path(folder).resolve().is_relative_to(os.path.realpath(path))
 
 
 def _unreadable(error: OSError) -> None:
