@@ -31,12 +31,8 @@ import torch
 
 from bench import report
 from bench.ladder import Ladder, climb, in_turns
-<<<<<<< ours
-from bench.results import ROOT, Results, header, processor, read_json
-from bench.roofline import STAGES
-=======
 from bench.results import ROOT, Results, header, read_json
->>>>>>> theirs
+from bench.roofline import STAGES
 from bench.sample import Sampling
 from bench.train import Training
 from epg_fast.files import write_atomically

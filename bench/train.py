@@ -33,13 +33,7 @@ from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
 from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
-<<<<<<< ours
-=======
-from epg_fast.tuning.workloads import NoImages, lively
-
-STAGES = {"pretrain": "Pretrain", "finetune-diffusion": "Diffusion", "finetune-consistency": "Consistency"}
-"""Training jobs, and what the names of their classes begin with."""
->>>>>>> theirs
+from epg_fast.tuning.workloads import NoImages
 
 _EAGER = {"optimizer": "torch", "compile": "off", "ops": "plain"}
 _BLOCKS = _EAGER | {"compile": "blocks"}

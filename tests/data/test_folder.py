@@ -214,6 +214,7 @@ ONE = ["00000/img00000000.png", 1]
         ([["00000/img00000000.png", [0.0, 1.0]]], "has other labels, wanted a list of .file, class index."),
         ([["00000/img00000000.png", -1]], "has other labels"),
         ({"00000/img00000000.png": 1}, "has other labels"),
+        ([ONE, ["00000\\img00000000.png", 2]], "names 00000/img00000000.png with the labels 1 and 2; delete one"),
         ("[" * 100_000, r"cannot read .*dataset.json \(no JSON: .*\); mend it, or move it away"),
     ],
 )

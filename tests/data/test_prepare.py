@@ -35,6 +35,11 @@ from tests.data.images import encode, noise, pack, png, touch
 LAYOUTS = {"folder": prepare_folder, "shards": prepare_shards}
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(params=LAYOUTS)
 def prepare(request):
     """prepare_folder or prepare_shards, with images of 16 x 16 from this process."""

@@ -1,4 +1,4 @@
-"""Tars of every layout, read in place: their images and classes, and what is refused."""
+"""Tars of every layout, read in place: their images and classes, what is refused, the index that is kept."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,15 @@ from PIL import Image
 from epg_fast.data import ImageFolder, ImageTars, open_images
 from epg_fast.data.sources import tars
 from tests.data.images import contents, encode, labels, noise, pack, png, samples, touch
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder of this test alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "epg_fast"
+
 
 # layouts
 
@@ -70,39 +80,46 @@ IMAGENET = {"n01440764.tar": ["n01440764_18.JPEG", "n01440764_36.JPEG"], "n01443
 JUNK = ["class2/0.png", "@eaDir/class2/0.png", "__MACOSX/._0.png"]
 LAYOUTS = {
     "shards": ({f"x-{i:05d}.tar": [f"{i}.png"] for i in range(3)}, ["all"]),
+    "splits in words of shards": ({"cc3m-train-0001.tar": ["a.jpg"], "cc3m-train-0002.tar": ["b.jpg"]}, ["all"]),
+    "numbers": ({"0.tar": ["a.jpg"], "7.TAR": ["b.jpg"]}, ["all"]),
     "of": ({"data-1-of-2.tar": ["data/a.png"], "data-2-of-2.tar": ["data/b.png"]}, ["all"]),
     # a key begins with its shard's number, captions lie beside the images
     "img2dataset": (IMG2DATASET, ["all"]),
-    "names": ({"dogs.tar": ["1.jpg"], "cats.tar": ["2.jpg"]}, ["all"]),
+    "captions": ({"east.tar": ["a.jpg", "a.txt"], "west.tar": ["b.jpg", "b.txt"]}, ["all"]),
     "one": ({"n01440764.tar": ["n01440764_18.JPEG"]}, ["all"]),
     "imagenet": (IMAGENET, ["n01440764", "n01443537"]),
     "folders": ({"class1.tar": ["class1/0.png"], "class2.tar": JUNK}, ["class1", "class2"]),
     "kaggle": ({"dog.tar": ["dog.0.jpg", "dog1.jpg", "dog.txt"], "cat.tar": ["cat (1).jpg"]}, ["cat", "dog"]),
+    "names": ({"dogs.tar": ["1.jpg"], "cats.tar": ["2.jpg"]}, ["cats", "dogs"]),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_labels_tars_are_classes_where_all_images_are_named_after_theirs(tmp_path, caplog, layout):
+def test_without_labels_tars_are_classes_or_shards_by_their_names(tmp_path, caplog, layout):
     members, classes = LAYOUTS[layout]
     for name, files in members.items():
         pack(tmp_path / name, {file: png(0) if file.lower().endswith("g") else b"{}" for file in files})
     touch(tmp_path, "@eaDir/x", "Thumbs.db")
-    source = open_images(tmp_path)
-    assert source.classes == classes and not any("@eaDir" in path for path in source.paths)
-    assert caplog.text.count("no image has a label: one class, 'all'") == (classes == ["all"])
-    for path, label in labels(source).items():
-        assert classes == ["all"] or path.startswith(classes[label])
+    for _ in range(2):
+        # the second time from the index
+        caplog.clear()
+        source = open_images(tmp_path)
+        assert source.classes == classes and not any("@eaDir" in path for path in source.paths)
+        assert caplog.text.count("no image has a label: one class, 'all'") == (classes == ["all"])
+        for path, label in labels(source).items():
+            assert classes == ["all"] or path.startswith(classes[label])
 
 
 def test_labels_in_json_and_names_in_any_case(tmp_path, caplog):
     entries = [{"label": 3}, {"caption": "x", "cls": "4"}, {"label": "cat", "class_id": 5}, {"class": 2, "target": 7}]
+    entries += [{"label": 4.0}]  # as pandas writes whole numbers beside gaps
     members = {}
     for i, entry in enumerate(entries):
         members |= {f"{i}.JPG": png(i), f"{i}.json": json.dumps(entry).encode()}
     pack(tmp_path / "a.tar", members | {"9.jfif": png(9), "9.CLS": b"1", "9.Json": b'{"label": 8}'})
     pack(tmp_path / "B.TAR", samples(20, 2))
     caplog.set_level(logging.INFO, "epg_fast")
-    wanted = {f"a.tar/{i}.JPG": label for i, label in enumerate((3, 4, 5, 2))}
+    wanted = {f"a.tar/{i}.JPG": label for i, label in enumerate((3, 4, 5, 2, 4))}
     wanted |= {"B.TAR/0020.png": 2, "B.TAR/0021.png": 0, "a.tar/9.jfif": 1}
     assert labels(open_images(tmp_path)) == wanted and "ignored" not in caplog.text
     # one that has no class index is no label
@@ -120,9 +137,11 @@ def test_long_and_odd_names(tmp_path, format):
     for i, name in enumerate(names):
         members |= {f"{name}.png": png(i), f"{name}.cls": str(i).encode()}
     path = pack(tmp_path / "odd näme 1.tar", members, format)
-    source = open_images(path)
-    assert contents(source) == {f"odd näme 1.tar/{name}.png": members[f"{name}.png"] for name in names}
-    assert source.labels.tolist() == [0, 1, 2, 3, 4]
+    for _ in range(2):
+        # the second time from the index
+        source = open_images(path)
+        assert contents(source) == {f"odd näme 1.tar/{name}.png": members[f"{name}.png"] for name in names}
+        assert source.labels.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_hidden_members_and_other_files_are_ignored_and_counted(tmp_path, caplog):
@@ -137,28 +156,35 @@ def test_hidden_members_and_other_files_are_ignored_and_counted(tmp_path, caplog
     assert source.paths == ["x.tar/root.png"]
 
 
-def test_the_last_of_the_members_with_one_name_counts_as_when_unpacking(tmp_path):
+def test_the_last_of_the_members_with_one_name_counts(tmp_path, caplog):
     def unpacked(path):
         with tarfile.open(path) as tar:
-            tar.extractall(tmp_path / path.stem, filter="data")
-        return {f"{path.name}/{file.name}": file.read_bytes() for file in (tmp_path / path.stem).glob("*.png")}
+            tar.extractall(tmp_path / "unpacked" / path.stem, filter="data")
+        files = sorted((tmp_path / "unpacked" / path.stem).glob("*.png"))
+        return {f"{path.name}/{file.name}": file.read_bytes() for file in files}
 
     path = pack(tmp_path / "x.tar", samples(0, 4))
     pack(path, {"./0001.png": png(50), "0001.cls": b"0", "0003.png": png(51)}, mode="a")
+    pack(path, {"0001.png": png(52)}, mode="a")
     source = open_images(path)
-    assert contents(source) == unpacked(path) and labels(source)["x.tar/0001.png"] == 0
+    assert list(source.paths) == ["x.tar/0000.png", "x.tar/0002.png", "x.tar/0003.png", "x.tar/0001.png"]
+    assert contents(source) == unpacked(path) and source.labels.tolist() == [0, 2, 0, 0]
+    assert caplog.text.count("left out 3 members whose names come again") == 1
     # the same names in two tars are two images
+    caplog.clear()
     for i in range(2):
         pack(tmp_path / "two" / f"s-{i}.tar", samples(0, 2))
-    assert len(open_images(tmp_path / "two")) == 4
+    assert len(open_images(tmp_path / "two")) == 4 and "left out" not in caplog.text
     # a tar of class tars, with a new version of one of them that has a new version of an image
-    inner = [pack(tmp_path / "in" / f"{name}.tar", {f"{name}_{i}.png": png(i) for i in range(3)}) for name in "ab"]
+    images = [{f"{name}_{i}.png": png(60 + i) for i in range(3)} for name in ("a", "b")]
+    inner = [pack(tmp_path / "inner" / f"{name}.tar", each) for name, each in zip("ab", images, strict=True)]
     outer = pack(tmp_path / "outer.tar", {path.name: path.read_bytes() for path in inner})
     pack(inner[0], {"a_0.png": png(70), "a_7.png": png(71)}, mode="a")
     pack(outer, {"a.tar": inner[0].read_bytes()}, mode="a")
     source = open_images(outer)
     assert contents(source) == {f"outer.tar/{k}": v for path in inner for k, v in unpacked(path).items()}
     assert source.classes == ["a", "b"] and source.labels.tolist() == [0] * 4 + [1] * 3
+    assert "left out 2 members" in caplog.text
 
 
 # refused
@@ -180,7 +206,7 @@ REFUSED = {
     ),
     **{
         f"label {content}": ({"s.tar": GOOD | {"0002.cls": content}}, "0002.cls holds .*, wanted a class index")
-        for content in (b"cat", b"-1", b"9999999")
+        for content in (b"cat", b"", b"-1", b"1.0", b"9" * 30, b"9999999")
     },
 }
 
@@ -217,7 +243,7 @@ def test_paths_that_are_no_dataset_are_refused_with_a_remedy(tmp_path):
         open_images("")
 
 
-@pytest.mark.parametrize("layout", ["shard", "nested", tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("layout", ["shard", "nested", tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_cut_tar_is_an_error_wherever_it_was_cut(tmp_path, layout):
     """tarfile itself takes a tar cut inside of a header, or between two members, for a complete one."""
     if layout == "nested":
@@ -226,7 +252,7 @@ def test_a_cut_tar_is_an_error_wherever_it_was_cut(tmp_path, layout):
     else:
         long = "" if layout == "shard" else "y" * 120
         members = {long + name: content for name, content in samples(0, 2).items()}
-        whole = pack(tmp_path / "s.tar", members, layout if layout == tarfile.GNU_FORMAT else tarfile.PAX_FORMAT)
+        whole = pack(tmp_path / "s.tar", members, tarfile.PAX_FORMAT if layout == "shard" else layout)
     content = whole.read_bytes()
     with tarfile.open(whole) as tar:
         last = tar.getmembers()[-1]
@@ -258,6 +284,61 @@ def test_damaged_and_joined_tars_do_not_shorten_the_dataset(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"s.tar(/n03.tar)? was cut, is damaged or was joined of several tars"):
             open_images(path)
+
+
+# the index
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """The folders that were scanned."""
+    found, scan = [], tars.scan_tars
+    monkeypatch.setattr(tars, "scan_tars", lambda folder, names: found.append(names) or scan(folder, names))
+    return found
+
+
+def test_headers_are_read_once_and_again_when_a_tar_changes(tmp_path, scanned, cache):
+    root = tmp_path / "shards"
+    pack(root / "s-0.tar", samples(0, 3))
+    first = open_images(root)
+    assert contents(open_images(root)) == contents(first) and len(scanned) == 1
+    assert open_images(root).fingerprint() == first.fingerprint()
+    pack(root / "s-1.tar", samples(3, 3))
+    assert len(open_images(root)) == 6 and len(scanned) == 2
+    # same size, other content and time
+    pack(root / "s-1.tar", samples(3, 3) | {"0003.cls": b"2"})
+    os.utime(root / "s-1.tar", ns=(0, 0))
+    assert open_images(root).labels.tolist()[3] == 2 and len(scanned) == 3
+    (root / "s-0.tar").unlink()
+    assert len(open_images(root)) == 3 and len(scanned) == 4
+    open_images(root)
+    assert len(scanned) == 4 and [path.name for path in root.iterdir()] == ["s-1.tar"]
+    # a damaged index is made again
+    for index in cache.iterdir():
+        content = index.read_bytes()
+        for damaged in (b"", b"rubbish", content[:-30], content[: len(content) // 2] + b"\xff" + content[200:]):
+            index.write_bytes(damaged)
+    assert len(open_images(root)) == 3 and len(scanned) == 5
+
+
+@pytest.mark.parametrize("why", ["no home", "read-only", "full"])
+def test_without_room_for_the_index_tars_are_read_all_the_same(tmp_path, monkeypatch, caplog, why):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    reason = {"no home": "no home folder", "read-only": "Not a directory", "full": "No space left"}[why]
+    if why == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", homeless)
+    elif why == "read-only":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(touch(tmp_path, "file") / "file"))
+    else:
+        monkeypatch.setattr(tars.TarIndex, "save", full)
+    assert len(open_images(pack(tmp_path / "s.tar", samples(0, 3)))) == 3
+    assert "cannot be stored" in caplog.text and reason in caplog.text
 
 
 # reading

@@ -165,11 +165,17 @@ def _read_labels(path: Path) -> dict[str, int] | None:
         logger.warning("%s has no labels and is ignored", path)
         return None
     try:
-        labels = {name.replace("\\", "/"): label for name, label in content["labels"] or ()}
+        pairs = [(name.replace("\\", "/"), label) for name, label in content["labels"] or ()]
     except (TypeError, ValueError, AttributeError):
-        labels = {"": None}
+        pairs = [("", None)]
+    labels = dict(pairs)
     if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels.values()):
         raise ValueError(f"data path: {path} has other labels, wanted a list of [file, class index]; or move it away")
+    for name, label in pairs:
+        if labels[name] != label:
+            raise ValueError(
+                f"data path: {path} names {name} with the labels {label} and {labels[name]}; delete one of them"
+            )
     return labels
 
 

@@ -25,7 +25,8 @@ LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "target")
 """Of a .json beside an image in a tar: where its class index is looked for."""
 LABELS_WANTED = (
     f"wanted class folders, a dataset.json with labels, key.cls or key.json ({'/'.join(LABEL_KEYS)}) beside key.jpg in "
-    "tars, tars of classes (cat.tar with cat_1.jpg), or a column `label` of a parquet file"
+    "tars, tars of classes (cat.tar with cat_1.jpg; names that differ in digits alone are shards), or a column `label` "
+    "of a parquet file"
 )
 MOST_CLASSES = 1_000_000
 # Seconds to wait for a disk that is away, and after how many to say so.

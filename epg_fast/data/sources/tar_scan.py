@@ -1,4 +1,4 @@
-"""Find the images in uncompressed tars and their classes; the table of them, and its file."""
+"""Find the images in uncompressed tars and their classes."""
 
 from __future__ import annotations
 
@@ -17,58 +17,13 @@ import numpy as np
 
 from epg_fast.data.sources.names import Ignored, find_splits, is_image, is_tar
 from epg_fast.data.sources.source import LABEL_KEYS, MOST_CLASSES, NO_LABELS
-from epg_fast.files import open_atomically
+from epg_fast.data.sources.tar_index import TarIndex
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d": "lz4"}
 # Of a .json beside an image.
 _MOST_JSON = 1 << 20
-_TEXTS = ("tars", "classes", "paths")
-_COLUMNS = ("shard", "offset", "size", "label", "crc32")
 
 logger = logging.getLogger("epg_fast")
-
-
-@dataclass
-class TarIndex:
-    """Where the images lie: `paths` and the columns have one value per image.
-
-    Attributes:
-        tars: file names of the tars.
-        classes: class names.
-        paths: `<tar>/<member>`, or `<tar>/<inner tar>/<member>`.
-        shard: position in `tars`, int32.
-        offset, size: of the content, in bytes from the tar's beginning, int64.
-        label: class index, int64.
-        crc32: of the content, uint32, if `prepare-data` wrote the tars; else None.
-    """
-
-    tars: list[str]
-    classes: list[str]
-    paths: list[str]
-    shard: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    label: np.ndarray
-    crc32: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def save(self, path: Path) -> None:
-        """Write the index to `path`, at once. Raises OSError."""
-        # no name holds a zero byte
-        texts = {name: "\0".join(getattr(self, name)).encode("utf-8", "surrogateescape") for name in _TEXTS}
-        columns = {name: getattr(self, name) for name in _COLUMNS}
-        with open_atomically(path) as file:
-            np.savez(file, **{name: np.frombuffer(text, np.uint8) for name, text in texts.items()}, **columns)
-
-    @classmethod
-    def load(cls, path: Path) -> TarIndex:
-        """Return the index in `path`, whose SHA-256 is the manifest's."""
-        with np.load(path, allow_pickle=False) as file:
-            columns = dict(file)
-        texts = {name: columns.pop(name).tobytes().decode("utf-8", "surrogateescape") for name in _TEXTS}
-        return cls(**{name: text.split("\0") if text else [] for name, text in texts.items()}, **columns)
 
 
 def scan_tars(folder: Path, names: list[str]) -> TarIndex:
@@ -85,6 +40,11 @@ def scan_tars(folder: Path, names: list[str]) -> TarIndex:
             except tarfile.TarError as error:
                 raise _cut(folder / name, str(error)) from None
     ignored.report(f"members of {where}", "images or labels")
+    if superseded := sum(tar.superseded for tar in tars):
+        logger.warning(
+            "%s: left out %d members whose names come again in the same tar: the last one counts, as when unpacking",
+            *(where, superseded),
+        )
     tars = [tar for tar in tars if tar.images]
     classes, labels = _label(where, tars) if tars else ([], [])
     places = np.array([place for tar in tars for place in tar.images.values()], np.int64).reshape(-1, 2)
@@ -108,12 +68,16 @@ class _Tar:
         shard: position of the file that it is or lies in.
         images: name -> offset and size of the content in that file; of members with one name the last.
         labels: name without its ending -> class index, from the .cls or .json beside an image.
+        has_companions: whether an image has another file of its name beside it.
+        superseded: how many members have a later one of the same name.
     """
 
     name: str
     shard: int
     images: dict[str, tuple[int, int]] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
+    has_companions: bool = False
+    superseded: int = 0
 
     @property
     def stem(self) -> str:
@@ -122,13 +86,14 @@ class _Tar:
 
 def _scan(file: BinaryIO, path: Path, name: str, shard: int, start: int, ignored: Ignored) -> list[_Tar]:
     """Return the tar in `file`, which begins at byte `start` of its shard, and the tars in it, sorted by name."""
-    tar, inner, weaker = _Tar(name, shard), {}, {}
+    tar, inner, weaker, companions = _Tar(name, shard), {}, {}, set()
     for archive, member in _members(file, path):
         name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
         stem, extension = os.path.splitext(name)
         if any(ignored.skips(part) for part in name.split("/")):
             continue
         if not (is_image(name) or is_tar(name) or extension.lower() in (".cls", ".json")):
+            companions.add(stem)
             ignored.add_other(name)
         elif not member.isreg() or member.issparse():
             raise ValueError(
@@ -136,8 +101,10 @@ def _scan(file: BinaryIO, path: Path, name: str, shard: int, start: int, ignored
                 "it again with tar --dereference --hard-dereference"
             )
         elif is_image(name):
+            tar.superseded += tar.images.pop(name, None) is not None
             tar.images[name] = start + member.offset_data, member.size
         elif is_tar(name):
+            tar.superseded += name in inner
             with archive.extractfile(member) as content:
                 place = start + member.offset_data
                 inner[name] = _scan(content, path / name, f"{tar.name}/{name}", shard, place, ignored)
@@ -145,10 +112,13 @@ def _scan(file: BinaryIO, path: Path, name: str, shard: int, start: int, ignored
             with archive.extractfile(member) as content:
                 tar.labels[stem] = _class_index(content.read(64), path / name)
         else:
+            companions.add(stem)
             with archive.extractfile(member) as content:
                 weaker[stem] = _json_label(content.read(_MOST_JSON))
             if weaker[stem] is None:
                 ignored.add_other(name)
+    stems = {os.path.splitext(image)[0] for image in tar.images}
+    tar.has_companions = not companions.isdisjoint(stems)
     tar.labels = {stem: label for stem, label in weaker.items() if label is not None} | tar.labels
     if inner and tar.images:
         raise ValueError(f"data path: {path} has both tars and images as members, wanted one kind; unpack it")
@@ -203,8 +173,12 @@ def _json_label(content: bytes) -> int | None:
     except (ValueError, RecursionError):
         return None
     for key in LABEL_KEYS if isinstance(entries, dict) else ():
-        if re.fullmatch("[0-9]{1,6}", str(entries.get(key))):
-            return int(entries[key])
+        value = entries.get(key)
+        # pandas writes a column with gaps as floats
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, (int, str)) and re.fullmatch("[0-9]{1,6}", str(value)):
+            return int(value)
     return None
 
 
@@ -219,7 +193,7 @@ def _label(where: str, tars: list[_Tar]) -> tuple[list[str], list[int]]:
             f"data path: the splits {', '.join(found)} lie {f'below {above} ' * bool(above)}in {where}, wanted the "
             f"images of one split; unpack, and pass the folder {found[0]} or a tar of it alone"
         )
-    if len(tars) == 1 or not all(_is_named_after(tar.stem, name) for tar in tars for name in tar.images):
+    if not _are_classes(tars):
         return list(NO_LABELS), [0] * sum(len(tar.images) for tar in tars)
     numbers = {stem: label for label, stem in enumerate(sorted({tar.stem for tar in tars}))}
     logger.info("%s: no image has a label beside it: each of the %d tars is a class", where, len(tars))
@@ -234,6 +208,16 @@ def _beside(where: str, tar: _Tar, name: str) -> int:
             "wanted a label beside every image, or beside none"
         )
     return tar.labels[stem]
+
+
+def _are_classes(tars: list[_Tar]) -> bool:
+    """Whether tars without labels are classes; else they are shards. See `ImageTars`."""
+    if len(tars) == 1:
+        return False
+    if all(_is_named_after(tar.stem, name) for tar in tars for name in tar.images):
+        return True
+    shapes = {re.sub("[0-9]+", "0", tar.stem) for tar in tars}
+    return len(shapes) == len(tars) and not any(tar.has_companions for tar in tars)
 
 
 def _is_named_after(stem: str, name: str) -> bool:

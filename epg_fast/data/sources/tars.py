@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import zlib
@@ -11,11 +12,13 @@ from pathlib import Path
 from epg_fast.data.sources.manifest import MANIFEST, check_complete, read_manifest
 from epg_fast.data.sources.names import IMAGES, files_in, is_tar, splits
 from epg_fast.data.sources.source import NO_LABELS, ImageSource, existing
-from epg_fast.data.sources.tar_scan import TarIndex, scan_tars
-from epg_fast.files import file_sha256
+from epg_fast.data.sources.tar_index import TarIndex
+from epg_fast.data.sources.tar_scan import scan_tars
 
 INDEX = "index.npz"
 _OPEN_TARS = 128
+# Of the rules by which tars are read: indices of others are not found.
+_VERSION = 4
 
 logger = logging.getLogger("epg_fast")
 
@@ -29,9 +32,12 @@ class ImageTars(ImageSource):
     | `key.cls` (ASCII digits) beside `key.jpg`         | that number                                           |
     | `key.json` beside `key.jpg`                       | the first class index among label, cls, class,        |
     |                                                   | class_id, class_index and target                      |
-    | no labels, several tars, all images named after   | name of the tar, as ImageNet's `n01440764.tar` with   |
-    | theirs (`cat.tar` with `cat_1.jpg` or `cat/1.jpg`)| its `n01440764_18.JPEG`                               |
-    | no labels, any others                             | "all", with a warning                                 |
+    | no labels, all images named after their tar       | name of the tar, as ImageNet's `n01440764.tar` with   |
+    | (`cat.tar` with `cat_1.jpg` or `cat/1.jpg`)       | its `n01440764_18.JPEG`                               |
+    | no labels, a single tar, tars with other files    | "all", with a warning: shards without labels          |
+    | `key.*` beside the images, or tars whose names    |                                                       |
+    | differ in their digits alone                      |                                                       |
+    | no labels, any others                             | name of the tar                                       |
 
     Tars may lie in a tar, as in `ILSVRC2012_img_train.tar`: they are read as if they lay in a folder.
     Class names are sorted, numbers are "0", "1", ... up to the largest. Images are in the order of the sorted tars and
@@ -45,8 +51,8 @@ class ImageTars(ImageSource):
         classes: names.
         index: the `TarIndex`.
 
-    All headers are read, but of shards of `prepare-data`, which have an index. Objects may be used by threads, forked
-    and pickled.
+    The first use reads all headers and keeps the result below `$XDG_CACHE_HOME/epg_fast`, which serves as long as
+    names, sizes and times of the tars are the same. Objects may be used by threads, forked and pickled.
 
     Raises ValueError for compressed, truncated or damaged tars, images that are links, missing labels, splits side by
     side without labels, a mixture of layouts, and shards of `prepare-data` that are not complete or not as their
@@ -67,8 +73,7 @@ class ImageTars(ImageSource):
                 f"images again in a new outdir, or delete {INDEX} to read the tars as those of any program"
             )
         else:
-            logger.info("reading the headers of the tars in %s; shards of prepare-data have an index", self.root)
-            self.index = scan_tars(self.root, tars)
+            self.index = _indexed(self.root, tars)
         if not len(self.index):
             raise ValueError(f"data path: no images in {path}, wanted tars with members ending in {', '.join(IMAGES)}")
         self.paths, self.labels, self.classes = self.index.paths, self.index.label, self.index.classes
@@ -130,7 +135,7 @@ def check_shards(folder: Path, manifest: dict) -> None:
                 f"{MANIFEST}; delete it and run prepare-data again, it makes only what is missing"
             )
     index = folder / INDEX
-    if not index.exists() or file_sha256(index) != manifest["index_sha256"]:
+    if not index.exists() or hashlib.sha256(index.read_bytes()).hexdigest() != manifest["index_sha256"]:
         raise ValueError(
             f"data path: {index} is missing or not the one that {MANIFEST} names; run prepare-data again, it makes "
             f"only what is missing, or delete it and {MANIFEST} to read the tars as those of any program"
@@ -145,3 +150,26 @@ def _find_tars(folder: Path) -> list[str]:
             f"data path: {folder} has the tars of training and of other images; pass one tar, or move them apart"
         )
     return tars
+
+
+def _indexed(folder: Path, tars: list[str]) -> TarIndex:
+    """Return the index of `tars`, which is made once and kept in the user's cache."""
+    status = {name: os.stat(folder / name) for name in tars}
+    key = _VERSION, os.fspath(folder.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in status.items()]
+    name = f"tars-{hashlib.sha256(repr(key).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epg_fast" / name
+        return TarIndex.load(path)
+    except RuntimeError:  # a container may run with a user id that has no home
+        path = None
+    except (OSError, ValueError):
+        pass
+    logger.info("indexing the tars in %s, once", folder)
+    index = scan_tars(folder, tars)
+    try:
+        if path is None:
+            raise OSError("no home folder, and XDG_CACHE_HOME is not set")
+        index.save(path)
+    except OSError as error:
+        logger.warning("the index of the tars cannot be stored (%s); the next run reads all headers again", error)
+    return index
