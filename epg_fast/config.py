@@ -87,13 +87,13 @@ class ModelConfig(_Checked):
     """Patch height and width in pixels."""
     embed_dim: int | None = number(None, 1)
     """Encoder width E."""
-    depth: int | None = number(None, 1)
+    depth: int | None = number(None, 1, 1000)
     """Encoder blocks."""
     num_heads: int | None = number(None, 1)
     """Encoder attention heads."""
     decoder_embed_dim: int | None = number(None, 1)
     """Decoder width D."""
-    decoder_depth: int | None = number(None, 1)
+    decoder_depth: int | None = number(None, 1, 1000)
     """Decoder blocks."""
     decoder_num_heads: int | None = number(None, 1)
     """Decoder attention heads."""
@@ -380,6 +380,10 @@ class RunConfig(_ComputeConfig):
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
             )
         self._check_engine()
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, 0 for never, is done after `step` updates; at the last all is."""
+        return step > 0 and every > 0 and (step % every == 0 or step == self.steps)
 
     def _check_engine(self):
         if self.cuda_graphs and self.compile != "network":

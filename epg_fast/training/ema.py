@@ -28,7 +28,6 @@ section 3 and its appendix.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
@@ -36,17 +35,13 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from epg_fast.config import RunConfig, check_sigma_rel
-from epg_fast.distributed import Ranks
+from epg_fast.config import check_sigma_rel
 from epg_fast.models import save_weights
-
-if TYPE_CHECKING:
-    from epg_fast.training.stages import Stage
+from epg_fast.training.stages import Stage, ema_copy
 
 log = logging.getLogger("epg_fast")
 
@@ -73,17 +68,6 @@ def gamma_of(sigma_rel: float) -> float:
 def power_decay(step: int, gamma: float) -> float:
     """Decay of the EMA at update `step` (1-based): (1 - 1/step)^(gamma+1); 0 at the first, which is copied."""
     return (1 - 1 / step) ** (gamma + 1)
-
-
-def ema_copy(network: torch.nn.Module, ranks: Ranks, offload: bool) -> torch.nn.Module | None:
-    """A copy of `network` for its EMA: on its device or, with `offload`, in the main rank's host memory.
-
-    None on the other ranks with `offload`, whose weights are the same.
-    """
-    if offload and not ranks.main:
-        return None
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-    return ema.cpu() if offload else ema
 
 
 class HostEma:
@@ -172,15 +156,16 @@ class PosthocEma:
     With `offload_ema` the main rank alone has them, in host memory.
 
     Args:
-        config: `posthoc_ema.sigma_rel` None tracks nothing, and then nothing is due.
-        stage: its network is followed, from the values it has now.
+        stage: its network is followed, from the values it has now. Without `posthoc_ema.sigma_rel` none is tracked, and
+            then nothing is due.
     """
 
-    def __init__(self, config: RunConfig, stage: Stage):
+    def __init__(self, stage: Stage):
+        config = stage.config
         self.sigma_rel = list(config.posthoc_ema.sigma_rel or ())
         copies = [ema_copy(stage.network, stage.ranks, config.offload_ema) for _ in self.sigma_rel]
         self.networks = [network for network in copies if network is not None]
-        self._stage, self._every, self._steps = stage, config.posthoc_ema.every, config.steps
+        self._stage = stage
         self._gammas = [gamma_of(s) for s in self.sigma_rel]
         self._folder = Path(config.outdir) / FOLDER
 
@@ -198,7 +183,7 @@ class PosthocEma:
 
         Never at 0, where a run may be stopped: an EMA over no steps has no profile.
         """
-        due = step > 0 and (step % self._every == 0 or step == self._steps)
+        due = self._stage.config.is_due(step, self._stage.config.posthoc_ema.every)
         return bool(self.networks and due and (self._stage.ranks.main or self._stage.sharded))
 
     def snapshot(self) -> dict[str, torch.Tensor]:
@@ -220,7 +205,7 @@ class PosthocEma:
         save_weights(self._folder / f"step_{step:09d}.safetensors", tensors, metadata)
 
     def discard_after(self, step: int) -> None:
-        """Remove what a killed run wrote after `step`, where training now goes on; main rank only.
+        """Remove what a killed run wrote after `step`, where training now goes on, if this is the main rank.
 
         The run will write these snapshots again. Until then nobody shall mistake the old ones for its own.
         """

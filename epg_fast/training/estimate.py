@@ -15,11 +15,9 @@ from epg_fast.distributed import Ranks
 from epg_fast.models.encoder import is_recomputed
 from epg_fast.plans import parse_ops
 from epg_fast.runtime import autocast
-from epg_fast.training.compilation import check_compilation
 from epg_fast.training.draws import Draws
-from epg_fast.training.flops import StepFlops, step_flops
-from epg_fast.training.gradients import check_batch_size
-from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
+from epg_fast.training.flops import GPUS, Gpu, StepFlops, gpu_named, gpu_of, step_flops
+from epg_fast.training.gradients import check_batch_size, check_compilation
 from epg_fast.training.stages import Stage, stage_without_files
 
 _GIB = 2**30

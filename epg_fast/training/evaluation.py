@@ -1,8 +1,9 @@
-"""Evaluation of a run's EMA weights while it trains, which changes nothing of the training.
+"""Samples of a run's EMA weights while it trains, which change nothing of the training: previews and evaluations.
 
-All ranks draw images, each its batches, with the settings of `preview` and the run's precision and plan. What judges
-keep of an image is a row; the image goes. The main rank makes figures of all rows in the images' order. Labels, noise
-and how batches are cut are the same every time and for any number of ranks, and so are the figures.
+For an evaluation all ranks draw images, each its batches, with the settings of `preview` and the run's precision and
+plan. What judges keep of an image is a row; the image goes. The main rank makes figures of all rows in the images'
+order. Labels, noise and how batches are cut are the same every time and for any number of ranks, and so are the
+figures.
 
 What it leaves in the run folder, in this order:
     best.safetensors              the weights with the best figure so far; which that is stands in its metadata
@@ -16,6 +17,7 @@ The line comes last: a run that goes on from a step without one begins with that
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import json
@@ -31,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors import SafetensorError
 
 from epg_fast.config import RunConfig
@@ -41,12 +44,13 @@ from epg_fast.evaluation.rows import Rows, join_rows
 from epg_fast.files import write_atomically
 from epg_fast.models import EPGViT, generator_from_config, save_weights
 from epg_fast.models.weight_files import open_safetensors
-from epg_fast.sampling import SamplingEngine
+from epg_fast.runtime import autocast
+from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import quantize
-from epg_fast.training.measuring import BrokenOff, Measurement
-from epg_fast.training.preview import sampling_options
-from epg_fast.training.stages import network_config
+from epg_fast.sampling.outputs import quantize, save_grid
+from epg_fast.training.measuring import BrokenOff, Measurement, preview_path
+from epg_fast.training.metrics import Metrics
+from epg_fast.training.stages import Stage, network_config
 from epg_fast.training.state import RunState
 
 log = logging.getLogger("epg_fast")
@@ -76,22 +80,77 @@ def discard_evaluations_after(outdir: Path, step: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def sampling_options(stage: Stage) -> dict:
+    """Arguments of `SamplingEngine` that say which images the run's samples are."""
+    p = stage.config.preview
+    return {
+        "sampler": p.sampler,
+        "steps": p.steps,
+        "guidance": p.guidance if stage.network.num_classes else 1.0,
+        "interval": tuple(p.interval),
+        "parameterization": stage.parameterization,
+        "normalization": stage.config.data.normalization,
+        "noise_schedule": stage.config.noise,
+    }
+
+
+class Preview(Measurement):
+    """A grid of samples, previews/step_<step>.png, from the same labels and noise every time, to compare steps.
+
+    Sharded weights take all ranks, which all sample the same; the main rank alone writes. EMA in host memory are copied
+    to the device for as long as it takes.
+    """
+
+    name = "preview"
+
+    def __init__(self, state: RunState, outdir: Path, metrics: Metrics):
+        self._state, self._outdir, self._metrics = state, outdir, metrics
+
+    def figures(self) -> dict[str, float]:
+        """None. A disk that does not take the picture is reported: it must not end a run."""
+        state, stage, config = self._state, self._state.stage, self._state.config
+        if not (stage.ranks.main or stage.sharded):
+            return {}
+        state.host_ema.wait()
+        p, network, step = config.preview, stage.ema, state.iteration
+        if config.offload_ema:
+            network = copy.deepcopy(network).to(stage.ranks.device)
+        labels = torch.tensor(choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes))
+        # autocast, where the precisions of `sample` make a copy of the weights
+        with autocast(stage.ranks.device, config.precision):
+            images = sample(
+                network,
+                labels if network.num_classes else p.num,
+                **sampling_options(stage),
+                ops=network.ops,  # of the run; a plan for sampling is not asked for
+            )
+        if stage.ranks.main:
+            if not images.isfinite().all():
+                log.warning("step %d: some preview samples are not finite and are shown black", step)
+            path = preview_path(self._outdir, step)
+            with _reported(step, "no preview"):
+                path.parent.mkdir(exist_ok=True)
+                save_grid(quantize(images.nan_to_num(0.0)).numpy(), path)
+                with Image.open(path) as picture:
+                    self._metrics.add_image("samples", np.asarray(picture.convert("RGB")), step)
+        return {}
+
+
 class Evaluation(Measurement):
     """The evaluations of a run. All ranks make it, and call its methods, together.
 
     Args:
         stop: whether the run is to end; all ranks ask together, and get the same answer.
+        show: gets what a progress line is to show, {name: text}, and seconds that were no training.
 
-    `show` may be set: it gets what a progress line is to show, {name: text}, and seconds that were no training.
     Raises ValueError for judges that cannot be opened. What they see of their reference is kept in evaluation/.
     """
 
     name = "evaluate"
 
-    def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool]):
+    def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool], show: Callable[..., None]):
         self._state, self._stage, self._ranks = state, state.stage, state.ranks
-        self._config, self._outdir, self._stop = state.stage.evaluate, outdir, stop
-        self.show: Callable[..., None] = lambda texts, pause=0.0: None
+        self._config, self._outdir, self._stop, self._show = state.config.evaluate, outdir, stop, show
         self._begun, self._spent = time.perf_counter(), 0.0
         self._newest: dict[str, str] = {}
         self._best: dict | None = None
@@ -127,7 +186,7 @@ class Evaluation(Measurement):
             self._spent += time.perf_counter() - begin
         share = self._spent / (time.perf_counter() - self._begun)
         self._newest = {self._figure: _shown(found[_EMA], self._figure)}
-        self.show(self._newest, seconds)
+        self._show(self._newest, seconds)
         texts = [f"{name} {_shown(m, self._figure)}" for name, m in found.items() if name != _EMA]
         self._sentence = f"{self._figure} " + ", ".join([_shown(found[_EMA], self._figure), *texts])
         self._sentence += f"; the best so far, {better}" if better else ""
@@ -157,7 +216,7 @@ class Evaluation(Measurement):
                 drawing = drawing or self._drawn(network, judges, range(ranks.rank, batches, ranks.world_size))
                 part, error = _attempt(lambda: next(drawing))  # noqa: B023 (called at once)
                 parts.append(part)
-            self.show(self._newest | {f"evaluating {name}": f"{(turn + 1) / turns:.0%}"})
+            self._show(self._newest | {f"evaluating {name}": f"{(turn + 1) / turns:.0%}"})
         network = drawing = None  # their memory is for what figures take
         everyone = ranks.gather_to_main((parts, error))
 

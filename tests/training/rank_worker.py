@@ -25,8 +25,7 @@ from epg_fast.models import create_encoder, save_weights
 from epg_fast.models.fp8 import use_fp8
 from epg_fast.training import loop
 from epg_fast.training.draws import Draws
-from epg_fast.training.gradients import add_gradients
-from epg_fast.training.loss_scale import LossScale
+from epg_fast.training.gradients import LossScale, add_gradients
 from epg_fast.training.optimizer import make_optimizer
 from epg_fast.training.parallel import parallelize
 from tests.training import stages

@@ -7,8 +7,8 @@ import pytest
 from epg_fast.__main__ import main
 from epg_fast.data import DataError, ImageFolder, PillowLoader
 from epg_fast.distributed import Ranks
-from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import list_checkpoints
+from epg_fast.training.dataset import BadFiles
 from tests.training.runs import fails, run_command, saved_state
 from tests.training.stages import ALONE
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from epg_fast.training.classes import note_classes
+from epg_fast.training.dataset import note_classes
 
 
 def stage(num_classes, before=None):

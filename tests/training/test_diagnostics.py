@@ -21,8 +21,7 @@ from epg_fast.evaluation import evaluate_probe
 from epg_fast.evaluation.probe import evenly_chosen
 from epg_fast.models import from_pretrained
 from epg_fast.training import loop, measuring
-from epg_fast.training.collapse import alignment, effective_rank, uniformity
-from epg_fast.training.measuring import Measurement, Measuring
+from epg_fast.training.measuring import Measurement, Measuring, alignment, effective_rank, uniformity
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.parallel import is_sharded, parallelize
 from tests.training import rank_worker
@@ -239,7 +238,7 @@ class _Second(Measurement):
 def test_a_measurement_that_takes_more_than_a_twentieth_of_the_time_is_told_of_once(tmp_path, monkeypatch, log):
     now = [0.0]
     monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    measurer = Measuring([_Second(now)], Metrics(tmp_path, True))
+    measurer = Measuring([_Second(now)], Metrics(tmp_path))
     for step, wait in enumerate((0, 100, 9, 9)):
         now[0] += wait
         measurer.measure(["probe"], step)

@@ -39,7 +39,7 @@ def whole_tensors(run, job):
     config = make_config(Path(), Path(), "unused", job, parallelism="ddp")[0]
     if job == "finetune-consistency":
         config.perceptual = None
-    state = RunState(config, make_stage(job, config, perceptual=False), Images(), ALONE)
+    state = RunState(make_stage(job, config, perceptual=False), Images())
     load_newest(run / "checkpoints", tensors := state.tensors(), ALONE)
     return tensors
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig, PosthocEmaConfig
 from epg_fast.distributed import Ranks
-from epg_fast.training.ema import HostEma, PosthocEma, ema_copy, gamma_of, list_snapshots, power_decay
+from epg_fast.training.ema import HostEma, PosthocEma, gamma_of, list_snapshots, power_decay
+from epg_fast.training.stages import ema_copy
 from tests.ops.kernel_checks import needs_extension
 from tests.training.runs import assert_same_run, crash_after_save, fails, run_command, saved_steps
 from tests.training.stages import Training
@@ -140,11 +141,13 @@ def test_an_error_of_the_thread_ends_the_run(monkeypatch):
 def test_ranks_other_than_the_first_keep_none_in_host_memory():
     """Two ranks train in test_interruptions."""
     network = torch.nn.Linear(3, 2)
-    first, second = (SimpleNamespace(network=network, ranks=Ranks(i, 2, None), sharded=False) for i in (0, 1))
-    assert ema_copy(network, second.ranks, offload=True) is None
-    assert ema_copy(network, second.ranks, offload=False) is not None
+    ranks = [Ranks(i, 2, None) for i in (0, 1)]
+    assert ema_copy(network, ranks[1], offload=True) is None
+    assert ema_copy(network, ranks[1], offload=False) is not None
     config = DiffusionConfig(outdir="run", posthoc_ema=PosthocEmaConfig(WIDTHS), offload_ema=True)
-    first, second = PosthocEma(config, first), PosthocEma(config, second)
+    first, second = (
+        PosthocEma(SimpleNamespace(config=config, network=network, ranks=place, sharded=False)) for place in ranks
+    )
     assert first.is_due(10_000) and not second.is_due(10_000)
     assert second.networks == [] and second.state_dict() == {}
     host = HostEma(network, second.networks)

@@ -12,7 +12,7 @@ from epg_fast.config import DryRunConfig, OptimizerConfig, PosthocEmaConfig
 from epg_fast.flags import RECIPES, parse
 from epg_fast.runtime import autocast
 from epg_fast.training import estimate
-from epg_fast.training.ema import HostEma, ema_copy
+from epg_fast.training.ema import HostEma
 from epg_fast.training.estimate import (
     Activations,
     SavedTensors,
@@ -24,6 +24,7 @@ from epg_fast.training.estimate import (
 )
 from epg_fast.training.flops import step_flops
 from epg_fast.training.optimizer import make_optimizer
+from epg_fast.training.stages import ema_copy
 from tests.training.runs import fails
 from tests.training.stages import CPU, JOBS, backward_of, device_of, loss_of, make_config, make_stage, stage_class
 

@@ -5,8 +5,7 @@ import torch
 
 from epg_fast.distributed import Ranks
 from epg_fast.training.estimate import planned_stage
-from epg_fast.training.flops import step_flops
-from epg_fast.training.hardware import Utilization, gpu_named, gpu_of
+from epg_fast.training.flops import Utilization, gpu_named, gpu_of, step_flops
 from epg_fast.training.metrics import Progress
 from tests.training.stages import ALONE, device_of, make_config, make_stage, stage_class
 

@@ -11,7 +11,7 @@ import pytest
 
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
-from epg_fast.training.loggers import open_loggers
+from epg_fast.training.metrics import open_loggers
 from tests.training.runs import crash_after_save, fails, run_command
 
 # Trackio reads it when it is imported.

@@ -12,7 +12,7 @@ from epg_fast.__main__ import main
 from epg_fast.distributed import Ranks, joined
 from epg_fast.training import loop
 from epg_fast.training import metrics as metrics_module
-from epg_fast.training.compilation import compile_stage
+from epg_fast.training.gradients import compile_stage
 from epg_fast.training.metrics import Progress
 from tests.ops.kernel_checks import needs_extension
 from tests.training.runs import hang, run_command, run_lines

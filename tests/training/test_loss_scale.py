@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from epg_fast.training.loss_scale import LossScale
+from epg_fast.training.gradients import LossScale
 from tests.ops.kernel_checks import DEVICE
 
 

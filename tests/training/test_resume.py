@@ -11,7 +11,7 @@ import pytest
 from epg_fast.__main__ import main
 from epg_fast.data.loading.dali import dali_status
 from epg_fast.ops import extension_status
-from epg_fast.training import checkpoint, decoding, state
+from epg_fast.training import checkpoint, dataset, state
 from tests.training.runs import (
     assert_same_run,
     before_step,
@@ -23,7 +23,7 @@ from tests.training.runs import (
     saved_steps,
     send,
 )
-from tests.training.stages import spoil
+from tests.training.stages import CPU, spoil
 
 POSTHOC = {"posthoc_ema.sigma_rel": "[0.05,0.1]", "posthoc_ema.every": 3}
 RUNS = {
@@ -117,8 +117,8 @@ def resolved(there):
     ],
 )
 def test_a_run_keeps_its_decoder_unless_another_is_named(wanted, used, chosen, warnings, monkeypatch, log):
-    monkeypatch.setattr(decoding, "resolve_backend", resolved(["dali", "pillow"]))
-    assert decoding.choose_backend(wanted, used) == chosen
+    monkeypatch.setattr(dataset, "resolve_backend", resolved(["dali", "pillow"]))
+    assert dataset.choose_backend(wanted, used, CPU) == chosen
     assert sum("so far, now by" in message for message in log.messages) == warnings
 
 
@@ -133,7 +133,7 @@ def test_a_run_whose_decoder_is_gone_says_what_to_do(tiny_run, tmp_path, monkeyp
         crash_after_save(patched, 1)
         patched.setattr(state, "write_checkpoint", write_as_by_dali)
         assert main(command) == 1
-    monkeypatch.setattr(decoding, "resolve_backend", resolved(["pillow"]))
+    monkeypatch.setattr(dataset, "resolve_backend", resolved(["pillow"]))
     before = run_lines(run)
     wanted = ("dali cannot be imported", "pip install nvidia-dali", "--data.backend pillow")
     fails(capsys, [*command, "--data.backend", "auto"], *wanted)
