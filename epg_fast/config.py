@@ -828,8 +828,3 @@ class ReconstructEmaConfig(_Checked):
     """File (.safetensors) to write; it is used like a run's model.safetensors."""
     max_residual: float = number(0.05, 0, 1)
     """Refuse when the snapshots represent the EMA worse than this (relative L2 distance of the profiles)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sigma_rel is not None:
-            check_sigma_rel(self.sigma_rel)

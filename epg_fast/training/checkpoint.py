@@ -32,15 +32,15 @@ from epg_fast.training.parallel import Replicated, Tensors, is_sharded, local, r
 log = logging.getLogger("epg_fast")
 _NAME = re.compile(r"step_(\d+)")
 _STATE, _CHECKSUMS = "state.json", "checksums.json"
-_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
+UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
-class BackgroundWriter:
-    """Runs one writing job at a time in a thread, so that training goes on meanwhile."""
+class Background:
+    """Runs one job at a time in a thread of this name, so that training goes on meanwhile."""
 
-    def __init__(self):
+    def __init__(self, name: str):
         # Not a daemon: a process that ends, by an exception too, first finishes what it writes.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="epg-checkpoint")
+        self._executor = ThreadPoolExecutor(1, name)
         self._job: Future | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -109,7 +109,7 @@ def write_checkpoint(
         parallel.all_ranks(begin, main_only=True)
         files = parallel.all_ranks(write_part)
         parallel.all_ranks(finish, main_only=True)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         if ranks.main:
             shutil.rmtree(temporary, ignore_errors=True)
         earlier = list_checkpoints(folder)
@@ -131,7 +131,7 @@ def load_newest(folder: Path, tensors: Tensors, ranks: Ranks) -> tuple[dict | No
         state = reason = None
         try:
             state = _verified(path, tensors, ranks)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = (str(error).partition("\n")[0] or type(error).__name__)[:160]
         reason = next(filter(None, ranks.gather(reason)), None)
         if reason is None:
@@ -147,7 +147,7 @@ def load_newest(folder: Path, tensors: Tensors, ranks: Ranks) -> tuple[dict | No
 
 
 def _verified(path: Path, tensors: Tensors, ranks: Ranks) -> dict:
-    """The state of a checkpoint. Raises one of `_UNREADABLE` unless its files are what was written, and all is there.
+    """The state of a checkpoint. Raises one of `UNREADABLE` unless its files are what was written, and all is there.
 
     Each rank compares a share of the checksums.
     """

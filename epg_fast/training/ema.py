@@ -33,7 +33,6 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ import torch
 
 from epg_fast.config import check_sigma_rel
 from epg_fast.models import save_weights
+from epg_fast.training.checkpoint import Background
 from epg_fast.training.stages import Stage, ema_copy
 
 log = logging.getLogger("epg_fast")
@@ -95,10 +95,10 @@ class HostEma:
         self._copied: torch.cuda.Event | None = None
         self._staging = [torch.empty(p.shape, dtype=p.dtype, pin_memory=cuda) for p in self._weights]
         self._found_inf = torch.zeros((), pin_memory=cuda)
-        self._job: Future | None = None
         threads = torch.get_num_threads()
-        self._executor = ThreadPoolExecutor(1, "epg-ema")
-        self._executor.submit(self._start).result()
+        self._thread = Background("epg-ema")
+        self._thread.submit(self._start)
+        self._thread.wait()
         # what the thread has set for itself is also what threads begin with
         torch.set_num_threads(threads)
 
@@ -125,13 +125,13 @@ class HostEma:
             with torch.cuda.stream(self._stream):
                 torch._foreach_copy_(self._staging, self._weights, non_blocking=True)
             self._copied = self._stream.record_event()
-        self._job = self._executor.submit(self._average, list(decays), self._copied)
+        decays, copied = list(decays), self._copied
+        self._thread.submit(lambda: self._average(decays, copied))
 
     def wait(self) -> None:
         """Wait until the newest update is in the EMA; raises what the thread raised, once."""
-        if self._emas and self._job is not None:
-            job, self._job = self._job, None
-            job.result()
+        if self._emas:
+            self._thread.wait()
 
     def _start(self) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

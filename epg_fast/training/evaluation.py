@@ -9,8 +9,7 @@ What it leaves in the run folder, in this order:
     best.safetensors              the weights with the best figure so far; which that is stands in its metadata
     evaluation/step_<step>.json   figures with their spreads, and how they were made
     a line of metrics.jsonl       figures as `fid`, of a post-hoc width as `fid/sigma_rel_0.05`, their spreads as
-                                  `fid/spread`; `evaluation_seconds`, and `evaluation_share`: that of all evaluations in
-                                  the time since the process began to train
+                                  `fid/spread`; `evaluation_seconds`
 The line comes last: a run that goes on from a step without one begins with that evaluation.
 """
 
@@ -34,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError
 
 from epg_fast.config import RunConfig
 from epg_fast.evaluation.figures import measured
@@ -48,6 +46,7 @@ from epg_fast.runtime import autocast
 from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.outputs import quantize, save_grid
+from epg_fast.training.checkpoint import UNREADABLE
 from epg_fast.training.measuring import BrokenOff, Measurement, preview_path
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.stages import Stage, network_config
@@ -60,7 +59,6 @@ _NAME = re.compile(r"step_(\d+)\.json")
 _EMA = "ema"
 # What may go wrong with an evaluation and is no reason to end a run: files, a GPU's memory, images without figures.
 _FAILURES = (ValueError, OSError, ImportError, RuntimeError)
-_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError)
 
 
 def check_evaluation(config: RunConfig) -> None:
@@ -151,10 +149,8 @@ class Evaluation(Measurement):
     def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool], show: Callable[..., None]):
         self._state, self._stage, self._ranks = state, state.stage, state.ranks
         self._config, self._outdir, self._stop, self._show = state.config.evaluate, outdir, stop, show
-        self._begun, self._spent = time.perf_counter(), 0.0
         self._newest: dict[str, str] = {}
         self._best: dict | None = None
-        self._sentence = ""
         c, against = self._config, self._config.reference or self._config.test
         with _untouched(self._ranks.device), _named_as_flags():
             judges = self._judges(self._ranks)
@@ -175,26 +171,17 @@ class Evaluation(Measurement):
     def figures(self) -> dict[str, float]:
         """Those of the weights as they are, for metrics.jsonl, on every rank; all other files are written."""
         step, begin = self._state.iteration, time.perf_counter()
-        try:
-            with _untouched(self._ranks.device):
-                found = self._found()
-                better = self._keep_best(step, found)
-                seconds = time.perf_counter() - begin
-                if self._ranks.main:
-                    self._write(step, found, seconds)
-        finally:
-            self._spent += time.perf_counter() - begin
-        share = self._spent / (time.perf_counter() - self._begun)
-        self._newest = {self._figure: _shown(found[_EMA], self._figure)}
+        with _untouched(self._ranks.device):
+            found = self._found()
+            self._keep_best(step, found)
+            seconds = time.perf_counter() - begin
+            if self._ranks.main:
+                self._write(step, found, seconds)
+        value, spread = found[_EMA]["figures"][self._figure], found[_EMA]["spread"].get(self._figure)
+        texts = [f"{number:.{digits}g}" for number, digits in ((value, 4), (spread, 1)) if number is not None]
+        self._newest = {self._figure: " ± ".join(texts) or "none"}
         self._show(self._newest, seconds)
-        texts = [f"{name} {_shown(m, self._figure)}" for name, m in found.items() if name != _EMA]
-        self._sentence = f"{self._figure} " + ", ".join([_shown(found[_EMA], self._figure), *texts])
-        self._sentence += f"; the best so far, {better}" if better else ""
-        self._sentence += f"; {seconds:.3g} s, evaluations are {share:.1%} of the time"
-        return _line(found) | {"evaluation_seconds": seconds, "evaluation_share": share}
-
-    def said(self, figures: dict[str, float]) -> str:
-        return self._sentence
+        return _line(found) | {"evaluation_seconds": seconds}
 
     def _found(self) -> dict[str, dict]:
         """{name of the weights: their figures and spreads}, on every rank."""
@@ -281,8 +268,8 @@ class Evaluation(Measurement):
                 dist.broadcast(tensor, 0)
         return copy
 
-    def _keep_best(self, step: int, found: dict[str, dict]) -> str | None:
-        """Which weights of this step are better than those in best.safetensors, which has them then; None for none."""
+    def _keep_best(self, step: int, found: dict[str, dict]) -> None:
+        """Put the best weights of this step into best.safetensors if they are better than those in it."""
 
         def choose() -> str | None:
             sign = 1 if self._direction[self._figure] == "low" else -1
@@ -294,7 +281,7 @@ class Evaluation(Measurement):
 
         name = self._ranks.decide(choose)
         if name is None:
-            return None
+            return
         self._state.writer.wait()  # one copy at a time in host memory
         network = self._network(name)
         weights = self._state.parallel.whole({} if network is None else network.state_dict(), {})
@@ -305,7 +292,7 @@ class Evaluation(Measurement):
             with _reported(step, "the best weights so far are not kept"):
                 save_weights(self._outdir / BEST, weights, metadata)
                 self._best = best
-        return name
+                log.info("step %d: %s has the weights %s, the best so far", step, BEST, name)
 
     def _best_so_far(self, step: int) -> dict | None:
         """What best.safetensors says of itself. One that was chosen in another way is set aside."""
@@ -318,7 +305,7 @@ class Evaluation(Measurement):
             changed = "; ".join(protocol_changes(*map(_yardstick, (best["protocol"], self._protocol))))
             if best["figure"] != self._figure:
                 changed = f"by {best['figure']}"
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             changed = f"it cannot be read: {error}"
         if not changed:
             return {name: value for name, value in best.items() if name != "protocol"}
@@ -449,12 +436,6 @@ def _line(found: dict[str, dict]) -> dict[str, float]:
         for figure, value in m["figures"].items():
             line |= {f"{figure}{suffix}": value, f"{figure}{suffix}/spread": m["spread"].get(figure)}
     return {name: value for name, value in line.items() if value is not None}
-
-
-def _shown(m: dict, figure: str) -> str:
-    value, spread = m["figures"][figure], m["spread"].get(figure)
-    text = "none" if value is None else f"{value:.4g}"
-    return text if spread is None else f"{text} ± {spread:.1g}"
 
 
 def _finite(value):

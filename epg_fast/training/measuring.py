@@ -60,10 +60,6 @@ class Measurement(abc.ABC):
         all ranks when the run is to end before that.
         """
 
-    def said(self, figures: dict[str, float]) -> str:
-        """The figures in a line of the log."""
-        return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-
 
 class BrokenOff(Exception):
     """The run is to end."""
@@ -122,7 +118,7 @@ class Measuring:
                 log.warning("step %d: no figures of %s: %s; training goes on", step, measurement.name, error)
             if figures:
                 self._metrics.write_figures(step, figures)
-                log.info("step %d: %s", step, measurement.said(figures))
+                log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
             self._say_cost(measurement.name, begin, step)
         return True
 

@@ -19,7 +19,7 @@ from epg_fast.models import save_weights
 from epg_fast.plans import Chosen, Machine
 from epg_fast.runtime import AUTOCAST
 from epg_fast.training.checkpoint import (
-    BackgroundWriter,
+    Background,
     is_kept,
     list_checkpoints,
     load_newest,
@@ -153,7 +153,7 @@ class RunState:
         self.unfinished_metrics: dict = {}
         self.damaged: list[Path] = []
         """Checkpoints that `resume` could not read."""
-        self.writer = BackgroundWriter()
+        self.writer = Background("epg-checkpoint")
         self._saved: int | None = None
         self._known_skipped = 0
 

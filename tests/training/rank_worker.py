@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import socket
-import sys
 import traceback
 from pathlib import Path
 
@@ -262,7 +261,3 @@ def accumulate(rank, config, job, interference):
     assert averaged.keys() == added.keys() and "blocks.0.mlp.fc1.weight" in added
     for name, gradient in averaged.items():
         torch.testing.assert_close(added[name], gradient, rtol=1e-5, atol=1e-6)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
