@@ -195,8 +195,6 @@ class OptimizerConfig(_Checked):
     """Decoupled weight decay."""
     decay_tokens: bool = False
     """Apply weight decay to `pos_embed` and `cls_token` as well."""
-    layer_decay: float = number(1.0, above=0)
-    """Learning-rate factor per encoder block from the deepest (1) to the first; 1 switches it off."""
     schedule: Literal["warmup-cosine", "warmup-step", "constant"] = "warmup-cosine"
     """Learning-rate factor: warm-up then cosine to `min_scale`, or 1 / 0.3 / 0.08 at `milestones`, or 1."""
     warmup_steps: int = number(10_000, 0)

@@ -139,17 +139,15 @@ class Evaluation(Measurement):
 
     Args:
         stop: whether the run is to end; all ranks ask together, and get the same answer.
-        show: gets what a progress line is to show, {name: text}, and seconds that were no training.
 
     Raises ValueError for judges that cannot be opened. What they see of their reference is kept in evaluation/.
     """
 
     name = "evaluate"
 
-    def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool], show: Callable[..., None]):
+    def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool]):
         self._state, self._stage, self._ranks = state, state.stage, state.ranks
-        self._config, self._outdir, self._stop, self._show = state.config.evaluate, outdir, stop, show
-        self._newest: dict[str, str] = {}
+        self._config, self._outdir, self._stop = state.config.evaluate, outdir, stop
         self._best: dict | None = None
         c, against = self._config, self._config.reference or self._config.test
         with _untouched(self._ranks.device), _named_as_flags():
@@ -177,10 +175,6 @@ class Evaluation(Measurement):
             seconds = time.perf_counter() - begin
             if self._ranks.main:
                 self._write(step, found, seconds)
-        value, spread = found[_EMA]["figures"][self._figure], found[_EMA]["spread"].get(self._figure)
-        texts = [f"{number:.{digits}g}" for number, digits in ((value, 4), (spread, 1)) if number is not None]
-        self._newest = {self._figure: " ± ".join(texts) or "none"}
-        self._show(self._newest, seconds)
         return _line(found) | {"evaluation_seconds": seconds}
 
     def _found(self) -> dict[str, dict]:
@@ -196,14 +190,14 @@ class Evaluation(Measurement):
         """Figures and spreads of weights. Raises ValueError on every rank where one has an `error`, or meets one."""
         ranks, batches = self._ranks, -(-self._config.num // self._batch_size)
         parts: list[tuple[Rows, int]] = []
-        network, drawing, turns = self._on_device(name), None, -(-batches // ranks.world_size)
-        for turn in range(turns):
+        network, drawing = self._on_device(name), None
+        log.info("%d images are drawn from the weights %s, and judged", self._config.num, name)
+        for turn in range(-(-batches // ranks.world_size)):
             self._ask()
             if error is None and turn * ranks.world_size + ranks.rank < batches:
                 drawing = drawing or self._drawn(network, judges, range(ranks.rank, batches, ranks.world_size))
                 part, error = _attempt(lambda: next(drawing))  # noqa: B023 (called at once)
                 parts.append(part)
-            self._show(self._newest | {f"evaluating {name}": f"{(turn + 1) / turns:.0%}"})
         network = drawing = None  # their memory is for what figures take
         everyone = ranks.gather_to_main((parts, error))
 

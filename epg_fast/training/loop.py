@@ -213,8 +213,7 @@ class _Run:
         if every(config, Preview.name):
             measurements = [Preview(state, outdir, self.metrics), *measurements]
         if every(config, Evaluation.name):
-            show = lambda texts, pause=0.0: self.progress.show_beside(texts, pause)  # noqa: E731
-            measurements = [*measurements, Evaluation(state, outdir, self._is_to_end, show)]
+            measurements = [*measurements, Evaluation(state, outdir, self._is_to_end)]
         self.measuring = Measuring(measurements, self.metrics)
         compile_stage(stage)
         images = f"images of {state.source.root}, decoded by {decoded}"

@@ -1,4 +1,4 @@
-"""What a run makes of its weights beside training: when it is due, where it goes, what it costs; two for pre-training.
+"""What a run makes of its weights beside training: when it is due, where it goes; two for pre-training.
 
 A measurement comes after the checkpoint of its step, so that a kill while it takes long loses nothing, and is a
 function of the weights of that step. A run that goes on from a checkpoint makes those of its step that are missing:
@@ -40,8 +40,6 @@ from epg_fast.training.state import RunState
 log = logging.getLogger("epg_fast")
 _KINDS = ("preview", "collapse", "probe", "evaluate")
 """Groups of the configuration, in the order in which they are made."""
-# Share of the time that a measurement may take without a word.
-_CHEAP = 0.05
 _MOST_IMAGES = 1024
 """In the batch that collapse is measured on."""
 
@@ -99,8 +97,6 @@ class Measuring:
 
     def __init__(self, measurements: Sequence[Measurement], metrics: Metrics):
         self._measurements, self._metrics = measurements, metrics
-        self._ended: dict[str, float] = {}
-        self._warned: set[str] = set()
 
     def measure(self, names: Collection[str], step: int, stop: bool = False) -> bool:
         """Make those of these names; False if the run is to end before that, as `stop` says or one finds meanwhile."""
@@ -118,20 +114,9 @@ class Measuring:
                 log.warning("step %d: no figures of %s: %s; training goes on", step, measurement.name, error)
             if figures:
                 self._metrics.write_figures(step, figures)
-                log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-            self._say_cost(measurement.name, begin, step)
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                log.info("step %d: %s, measured in %.3g s", step, shown, time.perf_counter() - begin)
         return True
-
-    def _say_cost(self, name: str, begin: float, step: int) -> None:
-        end, last = time.perf_counter(), self._ended.get(name)
-        self._ended[name] = end
-        share = 0.0 if last is None else (end - begin) / (end - last)
-        if share > _CHEAP and name not in self._warned:
-            self._warned.add(name)
-            log.warning(
-                "step %d: %s took %.1f s, %.0f%% of the time since the last one; a larger --%s.every costs less",
-                *(step, name, end - begin, 100 * share, name),
-            )
 
 
 def effective_rank(features: torch.Tensor) -> float:

@@ -286,8 +286,6 @@ class Progress:
     def __init__(self, name: str, steps: int, done: int, data: str, ranks: Ranks):
         self._data, self._ranks = data, ranks
         self._figures: dict[str, str] = {}
-        self._beside: dict[str, str] = {}
-        self._interval, self._next_refresh = (0.5 if os.isatty(2) else 20), 0.0
         self._stalled = self._said = False
         self._line = tqdm(
             total=steps,
@@ -295,7 +293,7 @@ class Progress:
             desc=name,
             disable=not ranks.main,
             dynamic_ncols=True,
-            mininterval=self._interval,
+            mininterval=0.5 if os.isatty(2) else 20,
         )
 
     def __enter__(self) -> Progress:
@@ -311,23 +309,12 @@ class Progress:
     def show(self, metrics: dict) -> None:
         """Show a line of metrics.jsonl."""
         self._figures = {shown: form.format(metrics[name]) for name, shown, form in _SHOWN if name in metrics}
-        self._line.set_postfix(self._figures | self._beside)
-
-    def show_beside(self, texts: dict[str, str], pause: float = 0.0) -> None:
-        """Show these behind the figures of training from now on. pause: seconds that were no training, for the rate."""
-        now, self._beside = time.monotonic(), texts
-        due = now >= self._next_refresh
-        if due:
-            self._next_refresh = now + self._interval
-        if pause and not self._line.disable:
-            self._line.start_t += pause
-            self._line.last_print_t += pause
-        self._line.set_postfix(self._figures | texts, refresh=due)
+        self._line.set_postfix(self._figures)
 
     def stalled(self, seconds: float) -> None:
         """Show how long the next batch has been waited for, and log a long wait once."""
         self._stalled = True
-        self._line.set_postfix(self._figures | self._beside | {"data wait": f"{seconds:.0f} s"})
+        self._line.set_postfix(self._figures | {"data wait": f"{seconds:.0f} s"})
         if seconds >= _LONG_STALL and not self._said:
             self._said = True
             # the other ranks' warnings are not shown, but only the rank that waits knows what all are waiting for
@@ -338,4 +325,4 @@ class Progress:
         """Show the figures again after a stall."""
         if self._stalled:
             self._stalled = self._said = False
-            self._line.set_postfix(self._figures | self._beside)
+            self._line.set_postfix(self._figures)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -136,7 +135,7 @@ class Optimizer:
         self.emas = [[local(follower[name]) for name in own] for follower in followers]
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
         self.param_groups: list[dict] = self._adamw.param_groups
-        """Groups of parameters with their `names`, `lr`, `peak_lr` and `weight_decay`."""
+        """Groups of parameters with their `names`, `lr` and `weight_decay`."""
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = self._adamw.state
         """Per parameter `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.AdamW names them."""
         self._steps = torch.zeros(len(own), device=self._parameters[0].device)
@@ -145,21 +144,19 @@ class Optimizer:
             self.state[parameter] = {"step": step} | moments
         self._max_norm = math.inf
         self._decays = [0.0] * len(emas)
-        self._lr = config.lr
-        self.lr = config.lr
-        """Learning rate of the groups without layer decay, at the next update."""
+        self._peak_lr = self.lr = config.lr
 
     def schedule(self, lr_factor: float = 1.0, max_norm: float | None = None, decays: Sequence[float] = ()) -> None:
-        """Set what the next update uses: factor of all learning rates, limit of the gradients' norm, decays of the EMA.
+        """Set what the next update uses: factor of the learning rate, limit of the gradients' norm, decays of the EMA.
 
         Raises ValueError when there is not one decay for each EMA.
         """
         if len(decays) != len(self.emas):
             raise ValueError(f"got {len(decays)} decays for {len(self.emas)} EMA, wanted one for each")
         self._max_norm, self._decays = math.inf if max_norm is None else max_norm, list(decays)
-        self.lr = self._lr * lr_factor
+        self.lr = self._peak_lr * lr_factor
         for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor
+            group["lr"] = self.lr
 
     @torch.no_grad()
     def step(self, grad_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,19 +246,16 @@ class FusedOptimizer(Optimizer):
         self._ema_copies = [self._weight_copies.get(tensor) for ema in self.emas[:1] for tensor in ema]
         self._betas, self._eps = config.betas, config.eps
 
-        def per_parameter(key):
-            values = [group[key] for group in self.param_groups for _ in group["params"]]
-            return torch.tensor(values, dtype=torch.float64, device=device)
-
         # What changes from step to step is on the device, at addresses that stay.
-        self._peak_lrs, self._weight_decays = per_parameter("peak_lr"), per_parameter("weight_decay")
-        self._lrs = self._peak_lrs.clone()
+        decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+        self._weight_decays = torch.tensor(decays, dtype=torch.float64, device=device)
+        self._lrs = torch.full_like(self._weight_decays, self.lr)
         self._max_norm_on_device = torch.full((), math.inf, dtype=torch.float64, device=device)
         self._ema_weights = torch.ones(len(emas), dtype=torch.float64, device=device)
 
     def schedule(self, lr_factor=1.0, max_norm=None, decays=()):
         super().schedule(lr_factor, max_norm, decays)
-        torch.mul(self._peak_lrs, lr_factor, out=self._lrs)
+        self._lrs.fill_(self.lr)
         self._max_norm_on_device.fill_(self._max_norm)
         for weight, decay in zip(self._ema_weights, self._decays, strict=True):
             weight.fill_(1 - decay)
@@ -322,26 +316,13 @@ _BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
 
 
 def _groups(network: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Names of the trainable parameters by weight decay and layer decay; `peak_lr` is a group's lr at factor 1."""
-    groups: dict[tuple[float, float], list[str]] = {}
+    """Names of the trainable parameters by weight decay."""
+    groups: dict[float, list[str]] = {}
     exempt = set() if config.decay_tokens else network.no_weight_decay()
-    depth = len(network.blocks)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            key = (0.0 if name in exempt else config.weight_decay, config.layer_decay ** _depth_below(name, depth))
-            groups.setdefault(key, []).append(name)
-    return [
-        {"names": names, "weight_decay": decay, "lr": config.lr * factor, "peak_lr": config.lr * factor}
-        for (decay, factor), names in groups.items()
-    ]
-
-
-def _depth_below(name: str, depth: int) -> int:
-    """How many encoder blocks lie between a parameter and the encoder's end (0 for everything behind the encoder)."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if block:
-        return depth - int(block[1])
-    return depth + 1 if re.match(r"patch_embed\.|pos_embed|cls_token|class_embed\.", name) else 0
+            groups.setdefault(0.0 if name in exempt else config.weight_decay, []).append(name)
+    return [{"names": names, "weight_decay": decay, "lr": config.lr} for decay, names in groups.items()]
 
 
 class WeightCopies:

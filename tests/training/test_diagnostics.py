@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +16,8 @@ from epg_fast.distributed import joined
 from epg_fast.evaluation import evaluate_probe
 from epg_fast.evaluation.probe import evenly_chosen
 from epg_fast.models import from_pretrained
-from epg_fast.training import loop, measuring
-from epg_fast.training.measuring import Measurement, Measuring, alignment, effective_rank, uniformity
-from epg_fast.training.metrics import Metrics
+from epg_fast.training import loop
+from epg_fast.training.measuring import alignment, effective_rank, uniformity
 from epg_fast.training.parallel import is_sharded, parallelize
 from tests.training import rank_worker
 from tests.training.rank_worker import on_ranks, one_run
@@ -213,30 +211,6 @@ def test_features_that_are_not_finite_are_reported_and_training_goes_on(command,
     told = re.findall(r"step (\d): no figures of (\w+): .*not finite; training goes on", capsys.readouterr().err)
     assert told == [("2", "collapse"), ("3", "collapse"), ("3", "probe")]
     assert not figures_of(tmp_path)
-
-
-class _Second(Measurement):
-    """Takes a second of `now`."""
-
-    name = "probe"
-
-    def __init__(self, now):
-        self.now = now
-
-    def figures(self):
-        self.now[0] += 1
-        return {"probe": 1.0}
-
-
-def test_a_measurement_that_takes_more_than_a_twentieth_of_the_time_is_told_of_once(tmp_path, monkeypatch, log):
-    now = [0.0]
-    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    measurer = Measuring([_Second(now)], Metrics(tmp_path))
-    for step, wait in enumerate((0, 100, 9, 9)):
-        now[0] += wait
-        measurer.measure(["probe"], step)
-    told = [message for message in log.messages if "took" in message]
-    assert told == ["step 2: probe took 1.0 s, 10% of the time since the last one; a larger --probe.every costs less"]
 
 
 # -- several ranks

@@ -170,18 +170,6 @@ def test_the_wait_is_shown_in_place_of_its_share_until_data_comes(capsys):
         assert capsys.readouterr().err == ""
 
 
-def test_a_figure_of_an_evaluation_stays_in_the_line_and_its_time_is_not_trainings(capsys, monkeypatch):
-    with Progress("diffusion", 10, 0, "images of /gone", ALONE) as progress:
-        monkeypatch.setattr(progress._line, "_time", lambda now=progress._line.start_t: now + 104.0)
-        progress.reach(2)
-        progress.show_beside({"fid": "12.3"}, pause=100.0)
-        progress.show({"loss": 0.5})
-        assert "loss=0.5, fid=12.3" in capsys.readouterr().err
-        assert progress._line.format_dict["elapsed"] == pytest.approx(4.0)
-    with Progress("diffusion", 10, 0, "images of /gone", Ranks(1, 2, torch.device("cpu"))) as silent:
-        silent.show_beside({"fid": "12.3"}, pause=100.0)
-
-
 def test_another_rank_that_waits_says_so_once_for_each_long_stall(monkeypatch):
     said = []
     monkeypatch.setattr(metrics_module.log, "log", lambda level, text, *values: said.append((level, text % values)))
