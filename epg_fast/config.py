@@ -183,7 +183,7 @@ class DataConfig(_Checked):
 class OptimizerConfig(_Checked):
     """AdamW and its learning rate."""
 
-    backend: Literal["auto", "fused", "torch", "apex"] = "auto"
+    backend: Literal["auto", "fused", "torch"] = "auto"
     """Who computes the update, with equal numbers up to rounding; `fused` is the C++/CUDA extension, in one pass."""
     lr: float = number(1e-4, 0)
     """Peak learning rate."""

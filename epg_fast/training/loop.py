@@ -98,55 +98,6 @@ def check_command(config: RunConfig) -> ImageSource:
     return source
 
 
-def train_step(state: RunState, batch: dict[str, torch.Tensor], metrics: Metrics) -> None:
-    """One iteration: forward, backward, update, EMA.
-
-    Where the gradient is not finite, only counters change: `iteration`, `skipped` and the loss scale.
-    """
-    config, stage, iteration, o = state.config, state.stage, state.iteration, state.config.optimizer
-    if config.cuda_graphs:  # what networks returned in the step before is no longer needed
-        torch.compiler.cudagraph_mark_step_begin()
-    count = batch["x"].shape[0]
-    draws = Draws(config.seed, iteration, state.ranks.rank * count, count, state.ranks.device)
-    buffers = [b.clone() for b in stage.network.buffers()]  # BatchNorm's change in the forward pass already
-    with state.copies.in_use():
-        loss = add_gradients(stage, state.parallel, batch, draws, iteration, state.loss_scale)
-
-    decays = [stage.ema_decay(iteration), *state.posthoc_ema.decays(iteration)]
-    state.optimizer.schedule(
-        lr_factor(iteration, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
-        o.clip_norm if iteration >= o.clip_after else None,
-        decays[: state.emas_on_device],
-    )
-    state.host_ema.before_update()
-    norm, found_inf = state.optimizer.step(state.loss_scale.value)
-    state.host_ema.after_update(decays[state.emas_on_device :], found_inf)
-    state.optimizer.zero_grad()
-
-    state.loss_scale.update(found_inf)
-    state.count_skipped(found_inf)
-    for buffer, old in zip(stage.network.buffers(), buffers, strict=True):
-        buffer.copy_(torch.where(found_inf > 0, old, buffer))
-    _report(state, loss, norm, found_inf, metrics)
-    state.iteration += 1
-
-
-def _report(state: RunState, loss: Loss, norm: torch.Tensor, found_inf: torch.Tensor, metrics: Metrics) -> None:
-    """Add an update to the metrics, as means over all ranks."""
-    by_level = state.stage.by_level
-    terms = {k: v for k, v in ({"loss": loss.loss} | loss.terms).items() if v.is_floating_point()}
-    means = torch.stack([v.detach().float().mean() for v in terms.values()])
-    levels = sums_by_level(loss.terms[by_level], loss.level)
-    if state.ranks.world_size > 1:
-        both = torch.cat([means / state.ranks.world_size, levels.flatten()])
-        dist.all_reduce(both)
-        means, levels = both[: len(means)], both[len(means) :].view(2, -1)
-    means = torch.cat([norm.float().reshape(1), means])
-    counts = torch.cat([torch.ones_like(means), levels[1]])
-    names = ("grad_norm", *terms, *names_by_level(by_level))
-    metrics.add(names, torch.cat([means, levels[0]]), counts, found_inf <= 0)
-
-
 def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[str]) -> None:
     """asked: the configuration as it was given, without what a plan has put in the place of `auto`.
 
@@ -183,6 +134,10 @@ def _on_fixed_images(state: RunState) -> list[Measurement]:
     if failed:
         raise failed
     return found
+
+
+class _StopWaiting(Exception):
+    """The run is to end, and no batch comes that it could end after."""
 
 
 class _Run:
@@ -241,6 +196,14 @@ class _Run:
             who = self.signals.asked or "another rank"
             log.warning("%s: stopped at step %d; the same command goes on", who, state.iteration)
 
+    def _is_to_end(self) -> bool:
+        return self.stop(bool(self.signals.asked) or self.state.writer.failed)
+
+    def _stalled(self, seconds: float) -> None:
+        self.progress.stalled(seconds)
+        if self.signals.asked and self.state.ranks.world_size == 1:
+            raise _StopWaiting
+
     def _loop(self, stop: bool) -> None:
         config, state, batches = self.config, self.state, self.batches
         while state.iteration < config.steps and not stop:
@@ -256,9 +219,6 @@ class _Run:
             self.progress.reach(state.iteration)
             stop = self._do_what_is_due(self._is_to_end())
         self.stop.settle()
-
-    def _is_to_end(self) -> bool:
-        return self.stop(bool(self.signals.asked) or self.state.writer.failed)
 
     def _do_what_is_due(self, stop: bool) -> bool:
         """Returns whether the run is to end."""
@@ -281,11 +241,51 @@ class _Run:
         state.save(self.outdir, self.metrics)
         return True
 
-    def _stalled(self, seconds: float) -> None:
-        self.progress.stalled(seconds)
-        if self.signals.asked and self.state.ranks.world_size == 1:
-            raise _StopWaiting
+
+def train_step(state: RunState, batch: dict[str, torch.Tensor], metrics: Metrics) -> None:
+    """One iteration: forward, backward, update, EMA.
+
+    Where the gradient is not finite, only counters change: `iteration`, `skipped` and the loss scale.
+    """
+    config, stage, iteration, o = state.config, state.stage, state.iteration, state.config.optimizer
+    if config.cuda_graphs:  # what networks returned in the step before is no longer needed
+        torch.compiler.cudagraph_mark_step_begin()
+    count = batch["x"].shape[0]
+    draws = Draws(config.seed, iteration, state.ranks.rank * count, count, state.ranks.device)
+    buffers = [b.clone() for b in stage.network.buffers()]  # BatchNorm's change in the forward pass already
+    with state.copies.in_use():
+        loss = add_gradients(stage, state.parallel, batch, draws, iteration, state.loss_scale)
+
+    decays = [stage.ema_decay(iteration), *state.posthoc_ema.decays(iteration)]
+    state.optimizer.schedule(
+        lr_factor(iteration, o.schedule, o.warmup_steps, config.steps, o.min_scale, tuple(o.milestones)),
+        o.clip_norm if iteration >= o.clip_after else None,
+        decays[: state.emas_on_device],
+    )
+    state.host_ema.before_update()
+    norm, found_inf = state.optimizer.step(state.loss_scale.value)
+    state.host_ema.after_update(decays[state.emas_on_device :], found_inf)
+    state.optimizer.zero_grad()
+
+    state.loss_scale.update(found_inf)
+    state.count_skipped(found_inf)
+    for buffer, old in zip(stage.network.buffers(), buffers, strict=True):
+        buffer.copy_(torch.where(found_inf > 0, old, buffer))
+    _report(state, loss, norm, found_inf, metrics)
+    state.iteration += 1
 
 
-class _StopWaiting(Exception):
-    """The run is to end, and no batch comes that it could end after."""
+def _report(state: RunState, loss: Loss, norm: torch.Tensor, found_inf: torch.Tensor, metrics: Metrics) -> None:
+    """Add an update to the metrics, as means over all ranks."""
+    by_level = state.stage.by_level
+    terms = {k: v for k, v in ({"loss": loss.loss} | loss.terms).items() if v.is_floating_point()}
+    means = torch.stack([v.detach().float().mean() for v in terms.values()])
+    levels = sums_by_level(loss.terms[by_level], loss.level)
+    if state.ranks.world_size > 1:
+        both = torch.cat([means / state.ranks.world_size, levels.flatten()])
+        dist.all_reduce(both)
+        means, levels = both[: len(means)], both[len(means) :].view(2, -1)
+    means = torch.cat([norm.float().reshape(1), means])
+    counts = torch.cat([torch.ones_like(means), levels[1]])
+    names = ("grad_norm", *terms, *names_by_level(by_level))
+    metrics.add(names, torch.cat([means, levels[0]]), counts, found_inf <= 0)

@@ -1,13 +1,12 @@
 """AdamW with clipping and the EMA of the weights as one update; the learning rate's factor.
 
-Three backends compute the same update of the same moments:
+Two backends compute the same update of the same moments:
     fused   one pass over memory in the C++/CUDA extension (`epg_fast.ops.fused_adamw_ema_`)
     torch   torch.optim.AdamW(fused=True), torch.nn.utils' clipping and one foreach call per EMA
-    apex    NVIDIA's FusedAdam in place of torch's AdamW, where that package is installed
-The first two read nothing on the host; apex has no other way to skip an update.
+Neither reads anything on the host.
 
 Of sharded parameters (`epg_fast.training.parallel`) a rank updates its shards and their EMA; only the sum of squares of
-the gradients and whether one is not finite are exchanged. apex does not take them.
+the gradients and whether one is not finite are exchanged.
 
 `WeightCopies` are copies in 16 bits of the large weights, which the products of an update read instead of casting the
 weights in the forward pass and wherever they are computed again. A copy holds the numbers that autocast would make, so
@@ -76,7 +75,7 @@ def make_optimizer(
     log says why. Raises ValueError for a named backend that cannot run here, saying what is missing.
     """
     backend = config.backend if config.backend != "auto" else _chosen(network, emas, planned)
-    return _BACKENDS[backend](network, config, emas, copies)
+    return (FusedOptimizer if backend == "fused" else Optimizer)(network, config, emas, copies)
 
 
 def _chosen(network: torch.nn.Module, emas: Sequence[torch.nn.Module], planned: str | None) -> str:
@@ -87,8 +86,6 @@ def _chosen(network: torch.nn.Module, emas: Sequence[torch.nn.Module], planned: 
     if backend == "fused":
         available, reason = extension_status()
         obstacle = _fused_obstacle(network, emas) if available else f"the extension is {reason}"
-    elif backend == "apex":
-        obstacle = _apex_obstacle(network)
     backend, why = ("torch", obstacle) if obstacle else (backend, why)
     log.info("optimiser: %s (%s)", backend, why)
     return backend
@@ -105,10 +102,6 @@ def _fused_obstacle(network: torch.nn.Module, emas: Sequence[torch.nn.Module]) -
                 got = f"{name} is {p.dtype} with strides {p.stride()} on {p.device}"
                 return f"{got}, the fused update takes contiguous torch.float32 on {device}"
     return None
-
-
-def _apex_obstacle(network: torch.nn.Module) -> str | None:
-    return "apex does not take sharded parameters" if any(map(is_sharded, network.parameters())) else None
 
 
 class Optimizer:
@@ -199,17 +192,14 @@ class Optimizer:
             norm = norm / grad_scale
         if self._max_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
-        self._adamw_step(found_inf)
-        torch.autograd.graph.increment_version(self._parameters)  # which neither torch's kernel does nor apex's
+        # torch's own protocol with its gradient scaler: where this is 1, the kernel changes nothing
+        self._adamw.found_inf = found_inf
+        self._adamw.step()
+        torch.autograd.graph.increment_version(self._parameters)  # which torch's kernel does not
         for ema, decay in zip(self.emas, self._decays, strict=True):
             weight = torch.where(found_inf > 0, 0.0, torch.full_like(found_inf, 1 - decay, dtype=torch.float64))
             weights = {dtype: weight.to(dtype) for dtype in {tensor.dtype for tensor in ema}}
             torch._foreach_lerp_(ema, self._parameters, [weights[tensor.dtype] for tensor in ema])
-
-    def _adamw_step(self, found_inf: torch.Tensor) -> None:
-        # torch's own protocol with its gradient scaler: where this is 1, the kernel changes nothing
-        self._adamw.found_inf = found_inf
-        self._adamw.step()
 
     def zero_grad(self) -> None:
         """Let go of all gradients."""
@@ -281,38 +271,6 @@ class FusedOptimizer(Optimizer):
             backend="extension",
         )
         self._weight_copies.updated([*self._parameters, *(tensor for ema in self.emas[:1] for tensor in ema)])
-
-
-class ApexOptimizer(Optimizer):
-    """The `apex` backend: NVIDIA's FusedAdam updates the parameters and the moments."""
-
-    def __init__(self, network, config, emas=(), copies=None):
-        if obstacle := _apex_obstacle(network):
-            raise ValueError(f"optimiser 'apex': {obstacle}; choose --optimizer.backend torch")
-        super().__init__(network, config, emas)
-        try:
-            import amp_C  # noqa: F401  (its kernels; first, because the package `apex` of PyPI is another one)
-            from apex.optimizers import FusedAdam
-        except ImportError as error:
-            raise ValueError(
-                f"optimiser 'apex': NVIDIA's apex with its kernels is not installed ({error}); build it from "
-                "https://github.com/NVIDIA/apex (PyPI's is another package), or choose --optimizer.backend torch"
-            ) from None
-        groups = [dict(group) for group in self.param_groups]
-        self._apex = FusedAdam(groups, betas=config.betas, eps=config.eps, adam_w_mode=True)
-        for parameter in self._parameters:
-            self._apex.state[parameter] = {moment: self.state[parameter][moment] for moment in _MOMENTS}
-
-    def _adamw_step(self, found_inf):
-        if found_inf:  # read on the host: FusedAdam knows no other way
-            return
-        for group, ours in zip(self._apex.param_groups, self.param_groups, strict=True):
-            group |= {"lr": ours["lr"], "step": int(self._steps[0])}
-        self._apex.step()
-        self._steps += 1
-
-
-_BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
 
 
 def _groups(network: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
