@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -97,6 +98,13 @@ def crash_after_save(monkeypatch, step):
             raise RuntimeError("crash")
 
     monkeypatch.setattr(RunState, "save", save_then_crash)
+
+
+def crashes_after_save(command, step):
+    """The command ends with an exception when it has saved `step`."""
+    with pytest.MonkeyPatch.context() as patched:
+        crash_after_save(patched, step)
+        assert main(command) == 1
 
 
 def before_step(monkeypatch, act):

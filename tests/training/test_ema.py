@@ -16,7 +16,7 @@ from epg_fast.distributed import Ranks
 from epg_fast.training.ema import HostEma, PosthocEma, gamma_of, list_snapshots, power_decay
 from epg_fast.training.stages import ema_copy
 from tests.ops.kernel_checks import needs_extension
-from tests.training.runs import assert_same_run, crash_after_save, fails, run_command, saved_steps
+from tests.training.runs import assert_same_run, crashes_after_save, fails, run_command, saved_steps
 from tests.training.stages import Training
 
 WIDTHS = [0.05, 0.1, 0.2]
@@ -159,14 +159,12 @@ def snapshots_of(run):
     return [int(path.stem.removeprefix("step_")) for path in list_snapshots(run / "posthoc_ema")]
 
 
-def test_a_killed_run_goes_on_to_the_same_snapshots(tiny_run, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_snapshots(tiny_run, tmp_path):
     """That of the checkpoint's step is neither lost nor written again, those of later steps are removed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = {"steps": 6, "every": 2, "checkpoint_every": 4}
     assert main(_run(tiny_run, whole, **flags)) == 0
-    with monkeypatch.context() as patched:
-        crash_after_save(patched, 4)
-        assert main(_run(tiny_run, killed, **flags)) == 1
+    crashes_after_save(_run(tiny_run, killed, **flags), 4)
     written = list_snapshots(killed / "posthoc_ema")[-1].stat().st_mtime_ns
     for name in ("step_000000005.safetensors", ".step_000000006.safetensors.tmp7"):
         (killed / "posthoc_ema" / name).write_bytes(b"of a run that went on for longer, or was killed in the middle")
@@ -218,16 +216,14 @@ def test_no_checkpoint_passes_a_snapshot_that_could_not_be_written(fails, tiny_r
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_ema_where_they_were_not(tiny_run, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_ema_where_they_were_not(tiny_run, tmp_path):
     """Snapshots, previews and weights are the same bits as those of a run that never had them in host memory."""
     flags = {"checkpoint_every": 2, "optimizer.backend": "torch"}
     flags |= {"preview.every": 3, "preview.num": 1, "preview.steps": 2}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     assert main(_run(tiny_run, whole, 6, 3, **flags)) == 0
     for step, offload in ((2, "true"), (4, "false")):
-        with monkeypatch.context() as patched:
-            crash_after_save(patched, step)
-            assert main(_run(tiny_run, moved, 6, 3, **flags, offload_ema=offload)) == 1
+        crashes_after_save(_run(tiny_run, moved, 6, 3, **flags, offload_ema=offload), step)
     assert main(_run(tiny_run, moved, 6, 3, **flags, offload_ema="true")) == 0
     assert_same_run(moved, whole)
     assert snapshots_of(moved) == [3, 6] and len(list((whole / "previews").iterdir())) == 2
