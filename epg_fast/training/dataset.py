@@ -81,7 +81,7 @@ def _ranges(labels: list[int]) -> str:
 
 def agreed_backend(wanted: str, used: str | None, ranks: Ranks) -> str:
     """`choose_backend` on every rank. Raises ValueError, on all of them, for machines that would decode differently."""
-    chosen = ranks.gather(choose_backend(wanted, used, ranks.device))
+    chosen = ranks.together(lambda: choose_backend(wanted, used, ranks.device))
     for rank, other in enumerate(chosen):
         if other != chosen[0]:
             raise ValueError(

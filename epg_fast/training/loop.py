@@ -104,7 +104,9 @@ def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[s
     missing: measurements to make before all else.
     """
     config, ranks, stage = state.config, state.ranks, state.stage
-    measurements = _on_fixed_images(state)
+    measurements: list[Measurement] = []  # those that read images of their own
+    kinds = [kind for kind in (Collapse, Probe) if every(config, kind.name)]
+    ranks.together(lambda: measurements.extend(kind(state) for kind in kinds))
     state.data_backend = agreed_backend(config.data.backend, state.data_backend, ranks)
     loader = make_loader(
         state.source,
@@ -121,19 +123,6 @@ def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[s
     )
     with contextlib.closing(loader):
         _Run(asked, state, loader, folder, measurements).train(missing)
-
-
-def _on_fixed_images(state: RunState) -> list[Measurement]:
-    """Pre-training's measurements that are asked for. Raises on all ranks what reading their images raises on any."""
-    found, failed = [], None
-    try:
-        found = [kind(state) for kind in (Collapse, Probe) if every(state.config, kind.name)]
-    except (ValueError, OSError) as error:
-        failed = error
-    failed = next(filter(None, state.ranks.gather(failed)), None)
-    if failed:
-        raise failed
-    return found
 
 
 class _StopWaiting(Exception):
