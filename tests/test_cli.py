@@ -91,6 +91,7 @@ MISTAKES = {
     "finetune-diffusion --noise.sigma_min 100": "sigma_min is 100",
     "finetune-diffusion --noise.rho 0": "rho is 0.0, want a positive number",
     "finetune-diffusion --model.num_heads 0": "num_heads is 0",
+    "finetune-diffusion --dry_run --model.depth 1000000": "model.depth is 1000000, want 1 to 1000",
     "finetune-diffusion --preview.sampler huen": "preview.sampler: got 'huen', want heun|euler",
     "finetune-diffusion --preview.steps 1": "heun needs at least 2 noise levels",
     "finetune-diffusion --preview.interval [2,1]": "interval is (2.0, 1.0), want low <= high",

@@ -71,13 +71,12 @@ def write_checkpoint(
     parts: Tensors,
     state: dict,
     parallel: Replicated,
-    split: dict[str, int],
     first: Callable[[], None] = lambda: None,
 ) -> None:
     """Write folder/step_<iteration>/ under a temporary name; the main rank renames it when all that save are done.
 
-    parts: what this rank holds of the tensors, in host memory. state: JSON-able. split: see `split_rows`. first: called
-    before on the main rank, to write what must not be missing beside the checkpoint.
+    parts: what this rank holds of the tensors, in host memory. state: JSON-able, with `split`, see `split_rows`. first:
+    called before on the main rank, to write what must not be missing beside the checkpoint.
 
     Raises OSError, on every rank that saves, when the disk of one does not take it; earlier ones stay usable.
     """
@@ -95,7 +94,7 @@ def write_checkpoint(
         return own.name, _checksum(own)
 
     def finish():
-        content = json.dumps({"ranks": len(files), "split": split} | state)
+        content = json.dumps({"ranks": len(files)} | state)
         write_atomically(temporary / _STATE, content, sync=True)
         checksums = dict(files) | {_STATE: _checksum(temporary / _STATE)}
         write_atomically(temporary / _CHECKSUMS, json.dumps(checksums, indent=1), sync=True)

@@ -108,10 +108,10 @@ class Measuring:
                 with self._metrics.paused():
                     figures = measurement.figures()
             except BrokenOff:
-                log.warning("step %d: no figures of %s yet; the same command begins with them", step, measurement.name)
+                log.warning("step %d: no result of %s yet; the same command begins with it", step, measurement.name)
                 return False
             except ValueError as error:
-                log.warning("step %d: no figures of %s: %s; training goes on", step, measurement.name, error)
+                log.warning("step %d: no result of %s: %s; training goes on", step, measurement.name, error)
             if figures:
                 self._metrics.write_figures(step, figures)
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -178,8 +178,9 @@ class RunState:
         if not self.parallel.saves or self.iteration == self._saved:
             return
         iteration, config, parallel = self.iteration, self.config, self.parallel
-        self._saved = iteration
+        self._saved, tensors = iteration, self.tensors()
         state = {
+            "split": split_rows(tensors),
             "iteration": iteration,
             "metrics": metrics.state_dict(),
             "data": self.data_fingerprint,
@@ -190,7 +191,6 @@ class RunState:
         self.host_ema.wait()
         self.writer.wait()  # before the copy: one at a time in memory
         copies: dict = {}
-        split = split_rows(tensors := self.tensors())
         parts = parallel.parts(tensors, copies)
         weights = parallel.whole(self.stage.exported.state_dict(), copies)
         due = self.posthoc_ema.is_due(iteration)
@@ -207,7 +207,7 @@ class RunState:
 
         def write():
             # The checkpoint last: a run that goes on from it does not come by this iteration again.
-            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel, split, write_others)
+            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel, write_others)
             if self.ranks.main:
                 remove_old(outdir / "checkpoints", config.keep_checkpoints, config.keep_every)
 

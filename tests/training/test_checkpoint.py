@@ -52,7 +52,7 @@ def write(folder, iteration, tensors, state=None, split=(), ranks=1):
     def write_one(rank):
         parts = {name: t[slice(*rows_of(len(t), rank, ranks))] for name, t in tensors.items() if name in split}
         whole = {name: t for name, t in tensors.items() if name not in split} if rank == 0 else {}
-        write_checkpoint(folder, iteration, parts | whole, state or {}, Team(rank, barrier, values), rows)
+        write_checkpoint(folder, iteration, parts | whole, {"split": rows} | (state or {}), Team(rank, barrier, values))
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(write_one, range(ranks)))
@@ -178,7 +178,7 @@ def test_a_rank_that_is_lost_during_a_save_is_no_fault_of_the_disk(tmp_path):
         raise RuntimeError("Connection closed by peer")
 
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
-        write_checkpoint(tmp_path, 1, {}, {}, SimpleNamespace(ranks=ALONE, all_ranks=lost), {})
+        write_checkpoint(tmp_path, 1, {}, {}, SimpleNamespace(ranks=ALONE, all_ranks=lost))
 
 
 class Killed(BaseException):

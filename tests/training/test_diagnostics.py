@@ -208,7 +208,7 @@ def test_features_that_are_not_finite_are_reported_and_training_goes_on(command,
 
     before_step(monkeypatch, spoil)
     assert main(command(tmp_path, steps=3)) == 0
-    told = re.findall(r"step (\d): no figures of (\w+): .*not finite; training goes on", capsys.readouterr().err)
+    told = re.findall(r"step (\d): no result of (\w+): .*not finite; training goes on", capsys.readouterr().err)
     assert told == [("2", "collapse"), ("3", "collapse"), ("3", "probe")]
     assert not figures_of(tmp_path)
 

@@ -264,7 +264,7 @@ def test_a_signal_breaks_an_evaluation_off_and_the_next_run_begins_with_it(
         assert main(command(cut)) == 0
     assert saved_steps(cut) == [step] and step not in figures_of(cut)
     said = capsys.readouterr().err
-    assert f"step {step}: no figures of evaluate yet; the same command begins with them" in said
+    assert f"step {step}: no result of evaluate yet; the same command begins with it" in said
     assert ("SIGTERM: stopped at step 2" in said) == (step == 2)
     assert main(command(cut)) == 0
     assert_same_evaluations(cut, whole)
@@ -344,7 +344,7 @@ def test_a_full_disk_and_a_full_gpu_end_no_run(tiny_run, evaluates, tmp_path, mo
     for line in (
         "step 2: the best weights so far are not kept (cannot write",
         "step 2: its figures are in metrics.jsonl alone (cannot write",
-        "step 4: no figures of evaluate: CUDA out of memory. Tried to allocate 20 GiB; training goes on",
+        "step 4: no result of evaluate: CUDA out of memory. Tried to allocate 20 GiB; training goes on",
     ):
         assert line in said
     assert [line["step"] for line in run_lines(run)] == [1, 2, 2, 3, 4]
