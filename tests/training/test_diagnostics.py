@@ -91,6 +91,8 @@ def test_images_are_chosen_evenly_over_the_classes():
 
 @pytest.fixture
 def command(tiny_run, digits):
+    pytest.importorskip("sklearn")
+
     def command(outdir, measured=True, **flags):
         own = {"probe.every": 3, "probe.test": digits / "test", "probe.num": "[60,30]", "collapse.every": 2}
         fields = {"steps": 7, "checkpoint_every": 4, "log_every": 2} | (own if measured else {}) | flags
@@ -105,7 +107,6 @@ STEPS = [(2, "collapse"), (3, "probe"), (4, "collapse"), (6, "collapse"), (6, "p
 
 @pytest.mark.parametrize("flags", [{"precision": "bf16"}, {"gradient_accumulation": 2, "precision": "fp16"}])
 def test_training_is_the_same_bit_for_bit_whether_it_is_measured_or_not(flags, command, tmp_path):
-    pytest.importorskip("sklearn")
     assert main(command(tmp_path / "plain", measured=False, **flags)) == 0
     random = torch.get_rng_state(), np.random.get_state()[1].tolist()
     assert main(command(tmp_path / "measured", **flags)) == 0
@@ -118,7 +119,6 @@ def test_training_is_the_same_bit_for_bit_whether_it_is_measured_or_not(flags, c
 
 
 def test_the_last_probe_is_what_evaluate_finds_of_the_weights(command, digits, tmp_path):
-    pytest.importorskip("sklearn")
     flags = {"precision": "fp32", "probe.num": "[5000,5000]", "collapse.every": 0, "steps": 3}
     assert main(command(tmp_path, **flags)) == 0
     config = EvaluateConfig(
@@ -143,7 +143,6 @@ def test_what_is_compiled_for_training_is_not_compiled_again(command, tmp_path, 
         compile_stage(stage, how="blocks", backend=counting, options=None)
 
     monkeypatch.setattr(loop, "compile_stage", compile_counted)
-    pytest.importorskip("sklearn")
     for measured in (False, True):
         assert main(command(tmp_path / str(measured), measured=measured, steps=3)) == 0
     assert counts[0] == counts[1] > 0
@@ -151,7 +150,6 @@ def test_what_is_compiled_for_training_is_not_compiled_again(command, tmp_path, 
 
 def test_a_run_that_was_ended_before_it_measured_does_so_when_it_goes_on(command, tmp_path, monkeypatch):
     """By a signal within step 4, which is then the last."""
-    pytest.importorskip("sklearn")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(whole)) == 0
     with monkeypatch.context() as patched:
@@ -166,7 +164,6 @@ def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_figures_measu
     command, tmp_path, monkeypatch, capsys
 ):
     """Those that are missing alone; afterwards it is complete, and nothing is written any more."""
-    pytest.importorskip("sklearn")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(whole)) == 0
     shutil.copytree(whole, cut)
@@ -183,7 +180,6 @@ def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_figures_measu
 
 def test_measurements_may_be_begun_and_ended_within_a_run(command, tmp_path):
     """They are no setting that a run must keep."""
-    pytest.importorskip("sklearn")
     assert main(command(tmp_path, measured=False, steps=7)) == 0
     (tmp_path / "metrics.jsonl").unlink()
     assert main(command(tmp_path, **{"probe.every": 0})) == 0
@@ -200,7 +196,6 @@ def test_the_rank_needs_neither_classes_nor_sklearn(command, digits, tmp_path, m
 
 
 def test_features_that_are_not_finite_are_reported_and_training_goes_on(command, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("sklearn")
 
     def spoil(state, batch):
         if state.iteration == 1:
@@ -273,7 +268,6 @@ def test_two_ranks_measure_the_same_and_train_as_if_they_did_not(digits, tmp_pat
 
 
 def test_mistakes_are_answered_before_anything_is_written(command, digits, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("sklearn")
     run = tmp_path / "run"
     one, fewer, damaged = tmp_path / "one", tmp_path / "fewer", tmp_path / "damaged"
     shutil.copytree(digits / "train" / "3", one / "3")

@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 
-from epg_fast.diffusion import NoiseSchedule
 from epg_fast.training import metrics as metrics_module
 from epg_fast.training.metrics import LEVELS, Metrics, figures_at, names_by_level, open_tensorboard, sums_by_level
 from tests.training.stages import JOBS, Training, loss_of, make_config, make_stage
@@ -27,12 +26,6 @@ def test_means_are_those_of_the_samples_in_each_range_of_the_grid():
     assert ends.tolist() == [[0] * 7 + [7], [0] * 7 + [2]]
     whole_batch = sums_by_level(torch.tensor([1, 2]), torch.tensor(0.5, dtype=torch.float64))
     assert whole_batch[:, 4].tolist() == [3, 2] == whole_batch.sum(1).tolist()
-
-
-def test_the_place_of_a_level_is_its_index_over_the_last():
-    schedule = NoiseSchedule(41)
-    places = schedule.place(schedule.sigmas(dtype=torch.float64))
-    torch.testing.assert_close(places, torch.arange(41, dtype=torch.float64) / 40)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -143,19 +136,6 @@ def test_a_pause_counts_in_no_rate(tmp_path, monkeypatch):
     assert line["images_per_second"] == 20.0 and line["data_wait"] == 0.2
 
 
-def test_figures_go_to_tensorboard_and_loggers_under_their_step(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logger = mock.Mock()
-    metrics = Metrics(tmp_path, loggers=[*open_tensorboard(tmp_path, 0), logger])
-    metrics.write_figures(7, {"fid": 3.0})
-    metrics.close()
-    logger.log.assert_called_once_with({"fid": 3.0}, step=7)
-    logger.finish.assert_called_once_with()
-    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
-    assert [(event.step, event.value) for event in found.Scalars("fid")] == [(7, 3.0)]
-
-
 def test_other_ranks_write_nothing(tmp_path):
     metrics = Metrics(None)
     _update(metrics, 0)
@@ -163,16 +143,17 @@ def test_other_ranks_write_nothing(tmp_path):
     assert metrics.write(1)["loss"] > 0 and not list(tmp_path.iterdir())
 
 
-def test_tensorboard_shows_the_lines_and_forgets_what_is_done_again(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+def test_loggers_get_the_lines_and_tensorboard_forgets_what_is_done_again(tmp_path):
+    events, logger = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator"), mock.Mock()
     for start, values in ((0, (1.0, 2.0, 3.0)), (1, (20.0,))):
-        metrics = Metrics(tmp_path, start, open_tensorboard(tmp_path, start))
+        metrics = Metrics(tmp_path, start, [*open_tensorboard(tmp_path, start), logger])
         for step, value in enumerate(values, start + 1):
-            metrics.write(step, lr=value)
+            metrics.write_figures(step, {"fid": value})
         metrics.close()
+    assert logger.log.call_args == mock.call({"fid": 20.0}, step=2) and logger.finish.call_count == 2
     found = events.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert [(event.step, event.value) for event in found.Scalars("lr")] == [(1, 1.0), (2, 20.0)]
+    assert [(event.step, event.value) for event in found.Scalars("fid")] == [(1, 1.0), (2, 20.0)]
 
 
 def test_a_line_that_cannot_be_written_is_named(tmp_path):
