@@ -91,7 +91,7 @@ def activation_bytes(stage: Stage, images: int, step: int) -> Activations:
     stage: its networks are on the meta device, and are left as fake CPU tensors. Counted is plain PyTorch in the
     run's precision; what torch.compile and fused kernels save differs.
     """
-    networks = [n for n in (stage.network, stage.ema, getattr(stage, "perceptual", None)) if n is not None]
+    networks = [n for n in (stage.network, stage.ema, stage.perceptual) if n is not None]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks:
             network.to_empty(device="cpu")
@@ -148,7 +148,7 @@ def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
 
     With `ddp` only the activations depend on how many GPUs there are.
     """
-    config, network, perceptual = stage.config, stage.network, getattr(stage, "perceptual", None)
+    config, network, perceptual = stage.config, stage.network, stage.perceptual
     sharded = config.parallelism == "fsdp"
     shards = gpus if sharded else 1
     trained = sum(_bytes(p, shards) for p in network.parameters() if p.requires_grad)

@@ -71,7 +71,7 @@ def compile_stage(stage: Stage, how: str | None = None, **options) -> None:
     how: instead of the configuration's `compile`. options: further arguments of torch.compile.
     """
     how, more = how or stage.config.compile, stage.chosen.options
-    networks = [network for network in (stage.network, getattr(stage, "perceptual", None)) if network is not None]
+    networks = [network for network in (stage.network, stage.perceptual) if network is not None]
     if how == "blocks" or (how == "auto" and stage.ranks.device.type == "cuda"):
         emas = [] if stage.ema is None else [stage.ema]
         for network in networks + emas:

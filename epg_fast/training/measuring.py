@@ -38,8 +38,8 @@ from epg_fast.training.metrics import Metrics, figures_at
 from epg_fast.training.state import RunState
 
 log = logging.getLogger("epg_fast")
-_KINDS = ("preview", "collapse", "probe", "evaluate")
-"""Groups of the configuration, in the order in which they are made."""
+_KINDS = {"preview": None, "collapse": "collapse/", "probe": "probe_accuracy/", "evaluate": "evaluation_"}
+"""Groups of the configuration, in the order in which they are made, and how the names of their figures begin."""
 _MOST_IMAGES = 1024
 """In the batch that collapse is measured on."""
 
@@ -77,14 +77,12 @@ def measurements_missing(config: RunConfig, outdir: Path, step: int, ranks: Rank
     """Those due at `step` that an earlier process has not come to, the same on all ranks."""
     due = measurements_due(config, step)
 
-    def missing() -> list[str]:
-        found = {"preview"} if preview_path(outdir, step).exists() else set()
-        beginnings = {"collapse/": "collapse", "probe_accuracy/": "probe", "evaluation_": "evaluate"}
-        for figure in figures_at(outdir, step):
-            found |= {name for beginning, name in beginnings.items() if figure.startswith(beginning)}
-        return [name for name in due if name not in found]
+    def is_missing(name: str) -> bool:
+        if name == "preview":
+            return not preview_path(outdir, step).exists()
+        return not any(figure.startswith(_KINDS[name]) for figure in figures_at(outdir, step))
 
-    return ranks.decide(missing) if due else []
+    return ranks.decide(lambda: list(filter(is_missing, due))) if due else []
 
 
 def preview_path(outdir: Path, step: int) -> Path:

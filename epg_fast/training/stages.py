@@ -36,6 +36,8 @@ class Stage:
     """Whether the loss calls `ema`, which then stays on the device whatever `offload_ema` says."""
     grad_cache = False
     """Whether the loss compares samples with each other: micro-batches then need `objective` and `views`."""
+    perceptual: torch.nn.Module | None = None
+    """Frozen encoder of the loss."""
     untrained_before: list[int] | None = None
     """Classes that the weights to start from were not trained on; None for all."""
     untrained_classes: list[int] = []

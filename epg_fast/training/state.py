@@ -136,7 +136,7 @@ class RunState:
         emas = [ema for ema in (stage.ema, *self.posthoc_ema.networks) if ema is not None]
         self.emas_on_device = int(stage.calls_ema) if config.offload_ema else len(emas)
         """How many of the EMA are updated with the weights, on their device; the others are in host memory."""
-        called = [stage.network, stage.ema if stage.calls_ema else None, getattr(stage, "perceptual", None)]
+        called = [stage.network, stage.ema if stage.calls_ema else None, stage.perceptual]
         self.copies = WeightCopies(filter(None, called), AUTOCAST.get(config.precision))
         planned = stage.chosen.ops["optimizer"]
         if planned == "plain" and not stage.chosen.plan:

@@ -98,7 +98,7 @@ class Training:
         torch.manual_seed(0)
         with device:
             stage = stage_without_files(job.stage, config, ranks, choice_record(Chosen.of(variant, "tuning"), device))
-            perceptual = getattr(stage, "perceptual", None)
+            perceptual = stage.perceptual
             for network in filter(None, (stage.network, perceptual)):
                 lively(network)
             stage.ema.load_state_dict(stage.network.state_dict())
