@@ -36,16 +36,15 @@ from PIL import Image
 
 from epg_fast.config import RunConfig
 from epg_fast.evaluation.figures import measured
-from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.judge import Judges, Rows, check_judges, join_rows, open_judges
 from epg_fast.evaluation.protocol import protocol, protocol_changes
-from epg_fast.evaluation.rows import Rows, join_rows
 from epg_fast.files import write_atomically
 from epg_fast.models import EPGViT, generator_from_config, save_weights
 from epg_fast.models.weight_files import open_safetensors
 from epg_fast.runtime import autocast
 from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import quantize, save_grid
+from epg_fast.sampling.outputs import captions, quantize, save_grid
 from epg_fast.training.checkpoint import UNREADABLE
 from epg_fast.training.measuring import BrokenOff, Measurement, preview_path
 from epg_fast.training.metrics import Metrics
@@ -67,7 +66,7 @@ def check_evaluation(config: RunConfig) -> None:
     if evaluate is None or not evaluate.every:
         return
     with _named_as_flags():
-        check_judges(evaluate)
+        check_judges(evaluate, evaluate.best, "best")
 
 
 def discard_evaluations_after(outdir: Path, step: int) -> None:
@@ -113,12 +112,12 @@ class Preview(Measurement):
         p, network, step = config.preview, stage.ema, state.iteration
         if config.offload_ema:
             network = copy.deepcopy(network).to(stage.ranks.device)
-        labels = torch.tensor(choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes))
+        labels = choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes)
         # autocast, where the precisions of `sample` make a copy of the weights
         with autocast(stage.ranks.device, config.precision):
             images = sample(
                 network,
-                labels if network.num_classes else p.num,
+                torch.tensor(labels) if network.num_classes else p.num,
                 **sampling_options(stage),
                 ops=network.ops,  # of the run; a plan for sampling is not asked for
             )
@@ -128,7 +127,7 @@ class Preview(Measurement):
             path = preview_path(self._outdir, step)
             with _reported(step, "no preview"):
                 path.parent.mkdir(exist_ok=True)
-                save_grid(quantize(images.nan_to_num(0.0)).numpy(), path)
+                save_grid(quantize(images.nan_to_num(0.0)).numpy(), path, captions(labels, stage.class_names))
                 with Image.open(path) as picture:
                     self._metrics.add_image("samples", np.asarray(picture.convert("RGB")), step)
         return {}

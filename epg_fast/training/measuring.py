@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.config import PretrainConfig, RunConfig
-from epg_fast.data import LABELS_WANTED, NO_LABELS, ImageSource, PillowLoader, open_images
+from epg_fast.data import LABELS_WANTED, NO_LABELS, ImageSource, PillowLoader, images_of, open_images
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.probe import (
@@ -314,10 +314,8 @@ def check_probe(config: PretrainConfig, source: ImageSource) -> tuple[ImageSourc
 
 
 def _opened(name: str, path: str, otherwise: ImageSource) -> ImageSource:
-    try:
+    with images_of(f"probe.{name}"):
         images = open_images(path) if path else otherwise
-    except ValueError as error:
-        raise ValueError(f"probe.{name}: {str(error).removeprefix('data path: ')}") from None
     if images.classes == NO_LABELS:
         raise ValueError(f"probe.{name}: {images.root} has no labels; {LABELS_WANTED}")
     return images
