@@ -35,7 +35,7 @@ from epg_fast.models.blocks import Block, DecoderBlock
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.ops.spec import OpSpec
 from epg_fast.training.estimate import planned_stage
-from epg_fast.training.hardware import GPUS, gpu_named
+from epg_fast.training.flops import GPUS, gpu_named
 from epg_fast.training.stages import Stage
 
 ITEMSIZE = 2

@@ -29,8 +29,8 @@ from epg_fast.models import encoder_from_config, generator_from_config, preset_c
 from epg_fast.models.fp8 import require_fp8, use_fp8
 from epg_fast.ops import extension_status
 from epg_fast.ops.extension import extension_has_cuda, gpus_without_code
-from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
+from epg_fast.training.gradients import compile_stage
 from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
 from epg_fast.tuning.workloads import NoImages
@@ -254,14 +254,13 @@ class OurTraining:
             network.load_state_dict(problem.weights(), strict=True)
         if (perceptual := problem.perceptual(encoder_from_config)) is not None:
             stage.perceptual = perceptual.use_ops(stage.chosen.ops)
-        self.state = RunState(config, stage, NoImages(), ranks)
+        self.state = RunState(stage, NoImages())
         if config.fp8:
             use_fp8(stage.network)
         self._losses = _Losses()
         compile_stage(stage)
 
     def step(self) -> None:
-        begin_step(self.config)
         train_step(self.state, self.problem.images, self._losses)
 
     def losses(self, count: int) -> list[float]:

@@ -87,13 +87,13 @@ class ModelConfig(_Checked):
     """Patch height and width in pixels."""
     embed_dim: int | None = number(None, 1)
     """Encoder width E."""
-    depth: int | None = number(None, 1)
+    depth: int | None = number(None, 1, 1000)
     """Encoder blocks."""
     num_heads: int | None = number(None, 1)
     """Encoder attention heads."""
     decoder_embed_dim: int | None = number(None, 1)
     """Decoder width D."""
-    decoder_depth: int | None = number(None, 1)
+    decoder_depth: int | None = number(None, 1, 1000)
     """Decoder blocks."""
     decoder_num_heads: int | None = number(None, 1)
     """Decoder attention heads."""
@@ -183,7 +183,7 @@ class DataConfig(_Checked):
 class OptimizerConfig(_Checked):
     """AdamW and its learning rate."""
 
-    backend: Literal["auto", "fused", "torch", "apex"] = "auto"
+    backend: Literal["auto", "fused", "torch"] = "auto"
     """Who computes the update, with equal numbers up to rounding; `fused` is the C++/CUDA extension, in one pass."""
     lr: float = number(1e-4, 0)
     """Peak learning rate."""
@@ -195,8 +195,6 @@ class OptimizerConfig(_Checked):
     """Decoupled weight decay."""
     decay_tokens: bool = False
     """Apply weight decay to `pos_embed` and `cls_token` as well."""
-    layer_decay: float = number(1.0, above=0)
-    """Learning-rate factor per encoder block from the deepest (1) to the first; 1 switches it off."""
     schedule: Literal["warmup-cosine", "warmup-step", "constant"] = "warmup-cosine"
     """Learning-rate factor: warm-up then cosine to `min_scale`, or 1 / 0.3 / 0.08 at `milestones`, or 1."""
     warmup_steps: int = number(10_000, 0)
@@ -380,6 +378,10 @@ class RunConfig(_ComputeConfig):
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
             )
         self._check_engine()
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, 0 for never, is done after `step` updates; at the last all is."""
+        return step > 0 and every > 0 and (step % every == 0 or step == self.steps)
 
     def _check_engine(self):
         if self.cuda_graphs and self.compile != "network":
@@ -824,8 +826,3 @@ class ReconstructEmaConfig(_Checked):
     """File (.safetensors) to write; it is used like a run's model.safetensors."""
     max_residual: float = number(0.05, 0, 1)
     """Refuse when the snapshots represent the EMA worse than this (relative L2 distance of the profiles)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sigma_rel is not None:
-            check_sigma_rel(self.sigma_rel)

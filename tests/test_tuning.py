@@ -323,7 +323,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("encoder.attention", "flash", CPU, None),
         ("encoder.attention", "cudnn", CUDA, None),
         ("encoder.attention", "flash_attn_3", CUDA, "flash_attn_interface is not installed"),
-        ("optimizer", "apex", CUDA, "NVIDIA's apex is not installed"),
     ],
 )
 def test_candidates_say_why_they_cannot_run_here(site, backend, device, why):

@@ -32,8 +32,8 @@ from epg_fast.models import create_model, preset_config
 from epg_fast.models.compilation import compile_denoising
 from epg_fast.plans import PLAIN, Chosen
 from epg_fast.sampling.precision import inference_network
-from epg_fast.training.compilation import compile_stage
-from epg_fast.training.weight_copies import WeightCopies
+from epg_fast.training.gradients import compile_stage
+from epg_fast.training.optimizer import WeightCopies
 
 _XL, _G, _L = "epg_xl_16_256", "epg_g_16_256", "epg_l_16_256"
 

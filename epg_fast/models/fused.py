@@ -5,7 +5,7 @@ rounding, stay. A fused block hands each operation the backend of its site, "pla
 What a fused operation would bypass is refused by name: an adapter, a quantised layer, a hook.
 
 Where autocast computes in 16 bits and weights are float32, each product casts its weight, unless whoever keeps copies
-of the weights up to date lends them to the blocks, as `operands` (`epg_fast.training.weight_copies`).
+of the weights up to date lends them to the blocks, as `operands` (`WeightCopies` of `epg_fast.training.optimizer`).
 """
 
 from __future__ import annotations

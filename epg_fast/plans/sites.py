@@ -24,7 +24,7 @@ SITES: dict[str, tuple[str, ...]] = {
     **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
     "loss": ("plain", "triton"),
     "fp8": ("plain", "triton", "cuda"),
-    "optimizer": ("plain", "fused", "apex"),
+    "optimizer": ("plain", "fused"),
     "steps": ("plain", "extension"),
 }
 """Site -> backends.

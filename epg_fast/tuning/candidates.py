@@ -54,8 +54,6 @@ def obstacle(site: str, backend: str, case: Case, device: torch.device) -> str |
         return "takes bfloat16"
     if backend in ("fused", "extension") and (not extension_status()[0] or (cuda and extension_code() == "cpu")):
         return "the extension is not built for this device"
-    if backend == "apex" and not installed("amp_C"):
-        return "NVIDIA's apex is not installed"
     if case.precision == "fp8" and site.partition(".")[2] in ("norm", "proj", "mlp", "skip"):
         return "reads weights past FP8's linears"
     return None
