@@ -100,11 +100,13 @@ class FusedBlock(_Fused, Block):
     makes_skip = False
     """Whether the input is wanted as a skip in the dtype of products."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, L, E] -> (what `Block` returns, x as a skip)."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, L, E] -> what `Block` returns, or if `makes_skip` (that, x as a skip)."""
         x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
         x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None))
-        return _mlp_half(self, x, y, self._drawn_gate(y)), skip
+        x = _mlp_half(self, x, y, self._drawn_gate(y))
+        # compiled code would fill and add a gradient of zeros for a skip that nobody takes
+        return (x, skip) if self.makes_skip else x
 
     def _drawn_gate(self, y: torch.Tensor) -> torch.Tensor | None:
         """What stochastic depth multiplies a branch with, [B, 1, D]; None while it does not."""
@@ -146,7 +148,7 @@ class FusedTrunk(_Fused, ViTEncoder):
         return self.norm(x[:, :1])[:, 0]
 
     def _entered(self, index: int, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output of the block, its input as a skip); a block that is not fused leaves its input as it is."""
+        """(output of the block, its input as a skip); a block that makes no skip leaves its input as it is."""
         out = self._run(index, block, x)
         return out if isinstance(out, tuple) else (out, x)
 
