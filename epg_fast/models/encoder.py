@@ -46,6 +46,8 @@ class ViTEncoder(nn.Module):
 
     ops: Mapping[str, str] = PLAIN
     """Backend by site."""
+    drops_tokens = False
+    """Whether, behind the attention of the last block, a feature is computed from the class token alone."""
 
     def __init__(
         self,

@@ -50,8 +50,13 @@ def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
         )
 
 
-def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + gate * attention of y, the MLP's input), from the norm y of x; modulation: shift, scale of the next norm."""
+def _attention_half(
+    block: Block | DecoderBlock, x, y, gate, modulation, kept: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * attention of y, the MLP's input), from the norm y of x; modulation: shift, scale of the next norm.
+
+    kept: only the first so many tokens go on, which still attend to all.
+    """
     attn = block.attn
     require_plain(attn, Attention)
     batch, length, width = x.shape
@@ -59,6 +64,8 @@ def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tupl
     qkv = qkv.view(batch, length, 3, attn.num_heads, width // attn.num_heads)
     dropout = attn.attn_drop if block.training else 0.0
     h = attention(qkv, attn.scale, dropout, backend=attn.backend).flatten(2)
+    if kept is not None:
+        x, h = x[:, :kept].contiguous(), h[:, :kept].contiguous()
     norm, eps = parameters_of(block.norm2, LayerNorm), block.norm2.eps
     proj, operand = parameters_of(attn.proj), block.operands.get("attn.proj")
     backend = block.ops["proj"]
@@ -100,11 +107,16 @@ class FusedBlock(_Fused, Block):
     makes_skip = False
     """Whether the input is wanted as a skip in the dtype of products."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, L, E] -> what `Block` returns, or if `makes_skip` (that, x as a skip)."""
+    def forward(self, x: torch.Tensor, kept: int | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, L, E] -> what `Block` returns, or if `makes_skip` (that, x as a skip).
+
+        kept: only the first so many tokens are computed behind the attention, and returned.
+        """
         x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
-        x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None))
-        x = _mlp_half(self, x, y, self._drawn_gate(y))
+        # dropout draws for all tokens, as `Block` does
+        early = None if self.training and (self.attn.proj_drop.p or self.mlp.drop.p) else kept
+        x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None), early)
+        x = _mlp_half(self, x, y, self._drawn_gate(y))[:, :kept]
         # compiled code would fill and add a gradient of zeros for a skip that nobody takes
         return (x, skip) if self.makes_skip else x
 
@@ -142,14 +154,20 @@ class FusedTrunk(_Fused, ViTEncoder):
         weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
         return patch_embed(x, weight, bias, self.pos_embed, prefix, backend=self.ops["embedding"])
 
+    @property
+    def drops_tokens(self) -> bool:
+        """As in `ViTEncoder`."""
+        return bool(self.blocks) and isinstance(self.blocks[-1], FusedBlock)
+
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.blocks):
-            x, _ = self._entered(i, block, x)
+            kept = (1,) if self.drops_tokens and block is self.blocks[-1] else ()
+            x, _ = self._entered(i, block, x, *kept)
         return self.norm(x[:, :1])[:, 0]
 
-    def _entered(self, index: int, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _entered(self, index: int, block: nn.Module, x: torch.Tensor, *kept: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(output of the block, its input as a skip); a block that makes no skip leaves its input as it is."""
-        out = self._run(index, block, x)
+        out = self._run(index, block, x, *kept)
         return out if isinstance(out, tuple) else (out, x)
 
 

@@ -65,10 +65,10 @@ def step_flops(stage: Stage, step: int) -> StepFlops:
 def _pretrain(stage: Stage, step: int) -> StepFlops:
     """3 encoder passes with gradient and 3 without; 2 and 4 of the projection head; 3 similarity matrices."""
     network, target = stage.network, stage.ema
-    trunk, head = _trunk(network), _head(network)
+    trunk, head = _feature(network), _head(network)
     similarity = 2 * _similarity(stage, network.projection_head[-1].out_features)
     similarity += _similarity(stage, network.embed_dim)
-    without = 1 * _trunk(network).forward + 2 * head.forward + 2 * (_trunk(target).forward + _head(target).forward)
+    without = 1 * trunk.forward + 2 * head.forward + 2 * (_feature(target).forward + _head(target).forward)
     again = 3 * trunk.forward if stage.config.gradient_accumulation > 1 else 0
     return _step(network, 3 * trunk + 2 * head, similarity, without, again)
 
@@ -84,7 +84,7 @@ def _consistency(stage: Stage, step: int) -> StepFlops:
         return _step(stage.network, generator, 0, 0)
     if perceptual is None:
         return _step(stage.network, generator, 0, generator.forward)
-    encoder = _trunk(perceptual, image_gradient=True) + _head(perceptual)
+    encoder = _feature(perceptual, image_gradient=True) + _head(perceptual)
     similarity = _similarity(stage, perceptual.projection_head[-1].out_features)
     frozen = _Pass(encoder.forward, 0, encoder.inputs)
     return _step(stage.network, generator + frozen, similarity, generator.forward + encoder.forward)
@@ -120,12 +120,18 @@ def _generator(network: EPGViT) -> _Pass:
     return total
 
 
-def _trunk(network: ViTEncoder, image_gradient: bool = False) -> _Pass:
+def _feature(network: ViTEncoder, image_gradient: bool = False) -> _Pass:
+    return _trunk(network, image_gradient, kept=1 if network.drops_tokens else None)
+
+
+def _trunk(network: ViTEncoder, image_gradient: bool = False, kept: int | None = None) -> _Pass:
+    """kept: tokens that are computed behind the attention of the last block; None: all."""
     length, weight = network.extras + network.num_patches, network.patch_embed.proj.weight
     product = 2 * network.num_patches * weight.numel()
     total = _Pass(product, product, product if image_gradient else 0)
     for i, block in enumerate(network.blocks):
-        total += _block(block, length, has_skip=False, again=is_recomputed(i, network.use_checkpoint))
+        behind = kept if i == len(network.blocks) - 1 else None
+        total += _block(block, length, has_skip=False, again=is_recomputed(i, network.use_checkpoint), kept=behind)
     return total
 
 
@@ -137,12 +143,14 @@ def _head(network: RCMViT) -> _Pass:
     return total
 
 
-def _block(block: Block | DecoderBlock, length: int, has_skip: bool, again: bool) -> _Pass:
-    attention = _linear(block.attn.qkv, length) + _attention(block.attn, length) + _linear(block.attn.proj, length)
-    total = attention + _linear(block.mlp.fc1, length)
+def _block(block: Block | DecoderBlock, length: int, has_skip: bool, again: bool, kept: int | None = None) -> _Pass:
+    """kept: tokens behind the attention; None: all."""
+    kept = kept or length
+    attention = _linear(block.attn.qkv, length) + _attention(block.attn, length) + _linear(block.attn.proj, kept)
+    total = attention + _linear(block.mlp.fc1, kept)
     if has_skip:
         total += _linear(block.skip_linear, length)
-    last = _linear(block.mlp.fc2, length)
+    last = _linear(block.mlp.fc2, kept)
     # Checkpointing stops once it has what the backward pass needs, and that of an encoder block's last sum is nothing;
     # the gate of a decoder block needs the product's result.
     recomputed = total.forward + (last.forward if isinstance(block, DecoderBlock) else 0)
