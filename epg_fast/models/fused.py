@@ -107,11 +107,12 @@ class FusedBlock(_Fused, Block):
     makes_skip = False
     """Whether the input is wanted as a skip in the dtype of products."""
 
-    def forward(self, x: torch.Tensor, kept: int | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, L, E] -> what `Block` returns, or if `makes_skip` (that, x as a skip).
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, L, E] -> what `Block` returns, or if `makes_skip` (that, x as a skip)."""
+        return self._computed(x)
 
-        kept: only the first so many tokens are computed behind the attention, and returned.
-        """
+    def _computed(self, x, kept: int | None = None):
+        """kept: only the first so many tokens are computed behind the attention, and returned."""
         x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
         # dropout draws for all tokens, as `Block` does
         early = None if self.training and (self.attn.proj_drop.p or self.mlp.drop.p) else kept
@@ -125,6 +126,14 @@ class FusedBlock(_Fused, Block):
         if not (self.training and self.drop_path.p):
             return None
         return self.drop_path(torch.ones_like(y[:, :1]))
+
+
+class FusedLastBlock(FusedBlock):
+    """The last of an encoder whose result is its first token; torch.compile counts graphs by each `forward`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, E] -> the first token of what `Block` returns, [B, 1, E]."""
+        return self._computed(x, kept=1)
 
 
 class FusedDecoderBlock(_Fused, DecoderBlock):
@@ -154,25 +163,22 @@ class FusedTrunk(_Fused, ViTEncoder):
         weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
         return patch_embed(x, weight, bias, self.pos_embed, prefix, backend=self.ops["embedding"])
 
-    @property
-    def drops_tokens(self) -> bool:
-        """As in `ViTEncoder`."""
-        return bool(self.blocks) and isinstance(self.blocks[-1], FusedBlock)
-
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.blocks):
-            kept = (1,) if self.drops_tokens and block is self.blocks[-1] else ()
-            x, _ = self._entered(i, block, x, *kept)
+            x, _ = self._entered(i, block, x)
         return self.norm(x[:, :1])[:, 0]
 
-    def _entered(self, index: int, block: nn.Module, x: torch.Tensor, *kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _entered(self, index: int, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(output of the block, its input as a skip); a block that makes no skip leaves its input as it is."""
-        out = self._run(index, block, x, *kept)
+        out = self._run(index, block, x)
         return out if isinstance(out, tuple) else (out, x)
 
 
 class FusedRCMViT(FusedTrunk, RCMViT):
-    pass
+    @property
+    def drops_tokens(self) -> bool:
+        """As in `ViTEncoder`."""
+        return len(self.blocks) > 0 and isinstance(self.blocks[-1], FusedLastBlock)
 
 
 class FusedEPGViT(FusedTrunk, EPGViT):
@@ -195,7 +201,7 @@ class FusedEPGViT(FusedTrunk, EPGViT):
 
 
 _FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()} | {FusedLastBlock: Block}
 
 
 _MODULATION = "adaLN_modulation"
@@ -236,6 +242,8 @@ def fuse(network: ViTEncoder) -> ViTEncoder:
             _choose(block, ops)
             if isinstance(block, FusedBlock):
                 block.makes_skip = isinstance(network, EPGViT)
+    if isinstance(network, RCMViT) and len(network.blocks) and type(network.blocks[-1]) is FusedBlock:
+        network.blocks[-1].__class__ = FusedLastBlock
     network.norm.backend = network.ops["encoder.norm"]
     if hasattr(network, "out_norm"):
         network.out_norm.backend = network.ops["decoder.norm"]
