@@ -1,5 +1,7 @@
 """torch.compile of a stage's networks, block by block or whole, and CUDA graphs of the latter.
 
+The noised images of pre-training, which its networks read, are compiled in either case: element-wise work in one pass.
+
 With CUDA graphs torch.compile records what it has compiled into graphs that share a memory pool.
 A network may run several times before a backward pass, with and without gradient: each run of a step is recorded as
 following the one before, and keeps its own memory until its results are gone. When the next step begins, all memory
@@ -15,7 +17,7 @@ import torch
 
 from epg_fast.config import RunConfig
 from epg_fast.distributed import Ranks
-from epg_fast.models.compilation import compile_blocks, compile_network
+from epg_fast.models.compilation import compile_blocks, compile_network, compile_options
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -46,7 +48,11 @@ def compile_stage(stage: Stage, how: str | None = None, **options) -> None:
     """
     how, more = how or stage.config.compile, stage.chosen.options
     networks = [network for network in (stage.network, getattr(stage, "perceptual", None)) if network is not None]
-    if how == "blocks" or (how == "auto" and stage.ranks.device.type == "cuda"):
+    how = ("blocks" if stage.ranks.device.type == "cuda" else "off") if how == "auto" else how
+    if stage.name == "pretrain" and how != "off":
+        # outside of the networks, and of CUDA graphs: images and noise are new ones in every step
+        stage.noised = torch.compile(stage.noised, fullgraph=True, **compile_options(more=more) | options)
+    if how == "blocks":
         emas = [] if stage.ema is None else [stage.ema]
         for network in networks + emas:
             compile_blocks(network, more=more, sharded=stage.sharded, **options)
