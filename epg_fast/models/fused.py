@@ -50,8 +50,13 @@ def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
         )
 
 
-def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + gate * attention of y, the MLP's input), from the norm y of x; modulation: shift, scale of the next norm."""
+def _attention_half(
+    block: Block | DecoderBlock, x, y, gate, modulation, kept: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * attention of y, the MLP's input), from the norm y of x; modulation: shift, scale of the next norm.
+
+    kept: only the first so many tokens go on, which still attend to all.
+    """
     attn = block.attn
     require_plain(attn, Attention)
     batch, length, width = x.shape
@@ -59,6 +64,8 @@ def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tupl
     qkv = qkv.view(batch, length, 3, attn.num_heads, width // attn.num_heads)
     dropout = attn.attn_drop if block.training else 0.0
     h = attention(qkv, attn.scale, dropout, backend=attn.backend).flatten(2)
+    if kept is not None:
+        x, h = x[:, :kept].contiguous(), h[:, :kept].contiguous()
     norm, eps = parameters_of(block.norm2, LayerNorm), block.norm2.eps
     proj, operand = parameters_of(attn.proj), block.operands.get("attn.proj")
     backend = block.ops["proj"]
@@ -100,17 +107,33 @@ class FusedBlock(_Fused, Block):
     makes_skip = False
     """Whether the input is wanted as a skip in the dtype of products."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, L, E] -> (what `Block` returns, x as a skip)."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, L, E] -> what `Block` returns, or if `makes_skip` (that, x as a skip)."""
+        return self._computed(x)
+
+    def _computed(self, x, kept: int | None = None):
+        """kept: only the first so many tokens are computed behind the attention, and returned."""
         x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
-        x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None))
-        return _mlp_half(self, x, y, self._drawn_gate(y)), skip
+        # dropout draws for all tokens, as `Block` does
+        early = None if self.training and (self.attn.proj_drop.p or self.mlp.drop.p) else kept
+        x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None), early)
+        x = _mlp_half(self, x, y, self._drawn_gate(y))[:, :kept]
+        # compiled code would fill and add a gradient of zeros for a skip that nobody takes
+        return (x, skip) if self.makes_skip else x
 
     def _drawn_gate(self, y: torch.Tensor) -> torch.Tensor | None:
         """What stochastic depth multiplies a branch with, [B, 1, D]; None while it does not."""
         if not (self.training and self.drop_path.p):
             return None
         return self.drop_path(torch.ones_like(y[:, :1]))
+
+
+class FusedLastBlock(FusedBlock):
+    """The last of an encoder whose result is its first token; torch.compile counts graphs by each `forward`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, E] -> the first token of what `Block` returns, [B, 1, E]."""
+        return self._computed(x, kept=1)
 
 
 class FusedDecoderBlock(_Fused, DecoderBlock):
@@ -146,13 +169,16 @@ class FusedTrunk(_Fused, ViTEncoder):
         return self.norm(x[:, :1])[:, 0]
 
     def _entered(self, index: int, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output of the block, its input as a skip); a block that is not fused leaves its input as it is."""
+        """(output of the block, its input as a skip); a block that makes no skip leaves its input as it is."""
         out = self._run(index, block, x)
         return out if isinstance(out, tuple) else (out, x)
 
 
 class FusedRCMViT(FusedTrunk, RCMViT):
-    pass
+    @property
+    def drops_tokens(self) -> bool:
+        """As in `ViTEncoder`."""
+        return len(self.blocks) > 0 and isinstance(self.blocks[-1], FusedLastBlock)
 
 
 class FusedEPGViT(FusedTrunk, EPGViT):
@@ -175,7 +201,7 @@ class FusedEPGViT(FusedTrunk, EPGViT):
 
 
 _FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()} | {FusedLastBlock: Block}
 
 
 _MODULATION = "adaLN_modulation"
@@ -216,6 +242,8 @@ def fuse(network: ViTEncoder) -> ViTEncoder:
             _choose(block, ops)
             if isinstance(block, FusedBlock):
                 block.makes_skip = isinstance(network, EPGViT)
+    if isinstance(network, RCMViT) and len(network.blocks) and type(network.blocks[-1]) is FusedBlock:
+        network.blocks[-1].__class__ = FusedLastBlock
     network.norm.backend = network.ops["encoder.norm"]
     if hasattr(network, "out_norm"):
         network.out_norm.backend = network.ops["decoder.norm"]

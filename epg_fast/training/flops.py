@@ -113,11 +113,17 @@ def _attention(network: ViTEncoder, block: Block | DecoderBlock) -> int:
     return 4 * _tokens(network) ** 2 * block.attn.proj.in_features
 
 
+def _behind(network: ViTEncoder, index: int) -> int:
+    """Tokens that block `index` computes behind its attention."""
+    return 1 if network.drops_tokens and index == len(network.blocks) - 1 else _tokens(network)
+
+
 def _blocks(network: ViTEncoder) -> list[int]:
     """Of each block, without the modulation of a decoder block."""
     tokens, depth, found = _tokens(network), len(network.blocks), []
     for i, block in enumerate(network.all_blocks):
-        total = _linears(block.attn, tokens) + _attention(network, block) + _linears(block.mlp, tokens)
+        total = _linears(block.attn.qkv, tokens) + _attention(network, block)
+        total += _linears(block.attn.proj, _behind(network, i)) + _linears(block.mlp, _behind(network, i))
         has_skip = depth <= i < 2 * depth
         found.append(total + (_linears(block.skip_linear, tokens) if has_skip else 0))
     return found
@@ -142,7 +148,7 @@ def _recomputed(network: ViTEncoder) -> int:
     total = 0
     for i, (block, size) in enumerate(zip(network.all_blocks, _blocks(network), strict=True)):
         if is_recomputed(i, network.use_checkpoint):
-            total += size - (0 if isinstance(block, DecoderBlock) else _linears(block.mlp.fc2, _tokens(network)))
+            total += size - (0 if isinstance(block, DecoderBlock) else _linears(block.mlp.fc2, _behind(network, i)))
     return total
 
 

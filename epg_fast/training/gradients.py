@@ -6,7 +6,8 @@ are those of its place in the global batch (dropout alone is drawn per micro-bat
 
 In fp16 a scale keeps them in range.
 
-torch.compile takes the networks block by block or whole; CUDA graphs record what it has made of whole ones, and share a
+torch.compile takes the networks block by block or whole, and with either the noised images of pre-training, which is
+element-wise work in one pass; CUDA graphs record what it has made of whole ones, and share a
 memory pool. A network may run several times before a backward pass, with and without gradient: each run of a step is
 recorded as following the one before, and keeps its own memory until its results are gone. When the next step begins,
 all memory of the step before is used again: nothing that a network, or its backward pass, returned may be read after
@@ -24,7 +25,7 @@ import torch
 from epg_fast.config import RunConfig
 from epg_fast.diffusion import PixelNormalization
 from epg_fast.distributed import Ranks
-from epg_fast.models.compilation import compile_blocks, compile_network
+from epg_fast.models.compilation import compile_blocks, compile_network, compile_options
 from epg_fast.objectives import Loss
 from epg_fast.training.draws import Draws
 from epg_fast.training.parallel import Replicated
@@ -72,7 +73,11 @@ def compile_stage(stage: Stage, how: str | None = None, **options) -> None:
     """
     how, more = how or stage.config.compile, stage.chosen.options
     networks = [network for network in (stage.network, stage.perceptual) if network is not None]
-    if how == "blocks" or (how == "auto" and stage.ranks.device.type == "cuda"):
+    how = ("blocks" if stage.ranks.device.type == "cuda" else "off") if how == "auto" else how
+    if stage.name == "pretrain" and how != "off":
+        # outside of the networks, and of CUDA graphs: images and noise are new ones in every step
+        stage.noised = torch.compile(stage.noised, fullgraph=True, **compile_options(more=more) | options)
+    if how == "blocks":
         emas = [] if stage.ema is None else [stage.ema]
         for network in networks + emas:
             compile_blocks(network, more=more, sharded=stage.sharded, **options)

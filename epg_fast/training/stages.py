@@ -15,7 +15,14 @@ from epg_fast.diffusion import NoiseSchedule, PixelNormalization, consistency_r,
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
-from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
+from epg_fast.objectives import (
+    Loss,
+    PretrainingObjective,
+    consistency_loss,
+    denoising_loss,
+    noised_inputs,
+    perceptual_keys,
+)
 from epg_fast.plans import Case, Chosen, choose_together
 from epg_fast.plans.plan import architecture
 from epg_fast.plans.sites import has_fused_operations
@@ -117,6 +124,8 @@ class PretrainStage(Stage):
 
     name = "pretrain"
     three_views = calls_ema = grad_cache = True
+    noised = staticmethod(noised_inputs)
+    """What the encoders take, from images and noise; a stage that is compiled has its own."""
     by_level = "consistency"  # the contrastive term is always at the cleanest level
     config: PretrainConfig
 
@@ -149,6 +158,7 @@ class PretrainStage(Stage):
             schedule,
             contrastive_temperature=c.contrastive_temperature,
             temperature=c.temperature if c.temperature_schedule == "constant" else tuple(c.temperature_range),
+            noised=self.noised,
         )
 
 

@@ -121,6 +121,26 @@ def test_the_encoder_computes_the_same_with_the_fused_kernels():
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_feature_is_computed_without_the_other_tokens_behind_the_last_attention():
+    plain = make(RCMViT, hidden_dim=32, output_dim=16)
+    fused, seen = copy.deepcopy(plain).use_ops({"norm": "triton"}), []
+    for block in fused.blocks:
+        block.register_forward_hook(lambda block, given, result: seen.append(result.shape[1]))
+    x, t = inputs(plain)[:2]
+    torch.testing.assert_close(fused.encode(x, t), plain.encode(x, t), rtol=1e-4, atol=1e-5)
+    assert set(seen[:-1]) <= {fused.extras + fused.num_patches} and seen[-1] == 1
+
+
+def test_dropout_is_drawn_for_all_tokens_of_the_last_block():
+    plain = make(RCMViT, hidden_dim=32, output_dim=16, drop=0.5).train()
+    fused = copy.deepcopy(plain).use_ops({"norm": "triton"})
+    results = []
+    for network in (plain, fused):
+        torch.manual_seed(0)
+        results.append(network.encode(*inputs(plain)[:2]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["autocast", "pure 16-bit"])
 def test_fused_kernels_run_in_16_bit_as_the_plain_path_does(mode):

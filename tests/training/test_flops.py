@@ -10,9 +10,9 @@ from epg_fast.training.flops import Utilization, gpu_named, gpu_of, step_flops
 from tests.training.stages import JOBS, backward_of, device_of, loss_of, make_config, make_stage, stage_class
 
 
-def _assert_counted(job, images=2, step=0, perceptual=True, **fields):
+def _assert_counted(job, images=2, step=0, perceptual=True, ops="plain", **fields):
     # Plain products for attention: torch's counter does not know what SDPA calls on a CPU.
-    config = make_config(job, ops="plain,attention=math", batch_size=images, **fields)
+    config = make_config(job, ops=f"{ops},attention=math", batch_size=images, **fields)
     stage = make_stage(job, config, perceptual)
     flops = step_flops(stage, step)
     with FlopCounterMode(display=False) as counter:
@@ -31,6 +31,17 @@ def test_operations_of_a_step_are_those_that_torch_counts(job):
     half, whole = (_assert_counted(job, activation_checkpointing=share) for share in (0.5, True))
     assert whole.total == plain.total and 0.5 * plain.forward < whole.recomputed < plain.forward
     assert 0.2 * whole.recomputed < half.recomputed < 0.7 * whole.recomputed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["pretrain", "finetune-consistency"])
+def test_fused_blocks_compute_of_the_last_block_of_a_feature_what_the_class_token_needs(job):
+    pytest.importorskip("triton")
+    stages = {"delta": 1} if job == "finetune-consistency" else {}
+    plain = _assert_counted(job, **stages)
+    fused = _assert_counted(job, ops="plain,encoder.norm=triton", **stages)
+    checkpointed = _assert_counted(job, ops="plain,encoder.norm=triton", activation_checkpointing=True, **stages)
+    assert fused.total < 0.97 * plain.total and checkpointed.total == fused.total
 
 
 @pytest.mark.parametrize("job", JOBS)
