@@ -26,7 +26,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
 TUNED = {name: job.configs[0] for name, job in _JOBS.items() if name.startswith(("pretrain", "finetune"))}
 TUNED["sample"] = config.TunedSampleConfig
 OTHERS_FLAGS = {
-    "pip, uv": {"--force-reinstall", "--index-url", "--no-build-isolation", "--no-deps"},
+    "pip, uv": {"--force-reinstall", "--index-url", "--no-build-isolation", "--no-deps", "--sdist"},
     "torchrun": {
         "--max-restarts",
         "--nnodes",

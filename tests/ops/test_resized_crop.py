@@ -1,5 +1,6 @@
 import math
 import threading
+from importlib import import_module
 from typing import NamedTuple
 from unittest import mock
 
@@ -311,7 +312,7 @@ def arguments(batch=2, **change):
 
 @needs_extension
 def test_auto_takes_the_extension_for_contiguous_images_only():
-    with mock.patch("epg_fast.ops.resized_crop.resized_crop_ref", side_effect=AssertionError):
+    with mock.patch.object(import_module("epg_fast.ops.resized_crop"), "resized_crop_ref", side_effect=AssertionError):
         resized_crop(**arguments())
     rng = np.random.default_rng(9)
     image = torch.from_numpy(rng.integers(0, 256, (16, 12, 3), dtype=np.uint8))[::2, :8].transpose(0, 1)
