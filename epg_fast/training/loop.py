@@ -70,6 +70,8 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
         torch.manual_seed(config.seed)
         check_batch_size(config, ranks.world_size)
         stage = stage_class(config, ranks, folder.choice)
+        millions = sum(p.numel() for p in stage.network.parameters()) / 1e6
+        log.info("network: %s, %.2f M parameters", config.model.preset, millions)
         note_classes(stage, source)
         with suitable_threads(stage.network, stage.chosen.threads), folder:
             folder.wait_for_writer(ranks)

@@ -35,6 +35,8 @@ def test_a_killed_run_on_parquet_goes_on_exactly_and_its_model_knows_the_classes
     whole, killed, samples = (tmp_path / name for name in ("whole", "killed", "samples"))
     options = {"steps": 4, "checkpoint_every": 2, "preview.every": 4, "preview.num": 4, "preview.steps": 2}
     assert main(run_command(parquet_run, whole, **options)) == 0
+    millions = sum(p.numel() for p in from_pretrained(whole).parameters()) / 1e6
+    assert f"network: digits_32, {millions:.2f} M parameters\n" in capsys.readouterr().err
     crashes_after_save(run_command(parquet_run, killed, **options), 2)
     assert main(run_command(parquet_run, killed, **options)) == 0
     assert_same_run(killed, whole)
