@@ -32,7 +32,8 @@ from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
 from epg_fast.models.compilation import compile_denoising
-from epg_fast.plans import PLAIN, Chosen
+from epg_fast.plans import PLAIN, Chosen, site_choices
+from epg_fast.plans.sites import sites_of
 from epg_fast.sampling.precision import inference_network
 from epg_fast.training.compilation import compile_stage
 from epg_fast.training.weight_copies import WeightCopies
@@ -64,6 +65,11 @@ def _tuned():
     return config.patch(coordinate_descent_tuning=True, epilogue_fusion=False)
 
 
+def _prologue() -> dict[str, str]:
+    """Triton everywhere, and norms within the products that read them."""
+    return site_choices("triton") | dict.fromkeys(sites_of("norm"), "prologue")
+
+
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -75,6 +81,7 @@ VARIANTS = {
         Variant("auto-network", "auto", "network"),
         Variant("ours-blocks", "ours", "blocks", "triton", "fused"),
         Variant("ours-network", "ours", "network", "triton", "fused"),
+        Variant("ours-prologue", "ours", "blocks", _prologue(), "fused"),
         Variant("ours-cuda", "ours", "blocks", "cuda", "fused"),
     )
 }
