@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from epg_kernels import AotCase
@@ -240,12 +241,16 @@ def _linear_fwd_kernel(
     N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, EPS: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PART: tl.constexpr, PARTS_X: tl.constexpr,
-    BLOCK_PARTS_X: tl.constexpr,
+    BLOCK_PARTS_X: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z [M, N]: descriptors if TMA, else pointers.
 
-    bias [N], gate [M / TOKENS, N], statistics of y, those of x and its norm are pointers.
+    bias [N], gate [M / TOKENS, N], statistics of y, those of x and its norm are pointers. DEPENDENT: the kernel was
+    launched before that ahead of it had ended, and lets the next one be: each waits here before it touches memory.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     STEPS_X: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = STEPS_X + (E + BLOCK_K - 1) // BLOCK_K
     row, column = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -300,7 +305,7 @@ class Norm(NamedTuple):
 def linear(
     x, skip, weight, bias, gelu=False, save_preactivation=False,
     residual=None, gate=None, tokens: int | None = None, save_branch=False,
-    norm: Norm | None = None, statistics: torch.Tensor | None = None,
+    norm: Norm | None = None, statistics: torch.Tensor | None = None, dependent=False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Returns y = residual + gate * act(z) with z = concat[x, skip] @ weight^T + bias, and z if it is to be saved.
 
@@ -310,7 +315,8 @@ def linear(
     residual: [..., N], whose dtype y has, or None for zeros, with y in x's dtype. gate: [B, N] or None for ones.
     tokens: rows of x per row of gate; None for their quotient.
     norm: of x, which may have any dtype then, before it is multiplied. statistics: float32 [2, parts, M], filled with
-    mean and sum of squared deviations of each PART columns of y.
+    mean and sum of squared deviations of each PART columns of y. dependent: launch while the kernel before still runs,
+    where the GPU can (programmatic dependent launch).
     """
     dtype = weight.dtype if residual is None else residual.dtype
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
@@ -325,6 +331,7 @@ def linear(
     images = next((t.shape[0] for t in (gate, scale) if t is not None), None)
     if gate is None and images == 1:  # every row has the same modulation
         images = None
+    dependent = dependent and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     with torch.cuda.device_of(x):
         _linear_fwd_kernel[_grid(config, rows, columns)](
             **_operands(config, matrices),
@@ -339,8 +346,9 @@ def linear(
             stride_shift=strides(shift)[0], stride_scale=strides(scale)[0],
             D=width, E=0 if skip is None else skip.shape[1],
             TOKENS=None if images is None else tokens or rows // images, GELU=gelu,
-            EPS=None if norm is None else norm.eps, **_part_constexprs(width),
+            EPS=None if norm is None else norm.eps, **_part_constexprs(width), DEPENDENT=dependent,
             **_constexprs(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
+            launch_pdl=dependent,
         )  # fmt: skip
     return y, z
 
@@ -510,6 +518,7 @@ def linear_case(
         dtypes,
         vectors,
         {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu, "EPS": 1e-5}
+        | {"DEPENDENT": config.tma and (bool(norm) or statistics)}
         | _part_constexprs(x_width)
         | _constexprs(config, columns, precision),
         f"K={widths} N={columns}",

@@ -20,8 +20,8 @@ def linear_residual_fwd(x, h, weight, bias, gate) -> tuple[torch.Tensor, torch.T
     """`linear_residual` and the statistics of its rows, [2, parts, B * L]."""
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     statistics = torch.empty((2, parts_of(width), rows), dtype=torch.float32, device=x.device)
-    out, _ = linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], statistics=statistics)
-    return out, statistics
+    written = {"statistics": statistics, "dependent": True}
+    return linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], **written)[0], statistics
 
 
 def linear_residual_norm_bwd(

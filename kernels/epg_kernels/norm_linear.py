@@ -14,4 +14,4 @@ def norm_linear_fwd(
     scale: [B, D] or both None.
     """
     norm = Norm(statistics.contiguous(), norm_weight, norm_bias, shift, scale, eps)
-    return linear(x, None, weight, bias, gelu=gelu, tokens=x.shape[1], norm=norm)[0]
+    return linear(x, None, weight, bias, gelu=gelu, tokens=x.shape[1], norm=norm, dependent=True)[0]
