@@ -105,6 +105,24 @@ def test_norms_within_products_compute_the_same_and_a_pass_with_gradients_does_w
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["autocast", "pure 16-bit"])
+def test_norms_within_products_are_one_graph_in_16_bits_and_as_accurate(mode):
+    model = make(**DECODER).eval().requires_grad_(False)
+    arguments, errors = inputs(model), []
+    want = model(*arguments)
+    for ops in ("plain", NORMS_WITHIN):
+        network = copy.deepcopy(model).use_ops(ops)
+        network = network.to(HALF) if mode == "pure 16-bit" else network
+        x, *rest = (arguments[0].to(network.dtype), *arguments[1:])
+        with torch.no_grad(), torch.autocast(DEVICE, HALF, enabled=mode == "autocast"):
+            got = network(x, *rest)
+            torch.compiler.reset()
+            assert torch.equal(torch.compile(network, backend="aot_eager", fullgraph=True)(x, *rest), got)
+        errors.append(((got.float() - want).norm() / want.norm()).item())
+    assert errors[1] < 2 * errors[0] < 0.1
+
+
 # A form, operations, and the extension's products that they take
 MLP, ROW = {"linear_gelu_out", "linear_gate_residual_out", "linear_dgelu_out"}, {"linear_gate_residual_out"}
 MIXTURE = {"decoder.mlp": "cuda", "encoder.mlp": "plain", "proj": "cuda", "skip": "cuda"}
