@@ -180,28 +180,42 @@ def _row_statistics(
 
 
 @triton.jit
+def _modulated(factor, offset, given, image, columns, mask):
+    """factor and offset of a norm, modulated by a row, or rows, of what is given: shift, scale and their strides."""
+    shift, scale, stride_shift, stride_scale = given
+    by = 1.0 + tl.load(scale + image * stride_scale + columns, mask=mask, other=0.0).to(tl.float32)
+    add = tl.load(shift + image * stride_shift + columns, mask=mask, other=0.0).to(tl.float32)
+    return factor * by, offset * by + add
+
+
+@triton.jit
 def _normalised(
-    a, mean, rstd, norm_weight, norm_bias, shift, scale, rows, k, M,
+    a, mean, rstd, norm_weight, norm_bias, shift, scale, row, k, M,
     stride_shift, stride_scale,
-    D: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of x normalised and modulated, in float32; zeros beyond its last column.
 
     TOKENS: rows of x per row of shift and scale; None if these have one row.
     """
     columns = k + tl.arange(0, BLOCK_K)[None, :]
-    mask = columns < D
-    factor = tl.load(norm_weight + columns, mask=mask, other=0.0).to(tl.float32)
-    offset = tl.load(norm_bias + columns, mask=mask, other=0.0).to(tl.float32)
+    inside = columns < D
+    factor = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(norm_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    rows = row + tl.arange(0, BLOCK_M)[:, None]
     if scale is not None:
-        if TOKENS is not None:
-            image = (rows // TOKENS)[:, None].to(tl.int64)
-            mask = mask & (rows < M)[:, None]
-            scale += image * stride_scale
-            shift += image * stride_shift
-        by = 1.0 + tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32)
-        factor = factor * by
-        offset = offset * by + tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
+        given = (shift, scale, stride_shift, stride_scale)
+        if TOKENS is None:
+            factor, offset = _modulated(factor, offset, given, 0, columns, inside)
+        elif TMA and TOKENS >= BLOCK_M - 1:  # of two images at most: a choice of two rows, not a row for each row
+            image = (row // TOKENS).to(tl.int64)
+            end = (image + 1) * TOKENS
+            factor_next, offset_next = _modulated(factor, offset, given, image + 1, columns, inside & (end < M))
+            factor, offset = _modulated(factor, offset, given, image, columns, inside)
+            factor, offset = tl.where(rows < end, factor, factor_next), tl.where(rows < end, offset, offset_next)
+        else:
+            image = (rows // TOKENS).to(tl.int64)
+            factor, offset = _modulated(factor, offset, given, image, columns, inside & (rows < M))
     return (a.to(tl.float32) - mean) * rstd * factor + offset
 
 
@@ -274,9 +288,9 @@ def _linear_fwd_kernel(
         b = _tile(weight, column, k_weight, stride_weight, N, D + E, TMA, BLOCK_N, BLOCK_K)
         if norm_weight is not None:
             a = _normalised(
-                a, mean, rstd, norm_weight, norm_bias, shift, scale, rows, k, M,
+                a, mean, rstd, norm_weight, norm_bias, shift, scale, row, k, M,
                 stride_shift, stride_scale,
-                D, TOKENS, BLOCK_K,
+                D, TOKENS, TMA, BLOCK_M, BLOCK_K,
             ).to(b.dtype)  # fmt: skip
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)

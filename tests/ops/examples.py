@@ -422,6 +422,7 @@ EXAMPLES = {
             name="norm_linear",
             dtypes={name: (dtypes[1], *dtypes[1:]) for name, dtypes in _PRODUCT_DTYPES.items()},
             forms={"modulated, with GELU": {"gelu": True}, "plain": {"modulated": False}},
+            reference_function=functools.partial(ops.norm_linear_ref, statistics=None),
             differentiable=False,
         ),
         _example(
