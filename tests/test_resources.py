@@ -67,6 +67,18 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_memory():
     assert done.stdout.count("griddepcontrol.launch_dependents") == 1
 
 
+@pytest.mark.kernels
+def test_triton_compiles_without_a_warning():
+    pytest.importorskip("triton")
+    environment = os.environ.copy()
+    for name in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION"):
+        environment.pop(name, None)
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "bench.resources", "--arch", "90"]
+    command += ["--op", "timestep_embedding"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_kernels_have_readable_names():
     from bench.resources import _readable, _template_arguments
 
