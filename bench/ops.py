@@ -71,6 +71,17 @@ class Measured:
         return EXAMPLES[self.name]
 
 
+def _with_statistics(inputs: dict) -> dict:
+    return inputs | {"statistics": ops.row_statistics(inputs["x"])}
+
+
+def _norm_then_linear(x, norm_weight, norm_bias, weight, bias, shift, scale, gelu):
+    backend = "triton" if CUDA else "plain"
+    y = ops.layer_norm_modulate(x, norm_weight, norm_bias, shift, scale, backend=backend)
+    z = F.linear(y, weight, bias.to(y.dtype))
+    return F.gelu(z) if gelu else z
+
+
 def _linear_in_16_bits(x, weight, bias, gelu=False, **_):
     z = F.linear(x, weight.bfloat16(), bias.bfloat16())
     return F.gelu(z) if gelu else z
@@ -126,6 +137,15 @@ MEASURED = (
     Measured("layer_norm_modulate", ("bf16 with fp32 parameters", "fp32"), ((2, 258, 768),)),
     Measured("gate_residual_norm_modulate", ("bf16 with fp32 parameters",), ((2, 258, 768),)),
     Measured("linear_residual_norm", ("bf16 with fp32 parameters",), ((1, 66, 768, 768),)),
+    Measured(
+        "norm_linear",
+        ("bf16 with fp32 parameters",),
+        ((1, 66, 768, 2304),),
+        rivals={
+            "triton": Rival(functools.partial(ops.norm_linear, backend="triton"), _with_statistics),
+            "norm, then a library's linear": Rival(_norm_then_linear),
+        },
+    ),
     Measured("mlp_residual", ("bf16 with fp32 parameters",), ((1, 66, 768, 3072),)),
     Measured("skip_linear", ("bf16",), ((1, 66, 768, 768),)),
     Measured(
