@@ -67,6 +67,12 @@ def _stream(x: Tokens) -> torch.Tensor:
     return x.x if isinstance(x, Rows) else x
 
 
+def _qkv(block: Block | DecoderBlock, y: torch.Tensor) -> torch.Tensor:
+    """Attention's first product, of the norm y: [B, L, D] -> [B, L, 3 D]."""
+    require_plain(block.attn, Attention)
+    return linear(y, *parameters_of(block.attn.qkv), block.operands.get("attn.qkv"))
+
+
 def _attended(block: Block | DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
     """[B, L, 3 D] -> attention's heads side by side, [B, L, D]."""
     attn = block.attn
@@ -83,7 +89,6 @@ def _attention_half(
     kept: only the first so many tokens go on, which still attend to all.
     """
     attn = block.attn
-    require_plain(attn, Attention)
     h = _attended(block, qkv)
     if kept is not None:
         x, h = x[:, :kept].contiguous(), h[:, :kept].contiguous()
@@ -166,7 +171,7 @@ class FusedBlock(_Fused, Block):
             x = skip = x.x
         else:
             x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
-            qkv = linear(y, *parameters_of(self.attn.qkv), self.operands.get("attn.qkv"))
+            qkv = _qkv(self, y)
         if _norms_ride(self):
             x = _halves(self, x, qkv, None, (), None)
             x = x if kept is None else x.x[:, :kept]
@@ -205,7 +210,7 @@ class FusedDecoderBlock(_Fused, DecoderBlock):
             x, y, _ = _residual_norm(self.ops["norm"], self.norm1, x, shift1, scale1)
         else:
             x, y = self._skip(x, skip, (*parameters_of(self.norm1, LayerNorm), shift1, scale1))
-        qkv = linear(y, *parameters_of(self.attn.qkv), self.operands.get("attn.qkv"))
+        qkv = _qkv(self, y)
         if _norms_ride(self):
             return _halves(self, x, qkv, gate1, modulation2, gate2)
         x, y = _attention_half(self, x, qkv, gate1, modulation2)
