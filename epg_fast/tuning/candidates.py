@@ -40,9 +40,9 @@ def sites_of_job(case: Case) -> list[str]:
 def obstacle(site: str, backend: str, case: Case, device: torch.device) -> str | None:
     """Why a backend is no candidate here, None if it is one."""
     cuda = device.type == "cuda"
-    if backend in ("triton", "norm", "cuda", "cudnn", "efficient") and not cuda:
+    if backend in ("triton", "norm", "scaled_mm", "cuda", "cudnn", "efficient") and not cuda:
         return "needs a CUDA device"
-    if backend in ("triton", "norm") and not installed("triton"):
+    if backend in ("triton", "norm", "scaled_mm") and not installed("triton"):
         return "Triton is not installed"
     if backend in PACKAGES and not installed(PACKAGES[backend][0]):
         return f"{PACKAGES[backend][0]} is not installed"

@@ -1,5 +1,7 @@
 """Matrix products with an epilogue: epilogue(concat[x, skip] @ weight^T + bias), and the gradient through GELU.
 
+Operands are float32, 16 bits or float8_e4m3fn with scales; the result, or a copy of it, may be float8_e4m3fn, too.
+
 One program computes one tile of the result, in an order that keeps what neighbours share in the L2 cache. The K loop
 reads x and then skip, so the concatenation is never stored. Where the GPU has TMA and rows start at multiples of 16
 bytes, operands come through it, and it pads ragged edges with zeros by itself; otherwise through masked pointers.
@@ -15,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from epg_kernels import AotCase
 from epg_kernels._column_sums import sum_partial_sums
 from epg_kernels._launch import aot_case, matmul_precision, strides
+from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,18 @@ BY_TMA_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=True)
 BY_POINTERS = Config(128, 128, 32, num_warps=8, num_stages=4, tma=False)
 BY_POINTERS_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=False)
 IEEE = Config(128, 64, 16, num_warps=8, num_stages=2, tma=False)  # no tensor cores: operands live in registers
+# The sums of one step on K, multiplied by its scale, are added up outside of the tensor cores, which keep fewer bits of
+# a sum of FP8 products than float32 has: two tiles of sums in the registers of 8 warps, and one program on a
+# multiprocessor. A step is as wide as a scale's columns, and so is a tile, which makes them.
+BY_TMA_FP8 = Config(128, 128, 128, num_warps=8, num_stages=4, tma=True)
+BY_POINTERS_FP8 = Config(128, 128, 128, num_warps=8, num_stages=2, tma=False)
 
 GROUP_M = 8  # rows of tiles whose programs follow each other column by column: they share weight in the L2 cache
 
 
 def config_for(dtype: torch.dtype, precision: str, tma: bool) -> Config:
+    if dtype == torch.float8_e4m3fn:
+        return BY_TMA_FP8 if tma else BY_POINTERS_FP8
     if dtype != torch.float32:
         return BY_TMA if tma else BY_POINTERS
     if precision == "ieee":
@@ -122,18 +132,20 @@ def _halves(acc):
 
 @triton.jit
 def _epilogue(
-    acc, bias, residual, gate, y, z, row, column, M,
+    acc, weight_scale, bias, residual, gate, y, z, row, column, M,
     stride_residual, stride_gate,
-    N: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    N: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = y.dtype if TMA else y.dtype.element_ty
+    """What y holds, in float32; y itself may be left out."""
     columns = column + tl.arange(0, BLOCK_N)
+    if weight_scale is not None:
+        acc *= tl.load(weight_scale + columns, mask=columns < N, other=0.0)[None, :]
     acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if z is not None:
         _store(z, acc, row, column, M, N, TMA)
     if GELU:
-        acc = gelu(acc, dtype == tl.float32)
+        acc = gelu(acc, EXACT)
     if gate is not None:
         # Row by row, through the caches: in 16-byte accesses, and with fewer registers than a choice of two rows takes.
         rows = row + tl.arange(0, BLOCK_M)
@@ -142,20 +154,37 @@ def _epilogue(
         acc *= tl.load(gate + offsets, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
         acc += _tile(residual, row, column, stride_residual, M, N, TMA, BLOCK_M, BLOCK_N).to(tl.float32)
-    _store(y, acc, row, column, M, N, TMA)
+    if y is not None:
+        _store(y, acc, row, column, M, N, TMA)
+    return acc
 
 
 @triton.jit
-def _linear_fwd_kernel(
-    x, skip, weight, bias, residual, gate, y, z, M,
+def _store_rows(
+    rows, row_scale, left, right, row, column, M,
+    N: tl.constexpr, FP8_MAX: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A tile in FP8 and one scale for each of its rows, of its two halves."""
+    step = row_step(tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1)), FP8_MAX)
+    places = row + tl.arange(0, BLOCK_M)
+    tl.store(row_scale + (column // (2 * HALF)).to(tl.int64) * M + places, step, mask=places < M)
+    _store(rows, in_steps(left, step[:, None], FP8_MAX), row, column, M, N, TMA)
+    _store(rows, in_steps(right, step[:, None], FP8_MAX), row, column + HALF, M, N, TMA)
+
+
+@triton.jit
+def linear_fwd_kernel(
+    x, skip, weight, x_scale, skip_scale, weight_scale, bias, residual, gate, y, z, y_fp8, y_scale, M,
     stride_x, stride_skip, stride_weight, stride_residual, stride_gate,
-    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALES_X: tl.constexpr, SCALES_SKIP: tl.constexpr,
+    TOKENS: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, FP8_MAX: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z [M, N]: descriptors if TMA, else pointers.
-
-    bias [N] and gate [M / TOKENS, N] are pointers.
+    """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z, y_fp8 [M, N]: descriptors if TMA,
+    else pointers. bias [N], gate [M / TOKENS, N] and scales are pointers: weight_scale [N], x_scale [SCALES_X, M] and
+    skip_scale [SCALES_SKIP, M], one for all columns or one for every BLOCK_K of them, and y_scale, one for every
+    BLOCK_N. EXACT: GELU's.
     """
     STEPS_X: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = STEPS_X + (E + BLOCK_K - 1) // BLOCK_K
@@ -167,26 +196,39 @@ def _linear_fwd_kernel(
         source, stride, width = x, stride_x, D
         k = step * BLOCK_K
         k_weight = k
+        if x_scale is not None:
+            scale = x_scale + tl.minimum(step, SCALES_X - 1).to(tl.int64) * M
         # A choice of operands, not a second loop: loads stay ahead of products across the seam.
         if skip is not None:  # noqa: SIM102 (known when the kernel is compiled, the other is not)
             if step >= STEPS_X:
                 source, stride, width = skip, stride_skip, E
                 k = (step - STEPS_X) * BLOCK_K
                 k_weight = D + k
+                if skip_scale is not None:
+                    scale = skip_scale + tl.minimum(step - STEPS_X, SCALES_SKIP - 1).to(tl.int64) * M
         a = _tile(source, row, k, stride, M, width, TMA, BLOCK_M, BLOCK_K)
         # Past x's last column, where the last step on x reads skip's columns of weight, a is zero.
         b = _tile(weight, column, k_weight, stride_weight, N, D + E, TMA, BLOCK_N, BLOCK_K)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        if x_scale is None:
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        else:
+            places = row + tl.arange(0, BLOCK_M)
+            factor = tl.load(scale + places, mask=places < M, other=0.0)
+            acc += tl.dot(a, b.T, input_precision=PRECISION) * factor[:, None]
 
     left, right = _halves(acc)
-    for i in tl.static_range(2):
-        _epilogue(
-            left if i == 0 else right, bias, residual, gate, y, z, row, column + i * HALF, M,
-            stride_residual, stride_gate,
-            N, TOKENS, GELU, TMA, BLOCK_M, HALF,
-        )  # fmt: skip
+    left = _epilogue(
+        left, weight_scale, bias, residual, gate, y, z, row, column, M, stride_residual, stride_gate,
+        N, TOKENS, GELU, EXACT, TMA, BLOCK_M, HALF,
+    )  # fmt: skip
+    right = _epilogue(
+        right, weight_scale, bias, residual, gate, y, z, row, column + HALF, M, stride_residual, stride_gate,
+        N, TOKENS, GELU, EXACT, TMA, BLOCK_M, HALF,
+    )  # fmt: skip
+    if y_fp8 is not None:
+        _store_rows(y_fp8, y_scale, left, right, row, column, M, N, FP8_MAX, TMA, BLOCK_M, HALF)
 
 
 def linear(
@@ -204,24 +246,42 @@ def linear(
     dtype = x.dtype if residual is None else residual.dtype
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
     z = torch.empty_like(y, dtype=x.dtype) if save_preactivation or save_branch else None
-    x, weight, gate = rows_of(x), rows_of(weight), rows_of(gate)
-    skip, residual = rows_of(skip), rows_of(residual)
-    matrices = {"x": x, "skip": skip, "weight": weight, "residual": residual, "y": rows_of(y), "z": rows_of(z)}
-    precision = matmul_precision()
+    matrices = {"x": x, "skip": skip, "weight": weight, "residual": residual, "y": y, "z": z}
+    launch_linear(matrices, bias, gate, gelu, tokens)
+    return y, z
+
+
+def launch_linear(matrices: dict, bias, gate, gelu: bool, tokens: int | None, scales: dict | None = None) -> None:
+    """Runs the kernel on tensors by the names of its arguments, in [..., N]; None and names left out are not there.
+
+    tokens: rows of x per row of gate; None for their quotient. scales: of FP8's matrices."""
+    matrices = {name: rows_of(matrix) for name, matrix in matrices.items()}
+    x, skip, weight, residual = (matrices[name] for name in ("x", "skip", "weight", "residual"))
+    scales = {name: None if scale is None else scale.contiguous() for name, scale in (scales or {}).items()}
+    gate, precision = rows_of(gate), matmul_precision()
     config = config_for(x.dtype, precision, _tma_reaches(*matrices.values()))
-    columns = weight.shape[0]
+    rows, columns = x.shape[0], weight.shape[0]
+    exact = (bias if matrices["y"] is None else matrices["y"]).dtype == torch.float32
     with torch.cuda.device_of(x):
-        _linear_fwd_kernel[_grid(config, x.shape[0], columns)](
-            **_operands(config, matrices),
-            bias=bias.contiguous(), gate=gate,
-            M=x.shape[0],
+        linear_fwd_kernel[_grid(config, rows, columns)](
+            **_operands(config, dict.fromkeys(("z", "y_fp8")) | matrices), **dict.fromkeys(_SCALES) | scales,
+            bias=bias.contiguous(), gate=gate, M=rows,
             stride_x=x.stride(0), stride_skip=strides(skip)[0], stride_weight=weight.stride(0),
             stride_residual=strides(residual)[0], stride_gate=strides(gate)[0],
             D=x.shape[1], E=0 if skip is None else skip.shape[1],
-            TOKENS=None if gate is None else tokens or x.shape[0] // gate.shape[0], GELU=gelu,
-            **_constexprs(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
+            SCALES_X=_count(scales.get("x_scale"), rows), SCALES_SKIP=_count(scales.get("skip_scale"), rows),
+            TOKENS=None if gate is None else tokens or rows // gate.shape[0],
+            GELU=gelu, EXACT=exact, FP8_MAX=FP8_MAX,
+            **constexprs_of(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return y, z
+
+
+_SCALES = ("x_scale", "skip_scale", "weight_scale", "y_scale")
+
+
+def _count(scale: torch.Tensor | None, rows: int) -> int:
+    """Scales per row."""
+    return 1 if scale is None else scale.numel() // rows
 
 
 @triton.jit
@@ -281,7 +341,7 @@ def linear_dgelu(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> tup
             partial=partial,
             M=rows,
             stride_dy=dy.stride(0), stride_weight=weight.stride(0), stride_z=z.stride(0),
-            D=dy.shape[1], **_constexprs(config, columns, precision), num_warps=config.num_warps,
+            D=dy.shape[1], **constexprs_of(config, columns, precision), num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
     return dz, sum_partial_sums(partial, torch.float32)
@@ -322,6 +382,7 @@ def _blocks(config: Config) -> dict[str, list[int]]:
         "residual": result,
         "y": result,
         "z": result,
+        "y_fp8": result,
         "dz": result,
     }
 
@@ -341,7 +402,7 @@ def _grid(config: Config, rows: int, columns: int) -> tuple[int]:
     return (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
 
 
-def _constexprs(config: Config, columns: int, precision: str) -> dict:
+def constexprs_of(config: Config, columns: int, precision: str) -> dict:
     return {
         "N": columns,
         "TMA": config.tma,
@@ -366,18 +427,20 @@ def linear_case(
     vectors = {"bias": "fp32"} | ({"gate": dtype} if tokens else {})
     widths = f"{x_width}+{skip_width}" if skip_width else x_width
     extras = f" on {residual}" * bool(residual) + f" gate/{tokens}" * bool(tokens) + " saving z" * save_preactivation
-    return _case(
-        _linear_fwd_kernel,
+    return product_case(
+        linear_fwd_kernel,
         config,
         dtypes,
         vectors,
-        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu} | _constexprs(config, columns, precision),
+        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu, "EXACT": (residual or dtype) == "fp32"}
+        | {"SCALES_X": 1, "SCALES_SKIP": 1, "FP8_MAX": FP8_MAX}
+        | constexprs_of(config, columns, precision),
         f"K={widths} N={columns}",
         extras,
     )
 
 
-def _case(
+def product_case(
     kernel,
     config: Config,
     dtypes: dict[str, str],
@@ -385,6 +448,7 @@ def _case(
     constexprs: dict,
     shape: str,
     extras: str = "",
+    archs: tuple[int, ...] = (80, 90, 100),
 ) -> AotCase:
     """dtypes: of the matrices that are there, x or dy first; vectors: of what the pointers beside them point to."""
     blocks, dtype, precision = _blocks(config), next(iter(dtypes.values())), constexprs["PRECISION"]
@@ -399,17 +463,17 @@ def _case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         gemm=dtype != "fp32" or precision == "tf32",
-        archs=(90, 100) if config.tma else (80, 90, 100),
+        archs=(90, 100) if config.tma else archs,
     )
 
 
 def linear_dgelu_case(config: Config, columns: int, width: int, dtype: str, precision: str = "tf32") -> AotCase:
-    return _case(
+    return product_case(
         _linear_dgelu_kernel,
         config,
         dict.fromkeys(("dy", "weight_t", "z", "dz"), dtype),
         {"partial": "fp32"},
-        {"D": width} | _constexprs(config, columns, precision),
+        {"D": width} | constexprs_of(config, columns, precision),
         f"K={width} N={columns}",
     )
 

@@ -210,6 +210,29 @@ def _linear_fp8(values, shape, dtypes, gelu=False):
     return made | {"bias": values(n, dtype=dtypes[0], grad=False), "gelu": gelu}
 
 
+def _linear_fp8_fused(values, shape, dtypes, skip=True, scales="columns", gelu=True, gated=True, returns="both"):
+    """scales: of x, of each row or of its columns by the 128; a skip has one for each row there and the other here."""
+    batch, tokens, d, e, n = shape
+    e = e if skip else 0
+    bias, residual, gate = dtypes
+    made = _fp8("x", values.sized_rows(batch, tokens, d), scales == "columns")
+    made |= _fp8("weight", values(n, d + e, grad=False) * (d + e) ** -0.5, False)
+    made |= {"bias": values(n, dtype=bias, grad=False)}
+    made |= _fp8("skip", values.sized_rows(batch, tokens, e), scales != "columns") if e else {}
+    if gated:
+        made |= {"residual": values(batch, tokens, n, dtype=residual, grad=False)}
+        made |= {"gate": values(batch, n, dtype=gate, grad=False)}
+    return made | {"gelu": gelu, "returns": returns}
+
+
+def _fp8(name, x, by_columns):
+    if not by_columns:
+        return dict(zip((name, f"{name}_scale"), ops.quantize_rows_ref(x), strict=True))
+    parts = F.pad(x, (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    rows, scale = ops.quantize_rows_ref(parts * torch.logspace(-1, 1, parts.shape[-2], device=x.device)[:, None])
+    return {name: rows.flatten(-2)[..., : x.shape[-1]].contiguous(), f"{name}_scale": scale.movedim(-1, 0).contiguous()}
+
+
 def _linear_fp8_dynamic(values, shape, dtypes):
     rows, k, n = shape
     return {"x": values(rows, k, dtype=BF16), "weight": values(n, k, scale=k**-0.5), "bias": values(n), "dtype": BF16}
@@ -489,6 +512,20 @@ EXAMPLES = {
             backends=("cuda",),
             cuda_dtypes=("bf16",),
             reference_function=ops.linear_fp8_ref,
+            differentiable=False,
+        ),
+        _example(
+            ops.linear_fp8_fused,
+            _linear_fp8_fused,
+            dtypes={name: dtypes[:3] for name, dtypes in _FP8_DTYPES.items()},
+            forms={
+                "all at once": {},
+                "the MLP's first product": {"scales": "row", "skip": False, "gated": False, "returns": "rows"},
+                "a block's end": {"skip": False, "gelu": False},
+                "attention's projection": {"scales": "row", "skip": False, "gelu": False, "returns": "y"},
+                "a long skip": {"gelu": False, "gated": False, "returns": "y"},
+            },
+            reference_function=ops.linear_fp8_fused_ref,
             differentiable=False,
         ),
         # Against its own rounding, in its own file; here for what measures it.
