@@ -22,6 +22,7 @@ from epg_fast.models.fp8 import Fp8Linear, convert
 from epg_fast.models.fused import parameters_of
 from epg_fast.ops import (
     attention,
+    attention_fp8,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
     layer_norm_modulate,
@@ -122,9 +123,15 @@ def _chained_halves(block: ChainedBlock | ChainedDecoderBlock, x, rows, scale, g
     """Both halves of a block behind its first norm, x in 16 bits; returns: of `linear_fp8_fused`, for the result."""
     attn, mlp = block.attn, block.mlp
     batch, length, width = x.shape
-    qkv = attn.qkv.product(rows, scale).view(batch, length, 3, attn.num_heads, width // attn.num_heads)
-    h = attention(qkv, attn.scale, backend=attn.backend).flatten(2)
-    x = attn.proj.fused(*quantize_rows(h, backend="triton"), residual=x, gate=gate1)
+    shape = batch, length, 3, attn.num_heads, width // attn.num_heads
+    if attn.backend == "triton":
+        qkv, largest = attn.qkv.fused(rows, scale, returns="largest")
+        h, scale = attention_fp8(qkv.view(shape), largest, attn.scale, "triton")
+        h = h.flatten(2), scale
+    else:
+        h = attention(attn.qkv.product(rows, scale).view(shape), attn.scale, backend=attn.backend)
+        h = quantize_rows(h.flatten(2), backend="triton")
+    x = attn.proj.fused(*h, residual=x, gate=gate1)
     _, *normed = _normed(block.norm2, x, *modulation2)
     h = mlp.fc1.fused(*normed, gelu=True, returns="rows")
     return mlp.fc2.fused(*h, residual=x, gate=gate2, returns=returns)

@@ -3,7 +3,7 @@
 Importing this package needs neither Triton nor the compiled extension; a backend is loaded when it is first asked for.
 """
 
-from epg_fast.ops.attention import attention, attention_ref
+from epg_fast.ops.attention import attention, attention_fp8, attention_fp8_ref, attention_ref
 from epg_fast.ops.augment_view import JitterOperation, augment_view, augment_view_ref
 from epg_fast.ops.euler_step import euler_step, euler_step_, euler_step_ref
 from epg_fast.ops.extension import extension_status
@@ -40,7 +40,8 @@ from epg_fast.ops.timestep_embedding import (
 )
 
 __all__ = [
-    "JitterOperation", "attention", "attention_ref", "augment_view", "augment_view_ref", "euler_step", "euler_step_",
+    "JitterOperation", "attention", "attention_fp8", "attention_fp8_ref", "attention_ref", "augment_view",
+    "augment_view_ref", "euler_step", "euler_step_",
     "euler_step_ref", "extension_status", "fused_adamw_ema_", "fused_adamw_ema_ref", "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate_ref", "global_norm", "global_norm_ref", "heun_step",
     "heun_step_", "heun_step_ref", "layer_norm_modulate", "layer_norm_modulate_fp8", "layer_norm_modulate_ref",

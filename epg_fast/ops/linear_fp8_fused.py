@@ -3,13 +3,14 @@
     z = concat[x, skip] @ weight^T + bias        of dequantised x, skip and weight; without a skip, of x
     y = residual + gate * act(z)                 act: GELU or the identity; gate left out: 1; residual left out: 0
     rows = y / row_scale                         row_scale = max |y| / 448 over each row and 128 of its columns
+    largest = max |y| over the same
 
 Source: scales for 128 columns of a row are those of DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 3.3. A
 program that computes 128 columns of a product knows them, so that the next product reads FP8 without a pass of its own.
 
 Shapes: x: [..., D]; skip: [..., E]; weight: [N, D + E], x's columns first; weight_scale, bias: [N]; x_scale: [...], one
 for each row, or [T, ...], one for each row and 128 columns, T = D / 128 rounded up; likewise skip_scale; residual:
-[B, L, N], with x [B, L, D]; gate: [B, N] or [B, 1, N]; y, rows: [..., N]; row_scale: [T, ...] of N columns.
+[B, L, N], with x [B, L, D]; gate: [B, N] or [B, 1, N]; y, rows: [..., N]; row_scale, largest: [T, ...] of N columns.
 Dtypes: x, skip, weight and rows float8_e4m3fn, scales float32; bias, residual and gate any floating dtype; y has
 residual's dtype, or bias's. Products are accumulated, and everything after them is computed, in float32; tensor cores
 keep only the sums of 128 products. The reference multiplies in float32, or in float64 where the scales have it.
@@ -44,28 +45,12 @@ def linear_fp8_fused_ref(
 ):  # fmt: skip
     """`linear_fp8_fused` in plain PyTorch, on dequantised operands."""
     gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
-    made = _forward(
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        skip,
-        skip_scale,
-        gelu,
-        residual,
-        gate,
-        returns != "rows",
-        returns != "y",
-    )
-    return _wanted(made, returns)
+    operands = x, x_scale, weight, weight_scale, bias, skip, skip_scale
+    return _wanted(_forward(*operands, gelu, residual, gate, returns), returns)
 
 
-def _forward(
-    x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu: bool, residual, gate, makes_y: bool,
-    makes_rows: bool,
-):  # fmt: skip
-    """(y, rows, row_scale), None for what is not made."""
+def _forward(x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu: bool, residual, gate, returns: str):
+    """(y, rows, row_scale or largest), None for what is not asked for."""
     operand = _dequantised(x, x_scale)
     if skip is not None:
         operand = torch.cat([operand, _dequantised(skip, skip_scale)], -1)
@@ -77,12 +62,14 @@ def _forward(
     if residual is not None:
         y = y + residual.to(y.dtype)
     rows = row_scale = None
-    if makes_rows:
-        parts = F.pad(y, (0, -y.shape[-1] % COLUMNS)).unflatten(-1, (-1, COLUMNS))
+    parts = F.pad(y, (0, -y.shape[-1] % COLUMNS)).unflatten(-1, (-1, COLUMNS))
+    if returns == "largest":
+        row_scale = parts.abs().amax(-1).movedim(-1, 0).contiguous()
+    elif returns != "y":
         rows, row_scale = quantize_rows_ref(parts)
         rows, row_scale = rows.flatten(-2)[..., : y.shape[-1]].contiguous(), row_scale.movedim(-1, 0).contiguous()
     dtype = bias.dtype if residual is None else residual.dtype
-    return y.to(dtype) if makes_y else None, rows, row_scale
+    return None if returns == "rows" else y.to(dtype), rows, row_scale
 
 
 def _dequantised(x, scale):
@@ -92,13 +79,12 @@ def _dequantised(x, scale):
     return x.to(dtype) * scale.movedim(0, -1).repeat_interleave(COLUMNS, -1)[..., : x.shape[-1]]
 
 
-def _kernel(x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu, residual, gate, makes_y, makes_rows):
+def _kernel(x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu, residual, gate, returns):
     from epg_kernels.linear_fp8_fused import linear_fp8_fused
 
-    dtype = (bias if residual is None else residual).dtype if makes_y else None
-    return linear_fp8_fused(
-        x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu, residual, gate, dtype, makes_rows
-    )
+    operands = x, x_scale, weight, weight_scale, bias, skip, skip_scale
+    dtype = (bias if residual is None else residual).dtype
+    return linear_fp8_fused(*operands, gelu, residual, gate, dtype, returns)
 
 
 _operation = operation(_OP, _forward, _kernel, "y rows row_scale")
@@ -122,7 +108,8 @@ def linear_fp8_fused(
 
     x: [..., D], skip: [..., E] or None, weight: [N, D + E] in float8_e4m3fn; x_scale: [...] or [T, ...], likewise
     skip_scale; weight_scale, bias: [N]; residual: [B, L, N]; gate: [B, N] or [B, 1, N]. returns: "y" ([..., N] in
-    residual's dtype, or bias's), "rows" ((rows, row_scale) of y in FP8) or "both" (y, rows, row_scale).
+    residual's dtype, or bias's), "rows" ((rows, row_scale) of y in FP8), "both" (y, rows, row_scale) or "largest"
+    (y, largest).
     backend: "plain" (plain PyTorch on dequantised operands), "triton" (one kernel). There is no gradient.
     Raises ValueError for shapes and dtypes that do not fit, for a tensor that requires a gradient and for a backend
     that cannot run here.
@@ -139,16 +126,17 @@ def linear_fp8_fused(
     require_conversion(_OP, x.device)
     gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
     operands = x, x_scale, weight, weight_scale, bias, skip, skip_scale
-    return _wanted(_operation(*operands, gelu, residual, gate, returns != "rows", returns != "y"), returns)
+    return _wanted(_operation(*operands, gelu, residual, gate, returns), returns)
 
 
 def _wanted(made: tuple, returns: str):
-    return made[0] if returns == "y" else made[1:] if returns == "rows" else made
+    kept = tuple(result for result in made if result is not None)
+    return kept[0] if returns == "y" else kept
 
 
 def _check(x, x_scale, weight, weight_scale, bias, skip, skip_scale, residual, gate, returns) -> None:
-    if returns not in ("y", "rows", "both"):
-        raise ValueError(f"{_OP}: got returns={returns!r}, wanted y, rows or both")
+    if returns not in ("y", "rows", "both", "largest"):
+        raise ValueError(f"{_OP}: got returns={returns!r}, wanted y, rows, both or largest")
     columns = sum(part.shape[-1] for part in (x, skip) if part is not None)
     if x.dim() < 2 or weight.dim() != 2 or weight.shape[1] != columns:
         raise ValueError(

@@ -35,10 +35,10 @@ projection, its gate, the residual and the second norm; "norm" takes the product
 kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm of the
 block. loss: the loss of patches. fp8: blocks in FP8, with which precision fp8 samples; "plain" quantises in PyTorch's
 operators, "scaled_mm" in Triton's kernels around the products, which are PyTorch's, "cuda" likewise around those of the
-extension; "triton" has products by Triton, but for attention's first, and quantises in them. Sites norm, proj, mlp and
-skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW, "fused" the extension's update. steps: of the
-samplers `euler` and `heun`. Elsewhere "cuda"
-takes products with an epilogue from the extension (compute capability 9.0, bfloat16), and the rest as "triton" does.
+extension; "triton" has products by Triton and quantises in them, and in attention if that is "triton", too. Sites norm,
+proj, mlp and skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW, "fused" the extension's update.
+steps: of the samplers `euler` and `heun`. Elsewhere "cuda" takes products with an epilogue from the extension (compute
+capability 9.0, bfloat16), and the rest as "triton" does.
 """
 NETWORK = tuple(site for site in SITES if site not in ("optimizer", "steps"))
 """Those that a network's `use_ops` asks."""

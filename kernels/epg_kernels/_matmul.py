@@ -164,12 +164,14 @@ def _store_rows(
     rows, row_scale, left, right, row, column, M,
     N: tl.constexpr, FP8_MAX: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """A tile in FP8 and one scale for each of its rows, of its two halves."""
-    step = row_step(tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1)), FP8_MAX)
+    """A tile in FP8, of its two halves, and the scale of each of its rows; without `rows` their largest values."""
+    step = tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1))
+    if rows is not None:
+        step = row_step(step, FP8_MAX)
+        _store(rows, in_steps(left, step[:, None], FP8_MAX), row, column, M, N, TMA)
+        _store(rows, in_steps(right, step[:, None], FP8_MAX), row, column + HALF, M, N, TMA)
     places = row + tl.arange(0, BLOCK_M)
     tl.store(row_scale + (column // (2 * HALF)).to(tl.int64) * M + places, step, mask=places < M)
-    _store(rows, in_steps(left, step[:, None], FP8_MAX), row, column, M, N, TMA)
-    _store(rows, in_steps(right, step[:, None], FP8_MAX), row, column + HALF, M, N, TMA)
 
 
 @triton.jit
@@ -227,7 +229,7 @@ def linear_fwd_kernel(
         right, weight_scale, bias, residual, gate, y, z, row, column + HALF, M, stride_residual, stride_gate,
         N, TOKENS, GELU, EXACT, TMA, BLOCK_M, HALF,
     )  # fmt: skip
-    if y_fp8 is not None:
+    if y_scale is not None:
         _store_rows(y_fp8, y_scale, left, right, row, column, M, N, FP8_MAX, TMA, BLOCK_M, HALF)
 
 

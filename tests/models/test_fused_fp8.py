@@ -70,6 +70,8 @@ def test_a_network_errs_with_the_kernels_as_much_as_with_pytorch(form):
     # The same roundings of other values: what they add up to differs by chance, in thousands of outputs by little.
     assert errors["scaled_mm"] == pytest.approx(errors["plain"], rel=0.1)
     assert errors["triton"] < 1.1 * errors["plain"]  # some of its scales are those of fewer values
+    with_attention = error(in_fp8(model, arguments, {"fp8": "triton", "attention": "triton"}), want)
+    assert 2e-3 < with_attention < 1.1 * errors["plain"]  # and attention's are those of more
     assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) == errors["triton"] > 2e-3
 
 
@@ -80,7 +82,8 @@ def test_official_outputs_are_met_as_nearly_as_by_pytorchs_way(name):
     model = EPGViT(**case.config["model"]).eval()
     model.load_state_dict(case.weights())
     arguments = case["x"], case["t"], case["y"]
-    *errors, plain = (error(in_fp8(model, arguments, {"fp8": ops}), case["out"]) for ops in (*KERNELS, "plain"))
+    every = ({"fp8": "triton", "attention": "triton"}, *({"fp8": way} for way in (*KERNELS, "plain")))
+    *errors, plain = (error(in_fp8(model, arguments, ops), case["out"]) for ops in every)
     assert all(1e-3 < found < 1.1 * plain < 0.1 for found in errors)
 
 
@@ -115,7 +118,7 @@ def calls(monkeypatch):
 
     for name in ("layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate"):
         count(fused_fp8, name)
-    for name in ("skip_norms_fp8", "quantize_rows", "layer_norm_modulate"):
+    for name in ("skip_norms_fp8", "quantize_rows", "layer_norm_modulate", "attention_fp8"):
         count(fused_fp8, name)
     for name in ("quantize_rows_ref", "linear_fp8", "linear_fp8_fused"):
         count(fp8, name)
@@ -138,18 +141,18 @@ def test_every_pass_over_the_tokens_that_can_be_shared_is(calls):
 
 
 @pytest.mark.usefixtures("references")
-def test_chained_products_leave_two_passes_beside_norms_and_products(calls):
+@pytest.mark.parametrize("attention", ["triton", "plain"])
+def test_chained_products_leave_one_pass_beside_norms_and_products(calls, attention):
     model = make()
-    in_fp8(model, inputs(model, 2), {"fp8": "triton"})
+    in_fp8(model, inputs(model, 2), {"fp8": "triton", "attention": attention})
+    inside = {"attention_fp8": 4, "linear_fp8_fused": 4 * 4 + 2, "quantize_rows": 1}  # what enters the decoder
+    outside = {"linear_fp8": 4, "linear_fp8_fused": 4 * 3 + 2, "quantize_rows": 4 + 1}  # around another attention
     assert {name: count for name, count in calls.items() if isinstance(name, str)} == {
         "layer_norm_modulate_fp8": 2 * 2 + 2,  # both norms of the encoder's blocks, the second of the decoder's
         "layer_norm_modulate": 2,  # final norms
         "skip_norms_fp8": 2,
-        "quantize_rows": 4 + 1,  # attention's outputs, what enters the decoder
         "quantize_rows_ref": 4 * 4 + 2,  # weights, once
-        "linear_fp8": 4,  # attention's first products
-        "linear_fp8_fused": 4 * 3 + 2,
-    }
+    } | (inside if attention == "triton" else outside)
 
 
 @pytest.mark.usefixtures("references")
@@ -239,7 +242,7 @@ def test_a_subclass_and_a_network_that_encodes_alone_are_computed():
 @pytest.mark.usefixtures("references")
 @pytest.mark.parametrize("way", KERNELS)
 def test_blocks_and_network_compile_into_one_graph_each(way):
-    model = make().use_ops({"fp8": way})
+    model = make().use_ops({"fp8": way, "attention": "triton"})
     x, *rest = inputs(model, 3)
     network = inference_network(model, "fp8")
     with torch.no_grad():

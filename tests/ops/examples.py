@@ -153,6 +153,12 @@ def _attention(values, shape, dtypes, **options):
     return {"qkv": values(batch, length, 3, heads, head_dim, dtype=dtypes[0])} | options
 
 
+def _attention_fp8(values, shape, dtypes, **options):
+    qkv = values(*shape[:2], 3, *shape[2:], dtype=dtypes[0], grad=False)
+    parts = F.pad(qkv.flatten(2), (0, -3 * shape[2] * shape[3] % 128)).unflatten(-1, (-1, 128))
+    return {"qkv": qkv, "largest": parts.abs().amax(-1).movedim(-1, 0).float()} | options
+
+
 def _patch_embed(values, shape, dtypes, extras=2, aspect=1):
     batch, channels, size, patch, width = shape
     image, weight, tokens = dtypes
@@ -451,6 +457,15 @@ EXAMPLES = {
             reference_function=ops.attention_ref,
         ),
         _example(
+            ops.attention_fp8,
+            _attention_fp8,
+            spec="attention",
+            # in 16 bits the kernel rounds the softmax, which moves FP8 numbers: tests/ops/test_fp8.py
+            forms={"full": {}, "of another scale": {"scale": 0.5}},
+            reference_function=ops.attention_fp8_ref,
+            differentiable=False,
+        ),
+        _example(
             ops.patch_embed,
             _patch_embed,
             dtypes={
@@ -524,6 +539,7 @@ EXAMPLES = {
                 "a block's end": {"skip": False, "gelu": False},
                 "attention's projection": {"scales": "row", "skip": False, "gelu": False, "returns": "y"},
                 "a long skip": {"gelu": False, "gated": False, "returns": "y"},
+                "attention's first product": {"skip": False, "gelu": False, "gated": False, "returns": "largest"},
             },
             reference_function=ops.linear_fp8_fused_ref,
             differentiable=False,
