@@ -39,16 +39,23 @@ def cutlass_folder() -> Path | None:
 
 @functools.cache
 def package_folder(name: str) -> Path | None:
-    """Where a package is installed, also from inside pip's isolated build, which hides it.
+    """Where a package is installed, also from inside an isolated build, which hides it.
 
-    Outside of the build, the interpreter sees what pip itself did: user site, system site, PYTHONPATH.
+    Outside of the build, the interpreter sees what pip itself did: user site, system site, PYTHONPATH. uv's target is
+    none of these: it installs into the active environment, else into .venv of the folder it runs in.
     """
     if (spec := importlib.util.find_spec(name)) and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0])
     code = f"import importlib.util as u; s = u.find_spec({name!r}); print(*(s.submodule_search_locations if s else []))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment_of_parent(), cwd="/", capture_output=True, text=True, check=False)
-    return Path(done.stdout.strip()) if done.returncode == 0 and done.stdout.strip() else None
+    parent, folder = environment_of_parent(), Path(f"/proc/{os.getppid()}/cwd").resolve()
+    targets = [parent.get("VIRTUAL_ENV"), parent.get("CONDA_PREFIX"), folder / ".venv"]
+    for python in (Path(sys.executable), *(Path(target, "bin/python") for target in targets if target)):
+        if python.exists():
+            command = [python, "-c", code]
+            done = subprocess.run(command, env=parent, cwd="/", capture_output=True, text=True, check=False)
+            if done.returncode == 0 and done.stdout.strip():
+                return Path(done.stdout.strip())
+    return None
 
 
 def environment_of_parent() -> dict[str, str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from sphinx.util.inspect import signature, stringify_signature  # noqa: E402
+
 from docs.docstrings import restructured  # noqa: E402
 from docs.generated import write_pages  # noqa: E402
 from epg_fast import __version__  # noqa: E402
@@ -47,6 +49,14 @@ def as_restructured_text(app, what, name, obj, options, lines) -> None:
     lines[:] = restructured(lines)
 
 
+def as_constructed(app, what, name, obj, options, arguments, returns) -> tuple[str, str | None] | None:
+    """The arguments of `__init__`, where `__new__` of huggingface_hub's mixin would be shown."""
+    if what == "class" and arguments == "(*args, **kwargs)":
+        return stringify_signature(signature(obj.__init__, bound_method=True)), returns
+    return None
+
+
 def setup(app) -> None:
     write_pages(HERE)
+    app.connect("autodoc-process-signature", as_constructed)
     app.connect("autodoc-process-docstring", as_restructured_text)

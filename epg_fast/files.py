@@ -24,6 +24,8 @@ _JUNK = {
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),
     *("lost+found", "__pycache__"),
 }
+# What JSON's own words are to Python.
+_WORDS = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}
 
 
 def is_junk(name: str) -> bool:
@@ -129,6 +131,11 @@ def differences(before: Mapping, now: Mapping, ignored: Collection[str] = ()) ->
         if before.get(name) != now.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in ignored)
     ]
     return "; ".join(found[:4]) + ("; ..." if len(found) > 4 else "")
+
+
+def as_json(value):
+    """`value` as JSON reads it back; numbers that are not finite, for which it has no word, as text such as "inf"."""
+    return json.loads(json.dumps(value), parse_constant=lambda word: _WORDS[word])
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict:

@@ -1,7 +1,8 @@
 """Flags and configuration files of a command, from dataclasses such as those of `epg_fast.config`.
 
 A field is the flag `--name`, one of a nested dataclass `--group.name`; the text under a field is its help. A YAML file
-holds the same names, nested, and its values mean what the same text means behind a flag.
+holds the same names, nested, and its values mean what the same text means behind a flag. `config` in it names files
+that come first, unless they have come already.
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ def parse(kinds: Sequence[type], argv: Sequence[str], command: str, summary: str
     flags = {flag.name: flag for kind in kinds for flag in _flags(kind)}
     texts: dict[str, Text] = {}
     given = list(_given(argv))
-    for path in [_recipe(text or "") for name, text in given if name == "config"]:
-        found = _file_texts(path)
+    for path, found in _files([text or "" for name, text in given if name == "config"], []):
         unknown = next((name for name in found if name not in flags), None)
         if unknown and network_only:
             found = {name: text for name, text in found.items() if name.startswith("model.")}
@@ -239,6 +239,18 @@ def _recipe(name: str) -> Path:
     if name in shipped:
         return RECIPES / f"{name}.yaml"
     raise ValueError(f"config {name!r}: no such file{nearest(name, shipped)}; shipped recipes: {', '.join(shipped)}")
+
+
+def _files(names: Sequence[str], loaded: list[Path]) -> Iterator[tuple[Path, dict[str, Text]]]:
+    """(file, its texts) in the order in which they count."""
+    for name in names:
+        path = _recipe(name)
+        texts = _file_texts(path)
+        loaded.append(path)
+        first = texts.pop("config", None) or []
+        first = [first] if isinstance(first, str) else map(str, first)
+        yield from _files([name for name in first if _recipe(name) not in loaded], loaded)
+        yield path, texts
 
 
 class _Texts(yaml.BaseLoader):

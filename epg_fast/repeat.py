@@ -15,9 +15,10 @@ import numpy as np
 from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig
 from epg_fast.distributed import is_main, resolve_device
 from epg_fast.evaluation import evaluate_images, job
+from epg_fast.evaluation.images import open_stream
 from epg_fast.evaluation.judge import open_judges
 from epg_fast.evaluation.protocol import protocol_changes
-from epg_fast.evaluation.sources import open_stream
+from epg_fast.files import as_json
 from epg_fast.sampling import command as sampling
 
 log = logging.getLogger("epg_fast")
@@ -56,19 +57,17 @@ def run(config: EvaluateConfig) -> None:
 
 def compared(before: Mapping, now: Mapping) -> dict:
     """What `repeated` of a result is, from two results."""
-    values, spreads = (before.get("figures", before), now), (before.get("spread", {}), now["spread"])
     figures = {}
-    for name in now["spread"]:
-        then, here = (value.get(name) for value in values)
+    for name, spread in now["spread"].items():
+        then, here, errors = before.get(name), now.get(name), [before["spread"].get(name), spread]
         if then is not None and here is not None:
-            errors = [spread.get(name) for spread in spreads]
             together = math.hypot(*errors) if None not in errors else None
             figures[name] = {"then": then, "now": here, "spread": errors, "difference": here - then}
             figures[name]["standard_errors"] = (here - then) / together if together else None
     return {
-        "protocol": protocol_changes(before["protocol"], json.loads(json.dumps(now["protocol"]))),
+        "protocol": protocol_changes(before["protocol"], as_json(now["protocol"])),
         "figures": figures,
-        "images": _images(before.get("samples"), now["samples"]),
+        "images": _images(before["samples"], now["samples"]),
     }
 
 
@@ -85,7 +84,8 @@ def _read(config: EvaluateConfig) -> dict:
         result = json.loads(path.read_bytes())
         protocol = result["protocol"]
         parts = [protocol["sampling"], protocol["versions"], protocol["judging"]["settings"]]
-        if not all(isinstance(part, dict) for part in [*parts, *protocol["judging"]["judges"].values()]):
+        parts += [result["spread"], *protocol["judging"]["judges"].values()]
+        if not all(isinstance(part, dict) for part in parts) or not isinstance(result["samples"], str):
             raise TypeError("its parts are no mappings")
         _, _ = result["image_size"]
     except OSError as error:
@@ -95,7 +95,7 @@ def _read(config: EvaluateConfig) -> dict:
             f"protocol: {path} is no result with a protocol; want a file that `evaluate --samples ... --output` of "
             "this version has written"
         ) from None
-    if Path(config.outdir).resolve() in Path(result.get("samples") or "").resolve().parents:
+    if Path(config.outdir).resolve() in Path(result["samples"]).resolve().parents:
         raise ValueError(f"outdir: {config.outdir} holds the images of {path}; choose another --outdir")
     return result
 
@@ -111,27 +111,25 @@ def _named(path: str) -> Iterator[None]:
 def _judged(config: EvaluateConfig, before: Mapping) -> EvaluateConfig:
     """The command that judges as then, with the paths that are said to be others now."""
     judging = before["protocol"]["judging"]
-    settings = {
-        f.name: judging["settings"][f.name] for f in dataclasses.fields(JudgeConfig) if f.name in judging["settings"]
-    }
-    settings |= {name: getattr(config, name) for name in _PATHS if getattr(config, name)}
+    known = {f.name for f in dataclasses.fields(JudgeConfig)}
+    settings = {name: value for name, value in judging["settings"].items() if name in known}
     settings |= {name: judging[name] for name in ("bootstrap", "repeats", "batch_size") if name in judging}
-    settings |= {"batch_size": config.batch_size} if config.batch_size else {}
-    samples = Path(config.outdir) / ("png" if _is_folder(before) else "samples.npz")
+    settings |= {name: getattr(config, name) for name in (*_PATHS, "batch_size") if getattr(config, name)}
+    samples = Path(config.outdir) / ("samples.npz" if _is_npz(before) else "png")
     return EvaluateConfig(**settings, samples=str(samples), device=config.device)
 
 
 def _drawn(config: EvaluateConfig, before: Mapping) -> SampleConfig:
     """The command that draws as then."""
-    note, folder = before["protocol"]["sampling"], _is_folder(before)
-    changed = {"device": config.device, "npz": not folder, "png": folder}
+    note, npz = before["protocol"]["sampling"], _is_npz(before)
+    changed = {"device": config.device, "npz": npz, "png": not npz}
     changed |= {name: note.get(name) for name in ("precision", "parameterization", "normalization")}
     changed |= {name: getattr(config, name) for name in ("checkpoint", "batch_size") if getattr(config, name)}
     return sampling.drawn_again(note, config.outdir, **changed)
 
 
-def _is_folder(before: Mapping) -> bool:
-    return not (before.get("samples") or ".npz").endswith(".npz")
+def _is_npz(before: Mapping) -> bool:
+    return before["samples"].endswith(".npz")
 
 
 def _require_judges(judged: EvaluateConfig, before: Mapping) -> None:
@@ -142,18 +140,18 @@ def _require_judges(judged: EvaluateConfig, before: Mapping) -> None:
         for part, then in judge.items():
             here, option = now.get(name, {}).get(part), name if part == "network" else part
             if isinstance(then, Mapping) and isinstance(here, Mapping):
-                checksums = [found.get("sha256", found.get("fingerprint")) for found in (here, then)]
-                if checksums[0] != checksums[1]:
+                got, want = (found.get("sha256", found.get("fingerprint")) for found in (here, then))
+                if got != want:
                     raise ValueError(
-                        f"{option}: {here['path']} is not what it was (checksum {checksums[0]}, want {checksums[1]}); "
-                        f"say with --{option} where {then['path']} is now"
+                        f"{option}: {here['path']} is not what it was (checksum {got}, want {want}); say with "
+                        f"--{option} where {then['path']} is now"
                     )
 
 
-def _images(then: str | None, now: str) -> dict:
+def _images(then: str, now: str) -> dict:
     """Whether images are the same, where those of then are still there."""
     found = {"then": then, "now": now, "same": None}
-    if not then or not Path(then).exists():
+    if not Path(then).exists():
         return found | {"why": "those of then are not there any more"}
     try:
         streams = [open_stream(path) for path in (then, now)]
@@ -172,20 +170,16 @@ def _lines(path: str, repeated: Mapping) -> Iterator[str]:
     yield f"protocol: {'differs from' if repeated['protocol'] else 'as in'} {path}"
     yield from (f"  {change}" for change in repeated["protocol"])
     for name, f in repeated["figures"].items():
-        then, now = (_with_spread(f[key], spread) for key, spread in zip(("then", "now"), f["spread"], strict=True))
+        spreads = ("" if spread is None else f" +- {spread:.2g}" for spread in f["spread"])
+        then, now = (f"{f[key]:.5g}{spread}" for key, spread in zip(("then", "now"), spreads, strict=True))
         far = "" if f["standard_errors"] is None else f", {abs(f['standard_errors']):.2g} standard errors"
         yield f"{name}: then {then}, now {now}, difference {f['difference']:+.3g}{far}"
     images = repeated["images"]
+    then = f"those of {images['then']}"
     if images["same"]:
-        yield f"images: all {images['num']} are those of {images['then']}, bit for bit"
+        yield f"images: all {images['num']} are {then}, bit for bit"
     elif "differ" in images:
-        yield (
-            f"images: {images['differ']} of {images['num']} are not those of {images['then']}, by at most "
-            f"{images['most_levels']} of 255 levels"
-        )
+        by = f"by at most {images['most_levels']} of 255 levels"
+        yield f"images: {images['differ']} of {images['num']} are not {then}, {by}"
     else:
-        yield f"images: not compared with {images['then']}: {images['why']}"
-
-
-def _with_spread(value: float, spread: float | None) -> str:
-    return f"{value:.5g}" if spread is None else f"{value:.5g} +- {spread:.2g}"
+        yield f"images: not compared with {then}: {images['why']}"

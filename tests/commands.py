@@ -1,6 +1,9 @@
 """Commands given in this process, what stands in their way, and what they leave."""
 
 import contextlib
+import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +27,55 @@ def fails(capsys, arguments, *expected, code=2):
 
 
 def snapshot(root):
-    """Bytes of all files but the lock and how long drawing took."""
-    left_out = (".lock", "drawn_in.json")
-    files = [path for path in Path(root).rglob("*") if path.is_file() and path.name not in left_out]
+    """Bytes of all files but the lock."""
+    files = [path for path in Path(root).rglob("*") if path.is_file() and path.name != ".lock"]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+class Kept(list):
+    """What a command keeps, in order; `stop[n]` is done when there are n."""
+
+    def __init__(self):
+        super().__init__()
+        self.stop = {}
+
+    def append(self, item):
+        super().append(item)
+        self.stop.pop(len(self), lambda: None)()
+
+
+def ask_to_stop(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """Inside, no file takes more bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def environment():
+    """Of another process of these tests."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def python(*arguments):
+    """What another process prints, and says, which succeeds."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def on_two_ranks(arguments):
+    """The same for a command under torchrun."""
+    # the dashes, because torchrun would take --num for the beginning of one of its own
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    return python(*launch, "epg_fast", *arguments)
 
 
 @contextlib.contextmanager

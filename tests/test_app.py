@@ -19,7 +19,7 @@ from PIL import Image
 
 import epg_fast
 from epg_fast import app
-from epg_fast.app import MOST, Desk, make_request
+from epg_fast.app import Desk, make_request
 from epg_fast.config import AppConfig, SampleConfig
 from epg_fast.models import create_encoder, create_model, preset_config, save_weights
 from epg_fast.sampling.outputs import quantize
@@ -130,17 +130,11 @@ def test_guidance_without_a_noise_level_is_said_to_do_nothing():
     [
         ({"seed": None}, "seed is empty, want a number"),
         ({"high": None}, "up to σ is empty, want a number"),
-        ({"num": 0}, "num is 0, want"),
         ({"num": 65}, "num is 65, want at most 64 on this page"),
         ({"steps": 1}, "heun needs at least 2 noise levels"),
-        ({"steps": 10**9}, f"steps is 1000000000, want at most {MOST['steps']}"),
-        ({"seed": -1}, "seed is -1"),
         ({"seed": 2**53}, "seed is 9007199254740992, want at most"),
         ({"low": 3.0, "high": 2.0}, r"interval is \(3.0, 2.0\), want low <= high"),
-        ({"sampler": "ddim"}, "sampler 'ddim'"),
-        ({"guidance": float("nan")}, "guidance is nan"),
         ({"labels": "9"}, "label 9 is out of range"),
-        ({"precision": "fp4"}, "precision 'fp4'"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_a_line(changes, message):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+import venv
 from pathlib import Path
 
 import pytest
@@ -103,26 +104,47 @@ def test_wrong_choices_are_refused_without_cmake_too_and_so_is_what_cannot_be_bu
             setup_file.job_count(jobs, 4, 1e12)
 
 
-PIP = """
+FRONT_END = """
 import os, subprocess, sys
-isolated = os.environ | {"PYTHONPATH": sys.argv[1], "PYTHONNOUSERSITE": "1"}
+isolated = os.environ | {"PYTHONPATH": sys.argv[1], "PYTHONNOUSERSITE": "1", "VIRTUAL_ENV": sys.argv[1]}
 code = "import sys; sys.path.append(sys.argv[1]); import setup; print(setup.package_folder('torch_of_the_user'))"
 subprocess.run([sys.executable, "-c", code, sys.argv[2]], env=isolated, check=True)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.parametrize("there", [True, False])
-def test_a_build_that_pip_isolates_finds_the_torch_that_pip_itself_sees(tmp_path, there):
-    package = tmp_path / "site" / "torch_of_the_user"
+@pytest.mark.parametrize("place", ["pip's interpreter", "active environment", ".venv", "nowhere"])
+def test_an_isolated_build_finds_the_torch_of_the_target_of_pip_and_of_uv(tmp_path, place):
     (tmp_path / "empty").mkdir()
-    if there:
+    site, environment = tmp_path / "site", dict(os.environ)
+    environment.pop("VIRTUAL_ENV", None)
+    if place in ("active environment", ".venv"):
+        target = tmp_path / ("other" if place == "active environment" else ".venv")
+        venv.create(target)
+        site = target / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    if place == "active environment":
+        environment["VIRTUAL_ENV"] = str(target)
+    if place == "pip's interpreter":
+        environment["PYTHONPATH"] = str(site)
+    package = site / "torch_of_the_user"
+    if place != "nowhere":
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
-    environment = os.environ | {"PYTHONPATH": str(package.parent)}
-    command = [sys.executable, "-c", PIP, str(tmp_path / "empty"), str(ROOT)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(package if there else None)
+    command = [sys.executable, "-c", FRONT_END, str(tmp_path / "empty"), str(ROOT)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(None if place == "nowhere" else package)
+
+
+def test_a_source_archive_holds_what_a_build_reads_and_no_tests(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    environment = os.environ | {"EPG_BUILD_EXTENSION": "0"}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    listed = (tmp_path / "epg_fast.egg-info/SOURCES.txt").read_text().splitlines()
+    packages = [path for folder in ("epg_fast", "kernels") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    wanted = {str(path.relative_to(ROOT)) for path in packages if path.suffix not in (".pyc", ".so")}
+    top = "CMakeLists.txt LICENSE MANIFEST.in README.md constraints.txt pyproject.toml setup.py"
+    assert {name for name in listed if not name.startswith(str(tmp_path))} == wanted | set(top.split())
 
 
 def test_the_remedy_builds_without_isolation_or_says_why_not():

@@ -58,6 +58,25 @@ def test_help_env_and_version_work_without_arguments(capsys):
     assert stopped.value.code == 0 and "--optimizer.clip_norm NUMBER or null" in text and "(default: 0.5)" in text
 
 
+def test_a_recipe_brings_those_that_it_is_made_on_once_and_before_itself(tmp_path):
+    """With or without them in front; a file of one's own, and flags, win."""
+    for name, kind, first in (
+        ("digits_pretrain", PretrainConfig, "digits"),
+        ("imagenet512_diffusion", DiffusionConfig, "imagenet256_diffusion"),
+    ):
+        alone = parse([kind], ["--config", name], "x")
+        assert alone == parse([kind], ["--config", first, "--config", name], "x")
+    assert alone[0].batch_size == 1024 and alone[0].model.preset == "epg_l_32_512"
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text(f"config: [digits_pretrain, {b}]\nsteps: 7")
+    b.write_text(f"config: {a}\nsteps: 5\nbatch_size: 6")  # in a circle
+    (found,) = parse([PretrainConfig], ["--config", str(a), "--seed", "3"], "x")
+    assert (found.steps, found.batch_size, found.seed, found.model.preset) == (7, 6, 3, "digits_32")
+    b.write_text("config: digit_pretrain")
+    with pytest.raises(ValueError, match="config 'digit_pretrain': no such file .did you mean 'digits_pretrain'"):
+        parse([PretrainConfig], ["--config", str(b)], "x")
+
+
 @pytest.mark.parametrize("job", [name for name in _JOBS if name != "env"])
 def test_every_flag_of_every_job_has_a_text_in_its_help(job, capsys):
     with pytest.raises(SystemExit):

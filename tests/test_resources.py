@@ -39,6 +39,18 @@ def test_no_kernel_spills_on_sm_90():
             assert f"\n{name}_kernel " in table
 
 
+@pytest.mark.kernels
+def test_triton_compiles_without_a_warning():
+    pytest.importorskip("triton")
+    environment = os.environ.copy()
+    for name in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION"):
+        environment.pop(name, None)
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "bench.resources", "--arch", "90"]
+    command += ["--op", "timestep_embedding"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_kernels_have_readable_names():
     from bench.resources import _readable, _template_arguments
 

@@ -29,7 +29,7 @@ from epg_fast.data.sources.faults import DataError, printable, too_many_bad_file
 from epg_fast.data.sources.folder import ImageFolder
 from epg_fast.data.sources.manifest import load_class_frequencies
 from epg_fast.data.sources.parquet import ImageParquet
-from epg_fast.data.sources.source import LABELS_WANTED, NO_LABELS, ImageSource
+from epg_fast.data.sources.source import LABELS_WANTED, NO_LABELS, ImageSource, images_of
 from epg_fast.data.sources.tars import ImageTars
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Prefetcher",
     "center_crop",
     "decode_image",
+    "images_of",
     "load_class_frequencies",
     "make_loader",
     "open_images",

@@ -3,20 +3,17 @@
 What works without a network needs `pip install 'epg_fast[demo]'`.
 """
 
-from epg_fast.evaluation.classifier import class_accuracy
 from epg_fast.evaluation.evaluate import evaluate_images
-from epg_fast.evaluation.frechet import frechet_distance, pca_frechet_distance
+from epg_fast.evaluation.frechet import frechet_distance
 from epg_fast.evaluation.generative import inception_score, precision_recall
 from epg_fast.evaluation.images import load_images
 from epg_fast.evaluation.probe import evaluate_probe
 
 __all__ = [
-    "class_accuracy",
     "evaluate_images",
     "evaluate_probe",
     "frechet_distance",
     "inception_score",
     "load_images",
-    "pca_frechet_distance",
     "precision_recall",
 ]

@@ -11,17 +11,22 @@ import numpy as np
 from tqdm import tqdm
 
 from epg_fast.config import EvaluateConfig
+from epg_fast.data import images_of
 from epg_fast.distributed import resolve_device
-from epg_fast.evaluation.figures import Figure, bootstrap, difference
-from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.figures import bootstrap, difference, measured
+from epg_fast.evaluation.images import FolderStream, ImageStream, open_stream
+from epg_fast.evaluation.judge import Judges, Rows, check_judges, join_rows, open_judges, take_rows
 from epg_fast.evaluation.protocol import protocol, sampling_record
-from epg_fast.evaluation.rows import Rows, collect, take_rows
-from epg_fast.evaluation.sources import FolderStream, ImageStream, open_stream
 
 log = logging.getLogger("epg_fast")
 # Normally distributed, of 20 equal pairs one is further apart.
 _STANDARD_ERRORS = 2.0
 _BATCH_SIZE = 64
+_BOOTSTRAPPED = (
+    "Spread: deviation over {} sets drawn from the samples with repetition, seed 0; of KID, recall and FID at infinity "
+    "an estimate of their own."
+)
+_FIRST_ORDER = "Spread: standard error, from the first-order effect of each image."
 
 
 def evaluate_images(config: EvaluateConfig) -> dict:
@@ -35,7 +40,10 @@ def evaluate_images(config: EvaluateConfig) -> dict:
     """
     begun, batch_size = time.perf_counter(), config.batch_size or _BATCH_SIZE
     check_judges(config)
-    streams = [open_stream(path) for path in (config.samples, config.compare) if path]
+    streams = []
+    for name in ("samples", *(["compare"] if config.compare else [])):
+        with images_of(name):
+            streams.append(open_stream(getattr(config, name)))
     samples = streams[0]
     sampling = [sampling_record(stream.path, stream.num) for stream in streams]
     device = resolve_device(config.device if config.reference else "cpu")
@@ -53,7 +61,7 @@ def evaluate_images(config: EvaluateConfig) -> dict:
             "large to be compared; compute them again"
         )
     missing = dict.fromkeys(judges.missing)
-    spreads = _spreads(figures, config.bootstrap)
+    spreads = measured(figures)["spread"] | bootstrap(figures, config.bootstrap)
     _say(values, spreads, compared, samples.num)
     return {
         "kind": "images",
@@ -69,7 +77,7 @@ def evaluate_images(config: EvaluateConfig) -> dict:
         **({"compared": compared} if compared else {}),
         "protocol": protocol(
             *(judges, config, sampling[0], samples.num, samples.size, device),
-            spread=_how_spread(config),
+            spread=_BOOTSTRAPPED.format(config.bootstrap) if config.bootstrap else _FIRST_ORDER,
             bootstrap=config.bootstrap,
             repeats=config.repeats,
             batch_size=batch_size,
@@ -93,26 +101,10 @@ def _plus_minus(spread: float | None) -> str:
 
 
 def _rows(judges: Judges, stream: ImageStream, batch_size: int) -> Rows:
-    def parts():
-        batches = stream.batches(batch_size)
-        for part, batch in tqdm(batches, total=-(-stream.num // batch_size), desc=stream.path.name, unit="batch"):
-            yield part, judges.rows(batch, None if stream.labels is None else stream.labels[part])
-
-    return collect(parts(), stream.num)
-
-
-def _spreads(figures: dict[str, Figure], times: int) -> dict[str, float | None]:
-    first_order = {name: figure.spread for name, figure in figures.items()}
-    return first_order | (bootstrap(figures, times) if times else {})
-
-
-def _how_spread(config: EvaluateConfig) -> str:
-    if config.bootstrap:
-        return (
-            f"Spread: deviation over {config.bootstrap} sets drawn from the samples with repetition, seed 0; of KID, "
-            "recall and FID at infinity an estimate of their own."
-        )
-    return "Spread: standard error, from the first-order effect of each image."
+    number = -(-stream.num // batch_size)
+    batches = tqdm(stream.batches(batch_size), total=number, desc=stream.path.name, unit="batch")
+    labels = stream.labels
+    return join_rows([judges.rows(batch, None if labels is None else labels[part]) for part, batch in batches])
 
 
 def _repeats(config: EvaluateConfig, judges: Judges, rows: Rows) -> dict:
@@ -123,10 +115,9 @@ def _repeats(config: EvaluateConfig, judges: Judges, rows: Rows) -> dict:
     found: dict = {"num": config.repeats, "images_each": each}
     for name in apart[0]:
         values = [figures[name].value for figures in apart]
-        low = judges.best[name] == "low"
-        best = {"minimum": min(values)} if low else {"maximum": max(values)}
-        found[name] = {"values": values, "mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
-        found[name] |= best
+        best = {"minimum": min(values)} if judges.best[name] == "low" else {"maximum": max(values)}
+        mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+        found[name] = {"values": values, "mean": mean, "deviation": deviation, **best}
     return found
 
 

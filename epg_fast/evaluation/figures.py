@@ -20,7 +20,6 @@ import torch
 
 from epg_fast.evaluation.frechet import Gaussian, gaussian_of
 from epg_fast.evaluation.generative import split_scores
-from epg_fast.evaluation.kernel_distance import KernelDistance, kernel_distance
 
 _POINTS = 10
 _GROUPS, _JACKKNIFED = 10, 2000
@@ -29,11 +28,10 @@ _GROUPS, _JACKKNIFED = 10, 2000
 class Figure(abc.ABC):
     """A figure of images that are judged. What it costs is paid when it is first asked for.
 
-    `best`: "low" or "high". `value`: of all images. `effects`: float64 [N], or None where there are none. `spread`:
-    standard error of the value, or None.
+    `value`: of all images. `effects`: float64 [N], or None where there are none. `spread`: standard error of the value,
+    or None.
     """
 
-    best = "high"
     by_number = False
     """Whether it depends on the number of images, so that only equal numbers can be compared."""
 
@@ -77,7 +75,8 @@ class Mean(Figure):
 
 
 class Recall(Mean):
-    """Share of the reference that the samples' balls cover. `of`: the recall of some of the `num` samples, numbers [n].
+    """Share of the reference that the samples' balls cover. `covers`: what those of some of the `num` samples, numbers
+    [n], cover, bool [M].
 
     Its effects are those of the reference's images, which both sides of a comparison share. Its spread is of other
     samples: each ball hangs on its neighbours, so that tenths of the samples are left out in turn (the delete-a-group
@@ -86,17 +85,17 @@ class Recall(Mean):
 
     by_number = True
 
-    def __init__(self, values: Callable[[], np.ndarray], of: Callable[[np.ndarray], float], num: int):
-        super().__init__(values)
-        self._of, self._num = of, num
+    def __init__(self, covers: Callable[[np.ndarray], np.ndarray], num: int):
+        super().__init__(lambda: covers(np.arange(num)))
+        self._covers, self._num = covers, num
 
     @functools.cached_property
     def spread(self) -> float | None:
         part = np.linspace(0, self._num - 1, min(self._num, _JACKKNIFED)).round().astype(int)
         if len(part) < 2 * _GROUPS:
             return None
-        left_out = np.array([self._of(np.delete(part, slice(g, None, _GROUPS))) for g in range(_GROUPS)])
-        return float(np.sqrt((_GROUPS - 1) * left_out.var() * len(part) / self._num))
+        left_out = [self._covers(np.delete(part, slice(g, None, _GROUPS))).mean() for g in range(_GROUPS)]
+        return float(np.sqrt((_GROUPS - 1) * np.var(left_out) * len(part) / self._num))
 
     def resampled(self, generator):
         return None  # duplicates would be each other's nearest neighbours
@@ -134,7 +133,7 @@ class InceptionScore(Figure):
 class Frechet(Figure):
     """Frechet distance of `features` [N, D] to a reference. A covariance needs more images than features."""
 
-    best, by_number = "low", True
+    by_number = True
 
     def __init__(self, reference: Gaussian, features: torch.Tensor):
         self.reference, self.features, self.device = reference, features, reference.mean.device
@@ -161,35 +160,6 @@ class Frechet(Figure):
         return self.of(_drawn(len(self.features), generator))
 
 
-class Kernel(Figure):
-    """KID of `features` [N, D] against `reference` [M, D], computed on `device`; `facts`: about its subsets."""
-
-    best = "low"
-
-    def __init__(self, reference: torch.Tensor, features: torch.Tensor, device: torch.device):
-        self._sets, self._device = (features, reference), device
-
-    @functools.cached_property
-    def _found(self) -> KernelDistance:
-        return kernel_distance(*self._sets, device=self._device)
-
-    @functools.cached_property
-    def value(self) -> float:
-        return self._found.mean
-
-    @property
-    def facts(self) -> dict:
-        return {"std": self._found.std, "subsets": self._found.subsets, "subset_size": self._found.size}
-
-    @functools.cached_property
-    def effects(self) -> np.ndarray:
-        return self._found.effects
-
-    @functools.cached_property
-    def spread(self) -> float:
-        return self._found.spread
-
-
 class FrechetAtInfinity(Figure):
     """Where the distance of a `Frechet` tends to with ever more images: its bias falls as 1/N.
 
@@ -200,8 +170,6 @@ class FrechetAtInfinity(Figure):
     times as many images as features, by 4% of it with 4.9 times, and by nothing visible with 24 times.
     Source: Chong and Forsyth, "Effectively unbiased FID and Inception Score and where to find them", 2020.
     """
-
-    best = "low"
 
     def __init__(self, distance: Frechet):
         self._distance = distance
@@ -276,7 +244,7 @@ def bootstrap(figures: Mapping[str, Figure], times: int, seed: int = 0) -> dict[
     for name, figure in figures.items():
         generator = np.random.default_rng(seed)  # the same images for each
         values = [figure.resampled(generator) for _ in range(times)]
-        if None not in values:
+        if times and None not in values:
             found[name] = float(np.std(values, ddof=1))
     return found
 

@@ -7,8 +7,6 @@ import functools
 import numpy as np
 import torch
 
-from epg_fast.evaluation.extras import import_extra
-
 _CHUNK = 4096
 
 
@@ -131,29 +129,3 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     if not all(x.isfinite().all() for x in (mean1, cov1, mean2, cov2)):
         raise ValueError("means and covariances must be finite")
     return Gaussian(mean2, cov2).distance(Gaussian(mean1, cov1))
-
-
-def principal_components(fit_on: np.ndarray, components: int):
-    """Scikit-learn's PCA of images [N, D]. Raises ValueError for more components than they have."""
-    decomposition = import_extra("sklearn.decomposition")
-    if not 1 <= components <= min(np.shape(fit_on)):
-        raise ValueError(
-            f"components must lie in 1..{min(np.shape(fit_on))} (images and pixels of fit_on): {components}"
-        )
-    return decomposition.PCA(components, svd_solver="full").fit(fit_on)
-
-
-def pca_frechet_distance(samples: np.ndarray, reference: np.ndarray, fit_on: np.ndarray, components: int = 20) -> float:
-    """Frechet distance of `samples` to `reference` in the first principal components of `fit_on`.
-
-    All arguments: float [N, D], pixels in [0, 1]; `fit_on` are the real training images and `reference` held-out ones.
-    Both covariances are estimated, so the distance of two sets from one distribution is positive and falls with their
-    sizes: compare only distances of equally many images. Raises ValueError for fewer than two images or when
-    `components` exceeds what `fit_on` has.
-    """
-    for name, images in (("samples", samples), ("reference", reference), ("fit_on", fit_on)):
-        if np.ndim(images) != 2 or len(images) < 2:
-            raise ValueError(f"{name}: expected at least two images [N, D], got shape {list(np.shape(images))}")
-    pca = principal_components(fit_on, components)
-    seen, real = (gaussian_of(torch.from_numpy(pca.transform(images)), "cpu") for images in (samples, reference))
-    return real.distance(seen)

@@ -13,7 +13,7 @@ from epg_fast.config import EvaluateConfig
 from epg_fast.distributed import resolve_device
 from epg_fast.evaluation import evaluate_images, evaluate_probe
 from epg_fast.evaluation.page import MARK, result_page
-from epg_fast.files import check_writable, differences, write_atomically
+from epg_fast.files import as_json, check_writable, differences, write_atomically
 from epg_fast.models import create_encoder, from_pretrained, list_presets
 
 
@@ -88,8 +88,7 @@ def _check_page(path: Path) -> None:
 def _settings(config: EvaluateConfig) -> dict:
     """What the result depends on, as JSON reads it back."""
     unrelated = ("output", "page", "device", "batch_size")
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in unrelated}
-    return json.loads(json.dumps(settings))
+    return as_json({k: v for k, v in dataclasses.asdict(config).items() if k not in unrelated})
 
 
 def _check_output(path: Path, settings: dict) -> None:

@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from epg_fast.evaluation.figures import Figure
 
 _ROWS, _COLUMNS = 2048, 4096
 _FEWEST = 3
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """Squared maximum mean discrepancy under KID's kernel, in no unit; published figures are often times 1000.
+class Kernel(Figure):
+    """KID of features `samples` [N, D] against `reference` [M, D], in float64 on `device`.
 
-    `mean`, `std`: over `subsets` subsets of `size` images of either set. `effects`: first-order effect of each sample
-    on `mean`, float64 [N]. `spread`: standard error of `mean`, see `kernel_distance`.
-    """
-
-    mean: float
-    std: float
-    effects: np.ndarray
-    spread: float
-    subsets: int
-    size: int
-
-
-def kernel_distance(
-    samples: torch.Tensor,
-    reference: torch.Tensor,
-    subsets: int = 100,
-    size: int = 1000,
-    seed: int = 2020,
-    device: torch.device | str = "cpu",
-) -> KernelDistance:
-    """KID of features `samples` [N, D] against `reference` [M, D], in float64.
-
-    The mean over `subsets` subsets of `size` images of the unbiased squared MMD with the kernel (x.y / D + 1)^3; below
-    0 in half of the cases where both sets have one distribution. Subsets are drawn without repetition, and for one
-    seed they are torch-fidelity's, which makes the figure its own up to its float32 rounding. `size` gives way where a
-    set is smaller, which the result says. Memory beyond the features does not grow with N or M.
+    The mean over `subsets` subsets of `size` images of the unbiased squared maximum mean discrepancy with the kernel
+    (x.y / D + 1)^3, in no unit; published figures are often times 1000. It is below 0 in half of the cases where both
+    sets have one distribution. Subsets are drawn without repetition, and for one seed they are torch-fidelity's, which
+    makes the figure its own up to its float32 rounding. `size` gives way where a set is smaller. `facts`: number and
+    size of the subsets, and the deviation over them, `std`. Memory beyond the features does not grow with N or M.
 
     `spread` is the error from drawing the samples anew, the reference held: its square is the variance of the complete
     U-statistic, 4/N of the variance of its projection on a sample (the mean of the kernel over other samples less that
@@ -54,30 +34,58 @@ def kernel_distance(
     asymptotically normal distribution", 1948, and Sutherland et al., "Generative models and model criticism via
     optimized maximum mean discrepancy", 2017.
     """
-    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
-        raise ValueError(f"expected features [N, D] and [M, D], got {list(samples.shape)} and {list(reference.shape)}")
-    fewest = min(len(samples), len(reference))
-    if fewest < _FEWEST or subsets < 1 or size < 2:
-        raise ValueError(
-            f"KID needs at least {_FEWEST} images of either set and one subset of 2, got {len(samples)} samples, "
-            f"{len(reference)} reference images and {subsets} subsets of {size}"
-        )
-    size = min(size, fewest)
-    # The legacy generator, in torch-fidelity's order of calls.
-    rng = np.random.RandomState(seed)
-    values = []
-    for _ in range(subsets):
-        x, y = (
-            rows[torch.from_numpy(rng.choice(len(rows), size, replace=False))].to(device, torch.float64)
-            for rows in (samples, reference)
-        )
-        pairs = _off_diagonal_sum(x) + _off_diagonal_sum(y)
-        values.append(float(pairs / (size * (size - 1)) - 2 * _kernel(x, y).mean()))
-    std = float(np.std(values))
-    projections = _projections(samples, reference, seed, device).numpy()
-    effects = 2 * (projections - projections.mean())
-    spread = math.sqrt(effects.var(ddof=1) / len(effects) + std**2 / subsets)
-    return KernelDistance(float(np.mean(values)), std, effects, spread, subsets, size)
+
+    def __init__(
+        self,
+        samples: torch.Tensor,
+        reference: torch.Tensor,
+        device: torch.device | str = "cpu",
+        subsets: int = 100,
+        size: int = 1000,
+        seed: int = 2020,
+    ):
+        if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
+            got = f"{list(samples.shape)} and {list(reference.shape)}"
+            raise ValueError(f"expected features [N, D] and [M, D], got {got}")
+        fewest = min(len(samples), len(reference))
+        if fewest < _FEWEST or subsets < 1 or size < 2:
+            raise ValueError(
+                f"KID needs at least {_FEWEST} images of either set and one subset of 2, got {len(samples)} samples, "
+                f"{len(reference)} reference images and {subsets} subsets of {size}"
+            )
+        self._sets, self._device, self._seed = (samples, reference), device, seed
+        self._subsets, self._size = subsets, min(size, fewest)
+
+    @functools.cached_property
+    def _values(self) -> list[float]:
+        """Of each subset."""
+        # The legacy generator, in torch-fidelity's order of calls.
+        rng, size, values = np.random.RandomState(self._seed), self._size, []
+        for _ in range(self._subsets):
+            x, y = (
+                rows[torch.from_numpy(rng.choice(len(rows), size, replace=False))].to(self._device, torch.float64)
+                for rows in self._sets
+            )
+            pairs = _off_diagonal_sum(x) + _off_diagonal_sum(y)
+            values.append(float(pairs / (size * (size - 1)) - 2 * _kernel(x, y).mean()))
+        return values
+
+    @functools.cached_property
+    def value(self) -> float:
+        return float(np.mean(self._values))
+
+    @property
+    def facts(self) -> dict:
+        return {"std": float(np.std(self._values)), "subsets": self._subsets, "subset_size": self._size}
+
+    @functools.cached_property
+    def effects(self) -> np.ndarray:
+        projections = _projections(*self._sets, self._seed, self._device).numpy()
+        return 2 * (projections - projections.mean())
+
+    @functools.cached_property
+    def spread(self) -> float:
+        return math.sqrt(self.effects.var(ddof=1) / len(self.effects) + self.facts["std"] ** 2 / self._subsets)
 
 
 def _projections(samples: torch.Tensor, reference: torch.Tensor, seed: int, device) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """Results as one HTML page that needs nothing else: no network, no script, no other file.
 
 `result_page` is that of `evaluate`; `document`, `section`, `table`, `images`, `plots` and others make pages of the same
-looks.
-Whatever is given to them is escaped.
+looks. Whatever is given to them is escaped.
 """
 
 from __future__ import annotations
@@ -21,20 +20,18 @@ import numpy as np
 from PIL import Image
 
 from epg_fast.evaluation.extras import import_extra
-from epg_fast.evaluation.sources import open_stream
+from epg_fast.evaluation.images import open_stream
+from epg_fast.evaluation.protocol import class_names
 from epg_fast.files import flat
 
-BLACK, SERIES = "#000000", "#1f62b4"
-"""Colours of plots that are those of the page, in light and in dark."""
 _SHOWN, _TILE = 48, 128
 _NO_PLOTS = "There are no plots, which need matplotlib: pip install 'epg_fast[demo]'."
 MARK = '<meta name="generator" content="epg-fast">\n'
 """What tells a page of ours from other files."""
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a616b; --line: #d5d9df; --back: #ffffff; --card: #f6f7f9;
-  --series: #1f62b4; }
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5a616b; --line: #d5d9df; --back: #ffffff; --card: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #a2a9b4; --line: #3a4048; --back: #16181c; --card: #1e2126; --series: #7cb2f5; } }
+  :root { --ink: #e6e8eb; --soft: #a2a9b4; --line: #3a4048; --back: #16181c; --card: #1e2126; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--back); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
@@ -55,18 +52,17 @@ pre { background: var(--card); border: 1px solid var(--line); padding: .6rem .8r
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); gap: .4rem; }
 .images figure { margin: 0; }
 .images img { display: block; width: 100%; height: auto; }
-.images figcaption { font-size: .75rem; color: var(--soft); text-align: center; }
+.images figcaption { font-size: .75rem; color: var(--soft); text-align: center; overflow-wrap: anywhere; }
 .small img { image-rendering: pixelated; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
 .plots figure { margin: 0; max-width: 100%; }
 .plots figcaption { font-size: .875rem; color: var(--soft); max-width: 26rem; }
-.plots svg, .plots img { display: block; max-width: 100%; height: auto; }
-.plots svg { fill: currentColor; }
+.plots img { display: block; max-width: 100%; height: auto; zoom: 64%; }
 @media (max-width: 30rem) {
   table { font-size: .8125rem; }
   th, td { padding-right: .45rem; } }
 @media print {
-  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --card: #fff; --series: #1f62b4; }
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --card: #fff; }
   body { max-width: none; font-size: 10pt; }
   .images { grid-template-columns: repeat(12, 1fr); }
   .scroll { overflow: visible; }
@@ -85,7 +81,7 @@ def result_page(result: Mapping, path: str | os.PathLike | None = None) -> str:
     protocol = result["protocol"]
     sections = [
         section("Figures", _figures(result), _missing(result)),
-        section("Images", images(first.permute(0, 2, 3, 1).numpy(), labels)),
+        section("Images", images(first.permute(0, 2, 3, 1).numpy(), labels, class_names(result["samples"]))),
         _plots(result),
         section("Comparison", _comparison(result["compared"])) if "compared" in result else "",
         section("Repeats", _repeats(result["repeats"])) if "repeats" in result else "",
@@ -124,10 +120,8 @@ def command(words: str) -> str:
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "numbers") -> str:
     """A table whose first column names its rows. kind: `numbers`, or `names` for long text, which is wrapped."""
     head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in heads)
-    body = "".join(
-        f'<tr><th scope="row">{_shown(first)}</th>{"".join(f"<td>{_shown(value)}</td>" for value in values)}</tr>\n'
-        for first, *values in rows
-    )
+    cells = ((_named(first, kind), "".join(f"<td>{_shown(value)}</td>" for value in values)) for first, *values in rows)
+    body = "".join(f'<tr><th scope="row">{name}</th>{values}</tr>\n' for name, values in cells)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_escaped(caption)}">'
         f'<table class="{kind}"><caption>{_escaped(caption)}</caption>\n'
@@ -135,8 +129,14 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], kin
     )
 
 
-def images(pixels: np.ndarray, labels: Sequence[int] | None = None) -> str:
-    """A grid of uint8 images [N, H, W, 3], large ones reduced; `labels` [N] stand below them."""
+def _named(first: Any, kind: str) -> str:
+    """A row's name: a long one is broken between its parts first."""
+    name = _shown(first)
+    return re.sub(r"(?<=[._])(?=\w)", "<wbr>", name) if kind == "names" else name
+
+
+def images(pixels: np.ndarray, labels: Sequence[int] | None = None, names: Sequence[str] = ()) -> str:
+    """A grid of uint8 images [N, H, W, 3], large ones reduced; `labels` [N] and their names stand below them."""
     height, width = pixels.shape[1:3]
     scale = min(1.0, _TILE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -146,58 +146,38 @@ def images(pixels: np.ndarray, labels: Sequence[int] | None = None) -> str:
         image = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
         file = io.BytesIO()
         image.save(file, "PNG", optimize=True)
-        data = base64.b64encode(file.getvalue()).decode()
-        about = "" if labels is None else f", class {int(labels[i])}"
-        caption = "" if labels is None else f"<figcaption>class {int(labels[i])}</figcaption>"
-        source = f'src="data:image/png;base64,{data}"'
-        tiles.append(
-            f'<figure><img {source} width="{size[0]}" height="{size[1]}" alt="image {i}{about}">{caption}</figure>\n'
-        )
+        known = "" if labels is None else _class(int(labels[i]), names)
+        about, caption = (f", {known}", f"<figcaption>{known}</figcaption>") if known else ("", "")
+        source = f'src="{_inlined(file.getvalue())}" width="{size[0]}" height="{size[1]}"'
+        tiles.append(f'<figure><img {source} alt="image {i}{about}">{caption}</figure>\n')
     reduced = "" if scale == 1 else f", reduced from {width}x{height} to {size[0]}x{size[1]} pixels"
     small = " small" if max(height, width) <= 64 else ""
     return f'{paragraph(f"The first {len(pixels)}{reduced}.")}<div class="images{small}">\n{"".join(tiles)}</div>\n'
 
 
+def _class(label: int, names: Sequence[str]) -> str:
+    return f"{label} {_escaped(names[label])}" if label < len(names) else f"class {label}"
+
+
 def picture(png: bytes, alt: str, caption: str = "") -> str:
-    """A PNG file, such as a plot that was made elsewhere."""
-    data = base64.b64encode(png).decode()
+    """A PNG file, such as a plot."""
     about = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{_escaped(alt)}">{about}</figure>\n'
+    return f'<figure><img src="{_inlined(png)}" alt="{_escaped(alt)}">{about}</figure>\n'
 
 
-def plot(alt: str, caption: str, draw: Callable[[Any], None], width: float = 4.4, height: float = 3.0) -> str:
-    """What `draw(axes)` draws on axes of matplotlib, as inline SVG. width, height: inches.
+def drawn(draw: Callable[[Any], None], width: float, height: float, rows: int = 1, columns: int = 1) -> bytes:
+    """PNG file of what `draw(panels)` draws on matplotlib's axes [rows, columns], each of so many inches.
 
-    Black takes the colour of the page's text, and SERIES that of its series. Raises ImportError without matplotlib.
+    Raises ImportError without matplotlib.
     """
-    matplotlib = import_extra("matplotlib")
-    figures = import_extra("matplotlib.figure")
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": alt,
-        "font.size": 10,
-        "font.family": "sans-serif",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": BLACK,
-        "lines.linewidth": 1.5,
-    }
-    with matplotlib.rc_context(style):
-        figure = figures.Figure(figsize=(width, height), layout="constrained")
-        draw(figure.add_subplot())
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = re.sub(r'\s+xmlns(:xlink)?="[^"]*"', "", svg, count=2)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)
-    used = set(re.findall(r"#([\w.-]+)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    svg = svg.replace(BLACK, "currentColor").replace(SERIES, "var(--series)")
-    svg = svg.replace("xlink:href", "href")  # which HTML has without a namespace
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_escaped(alt)}" stroke-linejoin="round" ', 1)
-    return f"<figure>{svg}<figcaption>{_escaped(caption)}</figcaption></figure>\n"
+    figure = import_extra("matplotlib.figure").Figure((width * columns, height * rows), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    draw(panels)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def plots(drawn: Iterable[str]) -> str:
@@ -283,8 +263,6 @@ def _plots(result: Mapping) -> str:
     draw = [partial(_curve_plot, result, name) for name in result if name.endswith("_infinity_curve")]
     suffixes = [name.removeprefix("precision") for name in result["spread"] if name.startswith("precision")]
     draw += [partial(_cover_plot, result, s) for s in suffixes if {f"precision{s}", f"recall{s}"} <= there]
-    if "repeats" in result:
-        draw.append(partial(_repeats_plot, result["repeats"], next(iter(result["spread"]))))
     if not draw:
         return ""
     try:
@@ -298,18 +276,19 @@ def _curve_plot(result: Mapping, name: str) -> str:
     distance, points = infinity.removesuffix("_infinity"), np.array(result[name], float)
     end, spread = result[infinity], result["spread"].get(infinity)
 
-    def draw(axes):
-        x = 1 / points[:, 0]
-        axes.plot([0, x.max()], [end, end + np.polyfit(x, points[:, 1], 1)[0] * x.max()], color=SERIES, linewidth=1)
-        axes.plot(x, points[:, 1], "o", color=SERIES, markersize=4)
-        axes.errorbar([0], [end], None if spread is None else [spread], fmt="D", color=SERIES, markersize=5, capsize=3)
+    def draw(panels):
+        x, axes = 1 / points[:, 0], panels[0, 0]
+        axes.plot([0, x.max()], [end, end + np.polyfit(x, points[:, 1], 1)[0] * x.max()], "C0", linewidth=1)
+        axes.plot(x, points[:, 1], "C0o", markersize=4)
+        axes.errorbar([0], [end], None if spread is None else [spread], fmt="C0D", markersize=5, capsize=3)
         ticks = [0, *x[[-1, len(x) // 2, 0]]]
         axes.set_xticks(ticks, ["infinitely\nmany", *(f"{round(1 / tick)}" for tick in ticks[1:])])
         axes.set(xlabel="images n, on a scale of 1/n", ylabel=distance)
 
-    alt = f"{distance} against 1/n: {points[0, 1]:.4g} of {points[0, 0]:.0f} images, {points[-1, 1]:.4g} of "
-    alt += f"{points[-1, 0]:.0f}, {end:.4g} at infinity"
-    return plot(alt, f"{distance} of parts of the images, and the line to infinitely many of them", draw)
+    (first, at_first), (last, at_last) = points[[0, -1]]
+    alt = f"{distance} against 1/n: {at_first:.4g} of {first:.0f} images, {at_last:.4g} of {last:.0f}, {end:.4g} at "
+    caption = f"{distance} of parts of the images, and the line to infinitely many of them"
+    return picture(drawn(draw, 4.4, 3), f"{alt}infinity", caption)
 
 
 def _cover_plot(result: Mapping, suffix: str) -> str:
@@ -317,28 +296,16 @@ def _cover_plot(result: Mapping, suffix: str) -> str:
     values, spreads = [result[name] for name in names], [result["spread"].get(name) or 0 for name in names]
     theirs = [result.get("compared", {}).get(name, {}).get("value") for name in names]
 
-    def draw(axes):
-        axes.errorbar(*values, yerr=spreads[1], xerr=spreads[0], fmt="o", color=SERIES, capsize=3, label="samples")
+    def draw(panels):
+        axes = panels[0, 0]
+        axes.errorbar(*values, yerr=spreads[1], xerr=spreads[0], fmt="C0o", capsize=3, label="samples")
         if None not in theirs:
-            axes.plot(*theirs, "s", color=BLACK, fillstyle="none", label="compared")
+            axes.plot(*theirs, "ks", fillstyle="none", label="compared")
             axes.legend(frameon=False)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=names[0], ylabel=names[1], aspect="equal")
 
     alt = f"{names[1]} {values[1]:.4g}, {names[0]} {values[0]:.4g}"
-    return plot(alt, f"{names[1]} and {names[0]}, with their spreads", draw, width=3.4)
-
-
-def _repeats_plot(repeats: Mapping, name: str) -> str:
-    values, mean = repeats[name]["values"], repeats[name]["mean"]
-
-    def draw(axes):
-        axes.axhline(mean, color=SERIES, linewidth=1)
-        axes.plot(range(1, len(values) + 1), values, "o", color=SERIES)
-        axes.set_xticks(range(1, len(values) + 1))
-        axes.set(xlabel="part", ylabel=name, xlim=(0.5, len(values) + 0.5))
-
-    alt = f"{name} of {len(values)} parts: {', '.join(map(_number, values))}"
-    return plot(alt, f"{name} of each part, and their mean", draw, width=3.4)
+    return picture(drawn(draw, 3.4, 3), alt, f"{names[1]} and {names[0]}, with their spreads")
 
 
 def _command(result: Mapping, path: str | os.PathLike | None) -> str:
@@ -353,6 +320,10 @@ def _command(result: Mapping, path: str | os.PathLike | None) -> str:
 def _escaped(text: str) -> str:
     # names of files may be no UTF-8
     return html.escape(str(text).encode(errors="backslashreplace").decode(), quote=True)
+
+
+def _inlined(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _number(value: float) -> str:

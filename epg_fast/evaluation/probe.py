@@ -120,16 +120,12 @@ def linear_probe(
     `train`, `test`: images uint8 [N, 3, H, W] and labels int64 [N]. `sigmas`: unshifted; images get `sigma * H/64`
     times unit noise (SPEC 2) that depends on `seed`, the set and the position in it only, so that levels and encoders
     are compared on the same noise. `features_of(noisy [B, 3, H, W] float32 normalised, sigma unshifted) -> [B, E]`.
-    Features are standardised by the training ones. Raises ValueError for sigmas <= 0, sizes that do not match and
+    Features are standardised by the training ones. Raises ValueError for sigmas <= 0 and
     features that are not finite.
     """
     require_sklearn()
     if not sigmas or min(sigmas) <= 0:
         raise ValueError(f"sigmas must be positive noise levels (the cleanest is 0.002): {list(sigmas)}")
-    for name, (images, labels) in (("train", train), ("test", test)):
-        if images.ndim != 4 or len(images) == 0 or np.shape(labels) != (len(images),):
-            got = f"{list(images.shape)} and {list(np.shape(labels))}"
-            raise ValueError(f"{name}: expected images [N, 3, H, W] and labels [N], got {got}")
     accuracy = {}
     for sigma in sigmas:
         fitted_on, judged_on = (

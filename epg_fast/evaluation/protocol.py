@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +14,12 @@ import torch
 from epg_fast.config import JudgeConfig
 from epg_fast.environment import versions
 from epg_fast.evaluation.judge import Judges
-from epg_fast.evaluation.npz import Npz
-from epg_fast.files import flat
+from epg_fast.files import as_json, flat
+from epg_fast.npz import Npz
 
 log = logging.getLogger("epg_fast")
 # Parts of names, joined by dots, that say nothing of what was done.
-_NO_CHANGE = {"source", "checkpoint", "path", "seconds", "drawn_in", "settings", "precision_error"}
+_NO_CHANGE = {"source", "checkpoint", "path", "seconds", "settings", "precision_error"}
 _KEYS = ("labels", "sampler", "steps", "evaluations", "guidance", "interval", "precision", "seed", "checkpoint")
 
 
@@ -72,11 +71,11 @@ def sampling_record(samples: str | os.PathLike, num: int) -> dict:
     The note is the entry `metadata` of an npz file; for a folder it is the settings.json in it, or beside it if the
     folder is the `png` of `sample`. Keys: `source` (where the note is), `num`, `labels` (the label protocol),
     `sampler`, `steps`, `evaluations` (network evaluations per image), `guidance`, `interval`, `precision`, `seed` and
-    `checkpoint`, null where the note says nothing, then whatever else it says, and `drawn_in` (seconds) where the
-    folder of `sample` has it. Without a note that has one of these all are null and a warning is logged. Raises
-    ValueError for a note that is not JSON of names and values.
+    `checkpoint`, null where the note says nothing, then whatever else it says. Without a note that has one of these all
+    are null and a warning is logged. Raises ValueError for a note that is not JSON of names and values.
     """
     source, note = _note(Path(samples))
+    note.pop("class_names", None)  # of which nothing depends; see `class_names`
     if not note.keys() & set(_KEYS):
         log.warning("%s does not say how it was drawn: the result cannot be attributed to a sampler", samples)
         source, note = None, {}
@@ -85,34 +84,26 @@ def sampling_record(samples: str | os.PathLike, num: int) -> dict:
     return dict.fromkeys(("source", "num", *_KEYS)) | note | {"source": source, "num": num}
 
 
+def class_names(samples: str | os.PathLike) -> list[str]:
+    """What the classes of samples are called, as `sample` noted it; nothing where it did not."""
+    names = _note(Path(samples))[1].get("class_names")
+    return names if isinstance(names, list) else []
+
+
 def _note(samples: Path) -> tuple[str | None, dict]:
-    source, note = _own_note(samples)
-    time = (samples if (samples / "settings.json").exists() else samples.parent) / "drawn_in.json"
-    if note and time.is_file() and samples.name in ("samples.npz", "png"):
-        note |= {"drawn_in": _parse(time, time.read_bytes())}
-    return source, note
-
-
-def _own_note(samples: Path) -> tuple[str | None, dict]:
+    """(where it is, what `sample` noted), or (None, {})."""
     if not samples.is_dir():
-        file = Npz(samples)
-        if "metadata" not in file.names:
-            return None, {}
-        return f"{samples}: metadata", _parse(f"{samples}: metadata", str(file.array("metadata")))
+        file, source = Npz(samples), f"{samples}: metadata"
+        return (source, _parse(source, str(file.array("metadata")))) if "metadata" in file.names else (None, {})
     for path in [samples / "settings.json", *([samples.parent / "settings.json"] if samples.name == "png" else [])]:
         if path.is_file():
             return str(path), _parse(path, path.read_bytes())
     return None, {}
 
 
-def _finite_float(text: str) -> float | str:
-    return value if math.isfinite(value := float(text)) else text
-
-
 def _parse(source: str | os.PathLike, text: str | bytes) -> dict:
     try:
-        # Strict JSON, which the result becomes, has no word for what is not finite.
-        note = json.loads(text, parse_constant=str, parse_float=_finite_float)
+        note = as_json(json.loads(text))
     except ValueError as error:
         raise ValueError(f"{source} is not JSON ({error}); mend or remove it") from error
     if not isinstance(note, dict):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from epg_fast.data import images_of
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.frechet import Gaussian, RunningMoments
-from epg_fast.evaluation.npz import Npz
-from epg_fast.evaluation.sources import FolderStream, ImageStream, NpzStream, open_stream
+from epg_fast.evaluation.images import FolderStream, ImageStream, NpzStream, open_stream
 from epg_fast.files import file_sha256, open_atomically
+from epg_fast.npz import Npz
 
 MOST_COMPARED = 50_000
 """Precision, recall and KID keep all features: of larger sets they take images at even distances."""
@@ -34,15 +34,17 @@ class Reference:
     statistics: tuple[np.ndarray, np.ndarray] | None
     images: ImageStream | None
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict:
         """What tells it from other references, for JSON."""
-        return self.images.identity if self.images else {"path": str(self.path), "sha256": file_sha256(self.path)}
+        if isinstance(self.images, FolderStream):
+            return {"path": str(self.path), "fingerprint": self.images.files.fingerprint()}
+        return {"path": str(self.path), "sha256": file_sha256(self.path)}
 
     @property
     def stamp(self) -> str | None:
         """What changes with the contents of a folder's files, whose names alone are its identity; None for an npz."""
-        return self.images.stamp if isinstance(self.images, FolderStream) else None
+        return self.images.stamp() if isinstance(self.images, FolderStream) else None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def open_reference(path: str | os.PathLike, num_features: int | None, size: tupl
     Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
     """
     if Path(path).is_dir() or not Path(path).exists():
-        reference = Reference(path, None, open_stream(path))
+        with images_of("reference"):
+            reference = Reference(path, None, open_stream(path))
     else:
         file = Npz(path)
         if not {"arr_0", "mu", "sigma"} & set(file.names):
@@ -84,42 +87,42 @@ def see(
     features_of: Callable[[torch.Tensor], torch.Tensor],
     num_features: int,
     batch_size: int,
-    device: torch.device,
-    ranks: Ranks | None = None,
+    ranks: Ranks,
 ) -> Seen | None:
     """Show the reference's images to a network, a share on each rank; the main rank alone returns what was seen.
 
-    `features_of`: uint8 [B, 3, H, W] -> float32 [B, D] on the CPU. Moments are summed in float64 on `device`.
+    `features_of`: uint8 [B, 3, H, W] -> float32 [B, D] on the CPU. Moments are summed in float64 on the rank's device.
     """
-    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    images, features = reference.images, None
-    moments = RunningMoments(num_features, device)
+    images, features, moments = reference.images, None, RunningMoments(num_features, ranks.device)
     if images:
-        kept = np.linspace(0, images.num - 1, min(images.num, MOST_COMPARED)).round().astype(int)
         places = np.full(images.num, -1)
+        kept = evenly(images.num, MOST_COMPARED)
         places[kept] = np.arange(len(kept))
         own: list[tuple[np.ndarray, torch.Tensor]] = []
-        batches = images.batches(batch_size, rank, world)
-        number = -(-images.num // batch_size // world)
-        for part, batch in tqdm(batches, total=number, desc="reference", unit="batch", leave=False, disable=rank > 0):
+        batches = images.batches(batch_size, ranks.rank, ranks.world_size)
+        number = -(-images.num // batch_size // ranks.world_size)
+        for part, batch in tqdm(batches, total=number, desc="reference", unit="batch", leave=False, disable=ranks.rank):
             found = features_of(batch)
             moments.update(found)
             chosen = places[part] >= 0
             own.append((places[part][chosen], found[torch.from_numpy(chosen)]))
-        everyone = ranks.gather_to_main((moments.to("cpu"), own)) if ranks else [(moments, own)]
-        if everyone is None:
-            return None
-        moments, features = RunningMoments(num_features, device), torch.empty(len(kept), num_features)
-        for theirs, parts in everyone:
+        everyone = ranks.gather_to_main((moments.to("cpu"), own))
+        moments, features = RunningMoments(num_features, ranks.device), torch.empty(len(kept), num_features)
+        for theirs, parts in everyone or []:
             moments.merge(theirs)
-            for places_of, found in parts:
-                features[torch.from_numpy(places_of)] = found
-    elif rank:
+            for where, found in parts:
+                features[torch.from_numpy(where)] = found
+    if not ranks.main:
         return None
     if reference.statistics is None:
         return Seen(moments.gaussian(), features)
-    mean, covariance = (torch.from_numpy(array).to(device) for array in reference.statistics)
+    mean, covariance = (torch.from_numpy(array).to(ranks.device) for array in reference.statistics)
     return Seen(Gaussian(mean, covariance), features)
+
+
+def evenly(num: int, most: int) -> np.ndarray:
+    """All of `num` images, or `most` of them at even distances: rising numbers, int64."""
+    return np.linspace(0, num - 1, min(num, most)).round().astype(int)
 
 
 def kept_seen(path: Path, device: torch.device) -> Seen | None:
@@ -139,12 +142,6 @@ def keep_seen(path: Path, seen: Seen) -> None:
         arrays["features"] = seen.features.numpy()
     with open_atomically(path) as file:
         np.savez(file, **arrays)
-
-
-def file_name(identity: dict) -> str:
-    """The name under which what is seen of such a reference by such a network is kept."""
-    text = json.dumps(identity, sort_keys=True)
-    return f"reference_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
 
 def _statistics(file: Npz, dim: int) -> tuple[np.ndarray, np.ndarray]:

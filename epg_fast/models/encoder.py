@@ -6,12 +6,14 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed, is_plain
+from epg_fast.models.hub import PyTorchModelHubMixin
 from epg_fast.ops import timestep_condition
 from epg_fast.plans import PLAIN, Case, choose, site_choices
 from epg_fast.plans.plan import architecture
@@ -35,7 +37,10 @@ def is_recomputed(index: int, share: float) -> bool:
     return math.floor((index + 1) * share) > math.floor(index * share)
 
 
-class ViTEncoder(nn.Module):
+_TAGS = ["epg", "pixel-space", "image-generation", "arxiv:2510.12586"]
+
+
+class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=_TAGS):
     """Trunk: sequence [class tokens, time token, patches] + position embedding, blocks, final LayerNorm.
 
     `use_ops` chooses how the operations of `epg_fast.ops` are computed. use_checkpoint: the share of the blocks, evenly
@@ -131,25 +136,39 @@ class ViTEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options) -> ViTEncoder:
-        """Network of this class, in eval mode, from a file, folder or hub id; see `epg_fast.from_pretrained`.
-
-        This method, `save_pretrained` and `push_to_hub` are called as those of huggingface_hub's PyTorchModelHubMixin.
-        It is no base class: what a network is does not depend on what is installed.
-        """
+        """Network of this class, in eval mode, from a file, folder or hub id; see `epg_fast.from_pretrained`."""
         from epg_fast.models.pretrained import from_pretrained
 
         return from_pretrained(pretrained_model_name_or_path, kind=cls, **options)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, repo_id: str | None = None, **options
+    ) -> str | None:
         """Write config.json and model.safetensors, in the place of earlier ones, for `from_pretrained` and `sample`.
 
         config.json has the constructor arguments and, under `epg_fast`, what the checkpoint said of its use (attribute
         `metadata`): parameterization, normalization, noise schedule, preset, stage, step, EMA. An edited one is obeyed.
+        push_to_hub: also push to `repo_id`, by default of the folder's name, with `options` of the method of that name.
         Raises ValueError when the folder cannot be written, OSError when the disk fails.
         """
         from epg_fast.models.folders import save_pretrained
 
+        if options and not push_to_hub:
+            raise TypeError(f"save_pretrained: {next(iter(options))} is for push_to_hub=True")
         save_pretrained(self, save_directory)
+        return self.push_to_hub(repo_id or Path(save_directory).name, **options) if push_to_hub else None
+
+    def generate_model_card(
+        self,
+        repo_id: str = "owner/name",
+        *,
+        evaluation: str | os.PathLike | Mapping | None = None,
+        license: str | None = None,
+    ):
+        """The card that `push_to_hub` writes, huggingface_hub's ModelCard; see there."""
+        from epg_fast.models.model_card import model_card
+
+        return model_card(self, repo_id, evaluation, license)
 
     def push_to_hub(
         self,

@@ -1,10 +1,24 @@
-"""The hub: files from a repository, and a folder into one. Needs huggingface_hub, which is imported here alone."""
+"""The hub: what makes networks its models, files from a repository, and a folder into one.
+
+huggingface_hub is imported here and for model cards alone. Without it networks are what they are, but for its base.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from pathlib import Path
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError:
+
+    class PyTorchModelHubMixin:
+        """Stands in its place, and takes what it is told for a model card."""
+
+        def __init_subclass__(cls, **card):
+            super().__init_subclass__()
+
 
 log = logging.getLogger("epg_fast")
 

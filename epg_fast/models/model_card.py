@@ -11,7 +11,6 @@ from epg_fast.models.encoder import ViTEncoder
 from epg_fast.models.generator import EPGViT
 
 PAPER = "arXiv:2510.12586"
-_TAGS = ["epg", "pixel-space", "image-generation", "arxiv:2510.12586"]
 _RECIPE = ("stage", "preset", "step", "ema_decay", "posthoc_ema", "parameterization", "normalization", "noise")
 _IN_PIPELINE = {"steps": "num_inference_steps", "guidance": "guidance_scale", "interval": "guidance_interval"}
 _MOST_CLASSES = 20
@@ -35,13 +34,13 @@ def model_card(
     result = {} if evaluation is None else _result(evaluation)
     generator = isinstance(model, EPGViT)
     name = repo.rpartition("/")[2]
-    data = ModelCardData(
-        license=license,
-        library_name="diffusers" if pipeline else "epg_fast",
-        pipeline_tag="unconditional-image-generation" if generator else "image-feature-extraction",
-        tags=_TAGS,
-        **({"model_name": name, "eval_results": _eval_results(result)} if result else {}),
-    )
+    data = ModelCardData(**model._hub_mixin_info.model_card_data.to_dict())  # as the class says
+    data.pipeline_tag = "unconditional-image-generation" if generator else "image-feature-extraction"
+    data.license = license = license or data.license
+    if pipeline:
+        data.library_name = "diffusers"
+    if result:
+        data.model_name, data.eval_results = name, _eval_results(result)
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         _what(model),

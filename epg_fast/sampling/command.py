@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
 import logging
-import math
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from epg_fast.config import SampleConfig, SweepConfig
 from epg_fast.distributed import Ranks, joined, resolve_device, resumable
 from epg_fast.environment import versions
-from epg_fast.files import OutputFolder
+from epg_fast.files import OutputFolder, as_json
 from epg_fast.flags import parse
 from epg_fast.models import EPGViT, from_pretrained
 from epg_fast.models.weight_files import state_sha256
@@ -27,7 +26,8 @@ from epg_fast.plans import PLAIN, Machine, choose_together
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import Outputs, runs
+from epg_fast.sampling.outputs import Outputs
+from epg_fast.sampling.parts import Parts, runs
 from epg_fast.sampling.precision import image_error
 
 log = logging.getLogger("epg_fast")
@@ -35,12 +35,12 @@ log = logging.getLogger("epg_fast")
 # Ranks meet only before the first image and after the last, and a slow one may have hours more to do. A rank that dies
 # closes its connections, which the others notice at once.
 PATIENCE = datetime.timedelta(days=30)
-_ERROR, _TIME = "precision.json", "drawn_in.json"
+_ERROR = "precision.json"
 _REFERENCE = {"precision": "fp32", "compile": "off", "cuda_graphs": False, "ops": PLAIN}
 # How images are drawn and kept, which changes their last bits at most.
 _HOW = ("outdir", "device", "batch_size", "npz", "png", "error_images", "compile", "cuda_graphs", "ops")
 GIVES_WAY = ("precision", "parameterization", "normalization")
-_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema")
+_NOT_COMPARED = ("checkpoint", "autoguidance", "evaluations", "drawn_with", "ema", "class_names")
 CHECKSUMS = {"weights_sha256": "checkpoint", "autoguidance_sha256": "autoguidance", "labels_sha256": "labels"}
 """Of what settings.json holds a SHA-256, and the option that says where it is."""
 # What a checkpoint says of how its weights were averaged.
@@ -77,18 +77,18 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
     ranks.decide(lambda: folder.require(settings))  # before weights are read, which may take long
     model = load_generator(config.checkpoint, ranks.device)
     weak = load_generator(config.autoguidance, ranks.device) if config.autoguidance else None
+    labels, names = labels_of(config, model), model.metadata.get("class_names", [])
     untrained = model.metadata.get("untrained_classes", [])
     if untrained and config.labels in ("balanced", "random"):
         left = model.num_classes - len(untrained)
         log.info("%s was trained on %d of its %d classes: these are drawn", config.checkpoint, left, model.num_classes)
-    names = model.metadata.get("class_names", [])
-    labels = np.array(choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained, names))
-    options = _options(config)
+    own = {"steps": config.steps, "guidance": config.guidance, "interval": tuple(config.interval)}
+    options = engine_options(config) | own
     engine = SamplingEngine(model, weak=weak, ops=lambda case: choose_together(config.ops, case, ranks), **options)
-    settings |= resolved(model, weak, labels, engine)
+    settings |= resolved(model, weak, labels, engine) | ({"class_names": names} if names else {})
     using = drawn_with(engine, alike(settings, ranks))
     _require_expected(config, settings, expected or {})
-    outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png)
+    outputs = Outputs(folder.path, labels, model.image_size, config.npz, config.png, names)
     with suitable_threads(engine.model, engine.chosen.threads), folder:
         missing = ranks.decide(lambda: _claim(folder, outputs, engine.batch_size, settings, using))
         if missing is None:
@@ -102,12 +102,8 @@ def _run(config: SampleConfig, ranks: Ranks, expected: Mapping[str, str] | None 
                 folder.write(_ERROR, _precision_error(config, engine, reference, labels, number))
                 del reference
             del model, weak  # of which the engine may have a copy in 16 bits
-            begun = time.perf_counter()
             _draw(engine, outputs, missing, config.seed, ranks)
             if ranks.main:
-                if missing:  # not in samples.npz, of which the same command makes the same bytes
-                    spent = {"seconds": time.perf_counter() - begun, "images": sum(map(len, missing))}
-                    folder.write(_TIME, spent)
                 error = folder.read(_ERROR)
                 outputs.finish(folder.read() | ({"precision_error": error} if error else {}))
                 log.info("%d images in %s", len(labels), folder.path)
@@ -132,10 +128,11 @@ def load_generator(source: str, device: torch.device) -> EPGViT:
     return model
 
 
-def _options(config: SampleConfig) -> dict:
-    """Arguments of the engine."""
-    own = {"steps": config.steps, "guidance": config.guidance, "interval": tuple(config.interval)}
-    return engine_options(config) | own
+def labels_of(config: SampleConfig | SweepConfig, model: EPGViT) -> np.ndarray:
+    """Labels [num] of the images that a command asks for."""
+    metadata = model.metadata
+    classes = model.num_classes, config.seed, metadata.get("untrained_classes", []), metadata.get("class_names", [])
+    return np.array(choose_labels(config.labels, config.num, *classes))
 
 
 def engine_options(config: SampleConfig | SweepConfig) -> dict:
@@ -167,8 +164,7 @@ def _claim(folder: SampleFolder, outputs: Outputs, batch_size: int, settings: di
         return None
     missing = outputs.missing(batch_size)
     if not folder.begun:
-        for name in (_ERROR, _TIME):  # of other settings, perhaps
-            (folder.path / name).unlink(missing_ok=True)
+        (folder.path / _ERROR).unlink(missing_ok=True)  # of other settings, perhaps
     if missing:
         folder.note(settings, using)
     return missing
@@ -200,7 +196,7 @@ def _precision_error(
         "%s: off by %.2g of fp32 (relative L2 norm), PSNR %.1f dB, in the first %d images",
         *(engine.precision, error["relative_l2"], error["psnr_db"], number),
     )
-    return finite({"precision": engine.precision, "images": number} | error)
+    return as_json({"precision": engine.precision, "images": number} | error)
 
 
 def labels_for(engine: SamplingEngine, labels: np.ndarray) -> np.ndarray | int:
@@ -209,19 +205,9 @@ def labels_for(engine: SamplingEngine, labels: np.ndarray) -> np.ndarray | int:
 
 
 def _draw(engine: SamplingEngine, outputs: Outputs, missing: list[range], seed: int, ranks: Ranks) -> None:
-    """Draw this rank's share and wait for the others; then the main rank knows of all parts.
-
-    The bar shows the images of all ranks; those of earlier commands count as done, not as speed.
-    """
+    """Draw this rank's share and wait for the others; then the main rank knows of all parts."""
     total, mine, written = len(outputs.labels), missing[ranks.rank :: ranks.world_size], []
-    before = total - sum(map(len, missing))
-    name = "sample" if ranks.world_size == 1 else f"sample ({ranks.world_size} processes)"
-    hidden = not ranks.main or not missing
-    with tqdm(total=total, initial=before, desc=name, unit="image", disable=hidden) as bar:
-
-        def show(drawn: int = 0) -> None:
-            bar.update(before + ranks.count(drawn) - bar.n)
-
+    with shared_bar("sample", ranks, total - sum(map(len, missing)), total) as show:
         if mine:
             indices = np.concatenate([np.arange(images.start, images.stop) for images in mine])
             labels = labels_for(engine, outputs.labels[indices])
@@ -232,13 +218,32 @@ def _draw(engine: SamplingEngine, outputs: Outputs, missing: list[range], seed: 
                     show(len(images))
         everyone = ranks.gather(written, while_waiting=show)
         show()
-    # By name: the listing of a folder on another machine may be older than its files.
-    for rank, parts in enumerate(everyone if ranks.main else []):
-        for images in parts:
-            if not outputs.add(images):
+    count_written(ranks, [[(outputs.parts, images) for images in written] for written in everyone])
+
+
+@contextlib.contextmanager
+def shared_bar(command: str, ranks: Ranks, done: int, total: int, counted: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar of the images of all ranks. Yields what shows it, and adds the images that this rank has drawn since.
+
+    done: images of earlier commands, which are no speed. counted: what the ranks' common count has begun with.
+    """
+    name = command if ranks.world_size == 1 else f"{command} ({ranks.world_size} processes)"
+    hidden = not ranks.main or done == total
+    with tqdm(total=total, initial=done, desc=name, unit="image", disable=hidden) as bar:
+        yield lambda drawn=0: bar.update(done + ranks.count(drawn) - counted - bar.n)
+
+
+def count_written(ranks: Ranks, everyone: Sequence[Sequence[tuple[Parts, range]]]) -> None:
+    """Count, on the main rank, the parts that each rank has written. Raises RuntimeError for one that it does not see.
+
+    By name: the listing of a folder on another machine may be older than its files.
+    """
+    for rank, written in enumerate(everyone if ranks.main else []):
+        for parts, images in written:
+            if not parts.add(images):
                 raise RuntimeError(
-                    f"rank {rank} has written images {images.start}..{images.stop - 1}, which rank 0 does not see in "
-                    f"{outputs.parts}; --outdir must be a folder that nodes share"
+                    f"rank {rank} has written {parts.path(images)}, which rank 0 does not see; --outdir must be a "
+                    "folder that nodes share"
                 )
 
 
@@ -265,12 +270,12 @@ class SampleFolder(OutputFolder):
         self.write(self.marker.name, settings | {"drawn_with": before if using in before else [*before, using]})
 
 
-def requested(config: SampleConfig) -> dict:
+def requested(config: SampleConfig | SweepConfig) -> dict:
     """The settings that the command line alone tells, as JSON reads them back."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
     # what is done may be another one: a precision that the device has, and what `auto` stands for
     settings |= {f"wanted_{name}": settings.pop(name) for name in GIVES_WAY}
-    return json.loads(json.dumps(finite(settings | ({"steps": 1} if config.sampler == "onestep" else {}))))
+    return as_json(settings | ({"steps": 1} if config.sampler == "onestep" else {}))
 
 
 def drawn_again(note: Mapping, outdir: str, **changed) -> SampleConfig:
@@ -326,12 +331,3 @@ def drawn_with(engine: SamplingEngine, devices: list[str]) -> dict:
         "processes": len(devices),
         "batch_size": engine.batch_size,
     }
-
-
-def finite(value):
-    """`value` with numbers that are not finite as text, such as "inf": JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -34,6 +34,10 @@ _COMPILE = ("auto", "off", "blocks", "network")
 _SHAPES = 64
 
 
+class NotFinite(ValueError):
+    """Images that have no colour."""
+
+
 class SamplingEngine:
     """Draws images of one network with one sampler, batch after batch: `engine(labels)`, or `engine.stream(labels)`.
 
@@ -80,8 +84,13 @@ class SamplingEngine:
         **sampler_options,
     ):
         networks = [model] if weak is None else [model, weak]
+        for network in networks:
+            if not isinstance(network, EPGViT):
+                got = type(network).__name__
+                raise ValueError(f"sample: got a {got}, want an EPGViT (unwrap compiled or parallel models)")
+        if model.in_chans != 3:
+            raise ValueError(f"sample: the model has {model.in_chans} channels, want 3: red, green and blue")
         settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "interval": interval, "clamp": clamp}
-        _check_networks(networks)
         _check_settings(networks, settings | sampler_options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
@@ -90,7 +99,7 @@ class SamplingEngine:
         self.parameterization = parameterization or metadata.get("parameterization") or "x0"
         self.normalization = normalization or metadata.get("normalization") or "imagenet"
         if weak is not None:
-            _check_agreement(weak, self.parameterization, self.normalization, self._schedule)
+            self._check_weak(model, weak)
 
         self.batch_size = batch_size
         self.device = next(model.parameters()).device
@@ -131,6 +140,20 @@ class SamplingEngine:
         other = copy.copy(self)
         other._set(before | settings)
         return other
+
+    def _check_weak(self, model: EPGViT, weak: EPGViT) -> None:
+        """Raise ValueError unless both are of the same images, and the output of both means the same."""
+        metadata = getattr(weak, "metadata", {})
+        wanted = {
+            name: (getattr(weak, name), getattr(model, name)) for name in ("num_classes", "image_size", "in_chans")
+        }
+        for name in ("parameterization", "normalization"):
+            wanted[name] = metadata.get(name) or getattr(self, name), getattr(self, name)
+        for name, (got, want) in wanted.items():
+            if got != want:
+                raise ValueError(f"autoguidance: the weaker model has {name} {got}, want {want} as the model has")
+        if "noise" in metadata and vars(_schedule(metadata)) != vars(self._schedule):
+            raise ValueError("autoguidance: the weaker model has another noise schedule than the model, want the same")
 
     def _set(self, settings: dict) -> None:
         """Make the trajectory of these settings, which have been checked."""
@@ -333,7 +356,7 @@ class _Arriving:
         if not self.as_uint8:
             return self.part, self.tensors[0]
         if self.tensors[1]:
-            raise ValueError("images contain NaN: the model or the sampler diverged")
+            raise NotFinite("images contain NaN: the model or the sampler diverged")
         return self.part, self.tensors[0].numpy()
 
 
@@ -357,21 +380,6 @@ def _filled(part: torch.Tensor, size: int | None) -> torch.Tensor:
     return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
 
 
-def _check_networks(networks: list[torch.nn.Module]) -> None:
-    """Raise ValueError unless all are EPGViTs of colour images, the second one being a weaker model of the same."""
-    for network in networks:
-        if not isinstance(network, EPGViT):
-            raise ValueError(
-                f"sample: got a {type(network).__name__}, want an EPGViT (unwrap compiled or parallel models)"
-            )
-    model, *others = networks
-    if model.in_chans != 3:
-        raise ValueError(f"sample: the model has {model.in_chans} channels, want 3: red, green and blue")
-    for weak in others:
-        for name in ("num_classes", "image_size", "in_chans"):
-            _require_of_weak(name, getattr(weak, name), getattr(model, name))
-
-
 def _check_settings(networks: list[EPGViT], settings: dict) -> None:
     """Raise ValueError unless there is such a sampler, and such a guidance of these networks."""
     options = {name: value for name, value in settings.items() if name not in _SETTINGS}
@@ -384,20 +392,6 @@ def _check_settings(networks: list[EPGViT], settings: dict) -> None:
             f"guidance is {guidance}, which needs a class-conditional network; this one is unconditional "
             "(num_classes=0): leave guidance at 1, or guide with a weaker model"
         )
-
-
-def _check_agreement(weak: EPGViT, parameterization: str, normalization: str, schedule: NoiseSchedule) -> None:
-    """Raise ValueError when the checkpoint of a weaker model says that its output means something else."""
-    metadata = getattr(weak, "metadata", {})
-    _require_of_weak("parameterization", metadata.get("parameterization") or parameterization, parameterization)
-    _require_of_weak("normalization", metadata.get("normalization") or normalization, normalization)
-    if "noise" in metadata and vars(_schedule(metadata)) != vars(schedule):
-        raise ValueError("autoguidance: the weaker model has another noise schedule than the model, want the same")
-
-
-def _require_of_weak(name: str, got: object, wanted: object) -> None:
-    if got != wanted:
-        raise ValueError(f"autoguidance: the weaker model has {name} {got}, want {wanted} as the model has")
 
 
 def _schedule(metadata: Mapping, given: ScheduleConfig | None = None) -> NoiseSchedule:

@@ -7,28 +7,27 @@ grid.png, png/<class>/<index>.png, samples.npz   made of the parts once all imag
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
-import re
+import unicodedata
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from epg_fast.files import open_atomically
+from epg_fast.npz import Npz, write_header, write_npz
+from epg_fast.sampling.parts import Parts, cut_at_batches
 
 log = logging.getLogger("epg_fast")
 
-_PART = re.compile(r"(\d{8})_(\d{8})\.npy")
-_GRID, _PADDING, _LARGEST_ENLARGED_TILE = 100, 2, 96
+_GRID, _PADDING, _LARGEST_ENLARGED_TILE, _CAPTION = 100, 2, 96, 14
 _CHUNK = 64
 
 
@@ -36,46 +35,41 @@ class Outputs:
     """What an output folder holds of the images 0..N-1, and what it lacks.
 
     labels: integers [N]. size: height and width in pixels. npz, png: whether samples.npz and PNG files are wanted
-    beside grid.png.
+    beside grid.png. names: of the classes, for the grid.
     """
 
-    def __init__(self, outdir: Path, labels: np.ndarray, size: int, npz: bool, png: bool):
+    def __init__(self, outdir: Path, labels: np.ndarray, size: int, npz: bool, png: bool, names: Sequence[str] = ()):
         self.labels, self.shape = labels, (size, size, 3)
-        self.parts, self.grid, self.npz = outdir / "parts", outdir / "grid.png", outdir / "samples.npz"
-        self._outdir, self._wants_npz, self._wants_png = outdir, npz, png
+        self.parts = Parts(outdir / "parts", ".npy", self._load)
+        self.grid, self.npz = outdir / "grid.png", outdir / "samples.npz"
+        self._outdir, self._wants_npz, self._wants_png, self._names = outdir, npz, png, names
         self._digits = max(4, len(str(int(labels.max())))), max(6, len(str(len(labels) - 1)))
-        self._ranges: list[range] = []
         self._has_png = np.zeros(len(labels), bool)
 
     def scan(self) -> None:
-        """Find out what is there. Parts that are damaged are named and removed, as is what a killed command began.
+        """Find out what is there. What is damaged, or was begun by a killed command, is removed; see `Parts`.
 
         Raises ValueError for a damaged samples.npz.
         """
-        for pattern in (".*.tmp", "parts/.*.tmp", "png/*/.*.tmp"):
+        for pattern in (".*.tmp", "png/*/.*.tmp"):
             for left in self._outdir.glob(pattern):
                 left.unlink()
-        self._ranges = []
-        for path in sorted(self.parts.glob("*.npy")):
-            match = _PART.fullmatch(path.name)
-            if match and not self.add(range(int(match[1]), int(match[2]))):
-                log.warning("%s is damaged: its images are drawn again", path)
-                path.unlink()
+        self.parts.scan()
         if self.npz.exists() and not zipfile.is_zipfile(self.npz):
             raise ValueError(f"{self.npz} is damaged; delete it, and the same command makes it again")
         if (self._outdir / "png").exists():
-            self._has_png[:] = [_holds_bytes(self.png_path(i)) for i in range(len(self.labels))]
+            # a power failure can leave empty files
+            paths = map(self.png_path, range(len(self.labels)))
+            self._has_png[:] = [path.exists() and path.stat().st_size > 0 for path in paths]
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return not self._lacking().any() and not self.parts.exists()
+        return not self._lacking().any() and not self.parts.folder.exists()
 
     def missing(self, batch_size: int) -> list[range]:
         """The images to draw; see `cut_at_batches`."""
-        lacking = self._lacking() & (not self.npz.exists())
-        for images in self._ranges:
-            lacking[images.start : images.stop] = False
+        lacking = self._lacking() & self.parts.lacking(len(self.labels)) & (not self.npz.exists())
         if (lacking & self._has_png).any():
             log.info("%d images are drawn again: PNG files of them are not read back", (lacking & self._has_png).sum())
         return cut_at_batches(lacking, batch_size)
@@ -83,19 +77,10 @@ class Outputs:
     def save_part(self, start: int, pixels: np.ndarray) -> range:
         """Keep uint8 images [n, H, W, 3], of which the first has index `start`; returns which they are."""
         images = range(start, start + len(pixels))
-        with open_atomically(self.part_path(images)) as file:
-            _write_header(file, pixels.shape)
+        with open_atomically(self.parts.path(images)) as file:
+            write_header(file, pixels.shape)
             file.write(np.ascontiguousarray(pixels).data)  # np.save would not say why a disk does not take it
         return images
-
-    def add(self, images: range) -> bool:
-        """Count a part, which another rank may have written; False when it is not there as a whole."""
-        try:
-            self._load(images)
-        except (OSError, ValueError, EOFError):
-            return False
-        self._ranges.append(images)
-        return True
 
     def finish(self, note: dict) -> None:
         """Make what is wanted and not there of the parts, or of samples.npz; then the parts go.
@@ -104,7 +89,7 @@ class Outputs:
         """
         if not self.grid.exists():
             images = (image for _, pixels in self._read() for image in pixels)
-            save_grid(np.stack(list(islice(images, _GRID))), self.grid)
+            save_grid(np.stack(list(islice(images, _GRID))), self.grid, captions(self.labels[:_GRID], self._names))
         if self._wants_png and not self._has_png.all():
             log.info("writing PNG files to %s", self._outdir / "png")
             with ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
@@ -113,14 +98,10 @@ class Outputs:
         if self._wants_npz and not self.npz.exists():
             log.info("writing %s", self.npz)
             write_npz(self.npz, (pixels for _, pixels in self._read()), self.labels, self.shape, note)
-        for images in self._ranges:
-            self.part_path(images).unlink(missing_ok=True)
+        for images in self.parts.ranges:
+            self.parts.path(images).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or something in it is not ours
-            self.parts.rmdir()
-
-    def part_path(self, images: range) -> Path:
-        """The file of a part."""
-        return self.parts / f"{images.start:08d}_{images.stop:08d}.npy"
+            self.parts.folder.rmdir()
 
     def png_path(self, index: int) -> Path:
         """png/<class>/<index>.png, with so many digits that names sort as numbers do: readers number classes so."""
@@ -139,35 +120,26 @@ class Outputs:
         remove: a part goes when the next one is asked for. Raises ValueError for a file that cannot be read.
         """
         if self.npz.exists():
-            yield from self._read_npz()
+            with _naming(self.npz):
+                file = Npz(self.npz)
+                self._require_images(*file.header("arr_0"), len(self.labels))
+                for number, pixels in enumerate(file.batches("arr_0", _CHUNK)):
+                    yield number * _CHUNK, pixels
             return
-        done = 0
-        for images in sorted(self._ranges, key=lambda images: (images.start, images.stop)):
-            start = max(images.start, done)
-            if start < images.stop:
-                with _naming(self.part_path(images)):
-                    pixels = self._load(images)
-                yield start, pixels[start - images.start :]
-                done = images.stop
+        for images, new in self.parts.in_order(len(self.labels)):
+            path = self.parts.path(images)
+            with _naming(path):
+                pixels = self._load(path, images)
+            yield images.start + new.start, pixels[new]
             if remove:
-                self.part_path(images).unlink()
+                path.unlink()
 
-    def _load(self, images: range) -> np.ndarray:
-        pixels = np.load(self.part_path(images), mmap_mode="r")
+    def _load(self, path: Path, images: range) -> np.ndarray:
+        pixels = np.load(path, mmap_mode="r")
         self._require_images(pixels.shape, pixels.dtype, len(images))
         if images.stop > len(self.labels):
             raise ValueError(f"got images up to {images.stop}, want {len(self.labels)} in all")
         return pixels
-
-    def _read_npz(self) -> Iterator[tuple[int, np.ndarray]]:
-        size, number = math.prod(self.shape), len(self.labels)
-        with _naming(self.npz), zipfile.ZipFile(self.npz) as archive, archive.open("arr_0.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            self._require_images(shape, dtype, number)
-            for start in range(0, number, _CHUNK):
-                pixels = np.frombuffer(member.read(min(_CHUNK, number - start) * size), np.uint8)
-                yield start, pixels.reshape(-1, *self.shape)
 
     def _require_images(self, shape: tuple[int, ...], dtype: np.dtype, number: int) -> None:
         if (shape, dtype) != ((number, *self.shape), np.uint8):
@@ -178,38 +150,12 @@ class Outputs:
             save_png(pixels, self.png_path(index))
 
 
-def cut_at_batches(lacking: np.ndarray, batch_size: int) -> list[range]:
-    """The images that are lacking, bool [N], none across a multiple of `batch_size`, whole batches first.
-
-    A batch is the same however many ranks share the work, and so are its last bits on one kind of machine: any share of
-    them, cut every `batch_size` images, falls into the same batches as long as whole ones are missing.
-    """
-    gaps = np.flatnonzero(lacking)
-    batches = np.split(gaps, np.flatnonzero(np.diff(gaps // batch_size)) + 1)
-    return sorted((run for batch in batches for run in runs(batch)), key=len, reverse=True)
-
-
-def runs(values: np.ndarray) -> Iterator[range]:
-    """Integers [n] as ranges, of which each goes on as long as they rise by one."""
-    if len(values):
-        for run in np.split(values, np.flatnonzero(np.diff(values) != 1) + 1):
-            yield range(int(run[0]), int(run[-1]) + 1)
-
-
-def _holds_bytes(path: Path) -> bool:
-    """Whether the file is there; a power failure can leave an empty one."""
-    try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
-        return False
-
-
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Say which file cannot be read, and what to do."""
     try:
         yield
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
 
 
@@ -224,59 +170,49 @@ def quantize(images: torch.Tensor) -> torch.Tensor:
     return levels.permute(0, 2, 3, 1).contiguous()
 
 
-def save_grid(images: np.ndarray, path: str | os.PathLike) -> None:
-    """Write uint8 images [N, H, W, 3] as the tiles of one PNG: a square of rows, on white, small images enlarged."""
+def captions(labels: Sequence[int], names: Sequence[str]) -> list[str]:
+    """What stands below images of these classes: the first of a class's names, or its number; without names nothing.
+
+    Pillow's own font has the letters of ASCII: others lose their accents, or are left out.
+    """
+    firsts = [unicodedata.normalize("NFKD", name.split(",")[0]) for name in names]
+    known = dict(enumerate(" ".join(name.encode("ascii", "ignore").decode().split()) for name in firsts))
+    return [known.get(label) or str(label) for label in map(int, labels)] if names else []
+
+
+def save_grid(images: np.ndarray, path: str | os.PathLike, below: Sequence[str] = ()) -> None:
+    """Write uint8 images [N, H, W, 3] as the tiles of one PNG: a square of rows, on white, small images enlarged.
+
+    below: a text for each, cut to its width; without any there is no room for them.
+    """
     num, height, width, _ = images.shape
     columns = math.ceil(math.sqrt(num))
     scale = max(1, _LARGEST_ENLARGED_TILE // max(height, width))
     tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    step_y, step_x = height * scale + _PADDING, width * scale + _PADDING
+    room = _CAPTION if below else 0
+    step_y, step_x = height * scale + _PADDING + room, width * scale + _PADDING
     canvas = np.full((math.ceil(num / columns) * step_y + _PADDING, columns * step_x + _PADDING, 3), 255, np.uint8)
     for index, tile in enumerate(tiles):
         top, left = index // columns * step_y + _PADDING, index % columns * step_x + _PADDING
         canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    save_png(canvas, path)
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for index, text in enumerate(below):
+        place = index % columns * step_x + _PADDING, (index // columns + 1) * step_y - room
+        draw.text(place, _fitting(draw, text, width * scale), fill=(0, 0, 0))
+    save_png(np.asarray(picture), path)
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """As much of a text as fits."""
+    shown = text
+    while text and draw.textlength(shown) > width:
+        text = text[:-1]
+        shown = f"{text}.."
+    return shown
 
 
 def save_png(image: np.ndarray, path: str | os.PathLike) -> None:
     """Write one uint8 image [H, W, 3]; the file appears whole or not at all."""
     with open_atomically(path) as file:
         Image.fromarray(image).save(file, format="PNG")
-
-
-def write_npz(
-    path: str | os.PathLike,
-    chunks: Iterable[np.ndarray],
-    labels: np.ndarray,
-    shape: tuple[int, int, int],
-    metadata: dict,
-) -> None:
-    """Write samples in the layout of ADM's evaluation: `arr_0` images uint8 [N, H, W, 3], `arr_1` labels int64 [N].
-
-    `chunks`: uint8 [n, H, W, 3], N images in all, one chunk in memory at a time. `labels`: [N]. `shape`: (H, W, 3).
-    `metadata` (what JSON holds, finite numbers) becomes one JSON text in the entry `metadata`. Equal input gives equal
-    bytes; the file appears whole or not at all.
-    Source: https://github.com/openai/guided-diffusion/tree/main/evaluations
-    """
-    text = json.dumps(metadata, allow_nan=False)
-    with open_atomically(path, sync=True) as file, zipfile.ZipFile(file, "w") as archive:
-        with _member(archive, "arr_0") as member:
-            _write_header(member, (len(labels), *shape))
-            written = 0
-            for chunk in chunks:
-                assert chunk.dtype == np.uint8 and chunk.shape[1:] == tuple(shape)
-                member.write(np.ascontiguousarray(chunk))
-                written += len(chunk)
-            assert written == len(labels)
-        for name, array in (("arr_1", np.asarray(labels, np.int64)), ("metadata", np.array(text))):
-            with _member(archive, name) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    # A ZipInfo of its own has a fixed date; ZIP64, because the size is not known to the format before it is written.
-    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)

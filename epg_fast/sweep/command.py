@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from epg_fast.config import JudgeConfig, SweepConfig
 from epg_fast.distributed import Ranks, joined, resumable
 from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import difference, measured
-from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.judge import Judges, Rows, check_judges, open_judges
 from epg_fast.evaluation.protocol import protocol
-from epg_fast.evaluation.rows import Rows
+from epg_fast.files import as_json
 from epg_fast.models import EPGViT
 from epg_fast.plans import choose_together, parse_ops
 from epg_fast.runtime import suitable_threads
@@ -31,26 +30,27 @@ from epg_fast.sampling.command import (
     GIVES_WAY,
     PATIENCE,
     alike,
+    count_written,
     drawn_with,
     engine_options,
-    finite,
     labels_for,
+    labels_of,
     load_generator,
+    requested,
     require_shared,
+    shared_bar,
     weights_sha256,
 )
-from epg_fast.sampling.engine import SamplingEngine
-from epg_fast.sampling.labels import choose_labels
-from epg_fast.sweep.folder import SweepFolder, plain
+from epg_fast.sampling.engine import NotFinite, SamplingEngine
+from epg_fast.sampling.parts import cut_at_batches
+from epg_fast.sweep.folder import SweepFolder
 from epg_fast.sweep.grid import Setting, grid
-from epg_fast.sweep.halving import FEW, Judged, cut, ranked, round_sizes
+from epg_fast.sweep.halving import FEW, Judged, cut, round_sizes
 from epg_fast.sweep.report import ends, final_commands, write_report
 from epg_fast.training.reconstruct import reconstruct_file, reconstructed_step
 
 log = logging.getLogger("epg_fast")
 
-# How images are drawn and kept, which changes their last bits at most.
-_HOW = ("outdir", "device", "batch_size", "compile", "cuda_graphs", "ops")
 # Recording a graph takes longer than a batch; with so many of them it is a small part.
 _RECORDED_BATCHES = 16
 
@@ -76,10 +76,7 @@ def run(config: SweepConfig) -> None:
 
 def sweep_labels(config: SweepConfig, model: EPGViT) -> np.ndarray:
     """Labels [num] as `sample` has them, in an order of chance, so that the first ones are fair to all classes."""
-    untrained = model.metadata.get("untrained_classes", [])
-    names = model.metadata.get("class_names", [])
-    labels = choose_labels(config.labels, config.num, model.num_classes, config.seed, untrained, names)
-    return np.random.default_rng(config.seed).permutation(labels)
+    return np.random.default_rng(config.seed).permutation(labels_of(config, model))
 
 
 class _Sweep:
@@ -95,7 +92,7 @@ class _Sweep:
 
     def run(self) -> None:
         config, ranks, folder = self.config, self.ranks, self.folder
-        wanted = _requested(config)
+        wanted = requested(config)
         ranks.decide(lambda: self._check(wanted))
         model = load_generator(config.checkpoint, ranks.device)
         self.labels = sweep_labels(config, model)
@@ -122,7 +119,7 @@ class _Sweep:
         """Raise ValueError for what cannot go on, before weights are read, which may take long."""
         folder = self.folder
         folder.require(wanted)
-        check_judges(self.config)
+        check_judges(self.config, self.config.figure)
         begun, step = folder.begun, folder.read().get("step")
         for width in self._widths():
             if width is not None and not (begun and folder.weights(width).exists()):
@@ -165,7 +162,7 @@ class _Sweep:
                 "sizes": sizes,
                 "step": reconstructed_step(config.checkpoint, widths[0]) if widths else None,
                 "grid": [
-                    plain(dataclasses.asdict(setting)) | {"evaluations": evaluations}
+                    as_json(dataclasses.asdict(setting)) | {"evaluations": evaluations}
                     for setting, evaluations in zip(self.grid, self.evaluations, strict=True)
                 ],
                 "rounds": [],
@@ -194,7 +191,9 @@ class _Sweep:
         """Draw, judge and decide once."""
         ranks, alive, images = self.ranks, _alive(self.state), _next_size(self.state)
         log.info("round %d: %d settings, %d images of each", len(self.state["rounds"]) + 1, len(alive), images)
-        missing = ranks.decide(lambda: {n: self.folder.missing(n, images, self.config.batch_size) for n in alive})
+        missing = ranks.decide(
+            lambda: {n: cut_at_batches(self.folder.parts[n].lacking(images), self.config.batch_size) for n in alive}
+        )
         diverged = self._draw(judges, missing, len(alive) * images)
         found = self._judge(judges, figure, sorted(set(alive) - set(diverged)), images)
         with self._time("files"):
@@ -229,57 +228,40 @@ class _Sweep:
         """Draw and judge this rank's share of the images; returns the settings whose images are not finite."""
         ranks, folder = self.ranks, self.folder
         units = [(number, images) for number in sorted(missing) for images in missing[number]]
-        before = total - sum(len(images) for _, images in units)
+        done = total - sum(len(images) for _, images in units)
         mine = units[_share([self.evaluations[n] * len(images) for n, images in units], ranks.rank, ranks.world_size)]
         written, diverged = [], []
-        name = "sweep" if ranks.world_size == 1 else f"sweep ({ranks.world_size} processes)"
-        with tqdm(total=total, initial=before, desc=name, unit="image", disable=not ranks.main or not units) as bar:
-
-            def show(drawn: int = 0) -> None:
-                bar.update(before + ranks.count(drawn) - self._counted - bar.n)
-
+        with shared_bar("sweep", ranks, done, total, self._counted) as show:
             for number, group in itertools.groupby(mine, key=lambda unit: unit[0]):
                 indices = np.concatenate([np.arange(images.start, images.stop) for _, images in group])
                 try:
                     for drawn, rows, seconds in self._judged_batches(judges, number, indices):
                         with self._time("files"):
-                            written += [(number, part) for part in folder.save_runs(number, drawn, rows, seconds)]
+                            written += [(number, images) for images in folder.save_runs(number, drawn, rows, seconds)]
                         show(len(drawn))
-                except _NotFinite as error:
+                except NotFinite as error:
                     log.warning("%s: %s; it is out", self.grid[number], error)
                     diverged.append(number)
             with self._time("waiting"):
                 everyone = ranks.gather((written, diverged), while_waiting=show)
             show()
         self._counted = ranks.count(0)  # nobody draws again before all have judged
-        # By name: the listing of a folder on another machine may be older than its files.
-        for rank, (parts, _) in enumerate(everyone if ranks.main else []):
-            for number, images in parts:
-                if not folder.add(number, images):
-                    raise RuntimeError(
-                        f"rank {rank} has written rows of setting {number}, which rank 0 does not see in "
-                        f"{folder.path}; --outdir must be a folder that nodes share"
-                    )
+        if ranks.main:
+            count_written(ranks, [[(folder.parts[n], images) for n, images in theirs] for theirs, _ in everyone])
         return sorted({number for _, numbers in everyone for number in numbers})
 
     def _judged_batches(
         self, judges: Judges, number: int, indices: np.ndarray
     ) -> Iterator[tuple[np.ndarray, Rows, float]]:
-        """(numbers of the images, their rows, seconds of drawing) batch by batch. Raises _NotFinite."""
+        """(numbers of the images, their rows, seconds of drawing) batch by batch. Raises NotFinite."""
         batch_size, device = self.config.batch_size, self.ranks.device
         with self._time("networks"):
             engine = self.engines.of(self.grid[number], math.ceil(len(indices) / batch_size))
         # a share of less than a batch would be compiled for a size of its own
         filled = np.pad(indices, (0, -len(indices) % batch_size if engine.fills_batches else 0), "edge")
         stream = engine.stream(labels_for(engine, self.labels[filled]), filled, self.config.seed, as_uint8=True)
-        while True:
-            started = time.perf_counter()
-            try:
-                where, pixels = next(stream)
-            except StopIteration:
-                return
-            except ValueError as error:
-                raise _NotFinite(str(error)) from error
+        started = time.perf_counter()
+        for where, pixels in stream:
             drawn = indices[where]
             images = torch.from_numpy(pixels[: len(drawn)]).permute(0, 3, 1, 2).contiguous()
             labels = torch.from_numpy(self.labels[drawn])
@@ -288,6 +270,7 @@ class _Sweep:
             self.clock["drawing"] += drawing
             self.clock["features"] += judging
             yield drawn, rows, drawing
+            started = time.perf_counter()
 
     # ---- judging
 
@@ -296,14 +279,15 @@ class _Sweep:
         ranks = self.ranks
         if not numbers:
             raise ValueError("the images of all settings are not finite: the model or the sampler diverged")
-        parts, last = ranks.decide(lambda: self.folder.parts), _is_last(self.state, images)
+        ranges = ranks.decide(lambda: {number: parts.ranges for number, parts in self.folder.parts.items()})
         found = {}
         with self._time("figures"):
             for number in numbers[ranks.rank :: ranks.world_size]:
-                rows, seconds = self.folder.load(number, parts[number], images)
+                rows, seconds = self.folder.load(number, ranges[number], images)
                 figures = judges.figures(rows)
-                # all of them cost more, and only those of many images are worth it
-                said = measured(figures if last else {figure: figures[figure]}) | {"seconds_per_image": seconds}
+                # the others cost more, and only those of many images are worth it
+                worth = figures if _is_last(self.state, images) else {figure: figures[figure]}
+                said = measured(worth) | {"seconds_per_image": seconds}
                 judged = figures[figure]
                 found[number] = (Judged(judged.value, judged.spread, judged.effects), said)
         with self._time("waiting"):
@@ -312,17 +296,13 @@ class _Sweep:
     def _decide(self, judges: Judges, figure: str, images: int, found: dict[int, tuple], diverged: list[int]) -> dict:
         """The state with a further round, which sweep.json then holds; rows that no later round needs go."""
         judged, best = {number: item for number, (item, _) in found.items()}, judges.best[figure]
-        if _is_last(self.state, images):
-            order, kept, near, out = ranked(judged, best), [], [], []
-        else:
-            decided = cut(judged, best, self.config.keep)
-            order, kept = decided.order, decided.kept
-            near, out = decided.kept_within_spread, decided.out_within_spread
-            if out:
-                log.warning(
-                    "%d settings are out that the spread cannot tell from the last one that stays; see sweep.md",
-                    len(out),
-                )
+        decided = cut(judged, best, self.config.keep)
+        order, last = decided.order, _is_last(self.state, images)
+        if decided.out_within_spread and not last:
+            log.warning(
+                "%d settings are out that the spread cannot tell from the last one that stays; see sweep.md",
+                len(decided.out_within_spread),
+            )
         results = {}
         for number in order:
             apart, spread = difference(judged[number], judged[order[0]], paired=True)
@@ -330,18 +310,18 @@ class _Sweep:
         this = {
             "images": images,
             "order": order,
-            "kept": kept,
-            "kept_within_spread": near,
-            "out_within_spread": out,
+            "kept": [] if last else decided.kept,
+            "kept_within_spread": [] if last else decided.kept_within_spread,
+            "out_within_spread": [] if last else decided.out_within_spread,
             "diverged": diverged,
             "results": results,
         }
         state = self.state | {"figure": figure, "best": best, "protocol": self._protocol(judges, images)}
-        state["rounds"] = [*self.state["rounds"], plain(finite(this))]
-        if not kept:
+        state["rounds"] = [*self.state["rounds"], as_json(this)]
+        if last:
             state["result"] = order[0]
         self.folder.write("sweep.json", state)
-        self.folder.drop(number for number in list(self.folder.parts) if number not in kept)
+        self.folder.drop(number for number in list(self.folder.parts) if number not in this["kept"])
         return state
 
     def _protocol(self, judges: Judges, images: int) -> dict:
@@ -349,7 +329,7 @@ class _Sweep:
         settings = {name: value for name, value in self.state["settings"].items() if name not in judging}
         sampling = settings | {"drawn_with": self.state["drawn_with"]}
         size = (self.engines.base.model.image_size,) * 2
-        return plain(finite(protocol(judges, self.config, sampling, images, size, self.ranks.device)))
+        return as_json(protocol(judges, self.config, sampling, images, size, self.ranks.device))
 
     def _finish(self) -> None:
         """Make table and plots, and print what comes next."""
@@ -368,10 +348,6 @@ class _Sweep:
             yield
         finally:
             self.clock[name] += time.perf_counter() - started
-
-
-class _NotFinite(Exception):
-    """The images of a setting hold no numbers."""
 
 
 class _Engines:
@@ -407,14 +383,6 @@ class _Engines:
 def _drawing(setting: Setting) -> dict:
     """What an engine takes of a setting."""
     return {"steps": setting.steps, "guidance": setting.guidance, "interval": setting.interval}
-
-
-def _requested(config: SweepConfig) -> dict:
-    """The settings that the command line alone tells, as JSON reads them back."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
-    # what is done may be another one: a precision that the device has, and what `auto` stands for
-    settings |= {f"wanted_{name}": settings.pop(name) for name in GIVES_WAY}
-    return plain(finite(settings))
 
 
 def _alive(state: dict) -> list[int]:

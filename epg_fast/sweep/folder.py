@@ -10,25 +10,19 @@ sweep.md, *.png                          made of sweep.json
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import re
 import shutil
 import statistics
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
-from epg_fast.evaluation.rows import Rows, join_rows, take_rows
+from epg_fast.evaluation.judge import Rows, join_rows, take_rows
 from epg_fast.files import OutputFolder, write_atomically
-from epg_fast.sampling.outputs import cut_at_batches, runs
+from epg_fast.sampling.parts import Parts, runs
 
-log = logging.getLogger("epg_fast")
-
-_PART = re.compile(r"(\d{8})_(\d{8})\.safetensors")
 # Known by the checksum of its weights, wherever it is.
 _NOT_COMPARED = ("checkpoint",)
 
@@ -36,12 +30,12 @@ _NOT_COMPARED = ("checkpoint",)
 class SweepFolder(OutputFolder):
     """A folder that one `sweep` at a time fills, by all its ranks.
 
-    `parts`: of each setting, by its number in the grid, the images whose rows are there.
+    `parts`: of each setting that is still drawn, by its number in the grid, the rows that are there.
     """
 
     def __init__(self, outdir: str | Path):
         super().__init__(outdir, "sweep", "sweep.json")
-        self.parts: dict[int, list[range]] = {}
+        self.parts: dict[int, Parts] = {}
 
     @property
     def begun(self) -> bool:
@@ -65,26 +59,15 @@ class SweepFolder(OutputFolder):
 
     def scan(self, settings: Collection[int]) -> None:
         """Find the rows of these settings, and remove those of others, what is damaged, and what a kill has left."""
-        for name in ("", "rows/*/", "weights/", "reference/"):
+        for name in ("", "weights/", "reference/"):
             for left in self.path.glob(f"{name}.*.tmp"):
                 left.unlink()
-        self.parts = {number: [] for number in settings}
         for folder in self.path.glob("rows/*"):
-            if folder.name.isdecimal() and int(folder.name) not in self.parts:
+            if folder.name.isdecimal() and int(folder.name) not in settings:
                 shutil.rmtree(folder)
-                continue
-            for path in sorted(folder.glob("*.safetensors")):
-                match = _PART.fullmatch(path.name)
-                if match and not self.add(int(folder.name), range(int(match[1]), int(match[2]))):
-                    log.warning("%s is damaged: its images are drawn again", path)
-                    path.unlink()
-
-    def missing(self, number: int, stop: int, batch_size: int) -> list[range]:
-        """The images 0..stop-1 of a setting of which there are no rows; see `cut_at_batches`."""
-        lacking = np.ones(stop, bool)
-        for images in self.parts[number]:
-            lacking[images.start : images.stop] = False
-        return cut_at_batches(lacking, batch_size)
+        self.parts = {number: self._parts(number) for number in settings}
+        for parts in self.parts.values():
+            parts.scan()
 
     def save_runs(self, number: int, indices: np.ndarray, rows: Rows, seconds: float) -> Iterator[range]:
         """Keep the rows of the images of these numbers [n], which took so many seconds; yields them part by part."""
@@ -99,46 +82,36 @@ class SweepFolder(OutputFolder):
         """Keep the rows of these images, one behind the other."""
         rows = {name: values.contiguous() for name, values in rows.items()}
         content = safetensors.torch.save(rows, {"seconds": repr(seconds)})
-        write_atomically(self._path(number, images), content)
+        write_atomically(self._parts(number).path(images), content)
 
-    def add(self, number: int, images: range) -> bool:
-        """Count a part, which another rank may have written; False when it is not there as a whole."""
-        try:
-            with safe_open(self._path(number, images), "pt") as file:
-                whole = all(file.get_slice(name).get_shape()[0] == len(images) for name in file.keys())  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return False
-        if whole:
-            self.parts[number].append(images)
-        return whole
-
-    def load(self, number: int, parts: Iterable[range], stop: int) -> tuple[Rows, float]:
-        """(rows of the images 0..stop-1 of a setting, median of the seconds an image took to draw)."""
-        found, seconds, done = [], [], 0
-        for images in sorted(parts, key=lambda images: (images.start, images.stop)):
-            if images.stop <= done or images.start >= stop:
-                continue
-            path = self._path(number, images)
-            with safe_open(path, "pt") as file:
+    def load(self, number: int, ranges: Sequence[range], stop: int) -> tuple[Rows, float]:
+        """(rows of the images 0..stop-1 of a setting in these parts, median of the seconds an image took to draw)."""
+        parts, found, seconds = self._parts(number), [], []
+        parts.ranges = list(ranges)
+        for images, new in parts.in_order(stop):
+            with safe_open(parts.path(images), "pt") as file:
                 seconds.append(float(file.metadata()["seconds"]) / len(images))
-                rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            assert images.start <= done, f"the rows before {path} are missing"
-            found.append(take_rows(rows, slice(done - images.start, stop - images.start)))
-            done = images.stop
+                found.append({name: file.get_tensor(name)[new] for name in file.keys()})  # noqa: SIM118
         return join_rows(found), statistics.median(seconds)
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Remove the rows of these settings."""
         for number in numbers:
-            shutil.rmtree(self._path(number, range(0)).parent, ignore_errors=True)
+            shutil.rmtree(self._parts(number).folder, ignore_errors=True)
             self.parts.pop(number, None)
         with contextlib.suppress(OSError):  # not there, or of others still
             (self.path / "rows").rmdir()
 
-    def _path(self, number: int, images: range) -> Path:
-        return self.path / "rows" / f"{number:04d}" / f"{images.start:08d}_{images.stop:08d}.safetensors"
+    def _parts(self, number: int) -> Parts:
+        return Parts(self.path / "rows" / f"{number:04d}", ".safetensors", _check_rows)
 
 
-def plain(value):
-    """`value` as JSON reads it back."""
-    return json.loads(json.dumps(value))
+def _check_rows(path: Path, images: range) -> None:
+    """Raise ValueError unless the file has a row of each of these images."""
+    try:
+        with safe_open(path, "pt") as file:
+            lengths = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if lengths != {len(images)}:
+        raise ValueError(f"got {lengths} rows, want {len(images)}")

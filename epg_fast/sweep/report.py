@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from epg_fast import flags
 from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConfig
@@ -25,40 +26,24 @@ def final_commands(config: SweepConfig, best: Setting, folder: SweepFolder) -> l
 
     Another seed draws them: images that a setting was chosen for flatter it.
     """
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SampleConfig) if hasattr(config, f.name)}
-    sample = SampleConfig(
-        **shared
-        | {
-            "checkpoint": config.checkpoint if best.sigma_rel is None else str(folder.weights(best.sigma_rel)),
-            "outdir": str(folder.path / "best"),
-            "num": _FINAL,
-            "seed": (config.seed + 1) % 2**63,
-            "steps": best.steps,
-            "guidance": best.guidance,
-            "interval": best.interval,
-        }
-    )
-    judges = {f.name: getattr(config, f.name) for f in dataclasses.fields(JudgeConfig)}
-    evaluate = EvaluateConfig(
-        **judges,
-        samples=str(folder.path / "best" / "samples.npz"),
-        device=config.device,
-        batch_size=config.batch_size,
-        output=str(folder.path / "best.json"),
-    )
-    return [
-        shlex.join(["epg-fast", job, *flags.words(made)]) for job, made in (("sample", sample), ("evaluate", evaluate))
-    ]
+    drawn = {f.name: getattr(config, f.name) for f in dataclasses.fields(SampleConfig) if hasattr(config, f.name)}
+    drawn |= {"num": _FINAL, "seed": (config.seed + 1) % 2**63, "outdir": str(folder.path / "best")}
+    drawn |= {"steps": best.steps, "guidance": best.guidance, "interval": best.interval}
+    if best.sigma_rel is not None:
+        drawn["checkpoint"] = str(folder.weights(best.sigma_rel))
+    judged = {f.name: getattr(config, f.name) for f in dataclasses.fields(JudgeConfig)}
+    judged |= {"samples": str(folder.path / "best" / "samples.npz"), "output": str(folder.path / "best.json")}
+    judged |= {"device": config.device, "batch_size": config.batch_size}
+    made = {"sample": SampleConfig(**drawn), "evaluate": EvaluateConfig(**judged)}
+    return [shlex.join(["epg-fast", job, *flags.words(settings)]) for job, settings in made.items()]
 
 
 def write_report(folder: SweepFolder, state: dict, commands: Sequence[str]) -> None:
-    """Write sweep.md, sweep.html and the plots of a sweep that has a result."""
+    """Write sweep.md, sweep.html and the plots of a sweep that has a result; a file that is as it would be stays."""
     plots = _plots(state)
-    files: dict[str, bytes | str] = dict(plots)
-    files |= {"sweep.md": _table(state, commands, list(plots)), "sweep.html": _page(state, commands, plots)}
-    for name, content in files.items():
+    texts = {"sweep.md": _table(state, commands, list(plots)), "sweep.html": _page(state, commands, plots)}
+    for name, content in (plots | {name: text.encode() for name, text in texts.items()}).items():
         path = folder.path / name
-        content = content.encode() if isinstance(content, str) else content
         if not (path.exists() and path.read_bytes() == content):
             write_atomically(path, content)
 
@@ -184,9 +169,12 @@ def _number(value: float | str | None) -> float:
 
 
 def _axis_word(setting: dict, name: str) -> str:
-    value = setting[name]
-    if name == "interval":
-        return "-" if setting["guidance"] == 1 else f"{value[0]:g}-{value[1]:g}"
+    return "-" if name == "interval" and setting["guidance"] == 1 else _word(setting[name])
+
+
+def _word(value: float | Sequence[float] | None) -> str:
+    if isinstance(value, list | tuple):
+        return f"{value[0]:g}-{value[1]:g}"
     return "as it is" if value is None else f"{value:g}"
 
 
@@ -199,69 +187,62 @@ def _words(setting: dict) -> str:
 
 def _plots(state: dict) -> dict[str, bytes]:
     """File name -> PNG, of the axes that have several values."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     several = {name for name in _AXES if len({_axis_word(setting, name) for setting in state["grid"]} - {"-"}) > 1}
     plots = {}
     if {"guidance", "sigma_rel"} <= several:
         plots["guidance_sigma_rel.png"] = _heat_maps(state)
         several -= {"guidance", "sigma_rel"}
-    for name in sorted(several):
-        plots[f"{name}.png"] = _curves(state, name)
-    return plots
+    return plots | {f"{name}.png": _curves(state, name) for name in sorted(several)}
 
 
-def _best_of(state: dict, this: dict, key: Callable[[dict], object]) -> dict[object, int]:
-    """For each value of `key` the best setting of a round that has it."""
-    found: dict[object, int] = {}
+def _values(settings: list[dict], *names: str) -> list:
+    """The values of an axis, or of several together, in ascending order, `as it is` first."""
+    return sorted({_key(setting, *names) for setting in settings}, key=lambda value: (value is not None, value))
+
+
+def _key(setting: dict, *names: str):
+    """A setting's value of an axis."""
+    found = tuple(tuple(v) if isinstance(v := setting[name], list) else v for name in names)
+    return found if len(names) > 1 else found[0]
+
+
+def _best_of(state: dict, this: dict, *names: str) -> dict:
+    """For each value of these axes, of the settings that a round has: the best one's (number, figure, spread or 0)."""
+    found = {}
     for number in this["order"]:
-        found.setdefault(key(state["grid"][number]), number)
+        result = this["results"][str(number)]
+        value, spread = (_number(result[kind][state["figure"]] or 0) for kind in ("figures", "spread"))
+        found.setdefault(_key(state["grid"][number], *names), (number, value, spread))
     return found
-
-
-def _value(state: dict, this: dict, number: int) -> tuple[float, float]:
-    """(figure, spread or 0) of a setting in a round."""
-    result, name = this["results"][str(number)], state["figure"]
-    return _number(result["figures"][name]), _number(result["spread"][name] or 0)
 
 
 def _heat_maps(state: dict) -> bytes:
     """Guidance and width, a panel for each round; in a cell the best over the other axes."""
-    import matplotlib.pyplot as plt
+    scales, widths = _values(state["grid"], "guidance"), _values(state["grid"], "sigma_rel")
+    size = 1.6 + max(3.0, 0.85 * len(scales)), 1.3 + max(1.5, 0.55 * len(widths))
 
-    def key(setting):
-        return setting["guidance"], setting["sigma_rel"]
+    def draw(panels):
+        for panel, this in zip(panels[:, 0], state["rounds"], strict=True):
+            cells = np.full((len(widths), len(scales)), math.nan)
+            best = _best_of(state, this, "guidance", "sigma_rel")
+            for (scale, width), (_, value, _) in best.items():
+                cells[widths.index(width), scales.index(scale)] = value
+            colours = "viridis_r" if state["best"] == "low" else "viridis"
+            image = panel.imshow(cells, cmap=colours, aspect="auto", origin="lower")
+            for (scale, width), (number, value, spread) in best.items():
+                red, green, blue, _ = image.cmap(image.norm(value)) if math.isfinite(value) else (1, 1, 1, 1)
+                dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+                style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
+                style["weight"] = "bold" if number == this["order"][0] else "normal"
+                text = _with_spread(value, spread).replace(" ± ", "\n± ")
+                panel.annotate(text, (scales.index(scale), widths.index(width)), **style)
+            panel.set_xticks(range(len(scales)), map(_word, scales))
+            panel.set_yticks(range(len(widths)), map(_word, widths))
+            panel.set(xlabel=_AXES["guidance"], ylabel=_AXES["sigma_rel"])
+            panel.set_title(f"{state['figure']}, {this['images']} images ({_KINDS[state['best']]})", fontsize=9)
+            panel.figure.colorbar(image, ax=panel)
 
-    scales = sorted({setting["guidance"] for setting in state["grid"]})
-    widths = sorted({setting["sigma_rel"] for setting in state["grid"]}, key=lambda width: (width is not None, width))
-    rounds = state["rounds"]
-    size = (1.6 + max(3.0, 0.85 * len(scales)), 1.3 + max(1.5, 0.55 * len(widths)) * 1.0)
-    figure, panels = plt.subplots(
-        len(rounds), 1, figsize=(size[0], size[1] * len(rounds)), layout="constrained", squeeze=False
-    )
-    for panel, this in zip(panels[:, 0], rounds, strict=True):
-        cells = [[math.nan] * len(scales) for _ in widths]
-        best = _best_of(state, this, key)
-        for (scale, width), number in best.items():
-            cells[widths.index(width)][scales.index(scale)] = _value(state, this, number)[0]
-        colours = plt.get_cmap("viridis_r" if state["best"] == "low" else "viridis")
-        image = panel.imshow(cells, cmap=colours, aspect="auto", origin="lower")
-        for (scale, width), number in best.items():
-            value, spread = _value(state, this, number)
-            red, green, blue, _ = image.cmap(image.norm(value)) if math.isfinite(value) else (1, 1, 1, 1)
-            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            place = (scales.index(scale), widths.index(width))
-            chosen = "bold" if number == this["order"][0] else "normal"
-            text = _with_spread(value, spread).replace(" ± ", "\n± ")
-            style = {"ha": "center", "va": "center", "fontsize": 7, "weight": chosen}
-            panel.annotate(text, place, color="white" if dark else "black", **style)
-        panel.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
-        panel.set_yticks(range(len(widths)), ["as it is" if width is None else f"{width:g}" for width in widths])
-        panel.set(xlabel=_AXES["guidance"], ylabel=_AXES["sigma_rel"])
-        panel.set_title(f"{state['figure']}, {this['images']} images ({_KINDS[state['best']]})", fontsize=9)
-        figure.colorbar(image, ax=panel)
-    return _png(figure)
+    return page.drawn(draw, *size, rows=len(state["rounds"]))
 
 
 def _curves(state: dict, name: str) -> bytes:
@@ -269,52 +250,29 @@ def _curves(state: dict, name: str) -> bytes:
 
     For steps a second panel has the seconds of an image in the place of their number.
     """
-    import matplotlib.pyplot as plt
-
-    def key(setting):
-        return tuple(setting[name]) if name == "interval" else setting[name]
-
-    guided = [setting for setting in state["grid"] if name != "interval" or setting["guidance"] != 1]
-    values = sorted({key(setting) for setting in guided}, key=lambda value: (value is not None, value))
+    values = _values([setting for setting in state["grid"] if name != "interval" or setting["guidance"] != 1], name)
     numeric = name != "interval" and None not in values
-    panels = 2 if name == "steps" else 1
-    width = max(4.6, 0.0 if numeric else 1.0 * len(values))
-    figure, axes = plt.subplots(1, panels, figsize=(width * panels, 3.8), layout="constrained", squeeze=False)
-    for colour, this in enumerate(state["rounds"]):
-        best = _best_of(state, this, key)
-        shown = [value for value in values if value in best]
-        if not shown:
-            continue
-        found, spreads = zip(*(_value(state, this, best[value]) for value in shown), strict=True)
-        places = shown if numeric else [values.index(value) for value in shown]
-        seconds = [this["results"][str(best[value])]["seconds_per_image"] for value in shown]
-        for panel, x in zip(axes[0], (places, seconds), strict=False):
+
+    def draw(panels):
+        for colour, this in enumerate(state["rounds"]):
+            best = _best_of(state, this, name)
+            shown = [value for value in values if value in best]
+            numbers, found, spreads = zip(*(best[value] for value in shown), strict=True) if shown else ((), (), ())
+            places = shown if numeric else [values.index(value) for value in shown]
+            seconds = [this["results"][str(number)]["seconds_per_image"] for number in numbers]
             style = {"color": f"C{colour}", "capsize": 3, "marker": "o", "label": f"{this['images']} images"}
-            panel.errorbar(x, found, yerr=spreads, linestyle="-" if panel is axes[0, 0] else "none", **style)
-    if numeric and len(values) <= 12:
-        axes[0, 0].set_xticks(values, [_value_word(value) for value in values])
-    elif not numeric:
-        axes[0, 0].set_xticks(range(len(values)), [_value_word(value) for value in values])
-    for panel, label in zip(axes[0], (_AXES[name], "seconds per image"), strict=False):
-        panel.set(xlabel=label, ylabel=state["figure"])
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
-    title = f"the best over the other axes ({_KINDS[state['best']]})\ndifferences are known better than the bars say"
-    axes[0, 0].set_title(title, fontsize=9)
-    return _png(figure)
+            for panel, x, line in zip(panels[0], (places, seconds), ("-", "none"), strict=False):
+                panel.errorbar(x, found, yerr=spreads, linestyle=line, **style)
+        first = panels[0, 0]
+        if len(values) <= 12 or not numeric:
+            first.set_xticks(values if numeric else range(len(values)), map(_word, values))
+        for panel, label in zip(panels[0], (_AXES[name], "seconds per image"), strict=False):
+            panel.set(xlabel=label, ylabel=state["figure"])
+            panel.grid(alpha=0.3)
+        first.legend(frameon=False)
+        kind = _KINDS[state["best"]]
+        title = f"the best over the other axes ({kind})\ndifferences are known better than the bars say"
+        first.set_title(title, fontsize=9)
 
-
-def _value_word(value) -> str:
-    if isinstance(value, tuple):
-        return f"{value[0]:g}-{value[1]:g}"
-    return "as it is" if value is None else f"{value:g}"
-
-
-def _png(figure) -> bytes:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
+    width = max(4.6, 0.0 if numeric else 1.0 * len(values))
+    return page.drawn(draw, width, 3.8, columns=2 if name == "steps" else 1)

@@ -35,9 +35,8 @@ from safetensors import SafetensorError
 
 from epg_fast.config import RunConfig
 from epg_fast.evaluation.figures import measured
-from epg_fast.evaluation.judge import Judges, check_judges, open_judges
+from epg_fast.evaluation.judge import Judges, Rows, check_judges, join_rows, open_judges
 from epg_fast.evaluation.protocol import protocol, protocol_changes
-from epg_fast.evaluation.rows import Rows, join_rows
 from epg_fast.files import write_atomically
 from epg_fast.models import EPGViT, generator_from_config, save_weights
 from epg_fast.models.weight_files import open_safetensors
@@ -65,7 +64,7 @@ def check_evaluation(config: RunConfig) -> None:
     if evaluate is None or not evaluate.every:
         return
     with _named_as_flags():
-        check_judges(evaluate)
+        check_judges(evaluate, evaluate.best, "best")
 
 
 def discard_evaluations_after(outdir: Path, step: int) -> None:

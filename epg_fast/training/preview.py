@@ -13,7 +13,7 @@ from PIL import Image
 from epg_fast.runtime import autocast
 from epg_fast.sampling import sample
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import quantize, save_grid
+from epg_fast.sampling.outputs import captions, quantize, save_grid
 from epg_fast.training.stages import Stage
 
 log = logging.getLogger("epg_fast")
@@ -56,12 +56,12 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     p, network = stage.preview, stage.ema
     if stage.config.offload_ema:
         network = copy.deepcopy(network).to(stage.ranks.device)
-    labels = torch.tensor(choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes))
+    labels = choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes)
     # autocast, where the precisions of `sample` make a copy of the weights
     with autocast(stage.ranks.device, stage.config.precision):
         images = sample(
             network,
-            labels if network.num_classes else p.num,
+            torch.tensor(labels) if network.num_classes else p.num,
             **sampling_options(stage),
             ops=network.ops,  # of the run; a plan for sampling is not asked for
         )
@@ -73,7 +73,7 @@ def write_preview(stage: Stage, outdir: Path, step: int) -> np.ndarray | None:
     path = preview_path(outdir, step)
     try:
         path.parent.mkdir(exist_ok=True)
-        save_grid(quantize(images.nan_to_num(0.0)).numpy(), path)
+        save_grid(quantize(images.nan_to_num(0.0)).numpy(), path, captions(labels, stage.class_names))
     except OSError as error:
         log.warning("could not write %s (%s); training goes on", path, error)
         return None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from epg_fast.config import PretrainConfig
-from epg_fast.data import LABELS_WANTED, NO_LABELS, ImageSource, open_images
+from epg_fast.data import LABELS_WANTED, NO_LABELS, ImageSource, images_of, open_images
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.evaluation.probe import (
     encoder_features,
@@ -118,10 +118,8 @@ def check_probe(config: PretrainConfig, source: ImageSource) -> tuple[ImageSourc
 
 
 def _opened(name: str, path: str, otherwise: ImageSource) -> ImageSource:
-    try:
+    with images_of(f"probe.{name}"):
         images = open_images(path) if path else otherwise
-    except ValueError as error:
-        raise ValueError(f"probe.{name}: {str(error).removeprefix('data path: ')}") from None
     if images.classes == NO_LABELS:
         raise ValueError(f"probe.{name}: {images.root} has no labels; {LABELS_WANTED}")
     return images

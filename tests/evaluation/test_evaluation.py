@@ -9,7 +9,7 @@ import torch.nn as nn
 from PIL import Image
 
 from epg_fast.config import EvaluateConfig
-from epg_fast.evaluation import evaluate_images, evaluate_probe
+from epg_fast.evaluation import evaluate_images, evaluate_probe, frechet_distance
 from epg_fast.evaluation.extras import import_extra
 from tests.evaluation.samples import save_npz, save_pngs
 
@@ -38,6 +38,25 @@ def test_enlarged_real_digits_score_like_real_ones(real_result):
     assert 0.15 < resized < 0.3
     assert real_result["frechet_distance"] == pytest.approx(resized, abs=0.05)
     assert real_result["baselines"]["real_frechet_distance"] < 0.12
+
+
+def test_the_distance_is_that_of_the_principal_components_of_the_training_images(arrays, real_result):
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    pca = decomposition.PCA(20, svd_solver="full").fit(arrays[0])
+    chosen = np.linspace(0, len(arrays[0]) - 1, 449).round().astype(int)
+    drawn, held_out = pca.transform(arrays[0][chosen]), pca.transform(arrays[2])
+    wanted = frechet_distance(drawn.mean(axis=0), np.cov(drawn.T), held_out.mean(axis=0), np.cov(held_out.T))
+    assert real_result["baselines"]["real_frechet_distance"] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_recall_counts_each_class_by_itself(digits, arrays, tmp_path):
+    test_x, test_y = arrays[2:]
+    images = np.concatenate([test_x[test_y == 0][:8], test_x[test_y == 1][:4]])
+    labels = np.array([0] * 6 + [3] * 2 + [1] * 4)
+    save_npz(enlarged(images, 8), labels, tmp_path / "s.npz")
+    result = evaluate_images(config(digits, samples=str(tmp_path / "s.npz"), components=5, bootstrap=0))
+    assert result["per_class_recall"] == {"0": 1.0, "1": 1.0, "3": 0.0}
+    assert result["accuracy"] == pytest.approx(10 / 12)
 
 
 def test_result_states_sizes_and_protocol_and_survives_json(real_result):
@@ -84,6 +103,14 @@ def test_missing_settings_and_unequal_classes_are_named(digits, arrays, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_images(EvaluateConfig(samples=samples, train=real, test=test))
+    save_npz(enlarged(arrays[0][:2]), np.array([3, 10]), tmp_path / "s.npz")
+    for fields, message in (
+        ({}, r"labels that no training image has: \[10\]"),
+        ({"components": 0}, r"components is 0, want 1 to 64"),
+        ({"components": 65}, r"components is 65, want 1 to 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_images(config(digits, samples=str(tmp_path / "s.npz"), **fields))
 
 
 class PixelEncoder(nn.Module):

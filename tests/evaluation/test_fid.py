@@ -1,39 +1,30 @@
 """`evaluate --reference`: figures against independent computations, what is recorded, and every unsuitable file."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from epg_fast.__main__ import main
 from epg_fast.config import EvaluateConfig
 from epg_fast.evaluation import evaluate_images, inception_score, judge, precision_recall
 from epg_fast.evaluation import reference as references
-from epg_fast.evaluation.inception import FeatureNetwork
+from epg_fast.evaluation.networks import Inception
 from epg_fast.evaluation.reference import open_reference
-from tests.evaluation.samples import save_npz, save_pngs
+from tests.evaluation.samples import pictures, save_npz, save_pngs
 
 linalg = pytest.importorskip("scipy.linalg")
 SIZE = 8
 
 
-def pictures(seed, num, contrast=40):
-    rng = np.random.default_rng(seed)
-    base = rng.normal(128, contrast, size=(num, 1, 1, 3)) + rng.normal(0, 25, size=(num, SIZE, SIZE, 3))
-    return base.clip(0, 255).astype(np.uint8)
-
-
-FAKE, REAL = pictures(0, 60, contrast=25), pictures(1, 80)
+FAKE, REAL = pictures(0, 60, SIZE, contrast=25), pictures(1, 80, SIZE)
 NOTE = {"labels": "balanced", "sampler": "heun", "steps": 18, "guidance": 1.5, "interval": [0.19, 1.61], "seed": 7}
 
 
 @pytest.fixture(scope="module")
 def features(tiny_inception):
-    network = FeatureNetwork(tiny_inception, torch.device("cpu"))
+    network = Inception(tiny_inception, torch.device("cpu"))
 
     def of(images):
-        return network.features_and_probabilities(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+        return (*network.rows(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).values(),)
 
     return of
 
@@ -99,7 +90,7 @@ def test_images_compared_with_themselves_are_perfect(files):
 
 
 def test_stored_statistics_are_what_fid_is_measured_against(files, features):
-    mu, sigma = moments(features(pictures(5, 300, contrast=60))[0])
+    mu, sigma = moments(features(pictures(5, 300, SIZE, contrast=60))[0])
     np.savez(files / "adm.npz", arr_0=REAL, mu=mu, sigma=sigma, mu_s=np.zeros(9), sigma_s=np.zeros((9, 9)))
     result = evaluate_images(config(files, "adm.npz"))
     fake, real = features(FAKE)[0], features(REAL)[0]
@@ -185,19 +176,12 @@ MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)
     [
         ({"images": REAL}, r"expected arr_0 \(images\), or mu and sigma \(statistics\), found \['images'\]"),
         ({"mu": MU}, r"expected sigma, found \['mu'\]"),
-        ({"arr_0": REAL, "sigma": SIGMA}, "expected mu, found"),
         ({"mu": np.zeros(5), "sigma": SIGMA}, r"mu must be floating point \[6\].* got float64 \[5\]"),
-        ({"mu": MU, "sigma": SIGMA[:5]}, r"sigma must be floating point \[6, 6\].* got float64 \[5, 6\]"),
-        ({"mu": MU.astype(int), "sigma": SIGMA}, r"got int64 \[6\]"),
         ({"mu": MU * np.nan, "sigma": SIGMA}, "mu holds values that are not finite"),
-        ({"mu": MU, "sigma": SIGMA * np.inf}, "sigma holds values that are not finite"),
         ({"mu": MU, "sigma": SIGMA + np.eye(6, k=1)}, "sigma is not symmetric"),
         ({"mu": MU, "sigma": -np.eye(6)}, "sigma has variances below 0"),
-        ({"mu": np.array([None] * 6), "sigma": SIGMA}, "mu holds Python objects"),
         ({"arr_0": REAL[:, :7]}, "its images are 8x7, the samples 8x8; take a reference of the samples' size"),
         ({"arr_0": REAL, "mu": np.zeros(2048), "sigma": SIGMA}, r"got float64 \[2048\]; take statistics of this"),
-        ({"arr_0": REAL[:0]}, "N > 0"),
-        ({"arr_0": REAL / 255}, "must be uint8"),
         ({"arr_0": REAL[:3]}, "holds 3 images, want more than the 3 neighbours"),
     ],
 )
@@ -231,19 +215,3 @@ def test_float32_statistics_become_float64(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.ones(6, np.float32), sigma=sigma)
     mean, covariance = open_reference(tmp_path / "stats.npz", 6, (8, 8)).statistics
     assert mean.dtype == covariance.dtype == np.float64 and np.array_equal(covariance, sigma)
-
-
-def test_the_command_prints_and_writes_what_was_found(files, capsys):
-    out = files / "new" / "result.json"
-    words = ["evaluate", "--device", "cpu", "--output", str(out)]
-    for name, file in (("samples", "samples.npz"), ("reference", "folder"), ("inception", "inception.pt")):
-        words += [f"--{name}", str(files / file)]
-    assert main(words) == 0
-    result = json.loads(out.read_text())
-    assert json.loads(capsys.readouterr().out) == result
-    assert result.pop("settings")["splits"] == 10
-    assert main(words) == 0
-    for again in (json.loads(out.read_text()), json.loads(json.dumps(evaluate_images(config(files, "folder"))))):
-        again["protocol"]["judging"]["seconds"] = result["protocol"]["judging"]["seconds"]
-        again.pop("settings", None)
-        assert again == result

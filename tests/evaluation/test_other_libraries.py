@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from epg_fast.evaluation import frechet_distance, inception_score, precision_recall
-from epg_fast.evaluation.dinov2 import Dinov2Network
-from epg_fast.evaluation.inception import FeatureNetwork
-from epg_fast.evaluation.kernel_distance import kernel_distance
+from epg_fast.evaluation.kernel_distance import Kernel
+from epg_fast.evaluation.networks import Dinov2, Inception
 
 CPU = torch.device("cpu")
 EPS = np.finfo(float).eps
@@ -94,7 +93,7 @@ def test_fid_of_float32_means_as_torch_fidelity_takes_them(library):
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_kid(library, shift):
     fake, real = features(300, 64, 0, shift), features(350, 64, 1)
-    ours = kernel_distance(fake, real, subsets=20, size=100)
+    ours = Kernel(fake, real, subsets=20, size=100)
     metric = library("torch_fidelity.metric_kid")
 
     def theirs(fake, real):
@@ -105,10 +104,11 @@ def test_kid(library, shift):
     scale = (float(real.double().square().mean()) + 1) ** 3
 
     def equals_ours(*found, eps):
-        return found == pytest.approx((ours.mean, ours.std)[: len(found)], rel=0, abs=100 * float(eps) * scale)
+        wanted = (ours.value, ours.facts["std"])[: len(found)]
+        return found == pytest.approx(wanted, rel=0, abs=100 * float(eps) * scale)
 
     assert equals_ours(*theirs(fake.double(), real.double()), eps=EPS)
-    assert equals_ours(*theirs(fake, real), eps=np.finfo(np.float32).eps) and ours.std > 1e-3
+    assert equals_ours(*theirs(fake, real), eps=np.finfo(np.float32).eps) and ours.facts["std"] > 1e-3
     # clean-fid draws from numpy's own generator, the subset of its second argument first.
     np.random.seed(2020)
     found = library("cleanfid.fid").kernel_distance(real.double().numpy(), fake.double().numpy(), 20, 100)
@@ -117,7 +117,7 @@ def test_kid(library, shift):
 
 def test_kid_is_by_default_of_as_many_subsets_from_the_same_seed(library):
     theirs = library("torch_fidelity.defaults").DEFAULTS
-    ours = inspect.signature(kernel_distance).parameters
+    ours = inspect.signature(Kernel).parameters
     for name, theirs_name in (("subsets", "kid_subsets"), ("size", "kid_subset_size"), ("seed", "rng_seed")):
         assert ours[name].default == theirs[theirs_name]
 
@@ -176,15 +176,15 @@ def test_figures_of_images_with_its_own_inception(library, tmp_path):
     # Its own choice for precision and recall is VGG-16.
     how |= {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(path)}
     theirs = library("torch_fidelity").calculate_metrics(input1=fake, input2=real, **how)
-    network = FeatureNetwork(path, CPU)
+    network = Inception(path, CPU)
     assert network.kind == "torch-fidelity" and network.num_features == 2048
-    drawn, probabilities = network.features_and_probabilities(fake.images)
+    drawn, probabilities = network.rows(fake.images).values()
     wanted = network.features(real.images)
     assert inception_score(probabilities.numpy(), 1)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert theirs["inception_score_mean"] > 1.1
-    kid = kernel_distance(drawn, wanted, subsets=5, size=5)
+    kid = Kernel(drawn, wanted, subsets=5, size=5)
     scale = (float(wanted.double().square().mean()) + 1) ** 3
-    assert kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=0, abs=1e-5 * scale)
+    assert kid.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=0, abs=1e-5 * scale)
     shares = precision_recall(wanted, drawn)
     assert 0 < min(shares) < max(shares) < 1
     assert shares == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)
@@ -228,10 +228,10 @@ def test_dinov2_comes_from_the_folder_of_torch_hub_without_a_network(library, tm
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     with pytest.raises(ValueError, match=r"gives no dinov2-vit-s-14 \(It looks like there is no internet connection"):
-        Dinov2Network("dinov2-vit-s-14", CPU)
+        Dinov2("dinov2-vit-s-14", CPU)
     (tmp_path / "facebookresearch_dinov2_main").mkdir()
     (tmp_path / "facebookresearch_dinov2_main/hubconf.py").write_text(HUBCONF)
-    network = Dinov2Network("dinov2-vit-s-14", CPU)
+    network = Dinov2("dinov2-vit-s-14", CPU)
     images = torch.randint(0, 256, (3, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     # ImageNet's mean and deviation, as DINOv2 was trained with; nothing to resize.
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()[:, :, None, None]
@@ -243,4 +243,4 @@ def test_dinov2_comes_from_the_folder_of_torch_hub_without_a_network(library, tm
     assert network.num_features == 384 and network.kind == "torch-fidelity" and len(network.description["sha256"]) == 64
     assert torch.allclose(found.double(), wanted, rtol=1e-4) and wanted.std(dim=0).mean() > 1e-4
     with pytest.raises(ValueError, match=r"gives no dinov2-vit-b-14 \(.*Cannot find callable dinov2_vitb14 in hubconf"):
-        Dinov2Network("dinov2-vit-b-14", CPU)
+        Dinov2("dinov2-vit-b-14", CPU)

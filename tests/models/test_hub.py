@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -141,7 +142,7 @@ def test_a_disk_that_fills_up_leaves_no_config_of_other_weights(tmp_path, monkey
         assert again.num_classes == want.num_classes and torch.equal(again.out.weight, want.out.weight)
 
 
-class Mine(EPGViT):
+class Mine(EPGViT, tags=["mine"], license="mit"):
     pass
 
 
@@ -195,10 +196,65 @@ def test_without_huggingface_hub_folders_work_and_a_hub_id_says_what_to_install(
             action("someone/EPG-XL")
 
 
+@pytest.mark.parametrize("kind", [EPGViT, RCMViT])
+def test_networks_are_models_of_the_hub_also_once_fused_or_unpickled(fake_hub, tmp_path, kind):
+    from huggingface_hub import ModelCard, PyTorchModelHubMixin
+
+    model = network(kind)
+    assert ARGUMENTS[kind].items() <= model._hub_mixin_config.items()
+    model.use_ops("triton")
+    again = pickle.loads(pickle.dumps(model))
+    for each in (model, again, model.use_ops("plain")):
+        assert isinstance(each, kind) and isinstance(each, PyTorchModelHubMixin)
+        each.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine", token="x")
+        assert fake_hub.repos["me/mine"].keys() == {"README.md", "config.json", "model.safetensors"}
+        text = fake_hub.repos["me/mine"].pop("README.md").decode()
+        assert text == str(each.generate_model_card("me/mine"))
+        assert {"epg", "model_hub_mixin", "pytorch_model_hub_mixin"} <= {*ModelCard(text).data.tags}
+    assert type(model) is kind
+    with pytest.raises(TypeError, match="save_pretrained: private is for push_to_hub=True"):
+        model.save_pretrained(tmp_path / "other", private=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_subclass_has_its_own_tags_and_licence_in_the_card():
+    pytest.importorskip("huggingface_hub")
+    card = Mine(**ARGUMENTS[EPGViT]).generate_model_card()
+    assert {"mine", "epg", "pytorch_model_hub_mixin"} <= {*card.data.tags} and "mine" not in EPGViT(
+        **ARGUMENTS[EPGViT]
+    ).generate_model_card().data.tags
+    assert card.data.license == "mit" and "Weights: mit." in str(card) and card.data.library_name == "epg_fast"
+
+
+@pytest.mark.slow
+def test_a_network_that_was_pickled_beside_huggingface_hub_is_read_where_it_is_not_installed(tmp_path):
+    model = network(EPGViT)
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = f"""
+import pickle, sys
+sys.modules["huggingface_hub"] = None
+import torch
+from epg_fast.models import EPGViT
+with open("{tmp_path}/model.pkl", "rb") as file:
+    model = pickle.load(file)
+assert type(model) is EPGViT and type(model).__mro__[-2].__module__ == "epg_fast.models.hub"
+model.use_ops("triton").use_ops("plain").save_pretrained("{tmp_path}/mine")
+assert torch.equal(EPGViT.from_pretrained("{tmp_path}/mine").out.weight, model.out.weight)
+class Mine(EPGViT, tags=["mine"]): pass
+try:
+    model.push_to_hub("me/mine")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "me/mine: pushing to the hub needs `pip install huggingface_hub`\n"
+    assert torch.equal(EPGViT.from_pretrained(tmp_path / "mine").out.weight, model.out.weight)
+
+
 def test_the_methods_take_the_arguments_of_huggingface_hubs_mixin():
     """Code for any model of the hub works on ours; what is left out concerns other ways to say the configuration."""
     mixin = pytest.importorskip("huggingface_hub").PyTorchModelHubMixin
-    elsewhere = {"config", "model_card_kwargs", "model_kwargs", "push_to_hub_kwargs", "push_to_hub", "cls", "self"}
+    elsewhere = {"config", "model_card_kwargs", "model_kwargs", "push_to_hub_kwargs", "cls", "self"}
     elsewhere |= {"allow_patterns", "ignore_patterns", "delete_patterns"}
     loading = {*inspect.signature(epg_fast.from_pretrained).parameters}
     for name in ("save_pretrained", "from_pretrained", "push_to_hub"):

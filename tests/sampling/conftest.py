@@ -3,10 +3,20 @@
 import pytest
 import torch
 
-from epg_fast.models import create_model, preset_config, save_weights
+from epg_fast.models import EPGViT, create_model, preset_config, save_weights
 
 SIZES = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 1}
 SIZES["decoder_num_heads"] = 2
+
+
+def make_model(depth=1, decoder_depth=2, **changes):
+    """A generator of 16 x 16 images of five classes, with random weights."""
+    sizes = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": depth, "num_heads": 2, "num_classes": 5}
+    decoder = {"decoder_depth": decoder_depth, "decoder_embed_dim": 48, "decoder_num_heads": 2}
+    model = EPGViT(**(sizes | decoder | changes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
 
 
 def write_checkpoint(path, seed=0, **sizes):

@@ -2,11 +2,8 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,16 @@ from epg_fast.plans import Machine
 from epg_fast.sampling import command as command_module
 from epg_fast.sampling import image_error, outputs, sample
 from epg_fast.sampling.outputs import Outputs
-from tests.commands import fails, held_by_another_process, snapshot
+from tests.commands import (
+    Kept,
+    ask_to_stop,
+    fails,
+    full_disk,
+    held_by_another_process,
+    on_two_ranks,
+    python,
+    snapshot,
+)
 from tests.sampling.conftest import write_checkpoint
 
 KILLER = Path(__file__).parent / "kill_everywhere.py"
@@ -32,6 +38,12 @@ def command(checkpoint):
     """Of 8 images in batches of 3, without its folder."""
     flags = {"checkpoint": checkpoint, "num": 8, "steps": 2, "batch_size": 3, "device": "cpu"}
     return ["sample", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+
+
+@pytest.fixture
+def arguments(command, tmp_path):
+    """That command with a folder for one test, `s`."""
+    return [*command, "--outdir", str(tmp_path / "s")]
 
 
 @pytest.fixture(scope="session")
@@ -50,25 +62,16 @@ def whole(finished, tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Indices of the images that are drawn, batch by batch; `drawn.stop[n]` is done when n batches are."""
-
-    class Drawn(list):
-        stop = {}
-
-    batches, save = Drawn(), Outputs.save_part
+    """Indices of the images that are drawn, batch by batch."""
+    batches, save = Kept(), Outputs.save_part
 
     def note(held, start, pixels):
         images = save(held, start, pixels)
         batches.append(list(images))
-        batches.stop.pop(len(batches), lambda: None)()
         return images
 
     monkeypatch.setattr(Outputs, "save_part", note)
     return batches
-
-
-def ask_to_stop(*_, **__):
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stopped_at(target, name, arguments):
@@ -76,11 +79,6 @@ def stopped_at(target, name, arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, name, ask_to_stop)
         assert main([str(a) for a in arguments]) == 128 + signal.SIGTERM
-
-
-def environment():
-    """Of another process of these tests."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
 def arrays(folder):
@@ -101,12 +99,25 @@ def test_the_folder_says_what_it_holds(finished, checkpoint):
     assert using.items() >= {"torch": torch.__version__, "numpy": np.__version__, "processes": 1}.items()
     assert using["device"] == Machine.here(torch.device("cpu")).device and using["batch_size"] == 3
     assert metadata["ema"] == {"step": 7, "ema_decay": 0.99} and not (whole / "parts").exists()
-    spent = json.loads((whole / "drawn_in.json").read_text())
-    assert spent["images"] == 8 and 0 < spent["seconds"] < 300
     for i, label in enumerate(labels):
         with Image.open(whole / "png" / f"{label:04d}" / f"{i:06d}.png") as file:
             assert np.array_equal(np.asarray(file), images[i])
     assert Image.open(whole / "grid.png").width > 3 * 96
+
+
+def test_names_of_classes_are_below_the_grid_and_in_the_note(command, finished, tmp_path):
+    """A folder that was begun before names were noted goes on."""
+    state, metadata = load_weights(command[command.index("--checkpoint") + 1])
+    save_weights(tmp_path / "named.safetensors", state, metadata | {"class_names": [f"kind {i}" for i in range(10)]})
+    named = [*command, "--checkpoint", str(tmp_path / "named.safetensors"), "--outdir", str(tmp_path / "s")]
+    stopped_at(outputs, "save_grid", named)
+    settings = json.loads((tmp_path / "s/settings.json").read_text())
+    assert settings.pop("class_names") == [f"kind {i}" for i in range(10)]
+    (tmp_path / "s/settings.json").write_text(json.dumps(settings))
+    assert main(named) == 0
+    assert np.array_equal(arrays(tmp_path / "s")[0], arrays(finished)[0])
+    with Image.open(tmp_path / "s/grid.png") as grid, Image.open(finished / "grid.png") as bare:
+        assert grid.width == bare.width and grid.height > bare.height + 30
 
 
 @pytest.mark.parametrize("classes", [10, 0])
@@ -126,8 +137,7 @@ def test_the_error_of_a_precision_is_measured_once_on_the_first_images(command, 
     assert arrays(tmp_path / "s")[2]["precision_error"] == found
 
 
-def test_a_folder_without_images_takes_other_settings_and_keeps_no_error_of_the_first(command, tmp_path):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_a_folder_without_images_takes_other_settings_and_keeps_no_error_of_the_first(arguments, tmp_path):
     stopped_at(command_module, "_draw", [*arguments, "--precision", "bf16", "--steps", "3"])
     assert json.loads((tmp_path / "s" / "precision.json").read_text())["precision"] == "bf16"
     assert main([*arguments, "--precision", "fp8"]) == 0
@@ -149,11 +159,7 @@ def test_a_precision_that_the_model_overflows_is_refused_before_hours_of_it(comm
 @pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(command, finished, tmp_path):
     commands = [[*command, "--png", "true", "--npz", npz, "--outdir", str(tmp_path / npz)] for npz in ("true", "false")]
-    done = subprocess.run(
-        [sys.executable, KILLER, json.dumps(commands)], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert min(json.loads(done.stdout)) >= 6
+    assert min(json.loads(python(KILLER, json.dumps(commands)).stdout)) >= 6
     want = snapshot(finished)
     assert snapshot(tmp_path / "true") == want
     del want["samples.npz"]
@@ -161,8 +167,7 @@ def test_killed_at_any_moment_the_same_command_finishes_to_the_same_bytes(comman
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_keeps_what_is_finished(command, finished, tmp_path, capsys, drawn, number):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_a_signal_keeps_what_is_finished(arguments, finished, tmp_path, capsys, drawn, number):
     before = signal.getsignal(signal.SIGTERM)
 
     def twice():
@@ -188,8 +193,7 @@ def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(command, fi
     assert snapshot(tmp_path / "s") == snapshot(finished)
 
 
-def test_another_batch_size_goes_on_and_is_noted(command, finished, tmp_path, drawn):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_another_batch_size_goes_on_and_is_noted(arguments, finished, tmp_path, drawn):
 
     def crash():
         raise RuntimeError("out of memory")
@@ -220,17 +224,11 @@ def test_outputs_are_chosen_and_completed(command, finished, tmp_path, capsys, d
 
 
 @pytest.mark.parametrize(("limit", "failing", "parts"), [(8000, "00000000_00000003.npy", 0), (20000, "samples.npz", 3)])
-def test_a_full_disk_is_named_and_nothing_is_lost(command, tmp_path, capsys, limit, failing, parts):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_is_named_and_nothing_is_lost(arguments, tmp_path, capsys, limit, failing, parts):
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "save_grid", lambda images, path: path.touch())  # which is too large as well
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
-            assert main(arguments) == 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.MonkeyPatch.context() as patch, full_disk(limit):
+        patch.setattr(outputs, "save_grid", lambda images, path, *_: path.touch())  # which is too large as well
+        assert main(arguments) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{failing}: File too large; what is finished stays" in said and "goes on" in said
     assert len(list((tmp_path / "s").glob("parts/*"))) == parts
@@ -285,13 +283,9 @@ def test_a_folder_that_cannot_be_used_is_refused_and_left_alone(command, whole, 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--labels 0,1,2,3,4,5,6,7,8", "more labels than images"),
         ("--labels 10", "label 10 is out of range: the model has classes 0..9"),
-        ("--labels cats", "want balanced, random"),
         ("--checkpoint PLAIN --guidance 2", "guidance is 2.0, which needs a class-conditional network"),
-        ("--checkpoint PLAIN --labels 3", "the model is unconditional"),
         ("--autoguidance LARGER", "image_size 64, want 32"),
-        ("--autoguidance PLAIN", "num_classes 0, want 10"),
         ("--npz false", "npz and png are both false"),
     ],
 )
@@ -311,10 +305,9 @@ def test_two_commands_cannot_write_to_one_folder(command, tmp_path, capsys):
     assert main([*command, "--outdir", str(tmp_path / "s")]) == 0
 
 
-def test_resumed_images_count_as_done_and_not_as_speed(command, tmp_path, drawn, monkeypatch, capsys):
+def test_resumed_images_count_as_done_and_not_as_speed(arguments, tmp_path, drawn, monkeypatch, capsys):
     bars, tqdm = [], command_module.tqdm
     monkeypatch.setattr(command_module, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
     drawn.stop = {2: ask_to_stop}
     assert [main(arguments) for _ in range(3)] == [128 + signal.SIGTERM, 0, 0]
     assert [(bar.initial, bar.n, bar.total, bar.unit) for bar in bars] == [(0, 3, 8, "image"), (6, 8, 8, "image")]
@@ -333,12 +326,7 @@ def test_two_ranks_draw_what_one_draws_and_share_what_is_left(command, tmp_path,
         assert main([*arguments, str(tmp_path / "two")]) == 128 + signal.SIGTERM
     finally:
         torch.set_num_threads(threads)
-    # The dashes, because torchrun would take --num for the beginning of one of its own.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    done = subprocess.run(
-        [*launch, "epg_fast", *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_two_ranks([*arguments, tmp_path / "two"])
     assert "sample (2 processes): 100%" in done.stderr and "20/20" in done.stderr
     one, two = snapshot(tmp_path / "one"), snapshot(tmp_path / "two")
     assert np.array_equal(arrays(tmp_path / "one")[0], arrays(tmp_path / "two")[0])
@@ -373,5 +361,5 @@ def test_ranks_whose_folder_is_not_shared_or_that_read_other_weights_are_named(c
     assert not (tmp_path / "s").exists()
     held = Outputs(tmp_path, np.zeros(8, int), 32, True, False)
     held.save_part(0, np.zeros((4, 32, 32, 3), np.uint8))
-    with pytest.raises(RuntimeError, match=r"rank 1 has written images 4\.\.7, which rank 0 does not see"):
+    with pytest.raises(RuntimeError, match=r"rank 1 has written .*00000004_00000008\.npy, which rank 0 does not see"):
         command_module._draw(None, held, [], 0, _Elsewhere([range(4), range(4, 8)]))

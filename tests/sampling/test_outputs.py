@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from epg_fast.npz import write_npz
 from epg_fast.sampling import outputs
-from epg_fast.sampling.outputs import Outputs, quantize, runs, save_grid, write_npz
+from epg_fast.sampling.outputs import Outputs, captions, quantize, save_grid
+from epg_fast.sampling.parts import runs
 
 LABELS = np.arange(10) % 3
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
@@ -26,7 +28,7 @@ def outputs_of(folder, npz=True, png=False):
 
 def put(held, *ranges):
     for start, stop in ranges:
-        assert held.add(held.save_part(start, PIXELS[start:stop]))
+        assert held.parts.add(held.save_part(start, PIXELS[start:stop]))
 
 
 def png(folder, i):
@@ -47,7 +49,7 @@ def test_batches_are_the_same_for_any_number_of_ranks_and_whole_ones_come_first(
     assert list(runs(np.array([0, 1, 4, 6, 7]))) == [range(2), range(4, 5), range(6, 8)]
     assert list(runs(np.array([], int))) == []
     held = outputs_of(tmp_path)
-    assert not held.add(range(4))  # that another rank says it has written, and that is not there
+    assert not held.parts.add(range(4))  # that another rank says it has written, and that is not there
     assert held.missing(4) == [range(4), range(4, 8), range(8, 10)] and not held.finished
     put(held, (2, 5))
     assert held.missing(4) == [range(5, 8), range(2), range(8, 10)]
@@ -65,7 +67,8 @@ def test_parts_of_several_batch_sizes_may_overlap(tmp_path):
             held.npz.unlink()
             put(held, (0, 4), (2, 6), (6, 10))
         held.finish({})
-    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10)) and not held.parts.exists()
+    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10))
+    assert not held.parts.folder.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "of another range", "beyond the end"])
@@ -91,7 +94,7 @@ def test_what_killed_commands_began_is_removed_and_other_files_are_not(tmp_path)
     held = outputs_of(tmp_path)
     assert not any(path.exists() for path in left)
     held.finish({})
-    assert all(path.exists() for path in mine) and [path.name for path in held.parts.iterdir()] == ["notes.npy"]
+    assert all(path.exists() for path in mine) and [path.name for path in held.parts.folder.iterdir()] == ["notes.npy"]
 
 
 def test_png_files_can_be_made_of_the_npz_without_drawing(tmp_path, log):
@@ -109,18 +112,6 @@ def test_png_files_can_be_made_of_the_npz_without_drawing(tmp_path, log):
     assert outputs_of(tmp_path, png=True).finished and not any("again" in line for line in log.messages)
 
 
-def test_images_that_only_png_files_hold_are_drawn_again_where_they_are_needed(tmp_path, log):
-    put(outputs_of(tmp_path), (0, 10))
-    outputs_of(tmp_path, npz=False, png=True).finish({})
-    png(tmp_path, 4).unlink()
-    assert outputs_of(tmp_path, npz=False, png=True).missing(4) == [range(4, 5)]
-    assert not any("again" in line for line in log.messages)
-    assert outputs_of(tmp_path).missing(4) == [range(4), range(4, 8), range(8, 10)]
-    assert log.messages[-1] == "9 images are drawn again: PNG files of them are not read back"
-    (tmp_path / "grid.png").unlink()
-    assert sum(map(len, outputs_of(tmp_path, npz=False, png=True).missing(4))) == 10
-
-
 @pytest.mark.parametrize(("wants_npz", "kept"), [(True, 3), (False, 1)])
 def test_broken_off_while_png_files_are_made_no_image_is_lost(tmp_path, monkeypatch, wants_npz, kept):
     """Parts that no npz needs go one by one, so that the disk holds few images twice."""
@@ -131,11 +122,12 @@ def test_broken_off_while_png_files_are_made_no_image_is_lost(tmp_path, monkeypa
         outputs_of(tmp_path, wants_npz, True).finish({})
     monkeypatch.undo()
     held = outputs_of(tmp_path, wants_npz, True)
-    assert len(list(held.parts.iterdir())) == kept and held.missing(4) == []
+    assert len(list(held.parts.folder.iterdir())) == kept and held.missing(4) == []
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "png").rglob("*.png")}
     held.finish({})
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10)) and not held.parts.exists()
+    assert all(np.array_equal(pixels_of(png(tmp_path, i)), PIXELS[i]) for i in range(10))
+    assert not held.parts.folder.exists()
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -148,7 +140,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         outputs_of(tmp_path).finish({})
     held.npz.unlink()
     put(held, (0, 10))
-    held.part_path(range(10)).write_bytes(b"x")  # since the scan
+    held.parts.path(range(10)).write_bytes(b"x")  # since the scan
     with pytest.raises(ValueError, match=r"00000000_00000010.npy is damaged"):
         held.finish({})
 
@@ -172,15 +164,6 @@ def test_rounding_is_nearest_with_ties_up_values_outside_are_clamped_and_channel
     assert quantize(images)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 2, 254, 255, 255, 255]
 
 
-def test_conversion_agrees_with_torchvision_and_leaves_its_input_alone(tmp_path):
-    utils = pytest.importorskip("torchvision.utils")
-    images = torch.rand(1, 3, 9, 7) * 1.4 - 0.2
-    before = images.clone()
-    utils.save_image(images, tmp_path / "image.png", padding=0)
-    assert np.array_equal(quantize(images)[0], pixels_of(tmp_path / "image.png"))
-    assert torch.equal(images, before)
-
-
 def test_a_grid_places_each_pixel_where_a_hand_count_puts_it(tmp_path):
     """Two columns of tiles of 48 x 48, each pixel four times as long and two pixels of white between."""
     images = np.zeros((3, 24, 24, 3), np.uint8)
@@ -193,23 +176,35 @@ def test_a_grid_places_each_pixel_where_a_hand_count_puts_it(tmp_path):
     assert np.array_equal(grid, want)
 
 
-@pytest.mark.parametrize(("size", "tile"), [(8, 96), (28, 84), (32, 96), (40, 80), (64, 64), (96, 96), (128, 128)])
+def test_names_of_classes_stand_below_the_tiles_whose_pixels_stay(tmp_path):
+    """Of a synonym set the first; accents go, and what the font has no letters for is a number."""
+    names = ["tench, Tinca tinca", "fünf", "七", "a name \n that is far too long for 96 pixels"]
+    assert (below := captions(np.array([3, 1, 2, 0, 9]), names)) == [
+        "a name that is far too long for 96 pixels",
+        *("funf", "2", "tench", "9"),
+    ]
+    assert captions([0, 1], []) == []
+    images = np.full((5, 32, 32, 3), 128, np.uint8)
+    save_grid(images, tmp_path / "bare.png")
+    save_grid(images, tmp_path / "named.png", below)
+    bare, named = pixels_of(tmp_path / "bare.png"), pixels_of(tmp_path / "named.png")
+    rows, columns = 2, 3
+    room, odd = divmod(named.shape[0] - bare.shape[0], rows)
+    assert named.shape[1] == bare.shape[1] and room > 10 and not odd
+    for row in range(rows):
+        top = 2 + row * (98 + room)
+        assert np.array_equal(named[top : top + 96], bare[2 + row * 98 : 98 + row * 98])
+        texts = named[top + 96 : top + 96 + room, 2:].reshape(room, columns, 98, 3)
+        for column in range(columns):
+            inked = (texts[:, column].min(axis=(0, 2)) < 128).nonzero()[0]
+            assert len(inked) if row * columns + column < 5 else not len(inked)
+            assert not len(inked) or inked.max() < 96  # the long one does not reach into the next tile
+
+
+@pytest.mark.parametrize(("size", "tile"), [(28, 84), (64, 64), (128, 128)])
 def test_small_images_are_enlarged_and_large_ones_are_not(tmp_path, size, tile):
     save_grid(np.zeros((1, size, size, 3), np.uint8), tmp_path / "grid.png")
     assert pixels_of(tmp_path / "grid.png").shape == (tile + 4, tile + 4, 3)
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "samples.npz"
-    path.write_bytes(b"old")
-
-    def chunks():
-        yield PIXELS
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="cannot write .*samples.npz: No space left"):
-        write_npz(path, chunks(), np.arange(20), (4, 4, 3), {})
-    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["samples.npz"]
 
 
 def test_npz_is_written_from_chunks_in_the_memory_of_one(tmp_path):

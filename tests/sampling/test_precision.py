@@ -1,6 +1,7 @@
 """Precisions of sampling: what is cast, how far images move, and what happens where hardware lacks one."""
 
 import copy
+import functools
 import types
 
 import pytest
@@ -14,16 +15,9 @@ from epg_fast.models.fp8 import Fp8Linear, refusal
 from epg_fast.runtime import float32_products
 from epg_fast.sampling import image_error, precision
 from epg_fast.sampling.precision import inference_network
+from tests.sampling.conftest import make_model as make_small_model
 
-SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-DECODER = {"decoder_depth": 3, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
-
-
-def make_model(**changes):
-    model = EPGViT(**(SIZES | DECODER | changes))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return model
+make_model = functools.partial(make_small_model, depth=2, decoder_depth=3)
 
 
 @pytest.mark.parametrize(("name", "bounds"), [("bf16", (1e-4, 2e-3)), ("fp16", (1e-5, 2e-4)), ("fp8", (5e-4, 1e-2))])

@@ -1,12 +1,11 @@
 """The `sweep` command: what it finds, whoever drew it and however often it was stopped."""
 
+import contextlib
 import html
 import json
-import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from epg_fast.__main__ import main
 from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConfig
+from epg_fast.evaluation import page
 from epg_fast.evaluation.figures import difference
 from epg_fast.evaluation.judge import open_judges
 from epg_fast.flags import parse
@@ -24,13 +24,19 @@ from epg_fast.models import from_pretrained, load_weights
 from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sweep import command as command_module
-from epg_fast.sweep import report
 from epg_fast.sweep.command import sweep_labels
 from epg_fast.sweep.folder import SweepFolder
 from epg_fast.training.reconstruct import reconstruct
-from tests.commands import fails, held_by_another_process, snapshot
+from tests.commands import (
+    Kept,
+    ask_to_stop,
+    fails,
+    full_disk,
+    on_two_ranks,
+    python,
+    snapshot,
+)
 from tests.sampling.conftest import write_checkpoint
-from tests.sampling.test_command import ask_to_stop, environment
 from tests.training.runs import run_command
 
 KILLER = Path(__file__).parents[1] / "sampling" / "kill_everywhere.py"
@@ -52,6 +58,12 @@ def command(checkpoint, few_digits):
     return ["sweep", *(str(word) for name, value in (flags | FLAGS).items() for word in (f"--{name}", value))]
 
 
+@pytest.fixture
+def arguments(command, tmp_path):
+    """That command with a folder for one test, `s`."""
+    return [*command, "--outdir", str(tmp_path / "s")]
+
+
 @pytest.fixture(scope="session")
 def finished(command, tmp_path_factory):
     """The folder of that command."""
@@ -63,8 +75,8 @@ def finished(command, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _nothing_rendered(monkeypatch):
     """Plots take as long as the rest; those of `finished` are whole, and test_report.py has the others."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(report, "_png", lambda figure: pyplot.close(figure) or b"")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(page, "drawn", lambda *_, **__: b"")
 
 
 @pytest.fixture
@@ -74,17 +86,12 @@ def whole(finished, tmp_path):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """(setting, images) of the rows that are kept; `saved.stop[n]` is done when there are n."""
-
-    class Saved(list):
-        stop = {}
-
-    kept, save = Saved(), SweepFolder.save
+    """(setting, images) of the rows that are kept."""
+    kept, save = Kept(), SweepFolder.save
 
     def note(folder, number, images, rows, seconds):
         save(folder, number, images, rows, seconds)
         kept.append((number, images))
-        kept.stop.pop(len(kept), lambda: None)()
 
     monkeypatch.setattr(SweepFolder, "save", note)
     return kept
@@ -177,9 +184,9 @@ def test_the_folder_says_what_is_best_and_holds_nothing_else(finished):
     files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()} - {".lock"}
     assert files == {"sweep.json", "sweep.md", "sweep.html", "guidance.png", "interval.png", "steps.png"}
     text, state = (finished / "sweep.md").read_text(), found(finished)
-    page = (finished / "sweep.html").read_text()
-    assert page.count("data:image/png") == 3 and html.escape(state["protocol"]["text"]) in page
-    assert state["protocol"]["sampling"]["weights_sha256"] == state["settings"]["weights_sha256"] and "http" not in page
+    shown = (finished / "sweep.html").read_text()
+    assert shown.count("data:image/png") == 3 and html.escape(state["protocol"]["text"]) in shown
+    assert state["protocol"]["sampling"]["weights_sha256"] == state["settings"]["weights_sha256"]
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(rows) == 2 + sum(len(this["order"]) for this in state["rounds"])
     best = state["grid"][state["result"]]
@@ -223,20 +230,16 @@ def test_killed_at_any_moment_the_same_command_finds_the_same(command, finished,
     flags = ["--batch_size", "12", "--guidance", "1,3,6,9", "--interval", "0.1-20", "--steps", "3", "--first", "12"]
     commands = [[*command, *flags, "--outdir", str(tmp_path / name)] for name in ("whole", "killed")]
     assert main(commands[0]) == 0
-    modules = ["epg_fast.sweep.command", "matplotlib.pyplot", "sklearn.svm"]
-    done = subprocess.run(
-        [sys.executable, KILLER, json.dumps(commands[1:]), *modules], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    modules = ["epg_fast.sweep.command", "matplotlib.figure", "sklearn.svm"]
+    done = python(KILLER, json.dumps(commands[1:]), *modules)
     assert min(json.loads(done.stdout.splitlines()[-1])) >= 6
     assert found(tmp_path / "killed") == found(tmp_path / "whole")
     assert snapshot(tmp_path / "killed").keys() == snapshot(tmp_path / "whole").keys()
 
 
 @pytest.mark.parametrize("after", [1, 20, 23])
-def test_a_signal_keeps_what_is_finished(command, finished, tmp_path, capsys, saved, after):
+def test_a_signal_keeps_what_is_finished(arguments, finished, tmp_path, capsys, saved, after):
     """In the first batch, in the last of the first round, and in the second round."""
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
     saved.stop = {after: ask_to_stop}
     assert main(arguments) == 128 + signal.SIGTERM
     assert "the same command goes on" in capsys.readouterr().err
@@ -246,8 +249,7 @@ def test_a_signal_keeps_what_is_finished(command, finished, tmp_path, capsys, sa
     assert found(tmp_path / "s") == found(finished)
 
 
-def test_another_batch_size_goes_on_where_the_first_had_come(command, finished, tmp_path, saved):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_another_batch_size_goes_on_where_the_first_had_come(arguments, finished, tmp_path, saved):
     saved.stop = {5: ask_to_stop}
     assert main(arguments) == 128 + signal.SIGTERM
     assert main([*arguments, "--batch_size", "7"]) == 0
@@ -259,8 +261,7 @@ def test_another_batch_size_goes_on_where_the_first_had_come(command, finished, 
     assert [using["batch_size"] for using in written] == [8, 7]
 
 
-def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(command, finished, tmp_path, saved):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(arguments, finished, tmp_path, saved):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_module, "write_report", ask_to_stop)
         assert main(arguments) == 128 + signal.SIGTERM
@@ -286,8 +287,7 @@ def test_a_share_of_less_than_a_batch_is_filled_up_where_sizes_are_compiled(comm
     assert this["images"] == 36 and len(this["results"]) == 10
 
 
-def test_damaged_rows_are_named_and_drawn_again(command, finished, tmp_path, saved, capsys):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_damaged_rows_are_named_and_drawn_again(arguments, finished, tmp_path, saved, capsys):
     saved.stop = {4: ask_to_stop}
     assert main(arguments) == 128 + signal.SIGTERM
     broken = next((tmp_path / "s" / "rows").glob("0000/*"))
@@ -299,16 +299,12 @@ def test_damaged_rows_are_named_and_drawn_again(command, finished, tmp_path, sav
 
 
 @pytest.mark.parametrize(("after", "failing"), [(3, "rows/0001/00000008_00000016.safetensors"), (20, "sweep.json")])
-def test_a_full_disk_is_named_and_nothing_is_lost(command, finished, tmp_path, capsys, saved, after, failing):
+def test_a_full_disk_is_named_and_nothing_is_lost(arguments, finished, tmp_path, capsys, saved, after, failing):
     """While rows are written, and when the first round is decided."""
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    saved.stop = {after: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))}
     capsys.readouterr()
-    try:
+    with contextlib.ExitStack() as stack:
+        saved.stop = {after: lambda: stack.enter_context(full_disk(200))}
         code = main(arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 1 and f"{failing}: File too large; what is finished stays" in said and "goes on" in said
     assert len(saved) == after and not list((tmp_path / "s").rglob("*.tmp"))
@@ -329,16 +325,11 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(command, whole, tm
     }.items():
         fails(capsys, [*arguments, *flags.split()], f"outdir: {whole} was made with other settings", expected)
     assert snapshot(whole) == before
-    strange = tmp_path / "strange"
-    strange.mkdir()
-    (strange / "notes.txt").write_text("mine")
-    fails(capsys, [*command, "--outdir", strange], "is not empty and not a folder of sweep")
     (whole / "sweep.json").write_text("{")
     fails(capsys, arguments, "sweep.json cannot be read")
 
 
-def test_a_folder_in_which_nothing_is_drawn_takes_other_settings(command, finished, tmp_path):
-    arguments = [*command, "--outdir", str(tmp_path / "s")]
+def test_a_folder_in_which_nothing_is_drawn_takes_other_settings(arguments, finished, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_module, "open_judges", ask_to_stop)
         assert main([*arguments, "--guidance", "3,4,5", "--seed", "7"]) == 128 + signal.SIGTERM
@@ -346,24 +337,14 @@ def test_a_folder_in_which_nothing_is_drawn_takes_other_settings(command, finish
     assert found(tmp_path / "s") == found(finished)
 
 
-def test_two_sweeps_cannot_share_a_folder(command, whole, capsys):
-    with held_by_another_process(whole):
-        fails(capsys, [*command, "--outdir", whole], f"another sweep is at work in {whole}")
-
-
 MISTAKES = {
     "--figure fid": "figure 'fid': the judges have accuracy, frechet_distance",
     "--figure acuracy": "figure 'acuracy' (did you mean 'accuracy'?)",
-    "--test nowhere": "nowhere",
-    "--reference x.npz": "got --reference and --train",
     "--num 1": "the judges want at least 2; raise --first or --num",
     "--guidance 2 --steps 3 --interval 0-9": "the grid has one setting",
     "--sigma_rel 0.05,0.1": "posthoc_ema holds no snapshots",
-    "--labels 3,99": "label 99 is out of range",
     "--ops tune": "sweep measures no plan; run `epg-fast tune --job sample` first",
-    "--keep 0.8": "keep is 0.8, want more than 0 and at most 0.5",
     "--checkpoint nowhere": "nowhere",
-    "--clamp both": "clamp: got 'both'",
 }
 
 
@@ -371,6 +352,18 @@ MISTAKES = {
 def test_a_mistake_is_answered_before_anything_is_drawn(command, tmp_path, capsys, saved, flags):
     fails(capsys, [*command, "--outdir", tmp_path / "s", *flags.split()], MISTAKES[flags])
     assert not saved and not (tmp_path / "s" / "rows").exists()
+
+
+def test_a_figure_that_no_judge_has_is_refused_before_weights_and_reference_are_read(
+    command, tmp_path, capsys, monkeypatch
+):
+    for name in ("load_generator", "open_judges"):
+        monkeypatch.setattr(command_module, name, lambda *_, **__: pytest.fail("was read"))
+    (tmp_path / "x").touch()
+    judges = ["--train=", "--test=", "--reference", tmp_path / "x", "--dinov2", tmp_path / "x"]
+    for figure, line in (("fid", "figure 'fid': the judges have fd_dinov2, "), ("kid_dinov2", "'kd_dinov2'?")):
+        fails(capsys, [*command, *judges, "--figure", figure, "--outdir", tmp_path / "s"], line)
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_figure_of_more_images_than_the_first_round_has_is_refused(
@@ -441,11 +434,7 @@ def test_two_ranks_find_what_one_finds(command, tiny_inception, tmp_path, saved)
     saved.stop = {len(saved) + 7: ask_to_stop}
     assert main([*arguments, str(tmp_path / "two")]) == 128 + signal.SIGTERM
     shutil.rmtree(tmp_path / "two" / "reference")  # which the ranks then share
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    done = subprocess.run(
-        [*launch, "epg_fast", *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_two_ranks([*arguments, tmp_path / "two"])
     assert "sweep (2 processes): 100%" in done.stderr and "160/160" in done.stderr
     one, two = found(tmp_path / "one"), found(tmp_path / "two")
     assert one["rounds"][0]["order"] == two["rounds"][0]["order"] and one["result"] == two["result"]

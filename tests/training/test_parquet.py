@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from epg_fast import from_pretrained
 from epg_fast.__main__ import main
@@ -34,7 +35,7 @@ def test_a_killed_run_on_parquet_goes_on_exactly_and_its_model_knows_the_classes
     parquet_run, tmp_path, monkeypatch, capsys
 ):
     whole, killed, samples = (tmp_path / name for name in ("whole", "killed", "samples"))
-    options = {"steps": 4, "checkpoint_every": 2}
+    options = {"steps": 4, "checkpoint_every": 2, "preview.every": 4, "preview.num": 4, "preview.steps": 2}
     assert main(run_command(parquet_run, whole, **options)) == 0
     with monkeypatch.context() as patch:
         crash_after_save(patch, 2)
@@ -42,6 +43,8 @@ def test_a_killed_run_on_parquet_goes_on_exactly_and_its_model_knows_the_classes
     assert main(run_command(parquet_run, killed, **options)) == 0
     assert_same_run(killed, whole)
     assert from_pretrained(whole).metadata["class_names"] == NAMES
+    with Image.open(whole / "previews/step_000000004.png") as grid:  # two rows of tiles of 96, with names below
+        assert grid.size == (198, 198 + 2 * 14)
     sample = ["sample", "--checkpoint", str(whole), "--num", "5", "--steps", "2", "--outdir", str(samples)]
     fails(capsys, [*sample, "--labels", "sevven"], "no class 'sevven' (did you mean 'seven'?)")
     assert not samples.exists()

@@ -13,7 +13,7 @@ from epg_fast.data.sources import open_images
 from epg_fast.data.sources.decoding import decode_image
 from epg_fast.data.sources.faults import too_many_bad_files
 from epg_fast.data.sources.manifest import MANIFEST, count_classes, read_manifest, write_manifest
-from epg_fast.data.sources.source import ImageSource
+from epg_fast.data.sources.source import ImageSource, images_of
 from epg_fast.files import OutputFolder
 
 MAX_BAD_FRACTION = 0.01
@@ -25,7 +25,8 @@ def open_source(source: Path, outdir: Path, image_size: int, workers: int) -> Im
         raise ValueError(f"image_size, workers: got {image_size}, {workers}, wanted at least 1 and at least 0")
     if outdir.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"outdir: {outdir} is or lies in the source {source}; choose a folder outside")
-    return open_images(source)
+    with images_of("source"):
+        return open_images(source)
 
 
 @contextlib.contextmanager

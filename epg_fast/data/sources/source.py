@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ class ImageSource(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.root)!r}: {len(self)} images, {len(self.classes)} classes)"
+
+
+@contextlib.contextmanager
+def images_of(option: str) -> Iterator[None]:
+    """Errors name this option, which says where the images are, in the place of the data path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {str(error).removeprefix('data path: ')}") from None
 
 
 def existing(path: str | os.PathLike) -> Path:
