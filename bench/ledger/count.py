@@ -230,6 +230,7 @@ class Counter(FakeTensorMode):
             by="ours",
             detail=f"{programs} x {warps} warps; " + " ".join(f"{n}={_shape(t)}" for n, t in tensors.items()),
             source=source,
+            fp8=any("float8" in str(t.dtype) for name, t in tensors.items() if found.loaded.get(name)),
         )
         self._add([noted])
 

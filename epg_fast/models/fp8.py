@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from epg_fast.models.blocks import is_plain
 from epg_fast.models.encoder import ViTEncoder
-from epg_fast.ops import linear_fp8, quantize_rows_ref
+from epg_fast.ops import linear_fp8, linear_fp8_fused, quantize_rows_ref
 from epg_fast.ops.backends import autocast_dtype
 from epg_fast.ops.fp8 import fits, product_refusal
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic
@@ -41,6 +41,11 @@ class Fp8Linear(nn.Linear):
     def product(self, rows: torch.Tensor, scale: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """rows: [..., K] in float8_e4m3fn, scale: [...] -> [..., N] bfloat16, of a quantised weight."""
         return linear_fp8(rows, scale, self.weight, self.weight_scale, self.bias, gelu, self.backend)
+
+    def fused(self, rows: torch.Tensor, scale: torch.Tensor, **options) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """`linear_fp8_fused` of a quantised weight, with its options, by its Triton kernel."""
+        operands = rows, scale, self.weight, self.weight_scale, self.bias
+        return linear_fp8_fused(*operands, **options, backend="triton")
 
     @torch.no_grad()
     def quantize_(self) -> None:

@@ -1,14 +1,16 @@
 """The networks in FP8, for inference: linears with quantised weights, and blocks with kernels that quantise tokens.
 
 `quantize` turns the large linears into `Fp8Linear`s, which round the rows that they are given. Unless site "fp8" is
-"plain" it also changes the classes of blocks, as `fuse` does: an `Fp8Block` has its rows quantised by the kernel that
-makes them. What such a block would bypass keeps the modules it has: a block with an adapter or a hook inside, or with a
-linear whose sides FP8 does not take.
+"plain" it also changes the classes of blocks, as `fuse` does. An `Fp8Block` has its rows quantised by kernels around
+the products; in a `ChainedBlock` the products themselves, kernels of the package, end in what is read next. What such
+a block would bypass keeps the modules it has: a block with an adapter or a hook inside, or with a linear whose sides
+FP8 does not take.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -20,8 +22,10 @@ from epg_fast.models.fp8 import Fp8Linear, convert
 from epg_fast.models.fused import parameters_of
 from epg_fast.ops import (
     attention,
+    attention_fp8,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
+    layer_norm_modulate,
     layer_norm_modulate_fp8,
     quantize_rows,
     skip_norms_fp8,
@@ -99,14 +103,80 @@ class Fp8DecoderBlock(DecoderBlock):
         return self.skip_linear.product(*quantize_rows(x, branch, gate, skip, backend="triton"))
 
 
-_FP8 = {Block: Fp8Block, DecoderBlock: Fp8DecoderBlock}
+class Chained(NamedTuple):
+    """Tokens as a product of the package leaves them: in 16 bits, unless nothing reads them there, and in FP8."""
+
+    x: torch.Tensor | None
+    rows: torch.Tensor
+    scale: torch.Tensor
+
+
+def _chained(x: torch.Tensor | Chained) -> Chained:
+    return x if isinstance(x, Chained) else Chained(x, *quantize_rows(x, backend="triton"))
+
+
+def _in_16_bits(x: torch.Tensor | Chained) -> torch.Tensor:
+    return x.x if isinstance(x, Chained) else x
+
+
+def _chained_halves(block: ChainedBlock | ChainedDecoderBlock, x, rows, scale, gate1, modulation2, gate2, returns):
+    """Both halves of a block behind its first norm, x in 16 bits; returns: of `linear_fp8_fused`, for the result."""
+    attn, mlp = block.attn, block.mlp
+    batch, length, width = x.shape
+    shape = batch, length, 3, attn.num_heads, width // attn.num_heads
+    if attn.backend == "triton":
+        qkv, largest = attn.qkv.fused(rows, scale, returns="largest")
+        h, scale = attention_fp8(qkv.view(shape), largest, attn.scale, "triton")
+        h = h.flatten(2), scale
+    else:
+        h = attention(attn.qkv.product(rows, scale).view(shape), attn.scale, backend=attn.backend)
+        h = quantize_rows(h.flatten(2), backend="triton")
+    x = attn.proj.fused(*h, residual=x, gate=gate1)
+    _, *normed = _normed(block.norm2, x, *modulation2)
+    h = mlp.fc1.fused(*normed, gelu=True, returns="rows")
+    return mlp.fc2.fused(*h, residual=x, gate=gate2, returns=returns)
+
+
+class ChainedBlock(Block):
+    def forward(self, x: torch.Tensor) -> Chained:
+        """x: [B, L, E] -> what `Block` returns, as tokens and as a skip."""
+        return Chained(*_chained_halves(self, *_normed(self.norm1, x), None, (), None, "both"))
+
+
+class ChainedDecoderBlock(DecoderBlock):
+    feeds_skip = False
+    """Whether the result only enters the next block's `skip_linear`, and is made in FP8 alone."""
+
+    def forward(self, x, cond, skip=None, modulation=None) -> torch.Tensor | Chained:
+        """x, skip: [B, L, D] or [B, L, E], or what a block of this kind has returned."""
+        shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
+        if skip is not None:
+            x = self._skip(x, skip)
+        if skip is None or is_plain(self.skip_norm, nn.Identity):
+            x, *normed = _normed(self.norm1, x, shift1, scale1)
+        else:
+            norm, after = parameters_of(self.skip_norm, LayerNorm), parameters_of(self.norm1, LayerNorm)
+            x, *normed = skip_norms_fp8(x, *norm, (*after, shift1, scale1), self.norm1.eps, "triton")
+        returns = "rows" if self.feeds_skip else "y"
+        made = _chained_halves(self, x, *normed, gate1, modulation2, gate2, returns)
+        return Chained(None, *made) if self.feeds_skip else made
+
+    def _skip(self, x: torch.Tensor | Chained, skip: torch.Tensor | Chained) -> torch.Tensor:
+        if not is_plain(self.skip_linear, Fp8Linear):
+            return self.skip_linear(torch.cat([x, _in_16_bits(skip).to(x.dtype)], dim=-1))
+        x, skip = _chained(x), _chained(skip)
+        return self.skip_linear.fused(x.rows, x.scale, skip=skip.rows, skip_scale=skip.scale)
+
+
+_AROUND = {Block: Fp8Block, DecoderBlock: Fp8DecoderBlock}
+_CHAINED = {Block: ChainedBlock, DecoderBlock: ChainedDecoderBlock}
 
 
 class Fp8Network(ViTEncoder):
     """What a network does with blocks of which some leave their result `Unsummed`."""
 
     def _run(self, index: int, block: nn.Module, x: Tokens, *args: torch.Tensor | None):
-        return block(x if isinstance(block, tuple(_FP8.values())) else _summed(x), *args)
+        return block(x if isinstance(block, tuple(_AROUND.values())) else _summed(x), *args)
 
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(_summed(self._through(x)[0])[:, :1])[:, 0]
@@ -142,9 +212,38 @@ class Fp8Network(ViTEncoder):
         return x, norm(x)
 
 
+class ChainedNetwork(ViTEncoder):
+    """What a network does with blocks of which some return their result `Chained`."""
+
+    def _run(self, index: int, block: nn.Module, *args: torch.Tensor | Chained | None):
+        return block(*(args if isinstance(block, tuple(_CHAINED.values())) else map(_in_16_bits, args)))
+
+    def _feature(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(_in_16_bits(self._through(x)[-1])[:, :1])[:, 0]
+
+    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor | Chained], torch.Tensor]:
+        skips = self._through(x)
+        return skips, self._final(self.norm, _in_16_bits(skips[-1]))
+
+    def _through(self, x: torch.Tensor) -> list[torch.Tensor | Chained]:
+        """What each block of the encoder returns."""
+        made = [x]
+        for i, block in enumerate(self.blocks):
+            made.append(self._run(i, block, _in_16_bits(made[-1])))
+        return made[1:]
+
+    def _normalised_patches(self, x: torch.Tensor) -> torch.Tensor:
+        return self._final(self.out_norm, x[:, self.extras :])
+
+    def _final(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if not is_plain(norm, LayerNorm):
+            return norm(x)
+        return layer_norm_modulate(x, *parameters_of(norm, LayerNorm), eps=norm.eps, backend="triton")
+
+
 @functools.cache
-def _fp8_network(kind: type[ViTEncoder]) -> type[ViTEncoder]:
-    return type(f"Fp8{kind.__name__}", (Fp8Network, kind), {"__module__": kind.__module__})
+def _fp8_network(base: type[ViTEncoder], kind: type[ViTEncoder]) -> type[ViTEncoder]:
+    return type(f"Fp8{kind.__name__}", (base, kind), {"__module__": kind.__module__})
 
 
 @torch.no_grad()
@@ -162,22 +261,34 @@ def quantize(network: ViTEncoder) -> str:
     linears, line = convert(network, "cuda" if site == "cuda" else product_backend(device), "precision fp8")
     for linear in linears:
         linear.quantize_()
-    if site != "plain":
-        line += _use_blocks(network)
+    if site == "triton":
+        line += _use_blocks(network, _CHAINED, ChainedNetwork)
+        _join_decoder(network)
+    elif site != "plain":
+        line += _use_blocks(network, _AROUND, Fp8Network)
     return line + (f"; sites {', '.join(left_out)} are not asked" if left_out else "")
 
 
-def _use_blocks(network: ViTEncoder) -> str:
+def _use_blocks(network: ViTEncoder, classes: dict[type, type], base: type[ViTEncoder]) -> str:
     """Give blocks and network the classes that compute with rows in FP8; says which blocks do not."""
     blocks = network.all_blocks
     taken = [block for block in blocks if _is_unchanged(block)]
     for block in taken:
-        block.__class__ = _FP8[type(block)]
-    network.__class__ = _fp8_network(type(network))
+        block.__class__ = classes[type(block)]
+    network.__class__ = _fp8_network(base, type(network))
     left = len(blocks) - len(taken)
     if not left:
         return ""
     return f"; {left} of {len(blocks)} blocks call their modules (hooks, adapters or other sides), not the kernels"
+
+
+def _join_decoder(network: ViTEncoder) -> None:
+    """Let blocks of the decoder that the next one reads in FP8 alone return that."""
+    with_skips = list(getattr(network, "decoder_blocks", ()))[: len(network.blocks)]
+    for block, after in itertools.pairwise(with_skips):
+        reads = isinstance(after, ChainedDecoderBlock) and is_plain(after.skip_linear, Fp8Linear)
+        if isinstance(block, ChainedDecoderBlock):
+            block.feeds_skip = reads
 
 
 _BYPASSED = {
@@ -200,5 +311,5 @@ def _is_unchanged(block: nn.Module) -> bool:
     """Whether a block in FP8 would compute what this one does."""
     norm = getattr(block, "skip_norm", None)
     plain = norm is None or is_plain(norm, LayerNorm) or is_plain(norm, nn.Identity)
-    plain = plain and type(block) in _FP8 and is_plain(block, type(block))
+    plain = plain and type(block) in _AROUND and is_plain(block, type(block))
     return plain and all(is_plain(block.get_submodule(name), kind) for name, kind in _BYPASSED.items())

@@ -3,7 +3,7 @@
 Importing this package needs neither Triton nor the compiled extension; a backend is loaded when it is first asked for.
 """
 
-from epg_fast.ops.attention import attention, attention_ref
+from epg_fast.ops.attention import attention, attention_fp8, attention_fp8_ref, attention_ref
 from epg_fast.ops.augment_view import JitterOperation, augment_view, augment_view_ref
 from epg_fast.ops.euler_step import euler_step, euler_step_, euler_step_ref
 from epg_fast.ops.extension import extension_status
@@ -23,6 +23,7 @@ from epg_fast.ops.layer_norm_modulate import (
 )
 from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
+from epg_fast.ops.linear_fp8_fused import linear_fp8_fused, linear_fp8_fused_ref
 from epg_fast.ops.linear_residual_norm import (
     linear,
     linear_residual,
@@ -47,11 +48,12 @@ from epg_fast.ops.timestep_embedding import (
 )
 
 __all__ = [
-    "JitterOperation", "attention", "attention_ref", "augment_view", "augment_view_ref", "euler_step", "euler_step_",
-    "euler_step_ref", "extension_status", "fused_adamw_ema_", "fused_adamw_ema_ref", "gate_residual_norm_modulate",
-    "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate_ref", "global_norm", "global_norm_ref", "heun_step",
-    "heun_step_", "heun_step_ref", "layer_norm_modulate", "layer_norm_modulate_fp8", "layer_norm_modulate_ref",
-    "linear_fp8", "linear_fp8_dynamic", "linear_fp8_dynamic_ref", "linear_fp8_ref", "linear", "linear_residual",
+    "JitterOperation", "attention", "attention_fp8", "attention_fp8_ref", "attention_ref", "augment_view",
+    "augment_view_ref", "euler_step", "euler_step_", "euler_step_ref", "extension_status", "fused_adamw_ema_",
+    "fused_adamw_ema_ref", "gate_residual_norm_modulate", "gate_residual_norm_modulate_fp8",
+    "gate_residual_norm_modulate_ref", "global_norm", "global_norm_ref", "heun_step", "heun_step_", "heun_step_ref",
+    "layer_norm_modulate", "layer_norm_modulate_fp8", "layer_norm_modulate_ref", "linear_fp8", "linear_fp8_dynamic",
+    "linear_fp8_dynamic_ref", "linear_fp8_fused", "linear_fp8_fused_ref", "linear_fp8_ref", "linear", "linear_residual",
     "linear_residual_ref", "linear_residual_norm", "linear_residual_norm_ref", "mlp_residual", "mlp_residual_ref",
     "norm_linear", "norm_linear_ref", "patch_embed", "patch_embed_ref", "patch_loss", "patch_loss_ref", "patchify",
     "philox_normal_of", "quantize_rows", "quantize_rows_ref", "residual_norm_modulate", "resized_crop",

@@ -13,6 +13,10 @@ product; float32 products follow torch.set_float32_matmul_precision.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients; where scores
 reach the hundreds, gradients are within 4e-3 of the largest, whatever the reference's error.
 
+`attention_fp8` returns o / row_scale in float8_e4m3fn for a product in FP8, row_scale = max |v| / 448 over an image. No
+pass has to look for the largest o: o is a mean of values v, and the product that makes them knows theirs. A scale that
+is larger than a row needs costs float8_e4m3fn nothing but what is below 2^-15 of it.
+
 With g = do v^T and delta = sum_d(do * o): dv = p^T do, ds = p * (g - delta), dq = scale * ds k, dk = scale * ds^T q.
 """
 
@@ -35,7 +39,10 @@ from epg_fast.ops.backends import (
     require_dtypes,
     require_triton,
 )
-from epg_fast.ops.checks import check_floating
+from epg_fast.ops.checks import check_dtype, check_floating, check_shapes
+from epg_fast.ops.fp8 import refuse_gradient, require_conversion
+from epg_fast.ops.linear_fp8_fused import COLUMNS
+from epg_fast.ops.quantize_rows import scale_of
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
@@ -55,6 +62,7 @@ PACKAGES = {
 _BACKENDS = (*SDPA, *PACKAGES, "triton")
 _WITHOUT_DROPOUT = ("triton", "flash_attn_3", "flash_attn_4")
 _MAX_TRITON_HEAD_DIM = 128
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def attention_ref(qkv: torch.Tensor, scale: float | None = None) -> torch.Tensor:
@@ -65,10 +73,30 @@ def attention_ref(qkv: torch.Tensor, scale: float | None = None) -> torch.Tensor
 
 def _forward(qkv, scale: float):
     """(out, log-sum-exp of the scores [B, H, L])."""
+    out, scores = _attend(qkv, scale)
+    return out.to(qkv.dtype).contiguous(), scores.logsumexp(-1)
+
+
+def _attend(qkv, scale: float):
+    """(o, the scores [B, H, L, L])."""
     q, k, v = _heads(qkv, accumulation_dtype(qkv))
     scores = scale * (q @ k.transpose(-1, -2))
-    out = scores.softmax(-1) @ v
-    return out.transpose(1, 2).to(qkv.dtype).contiguous(), scores.logsumexp(-1)
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores
+
+
+def attention_fp8_ref(
+    qkv: torch.Tensor, largest: torch.Tensor, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_fp8` in plain PyTorch."""
+    with torch.autocast(qkv.device.type, enabled=False):
+        return _forward_fp8(qkv, largest, _scale(qkv, scale))
+
+
+def _forward_fp8(qkv, largest, scale: float):
+    first = 2 * qkv.shape[3] * qkv.shape[4] // COLUMNS
+    row_scale = scale_of(largest[first:].amax((0, 2), keepdim=True)[0].expand(qkv.shape[:2]))
+    out = _attend(qkv, scale)[0] / row_scale[..., None, None]
+    return out.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).contiguous(), row_scale.contiguous()
 
 
 def _backward(dout, qkv, out, lse, scale: float):
@@ -97,6 +125,7 @@ _operation = operation(
     "out lse",
     Backward(_backward, "epg_kernels.attention:attention_bwd", "qkv"),
 )
+_fp8_operation = operation("attention_fp8", _forward_fp8, "epg_kernels.attention:attention_fp8_fwd", "out row_scale")
 
 
 def attention(
@@ -115,9 +144,7 @@ def attention(
     _check(qkv, scale, dropout_p, backend)
     qkv, scale = qkv.to(autocast_dtype(qkv) or qkv.dtype), _scale(qkv, scale)
     if backend == "triton":
-        require_triton("attention", qkv)
-        require_dtypes("attention", FLOATS, qkv=qkv)
-        require_at_most("attention", _MAX_TRITON_HEAD_DIM, "head dimension d=", qkv.shape[-1])
+        _require_triton("attention", qkv)
         return _operation(qkv, scale)[0]
     if backend in PACKAGES:
         return _of_package(backend, qkv, scale, dropout_p)
@@ -129,6 +156,35 @@ def attention(
     with sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(*_heads(qkv), dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+def attention_fp8(
+    qkv: torch.Tensor, largest: torch.Tensor, scale: float | None = None, backend: str = "plain"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` quantised with a scale per image: (o / row_scale [B, L, H, d] in float8_e4m3fn, row_scale [B, L]).
+
+    qkv: [B, L, 3, H, d]; largest: [T, B, L] in float32, |qkv|'s in each token and 128 of its 3 H d values, as
+    `linear_fp8_fused` returns it; scale: as there. backend: "plain" or "triton". There is no gradient.
+    Raises ValueError as `attention` does, and for a tensor that requires a gradient.
+    """
+    check_backend("attention_fp8", backend, ("plain", "triton"))
+    _check(qkv, scale, 0.0, backend, "attention_fp8")
+    parts = -(-math.prod(qkv.shape[2:]) // COLUMNS)
+    sizes = {"T": parts, "B": qkv.shape[0], "L": qkv.shape[1]}
+    check_shapes("attention_fp8", sizes, largest=(largest, "TBL"))
+    check_dtype("attention_fp8", torch.float32, "convert it", largest=largest)
+    refuse_gradient("attention_fp8", qkv, largest)
+    if backend != "triton":
+        return attention_fp8_ref(qkv, largest, scale)
+    _require_triton("attention_fp8", qkv, largest)
+    require_conversion("attention_fp8", qkv.device)
+    return _fp8_operation(qkv, largest, _scale(qkv, scale))
+
+
+def _require_triton(op: str, qkv: torch.Tensor, *others: torch.Tensor) -> None:
+    require_triton(op, qkv, *others)
+    require_dtypes(op, FLOATS, qkv=qkv)
+    require_at_most(op, _MAX_TRITON_HEAD_DIM, "head dimension d=", qkv.shape[-1])
 
 
 def _of_package(backend: str, qkv: torch.Tensor, scale: float, dropout_p: float) -> torch.Tensor:
@@ -159,23 +215,21 @@ def installed(package: str) -> bool:
         return False
 
 
-def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float, backend: str) -> None:
+def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float, backend: str, op: str = "attention") -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(
-            f"attention: got qkv of shape {tuple(qkv.shape)}, wanted [B, L, 3, H, d]; reshape the projection's output "
+            f"{op}: got qkv of shape {tuple(qkv.shape)}, wanted [B, L, 3, H, d]; reshape the projection's output "
             "with .view(B, L, 3, H, d)"
         )
     if 0 in qkv.shape:
-        raise ValueError(f"attention: got qkv of shape {tuple(qkv.shape)}, wanted no empty dimension")
-    check_floating("attention", qkv=qkv)
+        raise ValueError(f"{op}: got qkv of shape {tuple(qkv.shape)}, wanted no empty dimension")
+    check_floating(op, qkv=qkv)
     if scale is not None and not (0 < scale < math.inf):
-        raise ValueError(f"attention: got scale={scale}, wanted a positive number, or None for d ** -0.5")
+        raise ValueError(f"{op}: got scale={scale}, wanted a positive number, or None for d ** -0.5")
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"attention: got dropout_p={dropout_p}, wanted 0 <= dropout_p < 1")
+        raise ValueError(f"{op}: got dropout_p={dropout_p}, wanted 0 <= dropout_p < 1")
     if dropout_p > 0 and backend in _WITHOUT_DROPOUT:
-        raise ValueError(
-            f"attention: got dropout_p={dropout_p} with backend={backend!r}, wanted 0; use backend='plain'"
-        )
+        raise ValueError(f"{op}: got dropout_p={dropout_p} with backend={backend!r}, wanted 0; use backend='plain'")
 
 
 def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = False) -> int:

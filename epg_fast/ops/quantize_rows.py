@@ -35,9 +35,13 @@ def quantize_rows_ref(x, branch=None, gate=None, skip=None, gelu: bool = False) 
     z = gated_sum_ref(x, branch, gate).to(accumulation_dtype(x))
     z = F.gelu(z) if gelu else z
     z = z if skip is None else torch.cat([z, skip.to(z.dtype)], -1)
-    largest = z.abs().amax(-1)
-    row_scale = torch.where(largest > _FP8_TINY, largest / _FP8_MAX, 1.0)
+    row_scale = scale_of(z.abs().amax(-1))
     return (z / row_scale.unsqueeze(-1)).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), row_scale
+
+
+def scale_of(largest: torch.Tensor) -> torch.Tensor:
+    """The scale of rows with these largest values."""
+    return torch.where(largest > _FP8_TINY, largest / _FP8_MAX, 1.0)
 
 
 def gated_sum_ref(x: torch.Tensor, branch: torch.Tensor | None, gate: torch.Tensor | None) -> torch.Tensor:

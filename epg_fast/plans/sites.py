@@ -23,7 +23,7 @@ SITES: dict[str, tuple[str, ...]] = {
     "decoder.skip": ("plain", "triton", "cuda"),
     **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
     "loss": ("plain", "triton"),
-    "fp8": ("plain", "triton", "cuda"),
+    "fp8": ("plain", "scaled_mm", "triton", "cuda"),
     "optimizer": ("plain", "fused"),
     "steps": ("plain", "extension"),
 }
@@ -36,8 +36,9 @@ gradient computes as with "triton". attention: softmax attention, without its pr
 output projection, its gate, the residual and the second norm; "norm" takes the product from PyTorch and the rest as one
 Triton kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm
 of the block. loss: the loss of patches. fp8: blocks in FP8, with which precision fp8 samples; "plain" quantises in
-PyTorch's operators, "triton" in the kernels around the products, which are PyTorch's, "cuda" likewise around those of
-the extension. Sites norm, proj, mlp and skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW, "fused"
+PyTorch's operators, "scaled_mm" in Triton's kernels around the products, which are PyTorch's, "cuda" likewise around
+those of the extension; "triton" has products by Triton and quantises in them, and in attention if that is "triton",
+too. Sites norm, proj, mlp and skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW, "fused"
 the extension's update. steps: of the samplers `euler` and `heun`. Elsewhere "cuda" takes products with an epilogue from
 the extension (compute capability 9.0, bfloat16), and the rest as "triton" does.
 """

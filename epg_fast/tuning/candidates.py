@@ -42,9 +42,9 @@ def obstacle(site: str, backend: str, case: Case, device: torch.device) -> str |
     cuda = device.type == "cuda"
     if backend == "prologue" and case.job != "sample":
         return "has no gradient"
-    if backend in ("triton", "norm", "prologue", "cuda", "cudnn", "efficient") and not cuda:
+    if backend in ("triton", "norm", "prologue", "scaled_mm", "cuda", "cudnn", "efficient") and not cuda:
         return "needs a CUDA device"
-    if backend in ("triton", "norm", "prologue") and not installed("triton"):
+    if backend in ("triton", "norm", "prologue", "scaled_mm") and not installed("triton"):
         return "Triton is not installed"
     if backend in PACKAGES and not installed(PACKAGES[backend][0]):
         return f"{PACKAGES[backend][0]} is not installed"

@@ -1,5 +1,7 @@
 """Matrix products with an epilogue: epilogue(concat[x, skip] @ weight^T + bias), and the gradient through GELU.
 
+Operands are float32, 16 bits or float8_e4m3fn with scales; the result, or a copy of it, may be float8_e4m3fn, too.
+
 One program computes one tile of the result, in an order that keeps what neighbours share in the L2 cache. The K loop
 reads x and then skip, so the concatenation is never stored. Where the GPU has TMA and rows start at multiples of 16
 bytes, operands come through it, and it pads ragged edges with zeros by itself; otherwise through masked pointers.
@@ -21,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from epg_kernels import AotCase
 from epg_kernels._column_sums import sum_partial_sums
 from epg_kernels._launch import aot_case, matmul_precision, strides, unit_stride
+from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ NORMED_BY_TMA = replace(BY_TMA, num_warps=8)
 # Of one image there are too few tiles of that size for all multiprocessors: smaller ones, and more loads under way.
 FEW_BY_TMA = Config(64, 64, 64, num_warps=4, num_stages=6, tma=True)
 MULTIPROCESSORS = 132  # of an H100 or H200
+# The sums of one step on K, multiplied by its scale, are added up outside of the tensor cores, which keep fewer bits of
+# a sum of FP8 products than float32 has: two tiles of sums in the registers of 8 warps, and one program on a
+# multiprocessor. A step is as wide as a scale's columns, and so is a tile, which makes them.
+BY_TMA_FP8 = Config(128, 128, 128, num_warps=8, num_stages=4, tma=True)
+BY_POINTERS_FP8 = Config(128, 128, 128, num_warps=8, num_stages=2, tma=False)
 
 PART = 64  # columns of a tile that an epilogue takes at a time, which costs less shared memory and fewer registers
 
@@ -53,6 +61,8 @@ GROUP_M = 8  # rows of tiles whose programs follow each other column by column: 
 
 
 def config_for(dtype: torch.dtype, precision: str, tma: bool) -> Config:
+    if dtype == torch.float8_e4m3fn:
+        return BY_TMA_FP8 if tma else BY_POINTERS_FP8
     if dtype != torch.float32:
         return BY_TMA if tma else BY_POINTERS
     if precision == "ieee":
@@ -221,19 +231,21 @@ def _normalised(
 
 @triton.jit
 def _epilogue(
-    acc, bias, residual, gate, y, z, statistics, row, column, M,
+    acc, weight_scale, bias, residual, gate, y, z, statistics, row, column, M,
     stride_residual, stride_gate,
-    N: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    N: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = y.dtype if TMA else y.dtype.element_ty
+    """What y holds, in float32; y itself may be left out."""
     columns = column + tl.arange(0, BLOCK_N)
+    if weight_scale is not None:
+        acc *= tl.load(weight_scale + columns, mask=columns < N, other=0.0)[None, :]
     if bias is not None:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if z is not None:
         _store(z, acc, row, column, M, N, TMA)
     if GELU:
-        acc = gelu(acc, dtype == tl.float32)
+        acc = gelu(acc, EXACT)
     if gate is not None:
         # Row by row, through the caches: in 16-byte accesses, and with fewer registers than a choice of two rows takes.
         rows = row + tl.arange(0, BLOCK_M)
@@ -242,25 +254,47 @@ def _epilogue(
         acc *= tl.load(gate + offsets, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
         acc += _tile(residual, row, column, stride_residual, M, N, TMA, BLOCK_M, BLOCK_N).to(tl.float32)
-    _store(y, acc, row, column, M, N, TMA)
+    if y is not None:
+        _store(y, acc, row, column, M, N, TMA)
     if statistics is not None:
+        dtype: tl.constexpr = y.dtype if TMA else y.dtype.element_ty
         _store_statistics(statistics, acc.to(dtype).to(tl.float32), row, column, M, N)
+    return acc
 
 
 @triton.jit
-def _linear_fwd_kernel(
-    x, skip, weight, bias, residual, gate, y, z, statistics,
+def _store_rows(
+    rows, row_scale, left, right, row, column, M,
+    N: tl.constexpr, FP8_MAX: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """A tile in FP8, of its two parts, and the scale of each of its rows; without `rows` their largest values."""
+    step = tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1))
+    if rows is not None:
+        step = row_step(step, FP8_MAX)
+        _store(rows, in_steps(left, step[:, None], FP8_MAX), row, column, M, N, TMA)
+        _store(rows, in_steps(right, step[:, None], FP8_MAX), row, column + PART, M, N, TMA)
+    places = row + tl.arange(0, BLOCK_M)
+    tl.store(row_scale + (column // (2 * PART)).to(tl.int64) * M + places, step, mask=places < M)
+
+
+@triton.jit
+def linear_fwd_kernel(
+    x, skip, weight, x_scale, skip_scale, weight_scale, bias, residual, gate, y, z, y_fp8, y_scale, statistics,
     x_statistics, norm_weight, norm_bias, shift, scale, M,
     stride_x, stride_skip, stride_weight, stride_residual, stride_gate, stride_shift, stride_scale,
-    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, EPS: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALES_X: tl.constexpr, SCALES_SKIP: tl.constexpr,
+    TOKENS: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, FP8_MAX: tl.constexpr, EPS: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PART: tl.constexpr, PARTS_X: tl.constexpr,
     BLOCK_PARTS_X: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z [M, N]: descriptors if TMA, else pointers.
+    """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z, y_fp8 [M, N]: descriptors if TMA,
+    else pointers.
 
-    bias [N], gate [M / TOKENS, N], statistics of y, those of x and its norm are pointers. DEPENDENT: the kernel was
-    launched before that ahead of it had ended, and lets the next one be: each waits here before it touches memory.
+    bias [N], gate [M / TOKENS, N], statistics of y, those of x and its norm, and scales are pointers: weight_scale [N],
+    x_scale [SCALES_X, M] and skip_scale [SCALES_SKIP, M], one for all columns or one for every BLOCK_K of them, and
+    y_scale, one for every BLOCK_N. EXACT: GELU's. DEPENDENT: the kernel was launched before that ahead of it had ended,
+    and lets the next one be: each waits here before it touches memory.
     """
     if DEPENDENT:
         gdc_wait()
@@ -277,12 +311,16 @@ def _linear_fwd_kernel(
         source, stride, width = x, stride_x, D
         k = step * BLOCK_K
         k_weight = k
+        if x_scale is not None:
+            row_scale = x_scale + tl.minimum(step, SCALES_X - 1).to(tl.int64) * M
         # A choice of operands, not a second loop: loads stay ahead of products across the seam.
         if skip is not None:  # noqa: SIM102 (known when the kernel is compiled, the other is not)
             if step >= STEPS_X:
                 source, stride, width = skip, stride_skip, E
                 k = (step - STEPS_X) * BLOCK_K
                 k_weight = D + k
+                if skip_scale is not None:
+                    row_scale = skip_scale + tl.minimum(step - STEPS_X, SCALES_SKIP - 1).to(tl.int64) * M
         a = _tile(source, row, k, stride, M, width, TMA, BLOCK_M, BLOCK_K)
         # Past x's last column, where the last step on x reads skip's columns of weight, a is zero.
         b = _tile(weight, column, k_weight, stride_weight, N, D + E, TMA, BLOCK_N, BLOCK_K)
@@ -294,15 +332,26 @@ def _linear_fwd_kernel(
             ).to(b.dtype)  # fmt: skip
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        if x_scale is None:
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        else:
+            places = row + tl.arange(0, BLOCK_M)
+            factor = tl.load(row_scale + places, mask=places < M, other=0.0)
+            acc += tl.dot(a, b.T, input_precision=PRECISION) * factor[:, None]
 
     parts = _parts(acc, PART)
-    for i in tl.static_range(len(parts)):
-        _epilogue(
-            parts[i], bias, residual, gate, y, z, statistics, row, column + i * PART, M,
+    left = _epilogue(
+        parts[0], weight_scale, bias, residual, gate, y, z, statistics, row, column, M, stride_residual, stride_gate,
+        N, TOKENS, GELU, EXACT, TMA, BLOCK_M, PART,
+    )  # fmt: skip
+    if len(parts) == 2:
+        right = _epilogue(
+            parts[1], weight_scale, bias, residual, gate, y, z, statistics, row, column + PART, M,
             stride_residual, stride_gate,
-            N, TOKENS, GELU, TMA, BLOCK_M, PART,
+            N, TOKENS, GELU, EXACT, TMA, BLOCK_M, PART,
         )  # fmt: skip
+        if y_scale is not None:
+            _store_rows(y_fp8, y_scale, left, right, row, column, M, N, FP8_MAX, TMA, BLOCK_M, PART)
 
 
 class Norm(NamedTuple):
@@ -335,36 +384,58 @@ def linear(
     dtype = weight.dtype if residual is None else residual.dtype
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
     z = torch.empty_like(y, dtype=weight.dtype) if save_preactivation or save_branch else None
-    x, weight, gate = rows_of(x), rows_of(weight), rows_of(gate)
-    skip, residual = rows_of(skip), rows_of(residual)
-    matrices = {"x": x, "skip": skip, "weight": weight, "residual": residual, "y": rows_of(y), "z": rows_of(z)}
-    precision = matmul_precision()
+    matrices = {"x": x, "skip": skip, "weight": weight, "residual": residual, "y": y, "z": z}
+    launch_linear(matrices, bias, gate, gelu, tokens, None, norm, statistics, dependent)
+    return y, z
+
+
+def launch_linear(
+    matrices: dict, bias, gate, gelu: bool, tokens: int | None, scales: dict | None = None,
+    norm: Norm | None = None, statistics: torch.Tensor | None = None, dependent=False,
+) -> None:  # fmt: skip
+    """Run the kernel on tensors by the names of its arguments, in [..., N]; None and names left out are not there.
+
+    scales: of FP8's matrices. The other arguments are those of `linear`.
+    """
+    matrices = {name: rows_of(matrix) for name, matrix in matrices.items()}
+    x, skip, weight, residual = (matrices[name] for name in ("x", "skip", "weight", "residual"))
+    scales = {name: None if scale is None else scale.contiguous() for name, scale in (scales or {}).items()}
+    gate, precision = rows_of(gate), matmul_precision()
     (rows, width), columns = x.shape, weight.shape[0]
     config = linear_config(weight.dtype, precision, _tma_reaches(*matrices.values()), rows, columns, norm is not None)
+    exact = (bias if matrices["y"] is None else matrices["y"]).dtype == torch.float32
     shift, scale = (None, None) if norm is None else (unit_stride(norm.shift), unit_stride(norm.scale))
     images = next((t.shape[0] for t in (gate, scale) if t is not None), None)
     if gate is None and images == 1:  # every row has the same modulation
         images = None
     dependent = dependent and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     with torch.cuda.device_of(x):
-        _linear_fwd_kernel[_grid(config, rows, columns)](
-            **_operands(config, matrices),
+        linear_fwd_kernel[_grid(config, rows, columns)](
+            **_operands(config, dict.fromkeys(("z", "y_fp8")) | matrices), **dict.fromkeys(_SCALES) | scales,
             bias=None if bias is None else bias.contiguous(), gate=gate, statistics=statistics,
             x_statistics=None if norm is None else norm.statistics,
             norm_weight=None if norm is None else norm.weight.contiguous(),
             norm_bias=None if norm is None else norm.bias.contiguous(),
-            shift=shift, scale=scale,
-            M=rows,
+            shift=shift, scale=scale, M=rows,
             stride_x=x.stride(0), stride_skip=strides(skip)[0], stride_weight=weight.stride(0),
             stride_residual=strides(residual)[0], stride_gate=strides(gate)[0],
             stride_shift=strides(shift)[0], stride_scale=strides(scale)[0],
             D=width, E=0 if skip is None else skip.shape[1],
-            TOKENS=None if images is None else tokens or rows // images, GELU=gelu,
+            SCALES_X=_count(scales.get("x_scale"), rows), SCALES_SKIP=_count(scales.get("skip_scale"), rows),
+            TOKENS=None if images is None else tokens or rows // images,
+            GELU=gelu, EXACT=exact, FP8_MAX=FP8_MAX,
             EPS=None if norm is None else norm.eps, **_part_constexprs(width), DEPENDENT=dependent,
-            **_constexprs(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
+            **constexprs_of(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
             launch_pdl=dependent,
         )  # fmt: skip
-    return y, z
+
+
+_SCALES = ("x_scale", "skip_scale", "weight_scale", "y_scale")
+
+
+def _count(scale: torch.Tensor | None, rows: int) -> int:
+    """Scales per row."""
+    return 1 if scale is None else scale.numel() // rows
 
 
 @triton.jit
@@ -423,7 +494,7 @@ def linear_dgelu(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> tup
             partial=partial,
             M=rows,
             stride_dy=dy.stride(0), stride_weight=weight.stride(0), stride_z=z.stride(0),
-            D=dy.shape[1], **_constexprs(config, columns, precision), num_warps=config.num_warps,
+            D=dy.shape[1], **constexprs_of(config, columns, precision), num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
     return dz, sum_partial_sums(partial, torch.float32)
@@ -464,6 +535,7 @@ def _blocks(config: Config) -> dict[str, list[int]]:
         "residual": result,
         "y": result,
         "z": result,
+        "y_fp8": result,
         "dz": result,
     }
 
@@ -483,7 +555,7 @@ def _grid(config: Config, rows: int, columns: int) -> tuple[int]:
     return (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
 
 
-def _constexprs(config: Config, columns: int, precision: str) -> dict:
+def constexprs_of(config: Config, columns: int, precision: str) -> dict:
     return {
         "N": columns,
         "TMA": config.tma,
@@ -526,21 +598,22 @@ def linear_case(
     widths = f"{x_width}+{skip_width}" if skip_width else x_width
     extras = f" on {residual}" * bool(residual) + f" gate/{tokens}" * bool(tokens) + " saving z" * save_preactivation
     extras += f" {norm} norm" * bool(norm) + " statistics" * statistics + " gelu" * gelu
-    return _case(
-        _linear_fwd_kernel,
+    return product_case(
+        linear_fwd_kernel,
         config,
         dtypes,
         vectors,
-        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu, "EPS": 1e-5}
+        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu, "EXACT": (residual or dtype) == "fp32"}
+        | {"SCALES_X": 1, "SCALES_SKIP": 1, "FP8_MAX": FP8_MAX, "EPS": 1e-5}
         | {"DEPENDENT": config.tma and (bool(norm) or statistics)}
         | _part_constexprs(x_width)
-        | _constexprs(config, columns, precision),
+        | constexprs_of(config, columns, precision),
         f"K={widths} N={columns}",
         extras,
     )
 
 
-def _case(
+def product_case(
     kernel,
     config: Config,
     dtypes: dict[str, str],
@@ -548,6 +621,7 @@ def _case(
     constexprs: dict,
     shape: str,
     extras: str = "",
+    archs: tuple[int, ...] = (80, 90, 100),
 ) -> AotCase:
     """dtypes: of the matrices that are there, x or dy first; vectors: of what the pointers beside them point to."""
     blocks, dtype, precision = _blocks(config), next(iter(dtypes.values())), constexprs["PRECISION"]
@@ -562,17 +636,17 @@ def _case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         gemm=dtype != "fp32" or precision == "tf32",
-        archs=(90, 100) if config.tma else (80, 90, 100),
+        archs=(90, 100) if config.tma else archs,
     )
 
 
 def linear_dgelu_case(config: Config, columns: int, width: int, dtype: str, precision: str = "tf32") -> AotCase:
-    return _case(
+    return product_case(
         _linear_dgelu_kernel,
         config,
         dict.fromkeys(("dy", "weight_t", "z", "dz"), dtype),
         {"partial": "fp32"},
-        {"D": width} | _constexprs(config, columns, precision),
+        {"D": width} | constexprs_of(config, columns, precision),
         f"K={width} N={columns}",
     )
 

@@ -19,8 +19,10 @@ import triton.language as tl
 
 from epg_kernels import AotCase
 from epg_kernels._launch import aot_case, matmul_precision
+from epg_kernels._quantize import FP8_MAX, row_step
 
 _LOG2_E = math.log2(math.e)
+COLUMNS = 128  # of the rows of qkv, whose largest value is given
 _FEW = 2  # keys beyond full blocks that the backward pass takes one by one
 _RESIDENT_BYTES = 160 * 1024  # of the 227 KiB of shared memory that a program may have on Hopper and Blackwell
 
@@ -57,6 +59,19 @@ def _scaled(parts, factor):
     for part in tl.static_range(len(parts)):
         out = out + (parts[part] * factor,)
     return out
+
+
+@triton.jit
+def _value_step(
+    largest, stride, L: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TOKENS: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):  # fmt: skip
+    """The scale of rows as large as an image's largest value, the largest of FIRST to LAST of its L tokens."""
+    tokens = tl.arange(0, TOKENS)
+    found = tl.zeros([TOKENS], tl.float32)
+    for part in range(FIRST, LAST):
+        found = tl.maximum(found, tl.load(largest + part * stride + tokens, mask=tokens < L, other=0.0))
+    return row_step(tl.max(found, 0), FP8_MAX)
 
 
 @triton.jit
@@ -117,13 +132,16 @@ def _attend(
 
 @triton.jit
 def _attend_tile(
-    q_head, k_head, v_head, o_head, lse_head, ks, vs, first_row,
+    q_head, k_head, v_head, o_head, lse_head, step_head, ks, vs, first_row,
     stride, stride_o,
-    scale_log2,
+    scale_log2, step,
     L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     TAIL: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """M queries from first_row on, through all keys: ks and vs or, if STREAM, those in memory."""
+    """M queries from first_row on, through all keys: ks and vs or, if STREAM, those in memory.
+
+    With a step the result is in steps of that, which is written beside it.
+    """
     LN2: tl.constexpr = 0.6931471805599453
     FULL: tl.constexpr = L // N
     rows = first_row + tl.arange(0, M)
@@ -151,18 +169,28 @@ def _attend_tile(
         acc, maximum, total = _attend(
             q, k_tail, v_tail, acc, maximum, total, scale_log2, L - FULL * N, M, TAIL, True, PRECISION, UPCAST
         )
-    _store(o_head, rows, stride_o, _scaled(acc, (1.0 / total)[:, None]), L, D, MAIN, REST)
-    tl.store(lse_head + rows, (maximum + tl.log2(total)) * LN2, mask=rows < L)
+    unit = total
+    if step is not None:
+        unit *= step  # a mean of values: none is above the largest by more than rounding, so that nothing overflows
+        tl.store(step_head + rows, step, mask=rows < L)
+    _store(o_head, rows, stride_o, _scaled(acc, (1.0 / unit)[:, None]), L, D, MAIN, REST)
+    if lse_head is not None:
+        tl.store(lse_head + rows, (maximum + tl.log2(total)) * LN2, mask=rows < L)
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    qkv, out, lse, scale_log2, heads,
+    qkv, out, lse, largest, out_scale, scale_log2, heads,
     stride_batch, stride_token, stride_slot, stride_head,
     L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, TAIL: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, TOKENS: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
-    """The strides of qkv come divided by ALIGN, so that the compiler knows what divides them: 72 values are aligned."""
+    """The strides of qkv come divided by ALIGN, so that the compiler knows what divides them: 72 values are aligned.
+
+    With `largest` [T, B, L], of which FIRST to LAST are those of the values, `out` is in FP8, and heads write the same
+    `out_scale` [B, L].
+    """
     program = tl.program_id(0)
     batch, head = (program // heads).to(tl.int64), program % heads
     stride = stride_token * ALIGN
@@ -170,7 +198,14 @@ def _attention_fwd_kernel(
     k_head = q_head + stride_slot * ALIGN
     v_head = k_head + stride_slot * ALIGN
     o_head = out + (batch * L * heads + head) * D
-    lse_head = lse + program.to(tl.int64) * L
+    lse_head, step_head, step = None, None, None
+    if lse is not None:
+        lse_head = lse + program.to(tl.int64) * L
+    if largest is not None:
+        step_head = out_scale + batch * L
+        step = _value_step(
+            largest + batch * L, (tl.num_programs(0) // heads).to(tl.int64) * L, L, FIRST, LAST, TOKENS, FP8_MAX
+        )
     stride_o = heads * D
     FULL: tl.constexpr = L // N
     ks = ()
@@ -186,12 +221,14 @@ def _attention_fwd_kernel(
             vs = vs + (_load(v_head, keys, stride, L, D, MAIN, REST, True),)
         for tile in range((L + M - 1) // M):
             _attend_tile(
-                q_head, k_head, v_head, o_head, lse_head, ks, vs, tile * M, stride, stride_o, scale_log2,
+                q_head, k_head, v_head, o_head, lse_head, step_head, ks, vs, tile * M, stride, stride_o,
+                scale_log2, step,
                 L, D, MAIN, REST, M, N, TAIL, STREAM, PRECISION, UPCAST,
             )  # fmt: skip
     else:
         _attend_tile(
-            q_head, k_head, v_head, o_head, lse_head, ks, vs, tl.program_id(1) * M, stride, stride_o, scale_log2,
+            q_head, k_head, v_head, o_head, lse_head, step_head, ks, vs, tl.program_id(1) * M, stride, stride_o,
+            scale_log2, step,
             L, D, MAIN, REST, M, N, TAIL, STREAM, PRECISION, UPCAST,
         )  # fmt: skip
 
@@ -417,10 +454,12 @@ def _tail(length: int, block: int) -> int:
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _resident_config(head_dim: int) -> Config:
+def _resident_config(head_dim: int, fp8: bool = False) -> Config:
+    """fp8: a result whose addresses take registers of their own, which blocks of 32 keys leave."""
     # Up to 80 columns two programs of 4 warps share a multiprocessor; beyond, its shared memory holds one, of 8 warps,
     # whose registers hold the scores of 64 keys.
-    return Config(64, 128, 4, num_stages=1) if sum(_columns(head_dim)) <= 80 else Config(128, 64, 8, num_stages=1)
+    m, n, num_warps = (64, 128, 4) if sum(_columns(head_dim)) <= 80 else (128, 64, 8)
+    return Config(m, 32 if fp8 else n, num_warps, num_stages=1)
 
 
 def _stream_config(head_dim: int, itemsize: int) -> Config:
@@ -494,27 +533,46 @@ def attention_fwd(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.
     qkv: [B, L, 3, H, d] in float32, bfloat16 or float16; scale: positive.
     """
     batch, length, _, heads, head_dim = qkv.shape
-    qkv = _addressable(qkv)
     out = torch.empty((batch, length, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=qkv.device)
-    itemsize = qkv.element_size()
-    stream = _streams(length, head_dim, itemsize, batch * heads, qkv.device)
-    config = _stream_config(head_dim, itemsize) if stream else _resident_config(head_dim)
-    align = _alignment(qkv)
-    with torch.cuda.device_of(qkv):
-        _attention_fwd_kernel[(batch * heads, triton.cdiv(length, config.M) if stream else 1)](
-            qkv, out, lse, scale * _LOG2_E, heads,
-            *(stride // align for stride in qkv.stride()[:-1]),
-            **_fwd_constants(length, head_dim, config, stream), ALIGN=align, PRECISION=_precision(qkv),
-            UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    _launch_fwd(qkv, scale, out, lse)
     return out, lse
 
 
-def _fwd_constants(length: int, head_dim: int, config: Config, stream: bool) -> dict:
+def attention_fp8_fwd(qkv: torch.Tensor, largest: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the output divided by row_scale, [B, L, H, d] in float8_e4m3fn, and row_scale [B, L], each image's own.
+
+    qkv: [B, L, 3, H, d]; largest: [T, B, L], absolute values of its rows, for every COLUMNS of their columns.
+    """
+    batch, length, _, heads, head_dim = qkv.shape
+    out = torch.empty((batch, length, heads, head_dim), dtype=torch.float8_e4m3fn, device=qkv.device)
+    row_scale = torch.empty((batch, length), dtype=torch.float32, device=qkv.device)
+    _launch_fwd(qkv, scale, out, None, largest.contiguous(), row_scale)
+    return out, row_scale
+
+
+def _launch_fwd(qkv: torch.Tensor, scale: float, out, lse, largest=None, row_scale=None) -> None:
+    batch, length, _, heads, head_dim = qkv.shape
+    qkv = _addressable(qkv)
+    itemsize = qkv.element_size()
+    stream = _streams(length, head_dim, itemsize, batch * heads, qkv.device)
+    config = _stream_config(head_dim, itemsize) if stream else _resident_config(head_dim, largest is not None)
+    align = _alignment(qkv)
+    with torch.cuda.device_of(qkv):
+        _attention_fwd_kernel[(batch * heads, triton.cdiv(length, config.M) if stream else 1)](
+            qkv, out, lse, largest, row_scale, scale * _LOG2_E, heads,
+            *(stride // align for stride in qkv.stride()[:-1]),
+            **_fwd_constants(length, heads, head_dim, config, stream), ALIGN=align, PRECISION=_precision(qkv),
+            UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+
+def _fwd_constants(length: int, heads: int, head_dim: int, config: Config, stream: bool) -> dict:
     main, rest = _columns(head_dim)
+    values = {"FIRST": 2 * heads * head_dim // COLUMNS, "LAST": triton.cdiv(3 * heads * head_dim, COLUMNS)}
+    values |= {"TOKENS": triton.next_power_of_2(length), "FP8_MAX": FP8_MAX}
     blocks = {"M": config.M, "N": config.N, "TAIL": _tail(length, config.N), "STREAM": stream}
-    return {"L": length, "D": head_dim, "MAIN": main, "REST": rest, **blocks}
+    return {"L": length, "D": head_dim, "MAIN": main, "REST": rest, **blocks, **values}
 
 
 def attention_bwd(dout, qkv, out, lse, scale: float) -> torch.Tensor:
@@ -560,16 +618,21 @@ def aot_cases() -> list[AotCase]:
     """The presets' head dimensions at L=258, on each architecture in the configuration it gets, and float32 once."""
     cases = [_fwd_case(head_dim, "bf16", stream=False) for head_dim in (64, 72, 120, 128)]
     cases += [_fwd_case(head_dim, "bf16", stream=True) for head_dim in (64, 72, 128)]
+    cases += [_fwd_case(head_dim, "bf16", stream=False, fp8=True) for head_dim in (64, 72, 120, 128)]
+    cases += [_fwd_case(72, "bf16", stream=True, fp8=True)]
     cases += [_bwd_case(head_dim, "bf16", archs) for head_dim in (64, 72, 120, 128) for archs in ((80,), (90, 100))]
     cases += [_bwd_case(head_dim, "bf16", (90,), several=True) for head_dim in (64, 72)]
     return [*cases, _fwd_case(72, "fp32", stream=True), _bwd_case(72, "fp32", (80, 90, 100))]
 
 
-def _fwd_case(head_dim: int, dtype: str, stream: bool) -> AotCase:
-    config = _stream_config(head_dim, _itemsize(dtype)) if stream else _resident_config(head_dim)
+def _fwd_case(head_dim: int, dtype: str, stream: bool, fp8: bool = False) -> AotCase:
+    config = _stream_config(head_dim, _itemsize(dtype)) if stream else _resident_config(head_dim, fp8)
     pointers = {"qkv": dtype, "out": dtype, "lse": "fp32"}
-    constexprs = _fwd_constants(258, head_dim, config, stream)
-    shape, archs = f"d={head_dim} {'streaming' if stream else 'resident'}", (80, 90, 100) if stream else (90,)
+    if fp8:
+        pointers = {"qkv": dtype, "out": "fp8e4nv", "largest": "fp32", "out_scale": "fp32"}
+    constexprs = _fwd_constants(258, 22, head_dim, config, stream)
+    shape = f"d={head_dim} {'streaming' if stream else 'resident'}{' fp8' * fp8}"
+    archs = ((90, 100) if fp8 else (80, 90, 100)) if stream else (90,)
     return _case(_attention_fwd_kernel, config, pointers, constexprs, shape, dtype, archs)
 
 

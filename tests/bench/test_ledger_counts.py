@@ -26,6 +26,7 @@ from epg_fast import ops  # noqa: E402
 from epg_fast.models import create_model  # noqa: E402
 from epg_fast.ops.fused_adamw_ema import SPEC as ADAMW  # noqa: E402
 from epg_fast.ops.global_norm import SPEC as GLOBAL_NORM  # noqa: E402
+from epg_fast.ops.linear_fp8_fused import SPEC as FUSED  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -177,6 +178,23 @@ def test_skip_linear_by_hand():
     assert kernel.written == 2 * rows * width
     tiles = products.triton_tiles(kernel.source)
     assert (tiles.rows, tiles.columns, tiles.count) == (rows, width, 4 * 4)
+
+
+def test_a_product_of_fp8_operands_moves_what_its_specification_says_at_twice_the_rate():
+    batch, tokens, width, skip, n = shape = 2, 256, 512, 256, 384
+
+    def call(residual, gate, bias):
+        x, other, weight = (
+            empty(*sides, dtype=torch.float8_e4m3fn)
+            for sides in ((batch, tokens, width), (batch, tokens, skip), (n, width + skip))
+        )
+        scales = [empty(*sides, dtype=torch.float32) for sides in ((4, batch, tokens), (n,), (batch, tokens))]
+        operands = x, scales[0], weight, scales[1], bias, other, scales[2]
+        return ops.linear_fp8_fused(*operands, False, residual, gate, "both", "triton")
+
+    kernel = only(counted(call, (batch, tokens, n), (batch, n), (n,), compiled=False))
+    assert kernel.bytes == FUSED.bytes(shape, 2) and kernel.flops == FUSED.flops(shape)
+    assert kernel.seconds == max(kernel.flops / (2 * H200.products), kernel.bytes / H200.memory)
 
 
 def test_what_a_kernel_wrote_itself_is_not_read_again():

@@ -8,12 +8,15 @@ import torch
 import epg_fast
 from epg_fast.models import EPGViT, fp8, fused_fp8
 from epg_fast.models.fp8 import Fp8Linear
-from epg_fast.models.fused_fp8 import Fp8Block, Fp8DecoderBlock
+from epg_fast.models.fused_fp8 import ChainedBlock, ChainedDecoderBlock, Fp8Block, Fp8DecoderBlock
 from epg_fast.sampling.precision import inference_network
 from tests.golden_data import Case
 from tests.ops.kernel_checks import pretend_gemms_run
 
 pytest.importorskip("triton")
+KERNELS = ("triton", "scaled_mm")
+each_way = pytest.mark.parametrize("way", ["triton", pytest.param("scaled_mm", marks=pytest.mark.slow)])
+BLOCKS = {"triton": (ChainedBlock, ChainedDecoderBlock), "scaled_mm": (Fp8Block, Fp8DecoderBlock)}
 SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_depth": 2, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
 MORE = {"decoder_depth": 3, "tokens": 3, "qkv_bias": True, "qk_scale": 0.3}
@@ -63,9 +66,12 @@ def test_a_network_errs_with_the_kernels_as_much_as_with_pytorch(form):
     arguments = inputs(model)
     with torch.no_grad():
         want = model(*arguments)
-    errors = {ops: error(in_fp8(model, arguments, {"fp8": ops}), want) for ops in ("plain", "triton")}
+    errors = {ops: error(in_fp8(model, arguments, {"fp8": ops}), want) for ops in ("plain", *KERNELS)}
     # The same roundings of other values: what they add up to differs by chance, in thousands of outputs by little.
-    assert errors["triton"] == pytest.approx(errors["plain"], rel=0.1)
+    assert errors["scaled_mm"] == pytest.approx(errors["plain"], rel=0.1)
+    assert errors["triton"] < 1.1 * errors["plain"]  # some of its scales are those of fewer values
+    with_attention = error(in_fp8(model, arguments, {"fp8": "triton", "attention": "triton"}), want)
+    assert 2e-3 < with_attention < 1.1 * errors["plain"]  # and attention's are those of more
     assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) == errors["triton"] > 2e-3
 
 
@@ -76,8 +82,9 @@ def test_official_outputs_are_met_as_nearly_as_by_pytorchs_way(name):
     model = EPGViT(**case.config["model"]).eval()
     model.load_state_dict(case.weights())
     arguments = case["x"], case["t"], case["y"]
-    errors = [error(in_fp8(model, arguments, {"fp8": ops}), case["out"]) for ops in ("triton", "plain")]
-    assert 1e-3 < errors[0] < 1.1 * errors[1] < 0.1
+    every = ({"fp8": "triton", "attention": "triton"}, *({"fp8": way} for way in (*KERNELS, "plain")))
+    *errors, plain = (error(in_fp8(model, arguments, ops), case["out"]) for ops in every)
+    assert all(1e-3 < found < 1.1 * plain < 0.1 for found in errors)
 
 
 @pytest.mark.slow
@@ -111,9 +118,9 @@ def calls(monkeypatch):
 
     for name in ("layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate"):
         count(fused_fp8, name)
-    for name in ("skip_norms_fp8", "quantize_rows"):
+    for name in ("skip_norms_fp8", "quantize_rows", "layer_norm_modulate", "attention_fp8"):
         count(fused_fp8, name)
-    for name in ("quantize_rows_ref", "linear_fp8"):
+    for name in ("quantize_rows_ref", "linear_fp8", "linear_fp8_fused"):
         count(fp8, name)
     return counted
 
@@ -121,7 +128,7 @@ def calls(monkeypatch):
 @pytest.mark.usefixtures("references")
 def test_every_pass_over_the_tokens_that_can_be_shared_is(calls):
     model = make()
-    in_fp8(model, inputs(model, 2), {"fp8": "triton"})
+    in_fp8(model, inputs(model, 2), {"fp8": "scaled_mm"})
     assert {name: count for name, count in calls.items() if isinstance(name, str)} == {
         "layer_norm_modulate_fp8": 1,  # the first block's
         "gate_residual_norm_modulate_fp8": 4 + 1,  # second norms, and the second block's first
@@ -134,6 +141,21 @@ def test_every_pass_over_the_tokens_that_can_be_shared_is(calls):
 
 
 @pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("attention", ["triton", "plain"])
+def test_chained_products_leave_one_pass_beside_norms_and_products(calls, attention):
+    model = make()
+    in_fp8(model, inputs(model, 2), {"fp8": "triton", "attention": attention})
+    inside = {"attention_fp8": 4, "linear_fp8_fused": 4 * 4 + 2, "quantize_rows": 1}  # what enters the decoder
+    outside = {"linear_fp8": 4, "linear_fp8_fused": 4 * 3 + 2, "quantize_rows": 4 + 1}  # around another attention
+    assert {name: count for name, count in calls.items() if isinstance(name, str)} == {
+        "layer_norm_modulate_fp8": 2 * 2 + 2,  # both norms of the encoder's blocks, the second of the decoder's
+        "layer_norm_modulate": 2,  # final norms
+        "skip_norms_fp8": 2,
+        "quantize_rows_ref": 4 * 4 + 2,  # weights, once
+    } | (inside if attention == "triton" else outside)
+
+
+@pytest.mark.usefixtures("references")
 def test_products_of_the_extension_have_the_gelu_in_them(monkeypatch, calls):
     pretend_gemms_run(monkeypatch, "linear_fp8")
     monkeypatch.setattr(fused_fp8, "require_gemms", lambda op, device: None)
@@ -141,7 +163,7 @@ def test_products_of_the_extension_have_the_gelu_in_them(monkeypatch, calls):
     arguments = inputs(model)
     got = in_fp8(model, arguments, {"fp8": "cuda"})
     assert (calls["linear_fp8", True, "cuda"], calls["linear_fp8", False, "cuda"]) == (4, 14)
-    want = in_fp8(model, arguments, {"fp8": "triton"})
+    want = in_fp8(model, arguments, {"fp8": "scaled_mm"})
     with torch.no_grad():
         exact = model(*arguments)
     assert error(got, exact) == pytest.approx(error(want, exact), rel=0.1)
@@ -173,29 +195,30 @@ CHANGED = {
 
 
 @pytest.mark.usefixtures("references")
+@each_way
 @pytest.mark.parametrize("path", CHANGED)
-def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path, log, monkeypatch):
+def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path, way, log, monkeypatch):
     kept = ".".join(path.split(".")[:2]) if CHANGED[path] else None
     how = "hook" if path in (kept, "norm") else "adapter"  # the network asks blocks for more than a call
     model = make()
     arguments = inputs(model)
     with torch.no_grad():
         want = model(*arguments)
-    error_before = error(in_fp8(model, arguments, {"fp8": "triton"}), want)
+    error_before = error(in_fp8(model, arguments, {"fp8": way}), want)
     if how == "adapter":
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(path)))
     else:
         model.get_submodule(path).register_forward_hook(lambda module, args, out: Adapter.factor * out)
     log.messages.clear()
-    assert error(in_fp8(model, arguments, {"fp8": "triton"}), want) == pytest.approx(error_before, rel=0.15)
+    assert error(in_fp8(model, arguments, {"fp8": way}), want) == pytest.approx(error_before, rel=0.15)
     assert ("; 1 of 4 blocks call their modules" in log.messages[0]) == (kept is not None)
-    network = inference_network(model.use_ops("triton"), "fp8")
-    names = {n for n, m in network.named_modules() if isinstance(m, (Fp8Block, Fp8DecoderBlock))}
+    network = inference_network(model.use_ops({"fp8": way}), "fp8")
+    names = {n for n, m in network.named_modules() if isinstance(m, BLOCKS[way])}
     blocks = {f"{half}.{i}" for half in ("blocks", "decoder_blocks") for i in range(2)}
     assert names == blocks - {kept}
     monkeypatch.setattr(Adapter, "factor", float("nan"))
-    assert in_fp8(model, arguments, {"fp8": "triton"}).isnan().all()
+    assert in_fp8(model, arguments, {"fp8": way}).isnan().all()
 
 
 @pytest.mark.usefixtures("references")
@@ -217,8 +240,9 @@ def test_a_subclass_and_a_network_that_encodes_alone_are_computed():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("references")
-def test_blocks_and_network_compile_into_one_graph_each():
-    model = make().use_ops({"fp8": "triton"})
+@pytest.mark.parametrize("way", KERNELS)
+def test_blocks_and_network_compile_into_one_graph_each(way):
+    model = make().use_ops({"fp8": way, "attention": "triton"})
     x, *rest = inputs(model, 3)
     network = inference_network(model, "fp8")
     with torch.no_grad():

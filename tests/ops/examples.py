@@ -169,6 +169,12 @@ def _attention(values, shape, dtypes, **options):
     return {"qkv": values(batch, length, 3, heads, head_dim, dtype=dtypes[0])} | options
 
 
+def _attention_fp8(values, shape, dtypes, **options):
+    qkv = values(*shape[:2], 3, *shape[2:], dtype=dtypes[0], grad=False)
+    parts = F.pad(qkv.flatten(2), (0, -3 * shape[2] * shape[3] % 128)).unflatten(-1, (-1, 128))
+    return {"qkv": qkv, "largest": parts.abs().amax(-1).movedim(-1, 0).float()} | options
+
+
 def _patch_embed(values, shape, dtypes, extras=2, aspect=1):
     batch, channels, size, patch, width = shape
     image, weight, tokens = dtypes
@@ -224,6 +230,29 @@ def _linear_fp8(values, shape, dtypes, gelu=False):
     made = dict(zip(("x", "x_scale"), ops.quantize_rows_ref(x), strict=True))
     made |= dict(zip(("weight", "weight_scale"), ops.quantize_rows_ref(weight), strict=True))
     return made | {"bias": values(n, dtype=dtypes[0], grad=False), "gelu": gelu}
+
+
+def _linear_fp8_fused(values, shape, dtypes, skip=True, scales="columns", gelu=True, gated=True, returns="both"):
+    """scales: of x, of each row or of its columns by the 128; a skip has one for each row there and the other here."""
+    batch, tokens, d, e, n = shape
+    e = e if skip else 0
+    bias, residual, gate = dtypes
+    made = _fp8("x", values.sized_rows(batch, tokens, d), scales == "columns")
+    made |= _fp8("weight", values(n, d + e, grad=False) * (d + e) ** -0.5, False)
+    made |= {"bias": values(n, dtype=bias, grad=False)}
+    made |= _fp8("skip", values.sized_rows(batch, tokens, e), scales != "columns") if e else {}
+    if gated:
+        made |= {"residual": values(batch, tokens, n, dtype=residual, grad=False)}
+        made |= {"gate": values(batch, n, dtype=gate, grad=False)}
+    return made | {"gelu": gelu, "returns": returns}
+
+
+def _fp8(name, x, by_columns):
+    if not by_columns:
+        return dict(zip((name, f"{name}_scale"), ops.quantize_rows_ref(x), strict=True))
+    parts = F.pad(x, (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    rows, scale = ops.quantize_rows_ref(parts * torch.logspace(-1, 1, parts.shape[-2], device=x.device)[:, None])
+    return {name: rows.flatten(-2)[..., : x.shape[-1]].contiguous(), f"{name}_scale": scale.movedim(-1, 0).contiguous()}
 
 
 def _linear_fp8_dynamic(values, shape, dtypes):
@@ -472,6 +501,15 @@ EXAMPLES = {
             reference_function=ops.attention_ref,
         ),
         _example(
+            ops.attention_fp8,
+            _attention_fp8,
+            spec="attention",
+            # in 16 bits the kernel rounds the softmax, which moves FP8 numbers: tests/ops/test_fp8.py
+            forms={"full": {}, "of another scale": {"scale": 0.5}},
+            reference_function=ops.attention_fp8_ref,
+            differentiable=False,
+        ),
+        _example(
             ops.patch_embed,
             _patch_embed,
             dtypes={
@@ -533,6 +571,21 @@ EXAMPLES = {
             backends=("cuda",),
             cuda_dtypes=("bf16",),
             reference_function=ops.linear_fp8_ref,
+            differentiable=False,
+        ),
+        _example(
+            ops.linear_fp8_fused,
+            _linear_fp8_fused,
+            dtypes={name: dtypes[:3] for name, dtypes in _FP8_DTYPES.items()},
+            forms={
+                "all at once": {},
+                "the MLP's first product": {"scales": "row", "skip": False, "gated": False, "returns": "rows"},
+                "a block's end": {"skip": False, "gelu": False},
+                "attention's projection": {"scales": "row", "skip": False, "gelu": False, "returns": "y"},
+                "a long skip": {"gelu": False, "gated": False, "returns": "y"},
+                "attention's first product": {"skip": False, "gelu": False, "gated": False, "returns": "largest"},
+            },
+            reference_function=ops.linear_fp8_fused_ref,
             differentiable=False,
         ),
         # Against its own rounding, in its own file; here for what measures it.

@@ -295,7 +295,7 @@ def test_an_empty_batch_gives_nothing_or_is_refused(example, backend):
         with pytest.raises(ValueError, match="wanted (at least one value|no empty dimension)"):
             example.call(backend, **inputs)
     backends = ("extension", "plain") if backend == "extension" else ("plain",)
-    if example.name not in ("attention", "linear"):
+    if example.name not in ("attention", "attention_fp8", "linear"):
         for name in backends:
             outputs = run(with_backend(example, name), inputs)[0]
             assert example.name == "global_norm" or all(output.numel() == 0 for output in outputs)

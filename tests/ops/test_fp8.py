@@ -59,6 +59,26 @@ def test_nan_is_not_hidden(op, backend):
     assert y[0, 0].isnan().any() and y[0, 1].isfinite().all()
 
 
+@needs_triton
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+@pytest.mark.parametrize("shape", [(2, 19, 3, 2, 72), (1, 40, 3, 3, 40)], ids=str)
+def test_attention_in_fp8_is_attention_to_three_bits_behind_the_leading_one(shape, backend):
+    qkv = torch.randn(shape, device=DEVICE).half()
+    qkv[:, :, 2] *= torch.logspace(-3, 1, shape[0], device=DEVICE)[:, None, None, None]  # images of other sizes
+    inputs = EXAMPLES["attention_fp8"].make(lambda *_, **__: qkv, (*shape[:2], *shape[3:]), (torch.float16,))
+    rows, scale = ops.attention_fp8(**inputs, backend=backend)
+    largest = inputs["largest"][2 * shape[3] * shape[4] // 128 :].amax((0, 2))
+    torch.testing.assert_close(scale, (largest / 448)[:, None].expand(shape[:2]))
+    assert (largest >= qkv[:, :, 2].float().abs().amax((1, 2, 3))).all()  # but for keys that share columns with values
+    wanted = ops.attention_ref(qkv.double())
+    error, unit = (rows.double() * scale[..., None, None] - wanted).abs(), scale.double()[..., None, None]
+    # of four bits; the smallest number, to which the interpreter floors; the softmax in float16
+    right = error <= wanted.abs() / 16 + unit * 2**-9 + unit * 448 * 2**-11
+    if backend == "triton" and interpreting():
+        right |= (rows.view(torch.uint8) & 0b111) == 0  # the interpreter loses the carry to the next power of two
+    assert right.all()
+
+
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 def test_a_product_is_that_of_the_dequantised_operands(gelu):
     inputs = EXAMPLES["linear_fp8"].inputs((5, 48, 24), "bf16", device=DEVICE)
