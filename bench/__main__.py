@@ -31,7 +31,7 @@ import torch
 
 from bench import report
 from bench.ladder import Ladder, climb, in_turns
-from bench.results import ROOT, Results, header, processor, read_json
+from bench.results import ROOT, Results, header, read_json
 from bench.roofline import STAGES
 from bench.sample import Sampling
 from bench.train import Training
@@ -165,8 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         # more threads wait for cores that others keep busy
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    stem = "-".join("".join(c if c.isalnum() else " " for c in device).lower().split())
+    stem = "-".join("".join(c if c.isalnum() else " " for c in header()["device"]).lower().split())
     folder = options.output or ROOT / "bench" / "results" / f"{datetime.now().date()}-{stem}"
     try:
         if options.job:

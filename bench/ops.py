@@ -71,12 +71,15 @@ class Measured:
         return EXAMPLES[self.name]
 
 
-def _split_skip_linear(x, skip, weight, bias, norm_weight, norm_bias):
-    """Two products of a library; the sum is rounded once more than with a concatenation."""
-    width, columns = x.shape[-1], weight.shape[0]
-    z = torch.addmm(bias, x.flatten(0, 1), weight[:, :width].t())
-    z = torch.addmm(z, skip.flatten(0, 1), weight[:, width:].t())
-    return F.layer_norm(z, (columns,), norm_weight, norm_bias).view(*x.shape[:-1], columns)
+def _with_statistics(inputs: dict) -> dict:
+    return inputs | {"statistics": ops.row_statistics(inputs["x"])}
+
+
+def _norm_then_linear(x, norm_weight, norm_bias, weight, bias, shift, scale, gelu):
+    backend = "triton" if CUDA else "plain"
+    y = ops.layer_norm_modulate(x, norm_weight, norm_bias, shift, scale, backend=backend)
+    z = F.linear(y, weight, bias.to(y.dtype))
+    return F.gelu(z) if gelu else z
 
 
 def _linear_in_16_bits(x, weight, bias, gelu=False, **_):
@@ -134,8 +137,17 @@ MEASURED = (
     Measured("layer_norm_modulate", ("bf16 with fp32 parameters", "fp32"), ((2, 258, 768),)),
     Measured("gate_residual_norm_modulate", ("bf16 with fp32 parameters",), ((2, 258, 768),)),
     Measured("linear_residual_norm", ("bf16 with fp32 parameters",), ((1, 66, 768, 768),)),
+    Measured(
+        "norm_linear",
+        ("bf16 with fp32 parameters",),
+        ((1, 66, 768, 2304),),
+        rivals={
+            "triton": Rival(functools.partial(ops.norm_linear, backend="triton"), _with_statistics),
+            "norm, then a library's linear": Rival(_norm_then_linear),
+        },
+    ),
     Measured("mlp_residual", ("bf16 with fp32 parameters",), ((1, 66, 768, 3072),)),
-    Measured("skip_linear", ("bf16",), ((1, 66, 768, 768),), rivals={"split": Rival(_split_skip_linear, checked=CUDA)}),
+    Measured("skip_linear", ("bf16",), ((1, 66, 768, 768),)),
     Measured(
         "attention",
         ("bf16", "fp16"),

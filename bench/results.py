@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 
 from epg_fast.files import write_atomically
+from epg_fast.plans.plan import processor
 
 SCHEMA = "epg_fast.bench/1"
 UNITS = {"images/s": "more", "us": "less", "ms": "less", "kernels": "less"}
@@ -181,15 +181,6 @@ def header() -> dict[str, str | int]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def processor() -> str:
-    """The CPU's name, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -35,7 +35,7 @@ from epg_fast.models.blocks import Block, DecoderBlock
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.ops.spec import OpSpec
 from epg_fast.training.estimate import planned_stage
-from epg_fast.training.hardware import GPUS, gpu_named
+from epg_fast.training.flops import GPUS, gpu_named
 from epg_fast.training.stages import Stage
 
 ITEMSIZE = 2
@@ -146,33 +146,37 @@ def _module(name: str, rows: int, module: nn.Linear) -> _Layer:
     return _linear(name, rows, module.in_features, module.out_features)
 
 
-def _block(where: str, block: Block | DecoderBlock, batch: int, length: int) -> list[_Layer]:
+def _block(where: str, block: Block | DecoderBlock, batch: int, length: int, kept: int | None = None) -> list[_Layer]:
+    """kept: tokens that are computed behind the attention; None: all."""
     heads, (hidden, width) = block.attn.num_heads, block.mlp.fc1.weight.shape
-    rows, tokens = batch * length, (batch, length)
+    rows, tokens, behind = batch * length, (batch, length), (batch, kept or length)
     shape = (*tokens, heads, width // heads)
     products = _spec("attention").flops(shape)
-    norm = _elementwise(f"{where} norm, modulate", "layer_norm_modulate", (*tokens, width))
-    fc1 = _linear(f"{where} fc1, GELU", rows, width, hidden)
+    first, norm = (
+        _elementwise(f"{where} norm, modulate", "layer_norm_modulate", (*t, width)) for t in (tokens, behind)
+    )
+    fc1 = _linear(f"{where} fc1, GELU", batch * behind[1], width, hidden)
     return [
-        norm,
+        first,
         _module(f"{where} qkv", rows, block.attn.qkv),
         replace(_elementwise(f"{where} attention", "attention", shape, ATTENTION), flops=products, inputs=2 * products),
-        _fused(f"{where} proj, gate, residual", "linear_residual_norm", (*tokens, width, width)) - norm,
+        _fused(f"{where} proj, gate, residual", "linear_residual_norm", (*behind, width, width)) - norm,
         norm,
         fc1,
-        _fused(f"{where} fc2, gate, residual", "mlp_residual", (*tokens, width, hidden)) - fc1,
+        _fused(f"{where} fc2, gate, residual", "mlp_residual", (*behind, width, hidden)) - fc1,
     ]
 
 
 def _encoder(network: ViTEncoder, batch: int, norm: int = 1, image_gradient: bool = False) -> list[_Layer]:
     """norm: how many tokens the last norm is for."""
     length = network.extras + network.num_patches
+    kept = norm if network.drops_tokens else None
     shape = (batch, network.in_chans, network.image_size, network.patch_size, network.embed_dim)
     flops = 2 * batch * network.num_patches * network.patch_embed.proj.weight.numel()
     embedding = _elementwise("patch_embed", "patch_embed", shape, PRODUCTS)
     layers = [replace(embedding, flops=flops, weights=flops, inputs=flops if image_gradient else 0)]
     for block in network.blocks:
-        layers += _block("encoder", block, batch, length)
+        layers += _block("encoder", block, batch, length, kept if block is network.blocks[-1] else None)
     return [*layers, _elementwise("encoder norm", "layer_norm_modulate", (batch, norm, network.embed_dim))]
 
 
@@ -279,12 +283,15 @@ def update_of(stage: Stage) -> Work:
 
 
 def update(job: str, preset: str, batch: int) -> Work:
-    """An update of the training job, consistency training with its frozen encoder."""
+    """An update of the training job by fused blocks, consistency training with its frozen encoder."""
     options = {"perceptual": "the preset's own"} if job == "finetune-consistency" else {}
     name = STAGES[job]
     model = configs.ModelConfig(preset)
     config = getattr(configs, f"{name}Config")(model=model, batch_size=batch, **options)
-    return update_of(planned_stage(config, getattr(training, f"{name}Stage"), 1))
+    stage = planned_stage(config, getattr(training, f"{name}Stage"), 1)
+    for network in filter(None, (stage.network, stage.ema, getattr(stage, "perceptual", None))):
+        network.use_ops("triton")
+    return update_of(stage)
 
 
 def jobs_of(preset: str, batch: int) -> dict[str, Work]:

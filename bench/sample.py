@@ -14,8 +14,7 @@ import torch
 
 from bench import measure, roofline
 from bench.ladder import Ladder, NotHere, Ready, Variant, chosen, default_device
-from bench.plain.networks import PlainGenerator, from_config
-from bench.plain.sampling import Sampler
+from bench.plain import PlainGenerator, Sampler, from_config
 from epg_fast import SamplingEngine
 from epg_fast.models import EPGViT, create_model, preset_config
 from epg_fast.sampling import image_error

@@ -15,10 +15,9 @@ from functools import cached_property
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bench import measure, roofline
+from bench import measure, plain, roofline
 from bench.ladder import Ladder, NotHere, Ready, Variant, chosen, default_device
-from bench.plain import training as plain
-from bench.plain.networks import PlainEncoder, PlainGenerator, from_config
+from bench.plain import PlainEncoder, PlainGenerator, from_config
 from bench.roofline import STAGES
 from bench.sample import lively
 from epg_fast import config as configs
@@ -30,10 +29,11 @@ from epg_fast.models import encoder_from_config, generator_from_config, preset_c
 from epg_fast.models.fp8 import require_fp8, use_fp8
 from epg_fast.ops import extension_status
 from epg_fast.ops.extension import extension_has_cuda, gpus_without_code
-from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
+from epg_fast.training.gradients import compile_stage
 from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
+from epg_fast.tuning.workloads import NoImages
 
 _EAGER = {"optimizer": "torch", "compile": "off", "ops": "plain"}
 _BLOCKS = _EAGER | {"compile": "blocks"}
@@ -254,14 +254,13 @@ class OurTraining:
             network.load_state_dict(problem.weights(), strict=True)
         if (perceptual := problem.perceptual(encoder_from_config)) is not None:
             stage.perceptual = perceptual.use_ops(stage.chosen.ops)
-        self.state = RunState(config, stage, _NoImages(), ranks)
+        self.state = RunState(stage, NoImages())
         if config.fp8:
             use_fp8(stage.network)
         self._losses = _Losses()
         compile_stage(stage)
 
     def step(self) -> None:
-        begin_step(self.config)
         train_step(self.state, self.problem.images, self._losses)
 
     def losses(self, count: int) -> list[float]:
@@ -278,10 +277,3 @@ class _Losses:
 
     def add(self, names, sums, counts, made) -> None:
         self.found = [*self.found[:8], sums[names.index("loss")]]
-
-
-class _NoImages:
-    """In the place of a run's images."""
-
-    def fingerprint(self) -> str:
-        return ""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import platform
 import sys
 from pathlib import Path
 
@@ -208,13 +206,10 @@ def save(figure, path: Path) -> None:
 def machine() -> dict:
     import torch
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": cores, "gpu": gpu, "torch": torch.__version__}
+    from epg_fast.plans import Machine
+
+    found = {"cpu": Machine.here(torch.device("cpu")).device, "gpu": None, "torch": torch.__version__}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def shown(goal: dict, key: str) -> str:
@@ -279,8 +274,7 @@ def render(metrics: dict) -> str:
         "something, their size does not.",
         "## Cost",
         "\n".join(costs),
-        f"Steps: {steps}. Machine: {here['cpu']}, {here['cores']} cores, {here['gpu'] or 'no GPU'}; "
-        f"torch {here['torch']}.",
+        f"Steps: {steps}. Machine: {here['cpu']}, {here['gpu'] or 'no GPU'}; torch {here['torch']}.",
     ]
     return "\n\n".join(sections) + "\n"
 

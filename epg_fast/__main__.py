@@ -40,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     job = _JOBS[name]
     try:
         _set_up_logging()
-        if job.configs is None:
-            return job.run(rest) or 0
-        return job.run(*parse(job.configs, rest, name, job.summary)) or 0
+        job.run(*([rest] if job.configs is None else parse(job.configs, rest, name, job.summary)))
+        return 0
+    except distributed.Interrupted as stop:
+        return _fail(stop.code, str(stop))
     except (ValueError, ImportError) as error:
         if os.environ.get("EPG_DEBUG"):
             raise
@@ -80,7 +81,7 @@ def _train(config: configs.RunConfig, options: configs.DryRunConfig, stage: str)
     training.train(config, stage_class)
 
 
-def _sample(config: configs.SampleConfig) -> int | None:
+def _sample(config: configs.SampleConfig) -> None:
     from epg_fast.sampling.command import check_command, run
 
     if _plan_is_wanted(config):
@@ -88,20 +89,13 @@ def _sample(config: configs.SampleConfig) -> int | None:
 
         check_command(config)
         ensure_plan(config, None)
-    return _until_interrupted(run, config)
+    run(config)
 
 
-def _sweep(config: configs.SweepConfig) -> int | None:
+def _sweep(config: configs.SweepConfig) -> None:
     from epg_fast.sweep import run
 
-    return _until_interrupted(run, config)
-
-
-def _until_interrupted(run: Callable, config) -> int | None:
-    try:
-        run(config)
-    except distributed.Interrupted as stop:
-        return _fail(stop.code, str(stop))
+    run(config)
 
 
 def _app(config: configs.AppConfig) -> None:
@@ -155,13 +149,11 @@ def _tune(argv: list[str]) -> None:
     tune(config, stage, options, getattr(config, "model", None))
 
 
-def _evaluate(config: configs.EvaluateConfig) -> int | None:
+def _evaluate(config: configs.EvaluateConfig) -> None:
     if config.protocol:
         from epg_fast.repeat import run
-
-        return _until_interrupted(run, config)
-    from epg_fast.evaluation.job import run
-
+    else:
+        from epg_fast.evaluation.job import run
     run(config)
 
 

@@ -87,13 +87,13 @@ class ModelConfig(_Checked):
     """Patch height and width in pixels."""
     embed_dim: int | None = number(None, 1)
     """Encoder width E."""
-    depth: int | None = number(None, 1)
+    depth: int | None = number(None, 1, 1000)
     """Encoder blocks."""
     num_heads: int | None = number(None, 1)
     """Encoder attention heads."""
     decoder_embed_dim: int | None = number(None, 1)
     """Decoder width D."""
-    decoder_depth: int | None = number(None, 1)
+    decoder_depth: int | None = number(None, 1, 1000)
     """Decoder blocks."""
     decoder_num_heads: int | None = number(None, 1)
     """Decoder attention heads."""
@@ -130,29 +130,29 @@ class ScheduleConfig(_Checked):
 class AugmentConfig(_Checked):
     """The two augmented views of pre-training; pairs are (low, high) or (view 1, view 2)."""
 
-    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_area: tuple[float, float] = number((0.08, 1.0), most=1, above=0, ordered=True)
     """Random resized crop: range of the area fraction."""
-    crop_ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    crop_ratio: tuple[float, float] = number((0.75, 4.0 / 3.0), above=0, ordered=True)
     """Random resized crop: range of the aspect ratio."""
-    jitter_probability: float = 0.8
+    jitter_probability: float = number(0.8, 0, 1)
     """Probability of colour jitter."""
-    brightness: float = 0.4
+    brightness: float = number(0.4, 0)
     """Colour jitter: factor in 1 +- this."""
-    contrast: float = 0.4
+    contrast: float = number(0.4, 0)
     """Colour jitter: factor in 1 +- this."""
-    saturation: float = 0.2
+    saturation: float = number(0.2, 0)
     """Colour jitter: factor in 1 +- this."""
-    hue: float = 0.1
+    hue: float = number(0.1, 0, 0.5)
     """Colour jitter: shift in +- this, in turns of the hue circle."""
-    grayscale_probability: float = 0.2
+    grayscale_probability: float = number(0.2, 0, 1)
     """Probability of grayscale."""
-    blur_probability: tuple[float, float] = (1.0, 0.1)
+    blur_probability: tuple[float, float] = number((1.0, 0.1), 0, 1)
     """Probability of Gaussian blur in view 1 and in view 2."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = number((0.1, 2.0), 0, 1024, ordered=True)
     """Gaussian blur: range of sigma in pixels."""
-    solarize_probability: tuple[float, float] = (0.0, 0.2)
+    solarize_probability: tuple[float, float] = number((0.0, 0.2), 0, 1)
     """Probability of solarisation (threshold 128) in view 1 and in view 2."""
-    flip_probability: float = 0.5
+    flip_probability: float = number(0.5, 0, 1)
     """Probability of a horizontal flip."""
 
 
@@ -183,7 +183,7 @@ class DataConfig(_Checked):
 class OptimizerConfig(_Checked):
     """AdamW and its learning rate."""
 
-    backend: Literal["auto", "fused", "torch", "apex"] = "auto"
+    backend: Literal["auto", "fused", "torch"] = "auto"
     """Who computes the update, with equal numbers up to rounding; `fused` is the C++/CUDA extension, in one pass."""
     lr: float = number(1e-4, 0)
     """Peak learning rate."""
@@ -195,8 +195,6 @@ class OptimizerConfig(_Checked):
     """Decoupled weight decay."""
     decay_tokens: bool = False
     """Apply weight decay to `pos_embed` and `cls_token` as well."""
-    layer_decay: float = number(1.0, above=0)
-    """Learning-rate factor per encoder block from the deepest (1) to the first; 1 switches it off."""
     schedule: Literal["warmup-cosine", "warmup-step", "constant"] = "warmup-cosine"
     """Learning-rate factor: warm-up then cosine to `min_scale`, or 1 / 0.3 / 0.08 at `milestones`, or 1."""
     warmup_steps: int = number(10_000, 0)
@@ -380,6 +378,10 @@ class RunConfig(_ComputeConfig):
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
             )
         self._check_engine()
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, 0 for never, is done after `step` updates; at the last all is."""
+        return step > 0 and every > 0 and (step % every == 0 or step == self.steps)
 
     def _check_engine(self):
         if self.cuda_graphs and self.compile != "network":
@@ -824,8 +826,3 @@ class ReconstructEmaConfig(_Checked):
     """File (.safetensors) to write; it is used like a run's model.safetensors."""
     max_residual: float = number(0.05, 0, 1)
     """Refuse when the snapshots represent the EMA worse than this (relative L2 distance of the profiles)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sigma_rel is not None:
-            check_sigma_rel(self.sigma_rel)

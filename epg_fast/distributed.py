@@ -107,6 +107,19 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def together(self, act: Callable[[], T]) -> list[T]:
+        """What `act` returns on every rank, in rank order; a ValueError or OSError of one is raised on all of them."""
+        value = error = None
+        try:
+            value = act()
+        except (ValueError, OSError) as problem:
+            error = problem
+        everyone = self.gather((value, error))
+        for _, problem in everyone:
+            if problem is not None:
+                raise problem
+        return [value for value, _ in everyone]
+
     def gather_to_main(self, value: T) -> list[T] | None:
         """The picklable `value` of every rank, in rank order, on the main rank; None on the others."""
         if self.world_size == 1:
@@ -139,18 +152,14 @@ class Ranks:
 
         It may take longer than the ranks wait for each other otherwise.
         """
-        result, error = None, None
-        try:
-            if self.main:
-                result = choose()
-        except (ValueError, OSError) as problem:
-            error = problem
-        finally:
-            self._await_main()
-        result, error = self.gather((result, error))[0]
-        if error is not None:
-            raise error
-        return result
+
+        def act() -> T | None:
+            try:
+                return choose() if self.main else None
+            finally:
+                self._await_main()
+
+        return self.together(act)[0]
 
     def _await_main(self) -> None:
         """Wait, the other ranks, until the main rank comes here: for as long as it takes, unlike a collective."""

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import logging
 import os
 import tempfile
@@ -19,6 +20,11 @@ _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{_CAPABILITY}")
 )
+
+
+def pytest_collection_finish():
+    """What modules and collection have made stays: no collection of garbage looks through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

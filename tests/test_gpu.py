@@ -12,8 +12,8 @@ from epg_fast.distributed import Ranks
 from epg_fast.models import EPGViT, create_model
 from epg_fast.models.fp8 import Fp8Linear, use_fp8
 from epg_fast.plans.sites import site_choices
-from epg_fast.training.compilation import compile_stage
 from epg_fast.training.draws import Draws
+from epg_fast.training.gradients import compile_stage
 from epg_fast.training.loop import train_step
 from tests.golden_data import Case, names
 from tests.ops.kernel_checks import needs_gemms

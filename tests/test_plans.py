@@ -19,8 +19,8 @@ from epg_fast.plans import plan as plan_module
 from epg_fast.plans.plan import architecture
 from epg_fast.sampling import SamplingEngine
 from epg_fast.training import DiffusionStage, state
-from epg_fast.training.planning import applied, kept_choice, training_case
-from epg_fast.training.stages import network_config
+from epg_fast.training.stages import applied, network_config, training_case
+from epg_fast.training.state import RunFolder
 
 CPU = torch.device("cpu")
 SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -208,8 +208,9 @@ def test_a_run_keeps_what_it_has_computed_with_unless_its_machine_is_another_or_
 @pytest.mark.parametrize("record", ["[]", "{}", '{"ops": {"nowhere": "math"}}', "{"])
 def test_a_damaged_record_of_a_run_is_one_line(record, tmp_path):
     (tmp_path / "plan.json").write_text(record)
+    (tmp_path / "checkpoints/step_000000001").mkdir(parents=True)
     with pytest.raises(ValueError, match="plan.json is damaged; delete it"):
-        kept_choice(tmp_path)
+        assert RunFolder(tmp_path).choice
 
 
 def test_two_ranks_take_what_the_main_one_chooses_and_unlike_machines_are_refused(monkeypatch, folder):

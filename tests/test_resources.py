@@ -39,6 +39,34 @@ def test_no_kernel_spills_on_sm_90():
             assert f"\n{name}_kernel " in table
 
 
+_DEPENDENT = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from epg_kernels._matmul import FEW_BY_TMA, linear_case
+
+case = linear_case(FEW_BY_TMA, 128, 128, 0, "bf16", gelu=False, norm="plain")
+names = case.kernel.arg_names
+signature = {name: case.signature.get(name, "constexpr") for name in names}
+source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs)
+options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+@pytest.mark.kernels
+def test_a_kernel_that_starts_early_waits_before_it_touches_memory():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", _DEPENDENT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    waits = done.stdout.index("griddepcontrol.wait")
+    touches = [done.stdout.find(word) for word in ("ld.global", "st.global", "cp.async", "st.shared")]
+    assert all(waits < place for place in touches if place >= 0) and "cp.async.bulk" in done.stdout[waits:]
+    assert done.stdout.count("griddepcontrol.launch_dependents") == 1
+
+
 @pytest.mark.kernels
 def test_triton_compiles_without_a_warning():
     pytest.importorskip("triton")

@@ -52,7 +52,7 @@ def test_training_a_small_network_takes_one_thread(four_threads, tiny_run, tmp_p
     from epg_fast.__main__ import main
     from epg_fast.training import loop
 
-    seen, begin = [], loop.begin_step
-    monkeypatch.setattr(loop, "begin_step", lambda config: (seen.append(torch.get_num_threads()), begin(config)))
+    seen, step = [], loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *a: (seen.append(torch.get_num_threads()), step(*a)))
     assert main([job, *tiny_run, "--steps", "2", "--outdir", str(tmp_path / "run")]) == 0
     assert seen == [1, 1] and torch.get_num_threads() == 4

@@ -323,11 +323,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("encoder.attention", "flash", CPU, None),
         ("encoder.attention", "cudnn", CUDA, None),
         ("encoder.attention", "flash_attn_3", CUDA, "flash_attn_interface is not installed"),
-        ("optimizer", "apex", CUDA, "NVIDIA's apex is not installed"),
+        ("decoder.norm", "prologue", CUDA, None),
     ],
 )
 def test_candidates_say_why_they_cannot_run_here(site, backend, device, why):
     assert candidates.obstacle(site, backend, Case("sample", {}, "bf16", 1), device) == why
+
+
+def test_norms_within_products_are_no_candidate_where_gradients_are_needed():
+    case = Case("finetune-diffusion", {}, "bf16", 1)
+    assert candidates.obstacle("decoder.norm", "prologue", case, CUDA) == "has no gradient"
 
 
 @pytest.mark.parametrize("name", JOBS)

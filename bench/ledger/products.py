@@ -1,7 +1,8 @@
 """The package's own matrix products: what each saves, and what its tiles alone cost it against a library's.
 
 What an operation saves is the floor of a sampling call without it less that with it, once with every other operation of
-the package and once with none: the less of the two. A product that is slower than a library's by more than its
+the package and once with none: the less of the two. What a norm saves that rides in the loads of products is counted
+with every other operation alone, as it needs them. A product that is slower than a library's by more than its
 break-even gives away more than that. Tiles and waves are the part of such a slow-down that arithmetic knows.
 """
 
@@ -31,6 +32,8 @@ _OPERATIONS = {
     "decoder.skip": "skip_linear",
     "decoder.proj": "linear_residual_norm",
     "decoder.mlp": "mlp_residual",
+    "encoder.norm": "norm_linear",
+    "decoder.norm": "norm_linear",
 }
 
 
@@ -41,16 +44,24 @@ def study(job: Job, sites: Iterable[str] = tuple(_OPERATIONS)) -> list[Row]:
     """
     small = dataclasses.replace(job, prepare=partial(job.prepare, depth=1, decoder_depth=1))
 
-    def counted(sites: set[str]) -> tuple[float, Counter]:
-        found = count(small, Variant("", "ours", "blocks", dict.fromkeys(sites, "triton")))
+    def counted(sites: set[str], norm: str | None = None) -> tuple[float, Counter]:
+        ops = dict.fromkeys(sites, "triton") | ({norm: "prologue"} if norm else {})
+        found = count(small, Variant("", "ours", "blocks", ops))
         return total(found.of_phase("call")).floor, found
 
     rows, every = [], set(NETWORK)
     (none, _), (full, _) = counted(set()), counted(every)
     for site in sites:
-        (alone, found), (without, _) = counted({site}), counted(every - {site})
+        if site.endswith("norm"):
+            riding, found = counted(every, site)
+            saved = full - riding
+        else:
+            (alone, found), (without, _) = counted({site}), counted(every - {site})
+            saved = min(none - alone, without - full)
         kernels = [kernel for kernel in found.kernels if kernel.by == "ours" and kernel.kind == PRODUCTS]
-        saved, together = min(none - alone, without - full), sum(kernel.seconds for kernel in kernels)
+        if site.endswith("norm"):
+            kernels = [kernel for kernel in kernels if kernel.detail.startswith("norm_linear")]
+        together = sum(kernel.seconds for kernel in kernels)
         for i, kernel in enumerate(kernels, 1):
             name = f"{site}, {_OPERATIONS[site]}" + f" ({i} of {len(kernels)})" * (len(kernels) > 1)
             tiles = triton_tiles(kernel.source)

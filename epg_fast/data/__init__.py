@@ -12,14 +12,14 @@ The batch interface, which every loader keeps and training relies on:
   be decoded to the reason; too many of them raise `DataError`.
 
 Where to read: `sources/` says what the images and classes at a path are and reads them one by one, `prepare/` writes
-their centre crops, and `loading/` makes the batches. `loading/loader.py` holds the order of the images and what becomes
-of bad ones, `pillow.py` and `dali.py` what is made of them, `workers.py` the processes, `prefetch.py` the device.
+their centre crops, and `loading/` makes the batches. `loading/loader.py` holds the order of the images, what becomes of
+bad ones and what Pillow makes of the others, `dali.py` what DALI makes of them, `workers.py` the processes,
+`prefetch.py` the device.
 """
 
 from epg_fast.data.loading import make_loader, resolve_backend
 from epg_fast.data.loading.dali import DaliLoader
-from epg_fast.data.loading.loader import Loader
-from epg_fast.data.loading.pillow import PillowLoader
+from epg_fast.data.loading.loader import Loader, PillowLoader
 from epg_fast.data.loading.prefetch import Prefetcher
 from epg_fast.data.loading.views import center_crop, training_views
 from epg_fast.data.prepare import prepare_digits, prepare_folder, prepare_shards, verify_shards

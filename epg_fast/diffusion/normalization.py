@@ -26,9 +26,11 @@ class PixelNormalization:
             raise ValueError(f"normalization: got {name!r}, wanted one of {sorted(_CONSTANTS)}; try {nearest!r}")
         self.name = name
         mean, scale = _CONSTANTS[name]
-        # float64 masters, rounded once to the dtype of each call
-        self._mean = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
-        self._scale = torch.tensor(scale, dtype=torch.float64).view(1, 3, 1, 1)
+        # by the dtype of a call, each rounded once
+        self._by_dtype = {
+            dtype: tuple(torch.tensor(values, dtype=dtype).view(1, 3, 1, 1) for values in (mean, scale))
+            for dtype in (torch.float32, torch.float64)
+        }
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return network input for `images` [B, 3, H, W]: uint8, or floating point already in [0,1].
@@ -51,17 +53,19 @@ class PixelNormalization:
 
     def to(self, device: torch.device | str) -> PixelNormalization:
         """Keep the constants on `device` from now on, so that no call copies them there; returns itself."""
-        self._mean, self._scale = self._mean.to(device), self._scale.to(device)
+        for dtype, constants in self._by_dtype.items():
+            self._by_dtype[dtype] = tuple(values.to(device) for values in constants)
         return self
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the normalised values of black and of white: (low, high), float32 [1, 3, 1, 1] each."""
-        return ((0 - self._mean) / self._scale).float(), ((1 - self._mean) / self._scale).float()
+        mean, scale = self._by_dtype[torch.float64]
+        return ((0 - mean) / scale).float(), ((1 - mean) / scale).float()
 
     def _constants(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x = x.to(dtype)
-        return self._mean.to(x.device, dtype), self._scale.to(x.device, dtype), x
+        mean, scale = (values.to(x.device) for values in self._by_dtype[dtype])
+        return mean, scale, x.to(dtype)
 
     def _check_shape(self, x: torch.Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != 3:

@@ -51,6 +51,8 @@ class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=
 
     ops: Mapping[str, str] = PLAIN
     """Backend by site."""
+    drops_tokens = False
+    """Whether, behind the attention of the last block, a feature is computed from the class token alone."""
 
     def __init__(
         self,
@@ -113,7 +115,8 @@ class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=
         `--ops` takes: "auto" is the plan that `epg-fast tune` has made on this device for this job, precision and
         number of images per call, or plain code if there is none, which the log says.
         Where a fused operation computes, modules must be the original ones and free of forward hooks: ValueError in the
-        forward pass otherwise. Parameters and results are the same with any of them, up to rounding.
+        forward pass otherwise. Parameters and results are the same with any of them, up to rounding; the last block of
+        an RCMViT, whose result is the first token, then returns that alone.
         """
         from epg_fast.models.fused import fuse
 

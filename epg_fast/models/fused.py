@@ -5,13 +5,14 @@ rounding, stay. A fused block hands each operation the backend of its site, "pla
 What a fused operation would bypass is refused by name: an adapter, a quantised layer, a hook.
 
 Where autocast computes in 16 bits and weights are float32, each product casts its weight, unless whoever keeps copies
-of the weights up to date lends them to the blocks, as `operands` (`epg_fast.training.weight_copies`).
+of the weights up to date lends them to the blocks, as `operands` (`WeightCopies` of `epg_fast.training.optimizer`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,8 +24,10 @@ from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,
     linear,
+    linear_residual,
     linear_residual_norm,
     mlp_residual,
+    norm_linear,
     patch_embed,
     residual_norm_modulate,
     skip_linear,
@@ -50,15 +53,45 @@ def require_plain(module: nn.Module, kind: type[nn.Module]) -> None:
         )
 
 
-def _attention_half(block: Block | DecoderBlock, x, y, gate, modulation) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + gate * attention of y, the MLP's input), from the norm y of x; modulation: shift, scale of the next norm."""
+class Rows(NamedTuple):
+    """A residual stream [B, L, D] and the statistics of its rows, for a norm within the next product."""
+
+    x: torch.Tensor
+    statistics: torch.Tensor
+
+
+Tokens = torch.Tensor | Rows
+
+
+def _stream(x: Tokens) -> torch.Tensor:
+    return x.x if isinstance(x, Rows) else x
+
+
+def _qkv(block: Block | DecoderBlock, y: torch.Tensor) -> torch.Tensor:
+    """Attention's first product, of the norm y: [B, L, D] -> [B, L, 3 D]."""
+    require_plain(block.attn, Attention)
+    return linear(y, *parameters_of(block.attn.qkv), block.operands.get("attn.qkv"))
+
+
+def _attended(block: Block | DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
+    """[B, L, 3 D] -> attention's heads side by side, [B, L, D]."""
     attn = block.attn
-    require_plain(attn, Attention)
-    batch, length, width = x.shape
-    qkv = linear(y, *parameters_of(attn.qkv), block.operands.get("attn.qkv"))
-    qkv = qkv.view(batch, length, 3, attn.num_heads, width // attn.num_heads)
+    qkv = qkv.unflatten(2, (3, attn.num_heads, -1))
     dropout = attn.attn_drop if block.training else 0.0
-    h = attention(qkv, attn.scale, dropout, backend=attn.backend).flatten(2)
+    return attention(qkv, attn.scale, dropout, backend=attn.backend).flatten(2)
+
+
+def _attention_half(
+    block: Block | DecoderBlock, x, qkv, gate, modulation, kept: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * attention of qkv, the MLP's input), from x and its qkv; modulation: shift, scale of the next norm.
+
+    kept: only the first so many tokens go on, which still attend to all.
+    """
+    attn = block.attn
+    h = _attended(block, qkv)
+    if kept is not None:
+        x, h = x[:, :kept].contiguous(), h[:, :kept].contiguous()
     norm, eps = parameters_of(block.norm2, LayerNorm), block.norm2.eps
     proj, operand = parameters_of(attn.proj), block.operands.get("attn.proj")
     backend = block.ops["proj"]
@@ -80,13 +113,40 @@ def _mlp_half(block: Block | DecoderBlock, x, y, gate) -> torch.Tensor:
     return mlp_residual(x, y, *parameters_of(mlp.fc1), *parameters_of(mlp.fc2), gate, block.ops["mlp"], operands)
 
 
+def _norms_ride(block: Block | DecoderBlock) -> bool:
+    """Whether the block's norms are made by the products that read them: those have no gradient, and no dropout."""
+    return block.ops["norm"] == "prologue" and not (torch.is_grad_enabled() or block.training)
+
+
+def _alone(backend: str) -> str:
+    """Of a norm at a site of that backend that is a kernel of its own."""
+    return "triton" if backend == "prologue" else backend
+
+
+def _halves(block: Block | DecoderBlock, x: torch.Tensor, qkv: torch.Tensor, gate1, modulation2, gate2) -> Rows:
+    """Both halves of a block behind attention's first product, the second norm in the loads of the MLP's first."""
+    attn, mlp, operand = block.attn, block.mlp, block.operands.get
+    require_plain(attn, Attention)
+    require_plain(mlp, Mlp)
+    h, proj = _attended(block, qkv), parameters_of(attn.proj)
+    x = Rows(*linear_residual(x, h, *proj, gate1, "triton", operand("attn.proj")))
+    h = _product_of_norm(x, block.norm2, mlp.fc1, *modulation2, gelu=True, operand=operand("mlp.fc1"))
+    return Rows(*linear_residual(x.x, h, *parameters_of(mlp.fc2), gate2, "triton", operand("mlp.fc2")))
+
+
+def _product_of_norm(x: Rows, norm, module, shift=None, scale=None, gelu=False, operand=None) -> torch.Tensor:
+    """act(module(norm(x))) as one kernel."""
+    normed, weight_and_bias = parameters_of(norm, LayerNorm), parameters_of(module)
+    return norm_linear(*x, *normed, *weight_and_bias, shift, scale, norm.eps, gelu, "triton", operand)
+
+
 def _residual_norm(
     backend, norm, x, shift=None, scale=None, skip=False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x, the next product's input, x as a skip, if that is wanted in the dtype of products): [B, L, D] each."""
     parameters, dtype = parameters_of(norm, LayerNorm), autocast_dtype(x)
     copy_dtype = dtype if skip else None
-    return residual_norm_modulate(x, *parameters, shift, scale, norm.eps, dtype, copy_dtype, backend)
+    return residual_norm_modulate(x, *parameters, shift, scale, norm.eps, dtype, copy_dtype, _alone(backend))
 
 
 class _Fused:
@@ -100,11 +160,28 @@ class FusedBlock(_Fused, Block):
     makes_skip = False
     """Whether the input is wanted as a skip in the dtype of products."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, L, E] -> (what `Block` returns, x as a skip)."""
-        x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
-        x, y = _attention_half(self, x, y, self._drawn_gate(y), (None, None))
-        return _mlp_half(self, x, y, self._drawn_gate(y)), skip
+    def forward(self, x: Tokens) -> Tokens | tuple[Tokens, torch.Tensor]:
+        """x: [B, L, E] -> what `Block` returns, or if `makes_skip` (that, x as a skip)."""
+        return self._computed(x)
+
+    def _computed(self, x: Tokens, kept: int | None = None):
+        """kept: only the first so many tokens are computed behind the attention, and returned."""
+        if isinstance(x, Rows):
+            qkv = _product_of_norm(x, self.norm1, self.attn.qkv, operand=self.operands.get("attn.qkv"))
+            x = skip = x.x
+        else:
+            x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
+            qkv = _qkv(self, y)
+        if _norms_ride(self):
+            x = _halves(self, x, qkv, None, (), None)
+            x = x if kept is None else x.x[:, :kept]
+        else:
+            # dropout draws for all tokens, as `Block` does
+            early = None if self.training and (self.attn.proj_drop.p or self.mlp.drop.p) else kept
+            x, y = _attention_half(self, x, qkv, self._drawn_gate(y), (None, None), early)
+            x = _mlp_half(self, x, y, self._drawn_gate(y))[:, :kept]
+        # compiled code would fill and add a gradient of zeros for a skip that nobody takes
+        return (x, skip) if self.makes_skip else x
 
     def _drawn_gate(self, y: torch.Tensor) -> torch.Tensor | None:
         """What stochastic depth multiplies a branch with, [B, 1, D]; None while it does not."""
@@ -113,14 +190,30 @@ class FusedBlock(_Fused, Block):
         return self.drop_path(torch.ones_like(y[:, :1]))
 
 
+class FusedLastBlock(FusedBlock):
+    """The last of an encoder whose result is its first token; torch.compile counts graphs by each `forward`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, L, E] -> the first token of what `Block` returns, [B, 1, E]."""
+        return self._computed(x, kept=1)
+
+
 class FusedDecoderBlock(_Fused, DecoderBlock):
-    def forward(self, x, cond, skip=None, modulation=None) -> torch.Tensor:
+    def forward(self, x: Tokens, cond, skip=None, modulation=None) -> Tokens:
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
+        if skip is None and isinstance(x, Rows):
+            operand = self.operands.get("attn.qkv")
+            qkv = _product_of_norm(x, self.norm1, self.attn.qkv, shift1, scale1, operand=operand)
+            return _halves(self, x.x, qkv, gate1, modulation2, gate2)
+        x = _stream(x)
         if skip is None:
             x, y, _ = _residual_norm(self.ops["norm"], self.norm1, x, shift1, scale1)
         else:
             x, y = self._skip(x, skip, (*parameters_of(self.norm1, LayerNorm), shift1, scale1))
-        x, y = _attention_half(self, x, y, gate1, modulation2)
+        qkv = _qkv(self, y)
+        if _norms_ride(self):
+            return _halves(self, x, qkv, gate1, modulation2, gate2)
+        x, y = _attention_half(self, x, qkv, gate1, modulation2)
         return _mlp_half(self, x, y, gate2)
 
     def _skip(self, x, skip, next_norm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,19 +233,25 @@ class FusedTrunk(_Fused, ViTEncoder):
         weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
         return patch_embed(x, weight, bias, self.pos_embed, prefix, backend=self.ops["embedding"])
 
+    def _run(self, index: int, block: nn.Module, x: Tokens, *args: torch.Tensor | None):
+        return super()._run(index, block, x if isinstance(block, _Fused) else _stream(x), *args)
+
     def _feature(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.blocks):
             x, _ = self._entered(i, block, x)
-        return self.norm(x[:, :1])[:, 0]
+        return self.norm(_stream(x)[:, :1])[:, 0]
 
-    def _entered(self, index: int, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output of the block, its input as a skip); a block that is not fused leaves its input as it is."""
+    def _entered(self, index: int, block: nn.Module, x: Tokens) -> tuple[Tokens, torch.Tensor]:
+        """(output of the block, its input as a skip); a block that makes no skip leaves its input as it is."""
         out = self._run(index, block, x)
-        return out if isinstance(out, tuple) else (out, x)
+        return out if type(out) is tuple else (out, _stream(x))  # `Rows` is one, too
 
 
 class FusedRCMViT(FusedTrunk, RCMViT):
-    pass
+    @property
+    def drops_tokens(self) -> bool:
+        """As in `ViTEncoder`."""
+        return len(self.blocks) > 0 and isinstance(self.blocks[-1], FusedLastBlock)
 
 
 class FusedEPGViT(FusedTrunk, EPGViT):
@@ -161,8 +260,13 @@ class FusedEPGViT(FusedTrunk, EPGViT):
         for i, block in enumerate(self.blocks):
             x, entered = self._entered(i, block, x)
             skips.append(entered)
-        _, normalised, last = _residual_norm(self.ops["encoder.norm"], self.norm, x, skip=True)
+        _, normalised, last = _residual_norm(self.ops["encoder.norm"], self.norm, _stream(x), skip=True)
         return [*skips[1:], last], normalised
+
+    def _patches(self, x: Tokens) -> torch.Tensor:
+        if isinstance(x, Rows) and is_plain(self.out_norm, LayerNorm) and is_plain(self.out, nn.Linear):
+            return _product_of_norm(x, self.out_norm, self.out)[:, self.extras :]
+        return super()._patches(_stream(x))
 
     def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         linears = self._projections()
@@ -175,7 +279,7 @@ class FusedEPGViT(FusedTrunk, EPGViT):
 
 
 _FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()} | {FusedLastBlock: Block}
 
 
 _MODULATION = "adaLN_modulation"
@@ -216,9 +320,11 @@ def fuse(network: ViTEncoder) -> ViTEncoder:
             _choose(block, ops)
             if isinstance(block, FusedBlock):
                 block.makes_skip = isinstance(network, EPGViT)
-    network.norm.backend = network.ops["encoder.norm"]
+    if isinstance(network, RCMViT) and len(network.blocks) and type(network.blocks[-1]) is FusedBlock:
+        network.blocks[-1].__class__ = FusedLastBlock
+    network.norm.backend = _alone(network.ops["encoder.norm"])
     if hasattr(network, "out_norm"):
-        network.out_norm.backend = network.ops["decoder.norm"]
+        network.out_norm.backend = _alone(network.ops["decoder.norm"])
     fused = network.ops["embedding"] != "plain" or any(isinstance(block, FusedBlock) for block in network.blocks)
     return _as_fused(network) if fused else _as_plain(network)
 
@@ -232,7 +338,7 @@ def _choose(block: nn.Module, ops: dict[str, str]) -> None:
         block.ops = ops
     for module in block.modules():
         if isinstance(module, LayerNorm):
-            module.backend = ops["norm"]
+            module.backend = _alone(ops["norm"])
         elif isinstance(module, Attention):
             module.backend = ops["attention"]
 

@@ -174,8 +174,12 @@ class EPGViT(ViTEncoder):
         modulations = conditioning.modulations or [None] * len(self.decoder_blocks)
         for i, (block, modulation) in enumerate(zip(self.decoder_blocks, modulations, strict=True), len(self.blocks)):
             x = self._run(i, block, x, conditioning.cond, skips.pop() if skips else None, modulation)
-        tokens = self.out(self._normalised_patches(x))
+        tokens = self._patches(x)
         return tokens if patches else self.unpatchify(tokens)
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the last decoder block [B, L, D] -> patches [B, N, p*p*C]."""
+        return self.out(self._normalised_patches(x))
 
     def _normalised_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the last decoder block [B, L, D] -> norm of its patches [B, N, D]."""

@@ -7,7 +7,7 @@ the negatives and for the BatchNorm of the projection head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,6 +15,7 @@ from epg_fast.diffusion import NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import precondition
 from epg_fast.objectives.contrastive import Gather, info_nce, interpolated_temperature, own_keys, start_gather
 from epg_fast.objectives.loss import Loss
+from epg_fast.ops.backends import autocast_dtype
 
 
 def pretraining_loss(
@@ -45,8 +46,23 @@ def pretraining_loss(
     return objective.loss(x, view1, view2, noise, gather)
 
 
+def noised_inputs(
+    noise: torch.Tensor, images: Sequence[torch.Tensor], sigmas: Sequence[torch.Tensor], schedule: NoiseSchedule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an encoder takes for a stack of noised images: (images, time conditions).
+
+    noise, each of images: [B,C,H,W]; each of sigmas: [], unshifted. Under autocast the images are in its dtype, which
+    is that of the first product.
+    """
+    factor = shift(noise.shape[-1])
+    stack = torch.cat([image + sigma * factor * noise for image, sigma in zip(images, sigmas, strict=True)])
+    levels = torch.cat([(sigma * factor).expand(len(noise)) for sigma in sigmas])
+    stack, time = precondition(stack, levels, schedule)
+    return stack.to(autocast_dtype(stack) or stack.dtype), time
+
+
 class PretrainingObjective:
-    """`pretraining_loss`, whose arguments these are, in parts."""
+    """`pretraining_loss`, whose arguments these are, in parts. noised: `noised_inputs` or what computes the same."""
 
     def __init__(
         self,
@@ -56,6 +72,7 @@ class PretrainingObjective:
         schedule: NoiseSchedule,
         contrastive_temperature: float = 0.2,
         temperature: float | tuple[float, float] = 0.1,
+        noised: Callable = noised_inputs,
     ):
         if not isinstance(index, torch.Tensor):
             last = schedule.num_scales - 2
@@ -65,6 +82,7 @@ class PretrainingObjective:
             index = torch.full((), index, device=next(online.parameters()).device)
         self.online, self.target, self.index, self.schedule = online, target, index, schedule
         self.contrastive_temperature, self.temperature = contrastive_temperature, temperature
+        self._noised = noised
 
     def loss(self, x, view1, view2, noise, gather: Gather = own_keys) -> Loss:
         """All of it."""
@@ -128,8 +146,5 @@ class PretrainingObjective:
         return interpolated_temperature(t, *self.temperature, schedule.sigma_min, schedule.sigma_max)
 
     def _inputs(self, noise: torch.Tensor, *images_and_sigmas) -> tuple[torch.Tensor, torch.Tensor]:
-        """What an encoder takes for a stack of noised images: (images, time conditions)."""
-        factor = shift(noise.shape[-1])
-        images = torch.cat([image + sigma * factor * noise for image, sigma in images_and_sigmas])
-        sigmas = torch.cat([(sigma * factor).expand(len(noise)) for _, sigma in images_and_sigmas])
-        return precondition(images, sigmas, self.schedule)
+        images, sigmas = zip(*images_and_sigmas, strict=True)
+        return self._noised(noise, images, sigmas, self.schedule)

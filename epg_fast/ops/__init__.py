@@ -23,8 +23,16 @@ from epg_fast.ops.layer_norm_modulate import (
 )
 from epg_fast.ops.linear_fp8 import linear_fp8, linear_fp8_ref
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic, linear_fp8_dynamic_ref
-from epg_fast.ops.linear_residual_norm import linear, linear_residual_norm, linear_residual_norm_ref
+from epg_fast.ops.linear_residual_norm import (
+    linear,
+    linear_residual,
+    linear_residual_norm,
+    linear_residual_norm_ref,
+    linear_residual_ref,
+    row_statistics,
+)
 from epg_fast.ops.mlp_residual import mlp_residual, mlp_residual_ref
+from epg_fast.ops.norm_linear import norm_linear, norm_linear_ref
 from epg_fast.ops.patch_embed import patch_embed, patch_embed_ref
 from epg_fast.ops.patch_loss import patch_loss, patch_loss_ref, patchify
 from epg_fast.ops.philox import philox_normal_of
@@ -43,9 +51,10 @@ __all__ = [
     "euler_step_ref", "extension_status", "fused_adamw_ema_", "fused_adamw_ema_ref", "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate_ref", "global_norm", "global_norm_ref", "heun_step",
     "heun_step_", "heun_step_ref", "layer_norm_modulate", "layer_norm_modulate_fp8", "layer_norm_modulate_ref",
-    "linear_fp8", "linear_fp8_dynamic", "linear_fp8_dynamic_ref", "linear_fp8_ref", "linear", "linear_residual_norm",
-    "linear_residual_norm_ref", "mlp_residual", "mlp_residual_ref", "patch_embed", "patch_embed_ref", "patch_loss",
-    "patch_loss_ref", "patchify", "philox_normal_of", "quantize_rows", "quantize_rows_ref", "residual_norm_modulate",
-    "resized_crop", "resized_crop_ref", "skip_linear", "skip_linear_ref", "skip_norms_fp8", "timestep_condition",
+    "linear_fp8", "linear_fp8_dynamic", "linear_fp8_dynamic_ref", "linear_fp8_ref", "linear", "linear_residual",
+    "linear_residual_ref", "linear_residual_norm", "linear_residual_norm_ref", "mlp_residual", "mlp_residual_ref",
+    "norm_linear", "norm_linear_ref", "patch_embed", "patch_embed_ref", "patch_loss", "patch_loss_ref", "patchify",
+    "philox_normal_of", "quantize_rows", "quantize_rows_ref", "residual_norm_modulate", "resized_crop",
+    "resized_crop_ref", "row_statistics", "skip_linear", "skip_linear_ref", "skip_norms_fp8", "timestep_condition",
     "timestep_condition_ref", "timestep_embedding", "timestep_embedding_ref",
 ]  # fmt: skip

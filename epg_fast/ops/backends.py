@@ -135,6 +135,11 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def refuse_any_gradient(op: str, *tensors: torch.Tensor | None) -> None:
+    if needs_gradient(*tensors):
+        raise ValueError(f"{op}: got a tensor that requires a gradient, which {op} has not; use torch.no_grad()")
+
+
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     """What norms and quantisation of x compute in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -20,6 +20,8 @@ With g the gradient of x_out, the one that arrives there plus the one through th
 dh = dz @ weight, dweight = dz^T h, dbias = sum dz, dgate = sum_l z * g with z = h @ weight^T + bias, which is kept.
 
 `linear` is the product alone, with the same gradients: that of a float32 weight is written as it was accumulated.
+`linear_residual` is x_out alone, for inference, and what a norm of it has to know (`norm_linear`): mean and sum of
+squared deviations of each 64 columns of a row of the rounded x_out, float32 [2, ceil(N / 64), B * L].
 """
 
 from collections.abc import Sequence
@@ -34,9 +36,12 @@ from epg_fast.ops.backends import (
     check_backend,
     needs_gradient,
     product_operand,
+    refuse_any_gradient,
     require_dtypes,
     require_gemm_operands,
+    require_grid,
     require_installed_triton,
+    require_triton,
 )
 from epg_fast.ops.checks import check_floating, check_shapes
 from epg_fast.ops.extension import require_gemms
@@ -53,6 +58,8 @@ from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
 _OP = "linear_residual_norm"
+STATISTICS_COLUMNS = 64
+"""Whose statistics `linear_residual` leaves together: those of a part of a tile of the product."""
 
 
 def linear_residual_norm_ref(
@@ -172,6 +179,54 @@ def linear_residual_norm(
     return _operation(x, h, weight, operand, bias, *norm, eps, save_branch, backend)[:2]
 
 
+def row_statistics(x: torch.Tensor) -> torch.Tensor:
+    """x: [B, L, N] -> mean and sum of squared deviations of each 64 columns of its rows, [2, ceil(N / 64), B * L]."""
+    parts = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1).split(STATISTICS_COLUMNS, dim=1)
+    means = [part.mean(1) for part in parts]
+    squares = [(part - mean[:, None]).square().sum(1) for part, mean in zip(parts, means, strict=True)]
+    return torch.stack([torch.stack(means), torch.stack(squares)])
+
+
+def linear_residual_ref(x, h, weight, bias, gate=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_residual` in plain PyTorch."""
+    x_out = gated_residual_ref(x, F.linear(h, weight.to(h.dtype), bias.to(h.dtype)), gate)
+    return x_out, row_statistics(x_out)
+
+
+_residual_operation = operation(
+    "linear_residual", linear_residual_ref, "epg_kernels.linear_residual_norm:linear_residual_fwd", "x_out statistics"
+)
+
+
+def linear_residual(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    backend: str = "plain",
+    operand: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * (h @ weight^T + bias) in x's dtype, the statistics of its rows that `norm_linear` takes).
+
+    Shapes and operand as in `linear_residual_norm`. backend: "plain" or "triton" (one kernel). There is no gradient:
+    ValueError if one would be needed, for shapes that do not fit and for a backend that cannot run here.
+    """
+    op = "linear_residual"
+    check_backend(op, backend, ("plain", "triton"))
+    check_linear(op, "h", h, x, weight, bias)
+    check_shapes(op, dict(zip("BLN", x.shape, strict=True)), gate=(gate, "BN|B1N"))
+    refuse_any_gradient(op, x, h, weight, bias, gate)
+    dtype = autocast_dtype(h) or h.dtype
+    h, gate = h.to(dtype), per_sample(gate)
+    if backend == "plain":
+        return linear_residual_ref(x, h, weight, bias, gate)
+    require_triton(op, x, h, weight, bias, gate)
+    require_grid(op, x.shape[0])
+    require_dtypes(op, FLOATS, x=x, h=h, bias=bias, gate=gate)
+    return _residual_operation(x, h, product_operand(op, weight, operand, dtype), bias, gate)
+
+
 def _weight_gradient_ref(dy, x, dtype: torch.dtype):
     return (dy.t() @ x).to(dtype)
 
@@ -243,7 +298,7 @@ def require_residual_product(op: str, x, gate, operands: dict[str, torch.Tensor]
 
 
 def check_linear(op: str, name: str, h, x, weight, bias) -> None:
-    """Raise ValueError unless weight [N, K] and bias [N] take h [B, L, K] to x's shape [B, L, N]."""
+    """Raise ValueError unless weight [N, K] and bias [N], if there is one, take h [B, L, K] to x's shape [B, L, N]."""
     check_floating(op, **{name: h}, weight=weight, bias=bias)
     if h.dim() != 3 or weight.dim() != 2 or h.shape[2] != weight.shape[1]:
         raise ValueError(

@@ -106,7 +106,7 @@ def choose(ops: str | Mapping[str, str], case: Case, device: torch.device, kept:
         named = ", ".join(f"{site}={backend}" for site, backend in asked.sites.items())
         merged = {site: backend for name, backend in asked.sites.items() for site in sites_of(name)}
         chosen = dataclasses.replace(chosen, ops={**chosen.ops, **merged}, why=f"{chosen.why}; {named} as asked")
-    if {"triton", "norm", "cuda"} & {*chosen.ops.values()}:
+    if {"triton", "norm", "prologue", "cuda"} & {*chosen.ops.values()}:
         require_triton("ops", torch.empty(1, device=device))
     _require_options(chosen)
     return chosen

@@ -102,7 +102,7 @@ class Machine:
             capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
             driver = str(getattr(torch._C, "_cuda_getDriverVersion", str)())
         else:
-            name = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+            name = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
             capability, driver = torch.backends.cpu.get_cpu_capability(), ""
         versions = {package: _version(package) for package in ("triton", "epg_fast")}
         return cls(name, capability, str(torch.__version__), **versions, extension=extension_code(), driver=driver)
@@ -124,7 +124,8 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name, as the system has it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

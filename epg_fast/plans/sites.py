@@ -11,7 +11,7 @@ from epg_fast.ops.attention import SDPA
 from epg_fast.wording import nearest
 
 _BLOCK = {
-    "norm": ("plain", "triton"),
+    "norm": ("plain", "triton", "prologue"),
     "attention": ("plain", *SDPA[1:], "flash_attn", "flash_attn_3", "flash_attn_4", "triton"),
     "proj": ("plain", "norm", "triton", "cuda"),
     "mlp": ("plain", "triton", "cuda"),
@@ -24,20 +24,22 @@ SITES: dict[str, tuple[str, ...]] = {
     **{f"decoder.{name}": backends for name, backends in _BLOCK.items()},
     "loss": ("plain", "triton"),
     "fp8": ("plain", "triton", "cuda"),
-    "optimizer": ("plain", "fused", "apex"),
+    "optimizer": ("plain", "fused"),
     "steps": ("plain", "extension"),
 }
 """Site -> backends.
 
 embedding: patches, position and class tokens. condition: time embedding and its SiLU. norm: the first norm of a block,
-and the final one. attention: softmax attention, without its products with weights. proj: attention's output
-projection, its gate, the residual and the second norm; "norm" takes the product from PyTorch and the rest as one Triton
-kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm of the
-block. loss: the loss of patches. fp8: blocks in FP8, with which precision fp8 samples; "plain" quantises in PyTorch's
-operators, "triton" in the kernels around the products, which are PyTorch's, "cuda" likewise around those of the
-extension. Sites norm, proj, mlp and skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW,
-"fused" the extension's update. steps: of the samplers `euler` and `heun`. Elsewhere "cuda"
-takes products with an epilogue from the extension (compute capability 9.0, bfloat16), and the rest as "triton" does.
+and the final one; "prologue" makes every norm but the first of the encoder and those behind a long skip within the
+Triton product that reads it, which takes all of the block but attention and skip from Triton, and a pass that has a
+gradient computes as with "triton". attention: softmax attention, without its products with weights. proj: attention's
+output projection, its gate, the residual and the second norm; "norm" takes the product from PyTorch and the rest as one
+Triton kernel. mlp: both products, GELU, gate and residual. skip: the long skip's product, its norm and the first norm
+of the block. loss: the loss of patches. fp8: blocks in FP8, with which precision fp8 samples; "plain" quantises in
+PyTorch's operators, "triton" in the kernels around the products, which are PyTorch's, "cuda" likewise around those of
+the extension. Sites norm, proj, mlp and skip are not asked in FP8. optimizer: "plain" is PyTorch's fused AdamW, "fused"
+the extension's update. steps: of the samplers `euler` and `heun`. Elsewhere "cuda" takes products with an epilogue from
+the extension (compute capability 9.0, bfloat16), and the rest as "triton" does.
 """
 NETWORK = tuple(site for site in SITES if site not in ("optimizer", "steps"))
 """Those that a network's `use_ops` asks."""

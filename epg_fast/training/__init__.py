@@ -1,4 +1,4 @@
-"""Training of both stages: `train(config, stage)`."""
+"""Training, of all three stages: `train(config, stage)`."""
 
 from epg_fast.training.loop import train
 from epg_fast.training.stages import ConsistencyStage, DiffusionStage, PretrainStage

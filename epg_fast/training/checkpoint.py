@@ -32,15 +32,15 @@ from epg_fast.training.parallel import Replicated, Tensors, is_sharded, local, r
 log = logging.getLogger("epg_fast")
 _NAME = re.compile(r"step_(\d+)")
 _STATE, _CHECKSUMS = "state.json", "checksums.json"
-_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
+UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
-class BackgroundWriter:
-    """Runs one writing job at a time in a thread, so that training goes on meanwhile."""
+class Background:
+    """Runs one job at a time in a thread of this name, so that training goes on meanwhile."""
 
-    def __init__(self):
+    def __init__(self, name: str):
         # Not a daemon: a process that ends, by an exception too, first finishes what it writes.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="epg-checkpoint")
+        self._executor = ThreadPoolExecutor(1, name)
         self._job: Future | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -71,13 +71,12 @@ def write_checkpoint(
     parts: Tensors,
     state: dict,
     parallel: Replicated,
-    split: dict[str, int],
     first: Callable[[], None] = lambda: None,
 ) -> None:
     """Write folder/step_<iteration>/ under a temporary name; the main rank renames it when all that save are done.
 
-    parts: what this rank holds of the tensors, in host memory. state: JSON-able. split: see `split_rows`. first: called
-    before on the main rank, to write what must not be missing beside the checkpoint.
+    parts: what this rank holds of the tensors, in host memory. state: JSON-able, with `split`, see `split_rows`. first:
+    called before on the main rank, to write what must not be missing beside the checkpoint.
 
     Raises OSError, on every rank that saves, when the disk of one does not take it; earlier ones stay usable.
     """
@@ -95,7 +94,7 @@ def write_checkpoint(
         return own.name, _checksum(own)
 
     def finish():
-        content = json.dumps({"ranks": len(files), "split": split} | state)
+        content = json.dumps({"ranks": len(files)} | state)
         write_atomically(temporary / _STATE, content, sync=True)
         checksums = dict(files) | {_STATE: _checksum(temporary / _STATE)}
         write_atomically(temporary / _CHECKSUMS, json.dumps(checksums, indent=1), sync=True)
@@ -109,7 +108,7 @@ def write_checkpoint(
         parallel.all_ranks(begin, main_only=True)
         files = parallel.all_ranks(write_part)
         parallel.all_ranks(finish, main_only=True)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         if ranks.main:
             shutil.rmtree(temporary, ignore_errors=True)
         earlier = list_checkpoints(folder)
@@ -131,7 +130,7 @@ def load_newest(folder: Path, tensors: Tensors, ranks: Ranks) -> tuple[dict | No
         state = reason = None
         try:
             state = _verified(path, tensors, ranks)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = (str(error).partition("\n")[0] or type(error).__name__)[:160]
         reason = next(filter(None, ranks.gather(reason)), None)
         if reason is None:
@@ -147,7 +146,7 @@ def load_newest(folder: Path, tensors: Tensors, ranks: Ranks) -> tuple[dict | No
 
 
 def _verified(path: Path, tensors: Tensors, ranks: Ranks) -> dict:
-    """The state of a checkpoint. Raises one of `_UNREADABLE` unless its files are what was written, and all is there.
+    """The state of a checkpoint. Raises one of `UNREADABLE` unless its files are what was written, and all is there.
 
     Each rank compares a share of the checksums.
     """

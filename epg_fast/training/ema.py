@@ -28,25 +28,20 @@ section 3 and its appendix.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from epg_fast.config import RunConfig, check_sigma_rel
-from epg_fast.distributed import Ranks
+from epg_fast.config import check_sigma_rel
 from epg_fast.models import save_weights
-
-if TYPE_CHECKING:
-    from epg_fast.training.stages import Stage
+from epg_fast.training.checkpoint import Background
+from epg_fast.training.stages import Stage, ema_copy
 
 log = logging.getLogger("epg_fast")
 
@@ -75,17 +70,6 @@ def power_decay(step: int, gamma: float) -> float:
     return (1 - 1 / step) ** (gamma + 1)
 
 
-def ema_copy(network: torch.nn.Module, ranks: Ranks, offload: bool) -> torch.nn.Module | None:
-    """A copy of `network` for its EMA: on its device or, with `offload`, in the main rank's host memory.
-
-    None on the other ranks with `offload`, whose weights are the same.
-    """
-    if offload and not ranks.main:
-        return None
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-    return ema.cpu() if offload else ema
-
-
 class HostEma:
     """Updates `emas`, networks in host memory, in a thread while the device goes on; without any, nothing is done.
 
@@ -111,10 +95,10 @@ class HostEma:
         self._copied: torch.cuda.Event | None = None
         self._staging = [torch.empty(p.shape, dtype=p.dtype, pin_memory=cuda) for p in self._weights]
         self._found_inf = torch.zeros((), pin_memory=cuda)
-        self._job: Future | None = None
         threads = torch.get_num_threads()
-        self._executor = ThreadPoolExecutor(1, "epg-ema")
-        self._executor.submit(self._start).result()
+        self._thread = Background("epg-ema")
+        self._thread.submit(self._start)
+        self._thread.wait()
         # what the thread has set for itself is also what threads begin with
         torch.set_num_threads(threads)
 
@@ -141,13 +125,13 @@ class HostEma:
             with torch.cuda.stream(self._stream):
                 torch._foreach_copy_(self._staging, self._weights, non_blocking=True)
             self._copied = self._stream.record_event()
-        self._job = self._executor.submit(self._average, list(decays), self._copied)
+        decays, copied = list(decays), self._copied
+        self._thread.submit(lambda: self._average(decays, copied))
 
     def wait(self) -> None:
         """Wait until the newest update is in the EMA; raises what the thread raised, once."""
-        if self._emas and self._job is not None:
-            job, self._job = self._job, None
-            job.result()
+        if self._emas:
+            self._thread.wait()
 
     def _start(self) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -172,15 +156,16 @@ class PosthocEma:
     With `offload_ema` the main rank alone has them, in host memory.
 
     Args:
-        config: `posthoc_ema.sigma_rel` None tracks nothing, and then nothing is due.
-        stage: its network is followed, from the values it has now.
+        stage: its network is followed, from the values it has now. Without `posthoc_ema.sigma_rel` none is tracked, and
+            then nothing is due.
     """
 
-    def __init__(self, config: RunConfig, stage: Stage):
+    def __init__(self, stage: Stage):
+        config = stage.config
         self.sigma_rel = list(config.posthoc_ema.sigma_rel or ())
         copies = [ema_copy(stage.network, stage.ranks, config.offload_ema) for _ in self.sigma_rel]
         self.networks = [network for network in copies if network is not None]
-        self._stage, self._every, self._steps = stage, config.posthoc_ema.every, config.steps
+        self._stage = stage
         self._gammas = [gamma_of(s) for s in self.sigma_rel]
         self._folder = Path(config.outdir) / FOLDER
 
@@ -198,7 +183,7 @@ class PosthocEma:
 
         Never at 0, where a run may be stopped: an EMA over no steps has no profile.
         """
-        due = step > 0 and (step % self._every == 0 or step == self._steps)
+        due = self._stage.config.is_due(step, self._stage.config.posthoc_ema.every)
         return bool(self.networks and due and (self._stage.ranks.main or self._stage.sharded))
 
     def snapshot(self) -> dict[str, torch.Tensor]:
@@ -220,7 +205,7 @@ class PosthocEma:
         save_weights(self._folder / f"step_{step:09d}.safetensors", tensors, metadata)
 
     def discard_after(self, step: int) -> None:
-        """Remove what a killed run wrote after `step`, where training now goes on; main rank only.
+        """Remove what a killed run wrote after `step`, where training now goes on, if this is the main rank.
 
         The run will write these snapshots again. Until then nobody shall mistake the old ones for its own.
         """

@@ -15,11 +15,9 @@ from epg_fast.distributed import Ranks
 from epg_fast.models.encoder import is_recomputed
 from epg_fast.plans import parse_ops
 from epg_fast.runtime import autocast
-from epg_fast.training.compilation import check_compilation
 from epg_fast.training.draws import Draws
-from epg_fast.training.flops import StepFlops, step_flops
-from epg_fast.training.gradients import check_batch_size
-from epg_fast.training.hardware import GPUS, Gpu, gpu_named, gpu_of
+from epg_fast.training.flops import GPUS, Gpu, StepFlops, gpu_named, gpu_of, step_flops
+from epg_fast.training.gradients import check_batch_size, check_compilation
 from epg_fast.training.stages import Stage, stage_without_files
 
 _GIB = 2**30
@@ -93,7 +91,7 @@ def activation_bytes(stage: Stage, images: int, step: int) -> Activations:
     stage: its networks are on the meta device, and are left as fake CPU tensors. Counted is plain PyTorch in the
     run's precision; what torch.compile and fused kernels save differs.
     """
-    networks = [n for n in (stage.network, stage.ema, getattr(stage, "perceptual", None)) if n is not None]
+    networks = [n for n in (stage.network, stage.ema, stage.perceptual) if n is not None]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks:
             network.to_empty(device="cpu")
@@ -150,7 +148,7 @@ def memory_per_gpu(stage: Stage, gpus: int) -> Memory:
 
     With `ddp` only the activations depend on how many GPUs there are.
     """
-    config, network, perceptual = stage.config, stage.network, getattr(stage, "perceptual", None)
+    config, network, perceptual = stage.config, stage.network, stage.perceptual
     sharded = config.parallelism == "fsdp"
     shards = gpus if sharded else 1
     trained = sum(_bytes(p, shards) for p in network.parameters() if p.requires_grad)

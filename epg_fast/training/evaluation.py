@@ -1,21 +1,22 @@
-"""Evaluation of a run's EMA weights while it trains, which changes nothing of the training.
+"""Samples of a run's EMA weights while it trains, which change nothing of the training: previews and evaluations.
 
-All ranks draw images, each its batches, with the settings of `preview` and the run's precision and plan. What judges
-keep of an image is a row; the image goes. The main rank makes figures of all rows in the images' order. Labels, noise
-and how batches are cut are the same every time and for any number of ranks, and so are the figures.
+For an evaluation all ranks draw images, each its batches, with the settings of `preview` and the run's precision and
+plan. What judges keep of an image is a row; the image goes. The main rank makes figures of all rows in the images'
+order. Labels, noise and how batches are cut are the same every time and for any number of ranks, and so are the
+figures.
 
 What it leaves in the run folder, in this order:
     best.safetensors              the weights with the best figure so far; which that is stands in its metadata
     evaluation/step_<step>.json   figures with their spreads, and how they were made
     a line of metrics.jsonl       figures as `fid`, of a post-hoc width as `fid/sigma_rel_0.05`, their spreads as
-                                  `fid/spread`; `evaluation_seconds`, and `evaluation_share`: that of all evaluations in
-                                  the time since the process began to train
+                                  `fid/spread`; `evaluation_seconds`
 The line comes last: a run that goes on from a step without one begins with that evaluation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import json
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from PIL import Image
 
 from epg_fast.config import RunConfig
 from epg_fast.evaluation.figures import measured
@@ -40,12 +41,14 @@ from epg_fast.evaluation.protocol import protocol, protocol_changes
 from epg_fast.files import write_atomically
 from epg_fast.models import EPGViT, generator_from_config, save_weights
 from epg_fast.models.weight_files import open_safetensors
-from epg_fast.sampling import SamplingEngine
+from epg_fast.runtime import autocast
+from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import quantize
-from epg_fast.training.measuring import BrokenOff, Measurement
-from epg_fast.training.preview import sampling_options
-from epg_fast.training.stages import network_config
+from epg_fast.sampling.outputs import captions, quantize, save_grid
+from epg_fast.training.checkpoint import UNREADABLE
+from epg_fast.training.measuring import BrokenOff, Measurement, preview_path
+from epg_fast.training.metrics import Metrics
+from epg_fast.training.stages import Stage, network_config
 from epg_fast.training.state import RunState
 
 log = logging.getLogger("epg_fast")
@@ -55,7 +58,6 @@ _NAME = re.compile(r"step_(\d+)\.json")
 _EMA = "ema"
 # What may go wrong with an evaluation and is no reason to end a run: files, a GPU's memory, images without figures.
 _FAILURES = (ValueError, OSError, ImportError, RuntimeError)
-_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError)
 
 
 def check_evaluation(config: RunConfig) -> None:
@@ -75,13 +77,68 @@ def discard_evaluations_after(outdir: Path, step: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def sampling_options(stage: Stage) -> dict:
+    """Arguments of `SamplingEngine` that say which images the run's samples are."""
+    p = stage.config.preview
+    return {
+        "sampler": p.sampler,
+        "steps": p.steps,
+        "guidance": p.guidance if stage.network.num_classes else 1.0,
+        "interval": tuple(p.interval),
+        "parameterization": stage.parameterization,
+        "normalization": stage.config.data.normalization,
+        "noise_schedule": stage.config.noise,
+    }
+
+
+class Preview(Measurement):
+    """A grid of samples, previews/step_<step>.png, from the same labels and noise every time, to compare steps.
+
+    Sharded weights take all ranks, which all sample the same; the main rank alone writes. EMA in host memory are copied
+    to the device for as long as it takes.
+    """
+
+    name = "preview"
+
+    def __init__(self, state: RunState, outdir: Path, metrics: Metrics):
+        self._state, self._outdir, self._metrics = state, outdir, metrics
+
+    def figures(self) -> dict[str, float]:
+        """None. A disk that does not take the picture is reported: it must not end a run."""
+        state, stage, config = self._state, self._state.stage, self._state.config
+        if not (stage.ranks.main or stage.sharded):
+            return {}
+        state.host_ema.wait()
+        p, network, step = config.preview, stage.ema, state.iteration
+        if config.offload_ema:
+            network = copy.deepcopy(network).to(stage.ranks.device)
+        labels = choose_labels("balanced", p.num, network.num_classes, 0, stage.untrained_classes)
+        # autocast, where the precisions of `sample` make a copy of the weights
+        with autocast(stage.ranks.device, config.precision):
+            images = sample(
+                network,
+                torch.tensor(labels) if network.num_classes else p.num,
+                **sampling_options(stage),
+                ops=network.ops,  # of the run; a plan for sampling is not asked for
+            )
+        if stage.ranks.main:
+            if not images.isfinite().all():
+                log.warning("step %d: some preview samples are not finite and are shown black", step)
+            path = preview_path(self._outdir, step)
+            with _reported(step, "no preview"):
+                path.parent.mkdir(exist_ok=True)
+                save_grid(quantize(images.nan_to_num(0.0)).numpy(), path, captions(labels, stage.class_names))
+                with Image.open(path) as picture:
+                    self._metrics.add_image("samples", np.asarray(picture.convert("RGB")), step)
+        return {}
+
+
 class Evaluation(Measurement):
     """The evaluations of a run. All ranks make it, and call its methods, together.
 
     Args:
         stop: whether the run is to end; all ranks ask together, and get the same answer.
 
-    `show` may be set: it gets what a progress line is to show, {name: text}, and seconds that were no training.
     Raises ValueError for judges that cannot be opened. What they see of their reference is kept in evaluation/.
     """
 
@@ -89,12 +146,8 @@ class Evaluation(Measurement):
 
     def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool]):
         self._state, self._stage, self._ranks = state, state.stage, state.ranks
-        self._config, self._outdir, self._stop = state.stage.evaluate, outdir, stop
-        self.show: Callable[..., None] = lambda texts, pause=0.0: None
-        self._begun, self._spent = time.perf_counter(), 0.0
-        self._newest: dict[str, str] = {}
+        self._config, self._outdir, self._stop = state.config.evaluate, outdir, stop
         self._best: dict | None = None
-        self._sentence = ""
         c, against = self._config, self._config.reference or self._config.test
         with _untouched(self._ranks.device), _named_as_flags():
             judges = self._judges(self._ranks)
@@ -115,26 +168,13 @@ class Evaluation(Measurement):
     def figures(self) -> dict[str, float]:
         """Those of the weights as they are, for metrics.jsonl, on every rank; all other files are written."""
         step, begin = self._state.iteration, time.perf_counter()
-        try:
-            with _untouched(self._ranks.device):
-                found = self._found()
-                better = self._keep_best(step, found)
-                seconds = time.perf_counter() - begin
-                if self._ranks.main:
-                    self._write(step, found, seconds)
-        finally:
-            self._spent += time.perf_counter() - begin
-        share = self._spent / (time.perf_counter() - self._begun)
-        self._newest = {self._figure: _shown(found[_EMA], self._figure)}
-        self.show(self._newest, seconds)
-        texts = [f"{name} {_shown(m, self._figure)}" for name, m in found.items() if name != _EMA]
-        self._sentence = f"{self._figure} " + ", ".join([_shown(found[_EMA], self._figure), *texts])
-        self._sentence += f"; the best so far, {better}" if better else ""
-        self._sentence += f"; {seconds:.3g} s, evaluations are {share:.1%} of the time"
-        return _line(found) | {"evaluation_seconds": seconds, "evaluation_share": share}
-
-    def said(self, figures: dict[str, float]) -> str:
-        return self._sentence
+        with _untouched(self._ranks.device):
+            found = self._found()
+            self._keep_best(step, found)
+            seconds = time.perf_counter() - begin
+            if self._ranks.main:
+                self._write(step, found, seconds)
+        return _line(found) | {"evaluation_seconds": seconds}
 
     def _found(self) -> dict[str, dict]:
         """{name of the weights: their figures and spreads}, on every rank."""
@@ -149,14 +189,14 @@ class Evaluation(Measurement):
         """Figures and spreads of weights. Raises ValueError on every rank where one has an `error`, or meets one."""
         ranks, batches = self._ranks, -(-self._config.num // self._batch_size)
         parts: list[tuple[Rows, int]] = []
-        network, drawing, turns = self._on_device(name), None, -(-batches // ranks.world_size)
-        for turn in range(turns):
+        network, drawing = self._on_device(name), None
+        log.info("%d images are drawn from the weights %s, and judged", self._config.num, name)
+        for turn in range(-(-batches // ranks.world_size)):
             self._ask()
             if error is None and turn * ranks.world_size + ranks.rank < batches:
                 drawing = drawing or self._drawn(network, judges, range(ranks.rank, batches, ranks.world_size))
                 part, error = _attempt(lambda: next(drawing))  # noqa: B023 (called at once)
                 parts.append(part)
-            self.show(self._newest | {f"evaluating {name}": f"{(turn + 1) / turns:.0%}"})
         network = drawing = None  # their memory is for what figures take
         everyone = ranks.gather_to_main((parts, error))
 
@@ -221,8 +261,8 @@ class Evaluation(Measurement):
                 dist.broadcast(tensor, 0)
         return copy
 
-    def _keep_best(self, step: int, found: dict[str, dict]) -> str | None:
-        """Which weights of this step are better than those in best.safetensors, which has them then; None for none."""
+    def _keep_best(self, step: int, found: dict[str, dict]) -> None:
+        """Put the best weights of this step into best.safetensors if they are better than those in it."""
 
         def choose() -> str | None:
             sign = 1 if self._direction[self._figure] == "low" else -1
@@ -234,7 +274,7 @@ class Evaluation(Measurement):
 
         name = self._ranks.decide(choose)
         if name is None:
-            return None
+            return
         self._state.writer.wait()  # one copy at a time in host memory
         network = self._network(name)
         weights = self._state.parallel.whole({} if network is None else network.state_dict(), {})
@@ -245,7 +285,7 @@ class Evaluation(Measurement):
             with _reported(step, "the best weights so far are not kept"):
                 save_weights(self._outdir / BEST, weights, metadata)
                 self._best = best
-        return name
+                log.info("step %d: %s has the weights %s, the best so far", step, BEST, name)
 
     def _best_so_far(self, step: int) -> dict | None:
         """What best.safetensors says of itself. One that was chosen in another way is set aside."""
@@ -258,7 +298,7 @@ class Evaluation(Measurement):
             changed = "; ".join(protocol_changes(*map(_yardstick, (best["protocol"], self._protocol))))
             if best["figure"] != self._figure:
                 changed = f"by {best['figure']}"
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             changed = f"it cannot be read: {error}"
         if not changed:
             return {name: value for name, value in best.items() if name != "protocol"}
@@ -389,12 +429,6 @@ def _line(found: dict[str, dict]) -> dict[str, float]:
         for figure, value in m["figures"].items():
             line |= {f"{figure}{suffix}": value, f"{figure}{suffix}/spread": m["spread"].get(figure)}
     return {name: value for name, value in line.items() if value is not None}
-
-
-def _shown(m: dict, figure: str) -> str:
-    value, spread = m["figures"][figure], m["spread"].get(figure)
-    text = "none" if value is None else f"{value:.4g}"
-    return text if spread is None else f"{text} ± {spread:.1g}"
 
 
 def _finite(value):

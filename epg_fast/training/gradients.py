@@ -1,23 +1,37 @@
-"""Gradients of a batch, whole or in micro-batches, which need less memory.
+"""Gradients of a batch, whole or in micro-batches, which need less memory, from compiled networks or plain ones.
 
 With micro-batches the gradient is that of the whole batch, up to rounding: contrastive negatives and BatchNorm
 statistics span the global batch as ever. A micro-batch is a range of this rank's samples; the random draws of a sample
 are those of its place in the global batch (dropout alone is drawn per micro-batch).
+
+In fp16 a scale keeps them in range.
+
+torch.compile takes the networks block by block or whole, and with either the noised images of pre-training, which is
+element-wise work in one pass; CUDA graphs record what it has made of whole ones, and share a
+memory pool. A network may run several times before a backward pass, with and without gradient: each run of a step is
+recorded as following the one before, and keeps its own memory until its results are gone. When the next step begins,
+all memory of the step before is used again: nothing that a network, or its backward pass, returned may be read after
+that. An update keeps to it: what it logs are copies, and it lets go of the gradients. Optimiser, losses and EMA are
+outside.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from epg_fast.config import RunConfig
 from epg_fast.diffusion import PixelNormalization
+from epg_fast.distributed import Ranks
+from epg_fast.models.compilation import compile_blocks, compile_network, compile_options
 from epg_fast.objectives import Loss
 from epg_fast.training.draws import Draws
-from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.parallel import Replicated
 from epg_fast.training.stages import Stage
+
+log = logging.getLogger("epg_fast")
 
 
 def check_batch_size(config: RunConfig, world_size: int) -> None:
@@ -32,6 +46,79 @@ def check_batch_size(config: RunConfig, world_size: int) -> None:
             f"batch_size {size} does not divide over {ranks}{each}; take --batch_size {' or '.join(sizes)}, or other "
             "numbers of GPUs and micro-batches"
         )
+
+
+def check_compilation(config: RunConfig, ranks: Ranks) -> None:
+    """Raise ValueError for CUDA graphs where they cannot be, or are known to fail."""
+    if not config.cuda_graphs:
+        return
+    if ranks.device.type != "cuda":
+        raise ValueError(f"cuda_graphs: got device {ranks.device.type}, wanted a CUDA device; leave out --cuda_graphs")
+    if config.gradient_accumulation > 1:
+        raise ValueError(
+            f"cuda_graphs: got gradient_accumulation {config.gradient_accumulation}, wanted 1: the gradients of one "
+            "micro-batch would lie in memory that the next one's graph writes; leave out --cuda_graphs"
+        )
+    if ranks.world_size > 1:
+        raise ValueError(
+            f"cuda_graphs: got {ranks.world_size} ranks, wanted 1: torch's CUDA graph trees are known to fail under "
+            "DistributedDataParallel, whose backward pass enters them from a second thread; leave out --cuda_graphs"
+        )
+
+
+def compile_stage(stage: Stage, how: str | None = None, **options) -> None:
+    """Compile the networks that the loss calls, in place, as the stage's configuration asks for.
+
+    how: instead of the configuration's `compile`. options: further arguments of torch.compile.
+    """
+    how, more = how or stage.config.compile, stage.chosen.options
+    networks = [network for network in (stage.network, stage.perceptual) if network is not None]
+    how = ("blocks" if stage.ranks.device.type == "cuda" else "off") if how == "auto" else how
+    if stage.name == "pretrain" and how != "off":
+        # outside of the networks, and of CUDA graphs: images and noise are new ones in every step
+        stage.noised = torch.compile(stage.noised, fullgraph=True, **compile_options(more=more) | options)
+    if how == "blocks":
+        emas = [] if stage.ema is None else [stage.ema]
+        for network in networks + emas:
+            compile_blocks(network, more=more, sharded=stage.sharded, **options)
+    elif how == "network":
+        options = {"more": more, "cuda_graphs": stage.config.cuda_graphs} | options
+        if stage.name == "pretrain":
+            compile_network(stage.ema, **options)
+            # the head of several ranks sums its statistics over them
+            alone = ["projection_head"] if stage.ranks.world_size == 1 else []
+            compile_network(stage.network, ["encode", *alone], **options)
+        else:
+            for network in networks:
+                compile_network(network, **options)
+    elif stage.config.fp8:
+        log.warning("fp8 without torch.compile rounds in kernels of its own, which can cost more than FP8 saves")
+
+
+class LossScale:
+    """Dynamic loss scale of fp16 training, on the device: grows slowly, halved by a gradient that is not finite.
+
+    The released configuration: 2^14 at first, times 2^(1/1000) per step; never below 1, from where nothing is gained.
+    `value` is [] float32, None when switched off.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.value = torch.full((), 2.0**14, device=device) if enabled else None
+
+    def __call__(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to call backward on."""
+        return loss if self.value is None else loss * self.value
+
+    def update(self, found_inf: torch.Tensor) -> None:
+        """Adapt to the outcome of a step."""
+        if self.value is not None:
+            value = self.value.double()
+            changed = torch.where(found_inf > 0, value * 0.5, value * 2.0**0.001)
+            self.value.copy_(changed.clamp(1.0, torch.finfo(torch.float32).max / 2))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The live tensor; empty when switched off."""
+        return {} if self.value is None else {"scale": self.value}
 
 
 @dataclass

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,27 +22,35 @@ from epg_fast.distributed import StopSignals, joined
 from epg_fast.models.fp8 import require_fp8, use_fp8
 from epg_fast.objectives import Loss
 from epg_fast.runtime import suitable_threads
-from epg_fast.training import decoding
-from epg_fast.training.bad_files import BadFiles
 from epg_fast.training.checkpoint import remove_temporaries, set_aside
-from epg_fast.training.classes import note_classes
-from epg_fast.training.collapse import Collapse
-from epg_fast.training.compilation import begin_step, check_compilation, compile_stage
+from epg_fast.training.dataset import BadFiles, agreed_backend, decoder, note_classes
 from epg_fast.training.draws import Draws
-from epg_fast.training.evaluation import Evaluation, check_evaluation, discard_evaluations_after
-from epg_fast.training.gradients import add_gradients, check_batch_size
-from epg_fast.training.hardware import Utilization
-from epg_fast.training.loggers import open_loggers, require_loggers
-from epg_fast.training.measuring import Measurement, Measuring, measurements_due, measurements_missing
-from epg_fast.training.metrics import Metrics, Progress, names_by_level, sums_by_level
+from epg_fast.training.evaluation import Evaluation, Preview, check_evaluation, discard_evaluations_after
+from epg_fast.training.flops import Utilization
+from epg_fast.training.gradients import add_gradients, check_batch_size, check_compilation, compile_stage
+from epg_fast.training.measuring import (
+    Collapse,
+    Measurement,
+    Measuring,
+    Probe,
+    check_probe,
+    every,
+    measurements_due,
+    measurements_missing,
+)
+from epg_fast.training.metrics import (
+    Metrics,
+    Progress,
+    names_by_level,
+    open_loggers,
+    open_tensorboard,
+    require_loggers,
+    sums_by_level,
+)
 from epg_fast.training.optimizer import lr_factor
 from epg_fast.training.parallel import Agreement
-from epg_fast.training.planning import kept_choice, note_choice
-from epg_fast.training.preview import preview_is_due, preview_path, write_preview
-from epg_fast.training.probe import Probe, check_probe
-from epg_fast.training.run_folder import RunFolder
 from epg_fast.training.stages import Stage
-from epg_fast.training.state import RunState
+from epg_fast.training.state import RunFolder, RunState
 
 log = logging.getLogger("epg_fast")
 
@@ -62,18 +69,19 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
             require_fp8(ranks.device)
         torch.manual_seed(config.seed)
         check_batch_size(config, ranks.world_size)
-        stage = stage_class(config, ranks, kept_choice(folder.path) if folder.begun else None)
+        stage = stage_class(config, ranks, folder.choice)
+        millions = sum(p.numel() for p in stage.network.parameters()) / 1e6
+        log.info("network: %s, %.2f M parameters", config.model.preset, millions)
         note_classes(stage, source)
         with suitable_threads(stage.network, stage.chosen.threads), folder:
             folder.wait_for_writer(ranks)
             folder.require(config)
-            state = RunState(stage.config, stage, source, ranks)
+            state = RunState(stage, source)
             if config.fp8:
                 log.info(use_fp8(stage.network))  # after the EMA were copied from it, which stay in 16 bits
             state.resume(folder.path / "checkpoints")
             missing = measurements_missing(state.config, folder.path, state.iteration, ranks)
             if state.iteration >= config.steps and not missing:
-                _draw_missing_preview(state, folder.path)
                 log.info("%s is complete: %d steps", folder.path, state.iteration)
             else:
                 _go_on(config, state, folder, missing)
@@ -98,8 +106,10 @@ def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[s
     missing: measurements to make before all else.
     """
     config, ranks, stage = state.config, state.ranks, state.stage
-    measurements = _measurements(state)
-    state.data_backend = decoding.agreed_backend(config.data.backend, state.data_backend, ranks)
+    measurements: list[Measurement] = []  # those that read images of their own
+    kinds = [kind for kind in (Collapse, Probe) if every(config, kind.name)]
+    ranks.together(lambda: measurements.extend(kind(state) for kind in kinds))
+    state.data_backend = agreed_backend(config.data.backend, state.data_backend, ranks)
     loader = make_loader(
         state.source,
         config.data,
@@ -117,17 +127,110 @@ def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[s
         _Run(asked, state, loader, folder, measurements).train(missing)
 
 
-def _measurements(state: RunState) -> list[Measurement]:
-    """What is asked for. Raises on all ranks what making one raises on any."""
-    found, failed = [], None
-    try:
-        found = [kind(state) for kind in (Collapse, Probe) if kind.is_asked_for(state.config)]
-    except (ValueError, OSError) as error:
-        failed = error
-    failed = next(filter(None, state.ranks.gather(failed)), None)
-    if failed:
-        raise failed
-    return found
+class _StopWaiting(Exception):
+    """The run is to end, and no batch comes that it could end after."""
+
+
+class _Run:
+    """A run from the iteration it has reached: the loop, and what the loop writes to."""
+
+    def __init__(self, asked: RunConfig, state: RunState, loader, folder: RunFolder, measurements: list[Measurement]):
+        config, ranks, stage, outdir = state.config, state.ranks, state.stage, folder.path
+        self.config, self.state, self.outdir = config, state, outdir
+        self.bad_files = BadFiles(state.bad_files, loader, state.source, config.data.max_bad_fraction, outdir, ranks)
+        decoded = decoder(state.data_backend, config.data.workers)
+        log.info("images are decoded by %s", decoded)
+        loggers: list = []
+        ranks.decide(lambda: loggers.extend(open_loggers(config, outdir, state.iteration)))
+        # Nothing is written before this line, so that a command that fails above can be corrected and given again.
+        folder.claim(stage.name, asked, state.choice, ranks)
+        if ranks.main:
+            set_aside(state.damaged)
+            remove_temporaries(outdir)
+            discard_evaluations_after(outdir, state.iteration)
+            state.posthoc_ema.discard_after(state.iteration)
+            if config.tensorboard:
+                loggers += open_tensorboard(outdir, state.iteration)
+        self.metrics = Metrics(outdir if ranks.main else None, state.iteration, loggers, Utilization(stage))
+        if stage.chosen.plan:
+            self.metrics.begin_with({"plan": state.choice})
+        self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)
+        self.signals, self.stop = StopSignals(), Agreement(ranks)
+        if every(config, Preview.name):
+            measurements = [Preview(state, outdir, self.metrics), *measurements]
+        if every(config, Evaluation.name):
+            measurements = [*measurements, Evaluation(state, outdir, self._is_to_end)]
+        self.measuring = Measuring(measurements, self.metrics)
+        compile_stage(stage)
+        images = f"images of {state.source.root}, decoded by {decoded}"
+        self.progress = Progress(stage.name, config.steps, state.iteration, images, ranks)
+        self.batches = Prefetcher(loader, ranks.device, on_stall=self._stalled)
+
+    def train(self, missing: list[str]) -> None:
+        """Train to the last step, or until a signal asks to end, and write what is to be written.
+
+        missing: measurements that an earlier process has not come to.
+        """
+        state = self.state
+        with self.signals:  # until everything is written
+            try:
+                with self.progress, self.batches:
+                    made = self.measuring.measure(missing, state.iteration)
+                    self._loop(stop=not made)
+            except DataError as error:
+                raise self.bad_files.listed(error) from error
+            finally:
+                state.writer.wait()
+            state.ranks.barrier()
+            self.metrics.close()
+        if state.iteration < self.config.steps:
+            who = self.signals.asked or "another rank"
+            log.warning("%s: stopped at step %d; the same command goes on", who, state.iteration)
+
+    def _is_to_end(self) -> bool:
+        return self.stop(bool(self.signals.asked) or self.state.writer.failed)
+
+    def _stalled(self, seconds: float) -> None:
+        self.progress.stalled(seconds)
+        if self.signals.asked and self.state.ranks.world_size == 1:
+            raise _StopWaiting
+
+    def _loop(self, stop: bool) -> None:
+        config, state, batches = self.config, self.state, self.batches
+        while state.iteration < config.steps and not stop:
+            waited = batches.waited
+            try:
+                batch = next(batches)
+            except _StopWaiting:
+                state.save(self.outdir, self.metrics)
+                break
+            self.metrics.count(config.batch_size, batches.waited - waited)
+            self.progress.data_came()
+            train_step(state, batch, self.metrics)
+            self.progress.reach(state.iteration)
+            stop = self._do_what_is_due(self._is_to_end())
+        self.stop.settle()
+
+    def _do_what_is_due(self, stop: bool) -> bool:
+        """Returns whether the run is to end."""
+        config, state, iteration = self.config, self.state, self.state.iteration
+        logs = config.is_due(iteration, config.log_every)
+        saves = config.is_due(iteration, config.checkpoint_every) or stop
+        if logs or saves:
+            self.bad_files.exchange()
+        if logs:
+            state.check_skipped()
+            self.progress.show(self.metrics.write(iteration, lr=state.optimizer.lr))
+        # Before the checkpoint, or with it: a run that goes on from it does not come by this iteration again.
+        if saves:
+            state.save(self.outdir, self.metrics)
+        elif state.posthoc_ema.is_due(iteration):
+            state.save_snapshot()
+        if self.measuring.measure(measurements_due(config, iteration), iteration, stop):
+            return stop
+        self.bad_files.exchange()
+        state.save(self.outdir, self.metrics)
+        return True
 
 
 def train_step(state: RunState, batch: dict[str, torch.Tensor], metrics: Metrics) -> None:
@@ -136,6 +239,8 @@ def train_step(state: RunState, batch: dict[str, torch.Tensor], metrics: Metrics
     Where the gradient is not finite, only counters change: `iteration`, `skipped` and the loss scale.
     """
     config, stage, iteration, o = state.config, state.stage, state.iteration, state.config.optimizer
+    if config.cuda_graphs:  # what networks returned in the step before is no longer needed
+        torch.compiler.cudagraph_mark_step_begin()
     count = batch["x"].shape[0]
     draws = Draws(config.seed, iteration, state.ranks.rank * count, count, state.ranks.device)
     buffers = [b.clone() for b in stage.network.buffers()]  # BatchNorm's change in the forward pass already
@@ -175,123 +280,3 @@ def _report(state: RunState, loss: Loss, norm: torch.Tensor, found_inf: torch.Te
     counts = torch.cat([torch.ones_like(means), levels[1]])
     names = ("grad_norm", *terms, *names_by_level(by_level))
     metrics.add(names, torch.cat([means, levels[0]]), counts, found_inf <= 0)
-
-
-class _Run:
-    """A run from the iteration it has reached: the loop, and what the loop writes to."""
-
-    def __init__(self, asked: RunConfig, state: RunState, loader, folder: RunFolder, measurements: list[Measurement]):
-        config, ranks, stage, outdir = state.config, state.ranks, state.stage, folder.path
-        self.config, self.state, self.outdir = config, state, outdir
-        self.bad_files = BadFiles(state.bad_files, loader, state.source, config.data.max_bad_fraction, outdir, ranks)
-        decoded = decoding.description(state.data_backend, config.data.workers)
-        log.info("images are decoded by %s", decoded)
-        loggers: list = []
-        ranks.decide(lambda: loggers.extend(open_loggers(config, outdir, state.iteration)))
-        # Nothing is written before this line, so that a command that fails above can be corrected and given again.
-        folder.claim(stage.name, asked, ranks)
-        if ranks.main:
-            set_aside(state.damaged)
-            remove_temporaries(outdir)
-            note_choice(outdir, state.choice)
-            discard_evaluations_after(outdir, state.iteration)
-        state.posthoc_ema.discard_after(state.iteration)
-        self.metrics = Metrics(outdir, ranks.main, state.iteration, config.tensorboard, loggers, Utilization(stage))
-        if stage.chosen.plan:
-            self.metrics.begin_with({"plan": state.choice})
-        self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)
-        self.signals, self.stop = StopSignals(), Agreement(ranks)
-        evaluation = Evaluation(state, outdir, self._is_to_end) if Evaluation.is_asked_for(config) else None
-        self.measuring = Measuring([*measurements, *filter(None, [evaluation])], self.metrics)
-        compile_stage(stage)
-        self.metrics.add_image("samples", _draw_missing_preview(state, outdir), state.iteration)
-        images = f"images of {state.source.root}, decoded by {decoded}"
-        self.progress = Progress(stage.name, config.steps, state.iteration, images, ranks)
-        if evaluation:
-            evaluation.show = self.progress.show_beside
-        self.batches = Prefetcher(loader, ranks.device, on_stall=self._stalled)
-
-    def train(self, missing: list[str]) -> None:
-        """Train to the last step, or until a signal asks to end, and write what is to be written.
-
-        missing: measurements that an earlier process has not come to.
-        """
-        state = self.state
-        with self.signals:  # until everything is written
-            try:
-                with self.progress, self.batches:
-                    made = self.measuring.measure(missing, state.iteration)
-                    self._loop(stop=not made)
-            except DataError as error:
-                raise self.bad_files.listed(error) from error
-            finally:
-                state.writer.wait()
-            state.ranks.barrier()
-            self.metrics.close()
-        if state.iteration < self.config.steps:
-            who = self.signals.asked or "another rank"
-            log.warning("%s: stopped at step %d; the same command goes on", who, state.iteration)
-
-    def _loop(self, stop: bool) -> None:
-        config, state, batches = self.config, self.state, self.batches
-        while state.iteration < config.steps and not stop:
-            waited = batches.waited
-            try:
-                batch = next(batches)
-            except _StopWaiting:
-                state.save(self.outdir, self.metrics)
-                break
-            self.metrics.count(config.batch_size, batches.waited - waited)
-            self.progress.data_came()
-            begin_step(config)
-            train_step(state, batch, self.metrics)
-            self.progress.reach(state.iteration)
-            stop = self._write_what_is_due(self._is_to_end())
-        self.stop.settle()
-
-    def _is_to_end(self) -> bool:
-        return self.stop(bool(self.signals.asked) or self.state.writer.failed)
-
-    def _write_what_is_due(self, stop: bool) -> bool:
-        """Returns whether the run is to end."""
-        config, state, iteration = self.config, self.state, self.state.iteration
-        last = iteration == config.steps
-        logs = iteration % config.log_every == 0 or last
-        saves = iteration % config.checkpoint_every == 0 or last or stop
-        if logs or saves:
-            self.bad_files.exchange()
-        if logs:
-            state.check_skipped()
-            self.progress.show(self.metrics.write(iteration, lr=state.optimizer.lr))
-        # Before the checkpoint, or with it: a run that goes on from it does not come by this iteration again.
-        if saves:
-            state.save(self.outdir, self.metrics)
-        elif state.posthoc_ema.is_due(iteration):
-            state.save_snapshot()
-        if preview_is_due(state.stage, iteration):
-            state.host_ema.wait()
-            self.metrics.add_image("samples", write_preview(state.stage, self.outdir, iteration), iteration)
-        if self.measuring.measure(measurements_due(config, iteration), iteration, stop):
-            return stop
-        self.bad_files.exchange()
-        state.save(self.outdir, self.metrics)
-        return True
-
-    def _stalled(self, seconds: float) -> None:
-        self.progress.stalled(seconds)
-        if self.signals.asked and self.state.ranks.world_size == 1:
-            raise _StopWaiting
-
-
-class _StopWaiting(Exception):
-    """The run is to end, and no batch comes that it could end after."""
-
-
-def _draw_missing_preview(state: RunState, outdir: Path):
-    """The preview of the iteration to go on from, if one was due and the run was killed before it was written."""
-    iteration = state.iteration
-    if iteration and preview_is_due(state.stage, iteration):
-        missing = not preview_path(outdir, iteration).exists()
-        if state.ranks.gather(missing)[0] if state.stage.sharded else missing:
-            return write_preview(state.stage, outdir, iteration)
-    return None

@@ -1,4 +1,4 @@
-"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard and what `loggers` opens.
+"""Metrics of a run: means over log intervals in metrics.jsonl, TensorBoard, Weights & Biases and Trackio.
 
 A line has `step` (batches drawn), `lr`, `grad_norm` (before clipping), `loss` and its terms, one term by noise level
 (`squared_error_by_level/0` is that of the noisiest eighth of the grid, `/7` of the cleanest; eighths without samples
@@ -10,19 +10,23 @@ of a run with a plan begins with a line of step 0, which has the `plan`. Figures
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from epg_fast.config import RunConfig
 from epg_fast.distributed import Ranks
 from epg_fast.files import write_atomically
-from epg_fast.training.hardware import Utilization
+from epg_fast.training.flops import Utilization
 
 log = logging.getLogger("epg_fast")
 
@@ -49,30 +53,25 @@ def names_by_level(name: str) -> tuple[str, ...]:
 
 
 class Metrics:
-    """Accumulates values between two lines of metrics.jsonl; only the main rank (`enabled`) writes.
+    """Accumulates values between two lines of metrics.jsonl.
 
-    step: batches drawn before; later lines of an earlier process are dropped. loggers: see `open_loggers`. utilization:
-    figures of the GPU to add to each line, if any.
+    outdir: None on the ranks that write nothing. step: batches drawn before; later lines of an earlier process are
+    dropped. loggers: see `open_loggers`. utilization: figures of the GPU to add to each line, if any.
     """
 
     def __init__(
         self,
         outdir: Path | None,
-        enabled: bool,
         step: int = 0,
-        tensorboard: bool = False,
         loggers: Sequence = (),
         utilization: Utilization | None = None,
     ):
-        self.enabled, self._utilization = enabled, utilization
+        self._path = outdir and outdir / "metrics.jsonl"
+        self._loggers, self._utilization = loggers, utilization
         self._begin(step)
-        self._tensorboard, self._loggers = None, loggers
-        if not enabled:
-            return
-        self._path = outdir / "metrics.jsonl"
-        _truncate(self._path, step)
-        if tensorboard:
-            self._tensorboard = _tensorboard_writer(outdir / "tensorboard", step)
+        if self._path and self._path.exists():  # what comes after `step` will be written again
+            kept = [line + b"\n" for found, line in _lines(self._path) if found <= step]
+            write_atomically(self._path, b"".join(kept))
 
     def _begin(self, step: int) -> None:
         """A line, after that of `step`."""
@@ -83,7 +82,7 @@ class Metrics:
 
     def begin_with(self, header: dict) -> None:
         """Let the file of a new run begin with a line of step 0 that has the header's entries."""
-        if self.enabled and not (self._path.exists() and self._path.stat().st_size):
+        if self._path and not (self._path.exists() and self._path.stat().st_size):
             self._append({"step": 0} | header)
 
     def add(self, names: tuple[str, ...], sums: torch.Tensor, counts: torch.Tensor, made: torch.Tensor) -> None:
@@ -126,12 +125,8 @@ class Metrics:
         self._show({"step": step} | figures)
 
     def _show(self, line: dict) -> None:
-        if self.enabled:
+        if self._path:
             self._append(line)
-        if self._tensorboard:
-            for name, value in line.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, line["step"])
         for logger in self._loggers:
             logger.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
@@ -154,8 +149,9 @@ class Metrics:
 
     def add_image(self, name: str, image, step: int) -> None:
         """Show an image, uint8 [H, W, 3], in TensorBoard."""
-        if self._tensorboard and image is not None:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        for logger in self._loggers:
+            if isinstance(logger, TensorBoard):
+                logger.writer.add_image(name, image, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """The unfinished interval, so that a resumed run writes the same means: names -> sums and counts, for JSON."""
@@ -167,9 +163,7 @@ class Metrics:
         self._groups = {names: torch.tensor(both, dtype=torch.float64, device=device) for names, both in groups.items()}
 
     def close(self) -> None:
-        """Flush and close the writers."""
-        if self._tensorboard:
-            self._tensorboard.close()
+        """End the loggers."""
         for logger in self._loggers:
             logger.finish()
 
@@ -180,12 +174,6 @@ def figures_at(outdir: Path, step: int) -> set[str]:
     A checkpoint comes before the figures of its step, which may take long, so that a kill can fall between them.
     """
     return {name for found, line in _lines(outdir / "metrics.jsonl") if found == step for name in json.loads(line)}
-
-
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which the resumed run will write again (and what a crash left of one)."""
-    if path.exists():
-        write_atomically(path, b"".join(line + b"\n" for found, line in _lines(path) if found <= step))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -200,17 +188,80 @@ def _wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def _tensorboard_writer(folder: Path, step: int):
-    try:
+class TensorBoard:
+    """TensorBoard's events in a folder, with the interface of the other loggers. Raises ImportError without it."""
+
+    def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(folder), purge_step=step + 1)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Add the values of a line."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self.writer.close()
+
+
+def open_tensorboard(outdir: Path, step: int) -> list[TensorBoard]:
+    """TensorBoard's logger of a run, where it can be; the log says why not."""
+    folder = outdir / "tensorboard"
+    try:
+        return [TensorBoard(folder, step)]
     except (ImportError, UnicodeEncodeError) as error:
         why = "it is not installed: pip install tensorboard"
         if isinstance(error, UnicodeEncodeError):
             why = f"it takes no path that the locale cannot write, as {folder}"
         log.warning("metrics go to metrics.jsonl, not to TensorBoard (%s)", why)
-        return None
+        return []
+
+
+# Weights & Biases and Trackio have one interface.
+_REMEDIES = {
+    "wandb": "`wandb login`, or WANDB_MODE=offline, which logs to files alone",
+    "trackio": "choose another name, or unset TRACKIO_SPACE_ID, without which it logs to this machine alone",
+}
+
+
+def require_loggers(config: RunConfig) -> None:
+    """Raise ValueError for a library that is asked for by its project, and not installed."""
+    for library, project in _projects(config).items():
+        try:
+            importlib.import_module(library)
+        except ImportError:
+            raise ValueError(
+                f"{library} project {project!r} asked for, but {library} is not installed: pip install {library}"
+            ) from None
+
+
+def open_loggers(config: RunConfig, outdir: Path, step: int) -> list:
+    """The runs of all libraries asked for, each with `log(values, step=step)` and `finish()`.
+
+    A run that goes on from `step` is the same one there: `.wandb` and `.trackio` in `outdir` have its id, because names
+    of run folders repeat. Raises ValueError where a library refuses.
+    """
+    runs = []
+    for library, project in _projects(config).items():
+        path = outdir / f".{library}"
+        own = path.read_text(encoding="utf-8") if step and path.exists() else uuid.uuid4().hex[:8]
+        # a run of Trackio is known by its name
+        names = {"name": outdir.name, "id": own} if library == "wandb" else {"name": f"{outdir.name}-{own}"}
+        try:
+            init = importlib.import_module(library).init
+            runs.append(init(project=project, **names, resume="allow", config=dataclasses.asdict(config)))
+        except Exception as error:  # which the libraries have of their own
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{library}: cannot log to project {project!r} ({why}); {_REMEDIES[library]}") from error
+        write_atomically(path, own)
+    return runs
+
+
+def _projects(config: RunConfig) -> dict[str, str]:
+    projects = {"wandb": config.wandb, "trackio": config.trackio}
+    return {library: project for library, project in projects.items() if project}
 
 
 # Value of a line of metrics.jsonl, its name in the progress line, and its form there.
@@ -235,8 +286,6 @@ class Progress:
     def __init__(self, name: str, steps: int, done: int, data: str, ranks: Ranks):
         self._data, self._ranks = data, ranks
         self._figures: dict[str, str] = {}
-        self._beside: dict[str, str] = {}
-        self._interval, self._next_refresh = (0.5 if os.isatty(2) else 20), 0.0
         self._stalled = self._said = False
         self._line = tqdm(
             total=steps,
@@ -244,7 +293,7 @@ class Progress:
             desc=name,
             disable=not ranks.main,
             dynamic_ncols=True,
-            mininterval=self._interval,
+            mininterval=0.5 if os.isatty(2) else 20,
         )
 
     def __enter__(self) -> Progress:
@@ -260,23 +309,12 @@ class Progress:
     def show(self, metrics: dict) -> None:
         """Show a line of metrics.jsonl."""
         self._figures = {shown: form.format(metrics[name]) for name, shown, form in _SHOWN if name in metrics}
-        self._line.set_postfix(self._figures | self._beside)
-
-    def show_beside(self, texts: dict[str, str], pause: float = 0.0) -> None:
-        """Show these behind the figures of training from now on. pause: seconds that were no training, for the rate."""
-        now, self._beside = time.monotonic(), texts
-        due = now >= self._next_refresh
-        if due:
-            self._next_refresh = now + self._interval
-        if pause and not self._line.disable:
-            self._line.start_t += pause
-            self._line.last_print_t += pause
-        self._line.set_postfix(self._figures | texts, refresh=due)
+        self._line.set_postfix(self._figures)
 
     def stalled(self, seconds: float) -> None:
         """Show how long the next batch has been waited for, and log a long wait once."""
         self._stalled = True
-        self._line.set_postfix(self._figures | self._beside | {"data wait": f"{seconds:.0f} s"})
+        self._line.set_postfix(self._figures | {"data wait": f"{seconds:.0f} s"})
         if seconds >= _LONG_STALL and not self._said:
             self._said = True
             # the other ranks' warnings are not shown, but only the rank that waits knows what all are waiting for
@@ -287,4 +325,4 @@ class Progress:
         """Show the figures again after a stall."""
         if self._stalled:
             self._stalled = self._said = False
-            self._line.set_postfix(self._figures | self._beside)
+            self._line.set_postfix(self._figures)

@@ -1,31 +1,33 @@
 """AdamW with clipping and the EMA of the weights as one update; the learning rate's factor.
 
-Three backends compute the same update of the same moments:
+Two backends compute the same update of the same moments:
     fused   one pass over memory in the C++/CUDA extension (`epg_fast.ops.fused_adamw_ema_`)
     torch   torch.optim.AdamW(fused=True), torch.nn.utils' clipping and one foreach call per EMA
-    apex    NVIDIA's FusedAdam in place of torch's AdamW, where that package is installed
-The first two read nothing on the host; apex has no other way to skip an update.
+Neither reads anything on the host.
 
 Of sharded parameters (`epg_fast.training.parallel`) a rank updates its shards and their EMA; only the sum of squares of
-the gradients and whether one is not finite are exchanged. apex does not take them.
+the gradients and whether one is not finite are exchanged.
 
-`fused` also writes the 16-bit copies of weights that there are (`epg_fast.training.weight_copies`).
+`WeightCopies` are copies in 16 bits of the large weights, which the products of an update read instead of casting the
+weights in the forward pass and wherever they are computed again. A copy holds the numbers that autocast would make, so
+that no result depends on it. `fused` writes them in the pass that updates the weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from epg_fast.config import OptimizerConfig
+from epg_fast.models.encoder import ViTEncoder
+from epg_fast.models.fused import linears_with_operands
 from epg_fast.ops import extension_status, fused_adamw_ema_, global_norm
 from epg_fast.ops.extension import require_extension
 from epg_fast.training.parallel import is_sharded, local, split_as
-from epg_fast.training.weight_copies import WeightCopies
 
 log = logging.getLogger("epg_fast")
 
@@ -73,7 +75,7 @@ def make_optimizer(
     log says why. Raises ValueError for a named backend that cannot run here, saying what is missing.
     """
     backend = config.backend if config.backend != "auto" else _chosen(network, emas, planned)
-    return _BACKENDS[backend](network, config, emas, copies)
+    return (FusedOptimizer if backend == "fused" else Optimizer)(network, config, emas, copies)
 
 
 def _chosen(network: torch.nn.Module, emas: Sequence[torch.nn.Module], planned: str | None) -> str:
@@ -84,8 +86,6 @@ def _chosen(network: torch.nn.Module, emas: Sequence[torch.nn.Module], planned: 
     if backend == "fused":
         available, reason = extension_status()
         obstacle = _fused_obstacle(network, emas) if available else f"the extension is {reason}"
-    elif backend == "apex":
-        obstacle = _apex_obstacle(network)
     backend, why = ("torch", obstacle) if obstacle else (backend, why)
     log.info("optimiser: %s (%s)", backend, why)
     return backend
@@ -102,10 +102,6 @@ def _fused_obstacle(network: torch.nn.Module, emas: Sequence[torch.nn.Module]) -
                 got = f"{name} is {p.dtype} with strides {p.stride()} on {p.device}"
                 return f"{got}, the fused update takes contiguous torch.float32 on {device}"
     return None
-
-
-def _apex_obstacle(network: torch.nn.Module) -> str | None:
-    return "apex does not take sharded parameters" if any(map(is_sharded, network.parameters())) else None
 
 
 class Optimizer:
@@ -132,7 +128,7 @@ class Optimizer:
         self.emas = [[local(follower[name]) for name in own] for follower in followers]
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
         self.param_groups: list[dict] = self._adamw.param_groups
-        """Groups of parameters with their `names`, `lr`, `peak_lr` and `weight_decay`."""
+        """Groups of parameters with their `names`, `lr` and `weight_decay`."""
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = self._adamw.state
         """Per parameter `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.AdamW names them."""
         self._steps = torch.zeros(len(own), device=self._parameters[0].device)
@@ -141,21 +137,19 @@ class Optimizer:
             self.state[parameter] = {"step": step} | moments
         self._max_norm = math.inf
         self._decays = [0.0] * len(emas)
-        self._lr = config.lr
-        self.lr = config.lr
-        """Learning rate of the groups without layer decay, at the next update."""
+        self._peak_lr = self.lr = config.lr
 
     def schedule(self, lr_factor: float = 1.0, max_norm: float | None = None, decays: Sequence[float] = ()) -> None:
-        """Set what the next update uses: factor of all learning rates, limit of the gradients' norm, decays of the EMA.
+        """Set what the next update uses: factor of the learning rate, limit of the gradients' norm, decays of the EMA.
 
         Raises ValueError when there is not one decay for each EMA.
         """
         if len(decays) != len(self.emas):
             raise ValueError(f"got {len(decays)} decays for {len(self.emas)} EMA, wanted one for each")
         self._max_norm, self._decays = math.inf if max_norm is None else max_norm, list(decays)
-        self.lr = self._lr * lr_factor
+        self.lr = self._peak_lr * lr_factor
         for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor
+            group["lr"] = self.lr
 
     @torch.no_grad()
     def step(self, grad_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,17 +192,14 @@ class Optimizer:
             norm = norm / grad_scale
         if self._max_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
-        self._adamw_step(found_inf)
-        torch.autograd.graph.increment_version(self._parameters)  # which neither torch's kernel does nor apex's
+        # torch's own protocol with its gradient scaler: where this is 1, the kernel changes nothing
+        self._adamw.found_inf = found_inf
+        self._adamw.step()
+        torch.autograd.graph.increment_version(self._parameters)  # which torch's kernel does not
         for ema, decay in zip(self.emas, self._decays, strict=True):
             weight = torch.where(found_inf > 0, 0.0, torch.full_like(found_inf, 1 - decay, dtype=torch.float64))
             weights = {dtype: weight.to(dtype) for dtype in {tensor.dtype for tensor in ema}}
             torch._foreach_lerp_(ema, self._parameters, [weights[tensor.dtype] for tensor in ema])
-
-    def _adamw_step(self, found_inf: torch.Tensor) -> None:
-        # torch's own protocol with its gradient scaler: where this is 1, the kernel changes nothing
-        self._adamw.found_inf = found_inf
-        self._adamw.step()
 
     def zero_grad(self) -> None:
         """Let go of all gradients."""
@@ -245,19 +236,16 @@ class FusedOptimizer(Optimizer):
         self._ema_copies = [self._weight_copies.get(tensor) for ema in self.emas[:1] for tensor in ema]
         self._betas, self._eps = config.betas, config.eps
 
-        def per_parameter(key):
-            values = [group[key] for group in self.param_groups for _ in group["params"]]
-            return torch.tensor(values, dtype=torch.float64, device=device)
-
         # What changes from step to step is on the device, at addresses that stay.
-        self._peak_lrs, self._weight_decays = per_parameter("peak_lr"), per_parameter("weight_decay")
-        self._lrs = self._peak_lrs.clone()
+        decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+        self._weight_decays = torch.tensor(decays, dtype=torch.float64, device=device)
+        self._lrs = torch.full_like(self._weight_decays, self.lr)
         self._max_norm_on_device = torch.full((), math.inf, dtype=torch.float64, device=device)
         self._ema_weights = torch.ones(len(emas), dtype=torch.float64, device=device)
 
     def schedule(self, lr_factor=1.0, max_norm=None, decays=()):
         super().schedule(lr_factor, max_norm, decays)
-        torch.mul(self._peak_lrs, lr_factor, out=self._lrs)
+        self._lrs.fill_(self.lr)
         self._max_norm_on_device.fill_(self._max_norm)
         for weight, decay in zip(self._ema_weights, self._decays, strict=True):
             weight.fill_(1 - decay)
@@ -285,56 +273,84 @@ class FusedOptimizer(Optimizer):
         self._weight_copies.updated([*self._parameters, *(tensor for ema in self.emas[:1] for tensor in ema)])
 
 
-class ApexOptimizer(Optimizer):
-    """The `apex` backend: NVIDIA's FusedAdam updates the parameters and the moments."""
-
-    def __init__(self, network, config, emas=(), copies=None):
-        if obstacle := _apex_obstacle(network):
-            raise ValueError(f"optimiser 'apex': {obstacle}; choose --optimizer.backend torch")
-        super().__init__(network, config, emas)
-        try:
-            import amp_C  # noqa: F401  (its kernels; first, because the package `apex` of PyPI is another one)
-            from apex.optimizers import FusedAdam
-        except ImportError as error:
-            raise ValueError(
-                f"optimiser 'apex': NVIDIA's apex with its kernels is not installed ({error}); build it from "
-                "https://github.com/NVIDIA/apex (PyPI's is another package), or choose --optimizer.backend torch"
-            ) from None
-        groups = [dict(group) for group in self.param_groups]
-        self._apex = FusedAdam(groups, betas=config.betas, eps=config.eps, adam_w_mode=True)
-        for parameter in self._parameters:
-            self._apex.state[parameter] = {moment: self.state[parameter][moment] for moment in _MOMENTS}
-
-    def _adamw_step(self, found_inf):
-        if found_inf:  # read on the host: FusedAdam knows no other way
-            return
-        for group, ours in zip(self._apex.param_groups, self.param_groups, strict=True):
-            group |= {"lr": ours["lr"], "step": int(self._steps[0])}
-        self._apex.step()
-        self._steps += 1
-
-
-_BACKENDS = {"fused": FusedOptimizer, "torch": Optimizer, "apex": ApexOptimizer}
-
-
 def _groups(network: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Names of the trainable parameters by weight decay and layer decay; `peak_lr` is a group's lr at factor 1."""
-    groups: dict[tuple[float, float], list[str]] = {}
+    """Names of the trainable parameters by weight decay."""
+    groups: dict[float, list[str]] = {}
     exempt = set() if config.decay_tokens else network.no_weight_decay()
-    depth = len(network.blocks)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            key = (0.0 if name in exempt else config.weight_decay, config.layer_decay ** _depth_below(name, depth))
-            groups.setdefault(key, []).append(name)
-    return [
-        {"names": names, "weight_decay": decay, "lr": config.lr * factor, "peak_lr": config.lr * factor}
-        for (decay, factor), names in groups.items()
-    ]
+            groups.setdefault(0.0 if name in exempt else config.weight_decay, []).append(name)
+    return [{"names": names, "weight_decay": decay, "lr": config.lr} for decay, names in groups.items()]
 
 
-def _depth_below(name: str, depth: int) -> int:
-    """How many encoder blocks lie between a parameter and the encoder's end (0 for everything behind the encoder)."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if block:
-        return depth - int(block[1])
-    return depth + 1 if re.match(r"patch_embed\.|pos_embed|cls_token|class_embed\.", name) else 0
+class WeightCopies:
+    """The copies of the `networks`' weights in `dtype`; none at all if that is None.
+
+    Which weights: those of `linears_with_operands`. Sharded weights (fsdp) have none, and are cast once they are whole.
+    When they are used: inside `in_use` alone, which is around the gradients of an update. Every other call of a network
+    casts, and no copy of a network or checkpoint holds copies of weights.
+    When they are written: by the fused optimiser; by `in_use`, in one foreach call, where a weight is not what it was
+    then. PyTorch counts the changes of a tensor in place, but for writes through `weight.data`.
+    torch.compile takes them as inputs that keep their addresses, which CUDA graphs read in place. A block that is
+    computed again in the backward pass finds them there, and DistributedDataParallel does not see them.
+    """
+
+    def __init__(self, networks: Iterable[ViTEncoder], dtype: torch.dtype | None):
+        self._linears: list[torch.nn.Linear] = []
+        self._copies: list[torch.Tensor] = []
+        self._operands: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
+        for network in networks if dtype else ():
+            for module, name, linears in linears_with_operands(network):
+                weights = [linear.weight for linear in linears]
+                if any(weight.dtype in (dtype, torch.float64) or is_sharded(weight) for weight in weights):
+                    continue
+                rows = [len(weight) for weight in weights]
+                operand = weights[0].new_empty(sum(rows), weights[0].shape[1], dtype=dtype, requires_grad=False)
+                if operand.is_cuda:
+                    torch._dynamo.mark_static_address(operand, guard=False)
+                self._linears += linears
+                self._copies += operand.split(rows)
+                self._operands.setdefault(module, {})[name] = operand
+        self._written: list[tuple[torch.Tensor, int] | None] = [None] * len(self._copies)
+        """Per copy, the weight that it was made of and how often that had been changed then."""
+        self._places = {linear.weight: i for i, linear in enumerate(self._linears)}
+
+    def get(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The copy of a weight, if it has one."""
+        place = self._places.get(weight)
+        return None if place is None else self._copies[place]
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the products of the networks read the copies of the weights as they are now."""
+        self.refresh()
+        for module, operands in self._operands.items():
+            module.operands = operands
+        try:
+            yield
+        finally:
+            for module in self._operands:
+                del module.operands
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make those copies anew whose weights have changed since."""
+        stale = [i for i, linear in enumerate(self._linears) if not _is(self._written[i], linear.weight)]
+        if stale:
+            weights = [self._linears[i].weight for i in stale]
+            torch._foreach_copy_([self._copies[i] for i in stale], weights)
+            for i, weight in zip(stale, weights, strict=True):
+                self._written[i] = weight, weight._version
+
+    def updated(self, weights: Iterable[torch.Tensor]) -> None:
+        """Take note that one call has changed `weights` and written their copies, if these were right before."""
+        for weight in weights:
+            place = self._places.get(weight)
+            if place is not None:
+                right = _is(self._written[place], weight, changes=1)
+                self._written[place] = (weight, weight._version) if right else None
+
+
+def _is(written: tuple[torch.Tensor, int] | None, weight: torch.Tensor, changes: int = 0) -> bool:
+    """Whether `written` is `weight` as it was so many changes ago."""
+    return written is not None and written[0] is weight and weight._version == written[1] + changes

@@ -132,7 +132,7 @@ class Replicated:
         return self.parts(tensors, copies)
 
     def all_ranks(self, act: Callable[[], object], main_only: bool = False) -> list:
-        """What `act` returns on every rank that saves, in any thread; OSError on all of them if it failed on one."""
+        """What `act` returns on every rank that saves, in any thread; an OSError of one is raised on all."""
         return [act()]
 
 
@@ -207,7 +207,7 @@ class Sharded(Replicated):
         value = error = None
         try:
             value = act() if self.ranks.main or not main_only else None
-        except (OSError, RuntimeError) as failure:
+        except OSError as failure:
             error = f"rank {self.ranks.rank}: {failure}"
         everyone = [None] * self.ranks.world_size
         dist.all_gather_object(everyone, (value, error), group=self._group)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -13,12 +15,18 @@ from epg_fast.diffusion import NoiseSchedule, PixelNormalization, consistency_r,
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, load_into, load_weights, preset_config
 from epg_fast.models.pretrained import is_generator, model_config
-from epg_fast.objectives import Loss, PretrainingObjective, consistency_loss, denoising_loss, perceptual_keys
-from epg_fast.plans import choose_together
+from epg_fast.objectives import (
+    Loss,
+    PretrainingObjective,
+    consistency_loss,
+    denoising_loss,
+    noised_inputs,
+    perceptual_keys,
+)
+from epg_fast.plans import Case, Chosen, choose_together
+from epg_fast.plans.plan import architecture
 from epg_fast.plans.sites import has_fused_operations
 from epg_fast.training.draws import Draws
-from epg_fast.training.ema import ema_copy
-from epg_fast.training.planning import applied, training_case
 
 log = logging.getLogger("epg_fast")
 
@@ -28,7 +36,6 @@ class Stage:
 
     name: str
     three_views = False
-    preview = evaluate = None
     parameterization: str | None = None
     by_level: str
     """Term of the loss that is also logged by noise level."""
@@ -36,6 +43,8 @@ class Stage:
     """Whether the loss calls `ema`, which then stays on the device whatever `offload_ema` says."""
     grad_cache = False
     """Whether the loss compares samples with each other: micro-batches then need `objective` and `views`."""
+    perceptual: torch.nn.Module | None = None
+    """Frozen encoder of the loss."""
     untrained_before: list[int] | None = None
     """Classes that the weights to start from were not trained on; None for all."""
     untrained_classes: list[int] = []
@@ -115,6 +124,8 @@ class PretrainStage(Stage):
 
     name = "pretrain"
     three_views = calls_ema = grad_cache = True
+    noised = staticmethod(noised_inputs)
+    """What the encoders take, from images and noise; a stage that is compiled has its own."""
     by_level = "consistency"  # the contrastive term is always at the cleanest level
     config: PretrainConfig
 
@@ -147,6 +158,7 @@ class PretrainStage(Stage):
             schedule,
             contrastive_temperature=c.contrastive_temperature,
             temperature=c.temperature if c.temperature_schedule == "constant" else tuple(c.temperature_range),
+            noised=self.noised,
         )
 
 
@@ -166,7 +178,6 @@ class _FineTuning(Stage):
             block.skip_linear.requires_grad_(False)
             block.skip_norm.requires_grad_(False)
         super().__init__(config, network, ranks, kept)
-        self.preview, self.evaluate = config.preview, config.evaluate
 
     def ema_decay(self, iteration):
         return min(self.config.ema, iteration / (iteration + 10)) if self.config.ema_warmup else self.config.ema
@@ -237,12 +248,45 @@ class ConsistencyStage(_FineTuning):
         return lambda images: perceptual_keys(self.perceptual, images, self._schedule())
 
 
+def training_case(job: str, config: RunConfig, network: torch.nn.Module, world_size: int) -> Case:
+    """What a plan for this run is for."""
+    images = config.batch_size // world_size // config.gradient_accumulation
+    return Case(job, architecture(network), "fp8" if config.fp8 else config.precision, images)
+
+
+def applied(config: RunConfig, chosen: Chosen, world_size: int) -> RunConfig:
+    """The configuration with what was chosen where it says `auto`; flags that were given stay."""
+    changes = {}
+    if config.compile == "auto" and chosen.compile:
+        changes["compile"] = chosen.compile
+        if chosen.compile == "network" and config.parallelism == "fsdp":
+            changes["compile"] = "blocks"
+            log.info("blocks are compiled, not whole networks as in the plan: sharded networks take nothing else")
+    if chosen.cuda_graphs and changes.get("compile") == "network":
+        if world_size == 1 and config.gradient_accumulation == 1:
+            changes["cuda_graphs"] = True
+        else:
+            log.info("no CUDA graphs, which the plan has: they take one rank and no gradient accumulation")
+    return dataclasses.replace(config, **changes)
+
+
+def ema_copy(network: torch.nn.Module, ranks: Ranks, offload: bool) -> torch.nn.Module | None:
+    """A copy of `network` for its EMA: on its device or, with `offload`, in the main rank's host memory.
+
+    None on the other ranks with `offload`, whose weights are the same.
+    """
+    if offload and not ranks.main:
+        return None
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    return ema.cpu() if offload else ema
+
+
 def stage_without_files(
     stage_class: type[Stage], config: RunConfig, ranks: Ranks, kept: Mapping | None = None
 ) -> Stage:
     """The stage with fresh weights, whatever its configuration would load; a frozen encoder is of the run's preset."""
     absent = {name: None for name in ("init_from", "perceptual") if hasattr(config, name)}
-    stage = stage_class(replace(config, **absent), ranks, kept)
+    stage = stage_class(dataclasses.replace(config, **absent), ranks, kept)
     if getattr(config, "perceptual", None):
         encoder = encoder_from_config(network_config(config))
         stage.perceptual = encoder.use_ops(stage.chosen.ops).eval().requires_grad_(False)

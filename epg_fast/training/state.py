@@ -1,53 +1,142 @@
-"""The state of a run: what a checkpoint holds, and the files that are made of it."""
+"""What a run keeps on disk: its folder, which holds the configuration and the plan, and the state in checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import logging
 from pathlib import Path
 
 import torch
+import yaml
 
 from epg_fast.config import RunConfig
 from epg_fast.data import ImageSource
 from epg_fast.distributed import Ranks
+from epg_fast.files import OutputFolder, write_atomically
 from epg_fast.models import save_weights
+from epg_fast.plans import Chosen, Machine
 from epg_fast.runtime import AUTOCAST
-from epg_fast.training.bad_files import still_bad
 from epg_fast.training.checkpoint import (
-    BackgroundWriter,
+    Background,
     is_kept,
+    list_checkpoints,
     load_newest,
     remove_old,
     split_rows,
     write_checkpoint,
 )
+from epg_fast.training.dataset import still_bad
 from epg_fast.training.ema import HostEma, PosthocEma
-from epg_fast.training.loss_scale import LossScale
+from epg_fast.training.gradients import LossScale
 from epg_fast.training.metrics import Metrics
-from epg_fast.training.optimizer import make_optimizer
+from epg_fast.training.optimizer import WeightCopies, make_optimizer
 from epg_fast.training.parallel import Tensors, parallelize
-from epg_fast.training.planning import choice_record
 from epg_fast.training.stages import Stage
-from epg_fast.training.weight_copies import WeightCopies
 
 log = logging.getLogger("epg_fast")
 _MAX_SKIPPED_IN_A_ROW = 100
+# Fields that may change between the parts of a run without changing its numbers.
+_FREE = {
+    *("device", "compile", "parallelism", "cuda_graphs", "ops", "optimizer.backend", "offload_ema"),
+    *("activation_checkpointing", "gradient_accumulation"),
+    *("data.path", "data.backend", "data.workers", "data.readers", "data.max_bad_fraction"),
+    *("outdir", "checkpoint_every", "keep_checkpoints", "keep_every", "posthoc_ema.every"),
+    *("tensorboard", "wandb", "trackio", "preview", "evaluate", "probe", "collapse"),
+}
+
+
+class RunFolder(OutputFolder):
+    """A folder in which one process at a time trains; config.yaml holds its configuration."""
+
+    def __init__(self, outdir: str | Path):
+        super().__init__(outdir, "training", "config.yaml")
+
+    @property
+    def begun(self) -> bool:
+        """Whether it holds a checkpoint."""
+        return bool(list_checkpoints(self.path / "checkpoints"))
+
+    def require(self, config: RunConfig) -> None:
+        """Raise ValueError for a folder of other things, or of another configuration once it holds a checkpoint."""
+        if not self.check() or not self.begun:
+            return
+        try:
+            saved = yaml.safe_load(self.marker.read_bytes())
+            if not isinstance(saved, dict):
+                raise ValueError("no mapping")
+        except (yaml.YAMLError, ValueError) as error:
+            raise self.unreadable(str(error).splitlines()[0]) from None
+        self.require_same(saved, _plain(config), _FREE)
+
+    def wait_for_writer(self, ranks: Ranks) -> None:
+        """Lock a folder that is a run's already: a process that is just ending may still write its state.
+
+        One that is not there is left alone until `claim`, and so is one that can only be read: of a complete run, or
+        to be claimed in vain. Raises ValueError when another process is training there.
+        """
+        if ranks.main and self.marker.exists():
+            with contextlib.suppress(OSError):
+                self.lock()
+        ranks.barrier()
+
+    def claim(self, stage: str, config: RunConfig, choice: dict, ranks: Ranks) -> None:
+        """Create the folder, its config.yaml, which `--config` reads again, and plan.json.
+
+        config: as it was given. choice: see `choice_record`.
+
+        Raises ValueError when another process is training there, or has been since the folder was looked at.
+        """
+        ranks.barrier()  # all ranks have checked the folder
+        if ranks.main:
+            if self.lock() and self.begun:
+                raise ValueError(f"another process has trained in {self.path} meanwhile; give the same command again")
+            text = yaml.safe_dump(_plain(config), sort_keys=False)
+            write_atomically(self.marker, f"# epg-fast {stage}\n{text}")
+            self.write("plan.json", choice)
+        ranks.barrier()
+
+    @property
+    def choice(self) -> dict | None:
+        """The record of what the run has computed with so far, see `choice_record`; None for a new run."""
+        path = self.path / "plan.json"
+        if not self.begun:
+            return None
+        try:
+            record = json.loads(path.read_bytes())
+            Chosen.from_record(record), Machine(**record["machine"])  # raise for what is none
+            return record
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is damaged; delete it, and the run goes on with another plan") from None
+
+
+def _plain(config: RunConfig) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # lists in the place of tuples, as YAML has them
+
+
+def choice_record(chosen: Chosen, device: torch.device) -> dict:
+    """What plan.json and checkpoints say of what computes."""
+    return chosen.record() | {"machine": dataclasses.asdict(Machine.here(device))}
 
 
 class RunState:
     """Everything that a checkpoint holds, after `iteration` batches."""
 
-    def __init__(self, config: RunConfig, stage: Stage, source: ImageSource, ranks: Ranks):
+    def __init__(self, stage: Stage, source: ImageSource):
+        config, ranks = stage.config, stage.ranks
         self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
         self.iteration = 0
         self.skipped = torch.zeros(2, dtype=torch.int64, device=ranks.device)
         """Batches whose gradient was not finite: in all, and in a row up to now."""
-        self.posthoc_ema = PosthocEma(config, stage)
+        self.posthoc_ema = PosthocEma(stage)
         self.parallel = parallelize(stage, self.posthoc_ema.networks)
         emas = [ema for ema in (stage.ema, *self.posthoc_ema.networks) if ema is not None]
         self.emas_on_device = int(stage.calls_ema) if config.offload_ema else len(emas)
         """How many of the EMA are updated with the weights, on their device; the others are in host memory."""
-        called = [stage.network, stage.ema if stage.calls_ema else None, getattr(stage, "perceptual", None)]
+        called = [stage.network, stage.ema if stage.calls_ema else None, stage.perceptual]
         self.copies = WeightCopies(filter(None, called), AUTOCAST.get(config.precision))
         planned = stage.chosen.ops["optimizer"]
         if planned == "plain" and not stage.chosen.plan:
@@ -64,7 +153,7 @@ class RunState:
         self.unfinished_metrics: dict = {}
         self.damaged: list[Path] = []
         """Checkpoints that `resume` could not read."""
-        self.writer = BackgroundWriter()
+        self.writer = Background("epg-checkpoint")
         self._saved: int | None = None
         self._known_skipped = 0
 
@@ -89,8 +178,9 @@ class RunState:
         if not self.parallel.saves or self.iteration == self._saved:
             return
         iteration, config, parallel = self.iteration, self.config, self.parallel
-        self._saved = iteration
+        self._saved, tensors = iteration, self.tensors()
         state = {
+            "split": split_rows(tensors),
             "iteration": iteration,
             "metrics": metrics.state_dict(),
             "data": self.data_fingerprint,
@@ -101,7 +191,6 @@ class RunState:
         self.host_ema.wait()
         self.writer.wait()  # before the copy: one at a time in memory
         copies: dict = {}
-        split = split_rows(tensors := self.tensors())
         parts = parallel.parts(tensors, copies)
         weights = parallel.whole(self.stage.exported.state_dict(), copies)
         due = self.posthoc_ema.is_due(iteration)
@@ -118,7 +207,7 @@ class RunState:
 
         def write():
             # The checkpoint last: a run that goes on from it does not come by this iteration again.
-            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel, split, write_others)
+            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel, write_others)
             if self.ranks.main:
                 remove_old(outdir / "checkpoints", config.keep_checkpoints, config.keep_every)
 

@@ -40,9 +40,11 @@ def sites_of_job(case: Case) -> list[str]:
 def obstacle(site: str, backend: str, case: Case, device: torch.device) -> str | None:
     """Why a backend is no candidate here, None if it is one."""
     cuda = device.type == "cuda"
-    if backend in ("triton", "norm", "cuda", "cudnn", "efficient") and not cuda:
+    if backend == "prologue" and case.job != "sample":
+        return "has no gradient"
+    if backend in ("triton", "norm", "prologue", "cuda", "cudnn", "efficient") and not cuda:
         return "needs a CUDA device"
-    if backend in ("triton", "norm") and not installed("triton"):
+    if backend in ("triton", "norm", "prologue") and not installed("triton"):
         return "Triton is not installed"
     if backend in PACKAGES and not installed(PACKAGES[backend][0]):
         return f"{PACKAGES[backend][0]} is not installed"
@@ -54,8 +56,6 @@ def obstacle(site: str, backend: str, case: Case, device: torch.device) -> str |
         return "takes bfloat16"
     if backend in ("fused", "extension") and (not extension_status()[0] or (cuda and extension_code() == "cpu")):
         return "the extension is not built for this device"
-    if backend == "apex" and not installed("amp_C"):
-        return "NVIDIA's apex is not installed"
     if case.precision == "fp8" and site.partition(".")[2] in ("norm", "proj", "mlp", "skip"):
         return "reads weights past FP8's linears"
     return None

@@ -20,8 +20,7 @@ from epg_fast.plans.plan import architecture
 from epg_fast.runtime import is_small
 from epg_fast.sampling.precision import available_precision
 from epg_fast.training.gradients import check_batch_size
-from epg_fast.training.planning import training_case
-from epg_fast.training.stages import Stage, network_config
+from epg_fast.training.stages import Stage, network_config, training_case
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,11 @@ from epg_fast.models.encoder import ViTEncoder
 from epg_fast.models.fp8 import use_fp8
 from epg_fast.plans import Chosen, Variant
 from epg_fast.sampling.engine import SamplingEngine
-from epg_fast.training.compilation import begin_step, compile_stage
 from epg_fast.training.draws import Draws
-from epg_fast.training.gradients import add_gradients
+from epg_fast.training.gradients import add_gradients, compile_stage
 from epg_fast.training.loop import train_step
-from epg_fast.training.planning import choice_record
 from epg_fast.training.stages import stage_without_files
-from epg_fast.training.state import RunState
+from epg_fast.training.state import RunState, choice_record
 from epg_fast.tuning.candidates import UNITS
 from epg_fast.tuning.job import Job
 
@@ -100,17 +98,17 @@ class Training:
         torch.manual_seed(0)
         with device:
             stage = stage_without_files(job.stage, config, ranks, choice_record(Chosen.of(variant, "tuning"), device))
-            perceptual = getattr(stage, "perceptual", None)
+            perceptual = stage.perceptual
             for network in filter(None, (stage.network, perceptual)):
                 lively(network)
             stage.ema.load_state_dict(stage.network.state_dict())
         for network in filter(None, (stage.network, stage.ema, perceptual)):
             network.to(dtype)
         self.stage, self.unit = stage, unit
-        self.state = RunState(stage.config, stage, _NoImages(), ranks)
+        self.state = RunState(stage, NoImages())
         if config.fp8:
             use_fp8(stage.network)
-        self._metrics = _NoMetrics()
+        self._metrics = NoMetrics()
         if unit != "optimizer":
             compile_stage(stage)
         self._batch = {k: v.to(dtype) if k != "label" else v for k, v in _images(stage, batch, device).items()}
@@ -124,7 +122,6 @@ class Training:
             self.state.optimizer.schedule(1.0, 1.0, [0.999] * len(self.state.optimizer.emas))
             self.state.optimizer.step()
             return
-        begin_step(self.stage.config)
         train_step(self.state, self._batch, self._metrics)
 
     def results(self) -> dict[str, torch.Tensor]:
@@ -162,12 +159,16 @@ def _images(stage, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
     return found | {"label": torch.randint(classes, (batch,), generator=generator).to(device)}
 
 
-class _NoMetrics:
+class NoMetrics:
+    """In the place of a run's metrics."""
+
     def add(self, *values) -> None:
         pass
 
 
-class _NoImages:
+class NoImages:
+    """In the place of a run's images."""
+
     def fingerprint(self) -> str:
         return ""
 

@@ -36,7 +36,7 @@ def matmul_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-_INTEGERS = ("tokens", "chunks", "rows", "heads", "M")
+_INTEGERS = ("tokens", "chunks", "rows", "heads", "count", "M")
 
 
 def aot_case(kernel, pointers: dict[str, str], constexprs: dict, shape: str, dtype: str, **options) -> AotCase:

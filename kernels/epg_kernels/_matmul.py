@@ -3,18 +3,24 @@
 One program computes one tile of the result, in an order that keeps what neighbours share in the L2 cache. The K loop
 reads x and then skip, so the concatenation is never stored. Where the GPU has TMA and rows start at multiples of 16
 bytes, operands come through it, and it pads ragged edges with zeros by itself; otherwise through masked pointers.
+
+A norm of x may be applied to its tiles on their way into the product. Its statistics are combined from those of PART
+columns each, which the epilogue of the product that made x has left: nobody reads x for their sake.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from epg_kernels import AotCase
 from epg_kernels._column_sums import sum_partial_sums
-from epg_kernels._launch import aot_case, matmul_precision, strides
+from epg_kernels._launch import aot_case, matmul_precision, strides, unit_stride
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,13 @@ BY_TMA_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=True)
 BY_POINTERS = Config(128, 128, 32, num_warps=8, num_stages=4, tma=False)
 BY_POINTERS_TF32 = Config(128, 128, 32, num_warps=8, num_stages=3, tma=False)
 IEEE = Config(128, 64, 16, num_warps=8, num_stages=2, tma=False)  # no tensor cores: operands live in registers
+# A norm of x holds a tile of it in registers on its way to the tensor cores: they have to be those of 8 warps.
+NORMED_BY_TMA = replace(BY_TMA, num_warps=8)
+# Of one image there are too few tiles of that size for all multiprocessors: smaller ones, and more loads under way.
+FEW_BY_TMA = Config(64, 64, 64, num_warps=4, num_stages=6, tma=True)
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+PART = 64  # columns of a tile that an epilogue takes at a time, which costs less shared memory and fewer registers
 
 GROUP_M = 8  # rows of tiles whose programs follow each other column by column: they share weight in the L2 cache
 
@@ -45,6 +58,16 @@ def config_for(dtype: torch.dtype, precision: str, tma: bool) -> Config:
     if precision == "ieee":
         return IEEE
     return BY_TMA_TF32 if tma else BY_POINTERS_TF32
+
+
+def linear_config(dtype: torch.dtype, precision: str, tma: bool, rows: int, columns: int, normed: bool) -> Config:
+    """Of `linear`."""
+    config = config_for(dtype, precision, tma)
+    if config is not BY_TMA:
+        return config
+    if math.prod(_grid(config, rows, columns)) < MULTIPROCESSORS:
+        return FEW_BY_TMA
+    return NORMED_BY_TMA if normed else config
 
 
 @triton.jit
@@ -115,21 +138,98 @@ def _tile_of_program(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _halves(acc):
-    """Left and right: an epilogue on one at a time takes half the shared memory and registers."""
-    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+def _parts(acc, PART: tl.constexpr):
+    """The tile in parts of PART columns, of which there are one or two."""
+    if acc.shape[1] == PART:  # noqa: SIM108 (a choice of the compiler's)
+        parts = (acc,)
+    else:
+        parts = acc.reshape(acc.shape[0], 2, PART).permute(0, 2, 1).split()
+    return parts
+
+
+@triton.jit
+def _store_statistics(statistics, values, row, column, M, N: tl.constexpr):
+    """statistics [2, parts, M]: mean and sum of squared deviations of a part of each row."""
+    columns = column + tl.arange(0, values.shape[1])
+    inside = (columns < N)[None, :]
+    mean = tl.sum(tl.where(inside, values, 0.0), 1) / tl.minimum(N - column, values.shape[1])
+    centred = tl.where(inside, values - mean[:, None], 0.0)
+    rows = row + tl.arange(0, values.shape[0])
+    mask = (rows < M) & (column < N)
+    PARTS: tl.constexpr = (N + values.shape[1] - 1) // values.shape[1]
+    out = statistics + (column // values.shape[1]).to(tl.int64) * M + rows
+    tl.store(out, mean, mask=mask)
+    tl.store(out + PARTS * M, tl.sum(centred * centred, 1), mask=mask)
+
+
+@triton.jit
+def _row_statistics(
+    statistics, rows, M, D: tl.constexpr, EPS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(mean, 1 / standard deviation) of rows from those of their PARTS parts, by Chan's formula: [rows, 1] each."""
+    part = tl.arange(0, BLOCK)
+    mask = (part < PARTS)[:, None] & (rows < M)[None, :]
+    given = statistics + part[:, None].to(tl.int64) * M + rows[None, :]
+    size = tl.minimum(tl.maximum(D - part * PART, 0), PART).to(tl.float32)[:, None]
+    means = tl.load(given, mask=mask, other=0.0)
+    mean = tl.sum(means * size, 0) / D
+    apart = means - mean[None, :]
+    squares = tl.load(given + PARTS * M, mask=mask, other=0.0) + size * apart * apart
+    return mean[:, None], tl.rsqrt(tl.sum(squares, 0) / D + EPS)[:, None]
+
+
+@triton.jit
+def _modulated(factor, offset, given, image, columns, mask):
+    """factor and offset of a norm, modulated by a row, or rows, of what is given: shift, scale and their strides."""
+    shift, scale, stride_shift, stride_scale = given
+    by = 1.0 + tl.load(scale + image * stride_scale + columns, mask=mask, other=0.0).to(tl.float32)
+    add = tl.load(shift + image * stride_shift + columns, mask=mask, other=0.0).to(tl.float32)
+    return factor * by, offset * by + add
+
+
+@triton.jit
+def _normalised(
+    a, mean, rstd, norm_weight, norm_bias, shift, scale, row, k, M,
+    stride_shift, stride_scale,
+    D: tl.constexpr, TOKENS: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of x normalised and modulated, in float32; zeros beyond its last column.
+
+    TOKENS: rows of x per row of shift and scale; None if these have one row.
+    """
+    columns = k + tl.arange(0, BLOCK_K)[None, :]
+    inside = columns < D
+    factor = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(norm_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    rows = row + tl.arange(0, BLOCK_M)[:, None]
+    if scale is not None:
+        given = (shift, scale, stride_shift, stride_scale)
+        if TOKENS is None:
+            factor, offset = _modulated(factor, offset, given, 0, columns, inside)
+        elif TMA and TOKENS >= BLOCK_M - 1:  # of two images at most: a choice of two rows, not a row for each row
+            image = (row // TOKENS).to(tl.int64)
+            end = (image + 1) * TOKENS
+            factor_next, offset_next = _modulated(factor, offset, given, image + 1, columns, inside & (end < M))
+            factor, offset = _modulated(factor, offset, given, image, columns, inside)
+            factor, offset = tl.where(rows < end, factor, factor_next), tl.where(rows < end, offset, offset_next)
+        else:
+            image = (rows // TOKENS).to(tl.int64)
+            factor, offset = _modulated(factor, offset, given, image, columns, inside & (rows < M))
+    return (a.to(tl.float32) - mean) * rstd * factor + offset
 
 
 @triton.jit
 def _epilogue(
-    acc, bias, residual, gate, y, z, row, column, M,
+    acc, bias, residual, gate, y, z, statistics, row, column, M,
     stride_residual, stride_gate,
     N: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y.dtype if TMA else y.dtype.element_ty
     columns = column + tl.arange(0, BLOCK_N)
-    acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if z is not None:
         _store(z, acc, row, column, M, N, TMA)
     if GELU:
@@ -143,24 +243,34 @@ def _epilogue(
     if residual is not None:
         acc += _tile(residual, row, column, stride_residual, M, N, TMA, BLOCK_M, BLOCK_N).to(tl.float32)
     _store(y, acc, row, column, M, N, TMA)
+    if statistics is not None:
+        _store_statistics(statistics, acc.to(dtype).to(tl.float32), row, column, M, N)
 
 
 @triton.jit
 def _linear_fwd_kernel(
-    x, skip, weight, bias, residual, gate, y, z, M,
-    stride_x, stride_skip, stride_weight, stride_residual, stride_gate,
-    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    x, skip, weight, bias, residual, gate, y, z, statistics,
+    x_statistics, norm_weight, norm_bias, shift, scale, M,
+    stride_x, stride_skip, stride_weight, stride_residual, stride_gate, stride_shift, stride_scale,
+    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, GELU: tl.constexpr, EPS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PART: tl.constexpr, PARTS_X: tl.constexpr,
+    BLOCK_PARTS_X: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """x [M, D], skip [M, E] (None: E = 0), weight [N, D + E], residual, y, z [M, N]: descriptors if TMA, else pointers.
 
-    bias [N] and gate [M / TOKENS, N] are pointers.
+    bias [N], gate [M / TOKENS, N], statistics of y, those of x and its norm are pointers. DEPENDENT: the kernel was
+    launched before that ahead of it had ended, and lets the next one be: each waits here before it touches memory.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     STEPS_X: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = STEPS_X + (E + BLOCK_K - 1) // BLOCK_K
-    HALF: tl.constexpr = BLOCK_N // 2
     row, column = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if norm_weight is not None:
+        rows = row + tl.arange(0, BLOCK_M)
+        mean, rstd = _row_statistics(x_statistics, rows, M, D, EPS, PART, PARTS_X, BLOCK_PARTS_X)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(STEPS):
@@ -176,22 +286,40 @@ def _linear_fwd_kernel(
         a = _tile(source, row, k, stride, M, width, TMA, BLOCK_M, BLOCK_K)
         # Past x's last column, where the last step on x reads skip's columns of weight, a is zero.
         b = _tile(weight, column, k_weight, stride_weight, N, D + E, TMA, BLOCK_N, BLOCK_K)
+        if norm_weight is not None:
+            a = _normalised(
+                a, mean, rstd, norm_weight, norm_bias, shift, scale, row, k, M,
+                stride_shift, stride_scale,
+                D, TOKENS, TMA, BLOCK_M, BLOCK_K,
+            ).to(b.dtype)  # fmt: skip
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
-    left, right = _halves(acc)
-    for i in tl.static_range(2):
+    parts = _parts(acc, PART)
+    for i in tl.static_range(len(parts)):
         _epilogue(
-            left if i == 0 else right, bias, residual, gate, y, z, row, column + i * HALF, M,
+            parts[i], bias, residual, gate, y, z, statistics, row, column + i * PART, M,
             stride_residual, stride_gate,
-            N, TOKENS, GELU, TMA, BLOCK_M, HALF,
+            N, TOKENS, GELU, TMA, BLOCK_M, PART,
         )  # fmt: skip
+
+
+class Norm(NamedTuple):
+    """A norm of a product's x [M, D]: weight, bias [D]; shift, scale: [B, D] or None; statistics: [2, parts, M]."""
+
+    statistics: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    shift: torch.Tensor | None
+    scale: torch.Tensor | None
+    eps: float
 
 
 def linear(
     x, skip, weight, bias, gelu=False, save_preactivation=False,
     residual=None, gate=None, tokens: int | None = None, save_branch=False,
+    norm: Norm | None = None, statistics: torch.Tensor | None = None, dependent=False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Returns y = residual + gate * act(z) with z = concat[x, skip] @ weight^T + bias, and z if it is to be saved.
 
@@ -200,26 +328,41 @@ def linear(
     gate scales; it has x's dtype.
     residual: [..., N], whose dtype y has, or None for zeros, with y in x's dtype. gate: [B, N] or None for ones.
     tokens: rows of x per row of gate; None for their quotient.
+    norm: of x, which may have any dtype then, before it is multiplied. statistics: float32 [2, parts, M], filled with
+    mean and sum of squared deviations of each PART columns of y. dependent: launch while the kernel before still runs,
+    where the GPU can (programmatic dependent launch).
     """
-    dtype = x.dtype if residual is None else residual.dtype
+    dtype = weight.dtype if residual is None else residual.dtype
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
-    z = torch.empty_like(y, dtype=x.dtype) if save_preactivation or save_branch else None
+    z = torch.empty_like(y, dtype=weight.dtype) if save_preactivation or save_branch else None
     x, weight, gate = rows_of(x), rows_of(weight), rows_of(gate)
     skip, residual = rows_of(skip), rows_of(residual)
     matrices = {"x": x, "skip": skip, "weight": weight, "residual": residual, "y": rows_of(y), "z": rows_of(z)}
     precision = matmul_precision()
-    config = config_for(x.dtype, precision, _tma_reaches(*matrices.values()))
-    columns = weight.shape[0]
+    (rows, width), columns = x.shape, weight.shape[0]
+    config = linear_config(weight.dtype, precision, _tma_reaches(*matrices.values()), rows, columns, norm is not None)
+    shift, scale = (None, None) if norm is None else (unit_stride(norm.shift), unit_stride(norm.scale))
+    images = next((t.shape[0] for t in (gate, scale) if t is not None), None)
+    if gate is None and images == 1:  # every row has the same modulation
+        images = None
+    dependent = dependent and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     with torch.cuda.device_of(x):
-        _linear_fwd_kernel[_grid(config, x.shape[0], columns)](
+        _linear_fwd_kernel[_grid(config, rows, columns)](
             **_operands(config, matrices),
-            bias=bias.contiguous(), gate=gate,
-            M=x.shape[0],
+            bias=None if bias is None else bias.contiguous(), gate=gate, statistics=statistics,
+            x_statistics=None if norm is None else norm.statistics,
+            norm_weight=None if norm is None else norm.weight.contiguous(),
+            norm_bias=None if norm is None else norm.bias.contiguous(),
+            shift=shift, scale=scale,
+            M=rows,
             stride_x=x.stride(0), stride_skip=strides(skip)[0], stride_weight=weight.stride(0),
             stride_residual=strides(residual)[0], stride_gate=strides(gate)[0],
-            D=x.shape[1], E=0 if skip is None else skip.shape[1],
-            TOKENS=None if gate is None else tokens or x.shape[0] // gate.shape[0], GELU=gelu,
+            stride_shift=strides(shift)[0], stride_scale=strides(scale)[0],
+            D=width, E=0 if skip is None else skip.shape[1],
+            TOKENS=None if images is None else tokens or rows // images, GELU=gelu,
+            EPS=None if norm is None else norm.eps, **_part_constexprs(width), DEPENDENT=dependent,
             **_constexprs(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
+            launch_pdl=dependent,
         )  # fmt: skip
     return y, z
 
@@ -243,10 +386,9 @@ def _linear_dgelu_kernel(
     dy, weight_t, z, dz, partial, M,
     stride_dy, stride_weight, stride_z,
     N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """dy [M, D], weight_t [D, N], z, dz [M, N]: descriptors if TMA, else pointers; partial [tiles in M, N]."""
-    HALF: tl.constexpr = BLOCK_N // 2
     row, column = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range((D + BLOCK_K - 1) // BLOCK_K):
@@ -256,9 +398,9 @@ def _linear_dgelu_kernel(
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    left, right = _halves(acc)
-    _dgelu_epilogue(left, z, dz, partial, row, column, M, stride_z, N, TMA, BLOCK_M, HALF)
-    _dgelu_epilogue(right, z, dz, partial, row, column + HALF, M, stride_z, N, TMA, BLOCK_M, HALF)
+    parts = _parts(acc, PART)
+    for i in tl.static_range(len(parts)):
+        _dgelu_epilogue(parts[i], z, dz, partial, row, column + i * PART, M, stride_z, N, TMA, BLOCK_M, PART)
 
 
 def linear_dgelu(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,7 +454,7 @@ def _tma_reaches(*matrices: torch.Tensor | None) -> bool:
 
 def _blocks(config: Config) -> dict[str, list[int]]:
     """The tile of each matrix that TMA moves at a time."""
-    operand, result = [config.block_m, config.block_k], [config.block_m, config.block_n // 2]
+    operand, result = [config.block_m, config.block_k], [config.block_m, PART]
     return {
         "x": operand,
         "skip": operand,
@@ -351,27 +493,48 @@ def _constexprs(config: Config, columns: int, precision: str) -> dict:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": GROUP_M,
+        "PART": PART,
     }
+
+
+def _part_constexprs(width: int) -> dict[str, int]:
+    """Of the statistics of x."""
+    return {"PARTS_X": parts_of(width), "BLOCK_PARTS_X": triton.next_power_of_2(parts_of(width))}
+
+
+def parts_of(width: int) -> int:
+    return triton.cdiv(width, PART)
 
 
 def linear_case(
     config: Config, columns: int, x_width: int, skip_width: int, dtype: str, gelu: bool,
     save_preactivation=False, precision="tf32", residual: str | None = None, tokens: int | None = None,
+    norm: str | None = None, statistics=False,
 ) -> AotCase:  # fmt: skip
-    """residual: its dtype, if there is one; tokens: of a row of the gate, if there is one, in dtype."""
+    """residual: its dtype, if there is one; tokens: of a row of the gate, if there is one, in dtype.
+
+    norm: "plain" or "modulated", by a row of shift and scale for `tokens` rows, or for all.
+    """
     dtypes = {"x": dtype, "weight": dtype, "y": residual or dtype}
     dtypes |= {"skip": dtype} if skip_width else {}
     dtypes |= {"z": dtype} if save_preactivation else {}
     dtypes |= {"residual": residual} if residual else {}
-    vectors = {"bias": "fp32"} | ({"gate": dtype} if tokens else {})
+    vectors = {"bias": "fp32"} | ({"gate": dtype} if tokens and not norm else {})
+    vectors |= dict.fromkeys(("x_statistics", "norm_weight", "norm_bias"), "fp32") if norm else {}
+    vectors |= {"shift": dtype, "scale": dtype} if norm == "modulated" else {}
+    vectors |= {"statistics": "fp32"} if statistics else {}
     widths = f"{x_width}+{skip_width}" if skip_width else x_width
     extras = f" on {residual}" * bool(residual) + f" gate/{tokens}" * bool(tokens) + " saving z" * save_preactivation
+    extras += f" {norm} norm" * bool(norm) + " statistics" * statistics + " gelu" * gelu
     return _case(
         _linear_fwd_kernel,
         config,
         dtypes,
         vectors,
-        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu} | _constexprs(config, columns, precision),
+        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu, "EPS": 1e-5}
+        | {"DEPENDENT": config.tma and (bool(norm) or statistics)}
+        | _part_constexprs(x_width)
+        | _constexprs(config, columns, precision),
         f"K={widths} N={columns}",
         extras,
     )
@@ -415,7 +578,7 @@ def linear_dgelu_case(config: Config, columns: int, width: int, dtype: str, prec
 
 
 def aot_cases() -> list[AotCase]:
-    """What no operation's own table holds: GELU, products onto a residual, and the gradient through GELU."""
+    """What no operation's own table holds: GELU, products onto a residual, of a norm, and the gradient through GELU."""
     saving = {"gelu": True, "save_preactivation": True}
     cases = [linear_case(BY_TMA, 4 * width, width, 0, "bf16", gelu=True) for width in (768, 1584, 2688)]
     cases += [linear_case(BY_TMA, 4 * width, width, 0, "bf16", **saving) for width in (768, 1584, 2688)]
@@ -439,6 +602,29 @@ def aot_cases() -> list[AotCase]:
         linear_case(BY_TMA_TF32, 1584, 6336, 0, "fp32", save_preactivation=True, **fp32),
         linear_case(BY_POINTERS_TF32, 1584, 6336, 0, "fp32", save_preactivation=True, **fp32),
         linear_case(IEEE, 1584, 6336, 0, "fp32", save_preactivation=True, precision="ieee", **fp32),
+    ]
+    onto = {"gelu": False, "residual": "bf16", "statistics": True}
+    for width in (1024, 1584, 1920, 2688):
+        normed = {"gelu": True, "norm": "modulated", "tokens": 258}
+        cases += [
+            linear_case(NORMED_BY_TMA, 4 * width, width, 0, "bf16", **normed),
+            linear_case(FEW_BY_TMA, 4 * width, width, 0, "bf16", **normed),
+            linear_case(FEW_BY_TMA, 4 * width, width, 0, "bf16", **normed | {"tokens": None}),
+            linear_case(BY_TMA, width, 4 * width, 0, "bf16", tokens=258, **onto),
+            linear_case(FEW_BY_TMA, width, 4 * width, 0, "bf16", tokens=258, **onto),
+        ]
+    normed = {"gelu": True, "norm": "modulated", "tokens": 258}
+    cases += [
+        linear_case(NORMED_BY_TMA, 3072, 768, 0, "bf16", gelu=True, norm="plain"),
+        linear_case(FEW_BY_TMA, 3072, 768, 0, "bf16", gelu=True, norm="plain"),
+        linear_case(BY_TMA, 768, 3072, 0, "bf16", **onto),
+        linear_case(NORMED_BY_TMA, 6336, 1584, 0, "fp16", **normed),
+        linear_case(BY_TMA_TF32, 6336, 1584, 0, "fp32", **normed),
+        linear_case(BY_POINTERS, 6336, 1584, 0, "bf16", **normed),
+        linear_case(BY_POINTERS_TF32, 6336, 1584, 0, "fp32", **normed),
+        linear_case(IEEE, 6336, 1584, 0, "fp32", precision="ieee", **normed),
+        linear_case(BY_POINTERS, 1584, 6336, 0, "bf16", tokens=258, **onto),
+        linear_case(IEEE, 1584, 6336, 0, "fp32", precision="ieee", tokens=258, **onto | {"residual": "fp32"}),
     ]
     cases += [linear_dgelu_case(BY_TMA, 4 * width, width, "bf16") for width in (768, 1024, 1584, 1920, 2688)]
     return [

@@ -38,8 +38,10 @@ MAX_WIDTH = CONFIGS[-1].block
 
 # Tokens per backward program, rounded up to a multiple of rows_backward. 33 cut 258 tokens into 8: at batch 64 the 512
 # programs without a branch are all resident at once on the 132 multiprocessors of an H200, four on each; 32 would make
-# 576 of them, and a second wave of a few.
+# 576 of them, and a second wave of a few. Where there are more images a program takes several times as many, for fewer
+# partial sums, as long as two waves are left.
 TOKENS = 33
+TWO_WAVES = 2 * 4 * 132
 COLUMNS = 64  # columns per program of the summing kernels
 TILE = 16  # rows they load at a time
 
@@ -365,7 +367,7 @@ def launch_backward(
     config = config_for(width)
     dy, dx_out, dcopy, x, branch, gate, scale = map(unit_stride, (dy, dx_out, dcopy, x, branch, gate, scale))
     weight, bias = weight.contiguous(), bias.contiguous()
-    per_program = _tokens_per_program(config)
+    per_program = _tokens_per_program(config, batch, tokens)
     chunks = triton.cdiv(tokens, per_program)
 
     def empty(like: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -407,8 +409,11 @@ def launch_backward(
     return NormBackward(*gradients, dfirst_weight, dfirst_bias, dlinear_bias)
 
 
-def _tokens_per_program(config: Config) -> int:
-    return triton.cdiv(TOKENS, config.rows_backward) * config.rows_backward
+def _tokens_per_program(config: Config, batch: int = 1, tokens: int = 1) -> int:
+    many = TOKENS
+    while many < tokens and batch * triton.cdiv(tokens, 2 * many) >= TWO_WAVES:
+        many *= 2
+    return triton.cdiv(many, config.rows_backward) * config.rows_backward
 
 
 def _tiles(rows: int) -> int:

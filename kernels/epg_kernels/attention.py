@@ -7,6 +7,7 @@ small masked block (258 = 2 * 128 + 2, padded to 16).
 Forward, the keys and values of a head are read once and stay in shared memory while its queries pass by. Backward, the
 gradients of a block of keys and values stay in registers while the queries pass by, and the gradient of the queries is
 added up in memory that no other program touches, which takes five matrix products where two passes would take seven.
+On Hopper, where registers allow it, programs take several heads, so that this memory stays in the L2 cache.
 """
 
 import math
@@ -307,18 +308,14 @@ def _key_block(
 
 
 @triton.jit
-def _attention_bwd_kernel(
-    do, qkv, out, lse, delta, dqkv, partial, scale, scale_log2, heads,
+def _head_bwd(
+    do, qkv, out, lse, delta, dqkv, partial, scale, scale_log2, program, heads,
     stride_batch, stride_token, stride_slot, stride_head,
     L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, TAIL: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, IN_PLACE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SEVERAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq is added up in `partial` [B, L, H, d] or, if IN_PLACE, in dqkv itself: only this program touches its part.
-
-    The barriers let its threads read there what others of them wrote.
-    """
-    program = tl.program_id(0)
+    """The gradients of one head of one image, the `program`-th of all."""
     batch, head = (program // heads).to(tl.int64), program % heads
     stride, stride_o, stride_dkv = stride_token * ALIGN, heads * D, 3 * heads * D
     q_head = qkv + batch * stride_batch * ALIGN + head * stride_head * ALIGN
@@ -333,6 +330,8 @@ def _attention_bwd_kernel(
     delta_head = delta + program.to(tl.int64) * L
     if IN_PLACE:
         sum_head, stride_sum = dq_head, stride_dkv
+    elif SEVERAL:
+        sum_head, stride_sum = partial + tl.program_id(0) * (L * D), D
     else:
         sum_head, stride_sum = partial + (batch * L * heads + head) * D, stride_o
 
@@ -361,6 +360,38 @@ def _attention_bwd_kernel(
         _finish_dq(
             q_head, k_head, v_head, do_head, lse_head, delta_head, sum_head, dq_head, dk_head, dv_head,
             stride, stride_o, stride_sum, stride_dkv, scale, scale_log2, L, D, MAIN, REST, ROWS, FEW,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    do, qkv, out, lse, delta, dqkv, partial, scale, scale_log2, heads, count,
+    stride_batch, stride_token, stride_slot, stride_head,
+    L: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, TAIL: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, IN_PLACE: tl.constexpr,
+    SEVERAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq is added up in `partial` [B, L, H, d] or, if IN_PLACE, in dqkv itself: only one program touches its part.
+
+    If SEVERAL, a program takes every so many of the `count` heads of all images, one after the other, and `partial`,
+    [programs, L, d], stays in the L2 cache. The barriers let its threads read there what others of them wrote.
+    """
+    if SEVERAL:
+        # What is hoisted out of this loop would take the registers of the loops inside.
+        for first in tl.range(0, count, tl.num_programs(0), disable_licm=True):
+            program = first + tl.program_id(0)
+            if program < count:
+                _head_bwd(
+                    do, qkv, out, lse, delta, dqkv, partial, scale, scale_log2, program, heads,
+                    stride_batch, stride_token, stride_slot, stride_head,
+                    L, D, MAIN, REST, ALIGN, M, N, TAIL, FEW, ROWS, IN_PLACE, SEVERAL, PRECISION, UPCAST,
+                )  # fmt: skip
+                tl.debug_barrier()
+    else:
+        _head_bwd(
+            do, qkv, out, lse, delta, dqkv, partial, scale, scale_log2, tl.program_id(0), heads,
+            stride_batch, stride_token, stride_slot, stride_head,
+            L, D, MAIN, REST, ALIGN, M, N, TAIL, FEW, ROWS, IN_PLACE, SEVERAL, PRECISION, UPCAST,
         )  # fmt: skip
 
 
@@ -426,6 +457,16 @@ def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
+def _takes_several(head_dim: int, itemsize: int, major: int) -> bool:
+    """Whether a program of the backward kernel has the registers for a loop over heads, where it needs `partial`."""
+    return itemsize == 2 and major == 9 and sum(_columns(head_dim)) <= 80
+
+
+def _resident_programs(device: torch.device) -> int:
+    """Of the backward kernel on Hopper: its registers fill a multiprocessor. Two in the interpreter, to see a loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def _addressable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied unless a head's rows are contiguous and 32 bits address an image."""
     *_, last = tensor.stride()
@@ -482,16 +523,22 @@ def attention_bwd(dout, qkv, out, lse, scale: float) -> torch.Tensor:
     qkv, dout, out = _addressable(qkv), dout.contiguous(), out.contiguous()
     config = _bwd_config(head_dim, qkv.element_size(), _major(qkv.device))
     dqkv = torch.empty((batch, length, 3, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    in_place = qkv.dtype == torch.float32  # elsewhere each block of keys would round dq
-    partial = None if in_place else torch.empty(out.shape, dtype=torch.float32, device=qkv.device)
+    in_place = qkv.dtype == torch.float32
+    count = programs = batch * heads
+    if _takes_several(head_dim, qkv.element_size(), _major(qkv.device)):
+        programs = min(count, _resident_programs(qkv.device))
+    partial = None
+    if not in_place:  # elsewhere each block of keys would round dq
+        shape = (programs, length, head_dim) if programs < count else out.shape
+        partial = lse.new_empty(shape)
     delta = torch.empty_like(lse)
     align = _alignment(qkv)
     with torch.cuda.device_of(qkv):
-        _attention_bwd_kernel[(batch * heads,)](
-            dout, qkv, out, lse, delta, dqkv, partial, scale, scale * _LOG2_E, heads,
+        _attention_bwd_kernel[(programs,)](
+            dout, qkv, out, lse, delta, dqkv, partial, scale, scale * _LOG2_E, heads, count,
             *(stride // align for stride in qkv.stride()[:-1]),
-            **_bwd_constants(length, head_dim, config, in_place), ALIGN=align, PRECISION=_precision(qkv),
-            UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
+            **_bwd_constants(length, head_dim, config, in_place), SEVERAL=programs < count, ALIGN=align,
+            PRECISION=_precision(qkv), UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return dqkv
 
@@ -514,6 +561,7 @@ def aot_cases() -> list[AotCase]:
     cases = [_fwd_case(head_dim, "bf16", stream=False) for head_dim in (64, 72, 120, 128)]
     cases += [_fwd_case(head_dim, "bf16", stream=True) for head_dim in (64, 72, 128)]
     cases += [_bwd_case(head_dim, "bf16", archs) for head_dim in (64, 72, 120, 128) for archs in ((80,), (90, 100))]
+    cases += [_bwd_case(head_dim, "bf16", (90,), several=True) for head_dim in (64, 72)]
     return [*cases, _fwd_case(72, "fp32", stream=True), _bwd_case(72, "fp32", (80, 90, 100))]
 
 
@@ -525,13 +573,14 @@ def _fwd_case(head_dim: int, dtype: str, stream: bool) -> AotCase:
     return _case(_attention_fwd_kernel, config, pointers, constexprs, shape, dtype, archs)
 
 
-def _bwd_case(head_dim: int, dtype: str, archs: tuple[int, ...]) -> AotCase:
+def _bwd_case(head_dim: int, dtype: str, archs: tuple[int, ...], several: bool = False) -> AotCase:
     config = _bwd_config(head_dim, _itemsize(dtype), archs[-1] // 10)
     in_place = dtype == "fp32"
     pointers = dict.fromkeys(("do", "qkv", "out", "dqkv"), dtype) | {"lse": "fp32", "delta": "fp32"}
     pointers |= {} if in_place else {"partial": "fp32"}
-    constexprs = _bwd_constants(258, head_dim, config, in_place)
-    return _case(_attention_bwd_kernel, config, pointers, constexprs, f"d={head_dim}", dtype, archs)
+    constexprs = _bwd_constants(258, head_dim, config, in_place) | {"SEVERAL": several}
+    shape = f"d={head_dim}{' several heads' * several}"
+    return _case(_attention_bwd_kernel, config, pointers, constexprs, shape, dtype, archs)
 
 
 def _case(kernel, config: Config, pointers: dict[str, str], constexprs: dict, shape, dtype, archs) -> AotCase:

@@ -4,7 +4,7 @@ import torch
 
 from epg_kernels import AotCase
 from epg_kernels._launch import weight_gradient
-from epg_kernels._matmul import linear, rows_of
+from epg_kernels._matmul import linear, parts_of, rows_of
 from epg_kernels._norm_modulate import launch_backward, row_cases
 
 
@@ -14,6 +14,14 @@ def linear_residual(x, h, weight, bias, gate, save_branch: bool) -> tuple[torch.
     x: [B, L, N]; h: [B, L, K]; weight: [N, K], in h's dtype; bias: [N]; gate: [B, N] or None for ones.
     """
     return linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], save_branch=save_branch)
+
+
+def linear_residual_fwd(x, h, weight, bias, gate) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_residual` and the statistics of its rows, [2, parts, B * L]."""
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    statistics = torch.empty((2, parts_of(width), rows), dtype=torch.float32, device=x.device)
+    written = {"statistics": statistics, "dependent": True}
+    return linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], **written)[0], statistics
 
 
 def linear_residual_norm_bwd(

@@ -224,7 +224,9 @@ def test_the_fused_optimiser_moves_what_its_specification_says():
 SMALL = dataclasses.replace(JOBS["sample_xl"], preset="digits_32", batch=8)
 
 
-@pytest.mark.parametrize("variant", ["ours-blocks", "ours-cuda", "auto-blocks", "plain-blocks", "plain-cudnn"])
+@pytest.mark.parametrize(
+    "variant", ["ours-blocks", "ours-prologue", "ours-cuda", "auto-blocks", "plain-blocks", "plain-cudnn"]
+)
 def test_a_job_of_a_small_network_is_counted_without_problems(variant):
     found = count(SMALL, VARIANTS[variant])
     assert total(found.of_phase("call")).kernels > 20 and not found.problems

@@ -7,9 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline
 from bench.measure import Ceilings
-from bench.plain.networks import PlainGenerator, from_config
+from bench.plain import PlainGenerator, from_config
 from bench.roofline import Op, Work
 from epg_fast.models import EPGViT, create_model, list_presets, preset_config
+from epg_fast.training.flops import step_flops
 from tests.training.stages import JOBS, backward_of, make_config, make_stage
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 1}
@@ -35,6 +36,14 @@ def test_a_forward_pass_has_the_operations_that_torch_counts_in_plain_pytorch(pr
 def test_a_training_step_has_the_operations_that_torch_counts(job):
     stage = make_stage(job, make_config(job, batch_size=4))
     assert roofline.update_of(stage).flops == counted(lambda: backward_of(stage, images=4))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_update_by_fused_blocks_has_the_operations_that_training_reports(job):
+    stage = make_stage(job, make_config(job, batch_size=4, **({"delta": 1} if "consistency" in job else {})))
+    for network in filter(None, (stage.network, stage.ema, getattr(stage, "perceptual", None))):
+        network.use_ops("triton")
+    assert roofline.update_of(stage).flops == 4 * step_flops(stage, 0).total
 
 
 def test_an_unconditional_network_has_no_gradient_of_its_condition():

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
     not (dali_status()[0] and extension_status()[0]), reason="needs NVIDIA DALI and the extension"
 )
 
-JITTER = replace(OFF, jitter_probability=1.0)
 CROP = replace(OFF, crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
 
 
@@ -72,7 +71,7 @@ def difference(folder, dali_resizes=False, count=3, **options):
 # views
 
 
-@pytest.mark.parametrize("size", [16, 64, 300])
+@pytest.mark.parametrize("size", [16, 300])
 def test_the_centre_crop_equals_pillows(photographs, size):
     levels = difference(photographs, image_size=size)["x"]
     # Pillow 13 resamples some images along y first: a level for each rounding
@@ -81,11 +80,7 @@ def test_the_centre_crop_equals_pillows(photographs, size):
 
 
 EXACT = {
-    "brightness": replace(JITTER, brightness=0.4),
-    "contrast": replace(JITTER, contrast=0.4),
-    "saturation": replace(JITTER, saturation=0.2),
-    "hue": replace(JITTER, hue=0.1),
-    "all four": replace(JITTER, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+    "jitter": replace(OFF, jitter_probability=1.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
     "grayscale": replace(OFF, grayscale_probability=1.0),
     "solarize": replace(OFF, solarize_probability=(1.0, 1.0)),
     "flip": replace(OFF, flip_probability=1.0),
@@ -114,7 +109,7 @@ def test_the_blur_is_a_gaussian_where_pillow_approximates_it_and_all_together_is
         assert levels.float().mean() < (0.1 if name == "x" else 1.0)
 
 
-@pytest.mark.parametrize("size", [16, 64, 300])
+@pytest.mark.parametrize("size", [16, 300])
 def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
     """What a GPU runs, with DALI's CPU operators."""
     differences = difference(photographs, dali_resizes=True, image_size=size, augment=CROP)
@@ -127,8 +122,7 @@ def test_dalis_own_resizes_are_close_to_pillows(photographs, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dali_resizes", [False, True])
-@pytest.mark.parametrize("options", [{"threads": 3, "readers": 1}, {"readers": 2}])
+@pytest.mark.parametrize("options, dali_resizes", [({"threads": 3, "readers": 1}, False), ({"readers": 2}, True)])
 def test_resuming_anywhere_with_other_threads_and_readers_continues_bit_for_bit(photographs, options, dali_resizes):
     common = {"augment": AugmentConfig(), "dali_resizes": dali_resizes}
     whole = batches(photographs, 6, **common)
@@ -177,8 +171,6 @@ UNUSUAL = {
     "texts.png": with_texts,
     "cmyk.jpg": lambda i: encode(i.convert("CMYK"), "JPEG"),
     "gray.jpg": lambda i: encode(i.convert("L"), "JPEG"),
-    "gray.png": lambda i: encode(i.convert("L"), "PNG"),
-    "bits.png": lambda i: encode(i.convert("1"), "PNG"),
     "palette.png": lambda i: encode(i.quantize(32), "PNG"),
     "transparent.png": lambda i: encode(i.convert("RGBA").resize((70, 50)), "PNG"),
     "colour_key.png": with_transparent_colour,
@@ -188,18 +180,14 @@ UNUSUAL = {
     "full_chroma.jpg": lambda i: encode(i, "JPEG", subsampling=0),
     "rgb.jpg": lambda i: encode(i, "JPEG", keep_rgb=True),
     "webp.webp": lambda i: encode(i, "WEBP"),
-    "bmp.bmp": lambda i: encode(i, "BMP"),
     "is_a_jpeg.png": lambda i: encode(i, "JPEG"),
     "trailing.jpg": lambda i: encode(i, "JPEG") + b"more" * 50,
     "tiny.png": lambda i: encode(i.resize((1, 1)), "PNG"),
-    "thin.jpg": lambda i: encode(i.resize((3, 300)), "JPEG"),
     "large.jpg": lambda i: encode(i.resize((1600, 1200)), "JPEG"),
 }
 BAD = {
-    "empty.jpg": lambda i: b"",
     "text.png": lambda i: b"this is no image",
     "cut.jpg": lambda i: encode(i, "JPEG")[:-200],
-    "cut.png": lambda i: encode(i, "PNG")[:-200],
     "narrow.png": lambda i: encode(Image.new("RGB", (9000, 2)), "PNG"),
     "header_only.jpg": lambda i: encode(i, "JPEG")[:300],
     "damaged_inside.png": lambda i: damaged(encode(i, "PNG")),

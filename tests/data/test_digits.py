@@ -25,7 +25,7 @@ def test_files_hold_the_original_8x8_digits_once_each_in_a_stratified_split(digi
     assert np.abs(np.bincount(folder.labels) - np.bincount(data.target) / 4).max() < 1
 
 
-def test_again_completes_an_interrupted_output_to_the_same_bytes_and_changed_pixels_are_refused(digits, tmp_path):
+def test_again_completes_an_interrupted_output_to_the_same_bytes(digits, tmp_path):
     shutil.copytree(digits, tmp_path, dirs_exist_ok=True)
     for path in sorted(tmp_path.rglob("*.png"))[::7]:
         path.unlink()
@@ -34,14 +34,9 @@ def test_again_completes_an_interrupted_output_to_the_same_bytes_and_changed_pix
     assert prepare_digits(tmp_path) == {"train": 1347, "test": 450}
     assert {path: data for path, data in snapshot(tmp_path).items() if path.endswith(".png")} == snapshot(digits)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    one, two = sorted((tmp_path / "test" / "3").iterdir())[:2]
-    two.write_bytes(one.read_bytes())
-    with pytest.raises(ValueError, match=f"holds test/3/{two.name}"):
-        prepare_digits(tmp_path)
-    assert two.read_bytes() == one.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "train/0/9999.png", "train/0/0000.png"])
+@pytest.mark.parametrize("name", ["notes.txt", "train/0/9999.png"])
 def test_a_folder_with_other_files_is_refused_untouched(tmp_path, name):
     touch(tmp_path, name, content=b"mine")
     with pytest.raises(ValueError, match=f"holds {name}.*choose another outdir"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from epg_fast.data import ImageFolder
 from epg_fast.data.sources.decoding import FORMATS
-from epg_fast.data.sources.names import IMAGES, is_image, is_split, splits
+from epg_fast.data.sources.names import IMAGES, is_image, split_of, splits
 from epg_fast.files import is_junk
 from tests.data.images import labels, touch
 
@@ -54,7 +54,7 @@ CLASSES = """
 
 def test_splits_are_known_by_their_words_and_classes_are_none(tmp_path):
     for names in map(str.split, SPLITS.strip().splitlines()):
-        assert splits(names) == [name for name in names if is_split(name)]
+        assert splits(names) == [name for name in names if split_of(name)]
         assert splits(reversed(names))[0] == names[0]  # the training set, if there is one
     for i, names in enumerate(map(str.split, CLASSES.strip().splitlines())):
         assert splits(names) == []
@@ -130,7 +130,7 @@ def test_what_systems_and_storage_boxes_leave_is_neither_class_nor_image_and_not
         ("training/a/0.jpg training/b/0.jpg", "training"),
         ("eval/a/0.jpg", "eval"),
         ("train/a/0.jpg train/b/0.jpg Annotations/a.xml", "train"),
-        ("a/train/0.jpg a/test/0.jpg b/train/0.jpg", "as train/a"),
+        ("a/train/0.jpg a/test/0.jpg b/train/0.jpg", "a/train"),
     ],
 )
 def test_splits_are_refused_with_the_folder_to_pass(tmp_path, names, passes):
@@ -228,7 +228,7 @@ def test_splits_of_a_dataset_json_are_refused_with_the_folder_to_pass(tmp_path):
     touch(tmp_path, *names)
     for content in ([[name, 0] for name in names], [[name, 0] for name in names[:2]], None):
         (tmp_path / "dataset.json").write_text(json.dumps({"labels": content}))
-        with pytest.raises(ValueError, match="splits train, val, test, wanted .*/train, with a dataset.json of its"):
+        with pytest.raises(ValueError, match="splits train, val, test, wanted .*; pass .*/train"):
             ImageFolder(tmp_path)
     # one kind may be anything
     touch(tmp_path / "other", "train/0.png", "extra/0.png")

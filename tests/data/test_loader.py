@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, open_images, training_views
-from epg_fast.data.loading.encoded import EncodedBatches
-from epg_fast.data.loading.pillow import PillowBatches
+from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, training_views
+from epg_fast.data.loading.loader import PillowBatches
 from epg_fast.data.loading.workers import WorkerStream
 from epg_fast.data.sources import source
 from epg_fast.data.sources.faults import ReadError
 from tests.data.conftest import linux
-from tests.data.images import assert_same, pack
+from tests.data.images import assert_same
 
 
 def open_loader(folder, **options):
@@ -60,13 +59,12 @@ def test_an_epoch_has_every_image_at_most_once_and_the_next_another_order(make_f
     assert set().union(*epochs) == set(range(27)) and loader.iteration == 120
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder, workers):
+def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder):
     """The contract another loader has to keep: written out with numpy alone."""
     folder = ImageFolder(make_folder(20))
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     # two iterations an epoch: epoch 2, second half
-    batch = batches(folder, 1, start=5, workers=workers, augment=AugmentConfig())[0]
+    batch = batches(folder, 1, start=5, augment=AugmentConfig())[0]
     assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
     def rng(*key):
@@ -79,28 +77,18 @@ def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder, workers):
         np.testing.assert_array_equal(batch[name][6].numpy(), view.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("workers, start", [(0, 1), (0, 5), (1, 1), (2, 5)])
+@pytest.mark.parametrize("workers, start", [(0, 5), (2, 1)])
 def test_resuming_anywhere_with_any_number_of_workers_continues_bit_for_bit(make_folder, workers, start):
     folder = ImageFolder(make_folder(21))
     whole = batches(folder, 9, augment=AugmentConfig())
     assert_same(batches(folder, 9 - start, start=start, workers=workers, augment=AugmentConfig()), whole[start:])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_global_batches_of_a_single_process(make_folder, world_size):
+def test_ranks_share_the_global_batches_of_a_single_process(make_folder):
     folder, augment = ImageFolder(make_folder(21)), AugmentConfig()
-    ranks = [batches(folder, 5, rank=rank, world_size=world_size, augment=augment) for rank in range(world_size)]
+    ranks = [batches(folder, 5, rank=rank, world_size=4, augment=augment) for rank in range(4)]
     joined = [{key: torch.cat([share[key] for share in step]) for key in step[0]} for step in zip(*ranks, strict=True)]
     assert_same(joined, batches(folder, 5, augment=augment))
-
-
-def test_tars_give_exactly_the_batches_of_the_folder_they_were_packed_from(make_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = ImageFolder(make_folder(21, size=(40, 31)))
-    for name in folder.classes:
-        members = {f"{name}_{path.name}": path.read_bytes() for path in sorted((folder.root / name).iterdir())}
-        pack(tmp_path / "tars" / f"{name}.tar", members)
-    assert_same(batches(open_images(tmp_path / "tars"), 7, workers=2), batches(folder, 7))
 
 
 REFUSED = [
@@ -114,7 +102,6 @@ REFUSED = [
     ({"image_size": 0}, "image_size: got 0"),
     ({"flip_probability": 1.5}, "flip_probability: got 1.5"),
     ({"max_bad_fraction": 1.0}, "max_bad_fraction: got 1.0"),
-    ({"augment": AugmentConfig(hue=2.0)}, "augment.hue: got 2.0"),
 ]
 
 
@@ -135,12 +122,10 @@ def damage(folder, index, how):
     elif how == "too narrow":
         Image.new("RGB", (1, 9000)).save(path)
     else:
-        path.write_bytes({"truncated": path.read_bytes()[:-100], "empty": b"", "text": b"not an image"}[how])
+        path.write_bytes({"truncated": path.read_bytes()[:-100], "text": b"not an image"}[how])
 
 
-@pytest.mark.parametrize(
-    "how, workers", [("truncated", 2), ("vanished", 0), ("empty", 0), ("text", 0), ("too narrow", 0)]
-)
+@pytest.mark.parametrize("how, workers", [("truncated", 2), ("vanished", 0), ("text", 0), ("too narrow", 0)])
 def test_a_damaged_file_is_replaced_by_the_next_and_logged_once(make_folder, caplog, workers, how):
     folder = ImageFolder(make_folder(100))
     clean = batches(folder, 8, batch_size=25, flip_probability=0.0)
@@ -220,8 +205,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault, error", [(fault, error) for fault, errors in FAULTS.items() for error in errors])
-@pytest.mark.parametrize("make", [PillowBatches, EncodedBatches])
-def test_whose_fault_an_error_is(make_folder, monkeypatch, fault, error, make):
+def test_whose_fault_an_error_is(make_folder, monkeypatch, fault, error):
     """An image's own is a bad file, that of a disk passes, and what the machine lacks stops training."""
     folder, message = ImageFolder(make_folder(20)), FAULTS[fault][error]
     read, again = folder.read, iter([True])
@@ -232,8 +216,8 @@ def test_whose_fault_an_error_is(make_folder, monkeypatch, fault, error, make):
         return read(i)
 
     monkeypatch.setattr(folder, "read", fail)
-    made = make(folder, image_size=16, batch_size=20, seed=0, max_bad_fraction=0.9)
-    stream = WorkerStream(made, 0, workers=int(make is PillowBatches and error in (errno.ENOENT, MemoryError)))
+    made = PillowBatches(folder, image_size=16, batch_size=20, seed=0, max_bad_fraction=0.9)
+    stream = WorkerStream(made, 0, workers=int(error in (errno.ENOENT, MemoryError)))
     if fault == "machine":
         with pytest.raises(ReadError, match=f"cannot read .*class1/001.png .{message}.*same command again") as caught:
             next(stream)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from epg_fast.config import AugmentConfig
 from epg_fast.data import center_crop, training_views
-from epg_fast.data.loading.views import AugmentedView, apply_view, check_augment, draw_view
+from epg_fast.data.loading.views import AugmentedView, apply_view, draw_view
 from tests.data.images import OFF, noise
 
 # centre crop
@@ -170,7 +170,6 @@ def test_first_view_is_the_centre_crop_flipped_with_the_given_probability():
 
 
 def test_meaningless_settings_are_refused():
-    check_augment(AugmentConfig())
     for name, value in (
         ("crop_area", (0.5, 1.2)),
         ("crop_area", (0.0, 1.0)),
@@ -180,5 +179,5 @@ def test_meaningless_settings_are_refused():
         ("jitter_probability", -0.1),
         ("hue", 0.6),
     ):
-        with pytest.raises(ValueError, match=f"augment.{name}"):
-            check_augment(replace(AugmentConfig(), **{name: value}))
+        with pytest.raises(ValueError, match=f"{name} is "):
+            AugmentConfig(**{name: value})

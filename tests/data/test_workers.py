@@ -45,7 +45,7 @@ def open_stream():
         stream.close()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_items_come_in_order_from_any_start(open_stream, workers):
     stream = open_stream(squares, 5, workers)
     items = [next(stream) for _ in range(12)]
@@ -62,9 +62,7 @@ class _NoCopy(OSError):
     "error, raised, message",
     [
         (FileNotFoundError(2, "No such file or directory", "x.png"), FileNotFoundError, "x.png"),
-        (RuntimeError("twelve"), RuntimeError, "^twelve$"),
         # these arrive as text
-        (UnicodeDecodeError("utf-8", b"", 0, 1, "bad"), RuntimeError, "reads images failed(?s:.*)UnicodeDecodeError"),
         (SystemExit(3), RuntimeError, "reads images failed(?s:.*)SystemExit: 3"),
         (_NoCopy("one", "two"), RuntimeError, "reads images failed(?s:.*)_NoCopy: one and two"),
         (MemoryError(), ReadError, r"cannot go on \(Cannot allocate memory\): use fewer workers"),
@@ -192,7 +190,7 @@ def test_no_descriptor_left_is_said_with_the_limit_to_raise(open_stream, when):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-@pytest.mark.parametrize("workers, chunk", [(0, 4), (2, 1), (2, 4)])
+@pytest.mark.parametrize("workers, chunk", [(0, 4), (2, 4)])
 def test_each_number_is_done_once_in_order_and_the_processes_end(workers, chunk):
     results = each(lambda number: (number**2, os.getpid()), range(10), workers, chunk=chunk, unit="item")
     found = list(results)
@@ -220,16 +218,12 @@ def collect(number):
 
 
 @linux
-@pytest.mark.parametrize("who", ["stream", "each"])
-def test_no_process_destroys_what_its_parent_left_behind(open_stream, tmp_path, who):
+def test_no_process_destroys_what_its_parent_left_behind(tmp_path):
     """DALI's pipelines crash when they are."""
     gc.disable()
     try:
         node = garbage(tmp_path / "destroyed")
-        if who == "stream":
-            assert next(open_stream(collect, 0, 1)) == 0
-        else:
-            assert list(each(collect, [0, 1], 1)) == [0, 1]
+        assert list(each(collect, [0, 1], 1)) == [0, 1]
         gc.collect()
     finally:
         gc.enable()

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from epg_fast.__main__ import main
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import EPGViT, RCMViT
+from epg_fast.models import fused as fused_models
 from epg_fast.objectives import consistency_loss, denoising_loss
 from epg_fast.plans.sites import PLAIN, SITES
 from tests.commands import fails
@@ -84,6 +85,44 @@ def test_every_site_alone_and_mixtures_compute_the_same(ops):
     assert type(mixed.use_ops("plain")) is EPGViT and type(mixed.blocks[0]) is type(plain.blocks[0])
 
 
+NORMS_WITHIN = {"norm": "prologue", "attention": "plain"}
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, marks=[pytest.mark.slow] * (i > 0)) for i, f in enumerate(FORMS)])
+def test_norms_within_products_compute_the_same_and_a_pass_with_gradients_does_without(form, monkeypatch):
+    plain = make(**DECODER | {"depth": 2} | FORMS[form]).eval()
+    fused = copy.deepcopy(plain).use_ops(NORMS_WITHIN)
+    arguments, products = inputs(plain, 2), []
+    product = fused_models.norm_linear
+    monkeypatch.setattr(fused_models, "norm_linear", lambda *given: products.append(given) or product(*given))
+    with torch.no_grad():
+        want, got = plain(*arguments), fused(*arguments)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    skips = min(2, len(plain.decoder_blocks))
+    # of two norms each; the first has no statistics of its rows, nor has one behind a skip; and of the last norm
+    assert len(products) == 2 * (2 + len(plain.decoder_blocks)) - 1 - skips + 1
+    results = [outputs_and_gradients(model, arguments) for model in (plain, fused)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["autocast", "pure 16-bit"])
+def test_norms_within_products_are_one_graph_in_16_bits_and_as_accurate(mode):
+    model = make(**DECODER).eval().requires_grad_(False)
+    arguments, errors = inputs(model), []
+    want = model(*arguments)
+    for ops in ("plain", NORMS_WITHIN):
+        network = copy.deepcopy(model).use_ops(ops)
+        network = network.to(HALF) if mode == "pure 16-bit" else network
+        x, *rest = (arguments[0].to(network.dtype), *arguments[1:])
+        with torch.no_grad(), torch.autocast(DEVICE, HALF, enabled=mode == "autocast"):
+            got = network(x, *rest)
+            torch.compiler.reset()
+            assert torch.equal(torch.compile(network, backend="aot_eager", fullgraph=True)(x, *rest), got)
+        errors.append(((got.float() - want).norm() / want.norm()).item())
+    assert errors[1] < 2 * errors[0] < 0.1
+
+
 # A form, operations, and the extension's products that they take
 MLP, ROW = {"linear_gelu_out", "linear_gate_residual_out", "linear_dgelu_out"}, {"linear_gate_residual_out"}
 MIXTURE = {"decoder.mlp": "cuda", "encoder.mlp": "plain", "proj": "cuda", "skip": "cuda"}
@@ -118,6 +157,26 @@ def test_the_encoder_computes_the_same_with_the_fused_kernels():
     plain = make(RCMViT, hidden_dim=32, output_dim=16)
     fused = copy.deepcopy(plain).use_ops("triton")
     results = [outputs_and_gradients(model, inputs(plain)) for model in (plain, fused)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_feature_is_computed_without_the_other_tokens_behind_the_last_attention():
+    plain = make(RCMViT, hidden_dim=32, output_dim=16)
+    fused, seen = copy.deepcopy(plain).use_ops({"norm": "triton"}), []
+    for block in fused.blocks:
+        block.register_forward_hook(lambda block, given, result: seen.append(result.shape[1]))
+    x, t = inputs(plain)[:2]
+    torch.testing.assert_close(fused.encode(x, t), plain.encode(x, t), rtol=1e-4, atol=1e-5)
+    assert set(seen[:-1]) <= {fused.extras + fused.num_patches} and seen[-1] == 1
+
+
+def test_dropout_is_drawn_for_all_tokens_of_the_last_block():
+    plain = make(RCMViT, hidden_dim=32, output_dim=16, drop=0.5).train()
+    fused = copy.deepcopy(plain).use_ops({"norm": "triton"})
+    results = []
+    for network in (plain, fused):
+        torch.manual_seed(0)
+        results.append(network.encode(*inputs(plain)[:2]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 

@@ -105,6 +105,22 @@ def _linear_residual_norm(values, shape, dtypes, present=3):
     return made | {name: values(batch, 1, n, dtype=modulation) for name in ("gate", "shift", "scale")[:present]}
 
 
+def _linear_residual(values, shape, dtypes, gated=True):
+    made = _linear_residual_norm(values, shape, dtypes, present=int(gated))
+    return {name: made[name] for name in ("x", "h", "weight", "bias", "gate") if name in made}
+
+
+def _norm_linear(values, shape, dtypes, modulated=True, **options):
+    batch, tokens, width, columns = shape
+    x, product, modulation, parameters = dtypes
+    made = {"x": values(batch, tokens, width, dtype=x)}
+    made |= {name: values(width, dtype=parameters) for name in ("norm_weight", "norm_bias")}
+    made |= {"weight": values(columns, width, dtype=product, scale=width**-0.5)}
+    made |= {"bias": values(columns, dtype=parameters)} if modulated else {}
+    made |= {name: values(batch, 1, width, dtype=modulation) for name in ("shift", "scale")} if modulated else {}
+    return made | options
+
+
 def _skip_linear(values, shape, dtypes, normed=True, then=None):
     """then: whether the next norm, if there is one, is modulated."""
     batch, tokens, width, skip_width = shape
@@ -295,6 +311,15 @@ def _residual_norm(backend, **inputs):
     return 2 * x, y, 2 * copied
 
 
+def _norm_linear_of_its_statistics(backend, x, **inputs):
+    return ops.norm_linear(x, ops.row_statistics(x), **inputs, backend=backend)
+
+
+def _statistics_as_coarse_as_rows(backend, **inputs):
+    x, statistics = ops.linear_residual(**inputs, backend=backend)
+    return x, statistics.to(x.dtype)
+
+
 def _example(
     function: Callable, make: Callable, *, spec: str | None = None, name: str | None = None, **more
 ) -> Example:
@@ -380,6 +405,25 @@ EXAMPLES = {
             forms={"gated and modulated": {}, "gated": {"present": 1}, "neither": {"present": 0}},
             backends=("triton", "cuda"),
             cuda_dtypes=("bf16 with fp32 parameters", "bf16 on an fp32 residual"),
+        ),
+        _example(
+            _statistics_as_coarse_as_rows,
+            _linear_residual,
+            spec="linear_residual_norm",
+            name="linear_residual",
+            dtypes=_PRODUCT_DTYPES,
+            forms={"gated": {}, "not gated": {"gated": False}},
+            differentiable=False,
+        ),
+        _example(
+            _norm_linear_of_its_statistics,
+            _norm_linear,
+            spec="norm_linear",
+            name="norm_linear",
+            dtypes={name: (dtypes[1], *dtypes[1:]) for name, dtypes in _PRODUCT_DTYPES.items()},
+            forms={"modulated, with GELU": {"gelu": True}, "plain": {"modulated": False}},
+            reference_function=functools.partial(ops.norm_linear_ref, statistics=None),
+            differentiable=False,
         ),
         _example(
             ops.skip_linear,

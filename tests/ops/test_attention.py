@@ -55,6 +55,19 @@ def test_kernel_stays_accurate_when_the_gradient_of_queries_comes_from_many_bloc
 
 @needs_triton
 @poisoned
+@pytest.mark.slow
+def test_a_program_that_takes_several_heads_computes_each_as_if_alone(monkeypatch):
+    from epg_kernels import attention as kernels
+
+    inputs, gradients = make((3, 18, 1, 16), "fp16"), []
+    for programs in (2, 3):  # of three heads; with three, each program has one
+        monkeypatch.setattr(kernels, "_resident_programs", lambda _, programs=programs: programs)
+        gradients.append(run(KERNEL, inputs)[1][0])
+    assert torch.equal(*gradients)
+
+
+@needs_triton
+@poisoned
 def test_heads_may_lie_before_tokens():
     batch, length, heads, head_dim = 2, 6, 2, 24
     qkv = make((batch, length, heads, head_dim))["qkv"]

@@ -354,7 +354,7 @@ def test_an_unknown_backend_is_answered_with_those_there_are(example):
 @pytest.mark.parametrize(
     "name",
     ["layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "skip_norms_fp8", "quantize_rows", "linear_fp8"]
-    + ["euler_step", "heun_step"],
+    + ["euler_step", "heun_step", "linear_residual", "norm_linear"],
 )
 def test_a_gradient_that_it_has_not_is_refused(name):
     example, backend = EXAMPLES[name], "extension" if name.endswith("step") else "plain"

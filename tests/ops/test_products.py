@@ -39,6 +39,16 @@ CUTLASS_SHAPES = [SMALL, (2, 1, 8, 8), (5, 130, 64, 184), (9, 258, 72, 176), (1,
 CUTLASS_SHAPES += [(64, 258, 6336, 1584), (64, 258, 3072, 768)]
 
 
+@pytest.fixture(params=["small", "large"])
+def tiles(request, monkeypatch):
+    """With a single multiprocessor no product has too few tiles for large ones."""
+    if request.param == "large":
+        monkeypatch.setattr("epg_kernels._matmul.MULTIPROCESSORS", 1)
+
+
+each_tile = pytest.mark.usefixtures("tiles")
+
+
 def linear(*, x, weight, bias, **options):
     """Imported late: Triton is optional."""
     from epg_kernels._matmul import linear
@@ -118,10 +128,19 @@ def make_dgelu_inputs(shape, dtype=FP32):
     ],
     ids=str,
 )
+@each_tile
 def test_gate_and_residual_ride_on_the_product_and_the_branch_is_saved(shape, dtype, residual, gate):
     inputs = make_inputs(shape, dtype, residual, gate)
     assert_accurate(linear, plain_linear, inputs)
     assert_accurate(linear, plain_linear, inputs | {"save_branch": True})
+
+
+@each_tile
+@pytest.mark.parametrize("shape", [SMALL, (2, 130, 40, 136)], ids=str)
+def test_a_norm_rides_in_the_loads_whatever_the_tiles_hold_of_images(shape):
+    example = EXAMPLES["norm_linear"]
+    inputs = example.inputs(shape, "fp16", device=DEVICE)
+    assert_accurate(functools.partial(example.call, "triton"), example.reference, inputs)
 
 
 def test_gelu_comes_before_the_gate_and_what_entered_it_is_saved():

@@ -7,9 +7,7 @@ import datetime
 import os
 import shutil
 import signal
-import sys
 import time
-from pathlib import Path
 
 import sklearn.decomposition  # noqa: F401
 import sklearn.svm  # noqa: F401
@@ -90,7 +88,3 @@ def long_decision(rank):
     with joined("cpu", timeout=datetime.timedelta(seconds=1)) as ranks:
         for answer in (1, 2):
             assert ranks.decide(lambda answer=answer: time.sleep(1.5) or answer) == answer
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -4,8 +4,11 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,7 +19,7 @@ from epg_fast.training.checkpoint import iteration_of, list_checkpoints
 from epg_fast.training.state import RunState
 from tests.training.stages import JOBS
 
-TIMINGS = ("images_per_second", "data_wait", "evaluation_seconds", "evaluation_share")
+TIMINGS = ("images_per_second", "data_wait", "evaluation_seconds")
 
 
 def run_command(tiny_run, outdir, job="finetune-diffusion", **extra):
@@ -32,6 +35,23 @@ def fails(capsys, arguments, *expected):
     assert main([str(a) for a in arguments]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(text in line for text in expected), line
+
+
+def in_new_process(act, data, folder):
+    """`act(data, folder)`, a module's function, in a new process, which forks ranks."""
+    root = Path(__file__).parents[2]
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "kernels"))), "OMP_NUM_THREADS": "1"}
+    code = f"import sys; from pathlib import Path; from {act.__module__} import {act.__name__}; "
+    code += f"{act.__name__}(*map(Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(data), str(folder)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def forget_last_line(outdir):
+    """Take the last line of metrics.jsonl away, as if the run had been killed before."""
+    path = Path(outdir) / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
 def run_lines(outdir):
@@ -78,6 +98,13 @@ def crash_after_save(monkeypatch, step):
             raise RuntimeError("crash")
 
     monkeypatch.setattr(RunState, "save", save_then_crash)
+
+
+def crashes_after_save(command, step):
+    """The command ends with an exception when it has saved `step`."""
+    with pytest.MonkeyPatch.context() as patched:
+        crash_after_save(patched, step)
+        assert main(command) == 1
 
 
 def before_step(monkeypatch, act):

@@ -9,9 +9,8 @@ from epg_fast import training
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config
 from epg_fast.training.draws import Draws
-from epg_fast.training.gradients import add_gradients
+from epg_fast.training.gradients import LossScale, add_gradients
 from epg_fast.training.loop import train_step
-from epg_fast.training.loss_scale import LossScale
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.parallel import parallelize
 from epg_fast.training.stages import network_config
@@ -92,7 +91,7 @@ class Training:
         config.optimizer = configs.OptimizerConfig(lr=1e-3, warmup_steps=0, backend=backend)
         self.stage = make_stage(job, config, ranks=ranks)
         spread(self.stage.network)
-        self.state, self.metrics = RunState(config, self.stage, Images(), ranks), Metrics(None, False)
+        self.state, self.metrics = RunState(self.stage, Images()), Metrics(None)
 
     def batch(self, broken=False):
         """Bytes, as loaders give them; `broken`: images of NaN."""

@@ -17,7 +17,7 @@ import torch
 from epg_fast.distributed import Ranks
 from epg_fast.models import load_weights, save_weights
 from epg_fast.training.checkpoint import (
-    BackgroundWriter,
+    Background,
     list_checkpoints,
     load_newest,
     remove_old,
@@ -52,7 +52,7 @@ def write(folder, iteration, tensors, state=None, split=(), ranks=1):
     def write_one(rank):
         parts = {name: t[slice(*rows_of(len(t), rank, ranks))] for name, t in tensors.items() if name in split}
         whole = {name: t for name, t in tensors.items() if name not in split} if rank == 0 else {}
-        write_checkpoint(folder, iteration, parts | whole, state or {}, Team(rank, barrier, values), rows)
+        write_checkpoint(folder, iteration, parts | whole, {"split": rows} | (state or {}), Team(rank, barrier, values))
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(write_one, range(ranks)))
@@ -171,6 +171,16 @@ def test_a_full_disk_leaves_the_checkpoint_and_the_weights_before(tmp_path):
     assert load_weights(tmp_path / "model.safetensors")[1] == {"step": 1}
 
 
+def test_a_rank_that_is_lost_during_a_save_is_no_fault_of_the_disk(tmp_path):
+    """`joined` says what it is."""
+
+    def lost(act, main_only=False):
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        write_checkpoint(tmp_path, 1, {}, {}, SimpleNamespace(ranks=ALONE, all_ranks=lost))
+
+
 class Killed(BaseException):
     pass
 
@@ -205,7 +215,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
 
 
 def test_the_writer_hands_back_what_its_job_raised_once():
-    writer, done, go_on = BackgroundWriter(), [], threading.Event()
+    writer, done, go_on = Background("test"), [], threading.Event()
     writer.submit(lambda: (go_on.wait(60), done.append(1)))
     assert not writer.failed
     go_on.set()

@@ -19,7 +19,7 @@ from epg_fast.training import checkpoint, loop, state
 from tests.training.runs import (
     assert_same_run,
     before_step,
-    crash_after_save,
+    crashes_after_save,
     hang,
     run_command,
     run_lines,
@@ -125,15 +125,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_a_line(tiny_run, tm
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000000003"]
 
 
-def test_a_preview_in_which_the_run_was_killed_is_drawn_by_the_next(tiny_run, tmp_path, monkeypatch):
+def test_a_preview_in_which_the_run_was_killed_is_drawn_by_the_next(tiny_run, tmp_path):
     """Also that of the last step, after which nothing is left to train."""
     flags = {"steps": 4, "checkpoint_every": 2, "preview.every": 2, "preview.num": 1, "preview.steps": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(run_command(tiny_run, whole, **flags)) == 0
     for step in (2, 4):
-        with monkeypatch.context() as patched:
-            crash_after_save(patched, step)
-            assert main(run_command(tiny_run, killed, **flags)) == 1
+        crashes_after_save(run_command(tiny_run, killed, **flags), step)
         assert saved_steps(killed)[0] == step and len(list(killed.glob("previews/*"))) == (step - 2) // 2
     assert main(run_command(tiny_run, killed, **flags)) == 0
     assert len(list((whole / "previews").iterdir())) == 2

@@ -11,8 +11,8 @@ import pytest
 
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig
-from epg_fast.training.loggers import open_loggers
-from tests.training.runs import crash_after_save, fails, run_command
+from epg_fast.training.metrics import open_loggers
+from tests.training.runs import crashes_after_save, fails, run_command
 
 # Trackio reads it when it is imported.
 os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="trackio"))
@@ -88,9 +88,7 @@ def records(path):
 def test_a_run_that_was_killed_goes_on_as_the_same_run(library, tiny_run, tmp_path, monkeypatch):
     out = tmp_path / "run"
     command = run_command(tiny_run, out, steps=5, checkpoint_every=2, **{library: PROJECT})
-    with monkeypatch.context() as patch:
-        crash_after_save(patch, 2)
-        assert main(command) == 1
+    crashes_after_save(command, 2)
     in_a_new_process(library, monkeypatch, tmp_path / "1")
     assert main(command) == 0
     in_a_new_process(library, monkeypatch, tmp_path)  # what is still on its way is written

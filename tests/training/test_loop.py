@@ -12,7 +12,7 @@ from epg_fast.__main__ import main
 from epg_fast.distributed import Ranks, joined
 from epg_fast.training import loop
 from epg_fast.training import metrics as metrics_module
-from epg_fast.training.compilation import compile_stage
+from epg_fast.training.gradients import compile_stage
 from epg_fast.training.metrics import Progress
 from tests.ops.kernel_checks import needs_extension
 from tests.training.runs import hang, run_command, run_lines
@@ -159,26 +159,15 @@ def test_a_disk_that_hangs_is_shown_while_it_does_and_logged_once(tiny_run, tmp_
 
 def test_the_wait_is_shown_in_place_of_its_share_until_data_comes(capsys):
     with Progress("diffusion", 10, 0, "images of /gone", ALONE) as progress:
-        progress.show({"loss": 0.5, "images_per_second": 80.0, "data_wait": 0.02})
-        capsys.readouterr()
+        progress.show({"images_per_second": 80.0, "data_wait": 0.02, "mfu": 0.413, "peak_memory_gib": 61.04})
+        shown = "img/s=80, data wait=2%, MFU=41.3%, peak=61.0 GiB"
+        assert shown in capsys.readouterr().err
         progress.stalled(25.0)
-        assert "img/s=80, data wait=25 s" in capsys.readouterr().err
+        assert shown.replace("2%", "25 s") in capsys.readouterr().err
         progress.data_came()
-        assert "img/s=80, data wait=2%" in capsys.readouterr().err
+        assert shown in capsys.readouterr().err
         progress.data_came()
         assert capsys.readouterr().err == ""
-
-
-def test_a_figure_of_an_evaluation_stays_in_the_line_and_its_time_is_not_trainings(capsys, monkeypatch):
-    with Progress("diffusion", 10, 0, "images of /gone", ALONE) as progress:
-        monkeypatch.setattr(progress._line, "_time", lambda now=progress._line.start_t: now + 104.0)
-        progress.reach(2)
-        progress.show_beside({"fid": "12.3"}, pause=100.0)
-        progress.show({"loss": 0.5})
-        assert "loss=0.5, fid=12.3" in capsys.readouterr().err
-        assert progress._line.format_dict["elapsed"] == pytest.approx(4.0)
-    with Progress("diffusion", 10, 0, "images of /gone", Ranks(1, 2, torch.device("cpu"))) as silent:
-        silent.show_beside({"fid": "12.3"}, pause=100.0)
 
 
 def test_another_rank_that_waits_says_so_once_for_each_long_stall(monkeypatch):

@@ -7,9 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from epg_fast.diffusion import NoiseSchedule
 from epg_fast.training import metrics as metrics_module
-from epg_fast.training.metrics import LEVELS, Metrics, figures_at, names_by_level, sums_by_level
+from epg_fast.training.metrics import LEVELS, Metrics, figures_at, names_by_level, open_tensorboard, sums_by_level
 from tests.training.stages import JOBS, Training, loss_of, make_config, make_stage
 
 
@@ -27,12 +26,6 @@ def test_means_are_those_of_the_samples_in_each_range_of_the_grid():
     assert ends.tolist() == [[0] * 7 + [7], [0] * 7 + [2]]
     whole_batch = sums_by_level(torch.tensor([1, 2]), torch.tensor(0.5, dtype=torch.float64))
     assert whole_batch[:, 4].tolist() == [3, 2] == whole_batch.sum(1).tolist()
-
-
-def test_the_place_of_a_level_is_its_index_over_the_last():
-    schedule = NoiseSchedule(41)
-    places = schedule.place(schedule.sigmas(dtype=torch.float64))
-    torch.testing.assert_close(places, torch.arange(41, dtype=torch.float64) / 40)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -70,7 +63,7 @@ def _means(metrics, step):
 
 
 def test_an_interval_cut_by_a_checkpoint_gives_the_same_bits(tmp_path):
-    whole, first, second = (Metrics(tmp_path, True) for _ in range(3))
+    whole, first, second = (Metrics(tmp_path) for _ in range(3))
     for i in range(9):
         _update(whole, i)
         _update(first if i < 4 else second, i)
@@ -83,7 +76,7 @@ def test_an_interval_cut_by_a_checkpoint_gives_the_same_bits(tmp_path):
 
 
 def test_a_skipped_update_leaves_no_trace(tmp_path):
-    one, other = Metrics(tmp_path, True), Metrics(tmp_path, True)
+    one, other = Metrics(tmp_path), Metrics(tmp_path)
     for i in range(3):
         _update(one, i)
         _update(other, i)
@@ -92,7 +85,7 @@ def test_a_skipped_update_leaves_no_trace(tmp_path):
 
 
 def test_updates_with_other_values_share_a_line(tmp_path):
-    metrics = Metrics(tmp_path, True)
+    metrics = Metrics(tmp_path)
     for names, value in ((("loss",), 1.0), (("loss", "perceptual"), 2.0), (("loss",), 3.0)):
         values = torch.full((len(names),), value)
         metrics.add(names, values, torch.ones_like(values), torch.tensor(True))
@@ -101,13 +94,13 @@ def test_updates_with_other_values_share_a_line(tmp_path):
 
 def test_lines_that_a_resumed_run_will_write_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = Metrics(tmp_path, True)
+    first = Metrics(tmp_path)
     first.begin_with({"plan": "fast"})
     for step in (5, 10, 15):
         first.write(step)
     with open(path, "ab") as file:  # what a crash may leave
         file.write(b'\0\xff\n3\nnull\n[1]\n{"step": "x"}\n{"step": 2')
-    resumed = Metrics(tmp_path, True, step=10)
+    resumed = Metrics(tmp_path, 10)
     resumed.begin_with({"plan": "another"})
     resumed.write(20)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -117,13 +110,13 @@ def test_lines_that_a_resumed_run_will_write_again_are_dropped(tmp_path):
 def test_a_run_knows_which_figures_of_its_step_are_missing(tmp_path):
     """Those of later steps go with their lines; half a line is none."""
     assert figures_at(tmp_path, 10) == set()
-    first = Metrics(tmp_path, True)
+    first = Metrics(tmp_path)
     first.write(10)
     first.write_figures(10, {"fid": 3.0})
     first.write_figures(12, {"accuracy": 0.5})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 10, "kid": 1')
-    Metrics(tmp_path, True, step=10)
+    Metrics(tmp_path, 10)
     assert figures_at(tmp_path, 10) == {"step", "images_per_second", "data_wait", "fid"}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[1] == {"step": 10, "fid": 3.0}
@@ -133,7 +126,7 @@ def test_a_pause_counts_in_no_rate(tmp_path, monkeypatch):
     """100 images and 1 s of waiting in 2 + 3 s, with pauses of 10 and 20 s, the second ended by an error."""
     now = iter([0.0, 2.0, 12.0, 12.0, 32.0, 35.0, 35.0])
     monkeypatch.setattr(metrics_module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    metrics = Metrics(tmp_path, True)
+    metrics = Metrics(tmp_path)
     metrics.count(100, 1.0)
     with metrics.paused():
         pass
@@ -143,40 +136,28 @@ def test_a_pause_counts_in_no_rate(tmp_path, monkeypatch):
     assert line["images_per_second"] == 20.0 and line["data_wait"] == 0.2
 
 
-def test_figures_go_to_tensorboard_and_loggers_under_their_step(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logger = mock.Mock()
-    metrics = Metrics(tmp_path, True, tensorboard=True, loggers=[logger])
-    metrics.write_figures(7, {"fid": 3.0})
-    metrics.close()
-    logger.log.assert_called_once_with({"fid": 3.0}, step=7)
-    logger.finish.assert_called_once_with()
-    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
-    assert [(event.step, event.value) for event in found.Scalars("fid")] == [(7, 3.0)]
-
-
 def test_other_ranks_write_nothing(tmp_path):
-    metrics = Metrics(tmp_path, False)
+    metrics = Metrics(None)
     _update(metrics, 0)
     metrics.begin_with({"plan": "fast"})
     assert metrics.write(1)["loss"] > 0 and not list(tmp_path.iterdir())
 
 
-def test_tensorboard_shows_the_lines_and_forgets_what_is_done_again(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+def test_loggers_get_the_lines_and_tensorboard_forgets_what_is_done_again(tmp_path):
+    events, logger = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator"), mock.Mock()
     for start, values in ((0, (1.0, 2.0, 3.0)), (1, (20.0,))):
-        metrics = Metrics(tmp_path, True, start, tensorboard=True)
+        metrics = Metrics(tmp_path, start, [*open_tensorboard(tmp_path, start), logger])
         for step, value in enumerate(values, start + 1):
-            metrics.write(step, lr=value)
+            metrics.write_figures(step, {"fid": value})
         metrics.close()
+    assert logger.log.call_args == mock.call({"fid": 20.0}, step=2) and logger.finish.call_count == 2
     found = events.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert [(event.step, event.value) for event in found.Scalars("lr")] == [(1, 1.0), (2, 20.0)]
+    assert [(event.step, event.value) for event in found.Scalars("fid")] == [(1, 1.0), (2, 20.0)]
 
 
 def test_a_line_that_cannot_be_written_is_named(tmp_path):
-    metrics = Metrics(tmp_path, True)
+    metrics = Metrics(tmp_path)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OSError, match="could not write .*metrics.jsonl.*the same command goes on"):
         metrics.write(1)

@@ -9,7 +9,7 @@ from PIL import Image
 from epg_fast import from_pretrained
 from epg_fast.__main__ import main
 from epg_fast.data import ImageFolder
-from tests.training.runs import assert_same_run, crash_after_save, fails, run_command
+from tests.training.runs import assert_same_run, crashes_after_save, fails, run_command
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -31,15 +31,13 @@ def parquet_run(tiny_run, digits, tmp_path):
     return [str(tmp_path / "data") if word == f"{digits}/train" else word for word in tiny_run]
 
 
-def test_a_killed_run_on_parquet_goes_on_exactly_and_its_model_knows_the_classes(
-    parquet_run, tmp_path, monkeypatch, capsys
-):
+def test_a_killed_run_on_parquet_goes_on_exactly_and_its_model_knows_the_classes(parquet_run, tmp_path, capsys):
     whole, killed, samples = (tmp_path / name for name in ("whole", "killed", "samples"))
     options = {"steps": 4, "checkpoint_every": 2, "preview.every": 4, "preview.num": 4, "preview.steps": 2}
     assert main(run_command(parquet_run, whole, **options)) == 0
-    with monkeypatch.context() as patch:
-        crash_after_save(patch, 2)
-        assert main(run_command(parquet_run, killed, **options)) == 1
+    millions = sum(p.numel() for p in from_pretrained(whole).parameters()) / 1e6
+    assert f"network: digits_32, {millions:.2f} M parameters\n" in capsys.readouterr().err
+    crashes_after_save(run_command(parquet_run, killed, **options), 2)
     assert main(run_command(parquet_run, killed, **options)) == 0
     assert_same_run(killed, whole)
     assert from_pretrained(whole).metadata["class_names"] == NAMES

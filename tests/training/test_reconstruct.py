@@ -85,9 +85,9 @@ def synthetic(tmp_path_factory):
     network.huge = torch.nn.Parameter(torch.full((2,), 1e5))
     network.register_buffer("count", torch.tensor(0))
     about = {"stage": "synthetic", "config": {"depth": 1}}
-    stage = SimpleNamespace(network=network, ranks=ALONE, sharded=False, metadata=lambda: about)
-    tracks = PosthocEmaConfig(WIDTHS, EVERY)
-    posthoc = PosthocEma(DiffusionConfig(outdir=str(folder), steps=STEPS, posthoc_ema=tracks), stage)
+    config = DiffusionConfig(outdir=str(folder), steps=STEPS, posthoc_ema=PosthocEmaConfig(WIDTHS, EVERY))
+    stage = SimpleNamespace(config=config, network=network, ranks=ALONE, sharded=False, metadata=lambda: about)
+    posthoc = PosthocEma(stage)
     trajectory, generator = [], torch.Generator().manual_seed(0)
     start, drift, tremble = (torch.randn(3, 40, generator=generator) for _ in range(3))
     for step in range(STEPS):

@@ -11,15 +11,12 @@ import pytest
 from epg_fast.__main__ import main
 from epg_fast.data.loading.dali import dali_status
 from epg_fast.ops import extension_status
-from epg_fast.training import checkpoint, decoding, state
 from tests.training.runs import (
     assert_same_run,
     before_step,
-    crash_after_save,
-    fails,
+    crashes_after_save,
     run_command,
     run_lines,
-    saved_state,
     saved_steps,
     send,
 )
@@ -54,9 +51,7 @@ def test_crashed_and_stopped_runs_go_on_bit_for_bit(run, tiny_run, tmp_path, mon
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     before_step(monkeypatch, bad_batches)
     assert main(command(whole)) == 0
-    with monkeypatch.context() as patched:
-        crash_after_save(patched, 4)
-        assert main(command(cut)) == 1
+    crashes_after_save(command(cut), 4)
     assert saved_steps(cut) == [4]
     with monkeypatch.context() as patched:
         before_step(patched, lambda state, batch: state.iteration == 6 and send())
@@ -95,48 +90,3 @@ def test_a_finished_run_is_left_alone(tiny_run, tmp_path, capsys):
     assert main(command) == 0
     assert {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.is_file()} == before
     assert "complete" in capsys.readouterr().err
-
-
-def resolved(there):
-    """`resolve_backend` of a machine where these decoders are installed; `auto` takes the first."""
-
-    def resolve(name, device):
-        if name not in ("auto", *there):
-            raise ValueError(f"{name} cannot be imported")
-        return there[0] if name == "auto" else name
-
-    return resolve
-
-
-@pytest.mark.parametrize(
-    "wanted, used, chosen, warnings",
-    [
-        *(("auto", None, "dali", 0), ("pillow", None, "pillow", 0), ("dali", None, "dali", 0)),
-        *(("auto", "pillow", "pillow", 0), ("auto", "dali", "dali", 0), ("dali", "dali", "dali", 0)),
-        ("dali", "pillow", "dali", 1),
-    ],
-)
-def test_a_run_keeps_its_decoder_unless_another_is_named(wanted, used, chosen, warnings, monkeypatch, log):
-    monkeypatch.setattr(decoding, "resolve_backend", resolved(["dali", "pillow"]))
-    assert decoding.choose_backend(wanted, used) == chosen
-    assert sum("so far, now by" in message for message in log.messages) == warnings
-
-
-def test_a_run_whose_decoder_is_gone_says_what_to_do(tiny_run, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    command = run_command(tiny_run, run, steps=2, checkpoint_every=1)
-
-    def write_as_by_dali(folder, step, parts, saved, *rest):
-        checkpoint.write_checkpoint(folder, step, parts, saved | {"data_backend": "dali"}, *rest)
-
-    with monkeypatch.context() as patched:
-        crash_after_save(patched, 1)
-        patched.setattr(state, "write_checkpoint", write_as_by_dali)
-        assert main(command) == 1
-    monkeypatch.setattr(decoding, "resolve_backend", resolved(["pillow"]))
-    before = run_lines(run)
-    wanted = ("dali cannot be imported", "pip install nvidia-dali", "--data.backend pillow")
-    fails(capsys, [*command, "--data.backend", "auto"], *wanted)
-    assert run_lines(run) == before
-    assert main(command) == 0 and saved_state(run)["data_backend"] == "pillow"
-    assert "decoded by dali so far, now by pillow as asked" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epg_fast.runtime import AUTOCAST
-from epg_fast.training import weight_copies
-from epg_fast.training.compilation import compile_stage
-from epg_fast.training.weight_copies import WeightCopies
+from epg_fast.training import optimizer
+from epg_fast.training.gradients import compile_stage
+from epg_fast.training.optimizer import WeightCopies
 from tests.ops.kernel_checks import needs_extension
 from tests.training.stages import JOBS, Training
 
@@ -72,7 +72,7 @@ def test_updates_with_copies_and_with_casts_are_the_same_bit_for_bit(job, backen
     names = {"pretrain": ["network", "ema"], "finetune-consistency": ["network", "perceptual"]}
     assert_right(with_copies, large_weights(with_copies, *names.get(job, ["network"])))
     start = with_copies.stage.network.blocks[0].mlp.fc1.weight.clone()
-    monkeypatch.setattr(weight_copies, "linears_with_operands", lambda network: ())
+    monkeypatch.setattr(optimizer, "linears_with_operands", lambda network: ())
     with_casts = in_16_bits(job, backend, **fields)
     assert with_casts.state.copies.get(large_weights(with_casts)[0]) is None
     got, want = with_copies.updated(2), with_casts.updated(2)

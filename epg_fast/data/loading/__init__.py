@@ -8,8 +8,7 @@ import torch
 
 from epg_fast.config import DataConfig
 from epg_fast.data.loading.dali import DaliLoader, why_not_dali
-from epg_fast.data.loading.loader import Loader
-from epg_fast.data.loading.pillow import PillowLoader
+from epg_fast.data.loading.loader import Loader, PillowLoader
 from epg_fast.data.sources.source import ImageSource
 
 logger = logging.getLogger("epg_fast")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data.loading.views import check_augment
+from epg_fast.data.loading.views import training_views
 from epg_fast.data.loading.workers import WorkerStream
+from epg_fast.data.sources.decoding import decode_image
 from epg_fast.data.sources.faults import printable, too_many_bad_files
 from epg_fast.data.sources.source import ImageSource
 
@@ -68,8 +69,6 @@ class Batches(abc.ABC):
         ):
             if not good:
                 raise ValueError(f"{name}: got {value}, wanted {wanted}")
-        if augment is not None:
-            check_augment(augment)
         self.source, self.image_size, self.batch_size, self.seed = source, image_size, batch_size, seed
         self.flip_probability, self.augment, self.max_bad_fraction = flip_probability, augment, max_bad_fraction
         self._count = len(source)
@@ -206,3 +205,29 @@ class Loader:
         limit = self.batches.max_bad_fraction
         if len(self.bad_files) > limit * len(self.source):
             raise too_many_bad_files(self.bad_files, len(self.source), limit)
+
+
+class PillowBatches(Batches):
+    """Batches of views that Pillow decodes and augments."""
+
+    def make(self, content: bytes, rng: np.random.Generator) -> list[np.ndarray]:
+        return training_views(decode_image(content), self.image_size, rng, self.flip_probability, self.augment)
+
+    def collate(self, samples: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
+        columns = zip(*samples, strict=True)
+        return {
+            name: np.ascontiguousarray(np.stack(column).transpose(0, 3, 1, 2))
+            for name, column in zip(self.views, columns, strict=True)
+        }
+
+
+class PillowLoader(Loader):
+    """A `Loader` that decodes and augments with Pillow, in `workers` processes, 0: in this one; batches on the CPU.
+
+    Args:
+        source, options: see `Batches`.
+        start, workers: see `Loader`.
+    """
+
+    def __init__(self, source: ImageSource, *, start: int = 0, workers: int = 2, **options):
+        super().__init__(PillowBatches(source, **options), start, workers)

@@ -14,8 +14,6 @@ from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from epg_fast.config import AugmentConfig
 
 _CROP_TRIES = 10
-# What `augment_view` takes.
-_LARGEST_BLUR = 1024
 # Of the long side after the resize: more is no picture, and memory without bound.
 _LONGEST_RESIZED = 1 << 16
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -149,23 +147,6 @@ def training_views(
     crop = center_crop(image, size)
     views = [_flip(crop) if drawn.flip else crop, *(apply_view(image, size, view) for view in drawn.augmented)]
     return [np.asarray(view) for view in views]
-
-
-def check_augment(config: AugmentConfig) -> None:
-    """Raise ValueError for ranges and probabilities that have no meaning."""
-    ranges = {"crop_area": (0, 1), "crop_ratio": (0, math.inf), "blur_sigma": (0, _LARGEST_BLUR)}
-    for name, (lowest, highest) in ranges.items():
-        low, high = getattr(config, name)
-        positive = low > 0 or name == "blur_sigma"
-        if not (lowest <= low <= high <= highest and positive):
-            raise ValueError(f"augment.{name}: got ({low}, {high}), wanted low <= high within ({lowest}, {highest}]")
-    for name in ("jitter", "grayscale", "blur", "solarize", "flip"):
-        value = getattr(config, f"{name}_probability")
-        if not all(0 <= p <= 1 for p in (value if name in ("blur", "solarize") else (value,))):
-            raise ValueError(f"augment.{name}_probability: got {value}, wanted 0 to 1")
-    for name, highest in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
-        if not 0 <= getattr(config, name) <= highest:
-            raise ValueError(f"augment.{name}: got {getattr(config, name)}, wanted 0 to {highest}")
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> float:

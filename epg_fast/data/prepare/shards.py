@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import logging
 import mmap
@@ -23,7 +22,7 @@ from epg_fast.data.sources.source import ImageSource
 from epg_fast.data.sources.tar_index import TarIndex
 from epg_fast.data.sources.tar_scan import scan_tars
 from epg_fast.data.sources.tars import INDEX, check_shards
-from epg_fast.files import open_atomically
+from epg_fast.files import file_sha256, open_atomically
 
 logger = logging.getLogger("epg_fast")
 
@@ -89,7 +88,7 @@ def prepare_shards(
         index.save(outdir / INDEX)
         manifest |= count_classes(images.classes, index.label)
         manifest["shards"] = [shard.entry for shard in shards]
-        manifest["index_sha256"] = _sha256(outdir / INDEX)
+        manifest["index_sha256"] = file_sha256(outdir / INDEX)
         finish_manifest(outdir, manifest, len(images), max_bad_fraction)
     return manifest
 
@@ -106,7 +105,7 @@ def verify_shards(outdir: str | os.PathLike) -> int:
         raise ValueError(f"outdir: {outdir} has no shards of prepare-data, wanted a folder with their manifest.json")
     check_shards(outdir, manifest)
     for shard in manifest["shards"]:
-        if _sha256(outdir / shard["name"]) != shard["sha256"]:
+        if file_sha256(outdir / shard["name"]) != shard["sha256"]:
             raise ValueError(
                 f"{outdir / shard['name']} is damaged: its SHA-256 is not the one in manifest.json; "
                 "delete it and run prepare-data again"
@@ -180,7 +179,7 @@ def _read_shard(path: Path, names: list[str], labels: list[int]) -> _Shard:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         places = zip(index.offset.tolist(), index.size.tolist(), strict=True)
         index.crc32 = np.array([zlib.crc32(content[start : start + size]) for start, size in places], np.uint32)
-    entry = {"name": path.name, "bytes": path.stat().st_size, "images": len(index), "sha256": _sha256(path)}
+    entry = {"name": path.name, "bytes": path.stat().st_size, "images": len(index), "sha256": file_sha256(path)}
     return _Shard(index, entry)
 
 
@@ -193,11 +192,3 @@ def _joined(indices: list[TarIndex], classes: list[str]) -> TarIndex:
         shard=np.repeat(np.arange(len(indices), dtype=np.int32), [len(index) for index in indices]),
         **{name: np.concatenate([getattr(index, name) for index in indices]) for name in columns},
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,12 +7,7 @@ import logging
 import struct
 
 import numpy as np
-import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-if int(PIL.__version__.split(".")[0]) < 10:
-    # it does not turn images in place, so that rotated ones would stay as they are
-    raise ImportError(f"Pillow is {PIL.__version__}, wanted 10 or newer; pip install --upgrade pillow")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """A file may carry the wrong extension, but nothing else is tried: Pillow would start Ghostscript for an EPS."""

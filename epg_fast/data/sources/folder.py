@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from epg_fast.data.sources.manifest import check_complete, check_counts, read_manifest
-from epg_fast.data.sources.names import IMAGES, Ignored, find_splits, is_image, is_parquet, is_split, split_of
+from epg_fast.data.sources.names import IMAGES, Ignored, find_splits, is_image, is_parquet, split_of
 from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing
 
 _WANTED = "wanted a folder of class folders with images"
@@ -125,18 +125,16 @@ class ImageFolder(ImageSource):
         """The splits of a dataset hold class folders of their own and would be taken for classes, the test set too."""
         if held := find_splits(folders):
             above, found = held
-            remedy = f"pass {self.root / above / found[0]}"
-            if (self.root / _DATASET).is_file():
-                remedy += f", with a {_DATASET} of its images in it"
-            elif above and sum("/" not in folder for folder in folders) > 1:
-                remedy = f"move one of them into a folder of its own, as {found[0]}/{above.replace('/', '_')}"
-            raise ValueError(f"data path: {self.root / above} holds the splits {', '.join(found)}, {_WANTED}; {remedy}")
+            where = self.root / above
+            raise ValueError(
+                f"data path: {where} holds the splits {', '.join(found)}, {_WANTED}; pass {where / found[0]}"
+            )
 
     def _check_used(self, labels: set[int], loose: int) -> None:
         """What may be another dataset than was meant."""
         used = [self.classes[label] for label in sorted(labels)]
         inner = sorted({path.split("/", 2)[1] for path in self.paths if path.count("/") > 1})
-        if all(map(is_split, used)) and all(path.count("/") > 1 for path in self.paths):
+        if all(map(split_of, used)) and all(path.count("/") > 1 for path in self.paths):
             raise ValueError(
                 f"data path: {self.root} holds the split {', '.join(used)}, {_WANTED}; pass {self.root / used[0]}"
             )
@@ -200,15 +198,13 @@ class _Found:
 
 def _walk(root: str) -> _Found:
     found, ignored, loops = _Found(), Ignored(), []
-    # for each folder to come, those on the way to it: a link to one of them would be walked round and round
-    above = {root: frozenset(map(_identity, (root, *Path(root).resolve().parents)))}
     for folder, subfolders, files in os.walk(root, onerror=_unreadable, followlinks=True):
         prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        parents = above.pop(folder)
-        identities = {name: _identity(os.path.join(folder, name)) for name in subfolders if not ignored.skips(name)}
-        subfolders[:] = [name for name, identity in identities.items() if identity not in parents]
-        loops += [prefix + name for name, identity in identities.items() if identity in parents]
-        above |= {os.path.join(folder, name): parents | {identities[name]} for name in subfolders}
+        subfolders[:] = [name for name in subfolders if not ignored.skips(name)]
+        # which would be walked round and round
+        back = [name for name in subfolders if _leads_back(folder, name)]
+        loops += [prefix + name for name in back]
+        subfolders[:] = [name for name in subfolders if name not in back]
         found.folders += [prefix + name for name in subfolders]
         for name in files:
             if ignored.skips(name):
@@ -221,7 +217,7 @@ def _walk(root: str) -> _Found:
                     found.parquet.add(prefix.rstrip("/"))
     found.images.sort()
     found.others = bool(ignored.others)
-    ignored.report(root)
+    ignored.report(root, "images")
     if loops:
         logger.warning(
             "%s: %d links lead back to a folder above them and are not followed (%s)", root, len(loops), loops[0]
@@ -229,9 +225,10 @@ def _walk(root: str) -> _Found:
     return found
 
 
-def _identity(path: str | os.PathLike) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether `name` is a link to `folder` or to one above it."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and Path(folder).resolve().is_relative_to(os.path.realpath(path))
 
 
 def _unreadable(error: OSError) -> None:

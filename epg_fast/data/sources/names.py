@@ -7,7 +7,8 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 from epg_fast.files import is_junk
 
@@ -44,14 +45,9 @@ def is_parquet(name: str) -> bool:
 
 
 def split_of(name: str) -> str | None:
-    """Which split a folder or file of this name can be: train, val, test or unlabelled."""
+    """Which split a folder or file of this name (`val2017`, `Test Set`) can be: train, val, test or unlabelled."""
     split = _split(name)
     return split and split[0]
-
-
-def is_split(name: str) -> bool:
-    """Whether a folder or tar of this name can be a split of a dataset, as `train`, `val2017` and `Test Set`."""
-    return _split(name) is not None
 
 
 def splits(names: Iterable[str]) -> list[str]:
@@ -104,12 +100,26 @@ class Ignored:
         if name not in self.own:
             self.others[os.path.splitext(name)[1].lower() or name] += 1
 
-    def report(self, where: object, wanted: str = "images") -> None:
+    def report(self, where: object, wanted: str) -> None:
         """Log what was left out; the same line of a process comes once."""
         if self.junk:
             _say(f"{where}: ignored {_counts(self.junk)}: hidden, or of an operating system or a storage box")
         if self.others:
             _say(f"{where}: ignored {self.others.total()} files that are no {wanted}: {_counts(self.others)}")
+
+
+def files_in(folder: Path, is_wanted: Callable[[str], bool], wanted: str) -> list[str]:
+    """The sorted names in `folder` for which `is_wanted`; what is left out is counted and logged."""
+    ignored, found = Ignored(), []
+    for name in sorted(os.listdir(folder)):
+        if ignored.skips(name):
+            continue
+        if is_wanted(name):
+            found.append(name)
+        else:
+            ignored.add_other(name)
+    ignored.report(folder, wanted)
+    return found
 
 
 @functools.lru_cache(1024)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from epg_fast.data.sources.names import Ignored, is_parquet, split_of, splits
+from epg_fast.data.sources.names import files_in, is_parquet, split_of, splits
 from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing
 
 # Bytes of row groups that a process keeps; one row group in any case.
@@ -192,11 +192,9 @@ def _size(group, column: str) -> int:
 def _choose_columns(schema, path: Path) -> _Columns:
     import pyarrow as pa
 
-    features = _features(schema)
     images = {field.name: leaf for field in schema if (leaf := _image_leaf(field))}
     numbers = [field.name for field in schema if pa.types.is_integer(field.type)]
-    image = _choose("image", list(images), [name for name in images if features.get(name) == "Image"])
-    label = _choose("label", numbers, [name for name in numbers if isinstance(features.get(name), tuple)])
+    image, label = _choose("image", list(images)), _choose("label", numbers)
     unlike = not numbers and "label" in schema.names
     if image is None or unlike or (label is None and numbers):
         found = ", ".join(f"{field.name} ({field.type})" for field in list(schema)[:12]) or "none"
@@ -204,15 +202,12 @@ def _choose_columns(schema, path: Path) -> _Columns:
             f"data path: {path} has the columns {found}; wanted one of encoded images, `image`, and one of class "
             "indices, `label`; write it again with these names (pyarrow: `rename_columns`)"
         )
-    names = features.get(label)
-    return _Columns(images[image], label, names if isinstance(names, tuple) else ())
+    return _Columns(images[image], label, _class_names(schema, label))
 
 
-def _choose(name: str, found: list[str], marked: list[str]) -> str | None:
-    """The column of this name, the only one that can be meant, or the only one that the hub's metadata marks."""
-    if name in found:
-        return name
-    return next((some[0] for some in (found, marked) if len(some) == 1), None)
+def _choose(name: str, found: list[str]) -> str | None:
+    """The column of this name, or the only one that can be meant."""
+    return name if name in found else found[0] if len(found) == 1 else None
 
 
 def _image_leaf(field) -> str | None:
@@ -228,18 +223,12 @@ def _image_leaf(field) -> str | None:
     return field.name if is_bytes(field.type) else None
 
 
-def _features(schema) -> dict[str, str | tuple[str, ...]]:
-    """Of each column in the hub's metadata of a file: the class names of a `ClassLabel`, and the type of any other."""
+def _class_names(schema, label: str | None) -> tuple[str, ...]:
+    """Those of a `ClassLabel` in the hub's metadata of a file; empty for anything but a list of names, each once."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: (feature["_type"], feature.get("names")) for name, feature in features.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
-    return {name: _class_names(names) if kind == "ClassLabel" else kind for name, (kind, names) in kinds.items()}
-
-
-def _class_names(names: object) -> tuple[str, ...]:
-    """Empty for anything but a list of names, each once."""
+        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return ()
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         return ()
     return tuple(names) if len({*names}) == len(names) else ()
@@ -272,16 +261,7 @@ def _find_files(path: str | os.PathLike) -> tuple[Path, list[str]]:
     path = existing(path)
     if not path.is_dir():
         return path.parent, [path.name]
-    ignored, names = Ignored(), []
-    for name in sorted(os.listdir(path)):
-        if ignored.skips(name):
-            continue
-        if is_parquet(name):
-            names.append(name)
-        else:
-            ignored.add_other(name)
-    ignored.report(path, "parquet files")
-    return path, _training_set(path, names)
+    return path, _training_set(path, files_in(path, is_parquet, "parquet files"))
 
 
 def _training_set(folder: Path, names: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from epg_fast.data.sources.manifest import MANIFEST, check_complete, read_manifest
-from epg_fast.data.sources.names import IMAGES, Ignored, is_tar, splits
+from epg_fast.data.sources.names import IMAGES, files_in, is_tar, splits
 from epg_fast.data.sources.source import NO_LABELS, ImageSource, existing
 from epg_fast.data.sources.tar_index import TarIndex
 from epg_fast.data.sources.tar_scan import scan_tars
@@ -144,15 +144,7 @@ def check_shards(folder: Path, manifest: dict) -> None:
 
 def _find_tars(folder: Path) -> list[str]:
     """Return the sorted names of the tars in `folder`. Raises ValueError for training and test tars side by side."""
-    ignored, tars = Ignored(), []
-    for name in sorted(os.listdir(folder)):
-        if ignored.skips(name):
-            continue
-        if is_tar(name):
-            tars.append(name)
-        else:
-            ignored.add_other(name)
-    ignored.report(folder, "tars")
+    tars = files_in(folder, is_tar, "tars")
     if splits(name.split(".")[0] for name in tars):
         raise ValueError(
             f"data path: {folder} has the tars of training and of other images; pass one tar, or move them apart"
