@@ -166,11 +166,11 @@ class FusedBlock(_Fused, Block):
 
     def _computed(self, x: Tokens, kept: int | None = None):
         """kept: only the first so many tokens are computed behind the attention, and returned."""
-        if isinstance(x, Rows):
+        if isinstance(x, Rows) and _norms_ride(self):
             qkv = _product_of_norm(x, self.norm1, self.attn.qkv, operand=self.operands.get("attn.qkv"))
             x = skip = x.x
         else:
-            x, y, skip = _residual_norm(self.ops["norm"], self.norm1, x, skip=self.makes_skip)
+            x, y, skip = _residual_norm(self.ops["norm"], self.norm1, _stream(x), skip=self.makes_skip)
             qkv = _qkv(self, y)
         if _norms_ride(self):
             x = _halves(self, x, qkv, None, (), None)
@@ -201,7 +201,7 @@ class FusedLastBlock(FusedBlock):
 class FusedDecoderBlock(_Fused, DecoderBlock):
     def forward(self, x: Tokens, cond, skip=None, modulation=None) -> Tokens:
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
-        if skip is None and isinstance(x, Rows):
+        if skip is None and isinstance(x, Rows) and _norms_ride(self):
             operand = self.operands.get("attn.qkv")
             qkv = _product_of_norm(x, self.norm1, self.attn.qkv, shift1, scale1, operand=operand)
             return _halves(self, x.x, qkv, gate1, modulation2, gate2)

@@ -114,6 +114,18 @@ def test_norms_within_products_of_one_half_compute_the_same(half):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["blocks.1", "decoder_blocks.2"])
+def test_a_block_in_training_mode_drops_behind_one_that_leaves_statistics(path):
+    plain = make(**DECODER | {"decoder_depth": 3, "drop": 0.5}).eval()
+    plain.get_submodule(path).train()
+    results = []
+    for network in (plain, copy.deepcopy(plain).use_ops(NORMS_WITHIN)):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(network(*inputs(plain, 1)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("ops", ["triton", NORMS_WITHIN], ids=str)
 def test_a_generator_whose_encoder_has_no_blocks_has_no_skips(ops):
     plain = make(**DECODER | {"depth": 0, "decoder_depth": 1}).eval()
