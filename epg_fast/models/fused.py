@@ -261,7 +261,7 @@ class FusedEPGViT(FusedTrunk, EPGViT):
             x, entered = self._entered(i, block, x)
             skips.append(entered)
         _, normalised, last = _residual_norm(self.ops["encoder.norm"], self.norm, _stream(x), skip=True)
-        return [*skips[1:], last], normalised
+        return [*skips, last][1:], normalised
 
     def _patches(self, x: Tokens) -> torch.Tensor:
         if isinstance(x, Rows) and is_plain(self.out_norm, LayerNorm) and is_plain(self.out, nn.Linear):
@@ -320,13 +320,19 @@ def fuse(network: ViTEncoder) -> ViTEncoder:
             _choose(block, ops)
             if isinstance(block, FusedBlock):
                 block.makes_skip = isinstance(network, EPGViT)
-    if isinstance(network, RCMViT) and len(network.blocks) and type(network.blocks[-1]) is FusedBlock:
+    if _reads_first_token(network) and len(network.blocks) and type(network.blocks[-1]) is FusedBlock:
         network.blocks[-1].__class__ = FusedLastBlock
     network.norm.backend = _alone(network.ops["encoder.norm"])
     if hasattr(network, "out_norm"):
         network.out_norm.backend = _alone(network.ops["decoder.norm"])
-    fused = network.ops["embedding"] != "plain" or any(isinstance(block, FusedBlock) for block in network.blocks)
+    fused = network.ops["embedding"] != "plain" or any(isinstance(block, _Fused) for block in network.all_blocks)
     return _as_fused(network) if fused else _as_plain(network)
+
+
+def _reads_first_token(network: ViTEncoder) -> bool:
+    """Whether the first token alone is read of what the last block returns; methods of a subclass may read others."""
+    own = RCMViT.forward, RCMViT.encode
+    return isinstance(network, RCMViT) and (type(network).forward, type(network).encode) == own
 
 
 def _choose(block: nn.Module, ops: dict[str, str]) -> None:

@@ -184,7 +184,7 @@ class Fp8Network(ViTEncoder):
     def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         x, entered = self._through(x)
         last, normalised = self._final(self.norm, x)
-        return [*entered[1:], last], normalised
+        return [*entered, last][1:], normalised
 
     def _through(self, x: Tokens) -> tuple[Tokens, list[torch.Tensor]]:
         """(output of the last block of the encoder, what entered each)."""
@@ -222,15 +222,15 @@ class ChainedNetwork(ViTEncoder):
         return self.norm(_in_16_bits(self._through(x)[-1])[:, :1])[:, 0]
 
     def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor | Chained], torch.Tensor]:
-        skips = self._through(x)
-        return skips, self._final(self.norm, _in_16_bits(skips[-1]))
+        made = self._through(x)
+        return made[1:], self._final(self.norm, _in_16_bits(made[-1]))
 
     def _through(self, x: torch.Tensor) -> list[torch.Tensor | Chained]:
-        """What each block of the encoder returns."""
+        """x and what each block of the encoder returns."""
         made = [x]
         for i, block in enumerate(self.blocks):
             made.append(self._run(i, block, _in_16_bits(made[-1])))
-        return made[1:]
+        return made
 
     def _normalised_patches(self, x: torch.Tensor) -> torch.Tensor:
         return self._final(self.out_norm, x[:, self.extras :])

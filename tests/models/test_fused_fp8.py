@@ -25,6 +25,7 @@ FORMS = {
     "a deeper decoder, three class tokens, qkv bias, scaled scores": MORE,
     "no norm after the skips, equal widths": {"skip_post_norm": False, "decoder_embed_dim": 32, "num_classes": 0},
     "a skip whose width FP8 does not take": {"embed_dim": 40},
+    "an encoder without blocks, whose decoder has no skips": {"depth": 0},
 }
 
 

@@ -105,6 +105,24 @@ def test_norms_within_products_compute_the_same_and_a_pass_with_gradients_does_w
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_norms_within_products_of_one_half_compute_the_same(half):
+    plain = make(**DECODER | {"depth": 1}).eval()
+    fused = copy.deepcopy(plain).use_ops({f"{half}.norm": "prologue"})
+    with torch.no_grad():
+        want, got = (network(*inputs(plain, 1)) for network in (plain, fused))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ops", ["triton", NORMS_WITHIN], ids=str)
+def test_a_generator_whose_encoder_has_no_blocks_has_no_skips(ops):
+    plain = make(**DECODER | {"depth": 0, "decoder_depth": 1}).eval()
+    fused = copy.deepcopy(plain).use_ops(ops)
+    with torch.no_grad():
+        want, got = (network(*inputs(plain, 1)) for network in (plain, fused))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["autocast", "pure 16-bit"])
 def test_norms_within_products_are_one_graph_in_16_bits_and_as_accurate(mode):
@@ -168,6 +186,22 @@ def test_a_feature_is_computed_without_the_other_tokens_behind_the_last_attentio
     x, t = inputs(plain)[:2]
     torch.testing.assert_close(fused.encode(x, t), plain.encode(x, t), rtol=1e-4, atol=1e-5)
     assert set(seen[:-1]) <= {fused.extras + fused.num_patches} and seen[-1] == 1
+
+
+class MeanOfTokens(RCMViT):
+    def encode(self, x, t):
+        x = self._embed(x, self._prefix(self._condition(t, None)[0], None))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).mean(1)
+
+
+def test_a_network_that_encodes_its_own_way_has_all_tokens_of_the_last_block():
+    plain = make(MeanOfTokens, hidden_dim=32, output_dim=16)
+    fused = copy.deepcopy(plain).use_ops({"norm": "triton"})
+    x, t = inputs(plain)[:2]
+    torch.testing.assert_close(fused.encode(x, t), plain.encode(x, t), rtol=1e-4, atol=1e-5)
+    assert not fused.drops_tokens
 
 
 def test_dropout_is_drawn_for_all_tokens_of_the_last_block():
