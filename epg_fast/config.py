@@ -167,9 +167,9 @@ class DataConfig(_Checked):
     """Who decodes and augments: `auto` takes DALI when it is installed and says so. Their pixels differ slightly."""
     normalization: Literal["imagenet", "simple"] = "imagenet"
     """Pixel scaling: `imagenet` gives standard deviation 0.5, `simple` maps [0,1] to [-1,1]."""
-    flip_probability: float = 0.5
+    flip_probability: float = number(0.5, 0, 1)
     """Probability of a horizontal flip of the centre crop."""
-    workers: int = 4
+    workers: int = number(4, 0)
     """Pillow: decoding processes per rank, 0 decodes in the training process. DALI: CPU threads per rank."""
     readers: int = number(1, 0)
     """DALI: processes per rank that read files and draw parameters of views; 0 reads in the training process."""
@@ -424,11 +424,11 @@ class ProbeConfig(_Checked):
         super().__post_init__()
         if self.every and not self.test:
             raise ValueError(
-                "probe.test: got nothing, want held-out images with classes; add --probe.test FOLDER, or leave out "
+                "test: got nothing, want held-out images with classes; add --probe.test FOLDER, or leave out "
                 "--probe.every"
             )
         if not self.sigmas or min(self.sigmas) <= 0 or len(set(self.sigmas)) < len(self.sigmas):
-            raise ValueError(f"probe.sigmas: got {self.sigmas}, want positive noise levels that differ")
+            raise ValueError(f"sigmas: got {self.sigmas}, want positive noise levels that differ")
 
 
 @dataclass
@@ -439,6 +439,7 @@ class PretrainConfig(RunConfig):
         default_factory=lambda: OptimizerConfig(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.03, decay_tokens=True)
     )
     steps: int = number(600_000, 1)
+    batch_size: int = number(1024, 2)  # the contrastive loss compares images
     start_scales: int = number(20, 1)
     """Curriculum: noise levels at the start (K0)."""
     end_scales: int = 1280
@@ -706,7 +707,7 @@ class EvaluateConfig(JudgeConfig):
     """Probe: unshifted noise levels."""
     normalization: Literal["auto", "imagenet", "simple"] = "auto"
     """Probe: pixel scaling; `auto` reads it from the checkpoint (official files and presets: imagenet)."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**63 - 1)
     """Probe: seed of the noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Probe and reference: where the network runs."""

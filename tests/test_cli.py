@@ -95,6 +95,8 @@ MISTAKES = {
     "pretrain --batch_size many": "batch_size: got 'many', want INTEGER",
     "pretrain --batch_size": "batch_size: got 'nothing', want INTEGER",
     "pretrain --steps 0": "steps is 0, want at least 1",
+    "pretrain --batch_size 1": "batch_size is 1, want at least 2",
+    "pretrain --data.workers -1": "error: data.workers is -1, want at least 0",
     "pretrain --steps --seed 1": "steps: got 'nothing', want INTEGER",
     "pretrain steps": "unknown argument 'steps', want --flag value",
     "finetune-diffusion --ema -1e-3": "ema is -0.001, want 0 to 1",
@@ -239,10 +241,17 @@ def test_a_run_that_came_and_went_during_the_start_is_not_started_anew(capsys, d
     assert [path.name for path in checkpoints.iterdir()] == ["step_000000002"]
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(capsys, tiny_run, tmp_path):
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(capsys, tiny_run, tmp_path, monkeypatch):
     command = ["pretrain", *tiny_run[:2], "--config", "digits_pretrain", *tiny_run[2:], "--steps", "2"]
     command = [*command, "--outdir", tmp_path / "run"]
-    fails(capsys, [*command, "--batch_size", "1"], "more than 1 value", code=2)
+
+    def fail(*_):
+        raise ValueError("not with these numbers")
+
+    with monkeypatch.context() as mistake:
+        mistake.setattr(loop, "train_step", fail)
+        fails(capsys, [*command, "--batch_size", "2"], "not with these numbers", code=2)
+    assert (tmp_path / "run" / "config.yaml").exists()
     run(*command, "--batch_size", "4")
 
 

@@ -192,6 +192,7 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
             chosen=Chosen(PLAIN),
             network=network,
             ema=None,
+            perceptual=None,
             name="finetune-diffusion",
             sharded=False,
             config=config,

@@ -133,7 +133,9 @@ def check_folders(config: JudgeConfig) -> None:
     """Raise ValueError unless both folders of real images are set, with the same classes, two at least."""
     paths, opened = {name: getattr(config, name) for name in ("train", "test")}, []
     if unset := next((name for name, path in paths.items() if not path), None):
-        raise ValueError(f"evaluate: `{unset}` is not set")
+        raise ValueError(
+            f"evaluate: --{unset} is missing; pass --train and --test, folders of class folders of real images"
+        )
     for name, path in paths.items():
         with images_of(name):
             opened.append(ImageFolder(path))

@@ -95,7 +95,7 @@ def test_missing_settings_and_unequal_classes_are_named(digits, arrays, tmp_path
     Image.new("L", (8, 8)).save(tmp_path / "other" / "zero" / "a.png")
     save_pngs(enlarged(arrays[0][:5]), np.full(5, 3), tmp_path / "some")
     for samples, real, test, message in (
-        ("x", train, None, "`test` is not set"),
+        ("x", train, None, "--test is missing; pass --train and --test"),
         ("x", train, other, "same class folders.*'zero'"),
         ("x", other, other, "one class, zero, want two at least.*--reference"),
         # whose classes would be renumbered

@@ -30,7 +30,7 @@ FID = "--samples s --reference r --inception i"
         ("--samples s --reference r", ["got --reference without --inception", "inception-2015-12-05.pt"]),
         ("--samples s --inception i", ["got --inception without --reference", "ADM"]),
         (f"{FID} --train t", ["--reference and --train"]),
-        ("--samples s --train t", ["`test` is not set"]),
+        ("--samples s --train t", ["--test is missing; pass --train and --test"]),
         ("--probe p --reference r", ["got --reference with --probe"]),
         (f"{FID} --splits 0", ["splits is 0, want at least 1"]),
         (FID, ["reference: r: no such file or folder"]),
