@@ -76,7 +76,7 @@ def compile_stage(stage: Stage, how: str | None = None, **options) -> None:
     how = ("blocks" if stage.ranks.device.type == "cuda" else "off") if how == "auto" else how
     if stage.name == "pretrain" and how != "off":
         # outside of the networks, and of CUDA graphs: images and noise are new ones in every step
-        stage.noised = torch.compile(stage.noised, fullgraph=True, **compile_options(more=more) | options)
+        stage.noised = torch.compile(stage.noised, **{"fullgraph": True} | compile_options(more=more) | options)
     if how == "blocks":
         emas = [] if stage.ema is None else [stage.ema]
         for network in networks + emas:

@@ -107,10 +107,10 @@ def test_compiled_blocks_have_no_graph_breaks_and_are_compiled_once(job, micro_b
     compile_stage(training.stage, "blocks", backend="eager", fullgraph=True)
     training.update()
     graphs = counters["stats"]["unique_graphs"]
-    # pre-training: three batches, two of them without gradient; fine-tuning: an encoder block and decoder blocks with
-    # and without a skip, for consistency also without gradient, and blocks of the frozen encoder with and without;
-    # GradCache runs pre-training's three views twice
-    want = {"pretrain": 3 if micro_batches == 1 else 4, "finetune-diffusion": 3, "finetune-consistency": 8}
+    # pre-training: three batches, two of them without gradient, and the noised images of each; fine-tuning: an encoder
+    # block and decoder blocks with and without a skip, for consistency also without gradient, and blocks of the frozen
+    # encoder with and without; GradCache runs pre-training's three views twice
+    want = {"pretrain": 6 if micro_batches == 1 else 8, "finetune-diffusion": 3, "finetune-consistency": 8}
     assert graphs == want[job]
     with torch._dynamo.config.patch(error_on_recompile=True):
         training.updated(3)
