@@ -1,7 +1,7 @@
 # make demo   the whole method on handwritten digits, results in runs/demo
 # make check  lint, sizes, the fast tests: two minutes
 # make test   that, and the slow tests: eight minutes
-# make kernels  CUTLASS, the kernels' resources on three architectures, the interpreter at every shape
+# make kernels  CUTLASS, the kernels' resources on sm_90 and in part on two others, the interpreter at every shape
 # make bench  all benchmarks, results in bench/results/<date>-<device>
 # make ledger what a Hopper GPU would be given, counted without one, results in bench/results/<date>-ledger
 # make docs   the documents as a site, docs/_build/html

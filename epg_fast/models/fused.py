@@ -176,12 +176,16 @@ class FusedBlock(_Fused, Block):
             x = _halves(self, x, qkv, None, (), None)
             x = x if kept is None else x.x[:, :kept]
         else:
-            # dropout draws for all tokens, as `Block` does
-            early = None if self.training and (self.attn.proj_drop.p or self.mlp.drop.p) else kept
+            early = None if self.drops_out else kept
             x, y = _attention_half(self, x, qkv, self._drawn_gate(y), (None, None), early)
             x = _mlp_half(self, x, y, self._drawn_gate(y))[:, :kept]
         # compiled code would fill and add a gradient of zeros for a skip that nobody takes
         return (x, skip) if self.makes_skip else x
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether dropout draws, for all tokens, as in `Block`."""
+        return self.training and bool(self.attn.proj_drop.p or self.mlp.drop.p)
 
     def _drawn_gate(self, y: torch.Tensor) -> torch.Tensor | None:
         """What stochastic depth multiplies a branch with, [B, 1, D]; None while it does not."""
@@ -251,7 +255,8 @@ class FusedRCMViT(FusedTrunk, RCMViT):
     @property
     def drops_tokens(self) -> bool:
         """As in `ViTEncoder`."""
-        return len(self.blocks) > 0 and isinstance(self.blocks[-1], FusedLastBlock)
+        last = self.blocks[-1] if len(self.blocks) else None
+        return isinstance(last, FusedLastBlock) and not last.drops_out
 
 
 class FusedEPGViT(FusedTrunk, EPGViT):

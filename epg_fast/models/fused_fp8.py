@@ -83,16 +83,20 @@ class Fp8Block(Block):
         return _halves(self, x, *normed, None, (), None), x
 
 
+def _entered(block: Fp8DecoderBlock | ChainedDecoderBlock, x, skip, shift, scale):
+    """(x with its long skip, if there is one, the first norm of that in FP8, its scales)."""
+    if skip is not None:
+        x = block._skip(x, skip)
+    if skip is None or is_plain(block.skip_norm, nn.Identity):
+        return _normed(block.norm1, x, shift, scale)
+    norm, after = parameters_of(block.skip_norm, LayerNorm), parameters_of(block.norm1, LayerNorm)
+    return skip_norms_fp8(x, *norm, (*after, shift, scale), block.norm1.eps, "triton")
+
+
 class Fp8DecoderBlock(DecoderBlock):
     def forward(self, x: Tokens, cond, skip=None, modulation=None) -> Unsummed:
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
-        if skip is not None:
-            x = self._skip(x, skip)
-        if skip is None or is_plain(self.skip_norm, nn.Identity):
-            x, *normed = _normed(self.norm1, x, shift1, scale1)
-        else:
-            norm, after = parameters_of(self.skip_norm, LayerNorm), parameters_of(self.norm1, LayerNorm)
-            x, *normed = skip_norms_fp8(x, *norm, (*after, shift1, scale1), self.norm1.eps, "triton")
+        x, *normed = _entered(self, x, skip, shift1, scale1)
         return _halves(self, x, *normed, gate1, modulation2, gate2)
 
     def _skip(self, x: Tokens, skip: torch.Tensor) -> torch.Tensor:
@@ -150,13 +154,7 @@ class ChainedDecoderBlock(DecoderBlock):
     def forward(self, x, cond, skip=None, modulation=None) -> torch.Tensor | Chained:
         """x, skip: [B, L, D] or [B, L, E], or what a block of this kind has returned."""
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
-        if skip is not None:
-            x = self._skip(x, skip)
-        if skip is None or is_plain(self.skip_norm, nn.Identity):
-            x, *normed = _normed(self.norm1, x, shift1, scale1)
-        else:
-            norm, after = parameters_of(self.skip_norm, LayerNorm), parameters_of(self.norm1, LayerNorm)
-            x, *normed = skip_norms_fp8(x, *norm, (*after, shift1, scale1), self.norm1.eps, "triton")
+        x, *normed = _entered(self, x, skip, shift1, scale1)
         returns = "rows" if self.feeds_skip else "y"
         made = _chained_halves(self, x, *normed, gate1, modulation2, gate2, returns)
         return Chained(None, *made) if self.feeds_skip else made

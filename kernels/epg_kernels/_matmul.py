@@ -610,7 +610,6 @@ def linear_case(
         | constexprs_of(config, columns, precision),
         f"K={widths} N={columns}",
         extras,
-        archs=(90,) if norm or statistics else (80, 90, 100),
     )
 
 

@@ -84,4 +84,4 @@ def _case(
     constants |= {"SCALES_X": scales, "SCALES_SKIP": triton.cdiv(skip_width, config.block_k)}
     constants |= constexprs_of(config, columns, "tf32")
     shape = f"K={widths}{f'/{scales}' if scales > 1 else ''} N={columns}"
-    return product_case(linear_fwd_kernel, config, dtypes, vectors, constants, shape, extras, archs=(90,))
+    return product_case(linear_fwd_kernel, config, dtypes, vectors, constants, shape, extras, archs=(90, 100))

@@ -224,6 +224,7 @@ def test_dropout_is_drawn_for_all_tokens_of_the_last_block():
         torch.manual_seed(0)
         results.append(network.encode(*inputs(plain)[:2]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert not fused.drops_tokens and fused.eval().drops_tokens  # by which FLOPs are counted
 
 
 @pytest.mark.slow
