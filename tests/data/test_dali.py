@@ -242,7 +242,7 @@ def test_a_file_that_only_dali_cannot_decode_is_decoded_by_pillow(photographs, m
     gif = encode(photograph(64, 48), "GIF")
     content = {i: photographs.read(i) for i in range(len(photographs))} | {5: gif}
     monkeypatch.setattr(photographs, "read", content.__getitem__, raising=False)
-    monkeypatch.setattr("epg_fast.data.loading.encoded._is_plain", lambda image, content: True)
+    monkeypatch.setattr("epg_fast.data.loading.dali._is_plain", lambda image, content: True)
     assert difference(photographs)["x"].flatten(1).float().mean(1).max() < 0.3
 
 

@@ -19,8 +19,7 @@ from epg_fast.data.loading.workers import each
 from epg_fast.data.prepare.output import MAX_BAD_FRACTION, claimed, crop_and_encode, finish_manifest, open_source
 from epg_fast.data.sources.manifest import count_classes, read_manifest, write_manifest
 from epg_fast.data.sources.source import ImageSource
-from epg_fast.data.sources.tar_index import TarIndex
-from epg_fast.data.sources.tar_scan import scan_tars
+from epg_fast.data.sources.tar_index import TarIndex, scan_tars
 from epg_fast.data.sources.tars import INDEX, check_shards
 from epg_fast.files import file_sha256, open_atomically
 
