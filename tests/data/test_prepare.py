@@ -20,7 +20,6 @@ from epg_fast.data import (
     DataError,
     ImageFolder,
     ImageTars,
-    PillowLoader,
     center_crop,
     open_images,
     prepare_folder,
@@ -29,15 +28,10 @@ from epg_fast.data import (
 )
 from epg_fast.data.prepare import folder as crops
 from tests.commands import held_by_another_process, snapshot
-from tests.data.conftest import linux
-from tests.data.images import encode, noise, pack, png, touch
+from tests.data.conftest import left_of, linux
+from tests.data.images import encode, noise, open_loader, pack, png, touch
 
 LAYOUTS = {"folder": prepare_folder, "shards": prepare_shards}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -129,41 +123,51 @@ def test_shards_hold_the_centre_crops_in_mixed_order(make_folder, tmp_path):
     assert np.abs(np.asarray(image) - crop).mean() < 30
 
 
-def colours(count):
-    """Images of one colour each, which tells them apart in any layout."""
-    return [encode(Image.new("RGB", (8, 8), (20 * i, i, 7))) for i in range(count)]
+LABELS = [10, 2, 0, 2]
+NAMES = ["tench, Tinca tinca", "goldfish", "a/b"]  # not sorted, and one is no name of a folder
 
 
-def write_edm(root):
-    images = [[f"00000/img{i:08d}.png", label] for i, label in enumerate((10, 2, 0, 2))]
-    for (name, _), content in zip(images, colours(4), strict=True):
+def write_edm(root, images):
+    names = [f"00000/img{i:08d}.png" for i in range(4)]
+    for name, content in zip(names, images, strict=True):
         touch(root, name, content=content)
-    (root / "dataset.json").write_text(json.dumps({"labels": images}))
+    labels = {"labels": list(zip(names, LABELS, strict=True))}
+    touch(root, "dataset.json", content=json.dumps(labels).encode())
+    return [f"{i:02d}" for i in range(11)], LABELS
 
 
-def write_class_tars(root):
-    images = colours(4)
-    pack(root / "a.tar", {"a_1.png": images[0], "a_2.png": images[1]})
-    pack(root / "b.tar", {"b_1.png": images[2], "b_2.png": images[3]})
+def write_class_tars(root, images):
+    for label, name in enumerate("ab"):
+        pack(root / f"{name}.tar", {f"{name}_{i}.png": images[2 * label + i] for i in range(2)})
+    return ["a", "b"], [0, 0, 1, 1]
 
 
-def write_shards(root):
-    members = [({f"{i}.png": content, f"{i}.cls": b"%d" % (i % 3)}) for i, content in enumerate(colours(4))]
-    for i in range(2):
-        pack(root / f"x-{i}.tar", members[2 * i] | members[2 * i + 1])
+def write_shards(root, images):
+    for i, (content, label) in enumerate(zip(images, LABELS, strict=True)):
+        pack(root / f"x-{i}.tar", {f"{i}.png": content, f"{i}.cls": b"%d" % label})
+    return [str(i) for i in range(11)], LABELS
 
 
-@pytest.mark.parametrize("write", [write_edm, write_class_tars, write_shards])
-def test_any_dataset_can_be_prepared_and_keeps_its_labels(tmp_path, prepare, write):
-    write(tmp_path / "in")
-    before = open_images(tmp_path / "in")
-    prepare(tmp_path / "in", tmp_path / "out", 8)
+def write_parquet(root, images):
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import table, write
+
+    write(root / "x.parquet", table(images, [2, 1, 0, 1], names=NAMES), row_group_size=2)
+    return NAMES, [2, 1, 0, 1]
+
+
+@pytest.mark.parametrize("write", [write_edm, write_class_tars, write_shards, write_parquet])
+def test_any_dataset_can_be_prepared_and_keeps_its_labels_and_names(tmp_path, prepare, write):
+    colours = [(20 * i, i, 7) for i in range(4)]
+    classes, labels = write(tmp_path / "in", [encode(Image.new("RGB", (8, 8), colour)) for colour in colours])
+    for _ in range(2):
+        manifest = prepare(tmp_path / "in", tmp_path / "out", 8)
     prepare(tmp_path / "out", tmp_path / "again", 8)
-    found = []
-    for images in (before, open_images(tmp_path / "out"), open_images(tmp_path / "again")):
-        colour = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
-        found.append((colour, len(colour), images.classes))
-    assert found[0] == found[1] == found[2] and found[0][1] == 4
+    for path in ("in", "out", "again"):
+        images = open_images(tmp_path / path)
+        found = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
+        assert found == dict(zip(colours, labels, strict=True)) and images.classes == classes
+    assert list(manifest["counts"].values()) == [labels.count(i) for i in range(len(classes))]
 
 
 # interruptions
@@ -184,29 +188,31 @@ def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path, prepare)
 
 
 @linux
-@pytest.mark.slow
 def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
-    make_folder, tmp_path, prepare, wait_until_gone
+    make_folder, tmp_path, prepare, monkeypatch
 ):
-    source, out = make_folder(240, size=(160, 120)), tmp_path / "out"
-    (source / "class1" / "100.png").write_bytes(b"bad")
-    pattern = {"folder": "*.png", "shards": "*.tar"}[prepare.layout]
-    run = multiprocessing.get_context("fork").Process(target=prepare, args=(source, out, 64, 2))
-    run.start()
+    source, out = make_folder(100), tmp_path / "out"
+    (source / "class1" / "040.png").write_bytes(b"bad")
+    pattern, whole = {"folder": ("*.png", 99), "shards": ("*.tar", 10)}[prepare.layout]
+    with monkeypatch.context() as slowly:
+        read = ImageFolder.read
+        slowly.setattr(ImageFolder, "read", lambda folder, i: time.sleep(0.01) or read(folder, i))
+        run = multiprocessing.get_context("fork").Process(target=prepare, args=(source, out, 16, 2))
+        run.start()
     while len(list(out.rglob(pattern))) < 3:
         assert run.is_alive()
         time.sleep(0.002)
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.kill()
     run.join()
-    assert len(workers) == 2 and not wait_until_gone(workers)
+    assert len(workers) == 2 and not left_of(workers)
     done = times(out, pattern)
-    assert 3 <= len(done) < {"folder": 239, "shards": 24}[prepare.layout]
+    assert 3 <= len(done) < whole
     for use in (open_images, verify_shards)[: 1 + (prepare.layout == "shards")]:
         with pytest.raises(ValueError, match="prepare-data was interrupted; run it again"):
             use(out)
-    assert prepare(source, out, 64, workers=2)["bad_files"].keys() == {"class1/100.png"}
-    prepare(source, tmp_path / "whole", 64)
+    assert prepare(source, out, workers=2)["bad_files"].keys() == {"class1/040.png"}
+    prepare(source, tmp_path / "whole")
     assert snapshot(out) == snapshot(tmp_path / "whole")
     kept = sum(times(out, pattern)[path] == time for path, time in done.items())
     assert kept >= len(done) - 1  # a shard with a bad file is made again
@@ -327,21 +333,20 @@ def test_too_many_bad_files_are_an_error_after_the_work_whose_flag_makes_it_comp
 def test_a_wrong_checksum_is_a_bad_file_for_the_loader(make_folder, tmp_path):
     out = tmp_path / "out"
     prepare_shards(make_folder(40), out, 16, workers=0, images_per_shard=25)
-    index = open_images(out).index
-    shard = out / "shard-000001.tar"
+    shard, index = out / "shard-000001.tar", open_images(out).index
     content = bytearray(shard.read_bytes())
     content[int(index.offset[30]) + 40] ^= 1
     shard.write_bytes(content)
     with pytest.raises(ValueError, match="shard-000001.tar is damaged: its SHA-256"):
         verify_shards(out)
-    out = out.rename(tmp_path / "moved")
-    source = open_images(out)
+    source = open_images(out.rename(tmp_path / "moved"))
     with pytest.raises(OSError, match="checksum of shard-000001.tar/.*png .* differs"):
         source.read(30)
-    loader = PillowLoader(source, image_size=16, batch_size=8, seed=0, workers=0, max_bad_fraction=0.1)
-    for _ in range(5):
-        assert 30 not in next(loader)["index"].tolist()
-    assert list(loader.bad_files) == [source.paths[30]] and "OSError: checksum" in loader.bad_files[source.paths[30]]
+    with open_loader(source, max_bad_fraction=0.1) as loader:
+        assert not any(30 in next(loader)["index"] for _ in range(5))
+        assert (
+            list(loader.bad_files) == [source.paths[30]] and "OSError: checksum" in loader.bad_files[source.paths[30]]
+        )
 
 
 # what training refuses
