@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,7 +16,7 @@ Batch = dict[str, torch.Tensor]
 _GRACE = 2.0
 
 
-class Prefetcher:
+class Prefetcher(Iterator[Batch], contextlib.AbstractContextManager):
     """The batches of `loader`, in its order and bit for bit, drawn and copied to `device` ahead of time.
 
     One daemon thread draws; at most `depth` batches are held. On CUDA the thread copies through pinned memory on a
@@ -64,19 +64,12 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def __iter__(self) -> Prefetcher:
-        return self
-
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("this prefetcher is closed; make a new one with a loader at start=iteration to go on")
         if self._error is not None:
             raise self._error
-        started = time.perf_counter()
-        try:
-            item = self._take(started)
-        finally:
-            self.waited += time.perf_counter() - started
+        item = self._take()
         if item is None:
             raise RuntimeError("this prefetcher was closed while it was waited for")
         if isinstance(item, BaseException):
@@ -91,9 +84,6 @@ class Prefetcher:
                 # the allocator knows the copy stream alone, and would reuse the memory while the consumer still reads
                 tensor.record_stream(consumer)
         return batch
-
-    def __enter__(self) -> Prefetcher:
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -115,14 +105,17 @@ class Prefetcher:
         if thread is not None:
             thread.join(_GRACE)
 
-    def _take(self, started: float):
+    def _take(self):
+        started = time.perf_counter()
         if self._thread is None:
             self._start()
-        while True:
-            try:
-                return self._ready.get(timeout=self._patience)
-            except queue.Empty:
+        try:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    return self._ready.get(timeout=self._patience)
                 self._on_stall(time.perf_counter() - started)
+        finally:
+            self.waited += time.perf_counter() - started
 
     def _start(self) -> None:
         threads, started = torch.get_num_threads(), threading.Event()

@@ -167,14 +167,14 @@ def _crop_box(
 
 
 def _draw_jitter(rng: np.random.Generator, config: AugmentConfig) -> tuple[tuple[str, float], ...]:
-    strengths = {"brightness": config.brightness, "contrast": config.contrast, "saturation": config.saturation}
     jitter = []
-    for operation in rng.permutation(4):
+    for operation in rng.permutation(len(OPERATIONS)):
         name = OPERATIONS[operation]
+        strength = getattr(config, name)
         if name == "hue":
-            jitter.append((name, _uniform(rng, -config.hue, config.hue)))
-        elif strengths[name]:
-            jitter.append((name, _uniform(rng, max(0.0, 1 - strengths[name]), 1 + strengths[name])))
+            jitter.append((name, _uniform(rng, -strength, strength)))
+        elif strength:
+            jitter.append((name, _uniform(rng, max(0.0, 1 - strength), 1 + strength)))
     return tuple(jitter)
 
 

@@ -81,13 +81,12 @@ def prepare_shards(
         task = functools.partial(_make_shard, images, order, outdir, settings)
         count = -(-len(images) // images_per_shard)
         shards = list(each(task, range(count), workers, total=count, unit="shard"))
-        for shard in shards:
-            manifest["bad_files"] |= shard.bad_files
         index = _joined([shard.index for shard in shards], images.classes)
         index.save(outdir / INDEX)
         manifest |= count_classes(images.classes, index.label)
-        manifest["shards"] = [shard.entry for shard in shards]
-        manifest["index_sha256"] = file_sha256(outdir / INDEX)
+        manifest["shards"], manifest["index_sha256"] = [shard.entry for shard in shards], file_sha256(outdir / INDEX)
+        for shard in shards:
+            manifest["bad_files"] |= shard.bad_files
         finish_manifest(outdir, manifest, len(images), max_bad_fraction)
     return manifest
 
