@@ -1,7 +1,3 @@
-import contextlib
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +7,14 @@ import pytest
 from tests.data.images import noise
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and looked up in /proc")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder, of the indices of tars, of this test alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "epg_fast"
 
 
 @pytest.fixture
@@ -34,42 +38,9 @@ def is_running(pid):
         return False
 
 
-@pytest.fixture
-def wait_until_gone():
-    """Return a function that waits up to `seconds` for the processes `pids` to end and returns those that have not."""
-
-    def wait(pids, seconds=20):
-        deadline = time.monotonic() + seconds
-        while any(map(is_running, pids)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return [pid for pid in pids if is_running(pid)]
-
-    return wait
-
-
-@pytest.fixture
-def start_python():
-    """Return a function that starts a program, code and arguments, in a session of its own; all end with the test."""
-    programs = []
-
-    def start(code, *arguments):
-        # a shell may have started the tests with SIGINT ignored
-        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
-        programs.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code, *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-                cwd=Path(__file__).parents[2],
-            )
-        )
-        return programs[-1]
-
-    yield start
-    for program in programs:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)
-        program.wait()
-        program.stdout.close()
+def left_of(pids, seconds=20):
+    """Wait until the processes `pids` have ended; returns those that have not."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [pid for pid in pids if is_running(pid)]

@@ -1,6 +1,7 @@
-"""Images, tars and settings to make tests of."""
+"""Images, tars, batches and settings to make tests of."""
 
 import io
+import itertools
 import tarfile
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from epg_fast.config import AugmentConfig
+from epg_fast.data import PillowLoader
 
 # Nothing happens to the image: tests switch on what they look at.
 OFF = AugmentConfig(
@@ -81,6 +83,22 @@ def contents(source):
 
 def labels(source):
     return {path: int(label) for path, label in zip(source.paths, source.labels, strict=True)}
+
+
+def open_loader(source, loader=PillowLoader, **options):
+    alone = {"workers": 0} if loader is PillowLoader else {"threads": 2, "readers": 0}
+    return loader(source, **{"image_size": 16, "batch_size": 8, "seed": 3} | alone | options)
+
+
+def batches(source, count, **options):
+    """The first batches of a loader of `source`."""
+    with open_loader(source, **options) as loader:
+        return list(itertools.islice(loader, count))
+
+
+def joined(ranks):
+    """The global batches of several ranks' shares."""
+    return [{key: torch.cat([share[key] for share in step]) for key in step[0]} for step in zip(*ranks, strict=True)]
 
 
 def assert_same(left, right):

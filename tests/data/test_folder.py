@@ -1,7 +1,6 @@
 """Folders of class folders and of EDM: which files are images of which class, and what is refused."""
 
 import json
-import logging
 import os
 
 import pytest
@@ -12,11 +11,6 @@ from epg_fast.data.sources.decoding import FORMATS
 from epg_fast.data.sources.names import IMAGES, is_image, split_of, splits
 from epg_fast.files import is_junk
 from tests.data.images import labels, touch
-
-
-def messages(caplog):
-    return [record.getMessage() for record in caplog.records]
-
 
 # names
 
@@ -65,33 +59,27 @@ def test_splits_are_known_by_their_words_and_classes_are_none(tmp_path):
 # class folders
 
 
-def test_classes_paths_and_labels_are_sorted_and_recursive_and_other_files_counted(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "epg_fast")
+def test_classes_paths_and_labels_are_sorted_and_recursive_and_other_files_counted(tmp_path, log):
     images = ("b/1.PNG", "a/z.JPG", "a/deep/er/0.jpeg", "b/0.bmp", "d/x.webp", "d/x.JFIF")
     touch(tmp_path, *images, "a/notes.txt", "b/.hidden.png", ".git/1.png", "b/.cache/2.png", "c/3.tif", "README")
     folder = ImageFolder(tmp_path)
     assert folder.classes == ["a", "b", "c", "d"]  # one without images keeps its index
     assert folder.paths == ["a/deep/er/0.jpeg", "a/z.JPG", "b/0.bmp", "b/1.PNG", "d/x.JFIF", "d/x.webp"]
     assert folder.labels == [0, 0, 1, 1, 3, 3] and len(folder) == 6 and folder.root == tmp_path
-    assert "1 class folders have no images (c); they keep their class index" in caplog.text
-    assert caplog.text.count("ignored 3 files that are no images: 1 '") == 1
+    said = "\n".join(log.messages)
+    assert "1 class folders have no images (c); they keep their class index" in said
+    assert said.count("ignored 3 files that are no images: 1 '") == 1
 
 
-def test_links_are_followed_but_those_back_to_a_folder_above(tmp_path, caplog):
+def test_links_are_followed_but_those_back_to_a_folder_above(tmp_path, log):
     root = touch(tmp_path / "root", "class0/0.png", "class1/1.png", "class2/2.png")
-    for link, target in (
-        ("class0/loop", "."),
-        ("class0/again", "."),
-        ("class1/root", "../.."),
-        ("class1/up", ".."),
-        ("class2/over", "../class0"),
-        ("everything", "."),
-    ):
+    links = {"class0/loop": ".", "class0/again": ".", "class1/root": "../..", "class1/up": ".."}
+    for link, target in (links | {"class2/over": "../class0", "everything": "."}).items():
         (root / link).symlink_to(target)
     folder = ImageFolder(root)
     assert folder.classes == ["class0", "class1", "class2"]
     assert folder.paths == ["class0/0.png", "class1/1.png", "class2/2.png", "class2/over/0.png"]
-    (message,) = messages(caplog)
+    (message,) = log.messages
     assert "7 links lead back to a folder above them and are not followed (everything)" in message
     # through links alone: the class is found again as the real subfolder of its parent
     touch(tmp_path / "far", "class/x.png")
@@ -101,19 +89,18 @@ def test_links_are_followed_but_those_back_to_a_folder_above(tmp_path, caplog):
     assert ImageFolder(tmp_path / "near").paths == ["a/x.png"]
 
 
-def test_what_systems_and_storage_boxes_leave_is_neither_class_nor_image_and_not_opened(tmp_path, caplog, monkeypatch):
+def test_what_systems_and_storage_boxes_leave_is_neither_class_nor_image_and_not_opened(tmp_path, log, monkeypatch):
     wanted = [f"n{i}/{i}.jpg" for i in range(3)]
     clean = ImageFolder(touch(tmp_path / "clean", *wanted))
     junk = ("__MACOSX/n0/._0.jpg", "@eaDir/0.jpg", "lost+found/x.jpg", "$RECYCLE.BIN/x.jpg", "#recycle/n1/1.jpg")
     junk += ("System Volume Information/x.jpg", "n0/@eaDir/0.jpg/SYNOPHOTO_THUMB_XL.jpg", "n1/.ipynb_checkpoints/1.jpg")
     touch(tmp_path / "m", *wanted, *junk, "n0/Thumbs.db", "n1/thumbs.db", ".DS_Store", "n2/._2.jpg")
-    caplog.set_level(logging.INFO, "epg_fast")
     opened, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: opened.append(os.path.basename(path)) or scandir(path))
     folder = ImageFolder(tmp_path / "m")
     assert folder.classes == ["n0", "n1", "n2"] and folder.paths == wanted
     assert folder.fingerprint() == clean.fingerprint()
-    (message,) = messages(caplog)
+    (message,) = log.messages
     assert "2 '@eaDir'" in message and "hidden, or of an operating system" in message
     assert "n0" in opened and "lost+found" not in opened  # only root may read it
 
@@ -140,12 +127,12 @@ def test_splits_are_refused_with_the_folder_to_pass(tmp_path, names, passes):
     assert str(caught.value).endswith(passes)
 
 
-def test_layouts_that_may_be_meant_otherwise_are_pointed_out(tmp_path, caplog):
+def test_layouts_that_may_be_meant_otherwise_are_pointed_out(tmp_path, log):
     root = touch(tmp_path / "loose", "thumbnails/0.jpg", "0.jpg")
-    assert ImageFolder(root).paths == ["thumbnails/0.jpg"] and "ignored 1 images" in caplog.text
+    assert ImageFolder(root).paths == ["thumbnails/0.jpg"] and "ignored 1 images" in log.messages[-1]
     root = touch(tmp_path / "deeper", "imagenette/n01/0.jpg", "imagenette/n02/0.jpg")
     assert ImageFolder(root).classes == ["imagenette"]
-    assert f"pass {root / 'imagenette'} if these are the classes" in caplog.text
+    assert f"pass {root / 'imagenette'} if these are the classes" in log.messages[-1]
     folder = ImageFolder(touch(tmp_path / "samples", "1.png", "0.png"), flat=True)
     assert folder.paths == ["0.png", "1.png"] and folder.classes == ["samples"] and folder.labels == [0, 0]
 
@@ -190,16 +177,17 @@ def edm(root, content):
     return root
 
 
-def test_a_folder_of_edm_has_the_labels_of_its_dataset_json(tmp_path, caplog):
+def test_a_folder_of_edm_has_the_labels_of_its_dataset_json(tmp_path, log):
     wanted = {"00001/img00001000.png": 2, "00000/img00000000.png": 10, "00000/img00000001.png": 2}
     folder = ImageFolder(edm(tmp_path / "edm", list(wanted.items())))
     assert labels(folder) == wanted
     assert folder.classes == [f"{label:02d}" for label in range(11)]  # which sort as the numbers do
-    assert not caplog.records
+    assert not log.messages
     # StyleGAN's tool may write no labels, nor folders
     touch(tmp_path / "flat", "img00000000.png", "img00000001.png")
-    (tmp_path / "flat" / "dataset.json").write_text('{"labels": null}')
-    assert ImageFolder(tmp_path / "flat").classes == ["all"] and "no labels in dataset.json" in caplog.text
+    touch(tmp_path / "flat", "dataset.json", content=b'{"labels": null}')
+    assert ImageFolder(tmp_path / "flat").classes == ["all"]
+    assert "dataset.json: no image has a label: one class, 'all'" in log.messages[-1]
     # another program's
     assert ImageFolder(edm(tmp_path / "other", '{"name": "x"}')).classes == ["00000", "00001"]
 

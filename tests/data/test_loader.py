@@ -1,13 +1,12 @@
 """The batches of a loader: which images in which order, and what becomes of files that cannot be read."""
 
 import errno
-import itertools
-import logging
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +15,18 @@ import torch
 from PIL import Image
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import DataError, ImageFolder, PillowLoader, center_crop, training_views
+from epg_fast.data import DataError, ImageFolder, center_crop, training_views
 from epg_fast.data.loading.loader import PillowBatches
 from epg_fast.data.loading.workers import WorkerStream
 from epg_fast.data.sources import source
 from epg_fast.data.sources.faults import ReadError
-from tests.data.conftest import linux
-from tests.data.images import assert_same
+from tests.data.conftest import left_of, linux
+from tests.data.images import assert_same, batches, joined, open_loader
 
 
-def open_loader(folder, **options):
-    return PillowLoader(folder, **{"image_size": 16, "batch_size": 8, "seed": 3, "workers": 0, **options})
-
-
-def batches(folder, count, **options):
-    with open_loader(folder, **options) as loader:
-        return list(itertools.islice(loader, count))
+def crop(folder, i):
+    """The centre crop of image `i` as a batch has it."""
+    return np.asarray(center_crop(folder.load(i), 16)).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("augment, names", [(None, {"x"}), (AugmentConfig(), {"x", "view1", "view2"})])
@@ -46,35 +41,26 @@ def test_a_batch_has_the_documented_tensors_and_the_pixels_of_its_index(make_fol
             assert batch[name].dtype == torch.int64 and batch[name].shape == (8,)
         for x, label, index in zip(batch["x"], batch["label"], batch["index"], strict=True):
             assert label == folder.labels[index]
-            expected = np.asarray(center_crop(folder.load(int(index)), 16))
-            np.testing.assert_array_equal(x.numpy(), expected.transpose(2, 0, 1))
-
-
-def test_an_epoch_has_every_image_at_most_once_and_the_next_another_order(make_folder):
-    loader = open_loader(ImageFolder(make_folder(27)), image_size=8)
-    epochs = [torch.cat([next(loader)["index"] for _ in range(3)]).tolist() for _ in range(40)]
-    assert all(len(set(epoch)) == 24 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 40
-    # the images dropped at the end of an epoch are others each time
-    assert set().union(*epochs) == set(range(27)) and loader.iteration == 120
+            np.testing.assert_array_equal(x.numpy(), crop(folder, int(index)))
 
 
 def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder):
     """The contract another loader has to keep: written out with numpy alone."""
     folder = ImageFolder(make_folder(20))
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    # two iterations an epoch: epoch 2, second half
-    batch = batches(folder, 1, start=5, augment=AugmentConfig())[0]
+    found = batches(folder, 10, augment=AugmentConfig())
     assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
     def rng(*key):
         return np.random.default_rng(np.random.SeedSequence(3, spawn_key=key))
 
-    indices = rng(0, 2).permutation(20)[8:16]
-    assert batch["index"].tolist() == indices.tolist()
-    views = training_views(folder.load(int(indices[6])), 16, rng(1, 2, int(indices[6])), 0.5, AugmentConfig())
+    for epoch in range(5):  # of two batches of 8: 4 of the 20 images are left out, others each time
+        order = rng(0, epoch).permutation(20)[:16].tolist()
+        assert found[2 * epoch]["index"].tolist() + found[2 * epoch + 1]["index"].tolist() == order
+    index = int(found[5]["index"][6])
+    views = training_views(folder.load(index), 16, rng(1, 2, index), 0.5, AugmentConfig())
     for name, view in zip(("x", "view1", "view2"), views, strict=True):
-        np.testing.assert_array_equal(batch[name][6].numpy(), view.transpose(2, 0, 1))
+        np.testing.assert_array_equal(found[5][name][6].numpy(), view.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("workers, start", [(0, 5), (2, 1)])
@@ -87,8 +73,7 @@ def test_resuming_anywhere_with_any_number_of_workers_continues_bit_for_bit(make
 def test_ranks_share_the_global_batches_of_a_single_process(make_folder):
     folder, augment = ImageFolder(make_folder(21)), AugmentConfig()
     ranks = [batches(folder, 5, rank=rank, world_size=4, augment=augment) for rank in range(4)]
-    joined = [{key: torch.cat([share[key] for share in step]) for key in step[0]} for step in zip(*ranks, strict=True)]
-    assert_same(joined, batches(folder, 5, augment=augment))
+    assert_same(joined(ranks), batches(folder, 5, augment=augment))
 
 
 REFUSED = [
@@ -126,26 +111,23 @@ def damage(folder, index, how):
 
 
 @pytest.mark.parametrize("how, workers", [("truncated", 2), ("vanished", 0), ("text", 0), ("too narrow", 0)])
-def test_a_damaged_file_is_replaced_by_the_next_and_logged_once(make_folder, caplog, workers, how):
-    folder = ImageFolder(make_folder(100))
-    clean = batches(folder, 8, batch_size=25, flip_probability=0.0)
-    damage(folder, 41, how)
-    with (
-        caplog.at_level(logging.WARNING, "epg_fast"),
-        open_loader(folder, batch_size=25, flip_probability=0.0, workers=workers) as loader,
-    ):
-        found = list(itertools.islice(loader, 8))
-    assert list(loader.bad_files) == [folder.paths[41]]
-    assert [folder.paths[41] in record.getMessage() for record in caplog.records] == [True]
-    replacement = torch.from_numpy(np.asarray(center_crop(folder.load(42), 16)).transpose(2, 0, 1).copy())
+def test_a_damaged_file_is_replaced_by_the_next_and_logged_once(make_folder, log, workers, how):
+    folder = ImageFolder(make_folder(40))
+    options = {"batch_size": 10, "flip_probability": 0.0, "max_bad_fraction": 0.03}
+    clean = batches(folder, 8, **options)
+    damage(folder, 21, how)
+    with open_loader(folder, workers=workers, **options) as loader:
+        found = [next(loader) for _ in range(8)]
+    assert list(loader.bad_files) == [folder.paths[21]]
+    assert [folder.paths[21] in line for line in log.messages] == [True]
     hits = 0
     for before, after in zip(clean, found, strict=True):
-        bad = before["index"] == 41
+        bad = before["index"] == 21
         hits += int(bad.sum())
-        assert torch.equal(after["index"], torch.where(bad, 42, before["index"]))
+        assert torch.equal(after["index"], torch.where(bad, 22, before["index"]))
         assert after["label"].tolist() == [folder.labels[i] for i in after["index"]]
         assert torch.equal(after["x"][~bad], before["x"][~bad])
-        assert all(torch.equal(x, replacement) for x in after["x"][bad])
+        assert all(np.array_equal(x.numpy(), crop(folder, 22)) for x in after["x"][bad])
     assert hits == 2
 
 
@@ -249,53 +231,62 @@ def test_an_image_that_decodes_with_more_memory_is_not_broken(make_folder):
 # processes
 
 
+# One process after torch's import for each way to end, in a session of its own.
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
 from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
-loader = PillowLoader(ImageFolder(sys.argv[1]), image_size=64, batch_size=8, seed=0, workers=2)
-prefetcher = Prefetcher(loader, "cpu")
-batches = loader if sys.argv[2] in ("hung", "finish") else prefetcher
-next(batches)
-print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-if sys.argv[2] == "exit":
+mode = next((mode for mode in sys.argv[2:] if os.fork() == 0), None)
+if mode is None:
+    for _ in sys.argv[2:]:
+        pid, status = os.wait()
+        print("ended", pid, os.waitstatus_to_exitcode(status), flush=True)
     sys.exit()
-if sys.argv[2] == "hung":
+os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+stop = []
+if mode == "finish":
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+loader = PillowLoader(ImageFolder(sys.argv[1] + mode), image_size=64, batch_size=8, seed=0, workers=2)
+batches = loader if mode in ("hung", "finish") else Prefetcher(loader, "cpu")
+next(batches)
+if mode == "hung":
     for path in loader.source.paths:  # opening a pipe that nobody writes to hangs as a dead disk does
         os.remove(loader.source.root / path)
         os.mkfifo(loader.source.root / path)
-if sys.argv[2] == "finish":
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    print("ready", flush=True)
-    while not stop:
-        time.sleep(0.01)
-    for _ in range(20):
-        next(batches)
-    print("saved", flush=True)
+    time.sleep(0.5)  # until they hang
+print(mode, os.getpid(), *[child.pid for child in multiprocessing.active_children()], flush=True)
+if mode == "exit":
     sys.exit()
-while True:
+while not stop:
+    time.sleep(0.01) if mode == "finish" else next(batches)
+for _ in range(20):
     next(batches)
 """
-SIGNALS = {"ctrl-c": signal.SIGINT, "finish": signal.SIGTERM}
+SIGNALS = {"ctrl-c": signal.SIGINT, "finish": signal.SIGTERM, "kill": signal.SIGKILL, "hung": signal.SIGKILL}
 
 
 @linux
 @pytest.mark.slow
-def test_no_worker_outlives_its_parent_however_that_ends(make_folder, start_python, wait_until_gone):
+def test_no_worker_outlives_its_parent_however_that_ends(make_folder):
     """Of a parent that could not say goodbye, workers learn within a second, also while they wait for a disk."""
     modes = ("exit", "ctrl-c", "kill", "hung", "finish")
-    programs = {mode: start_python(PROGRAM, make_folder(20, name=mode), mode) for mode in modes}
-    workers = {mode: [int(pid) for pid in program.stdout.readline().split()] for mode, program in programs.items()}
-    assert all(len(pids) == 2 for pids in workers.values())
-    assert programs["finish"].stdout.readline() == "ready\n"
-    time.sleep(0.5)  # until the hung ones hang
-    for mode, number in SIGNALS.items():  # to the whole group, as a terminal and a scheduler do
-        os.killpg(programs[mode].pid, number)
-    programs["kill"].kill()
-    programs["hung"].kill()
-    for program in programs.values():
-        program.wait(60)
+    for mode in modes:
+        root = make_folder(40, name=f"of {mode}")
+    command = [sys.executable, "-c", PROGRAM, str(root.with_name("of ")), *modes]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as program:
+        started, ended = {}, {}
+        for line in program.stdout:
+            what, *numbers = line.split()
+            if what == "ended":
+                ended[int(numbers[0])] = int(numbers[1])
+                continue
+            started[what] = parent, *workers = [int(pid) for pid in numbers]
+            assert len(workers) == 2
+            if what in ("ctrl-c", "finish"):  # to the whole group, as a terminal and a scheduler do
+                os.killpg(parent, SIGNALS[what])
+            elif what != "exit":
+                os.kill(parent, SIGNALS[what])
+    assert ended.keys() == {pids[0] for pids in started.values()} and started.keys() == set(modes)
     # a parent that handles SIGTERM can finish with its workers
-    assert programs["finish"].stdout.readline() == "saved\n"
-    assert programs["exit"].returncode == programs["finish"].returncode == 0
-    assert not wait_until_gone(sum(workers.values(), []))
+    assert [ended[started[mode][0]] for mode in ("exit", "finish", "kill", "hung")] == [0, 0, -9, -9]
+    assert not left_of([pid for pids in started.values() for pid in pids])

@@ -1,8 +1,6 @@
 """Parquet files as the hub hands datasets out: their images, classes and splits, batches, what is refused."""
 
-import itertools
 import json
-import os
 import pickle
 import sys
 
@@ -10,18 +8,9 @@ import numpy as np
 import pytest
 
 from epg_fast.config import DataConfig
-from epg_fast.data import (
-    NO_LABELS,
-    ImageFolder,
-    ImageParquet,
-    PillowLoader,
-    make_loader,
-    open_images,
-    prepare_folder,
-    prepare_shards,
-)
+from epg_fast.data import NO_LABELS, ImageFolder, ImageParquet, make_loader, open_images
 from epg_fast.data.sources import parquet
-from tests.data.images import assert_same, contents, encode, noise, pack, png, samples, touch
+from tests.data.images import assert_same, batches, contents, encode, noise, open_loader, pack, png, samples, touch
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -63,15 +52,6 @@ def dataset(tmp_path):
         write(tmp_path / "data" / f"{name}.parquet", table(images, [i % 3 for i in range(first, first + count)]))
     touch(tmp_path / "data", "README.md")
     return tmp_path / "data"
-
-
-def as_folder(source, root):
-    """The same images in the same order as a folder of files with a dataset.json."""
-    labels = [[f"{i:03d}.png", int(label)] for i, label in enumerate(source.labels)]
-    touch(root, "dataset.json", content=json.dumps({"labels": labels}).encode())
-    for i, (name, _) in enumerate(labels):
-        touch(root, name, content=source.read(i))
-    return ImageFolder(root)
 
 
 # what is read
@@ -213,20 +193,16 @@ def test_without_pyarrow_one_line_says_what_to_install(dataset, monkeypatch):
 # batches
 
 
-def batches(source, count, **options):
-    options = {"image_size": 8, "batch_size": 4, "seed": 3, "workers": 0} | options
-    with PillowLoader(source, **options) as loader:
-        return list(itertools.islice(loader, count))
-
-
-def test_batches_are_those_of_the_same_images_in_a_folder_and_go_on_exactly(dataset, tmp_path):
+def test_batches_are_those_of_the_same_images_in_a_folder_also_from_processes_and_a_copy(dataset, tmp_path):
     source = open_images(dataset)
-    expected = batches(as_folder(source, tmp_path / "folder"), 9)  # which reads before processes are forked
-    assert_same(batches(source, 9), expected)
-    assert_same(batches(source, 4, start=5), expected[5:])
-    assert_same(batches(source, 9, workers=2), expected)
-    again = pickle.loads(pickle.dumps(source))
-    assert_same(batches(again, 9), expected)
+    labels = [[f"{i:03d}.png", int(label)] for i, label in enumerate(source.labels)]
+    touch(tmp_path / "folder", "dataset.json", content=json.dumps({"labels": labels}).encode())
+    for i, (name, _) in enumerate(labels):
+        touch(tmp_path / "folder", name, content=source.read(i))
+    expected = batches(ImageFolder(tmp_path / "folder"), 9, batch_size=4)
+    again = pickle.loads(pickle.dumps(source))  # `source` has read before processes are forked
+    for options in ({"source": source}, {"source": source, "workers": 2}, {"source": again}):
+        assert_same(batches(count=9, batch_size=4, **options), expected)
     assert again.fingerprint() == source.fingerprint() != open_images(dataset / "*.parquet").fingerprint()
 
 
@@ -234,8 +210,8 @@ def test_an_image_that_cannot_be_decoded_is_named_by_file_and_row(tmp_path, log)
     images = [png(i) for i in range(10)]
     images[3], images[8] = b"no image", None
     source = open_images(write(tmp_path / "x.parquet", table(images, [0] * 10)))
-    with PillowLoader(source, image_size=8, batch_size=5, seed=0, workers=0, max_bad_fraction=0.5) as loader:
-        used = {int(i) for batch in itertools.islice(loader, 4) for i in batch["index"]}
+    with open_loader(source, batch_size=5, max_bad_fraction=0.5) as loader:
+        used = {int(i) for _ in range(4) for i in next(loader)["index"]}
         assert loader.bad_files.keys() == {"x.parquet/000003", "x.parquet/000008"}
     assert "no bytes in this row" in loader.bad_files["x.parquet/000008"]
     assert not {3, 8} & used and any(f"{tmp_path}/x.parquet/000003" in line for line in log.messages)
@@ -256,7 +232,7 @@ def test_a_damaged_row_group_is_bad_and_the_others_are_read(tmp_path):
 # memory and speed
 
 
-def test_a_process_keeps_few_row_groups_and_reads_each_once_in_a_mixed_order(tmp_path, monkeypatch):
+def test_a_process_keeps_few_row_groups_and_reads_each_once_in_a_mixed_order(tmp_path, monkeypatch, log):
     images = [encode(noise(40, 40, i)) for i in range(80)]
     write(tmp_path / "x.parquet", table(images, [0] * 80), row_group_size=5)
     whole = open_images(tmp_path)
@@ -265,7 +241,11 @@ def test_a_process_keeps_few_row_groups_and_reads_each_once_in_a_mixed_order(tmp
     size = sum(map(len, images)) / 16
     monkeypatch.setattr(parquet, "_CACHE", int(8.5 * size))
     source = open_images(tmp_path)
-    assert "row groups (of 5 images" in source.slow_at_random and f"--source {tmp_path}" in source.slow_at_random
+    for images_of, said in ((whole, 0), (source, 1)):  # training is told what it costs
+        options = {"backend": "pillow", "image_size": 8, "batch_size": 4, "seed": 0}
+        make_loader(images_of, DataConfig(workers=0), **options).close()
+        assert sum(f"prepare-data --source {tmp_path}` reads" in line for line in log.messages) == said
+    assert "row groups (of 5 images" in source.slow_at_random
     order = source.mixed(np.random.default_rng(0))
     assert sorted(order) == list(range(80)) and not np.array_equal(order, source.mixed(np.random.default_rng(1)))
     assert [source.read(i) for i in order] == [images[i] for i in order]
@@ -276,50 +256,3 @@ def test_a_process_keeps_few_row_groups_and_reads_each_once_in_a_mixed_order(tmp
     for i in np.random.default_rng(0).permutation(80):
         source.read(i)
     assert source._group.cache_info().misses > 40
-
-
-def test_training_is_told_what_reading_in_any_order_costs(tmp_path, monkeypatch, log):
-    write(tmp_path / "x.parquet", table([png(i) for i in range(12)], [0] * 12))
-    options = {"backend": "pillow", "image_size": 8, "batch_size": 4, "seed": 0}
-    make_loader(open_images(tmp_path), DataConfig(workers=0), **options).close()
-    assert not log.messages
-    monkeypatch.setattr(parquet, "_CACHE", 100)
-    make_loader(open_images(tmp_path), DataConfig(workers=0), **options).close()
-    assert "epg-fast prepare-data" in log.messages[-1]
-
-
-# prepare-data
-
-
-def test_prepared_shards_have_the_same_images_labels_and_class_names(dataset, tmp_path):
-    source = open_images(dataset)
-    manifest = prepare_shards(dataset, tmp_path / "out", 8, workers=2, images_per_shard=5)
-    prepared = open_images(tmp_path / "out")
-    assert manifest["classes"] == prepared.classes == NAMES and manifest["counts"]["goldfish"] == 6
-    members = {int(os.path.basename(path).split(".")[0]): i for i, path in enumerate(prepared.paths)}
-    assert sorted(members) == list(range(17))
-    prepare_folder(as_folder(source, tmp_path / "folder").root, tmp_path / "crops", 8, workers=0)
-    crops = ImageFolder(tmp_path / "crops")
-    for i, place in members.items():
-        assert prepared.labels[place] == source.labels[i]
-        crop = crops.paths.index(f"{source.labels[i]}/{i:03d}.png")
-        assert np.array_equal(np.asarray(prepared.load(place)), np.asarray(crops.load(crop)))
-
-
-def test_a_prepared_folder_keeps_the_classes_numbers_and_names(dataset, tmp_path):
-    """Folders are sorted, and the names of these classes are not: one could not even be that of a folder."""
-    for _ in range(2):
-        manifest = prepare_folder(dataset, tmp_path / "out", 8, workers=0)
-    assert manifest["class_names"] == NAMES and manifest["counts"] == {"0": 6, "1": 6, "2": 5}
-    source, prepared = open_images(dataset), open_images(tmp_path / "out")
-    assert isinstance(prepared, ImageFolder) and prepared.classes == NAMES
-    found = {path.split("/", 1)[1]: label for path, label in zip(prepared.paths, prepared.labels, strict=True)}
-    wanted = zip(source.paths, source.labels.tolist(), strict=True)
-    assert found == {f"{path}.png": label for path, label in wanted}
-
-
-def test_more_than_ten_numbered_classes_keep_their_numbers_in_a_prepared_folder(tmp_path):
-    write(tmp_path / "in" / "x.parquet", table([png(i) for i in range(12)], range(12), names=None))
-    prepare_folder(tmp_path / "in", tmp_path / "out", 8, workers=0)
-    prepared = open_images(tmp_path / "out")
-    assert prepared.labels == list(range(12)) and prepared.classes == [str(i) for i in range(12)]

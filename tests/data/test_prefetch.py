@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import ImageFolder, PillowLoader, Prefetcher
+from epg_fast.data import ImageFolder, Prefetcher
 from epg_fast.data.loading import prefetch
-from tests.data.images import assert_same
+from tests.data.images import assert_same, batches, open_loader
 
 
 class Loader:
@@ -59,12 +59,9 @@ def no_thread_is_left():
 
 @pytest.mark.parametrize("depth, workers", [(1, 0), (2, 2)])
 def test_the_batches_are_those_of_the_loader_bit_for_bit(make_folder, depth, workers):
-    folder = ImageFolder(make_folder(20))
-    options = {"image_size": 16, "batch_size": 8, "seed": 3, "augment": AugmentConfig()}
-    with PillowLoader(folder, workers=0, **options) as loader:
-        want = list(itertools.islice(loader, 7))
-    with Prefetcher(PillowLoader(folder, workers=workers, **options), "cpu", depth) as batches:
-        assert_same(list(itertools.islice(batches, 7)), want)
+    folder, augment = ImageFolder(make_folder(20)), AugmentConfig()
+    with Prefetcher(open_loader(folder, workers=workers, augment=augment), "cpu", depth) as found:
+        assert_same(list(itertools.islice(found, 7)), batches(folder, 7, augment=augment))
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -157,26 +154,22 @@ def test_a_stall_is_reported_again_and_again_until_the_batch_comes():
         assert batches.waited >= seen[-1]
 
 
-@pytest.fixture
-def default_sigint():
-    """A shell starts its background jobs with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_is_not_delayed_by_a_loader_that_is_blocked(default_sigint):
-    blocked = threading.Event()
-    with Prefetcher(Loader(before=lambda i: i == 1 and blocked.wait(9)), "cpu", 2) as batches:
-        next(batches)
-        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
+def test_ctrl_c_is_not_delayed_by_a_loader_that_is_blocked():
+    # a shell starts its background jobs with SIGINT ignored
+    before, blocked = signal.signal(signal.SIGINT, signal.default_int_handler), threading.Event()
+    try:
+        with Prefetcher(Loader(before=lambda i: i == 1 and blocked.wait(9)), "cpu", 2) as batches:
             next(batches)
-        assert time.monotonic() - started < 2
-        timer.join()
-        blocked.set()
+            timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            started = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                next(batches)
+            assert time.monotonic() - started < 2
+            timer.join()
+            blocked.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

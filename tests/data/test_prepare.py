@@ -20,7 +20,6 @@ from epg_fast.data import (
     DataError,
     ImageFolder,
     ImageTars,
-    PillowLoader,
     center_crop,
     open_images,
     prepare_folder,
@@ -29,15 +28,10 @@ from epg_fast.data import (
 )
 from epg_fast.data.prepare import folder as crops
 from tests.commands import held_by_another_process, snapshot
-from tests.data.conftest import linux
-from tests.data.images import encode, noise, pack, png, touch
+from tests.data.conftest import left_of, linux
+from tests.data.images import encode, noise, open_loader, pack, png, touch
 
 LAYOUTS = {"folder": prepare_folder, "shards": prepare_shards}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -64,38 +58,47 @@ def uncomplete(out):
 # what is written
 
 
-def test_every_image_becomes_its_centre_crop(make_folder, tmp_path):
-    source = make_folder(20, size=(50, 37), suffix=".JPG")
-    (source / "class0" / "deep").mkdir()
-    (source / "class0" / "000.JPG").rename(source / "class0" / "deep" / "first.one.jpeg")
-    (source / "an_empty_class").mkdir()
-    out = tmp_path / "out"
-    manifest = prepare_folder(source, out, 16, workers=2)
-    before, after = ImageFolder(source), ImageFolder(out)
-    assert after.paths == [os.path.splitext(path)[0] + ".png" for path in before.paths]
-    assert after.classes == before.classes and after.labels == before.labels
-    for i in range(len(before)):
-        np.testing.assert_array_equal(np.asarray(after.load(i)), np.asarray(center_crop(before.load(i), 16)))
-    assert manifest == json.loads((out / "manifest.json").read_text())
-    assert manifest["counts"] == {"an_empty_class": 0, "class0": 7, "class1": 7, "class2": 6}
-    assert manifest["complete"] and manifest["image_size"] == 16 and manifest["source"] == str(source)
-    assert manifest["bad_files"] == {} and manifest["class_frequencies"] == [0, 0.35, 0.35, 0.3]
+def crop(images, i):
+    return np.asarray(center_crop(images.load(i), 16))
 
 
-def test_shards_hold_the_centre_crops_in_mixed_order(make_folder, tmp_path):
-    folder = ImageFolder(make_folder(50, size=(50, 37), suffix=".JPG"))
-    (folder.root / "class9").mkdir()
+@pytest.fixture
+def source(make_folder):
+    """50 images in three classes, one of them deeper and with dots in its name, and a class without any."""
+    root = make_folder(50, size=(50, 37), suffix=".JPG")
+    (root / "class9").mkdir()
+    (root / "class0" / "deep").mkdir()
+    (root / "class0" / "000.JPG").rename(root / "class0" / "deep" / "first.one.jpeg")
+    return ImageFolder(root)
+
+
+def test_every_image_becomes_its_centre_crop(source, tmp_path, prepare):
     out = tmp_path / "out"
-    manifest = prepare_shards(folder.root, out, 16, workers=2, images_per_shard=20, seed=1)
-    names = [f"shard-00000{i}.tar" for i in range(3)]
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "index.npz", "manifest.json", *names]
+    manifest = prepare(source.root, out, workers=2)
     assert manifest == json.loads((out / "manifest.json").read_text())
-    wanted = {"complete": True, "image_size": 16, "format": "png", "source": str(folder.root), "bad_files": {}}
-    wanted |= {"source_fingerprint": folder.fingerprint(), "class_frequencies": [0.34, 0.34, 0.32, 0.0]}
+    wanted = {"complete": True, "image_size": 16, "source": str(source.root), "bad_files": {}}
+    wanted |= {"source_fingerprint": source.fingerprint(), "class_frequencies": [0.34, 0.34, 0.32, 0.0]}
     wanted |= {"counts": {"class0": 17, "class1": 17, "class2": 16, "class9": 0}}
     assert manifest.items() >= wanted.items()
-    source, seen = open_images(out), []
-    assert source.classes == ["class0", "class1", "class2", "class9"]
+    images = open_images(out)
+    assert images.classes == source.classes and len(images) == 50
+    if prepare.layout == "folder":
+        assert images.paths == [os.path.splitext(path)[0] + ".png" for path in source.paths]
+        places = range(50)
+    else:
+        places = [int(Path(path).stem) for path in images.paths]
+    for i, place in enumerate(places):
+        np.testing.assert_array_equal(np.asarray(images.load(i)), crop(source, place))
+        assert images.labels[i] == source.labels[place]
+
+
+def test_shards_are_mixed_tars_of_images_and_labels_with_checksums(source, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    options = {"workers": 0, "images_per_shard": 20}
+    manifest = prepare_shards(source.root, out, 16, seed=1, **options)
+    names = [f"shard-00000{i}.tar" for i in range(3)]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "index.npz", "manifest.json", *names]
+    images, seen = open_images(out), []
     for shard in manifest["shards"]:
         content = (out / shard["name"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
@@ -104,110 +107,102 @@ def test_shards_hold_the_centre_crops_in_mixed_order(make_folder, tmp_path):
             assert all((m.mtime, m.uid, m.gid, m.uname, m.gname) == (0, 0, 0, "", "") for m in members)
             assert [m.name[8:] for m in members] == [".png", ".cls"] * shard["images"]
             for image, label in zip(members[::2], members[1::2], strict=True):
-                i, position = int(image.name[:8]), len(seen)
-                content = tar.extractfile(image).read()
-                crop = np.asarray(center_crop(folder.load(i), 16))
-                np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), crop)
-                assert int(tar.extractfile(label).read()) == folder.labels[i] == source.labels[position]
-                assert source.paths[position] == f"{shard['name']}/{image.name}"
-                assert source.read(position) == content and source.index.crc32[position] == zlib.crc32(content)
-                seen.append(i)
+                position, content = len(seen), tar.extractfile(image).read()
+                assert int(tar.extractfile(label).read()) == images.labels[position]
+                assert images.paths[position] == f"{shard['name']}/{image.name}"
+                assert images.read(position) == content and images.index.crc32[position] == zlib.crc32(content)
+                seen.append(int(image.name[:8]))
     assert sorted(seen) == list(range(50)) and [shard["images"] for shard in manifest["shards"]] == [20, 20, 10]
-    assert len({folder.labels[i] for i in seen[:20]}) == 3
+    assert len({source.labels[i] for i in seen[:20]}) == 3
     # another seed mixes them otherwise; JPEG keeps the chroma, 4:4:4
-    prepare_shards(
-        folder.root, tmp_path / "other", 16, workers=0, images_per_shard=20, seed=2, format="jpeg", quality=60
-    )
-    other = open_images(tmp_path / "other")
-    image = Image.open(io.BytesIO(other.read(0)))
+    prepare_shards(source.root, other, 16, seed=2, format="jpeg", quality=60, **options)
+    images = open_images(other)
+    again = [int(Path(path).stem) for path in images.paths]
+    assert again != seen and sorted(again) == sorted(seen)
+    image = Image.open(io.BytesIO(images.read(0)))
     assert image.format == "JPEG" and [component[1:3] for component in image.layer] == [(1, 1)] * 3
-    asked = encode(noise(16, 16), "JPEG", quality=60)
-    assert image.quantization == Image.open(io.BytesIO(asked)).quantization
-    numbers = [[int(Path(path).stem) for path in each.paths] for each in (source, other)]
-    assert numbers[0] != numbers[1] and sorted(numbers[0]) == sorted(numbers[1])
-    crop = np.asarray(center_crop(folder.load(numbers[1][0]), 16)).astype(int)
-    assert np.abs(np.asarray(image) - crop).mean() < 30
+    assert image.quantization == Image.open(io.BytesIO(encode(noise(16, 16), "JPEG", quality=60))).quantization
+    assert np.abs(np.asarray(image).astype(int) - crop(source, again[0])).mean() < 30
 
 
-def colours(count):
-    """Images of one colour each, which tells them apart in any layout."""
-    return [encode(Image.new("RGB", (8, 8), (20 * i, i, 7))) for i in range(count)]
+LABELS = [10, 2, 0, 2]
+NAMES = ["tench, Tinca tinca", "goldfish", "a/b"]  # not sorted, and one is no name of a folder
 
 
-def write_edm(root):
-    images = [[f"00000/img{i:08d}.png", label] for i, label in enumerate((10, 2, 0, 2))]
-    for (name, _), content in zip(images, colours(4), strict=True):
+def write_edm(root, images):
+    names = [f"00000/img{i:08d}.png" for i in range(4)]
+    for name, content in zip(names, images, strict=True):
         touch(root, name, content=content)
-    (root / "dataset.json").write_text(json.dumps({"labels": images}))
+    labels = {"labels": list(zip(names, LABELS, strict=True))}
+    touch(root, "dataset.json", content=json.dumps(labels).encode())
+    return [f"{i:02d}" for i in range(11)], LABELS
 
 
-def write_class_tars(root):
-    images = colours(4)
-    pack(root / "a.tar", {"a_1.png": images[0], "a_2.png": images[1]})
-    pack(root / "b.tar", {"b_1.png": images[2], "b_2.png": images[3]})
+def write_class_tars(root, images):
+    for label, name in enumerate("ab"):
+        pack(root / f"{name}.tar", {f"{name}_{i}.png": images[2 * label + i] for i in range(2)})
+    return ["a", "b"], [0, 0, 1, 1]
 
 
-def write_shards(root):
-    members = [({f"{i}.png": content, f"{i}.cls": b"%d" % (i % 3)}) for i, content in enumerate(colours(4))]
-    for i in range(2):
-        pack(root / f"x-{i}.tar", members[2 * i] | members[2 * i + 1])
+def write_shards(root, images):
+    for i, (content, label) in enumerate(zip(images, LABELS, strict=True)):
+        pack(root / f"x-{i}.tar", {f"{i}.png": content, f"{i}.cls": b"%d" % label})
+    return [str(i) for i in range(11)], LABELS
 
 
-@pytest.mark.parametrize("write", [write_edm, write_class_tars, write_shards])
-def test_any_dataset_can_be_prepared_and_keeps_its_labels(tmp_path, prepare, write):
-    write(tmp_path / "in")
-    before = open_images(tmp_path / "in")
-    prepare(tmp_path / "in", tmp_path / "out", 8)
+def write_parquet(root, images):
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import table, write
+
+    write(root / "x.parquet", table(images, [2, 1, 0, 1], names=NAMES), row_group_size=2)
+    return NAMES, [2, 1, 0, 1]
+
+
+@pytest.mark.parametrize("write", [write_edm, write_class_tars, write_shards, write_parquet])
+def test_any_dataset_can_be_prepared_and_keeps_its_labels_and_names(tmp_path, prepare, write):
+    colours = [(20 * i, i, 7) for i in range(4)]
+    classes, labels = write(tmp_path / "in", [encode(Image.new("RGB", (8, 8), colour)) for colour in colours])
+    for _ in range(2):
+        manifest = prepare(tmp_path / "in", tmp_path / "out", 8)
     prepare(tmp_path / "out", tmp_path / "again", 8)
-    found = []
-    for images in (before, open_images(tmp_path / "out"), open_images(tmp_path / "again")):
-        colour = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
-        found.append((colour, len(colour), images.classes))
-    assert found[0] == found[1] == found[2] and found[0][1] == 4
+    for path in ("in", "out", "again"):
+        images = open_images(tmp_path / path)
+        found = {images.load(i).getpixel((0, 0)): int(images.labels[i]) for i in range(len(images))}
+        assert found == dict(zip(colours, labels, strict=True)) and images.classes == classes
+    assert list(manifest["counts"].values()) == [labels.count(i) for i in range(len(classes))]
 
 
 # interruptions
 
 
-def test_a_second_run_makes_only_what_is_missing(make_folder, tmp_path, prepare):
-    source, out = make_folder(30), tmp_path / "out"
-    manifest = prepare(source, out)
-    complete, before = snapshot(out), times(out)
-    assert prepare(source, out) == manifest
-    lost = out / {"folder": "class1/001.png", "shards": "shard-000001.tar"}[prepare.layout]
-    lost.unlink()
-    touch(lost.parent, f".{lost.name}.99.tmp", content=b"half a file")
-    prepare(source, out, workers=2)
-    assert snapshot(out) == complete
-    made = {path.name for path, time in times(out).items() if before[path] != time}
-    assert made - {".lock", "manifest.json", "index.npz"} == {lost.name}
-
-
 @linux
-@pytest.mark.slow
 def test_a_killed_run_leaves_whole_files_only_and_no_processes_and_is_continued(
-    make_folder, tmp_path, prepare, wait_until_gone
+    make_folder, tmp_path, prepare, monkeypatch
 ):
-    source, out = make_folder(240, size=(160, 120)), tmp_path / "out"
-    (source / "class1" / "100.png").write_bytes(b"bad")
-    pattern = {"folder": "*.png", "shards": "*.tar"}[prepare.layout]
-    run = multiprocessing.get_context("fork").Process(target=prepare, args=(source, out, 64, 2))
-    run.start()
+    source, out = make_folder(100), tmp_path / "out"
+    (source / "class1" / "040.png").write_bytes(b"bad")
+    pattern, whole = {"folder": ("*.png", 99), "shards": ("*.tar", 10)}[prepare.layout]
+    with monkeypatch.context() as slowly:
+        read = ImageFolder.read
+        slowly.setattr(ImageFolder, "read", lambda folder, i: time.sleep(0.01) or read(folder, i))
+        run = multiprocessing.get_context("fork").Process(target=prepare, args=(source, out, 16, 2))
+        run.start()
     while len(list(out.rglob(pattern))) < 3:
         assert run.is_alive()
         time.sleep(0.002)
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.kill()
     run.join()
-    assert len(workers) == 2 and not wait_until_gone(workers)
+    assert len(workers) == 2 and not left_of(workers)
     done = times(out, pattern)
-    assert 3 <= len(done) < {"folder": 239, "shards": 24}[prepare.layout]
+    assert 3 <= len(done) < whole
+    touch(next(iter(done)).parent, f".{next(iter(done)).name}.99.tmp", content=b"half a file")
     for use in (open_images, verify_shards)[: 1 + (prepare.layout == "shards")]:
         with pytest.raises(ValueError, match="prepare-data was interrupted; run it again"):
             use(out)
-    assert prepare(source, out, 64, workers=2)["bad_files"].keys() == {"class1/100.png"}
-    prepare(source, tmp_path / "whole", 64)
-    assert snapshot(out) == snapshot(tmp_path / "whole")
+    assert prepare(source, out, workers=2)["bad_files"].keys() == {"class1/040.png"}
+    prepare(source, tmp_path / "whole")
+    assert snapshot(out) == snapshot(tmp_path / "whole")  # bit for bit, and nothing else
     kept = sum(times(out, pattern)[path] == time for path, time in done.items())
     assert kept >= len(done) - 1  # a shard with a bad file is made again
 
@@ -327,21 +322,20 @@ def test_too_many_bad_files_are_an_error_after_the_work_whose_flag_makes_it_comp
 def test_a_wrong_checksum_is_a_bad_file_for_the_loader(make_folder, tmp_path):
     out = tmp_path / "out"
     prepare_shards(make_folder(40), out, 16, workers=0, images_per_shard=25)
-    index = open_images(out).index
-    shard = out / "shard-000001.tar"
+    shard, index = out / "shard-000001.tar", open_images(out).index
     content = bytearray(shard.read_bytes())
     content[int(index.offset[30]) + 40] ^= 1
     shard.write_bytes(content)
     with pytest.raises(ValueError, match="shard-000001.tar is damaged: its SHA-256"):
         verify_shards(out)
-    out = out.rename(tmp_path / "moved")
-    source = open_images(out)
+    source = open_images(out.rename(tmp_path / "moved"))
     with pytest.raises(OSError, match="checksum of shard-000001.tar/.*png .* differs"):
         source.read(30)
-    loader = PillowLoader(source, image_size=16, batch_size=8, seed=0, workers=0, max_bad_fraction=0.1)
-    for _ in range(5):
-        assert 30 not in next(loader)["index"].tolist()
-    assert list(loader.bad_files) == [source.paths[30]] and "OSError: checksum" in loader.bad_files[source.paths[30]]
+    with open_loader(source, max_bad_fraction=0.1) as loader:
+        assert not any(30 in next(loader)["index"] for _ in range(5))
+        assert (
+            list(loader.bad_files) == [source.paths[30]] and "OSError: checksum" in loader.bad_files[source.paths[30]]
+        )
 
 
 # what training refuses

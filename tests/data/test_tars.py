@@ -6,8 +6,7 @@ import logging
 import os
 import pickle
 import tarfile
-import threading
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,15 +15,6 @@ from PIL import Image
 from epg_fast.data import ImageFolder, ImageTars, open_images
 from epg_fast.data.sources import tars
 from tests.data.images import contents, encode, labels, noise, pack, png, samples, touch
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """A cache folder of this test alone."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder / "epg_fast"
-
 
 # layouts
 
@@ -95,17 +85,16 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_labels_tars_are_classes_or_shards_by_their_names(tmp_path, caplog, layout):
+def test_without_labels_tars_are_classes_or_shards_by_their_names(tmp_path, log, layout):
     members, classes = LAYOUTS[layout]
     for name, files in members.items():
         pack(tmp_path / name, {file: png(0) if file.lower().endswith("g") else b"{}" for file in files})
     touch(tmp_path, "@eaDir/x", "Thumbs.db")
-    for _ in range(2):
-        # the second time from the index
-        caplog.clear()
+    for times in (1, 2):  # the second time from the index
         source = open_images(tmp_path)
         assert source.classes == classes and not any("@eaDir" in path for path in source.paths)
-        assert caplog.text.count("no image has a label: one class, 'all'") == (classes == ["all"])
+        said = sum("no image has a label: one class, 'all'" in line for line in log.messages)
+        assert said == times * (classes == ["all"])
         for path, label in labels(source).items():
             assert classes == ["all"] or path.startswith(classes[label])
 
@@ -289,15 +278,9 @@ def test_damaged_and_joined_tars_do_not_shorten_the_dataset(tmp_path):
 # the index
 
 
-@pytest.fixture
-def scanned(monkeypatch):
-    """The folders that were scanned."""
-    found, scan = [], tars.scan_tars
-    monkeypatch.setattr(tars, "scan_tars", lambda folder, names: found.append(names) or scan(folder, names))
-    return found
-
-
-def test_headers_are_read_once_and_again_when_a_tar_changes(tmp_path, scanned, cache):
+def test_headers_are_read_once_and_again_when_a_tar_changes(tmp_path, monkeypatch, cache):
+    scanned, scan = [], tars.scan_tars
+    monkeypatch.setattr(tars, "scan_tars", lambda folder, names: scanned.append(names) or scan(folder, names))
     root = tmp_path / "shards"
     pack(root / "s-0.tar", samples(0, 3))
     first = open_images(root)
@@ -310,35 +293,32 @@ def test_headers_are_read_once_and_again_when_a_tar_changes(tmp_path, scanned, c
     os.utime(root / "s-1.tar", ns=(0, 0))
     assert open_images(root).labels.tolist()[3] == 2 and len(scanned) == 3
     (root / "s-0.tar").unlink()
-    assert len(open_images(root)) == 3 and len(scanned) == 4
-    open_images(root)
-    assert len(scanned) == 4 and [path.name for path in root.iterdir()] == ["s-1.tar"]
+    for _ in range(2):
+        assert len(open_images(root)) == 3 and len(scanned) == 4
+    assert [path.name for path in root.iterdir()] == ["s-1.tar"]
     # a damaged index is made again
-    for index in cache.iterdir():
-        content = index.read_bytes()
-        for damaged in (b"", b"rubbish", content[:-30], content[: len(content) // 2] + b"\xff" + content[200:]):
-            index.write_bytes(damaged)
-    assert len(open_images(root)) == 3 and len(scanned) == 5
+    newest = max(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    content = newest.read_bytes()
+    for i, damaged in enumerate((b"", b"rubbish", content[:-30], content[:300] + b"\xff" + content[301:])):
+        newest.write_bytes(damaged)
+        assert len(open_images(root)) == 3 and len(scanned) == 5 + i
 
 
-@pytest.mark.parametrize("why", ["no home", "read-only", "full"])
-def test_without_room_for_the_index_tars_are_read_all_the_same(tmp_path, monkeypatch, caplog, why):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
+def full(*_):
+    raise OSError(28, "No space left on device")
 
-    def full(self, path):
-        raise OSError(28, "No space left on device")
 
-    reason = {"no home": "no home folder", "read-only": "Not a directory", "full": "No space left"}[why]
-    if why == "no home":
+@pytest.mark.parametrize("reason", ["no home folder", "Not a directory", "No space left"])
+def test_without_room_for_the_index_tars_are_read_all_the_same(tmp_path, monkeypatch, log, reason):
+    if reason == "no home folder":
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(Path, "home", homeless)
-    elif why == "read-only":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    elif reason == "Not a directory":
         monkeypatch.setenv("XDG_CACHE_HOME", str(touch(tmp_path, "file") / "file"))
     else:
         monkeypatch.setattr(tars.TarIndex, "save", full)
     assert len(open_images(pack(tmp_path / "s.tar", samples(0, 3)))) == 3
-    assert "cannot be stored" in caplog.text and reason in caplog.text
+    assert "cannot be stored" in log.messages[-1] and reason in log.messages[-1]
 
 
 # reading
@@ -356,19 +336,13 @@ def test_threads_and_pickles_read_the_same_with_few_descriptors(tmp_path, monkey
         return sum(os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(root)) for fd in os.listdir("/proc/self/fd"))
 
     assert opened() == 3 and len(set(expected)) == 24
-    wrong = []
 
-    def read(seed):
-        for i in np.random.default_rng(seed).integers(24, size=400).tolist():
-            if source.read(i) != expected[i]:
-                wrong.append(i)
+    def read_wrongly(seed):
+        return [i for i in np.random.default_rng(seed).integers(24, size=400).tolist() if source.read(i) != expected[i]]
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and opened() == 3
+    with ThreadPoolExecutor(4) as threads:
+        assert not sum(threads.map(read_wrongly, range(4)), [])
+    assert opened() == 3
     again = pickle.loads(pickle.dumps(source))
     assert [again.read(i) for i in range(24)] == expected and again.classes == source.classes
     source, again = None, None

@@ -118,7 +118,7 @@ def kill_itself():
     "end, open_elsewhere, message",
     [
         (kill_itself, False, r"was killed \(exit code -9\), often for want of memory; use fewer"),
-        (kill_itself, True, r"was killed \(exit code -9\), often for want of memory; use fewer"),
+        (kill_itself, True, r"was killed \(exit code -9\)"),
         (lambda: os._exit(3), False, r"ended by itself \(exit code 3\): a library"),
     ],
     ids=["killed", "killed while its pipe is open elsewhere", "ended"],

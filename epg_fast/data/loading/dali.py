@@ -19,18 +19,107 @@ import logging
 
 import numpy as np
 import torch
+from PIL import Image
 
-from epg_fast.data.loading.encoded import EncodedBatches
-from epg_fast.data.loading.loader import Loader
+from epg_fast.data.loading.loader import Batches, Loader
+from epg_fast.data.loading.views import OPERATIONS, crop_geometry, draw_parameters
+from epg_fast.data.sources.decoding import decode_image, open_image, without_texts
 from epg_fast.data.sources.source import ImageSource
 from epg_fast.ops import augment_view, extension_status, resized_crop
 
-logger = logging.getLogger("epg_fast")
-
 # Batches that DALI works on ahead.
 _AHEAD = 2
-# More than any image can be halved.
-_LEVELS = 15
+# Larger images are refused by Pillow as decompression bombs.
+_LONGEST_SHORT_SIDE = 13_377
+_ORIENTATION = 0x0112
+# Chunks that may hold one, when the other texts are gone.
+_PNG_ORIENTATION = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+
+logger = logging.getLogger("epg_fast")
+
+RECORD = np.dtype(
+    [
+        ("shape", "i8", 2),
+        ("halvings", "i8"),
+        ("box", "f8", 4),
+        ("resized", "i8", 2),
+        ("offset", "i8", 2),
+        ("operations", "i1", 4),
+        ("values", "f8", 4),
+        ("grayscale", "?"),
+        ("sigma", "f8"),
+        ("solarize", "?"),
+        ("flip", "?"),
+    ]
+)
+"""One view: the box (left, top, right, bottom) in pixels of the image after its halvings becomes `resized`, of which
+`offset` is the corner; then what `augment_view` takes. Pairs are (x, y)."""
+
+
+class EncodedBatches(Batches):
+    """Batches of encoded images: dicts of `content` (the files one behind the other), `length` int64 [b] and `records`.
+
+    `records` has one `RECORD` for each of the `views` of each image, [b, views].
+    What DALI would read differently from Pillow (CMYK, palettes, 16 bits, transparency, EXIF rotation, other formats)
+    or what may be damaged is decoded by Pillow here and travels as an uncompressed PPM file, which DALI reads exactly;
+    with `pillow_only` all images do so.
+    """
+
+    def __init__(self, source, **options):
+        super().__init__(source, **options)
+        self.pillow_only = False
+        # of the largest image there is
+        self.max_halvings = max(int(np.log2(_LONGEST_SHORT_SIDE / self.image_size)), 0)
+
+    def make(self, content: bytes, rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
+        content = without_texts(content)
+        with open_image(content) as image:
+            size, plain = image.size, not self.pillow_only and _is_plain(image, content)
+        if not plain:
+            image = decode_image(content)
+            size, content = image.size, b"P6\n%d %d\n255\n" % image.size + image.tobytes()
+        return content, self._records(*size, rng)
+
+    def collate(self, samples: list[tuple[bytes, np.ndarray]]) -> dict[str, np.ndarray]:
+        contents, records = zip(*samples, strict=True)
+        lengths = np.array([len(content) for content in contents])
+        return {"content": np.frombuffer(b"".join(contents), np.uint8), "length": lengths, "records": np.stack(records)}
+
+    def _records(self, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+        """The records of a `width` x `height` image, [views]."""
+        flip, augmented = draw_parameters(width, height, rng, self.flip_probability, self.augment)
+        crop, records = crop_geometry(width, height, self.image_size), np.zeros(len(self.views), RECORD)
+        records["shape"], records["resized"] = (width, height), self.image_size
+        first = records[0]
+        first["halvings"], first["box"], first["resized"] = crop.halvings, (0, 0, *crop.halved), crop.resized
+        first["offset"], first["flip"] = (crop.left, crop.top), flip
+        for record, view in zip(records[1:], augmented, strict=True):
+            for slot, (name, value) in enumerate(view.jitter):
+                record["operations"][slot], record["values"][slot] = 1 + OPERATIONS.index(name), value
+            record["box"], record["grayscale"], record["sigma"] = view.box, view.grayscale, view.blur or 0.0
+            record["solarize"], record["flip"] = view.solarize, view.flip
+        return records
+
+
+def _is_plain(image: Image.Image, content: bytes) -> bool:
+    """Whether DALI decodes `content` exactly as `decode_image` does, and its end says that it is complete."""
+    if image.format == "JPEG":
+        # of three channels, Adobe's marker may say that they are no YCbCr
+        plain = image.mode in ("RGB", "L") and image.info.get("adobe_transform", 1) == 1
+        return plain and b"\xff\xd9" in content[-64:] and _is_upright(image)
+    if image.format == "PNG":
+        plain = [tile[3] for tile in image.tile] in (["RGB"], ["L"]) and "transparency" not in image.info
+        # Pillow would decode the whole image to look for its orientation
+        return plain and b"IEND" in content[-12:] and not any(name in content for name in _PNG_ORIENTATION)
+    return False
+
+
+def _is_upright(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(_ORIENTATION, 1) == 1
+    except Exception:
+        # malformed EXIF data: `decode_image` knows what to do
+        return False
 
 
 @functools.cache
@@ -43,7 +132,7 @@ def dali_status() -> tuple[bool, str]:
         return False, f"not installed; {install}"
     except Exception as error:
         # a library that is missing, of another version, for another machine
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         return False, f"installed, but cannot be imported ({reason}); install it anew: {install}"
     return True, nvidia.dali.__version__
 
@@ -94,7 +183,7 @@ class DaliLoader(Loader):
         self._under_way: collections.deque[dict] = collections.deque()
         self._again: collections.deque[dict] = collections.deque()
         self._failure: Exception | None = None
-        self._has_failed = False
+        self._told = False
 
     def close(self) -> None:
         """Stop the processes and release the pipeline; closing twice does nothing."""
@@ -114,19 +203,15 @@ class DaliLoader(Loader):
             self._replace_oldest(error)
             self._pipeline = self._build()
             outputs = self._run()
-        encoded = self._under_way.popleft()
-        views = self._views(outputs, encoded["records"])
-        return views | {name: torch.from_numpy(encoded[name]) for name in ("label", "index")}
-
-    def _views(self, outputs: tuple, records: np.ndarray) -> dict[str, torch.Tensor]:
-        size = self.batches.image_size
+        encoded, size = self._under_way.popleft(), self.batches.image_size
         if self._dali_resizes:
             crops = [_to_torch(output.as_tensor()) for output in outputs]
         else:
             images = [_to_torch(image) for image in outputs[0]]
-            crops = [_resized_crop(images, records[:, v], size, v) for v in range(records.shape[1])]
-        views = [_augment(crop, records[:, v]) for v, crop in enumerate(crops)]
-        return dict(zip(self.batches.views, views, strict=True))
+            crops = [_resized_crop(images, records, size, v) for v, records in enumerate(encoded["records"].T)]
+        views = [_augment(crop, records) for crop, records in zip(crops, encoded["records"].T, strict=True)]
+        others = {name: torch.from_numpy(encoded[name]) for name in ("label", "index")}
+        return dict(zip(self.batches.views, views, strict=True)) | others
 
     def _run(self) -> tuple:
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
@@ -138,33 +223,30 @@ class DaliLoader(Loader):
 
     def _feed(self) -> list:
         """Return DALI's inputs for the next batch; DALI calls this ahead of `run`."""
-        encoded = self._again.popleft() if self._again else self._next_encoded()
-        if encoded is None:
-            raise StopIteration
+        try:
+            if self._failure is not None:
+                raise self._failure
+            encoded = self._again.popleft() if self._again else self._next_arrays()
+        except Exception as error:
+            self._failure = error
+            raise StopIteration from None
         self._under_way.append(encoded)
         files = np.split(encoded["content"], np.cumsum(encoded["length"])[:-1])
-        return [files, *_boxes(encoded["records"], self.batches.image_size)] if self._dali_resizes else [files]
-
-    def _next_encoded(self) -> dict | None:
-        """Return the next batch of the stream, None when it has failed: raised once the batches before are out."""
-        if self._failure is None:
-            try:
-                return self._next_arrays()
-            except Exception as error:
-                self._failure = error
-        return None
+        if not self._dali_resizes:
+            return [files]
+        return [files, *_boxes(encoded["records"], self.batches.image_size, self.batches.max_halvings)]
 
     def _replace_oldest(self, error: RuntimeError) -> None:
         """Decode the oldest batch under way with Pillow, which says which of its files are bad; keep the others."""
         if not self._under_way:
             raise error
-        if not self._has_failed:
+        if not self._told:
             lines = (line for line in str(error).splitlines() if "rror" in line and "Critical" not in line)
             logger.warning(
                 "DALI could not decode a batch (%s); Pillow decodes its %d files, and such batches from now on",
                 *(next(lines, error), self.batches.local_size),
             )
-        self._has_failed = True
+        self._told = True
         batches = copy.copy(self.batches)
         batches.pillow_only = True
         replaced, bad_files = batches(self.iteration)
@@ -172,12 +254,10 @@ class DaliLoader(Loader):
         self._again = collections.deque([replaced, *list(self._under_way)[1:], *self._again])
         self._under_way.clear()
 
-    def _device_id(self) -> int | None:
-        if self.device.type == "cpu":
-            return None
-        return torch.cuda.current_device() if self.device.index is None else self.device.index
-
     def _build(self):
+        device = None
+        if self.device.type != "cpu":
+            device = torch.cuda.current_device() if self.device.index is None else self.device.index
         pipeline = _make_pipeline(
             self._feed,
             self.batches.image_size,
@@ -185,7 +265,7 @@ class DaliLoader(Loader):
             crops=len(self.batches.views) if self._dali_resizes else 0,
             batch_size=self.batches.local_size,
             num_threads=self.threads,
-            device_id=self._device_id(),
+            device_id=device,
             prefetch_queue_depth=_AHEAD,
             # nothing random is left to DALI
             seed=0,
@@ -194,9 +274,9 @@ class DaliLoader(Loader):
         return pipeline
 
 
-def _boxes(records: np.ndarray, size: int) -> list[np.ndarray]:
+def _boxes(records: np.ndarray, size: int, halvings: int) -> list[np.ndarray]:
     """DALI's inputs for the crops: halvings, the size before each; then start and end (y, x) of every view."""
-    crop, levels = records[:, 0], np.arange(_LEVELS)
+    crop, levels = records[:, 0], np.arange(halvings + 1)
     inputs = [crop["halvings"].astype(np.int32), (crop["shape"][:, None, ::-1] >> levels[:, None]).astype(np.float32)]
     for view in records.T:
         pixel = (view["box"][:, 2:] - view["box"][:, :2]) / view["resized"]

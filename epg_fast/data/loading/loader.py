@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import itertools
 import logging
 import mmap
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -121,7 +123,7 @@ class Batches(abc.ABC):
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 
-class Loader:
+class Loader(Iterator[dict[str, torch.Tensor]], contextlib.AbstractContextManager):
     """An infinite iterator over the batches of `batches`, beginning at global iteration `start`; see `epg_fast.data`.
 
     A file that cannot be decoded is replaced by the next one of the source that can (same random stream, that file's
@@ -143,9 +145,6 @@ class Loader:
         self._stream = WorkerStream(batches, start, workers)
         self._closed = False
 
-    def __iter__(self) -> Loader:
-        return self
-
     def __next__(self) -> dict[str, torch.Tensor]:
         if self._closed:
             raise RuntimeError("this loader is closed; make a new one with start=iteration to go on")
@@ -156,9 +155,6 @@ class Loader:
             raise
         self.iteration += 1
         return batch
-
-    def __enter__(self) -> Loader:
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -174,10 +170,8 @@ class Loader:
         For what other ranks or an earlier part of the run have met. Raises `DataError` when it makes too many.
         """
         new = {path: reason for path, reason in found.items() if path not in self.bad_files}
-        if not new:
-            return
         self.bad_files.update(new)
-        for i, path in enumerate(self.source.paths):
+        for i, path in enumerate(self.source.paths if new else ()):
             if path in new:
                 self.batches.bad[i] = True
         self._check_bad_files()
@@ -192,8 +186,6 @@ class Loader:
         return batch
 
     def _report(self, bad_files: dict[str, str]) -> None:
-        if not bad_files:
-            return
         for path, reason in bad_files.items():
             if path not in self.bad_files:
                 self.bad_files[path] = reason

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,7 +16,7 @@ Batch = dict[str, torch.Tensor]
 _GRACE = 2.0
 
 
-class Prefetcher:
+class Prefetcher(Iterator[Batch], contextlib.AbstractContextManager):
     """The batches of `loader`, in its order and bit for bit, drawn and copied to `device` ahead of time.
 
     One daemon thread draws; at most `depth` batches are held. On CUDA the thread copies through pinned memory on a
@@ -54,25 +54,29 @@ class Prefetcher:
             raise ValueError(f"depth: got {depth}, wanted at least 1")
         self.waited = 0.0
         self._loader, self._batches, self._device = loader, iter(loader), torch.device(device)
-        self._depth, self._on_stall, self._patience = depth, on_stall, patience
+        self._on_stall, self._patience = on_stall, patience
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._changed = threading.Condition()
-        self._ready: deque[tuple[Batch, torch.cuda.Event | None]] = deque()
+        self._room = threading.Semaphore(depth)
+        # batches with the event after which they are complete on the device; an error; None once closed
+        self._ready: queue.SimpleQueue[tuple[Batch, torch.cuda.Event | None] | BaseException | None]
+        self._ready = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def __iter__(self) -> Prefetcher:
-        return self
-
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("this prefetcher is closed; make a new one with a loader at start=iteration to go on")
-        started = time.perf_counter()
-        try:
-            batch, copied = self._take(started)
-        finally:
-            self.waited += time.perf_counter() - started
+        if self._error is not None:
+            raise self._error
+        item = self._take()
+        if item is None:
+            raise RuntimeError("this prefetcher was closed while it was waited for")
+        if isinstance(item, BaseException):
+            self._error = item
+            raise item
+        self._room.release()
+        batch, copied = item
         if copied is not None:
             consumer = torch.cuda.current_stream(self._device)
             consumer.wait_event(copied)
@@ -80,9 +84,6 @@ class Prefetcher:
                 # the allocator knows the copy stream alone, and would reuse the memory while the consumer still reads
                 tensor.record_stream(consumer)
         return batch
-
-    def __enter__(self) -> Prefetcher:
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -92,10 +93,9 @@ class Prefetcher:
 
         A thread that is still blocked seconds after its loader was closed is left behind; it draws nothing more.
         """
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
+        self._closed = True
+        self._room.release()
+        self._ready.put(None)
         thread, self._thread = self._thread, None
         try:
             if thread is not None:
@@ -105,21 +105,17 @@ class Prefetcher:
         if thread is not None:
             thread.join(_GRACE)
 
-    def _take(self, started: float) -> tuple[Batch, torch.cuda.Event | None]:
+    def _take(self):
+        started = time.perf_counter()
         if self._thread is None:
             self._start()
-        while True:
-            with self._changed:
-                if self._changed.wait_for(lambda: self._ready or self._error or self._closed, self._patience):
-                    break
-            self._on_stall(time.perf_counter() - started)
-        with self._changed:
-            if self._ready:
-                self._changed.notify_all()
-                return self._ready.popleft()
-        if self._error is not None:
-            raise self._error
-        raise RuntimeError("this prefetcher was closed while it was waited for")
+        try:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    return self._ready.get(timeout=self._patience)
+                self._on_stall(time.perf_counter() - started)
+        finally:
+            self.waited += time.perf_counter() - started
 
     def _start(self) -> None:
         threads, started = torch.get_num_threads(), threading.Event()
@@ -138,23 +134,10 @@ class Prefetcher:
         try:
             if self._stream is not None:
                 torch.cuda.set_device(self._stream.device)  # threads begin on device 0
-            while self._wait_for_room():
-                self._hand_over(self._draw())
+            while self._room.acquire() and not self._closed:
+                self._ready.put(self._draw())
         except BaseException as error:  # StopIteration included: whatever it is, it is the consumer's
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
-            return not self._closed
-
-    def _hand_over(self, item: tuple[Batch, torch.cuda.Event | None]) -> None:
-        with self._changed:
-            if not self._closed:
-                self._ready.append(item)
-                self._changed.notify_all()
+            self._ready.put(error)
 
     def _draw(self) -> tuple[Batch, torch.cuda.Event | None]:
         """Return the next batch, on the device, and the event after which it is complete there."""

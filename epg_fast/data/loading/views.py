@@ -16,7 +16,7 @@ from epg_fast.config import AugmentConfig
 _CROP_TRIES = 10
 # Of the long side after the resize: more is no picture, and memory without bound.
 _LONGEST_RESIZED = 1 << 16
-_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _ENHANCERS = {
     "brightness": ImageEnhance.Brightness,
     "contrast": ImageEnhance.Contrast,
@@ -46,14 +46,6 @@ class AugmentedView(NamedTuple):
     """Standard deviation in pixels of the view."""
     solarize: bool
     flip: bool
-
-
-class ViewParameters(NamedTuple):
-    """What is drawn for one image of a training step."""
-
-    flip: bool
-    """Of the centre crop."""
-    augmented: tuple[AugmentedView, ...]
 
 
 def crop_geometry(width: int, height: int, size: int) -> CropGeometry:
@@ -103,15 +95,13 @@ def draw_view(width: int, height: int, rng: np.random.Generator, config: Augment
 
 def draw_parameters(
     width: int, height: int, rng: np.random.Generator, flip_probability: float, augment: AugmentConfig | None = None
-) -> ViewParameters:
-    """Draw everything random about one `width` x `height` image of a training step.
+) -> tuple[bool, list[AugmentedView]]:
+    """Draw everything random about one `width` x `height` image: whether its centre crop is flipped, and its views.
 
-    The first draw is the flip of the centre crop, so that it is the same with and without `augment`.
+    The first draw is the flip, so that it is the same with and without `augment`.
     """
     flip = rng.random() < flip_probability
-    if augment is None:
-        return ViewParameters(flip, ())
-    return ViewParameters(flip, tuple(draw_view(width, height, rng, augment, which) for which in (0, 1)))
+    return flip, [draw_view(width, height, rng, augment, which) for which in (0, 1)] if augment else []
 
 
 def apply_view(image: Image.Image, size: int, view: AugmentedView) -> Image.Image:
@@ -143,9 +133,9 @@ def training_views(
     The first is the centre crop, flipped with `flip_probability`; with `augment` the two augmented views of the whole
     image follow. The first view is the same with and without `augment`.
     """
-    drawn = draw_parameters(image.width, image.height, rng, flip_probability, augment)
+    flip, augmented = draw_parameters(image.width, image.height, rng, flip_probability, augment)
     crop = center_crop(image, size)
-    views = [_flip(crop) if drawn.flip else crop, *(apply_view(image, size, view) for view in drawn.augmented)]
+    views = [_flip(crop) if flip else crop, *(apply_view(image, size, view) for view in augmented)]
     return [np.asarray(view) for view in views]
 
 
@@ -177,14 +167,14 @@ def _crop_box(
 
 
 def _draw_jitter(rng: np.random.Generator, config: AugmentConfig) -> tuple[tuple[str, float], ...]:
-    strengths = {"brightness": config.brightness, "contrast": config.contrast, "saturation": config.saturation}
     jitter = []
-    for operation in rng.permutation(4):
-        name = _OPERATIONS[operation]
+    for operation in rng.permutation(len(OPERATIONS)):
+        name = OPERATIONS[operation]
+        strength = getattr(config, name)
         if name == "hue":
-            jitter.append((name, _uniform(rng, -config.hue, config.hue)))
-        elif strengths[name]:
-            jitter.append((name, _uniform(rng, max(0.0, 1 - strengths[name]), 1 + strengths[name])))
+            jitter.append((name, _uniform(rng, -strength, strength)))
+        elif strength:
+            jitter.append((name, _uniform(rng, max(0.0, 1 - strength), 1 + strength)))
     return tuple(jitter)
 
 

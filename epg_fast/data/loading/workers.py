@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import errno
 import functools
 import gc
@@ -23,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -41,8 +40,7 @@ _TASK = "go on"
 T = TypeVar("T")
 
 
-@dataclasses.dataclass
-class _Failure:
+class _Failure(NamedTuple):
     error: Exception
     traceback: str
 
@@ -69,23 +67,17 @@ class WorkerStream:
 
     def __next__(self) -> T:
         self.start()
-        if not self.workers:
-            try:
-                item = self._make(self._next)
-            except MemoryError as error:
-                raise read_error(error, _TASK) from error
-            self._next += 1
-            return item
         try:
-            item = self._receive(self._next)
+            item = self._receive(self._next) if self.workers else self._make(self._next)
+            if isinstance(item, _Failure):
+                raise item.error from RuntimeError(item.traceback)
             self._next += 1
-        except BaseException:
+        except BaseException as error:
             # interrupted anywhere: what comes through the pipes next may belong to another place in the stream
             self.close()
+            if isinstance(error, MemoryError):
+                raise read_error(error, _TASK) from error
             raise
-        if isinstance(item, _Failure):
-            self.close()
-            raise item.error from RuntimeError(item.traceback)
         return item
 
     def start(self) -> None:
@@ -142,12 +134,10 @@ class WorkerStream:
             process.join(1)
             if process.is_alive():
                 raise read_error(error, _TASK) from error
-            how = "was killed (exit code {}), often for want of memory; use fewer workers or readers"
+            how = f"was killed (exit code {process.exitcode}), often for want of memory; use fewer workers or readers"
             if process.exitcode >= 0:
-                how = "ended by itself (exit code {}): a library that it called did that"
-            raise RuntimeError(
-                f"a process that reads images {how.format(process.exitcode)}. The same command goes on"
-            ) from error
+                how = f"ended by itself (exit code {process.exitcode}): a library that it called did that"
+            raise RuntimeError(f"a process that reads images {how}. The same command goes on") from error
         return item
 
 
@@ -229,9 +219,8 @@ def _receive(connection: Connection) -> Any:
     finally:
         os.close(descriptors[0])
     starts = itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0)
-    return pickle.loads(
-        pickled, buffers=[memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-    )
+    buffers = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return pickle.loads(pickled, buffers=buffers)
 
 
 def _failure(error: BaseException, text: str) -> _Failure:
@@ -263,9 +252,6 @@ def _signals_blocked() -> Iterator[None]:
     Ctrl-C and a scheduler's signals reach the whole process group, but it is the parent that decides what to finish
     first; workers end by its close(), or on their own within seconds of its death.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         yield

@@ -27,10 +27,8 @@ def prepare_digits(outdir: str | os.PathLike) -> dict[str, int]:
     files = [path.relative_to(outdir) for path in outdir.rglob("*") if not path.is_dir()]
     present = {path.as_posix() for path in files if not any(map(is_junk, path.parts))}
     for path in sorted(present - images.keys()):
-        raise ValueError(
-            f"outdir: {outdir} holds {path}, which is not from the digits; wanted an empty or new folder "
-            "or an earlier output; choose another outdir"
-        )
+        wanted = "wanted an empty or new folder or an earlier output"
+        raise ValueError(f"outdir: {outdir} holds {path}, no digit, {wanted}; choose another outdir")
     for path in images.keys() - present:
         buffer = io.BytesIO()
         Image.fromarray(images[path]).save(buffer, "PNG")
@@ -44,13 +42,10 @@ def _digit_images() -> dict[str, np.ndarray]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError(
-            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
+        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
 
     digits = load_digits()
-    pixels = np.round(digits.images * 255 / 16).astype(np.uint8)
-    pixels = np.repeat(pixels[..., None], 3, axis=-1)
+    pixels = np.repeat(np.round(digits.images * 255 / 16).astype(np.uint8)[..., None], 3, axis=-1)
     train, test = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=0, stratify=digits.target)
     return {
         f"{split}/{digits.target[i]}/{i:04d}.png": pixels[i]

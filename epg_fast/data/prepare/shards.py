@@ -19,8 +19,7 @@ from epg_fast.data.loading.workers import each
 from epg_fast.data.prepare.output import MAX_BAD_FRACTION, claimed, crop_and_encode, finish_manifest, open_source
 from epg_fast.data.sources.manifest import count_classes, read_manifest, write_manifest
 from epg_fast.data.sources.source import ImageSource
-from epg_fast.data.sources.tar_index import TarIndex
-from epg_fast.data.sources.tar_scan import scan_tars
+from epg_fast.data.sources.tar_index import TarIndex, scan_tars
 from epg_fast.data.sources.tars import INDEX, check_shards
 from epg_fast.files import file_sha256, open_atomically
 
@@ -82,13 +81,12 @@ def prepare_shards(
         task = functools.partial(_make_shard, images, order, outdir, settings)
         count = -(-len(images) // images_per_shard)
         shards = list(each(task, range(count), workers, total=count, unit="shard"))
-        for shard in shards:
-            manifest["bad_files"] |= shard.bad_files
         index = _joined([shard.index for shard in shards], images.classes)
         index.save(outdir / INDEX)
         manifest |= count_classes(images.classes, index.label)
-        manifest["shards"] = [shard.entry for shard in shards]
-        manifest["index_sha256"] = file_sha256(outdir / INDEX)
+        manifest["shards"], manifest["index_sha256"] = [shard.entry for shard in shards], file_sha256(outdir / INDEX)
+        for shard in shards:
+            manifest["bad_files"] |= shard.bad_files
         finish_manifest(outdir, manifest, len(images), max_bad_fraction)
     return manifest
 

@@ -7,11 +7,12 @@ import os
 from epg_fast.data.sources.folder import ImageFolder
 from epg_fast.data.sources.names import is_parquet, is_tar
 from epg_fast.data.sources.parquet import ImageParquet, is_pattern
-from epg_fast.data.sources.source import WANTED, ImageSource, existing
+from epg_fast.data.sources.source import DATA_PATH, WANTED, ImageSource, existing, images_of
 from epg_fast.data.sources.tars import ImageTars
 from epg_fast.files import is_junk
 
 
+@images_of(DATA_PATH)
 def open_images(path: str | os.PathLike) -> ImageSource:
     """Return the images at `path`.
 
@@ -23,26 +24,26 @@ def open_images(path: str | os.PathLike) -> ImageSource:
         return ImageParquet(path)
     path = existing(path)
     if not path.is_dir():
-        if is_tar(path.name) or is_parquet(path.name):
-            return ImageTars(path) if is_tar(path.name) else ImageParquet(path)
-        remedy = "unzip it and pass the folder" if path.suffix.lower() == ".zip" else "pass the folder instead"
-        raise ValueError(f"data path: {path} is a file, {WANTED}; {remedy}")
-    kinds: dict[str, list[str]] = {"tars": [], "parquet files": [], "folders": []}
+        reader = _reader(path.name)
+        if reader is None:
+            remedy = "unzip it and pass the folder" if path.suffix.lower() == ".zip" else "pass the folder instead"
+            raise ValueError(f"{path} is a file, {WANTED}; {remedy}")
+        return reader(path)
+    first = {}
     with os.scandir(path) as entries:
-        for entry in entries:
-            if is_junk(entry.name):
-                continue
-            if entry.is_dir():
-                kinds["folders"].append(entry.name)
-            elif is_tar(entry.name) or is_parquet(entry.name):
-                kinds["tars" if is_tar(entry.name) else "parquet files"].append(entry.name)
-    first = {kind: min(names) for kind, names in kinds.items() if names}
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            reader = ImageFolder if entry.is_dir() else _reader(entry.name)
+            if reader is not None and not is_junk(entry.name):
+                first.setdefault(reader, entry.name)
     if len(first) > 1:
-        found = " and ".join(f"{kind} ({name})" for kind, name in first.items())
-        raise ValueError(
-            f"data path: {path} has both {found}, wanted one kind; "
-            f"pass {' or '.join(str(path / name) for name in first.values())}, or move the others away"
-        )
-    if kinds["tars"] or kinds["parquet files"]:
-        return ImageTars(path) if kinds["tars"] else ImageParquet(path)
-    return ImageFolder(path)
+        found = " and ".join(f"{_KINDS[reader]} ({first[reader]})" for reader in _KINDS if reader in first)
+        raise ValueError(f"{path} has both {found}, wanted one kind; pass one of these, or move the others away")
+    return next(iter(first), ImageFolder)(path)
+
+
+_KINDS = {ImageTars: "tars", ImageParquet: "parquet files", ImageFolder: "folders"}
+
+
+def _reader(name: str) -> type[ImageSource] | None:
+    """Of a file of this name."""
+    return ImageTars if is_tar(name) else ImageParquet if is_parquet(name) else None

@@ -86,8 +86,7 @@ def printable(path: str) -> str:
 def _is_there(root: Path) -> bool:
     """Whether anything can be seen in `root`: where a disk was mounted, an empty folder is left."""
     try:
-        with os.scandir(root) as entries:
-            return any(True for _ in entries)
+        return bool(os.listdir(root))
     except OSError:
         return False
 

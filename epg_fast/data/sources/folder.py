@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from epg_fast.data.sources.manifest import check_complete, check_counts, read_manifest
 from epg_fast.data.sources.names import IMAGES, Ignored, find_splits, is_image, is_parquet, split_of
-from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing
+from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing, warn_of_no_labels
+from epg_fast.files import is_junk
 
 _WANTED = "wanted a folder of class folders with images"
 _DATASET = "dataset.json"
@@ -42,14 +44,12 @@ class ImageFolder(ImageSource):
     """
 
     def __init__(self, root: str | os.PathLike, *, flat: bool = False):
-        self.root = existing(root)
-        self._root = os.fspath(root)
+        self.root, self._root = existing(root), os.fspath(root)
         if not self.root.is_dir():
-            raise ValueError(f"data path: {root} is a file, {_WANTED}; pass the folder instead")
+            raise ValueError(f"{root} is a file, {_WANTED}; pass the folder instead")
         found = _walk(self._root)
         labels = _read_labels(self.root / _DATASET) if found.images else None
         if labels is not None:
-            self._check_splits({path.rpartition("/")[0] for path in found.images})
             self._take_labels(found.images, labels)
         else:
             self._take_classes(found, flat)
@@ -67,16 +67,14 @@ class ImageFolder(ImageSource):
 
     def _take_labels(self, paths: list[str], labels: dict[str, int]) -> None:
         """The labels of a dataset.json; empty if it says that there are none."""
+        self._refuse_splits({path.rpartition("/")[0] for path in paths})
         self.paths = paths
         if not labels:
-            logger.warning("%s: no labels in %s: one class, '%s'", self.root, _DATASET, *NO_LABELS)
+            warn_of_no_labels(self.root / _DATASET)
             self.classes, self.labels = list(NO_LABELS), [0] * len(paths)
             return
-        missing = next((path for path in paths if path not in labels), None)
-        if missing is not None:
-            raise ValueError(
-                f"data path: {self.root / _DATASET} has no label of {missing}; add it, or move one of them away"
-            )
+        if missing := [path for path in paths if path not in labels]:
+            raise ValueError(f"{self.root / _DATASET} has no label of {missing[0]}; add it, or move one of them away")
         if len(labels) > len(paths):
             logger.warning("%s: %d files of %s are not there", self.root, len(labels) - len(paths), _DATASET)
         self.labels = [labels[path] for path in paths]
@@ -85,60 +83,56 @@ class ImageFolder(ImageSource):
 
     def _take_classes(self, found: _Found, flat: bool) -> None:
         """Class folders, or the images of a `flat` folder."""
+        root, loose = self.root, [path for path in found.images if "/" not in path]
+        self.paths = [path for path in found.images if "/" in path]
+        self.classes = sorted(folder for folder in found.folders if "/" not in folder)
+        if flat and loose and not self.paths:
+            self.paths, self.classes, self.labels = loose, [root.name], [0] * len(loose)
+            return
         if found.parquet and not found.images:
             folder = min(found.parquet, key=lambda name: (split_of(name.rpartition("/")[2]) != "train", name))
-            where, remedy = f" in {folder}", f"pass {self.root / folder}"
-            if not folder:  # of a reader that takes class folders alone
-                where = ""
-                remedy = f"`epg-fast prepare-data --layout folder --source {self.root}` makes class folders of them"
-            raise ValueError(f"data path: {self.root} has no images, but parquet files{where}, {_WANTED}; {remedy}")
-        self.classes = sorted(folder for folder in found.folders if "/" not in folder)
-        self.paths = [path for path in found.images if "/" in path]
-        loose = [path for path in found.images if "/" not in path]
-        if flat and loose and not self.paths:
-            self.paths, self.classes, self.labels = loose, [self.root.name], [0] * len(loose)
-            return
+            # of a reader that takes class folders alone
+            remedy = f"`epg-fast prepare-data --layout folder --source {root}` makes class folders of them"
+            remedy = f"pass {root / folder}" if folder else remedy
+            raise ValueError(f"{root} has no images, but parquet files in {folder or root}, {_WANTED}; {remedy}")
         if not self.classes:
             what, remedy = "is empty", "check the path, or prepare the data first"
             if loose:
-                what = f"has {len(loose)} images but no class folders"
-                remedy = "move them into one subfolder per class (a single one for unlabelled images)"
+                what, remedy = f"has {len(loose)} images but no class folders", "move them into one subfolder per class"
             elif found.others:
                 what = "has neither class folders nor images"
-            raise ValueError(f"data path: {self.root} {what}, {_WANTED}; {remedy}")
-        self._check_splits(found.folders)
+            raise ValueError(f"{root} {what}, {_WANTED}; {remedy}")
+        self._refuse_splits(found.folders)
         if not found.images:
             raise ValueError(
-                f"data path: none of the {len(self.classes)} class folders in {self.root} has an image, "
-                f"wanted files ending in {', '.join(IMAGES)}; check the path"
+                f"none of the {len(self.classes)} class folders in {root} has an image, wanted files ending in "
+                f"{', '.join(IMAGES)}; check the path"
             )
         if loose and flat or len(loose) > len(self.paths):
             raise ValueError(
-                f"data path: {self.root} has {len(loose)} images itself and {len(self.paths)} in its folders "
+                f"{root} has {len(loose)} images itself and {len(self.paths)} in its folders "
                 f"({self.classes[0]}{', ...' * (len(self.classes) > 1)}), wanted one of these; move the others away"
             )
         index = {name: label for label, name in enumerate(self.classes)}
         self.labels = [index[path[: path.index("/")]] for path in self.paths]
-        self._check_used(set(self.labels), len(loose))
+        self._check_used(len(loose))
 
-    def _check_splits(self, folders) -> None:
+    def _refuse_splits(self, folders: Iterable[str]) -> None:
         """The splits of a dataset hold class folders of their own and would be taken for classes, the test set too."""
         if held := find_splits(folders):
-            above, found = held
-            where = self.root / above
-            raise ValueError(
-                f"data path: {where} holds the splits {', '.join(found)}, {_WANTED}; pass {where / found[0]}"
-            )
+            raise self._split(self.root / held[0], held[1])
 
-    def _check_used(self, labels: set[int], loose: int) -> None:
+    def _split(self, where: Path, names: list[str]) -> ValueError:
+        several = "s" * (len(names) > 1)
+        return ValueError(f"{where} holds the split{several} {', '.join(names)}, {_WANTED}; pass {where / names[0]}")
+
+    def _check_used(self, loose: int) -> None:
         """What may be another dataset than was meant."""
-        used = [self.classes[label] for label in sorted(labels)]
-        inner = sorted({path.split("/", 2)[1] for path in self.paths if path.count("/") > 1})
-        if all(map(split_of, used)) and all(path.count("/") > 1 for path in self.paths):
-            raise ValueError(
-                f"data path: {self.root} holds the split {', '.join(used)}, {_WANTED}; pass {self.root / used[0]}"
-            )
-        if len(used) == 1 and len(inner) > 1:
+        used = [self.classes[label] for label in sorted(set(self.labels))]
+        deep = [path.split("/", 2)[1] for path in self.paths if path.count("/") > 1]
+        if all(map(split_of, used)) and len(deep) == len(self.paths):
+            raise self._split(self.root, used)
+        if len(used) == 1 and len(inner := sorted(set(deep))) > 1:
             logger.warning(
                 "%s: one class, %s, with images in %d folders (%s, ...); pass %s if these are the classes",
                 *(self.root, used[0], len(inner), inner[0], self.root / used[0]),
@@ -146,10 +140,9 @@ class ImageFolder(ImageSource):
         if loose:
             logger.warning("%s: ignored %d images that lie outside the class folders", self.root, loose)
         if empty := sorted(set(self.classes).difference(used)):
-            some = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
-            logger.warning(
-                "%s: %d class folders have no images (%s); they keep their class index", self.root, len(empty), some
-            )
+            some = ", ".join(empty[:3]) + ", ..." * (len(empty) > 3)
+            message = "%s: %d class folders have no images (%s); they keep their class index"
+            logger.warning(message, self.root, len(empty), some)
 
 
 def _read_labels(path: Path) -> dict[str, int] | None:
@@ -160,7 +153,7 @@ def _read_labels(path: Path) -> dict[str, int] | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"no JSON: {error}"
-        raise ValueError(f"data path: cannot read {path} ({reason}); mend it, or move it away") from None
+        raise ValueError(f"cannot read {path} ({reason}); mend it, or move it away") from None
     if not isinstance(content, dict) or "labels" not in content:
         logger.warning("%s has no labels and is ignored", path)
         return None
@@ -170,59 +163,44 @@ def _read_labels(path: Path) -> dict[str, int] | None:
         pairs = [("", None)]
     labels = dict(pairs)
     if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels.values()):
-        raise ValueError(f"data path: {path} has other labels, wanted a list of [file, class index]; or move it away")
+        raise ValueError(f"{path} has other labels, wanted a list of [file, class index]; or move it away")
     for name, label in pairs:
         if labels[name] != label:
-            raise ValueError(
-                f"data path: {path} names {name} with the labels {label} and {labels[name]}; delete one of them"
-            )
+            raise ValueError(f"{path} names {name} with the labels {label} and {labels[name]}; delete one of them")
     return labels
 
 
-@dataclass
-class _Found:
-    """What lies below a folder.
+class _Found(NamedTuple):
+    """What lies below a folder; paths are relative, with `/`."""
 
-    Attributes:
-        folders: all of them, relative with `/`.
-        images: their paths likewise, sorted.
-        parquet: the folders that have parquet files.
-        others: whether there are other files.
-    """
-
-    folders: list[str] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    parquet: set[str] = field(default_factory=set)
-    others: bool = False
+    folders: list[str]
+    images: list[str]
+    parquet: set[str]
+    """The folders that have parquet files."""
+    others: bool
+    """Whether there are files that are no images."""
 
 
 def _walk(root: str) -> _Found:
-    found, ignored, loops = _Found(), Ignored(), []
+    folders, images, parquet, loops, ignored = [], [], set(), [], Ignored()
     for folder, subfolders, files in os.walk(root, onerror=_unreadable, followlinks=True):
         prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        subfolders[:] = [name for name in subfolders if not ignored.skips(name)]
-        # which would be walked round and round
-        back = [name for name in subfolders if _leads_back(folder, name)]
+        known = [name for name in subfolders if not ignored.skips(name)]
+        # these would be walked round and round
+        back = [name for name in known if _leads_back(folder, name)]
         loops += [prefix + name for name in back]
-        subfolders[:] = [name for name in subfolders if name not in back]
-        found.folders += [prefix + name for name in subfolders]
+        subfolders[:] = [name for name in known if name not in back]
+        folders += [prefix + name for name in subfolders]
         for name in files:
-            if ignored.skips(name):
-                continue
-            if is_image(name):
-                found.images.append(prefix + name)
-            else:
-                ignored.add_other(name)
-                if is_parquet(name):
-                    found.parquet.add(prefix.rstrip("/"))
-    found.images.sort()
-    found.others = bool(ignored.others)
+            if not ignored.skips(name, is_image):
+                images.append(prefix + name)
+            elif is_parquet(name) and not is_junk(name):
+                parquet.add(prefix.rstrip("/"))
     ignored.report(root, "images")
     if loops:
-        logger.warning(
-            "%s: %d links lead back to a folder above them and are not followed (%s)", root, len(loops), loops[0]
-        )
-    return found
+        message = "%s: %d links lead back to a folder above them and are not followed (%s)"
+        logger.warning(message, root, len(loops), loops[0])
+    return _Found(folders, sorted(images), parquet, bool(ignored.others))
 
 
 def _leads_back(folder: str, name: str) -> bool:
@@ -232,4 +210,4 @@ def _leads_back(folder: str, name: str) -> bool:
 
 
 def _unreadable(error: OSError) -> None:
-    raise ValueError(f"data path: cannot read {error.filename} ({error.strerror}); fix its permissions") from error
+    raise ValueError(f"cannot read {error.filename} ({error.strerror}); fix its permissions") from error

@@ -16,7 +16,6 @@ from epg_fast.files import write_atomically
 MANIFEST = "manifest.json"
 _KEYS = {"complete": bool, "layout": str, "source_fingerprint": str, "classes": list, "counts": dict, "bad_files": dict}
 _KEYS_OF_SHARDS = {"shards": list, "index_sha256": str}
-_RESTORE = "restore it, or prepare the images again in a new outdir"
 
 logger = logging.getLogger("epg_fast")
 
@@ -32,20 +31,19 @@ def read_manifest(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"data path: {path} is damaged: it is no JSON ({error}), wanted the file that prepare-data wrote; "
-            f"{_RESTORE}; move it away if it is of another program"
-        ) from None
+        raise _damaged(path, f"it is no JSON ({error})") from None
     if not isinstance(manifest, dict) or "source_fingerprint" not in manifest:
         logger.warning("%s was not written by prepare-data and is ignored", path)
         return None
     kinds = _KEYS | (_KEYS_OF_SHARDS if manifest.get("layout") == "shards" else {})
     for key, kind in (kinds | ({"class_names": list} if "class_names" in manifest else {})).items():
         if not isinstance(manifest.get(key), kind):
-            raise ValueError(
-                f"data path: {path} is damaged: {key} is {manifest.get(key)!r:.40}, wanted {kind.__name__}; {_RESTORE}"
-            )
+            raise _damaged(path, f"{key} is {manifest.get(key)!r:.40}, wanted {kind.__name__}")
     return manifest
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {why}; restore it, or prepare the images again in a new outdir")
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -67,10 +65,10 @@ def check_complete(folder: Path, manifest: dict) -> None:
     reason = "prepare-data was interrupted; run it again to go on"
     if bad := len(manifest["bad_files"]):
         reason = (
-            f"prepare-data could not decode {bad} images (see {MANIFEST}); restore them, or let it leave more of "
-            "them out with its --max_bad_fraction, and run it again"
+            f"prepare-data could not decode {bad} images (see {MANIFEST}); restore them, or leave more out with "
+            "its --max_bad_fraction, and run it again"
         )
-    raise ValueError(f"data path: {folder} is not complete: {reason}")
+    raise ValueError(f"{folder} is not complete: {reason}")
 
 
 def check_counts(folder: Path, manifest: dict, classes: list[str], labels: Sequence[int] | np.ndarray) -> None:
@@ -79,9 +77,8 @@ def check_counts(folder: Path, manifest: dict, classes: list[str], labels: Seque
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):
             raise ValueError(
-                f"data path: {folder} has {found.get(name, 'no')} images of class {name!r}, wanted "
-                f"{wanted.get(name, 'none')} by {MANIFEST}; run prepare-data again, or delete {MANIFEST} if you "
-                "wanted this"
+                f"{folder} has {found.get(name, 'no')} images of class {name!r}, wanted {wanted.get(name, 'none')} by "
+                f"{MANIFEST}; run prepare-data again, or delete {MANIFEST} if you wanted this"
             )
 
 
@@ -90,21 +87,17 @@ def load_class_frequencies(path: str | os.PathLike) -> list[float]:
 
     Raises ValueError for a missing file, one without frequencies, or one of an output that is not complete.
     """
-    path = Path(path)
-    file = path / MANIFEST if path.is_dir() else path
+    file = Path(path) / MANIFEST if os.path.isdir(path) else Path(path)
     try:
         manifest = json.loads(file.read_bytes())
-        frequencies, complete = [float(value) for value in manifest["class_frequencies"]], manifest["complete"]
+        values, complete = [float(value) for value in manifest["class_frequencies"]], manifest["complete"]
     except OSError as error:
-        raise ValueError(
-            f"class frequencies: cannot read {file} ({error.strerror}); prepare-data makes it: pass its output"
-        ) from None
+        reason = f"cannot read {file} ({error.strerror}); prepare-data makes it: pass its output"
+        raise ValueError(f"class frequencies: {reason}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(
-            f"class frequencies: {file} has no class_frequencies; wanted a {MANIFEST} of prepare-data"
-        ) from None
+        raise ValueError(f"class frequencies: {file} has no class_frequencies; pass that of prepare-data") from None
     if not complete:
         raise ValueError(f"class frequencies: {file} is of an unfinished prepare-data; run it again")
-    if not all(math.isfinite(value) and value >= 0 for value in frequencies) or not sum(frequencies) > 0:
+    if not all(math.isfinite(value) and value >= 0 for value in values) or not sum(values) > 0:
         raise ValueError(f"class frequencies: {file} holds values that are no probabilities; run prepare-data again")
-    return [value / sum(frequencies) for value in frequencies]
+    return [value / sum(values) for value in values]

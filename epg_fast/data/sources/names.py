@@ -7,17 +7,15 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from epg_fast.files import is_junk
 
 IMAGES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
-PARQUET = (".parquet",)
 # What this package writes into a folder of images, and the labels that EDM's tools do.
-OWN = ("manifest.json", "index.npz", "dataset.json", ".lock")
-
+_OWN = ("manifest.json", "index.npz", "dataset.json", ".lock")
 _SPLITS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
@@ -41,13 +39,21 @@ def is_tar(name: str) -> bool:
 
 def is_parquet(name: str) -> bool:
     """Whether a file of this name is a parquet file."""
-    return name.lower().endswith(PARQUET)
+    return name.lower().endswith(".parquet")
 
 
 def split_of(name: str) -> str | None:
     """Which split a folder or file of this name (`val2017`, `Test Set`) can be: train, val, test or unlabelled."""
-    split = _split(name)
-    return split and split[0]
+    return _split(name)[0]
+
+
+def _split(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """(which split, the other words of the name); digits count as spaces."""
+    words = re.findall(r"[a-z]+", name.lower())
+    for i, word in enumerate(words):
+        if match := _SPLIT.fullmatch(word):
+            return _SPLITS[match[1]], (*words[:i], *words[i + 1 :])
+    return None, ()
 
 
 def splits(names: Iterable[str]) -> list[str]:
@@ -57,7 +63,7 @@ def splits(names: Iterable[str]) -> list[str]:
     (`train2017`, `val2017`) or if most of the names are like that; `bullet_train` and `test_tube` among others are not.
     """
     names = list(names)
-    found = {name: split for name in names if (split := _split(name))}
+    found = {name: split for name in names if (split := _split(name))[0]}
     kinds = defaultdict(set)
     for kind, rest in found.values():
         kinds[rest].add(kind)
@@ -80,25 +86,21 @@ def find_splits(folders: Iterable[str]) -> tuple[str, list[str]] | None:
 
 
 class Ignored:
-    """Counts what a reader leaves out, but for names in `own`, to say so in one line of each kind."""
+    """Counts what a reader leaves out, but for this package's own files, to say so in one line of each kind."""
 
-    def __init__(self, own: Collection[str] = OWN):
-        self.own = own
+    def __init__(self):
         self.junk: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
 
-    def skips(self, name: str) -> bool:
-        """Whether `name` is junk, which is counted."""
-        if not is_junk(name):
+    def skips(self, name: str, is_wanted: Callable[[str], bool] = lambda name: True) -> bool:
+        """Whether `name` is junk or not wanted, which is counted."""
+        junk = is_junk(name)
+        if not junk and is_wanted(name):
             return False
-        if name not in self.own:
-            self.junk["._*" if name.startswith("._") else name] += 1
+        if name not in _OWN:
+            kind = ("._*" if name.startswith("._") else name) if junk else os.path.splitext(name)[1].lower() or name
+            (self.junk if junk else self.others)[kind] += 1
         return True
-
-    def add_other(self, name: str) -> None:
-        """Count a file that is no image."""
-        if name not in self.own:
-            self.others[os.path.splitext(name)[1].lower() or name] += 1
 
     def report(self, where: object, wanted: str) -> None:
         """Log what was left out; the same line of a process comes once."""
@@ -110,14 +112,8 @@ class Ignored:
 
 def files_in(folder: Path, is_wanted: Callable[[str], bool], wanted: str) -> list[str]:
     """The sorted names in `folder` for which `is_wanted`; what is left out is counted and logged."""
-    ignored, found = Ignored(), []
-    for name in sorted(os.listdir(folder)):
-        if ignored.skips(name):
-            continue
-        if is_wanted(name):
-            found.append(name)
-        else:
-            ignored.add_other(name)
+    ignored = Ignored()
+    found = [name for name in sorted(os.listdir(folder)) if not ignored.skips(name, is_wanted)]
     ignored.report(folder, wanted)
     return found
 
@@ -130,12 +126,3 @@ def _say(line: str) -> None:
 def _counts(counter: Counter[str]) -> str:
     some = [f"{count} {name!r}"[:60] for name, count in counter.most_common(3)]
     return ", ".join(some) + (", ..." if len(counter) > 3 else "")
-
-
-def _split(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """(which split, the other words of the name); digits count as spaces."""
-    words = re.findall(r"[a-z]+", name.lower())
-    for i, word in enumerate(words):
-        if match := _SPLIT.fullmatch(word):
-            return _SPLITS[match[1]], (*words[:i], *words[i + 1 :])
-    return None

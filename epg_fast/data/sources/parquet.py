@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import glob
 import json
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from epg_fast.data.sources.names import files_in, is_parquet, split_of, splits
-from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing
+from epg_fast.data.sources.source import MOST_CLASSES, NO_LABELS, ImageSource, existing, warn_of_no_labels
 
 # Bytes of row groups that a process keeps; one row group in any case.
 _CACHE = 1 << 28
 # Files whose footers a process keeps.
 _FOOTERS = 128
-_WILD = "*?["
 
 logger = logging.getLogger("epg_fast")
 
@@ -47,23 +47,25 @@ class ImageParquet(ImageSource):
     """
 
     def __init__(self, path: str | os.PathLike):
-        _require_pyarrow(path)
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            message = f"{path} is parquet, and pyarrow, which reads it, cannot be imported ({error})"
+            raise ImportError(f"{message}; pip install pyarrow") from None
         self.root, self._files = _find_files(path)
         tables = [_Table.read(self.root / name) for name in self._files]
         for name, table in zip(self._files, tables, strict=True):
             if table.columns != tables[0].columns:
-                raise ValueError(
-                    f"data path: {self.root / name} has other columns or class names than {self._files[0]} "
-                    f"({table.columns} and {tables[0].columns}); pass one of them, or move the others away"
-                )
-        self._column = tables[0].columns.image
+                remedy = "pass one of them, or move the others away"
+                raise ValueError(f"{self.root / name} has other columns or class names than {self._files[0]}; {remedy}")
         self.paths = [
-            f"{name}/{row:06d}" for name, table in zip(self._files, tables, strict=True) for row in range(table.rows)
+            f"{name}/{row:06d}"
+            for name, table in zip(self._files, tables, strict=True)
+            for row in range(len(table.labels))
         ]
         if not self.paths:
-            raise ValueError(
-                f"data path: no images in {path}: {len(tables)} parquet files without rows; get them again"
-            )
+            raise ValueError(f"no images in {path}: {len(tables)} parquet files without rows; get them again")
+        self._column = tables[0].columns.image
         self.classes, self.labels = self._label(path, tables)
         groups = [(i, number, *group) for i, table in enumerate(tables) for number, group in enumerate(table.groups)]
         self._places = [(i, number) for i, number, rows, _ in groups if rows]
@@ -75,7 +77,6 @@ class ImageParquet(ImageSource):
                 f"{self._bytes.mean() / 1e6:.1f} MB), a whole one for almost every image; `epg-fast prepare-data "
                 f"--source {path}` reads them in turn, and writes shards that are read image by image"
             )
-        self._open_caches()
 
     def read(self, i: int) -> bytes:
         """Return the encoded image `i`. Raises OSError if it has no bytes, or its row group cannot be read."""
@@ -96,17 +97,18 @@ class ImageParquet(ImageSource):
 
     def _label(self, path: str | os.PathLike, tables: list[_Table]) -> tuple[list[str], np.ndarray]:
         """Return the class names and each image's label."""
-        columns, labels = tables[0].columns, np.concatenate([table.labels for table in tables])
-        if columns.label is None or (labels == -1).all():
-            logger.warning("%s: no image has a label: one class, '%s'", path, *NO_LABELS)
-            return list(NO_LABELS), np.zeros(len(self.paths), np.int64)
-        limit = len(columns.names) or MOST_CLASSES
+        _, column, names = tables[0].columns
+        labels = np.concatenate([table.labels for table in tables])
+        if (labels == -1).all():
+            warn_of_no_labels(path)
+            return list(NO_LABELS), np.zeros(len(labels), np.int64)
+        limit = len(names) or MOST_CLASSES
         if wrong := np.flatnonzero((labels < 0) | (labels >= limit)).tolist():
             raise ValueError(
-                f"data path: {self.root / self.paths[wrong[0]]} has the {columns.label} {labels[wrong[0]]}, wanted a "
-                f"class index from 0 to {limit - 1}; mend it, or leave the row out"
+                f"{self.root / self.paths[wrong[0]]} has the {column} {labels[wrong[0]]}, wanted a class index from 0 "
+                f"to {limit - 1}; mend it, or leave the row out"
             )
-        return list(columns.names) or [str(label) for label in range(labels.max() + 1)], labels
+        return list(names) or [str(label) for label in range(labels.max() + 1)], labels
 
     def _read_group(self, group: int):
         """The images of a row group, a pyarrow.ChunkedArray of bytes."""
@@ -119,49 +121,33 @@ class ImageParquet(ImageSource):
             column = opened.read_row_group(number, columns=[self._column], use_threads=False).column(0)
         return column.flatten()[0] if self._column.endswith(".bytes") else column
 
-    def _open_caches(self) -> None:
+    @functools.cached_property
+    def _group(self):
+        return functools.lru_cache(max(1, _CACHE // int(self._bytes.max() + 1)))(self._read_group)
+
+    @functools.cached_property
+    def _footer(self):
         import pyarrow.parquet as pq
 
-        self._group = functools.lru_cache(max(1, _CACHE // int(self._bytes.max() + 1)))(self._read_group)
-        self._footer = functools.lru_cache(_FOOTERS)(pq.read_metadata)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_group", "_footer")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open_caches()
+        return functools.lru_cache(_FOOTERS)(pq.read_metadata)
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     """Where a file has what is wanted: the column `image` or `image.bytes`, that of the label, and the class names."""
 
     image: str
     label: str | None
     names: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return ", ".join(filter(None, (self.image, self.label, self.names and f"{len(self.names)} names")))
 
-
-@dataclass
-class _Table:
-    """What one file holds, without its images.
-
-    Attributes:
-        columns: its columns.
-        labels: of all rows, int64, -1 where there is none.
-        groups: rows, and bytes of the images, of each row group.
-    """
+class _Table(NamedTuple):
+    """What one file holds, without its images."""
 
     columns: _Columns
     labels: np.ndarray
+    """Of all rows, int64, -1 where there is none."""
     groups: list[tuple[int, int]]
-
-    @property
-    def rows(self) -> int:
-        return len(self.labels)
+    """Rows, and bytes of the images, of each row group."""
 
     @classmethod
     def read(cls, path: Path) -> _Table:
@@ -177,8 +163,8 @@ class _Table:
                     labels[:] = column.cast(pa.int64()).fill_null(-1).to_numpy()
         except (OSError, pa.ArrowException) as error:
             raise ValueError(
-                f"data path: {path} cannot be read as parquet ({str(error).splitlines()[0]}); get it again (git clone "
-                "leaves pointers in the place of large files: git lfs pull)"
+                f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); get it again (git clone leaves "
+                "pointers in the place of large files: git lfs pull)"
             ) from None
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         return cls(columns, labels, [(group.num_rows, _size(group, columns.image)) for group in groups])
@@ -190,37 +176,26 @@ def _size(group, column: str) -> int:
 
 
 def _choose_columns(schema, path: Path) -> _Columns:
+    """Those called `image` and `label`, or the only ones that can be meant."""
     import pyarrow as pa
 
-    images = {field.name: leaf for field in schema if (leaf := _image_leaf(field))}
-    numbers = [field.name for field in schema if pa.types.is_integer(field.type)]
-    image, label = _choose("image", list(images)), _choose("label", numbers)
-    unlike = not numbers and "label" in schema.names
-    if image is None or unlike or (label is None and numbers):
+    images, numbers = {}, {field.name: field.name for field in schema if pa.types.is_integer(field.type)}
+    for field in schema:
+        inner = field.type.get_field_index("bytes") if pa.types.is_struct(field.type) else -1
+        kind = field.type if inner < 0 else field.type.field(inner).type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            images[field.name] = field.name if inner < 0 else f"{field.name}.bytes"
+    image, label = (
+        name if name in found else next(iter(found)) if len(found) == 1 else None
+        for name, found in (("image", images), ("label", numbers))
+    )
+    if image is None or (label is None and (numbers or "label" in schema.names)):
         found = ", ".join(f"{field.name} ({field.type})" for field in list(schema)[:12]) or "none"
         raise ValueError(
-            f"data path: {path} has the columns {found}; wanted one of encoded images, `image`, and one of class "
-            "indices, `label`; write it again with these names (pyarrow: `rename_columns`)"
+            f"{path} has the columns {found}; wanted one of encoded images, `image`, and one of class indices, "
+            "`label`; write it again with these names (pyarrow: `rename_columns`)"
         )
     return _Columns(images[image], label, _class_names(schema, label))
-
-
-def _choose(name: str, found: list[str]) -> str | None:
-    """The column of this name, or the only one that can be meant."""
-    return name if name in found else found[0] if len(found) == 1 else None
-
-
-def _image_leaf(field) -> str | None:
-    """The column of bytes in `field` of a schema, if it can be one of images."""
-    import pyarrow as pa
-
-    def is_bytes(kind) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    if pa.types.is_struct(field.type):
-        position = field.type.get_field_index("bytes")
-        return f"{field.name}.bytes" if position >= 0 and is_bytes(field.type.field(position).type) else None
-    return field.name if is_bytes(field.type) else None
 
 
 def _class_names(schema, label: str | None) -> tuple[str, ...]:
@@ -234,29 +209,19 @@ def _class_names(schema, label: str | None) -> tuple[str, ...]:
     return tuple(names) if len({*names}) == len(names) else ()
 
 
-def _require_pyarrow(path: str | os.PathLike) -> None:
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
-        raise ImportError(
-            f"data path: {path} is parquet, and pyarrow, which reads it, {why}; pip install pyarrow"
-        ) from None
-
-
 def is_pattern(path: str | os.PathLike) -> bool:
     """Whether `path` is a pattern of names of parquet files in a folder."""
     name = os.path.basename(os.fspath(path))
-    return is_parquet(name) and any(c in name for c in _WILD) and not Path(path).exists()
+    return is_parquet(name) and glob.escape(name) != name and not Path(path).exists()
 
 
 def _find_files(path: str | os.PathLike) -> tuple[Path, list[str]]:
     """Return the folder and the sorted names of the files at `path`."""
     if is_pattern(path):
         folder, pattern = existing(Path(path).parent), Path(path).name
-        names = sorted(name for name in os.listdir(folder) if fnmatch.fnmatchcase(name, pattern))
+        names = sorted(fnmatch.filter(os.listdir(folder), pattern))
         if not names:
-            raise ValueError(f"data path: no file in {folder} has a name like {pattern}; check the spelling")
+            raise ValueError(f"no file in {folder} has a name like {pattern}; check the spelling")
         return folder, names
     path = existing(path)
     if not path.is_dir():
@@ -266,17 +231,15 @@ def _find_files(path: str | os.PathLike) -> tuple[Path, list[str]]:
 
 def _training_set(folder: Path, names: list[str]) -> list[str]:
     """Those of the files that are read when there are several splits: the training set."""
-    held = splits(name.split(".")[0] for name in names)
-    if not held:
+    if not splits(name.split(".")[0] for name in names):
         return names
-    kinds = {name: split_of(name.split(".")[0]) for name in names}
-    training = [name for name in names if kinds[name] == "train"]
-    others = [name for name in names if kinds[name] != "train"]
+    training = [name for name in names if split_of(name.split(".")[0]) == "train"]
+    others = [name for name in names if name not in training]
     pattern = folder / re.sub("[0-9]+", "*", others[0])
     if not training:
         raise ValueError(
-            f"data path: {folder} has the files of several splits ({others[0]}, {others[-1]}) and no training set; "
-            f"pass those of one as a pattern, such as '{pattern}'"
+            f"{folder} has the files of several splits ({others[0]}, {others[-1]}) and no training set; pass those of "
+            f"one as a pattern, such as '{pattern}'"
         )
     logger.info(
         "%s: the training set is read, files such as %s (%d), and no other split, such as %s (%d): '%s' reads those",

@@ -29,6 +29,8 @@ LABELS_WANTED = (
     "of a parquet file"
 )
 MOST_CLASSES = 1_000_000
+DATA_PATH = "data path"
+"""The option that errors name unless `images_of` gives another."""
 # Seconds to wait for a disk that is away, and after how many to say so.
 _PATIENCE, _SILENCE = 600.0, 2.0
 
@@ -84,10 +86,8 @@ class ImageSource(abc.ABC):
                 if fault == "machine":
                     raise read_error(error, f"read {name}") from error
                 if waited > _PATIENCE:
-                    raise ReadError(
-                        f"{name} could not be read for {waited:.0f} s ({error.strerror}); is the disk there? "
-                        "Then give the same command again"
-                    ) from error
+                    message = f"{name} could not be read for {waited:.0f} s ({error.strerror}); is the disk there?"
+                    raise ReadError(f"{message} Then give the same command again") from error
                 if waited > _SILENCE and not told:
                     told = True
                     logger.warning("waiting for the disk: %s cannot be read (%s)", name, error.strerror)
@@ -104,20 +104,29 @@ class ImageSource(abc.ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.root)!r}: {len(self)} images, {len(self.classes)} classes)"
 
+    def __getstate__(self) -> dict:
+        """Caches, which are made when they are used, stay with their process."""
+        return {name: value for name, value in vars(self).items() if not callable(value)}
+
 
 @contextlib.contextmanager
 def images_of(option: str) -> Iterator[None]:
-    """Errors name this option, which says where the images are, in the place of the data path."""
+    """Errors name this option, which says where the images are; of two around each other, the outer one."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{option}: {str(error).removeprefix('data path: ')}") from None
+        raise ValueError(f"{option}: {str(error).removeprefix(f'{DATA_PATH}: ')}") from None
 
 
 def existing(path: str | os.PathLike) -> Path:
     """Return `path` as a `Path`. Raises ValueError if nothing is there."""
     if not os.fspath(path):
-        raise ValueError(f"data path: got an empty path, {WANTED}; set data.path")
+        raise ValueError(f"got an empty path, {WANTED}; set data.path")
     if not Path(path).exists():
-        raise ValueError(f"data path: {path} does not exist, {WANTED}; check the spelling or prepare the data")
+        raise ValueError(f"{path} does not exist, {WANTED}; check the spelling or prepare the data")
     return Path(path)
+
+
+def warn_of_no_labels(where: object) -> None:
+    """Say that the images at `where` are `NO_LABELS`."""
+    logger.warning("%s: no image has a label: one class, '%s'", where, *NO_LABELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import logging
 import os
 import zlib
@@ -11,9 +12,9 @@ from pathlib import Path
 
 from epg_fast.data.sources.manifest import MANIFEST, check_complete, read_manifest
 from epg_fast.data.sources.names import IMAGES, files_in, is_tar, splits
-from epg_fast.data.sources.source import NO_LABELS, ImageSource, existing
-from epg_fast.data.sources.tar_index import TarIndex
-from epg_fast.data.sources.tar_scan import scan_tars
+from epg_fast.data.sources.source import NO_LABELS, ImageSource, existing, warn_of_no_labels
+from epg_fast.data.sources.tar_index import TarIndex, scan_tars
+from epg_fast.files import file_sha256
 
 INDEX = "index.npz"
 _OPEN_TARS = 128
@@ -69,17 +70,16 @@ class ImageTars(ImageSource):
             self.index = TarIndex.load(self.root / INDEX)
         elif not single and (self.root / INDEX).exists():
             raise ValueError(
-                f"data path: {path} has the {INDEX} of prepare-data but not its {MANIFEST}; restore it, prepare the "
-                f"images again in a new outdir, or delete {INDEX} to read the tars as those of any program"
+                f"{path} has the {INDEX} of prepare-data but not its {MANIFEST}; restore it, prepare the images again "
+                f"in a new outdir, or delete {INDEX} to read the tars as those of any program"
             )
         else:
             self.index = _indexed(self.root, tars)
         if not len(self.index):
-            raise ValueError(f"data path: no images in {path}, wanted tars with members ending in {', '.join(IMAGES)}")
+            raise ValueError(f"no images in {path}, wanted tars with members ending in {', '.join(IMAGES)}")
         self.paths, self.labels, self.classes = self.index.paths, self.index.label, self.index.classes
         if self.classes == NO_LABELS and manifest is None:
-            logger.warning("%s: no image has a label: one class, '%s'", path, *NO_LABELS)
-        self._open_files()
+            warn_of_no_labels(path)
 
     def read(self, i: int) -> bytes:
         """Return the encoded image `i`. Raises OSError if it cannot be read or differs from its checksum."""
@@ -87,9 +87,9 @@ class ImageTars(ImageSource):
         size, offset = int(index.size[i]), int(index.offset[i])
         # the local reference keeps the file open even if another thread pushes it out of the cache
         file = self._file(os.path.join(self.root, index.tars[index.shard[i]]))
-        content = os.pread(file.descriptor, size, offset)
+        content = os.pread(file.fileno(), size, offset)
         # network file systems return less if they like
-        while len(content) < size and (more := os.pread(file.descriptor, size - len(content), offset + len(content))):
+        while len(content) < size and (more := os.pread(file.fileno(), size - len(content), offset + len(content))):
             content += more
         if len(content) < size:
             raise OSError(f"{self.root} ends inside of {self.paths[i]}: it was changed since it was indexed")
@@ -97,48 +97,35 @@ class ImageTars(ImageSource):
             raise OSError(f"checksum of {self.paths[i]} in {self.root} differs from the one it was written with")
         return content
 
-    def _open_files(self) -> None:
-        self._file = functools.lru_cache(_OPEN_TARS)(_File)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_file"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open_files()
+    @functools.cached_property
+    def _file(self):
+        return functools.lru_cache(_OPEN_TARS)(_File)
 
 
-class _File:
+class _File(io.FileIO):
     """A file that is closed when nobody refers to it any more."""
 
-    descriptor = None
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self, close=os.close):
-        if self.descriptor is not None:
-            close(self.descriptor)
+    def __del__(self):
+        self.close()
 
 
 def check_shards(folder: Path, manifest: dict) -> None:
     """Raise ValueError unless `folder` holds the shards that `prepare-data` finished, by their sizes, and its index."""
     check_complete(folder, manifest)
     if manifest["layout"] != "shards":
-        raise ValueError(f"data path: {folder} has tars, but its {MANIFEST} says layout {manifest['layout']!r}")
+        raise ValueError(f"{folder} has tars, but its {MANIFEST} says layout {manifest['layout']!r}")
     wanted = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
     found = {name: os.stat(folder / name).st_size for name in os.listdir(folder) if is_tar(name)}
+    again = "run prepare-data again, it makes only what is missing"
     for name in sorted(wanted.keys() | found.keys()):
         if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"data path: {folder / name} has {found.get(name, 'no')} bytes, wanted {wanted.get(name, 'no')} by "
-                f"{MANIFEST}; delete it and run prepare-data again, it makes only what is missing"
-            )
+            bytes_found = f"{found.get(name, 'no')} bytes, wanted {wanted.get(name, 'no')} by {MANIFEST}"
+            raise ValueError(f"{folder / name} has {bytes_found}; delete it and {again}")
     index = folder / INDEX
-    if not index.exists() or hashlib.sha256(index.read_bytes()).hexdigest() != manifest["index_sha256"]:
+    if not index.exists() or file_sha256(index) != manifest["index_sha256"]:
         raise ValueError(
-            f"data path: {index} is missing or not the one that {MANIFEST} names; run prepare-data again, it makes "
-            f"only what is missing, or delete it and {MANIFEST} to read the tars as those of any program"
+            f"{index} is missing or not the one that {MANIFEST} names; {again}, or delete it and {MANIFEST} to read "
+            "the tars as those of any program"
         )
 
 
@@ -146,9 +133,7 @@ def _find_tars(folder: Path) -> list[str]:
     """Return the sorted names of the tars in `folder`. Raises ValueError for training and test tars side by side."""
     tars = files_in(folder, is_tar, "tars")
     if splits(name.split(".")[0] for name in tars):
-        raise ValueError(
-            f"data path: {folder} has the tars of training and of other images; pass one tar, or move them apart"
-        )
+        raise ValueError(f"{folder} has the tars of training and of other images; pass one tar, or move them apart")
     return tars
 
 
@@ -157,17 +142,16 @@ def _indexed(folder: Path, tars: list[str]) -> TarIndex:
     status = {name: os.stat(folder / name) for name in tars}
     key = _VERSION, os.fspath(folder.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in status.items()]
     name = f"tars-{hashlib.sha256(repr(key).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
+    # a container may run with a user id that has no home: then "~" stays as it is
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(cache, "epg_fast", name)
     try:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epg_fast" / name
         return TarIndex.load(path)
-    except RuntimeError:  # a container may run with a user id that has no home
-        path = None
     except (OSError, ValueError):
-        pass
-    logger.info("indexing the tars in %s, once", folder)
+        logger.info("indexing the tars in %s, once", folder)
     index = scan_tars(folder, tars)
     try:
-        if path is None:
+        if cache.startswith("~"):
             raise OSError("no home folder, and XDG_CACHE_HOME is not set")
         index.save(path)
     except OSError as error:
