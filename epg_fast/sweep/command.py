@@ -296,30 +296,20 @@ class _Sweep:
     def _decide(self, judges: Judges, figure: str, images: int, found: dict[int, tuple], diverged: list[int]) -> dict:
         """The state with a further round, which sweep.json then holds; rows that no later round needs go."""
         judged, best = {number: item for number, (item, _) in found.items()}, judges.best[figure]
-        decided = cut(judged, best, self.config.keep)
-        order, last = decided.order, _is_last(self.state, images)
-        if decided.out_within_spread and not last:
-            log.warning(
-                "%d settings are out that the spread cannot tell from the last one that stays; see sweep.md",
-                len(decided.out_within_spread),
-            )
-        results = {}
+        this = {"images": images, **cut(judged, best, self.config.keep), "diverged": diverged, "results": {}}
+        order = this["order"]
         for number in order:
             apart, spread = difference(judged[number], judged[order[0]], paired=True)
-            results[str(number)] = found[number][1] | {"difference": apart, "difference_spread": spread}
-        this = {
-            "images": images,
-            "order": order,
-            "kept": [] if last else decided.kept,
-            "kept_within_spread": [] if last else decided.kept_within_spread,
-            "out_within_spread": [] if last else decided.out_within_spread,
-            "diverged": diverged,
-            "results": results,
-        }
+            this["results"][str(number)] = found[number][1] | {"difference": apart, "difference_spread": spread}
         state = self.state | {"figure": figure, "best": best, "protocol": self._protocol(judges, images)}
-        state["rounds"] = [*self.state["rounds"], as_json(this)]
-        if last:
+        if _is_last(state, images):
             state["result"] = order[0]
+            this |= {"kept": [], "kept_within_spread": [], "out_within_spread": []}
+        elif out := this["out_within_spread"]:
+            log.warning(
+                "%d settings are out that the spread cannot tell from the last one that stays; see sweep.md", len(out)
+            )
+        state["rounds"] = [*self.state["rounds"], as_json(this)]
         self.folder.write("sweep.json", state)
         self.folder.drop(number for number in list(self.folder.parts) if number not in this["kept"])
         return state
