@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import open_stream
 from epg_fast.evaluation.protocol import class_names
 from epg_fast.files import flat
+from epg_fast.wording import import_extra
 
 _SHOWN, _TILE = 48, 128
 _NO_PLOTS = "There are no plots, which need matplotlib: pip install 'epg_fast[demo]'."

@@ -10,11 +10,11 @@ import torch
 
 from epg_fast.config import JudgeConfig
 from epg_fast.data import ImageFolder, images_of
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import Frechet, Mean
 from epg_fast.evaluation.frechet import gaussian_of
 from epg_fast.evaluation.images import gray_vectors, load_images, open_stream, round_trip
 from epg_fast.evaluation.reference import evenly
+from epg_fast.wording import import_extra
 
 
 class SmallJudge:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -14,11 +15,12 @@ from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConf
 from epg_fast.evaluation import page
 from epg_fast.files import write_atomically
 from epg_fast.sweep.folder import SweepFolder
-from epg_fast.sweep.grid import Setting
+from epg_fast.sweep.grid import Setting, word
 from epg_fast.wording import markdown_table
 
 _FINAL = 50_000
 _AXES = {"guidance": "guidance scale", "sigma_rel": "EMA width sigma_rel", "interval": "interval", "steps": "steps"}
+_word = partial(word, none="as it is")
 _KINDS = {"low": "lower is better", "high": "higher is better"}
 
 
@@ -159,12 +161,6 @@ def _number(value: float | str | None) -> float:
 
 def _axis_word(setting: dict, name: str) -> str:
     return "-" if name == "interval" and setting["guidance"] == 1 else _word(setting[name])
-
-
-def _word(value: float | Sequence[float] | None) -> str:
-    if isinstance(value, list | tuple):
-        return f"{value[0]:g}-{value[1]:g}"
-    return "as it is" if value is None else f"{value:g}"
 
 
 # ---- plots

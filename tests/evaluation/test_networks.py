@@ -47,10 +47,10 @@ def test_torchscript_gives_features_and_probabilities_without_the_bias(tiny_ince
     other = Dinov2(tmp_path / "dinov2.pt", CPU)
     features = other.features(IMAGES)
     assert features.dtype == torch.float32 and torch.equal(features, (IMAGES.double().mean(dim=(2, 3)) / 255).float())
-    for network, path, width in ((network, tiny_inception, 6), (other, tmp_path / "dinov2.pt", 3)):
+    for one, path, width in ((network, tiny_inception, 6), (other, tmp_path / "dinov2.pt", 3)):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         wanted = {"kind": "torchscript", "path": str(path), "sha256": digest, "num_features": width}
-        assert network.description == wanted
+        assert one.description == wanted
 
 
 class FakeInception(torch.nn.Module):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from epg_fast.config import EvaluateConfig
 from epg_fast.evaluation import evaluate_images, frechet_distance, load_images
-from epg_fast.evaluation.extras import import_extra
+from epg_fast.wording import import_extra
 from tests.evaluation.samples import save_npz, save_pngs
 
 

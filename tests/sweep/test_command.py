@@ -340,7 +340,7 @@ def test_a_mistake_is_answered_before_anything_is_drawn(command, tmp_path, capsy
         fails(capsys, [*command, "--outdir", tmp_path / "s", *flags.format(**paths).split()], message)
         assert not saved and not (tmp_path / "s" / "rows").exists()
     shutil.rmtree(tmp_path / "s")
-    monkeypatch.setattr(command_module, "load_generator", lambda *_, **__: pytest.fail("was read"))
+    monkeypatch.setattr(command_module.sampling, "load_generator", lambda *_, **__: pytest.fail("was read"))
     fails(capsys, [*command, "--outdir", tmp_path / "s", "--figure", "fid"], "figure 'fid'")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails(capsys, [*command, "--outdir", tmp_path / "s"], "needs matplotlib: pip install 'epg_fast[demo]'")

@@ -7,6 +7,7 @@ import pytest
 
 from epg_fast.sweep.halving import Judged, cut, ranked, round_sizes
 
+
 def test_rounds_grow_fourfold_in_whole_batches():
     assert round_sizes(10_000, 500, 64) == [640, 2560, 10_000]
     assert round_sizes(10_000, 2500, 64) == [2560, 10_000]
