@@ -5,13 +5,17 @@ Usage: python demo/report.py runs/demo
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
 from pathlib import Path
 
+import torch
+
+from epg_fast.evaluation import page
 from epg_fast.files import write_atomically
+from epg_fast.plans import Machine
+from epg_fast.wording import markdown_table
 
 STAGES = {"pretrain": "Pre-training", "diffusion": "Diffusion", "consistency": "Consistency"}
 SAMPLES = {
@@ -57,11 +61,15 @@ def main(arguments: list[str] | None = None) -> int:
     run = Path(arguments[0])
     try:
         metrics, curves = gather(run)
-        plot(curves, metrics["probe"], run)
+        pictures = {
+            "curves.png": page.drawn(lambda panels: draw_curves(panels[0], curves), 4.6, 3.8, columns=len(curves)),
+            "probe.png": page.drawn(lambda panels: draw_probes(panels[0, 0], metrics["probe"]), 5.6, 3.8),
+        }
     except (ReportError, ImportError) as error:
         sys.exit(f"error: {error}")
-    write_atomically(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_atomically(run / "report.md", render(metrics))
+    texts = {"metrics.json": json.dumps(metrics, indent=2) + "\n", "report.md": render(metrics)}
+    for name, content in (pictures | texts).items():
+        write_atomically(run / name, content)
     for goal in metrics["goals"]:
         if goal["relation"]:
             name = f"{SAMPLES[goal['samples']]}: {FIGURES[goal['figure']][0]}"
@@ -159,17 +167,8 @@ def running_mean(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def plot(curves: dict[str, list[dict]], probes: dict, run: Path) -> None:
-    """curves.png: the loss of each stage, logged and smoothed; probe.png: the probe's accuracy by noise level."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the report needs matplotlib: pip install 'epg_fast[demo]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
-    figure, panels = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.8), layout="constrained")
+def draw_curves(panels, curves: dict[str, list[dict]]) -> None:
+    """The loss of each stage, logged and smoothed."""
     for panel, (name, rows) in zip(panels, curves.items(), strict=True):
         steps, losses = finite(rows)
         panel.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label="logged")
@@ -180,34 +179,23 @@ def plot(curves: dict[str, list[dict]], probes: dict, run: Path) -> None:
         else:
             panel.set_ylim(bottom=0)
         panel.set(title=STAGES[name], xlabel="step", ylabel="loss" if name == "pretrain" else "weighted loss")
+        panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    save(figure, run / "curves.png")
 
-    figure, panel = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+
+def draw_probes(panel, probes: dict) -> None:
+    """The probe's accuracy by noise level."""
     for (name, label), color in zip(PROBES.items(), ("0.6", "C0"), strict=True):
         # Evenly spaced levels: the clean one is orders of magnitude below the others, even on a log axis.
         levels, values = zip(*probes[name]["accuracy"].items(), strict=True)
         panel.plot(levels, [100 * value for value in values], "o-", color=color, label=label)
     panel.set(title="Linear probe of the encoder", xlabel="noise level sigma (unshifted)", ylabel="accuracy, %")
     panel.set_ylim(0, 102)
+    panel.grid(alpha=0.3)
     panel.legend(frameon=False)
-    save(figure, run / "probe.png")
-
-
-def save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
 
 
 def machine() -> dict:
-    import torch
-
-    from epg_fast.plans import Machine
-
     found = {"cpu": Machine.here(torch.device("cpu")).device, "gpu": None, "torch": torch.__version__}
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
@@ -219,14 +207,14 @@ def shown(goal: dict, key: str) -> str:
 def render(metrics: dict) -> str:
     """The text of report.md."""
     samples, probe = metrics["samples"], metrics["probe"]
-    goals = ["| samples | figure | value | goal | reached |", "|---|---|---|---|---|"]
+    goals = []
     for goal in metrics["goals"]:
         wanted, reached = "none set", ""
         if goal["relation"]:
             wanted = f"{'at least' if goal['relation'] == '>=' else 'at most'} {shown(goal, 'wanted')}"
             reached = "yes" if goal["reached"] else "**no**"
-        name = f"{SAMPLES[goal['samples']]} | {FIGURES[goal['figure']][0]}"
-        goals.append(f"| {name} | {shown(goal, 'value')} | {wanted} | {reached} |")
+        name = SAMPLES[goal["samples"]], FIGURES[goal["figure"]][0]
+        goals.append((*name, shown(goal, "value"), wanted, reached))
 
     base = samples["diffusion"]["baselines"]
     real = f"{base['num_images']} real training digits lie at Frechet distance {base['real_frechet_distance']:.3f} "
@@ -246,19 +234,16 @@ def render(metrics: dict) -> str:
         settings = ", ".join(f"{k} {drawn[k]}" for k in ("sampler", "steps", "guidance") if drawn.get(k) is not None)
         pictures += [f"**{SAMPLES[name]}** ({settings})", f"![{SAMPLES[name]}](samples_{name}/grid.png)"]
 
-    levels = probe["probe_after"]["accuracy"]
-    probes = ["| sigma | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
-    for name, label in PROBES.items():
-        probes.append(f"| {label} | " + " | ".join(f"{v:.1%}" for v in probe[name]["accuracy"].values()) + " |")
-
-    costs = ["| stage | seconds |", "|---|---|"]
-    costs += [f"| {name} | {seconds:.0f} |" for name, seconds in metrics["timings_s"].items()]
-    costs.append(f"| total | {metrics['total_s']:.0f} |")
+    probes = [
+        (label, *(f"{value:.1%}" for value in probe[name]["accuracy"].values())) for name, label in PROBES.items()
+    ]
+    costs = [(name, f"{seconds:.0f}") for name, seconds in metrics["timings_s"].items()]
+    costs.append(("total", f"{metrics['total_s']:.0f}"))
     steps = ", ".join(f"{STAGES[name].lower()} {figures['steps']}" for name, figures in metrics["training"].items())
     here = metrics["machine"]
     sections = [
         "# Demo report",
-        "\n".join(goals),
+        markdown_table(("samples", "figure", "value", "goal", "reached"), goals),
         samples["diffusion"]["protocol"]["text"],
         "How to read the figures:",
         "\n".join(f"- {line}" for line in remarks),
@@ -266,14 +251,14 @@ def render(metrics: dict) -> str:
         *pictures,
         "## Encoder",
         probe["probe_after"]["protocol"]["text"],
-        "\n".join(probes),
+        markdown_table(("sigma", *probe["probe_after"]["accuracy"]), probes),
         "![Linear probe](probe.png)",
         "## Training",
         "![Loss curves](curves.png)",
         "The diffusion and consistency losses are divided by the distance of two noise levels: their fall means "
         "something, their size does not.",
         "## Cost",
-        "\n".join(costs),
+        markdown_table(("stage", "seconds"), costs),
         f"Steps: {steps}. Machine: {here['cpu']}, {here['gpu'] or 'no GPU'}; torch {here['torch']}.",
     ]
     return "\n\n".join(sections) + "\n"

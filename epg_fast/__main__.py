@@ -153,7 +153,7 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
     if config.protocol:
         from epg_fast.repeat import run
     else:
-        from epg_fast.evaluation.job import run
+        from epg_fast.evaluation.command import run
     run(config)
 
 

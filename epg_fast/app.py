@@ -20,7 +20,6 @@ import numpy as np
 from epg_fast.config import GUIDANCE_INTERVAL, AppConfig, SampleConfig, Sampler
 from epg_fast.diffusion.schedule import shift
 from epg_fast.distributed import resolve_device
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.models import EPGViT
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling import SamplingEngine
@@ -28,6 +27,7 @@ from epg_fast.sampling.command import labels_for, load_generator
 from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sampling.precision import PRECISIONS
+from epg_fast.wording import import_extra
 
 log = logging.getLogger("epg_fast")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -14,7 +13,7 @@ import numpy as np
 
 from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig
 from epg_fast.distributed import is_main, resolve_device
-from epg_fast.evaluation import evaluate_images, job
+from epg_fast.evaluation import command as judging
 from epg_fast.evaluation.images import open_stream
 from epg_fast.evaluation.judge import open_judges
 from epg_fast.evaluation.protocol import protocol_changes
@@ -36,8 +35,10 @@ def run(config: EvaluateConfig) -> None:
     file that is no such result, and for weights, networks, references and folders that are others than then.
     """
     before = _read(config)
-    with _named(config.protocol):
-        judged, drawn = _judged(config, before), _drawn(config, before)
+    try:
+        judged, drawn = _commands(config, before)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"protocol: {config.protocol}: {error}") from error
 
     def draw() -> None:
         sampling.run(drawn, {name: before["protocol"]["sampling"][name] for name in sampling.CHECKSUMS})
@@ -45,13 +46,13 @@ def run(config: EvaluateConfig) -> None:
     def evaluate(_: EvaluateConfig) -> dict:
         _require_judges(judged, before)
         draw()
-        now = evaluate_images(judged)
+        now = judging.evaluate_images(judged)
         return now | {"repeated": compared(before, now)}
 
     if not is_main():
         draw()
         return
-    for line in _lines(config.protocol, job.run(config, evaluate)["repeated"]):
+    for line in _lines(config.protocol, judging.run(config, evaluate)["repeated"]):
         log.info("%s", line)
 
 
@@ -100,36 +101,18 @@ def _read(config: EvaluateConfig) -> dict:
     return result
 
 
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"protocol: {path}: {error}") from error
-
-
-def _judged(config: EvaluateConfig, before: Mapping) -> EvaluateConfig:
-    """The command that judges as then, with the paths that are said to be others now."""
-    judging = before["protocol"]["judging"]
-    known = {f.name for f in dataclasses.fields(JudgeConfig)}
-    settings = {name: value for name, value in judging["settings"].items() if name in known}
-    settings |= {name: judging[name] for name in ("bootstrap", "repeats", "batch_size") if name in judging}
+def _commands(config: EvaluateConfig, before: Mapping) -> tuple[EvaluateConfig, SampleConfig]:
+    """The commands that judge and draw as then, with the paths that are said to be others now."""
+    then, note, npz = before["protocol"]["judging"], before["protocol"]["sampling"], before["samples"].endswith(".npz")
+    settings = {f.name: then["settings"][f.name] for f in dataclasses.fields(JudgeConfig) if f.name in then["settings"]}
+    settings |= {name: then[name] for name in ("bootstrap", "repeats", "batch_size") if name in then}
     settings |= {name: getattr(config, name) for name in (*_PATHS, "batch_size") if getattr(config, name)}
-    samples = Path(config.outdir) / ("samples.npz" if _is_npz(before) else "png")
-    return EvaluateConfig(**settings, samples=str(samples), device=config.device)
-
-
-def _drawn(config: EvaluateConfig, before: Mapping) -> SampleConfig:
-    """The command that draws as then."""
-    note, npz = before["protocol"]["sampling"], _is_npz(before)
+    samples = Path(config.outdir) / ("samples.npz" if npz else "png")
     changed = {"device": config.device, "npz": npz, "png": not npz}
-    changed |= {name: note.get(name) for name in ("precision", "parameterization", "normalization")}
+    changed |= {name: note.get(name) for name in sampling.GIVES_WAY}
     changed |= {name: getattr(config, name) for name in ("checkpoint", "batch_size") if getattr(config, name)}
-    return sampling.drawn_again(note, config.outdir, **changed)
-
-
-def _is_npz(before: Mapping) -> bool:
-    return before["samples"].endswith(".npz")
+    judged = EvaluateConfig(**settings, samples=str(samples), device=config.device)
+    return judged, sampling.drawn_again(note, config.outdir, **changed)
 
 
 def _require_judges(judged: EvaluateConfig, before: Mapping) -> None:
@@ -170,8 +153,7 @@ def _lines(path: str, repeated: Mapping) -> Iterator[str]:
     yield f"protocol: {'differs from' if repeated['protocol'] else 'as in'} {path}"
     yield from (f"  {change}" for change in repeated["protocol"])
     for name, f in repeated["figures"].items():
-        spreads = ("" if spread is None else f" +- {spread:.2g}" for spread in f["spread"])
-        then, now = (f"{f[key]:.5g}{spread}" for key, spread in zip(("then", "now"), spreads, strict=True))
+        then, now = map(judging.plus_minus, (f["then"], f["now"]), f["spread"])
         far = "" if f["standard_errors"] is None else f", {abs(f['standard_errors']):.2g} standard errors"
         yield f"{name}: then {then}, now {now}, difference {f['difference']:+.3g}{far}"
     images = repeated["images"]

@@ -95,12 +95,14 @@ def test_a_result_is_repeated_to_the_last_bit(original, again, tmp_path, capsys)
     assert json.loads(capsys.readouterr().out)["repeated"]["images"]["same"] is True
 
 
-def test_an_interrupted_repeat_goes_on(again, tmp_path, monkeypatch, original):
+def test_an_interrupted_repeat_goes_on_with_another_batch_size_which_is_named(again, tmp_path, monkeypatch, original):
     with monkeypatch.context() as patch:
         patch.setattr(Outputs, "save_part", ask_to_stop)
         assert main(again) == 128 + signal.SIGTERM and not (tmp_path / "now.json").exists()
-    run(*again)
+    run(*again, "--batch_size", 4)
     assert np.array_equal(images(tmp_path / "again"), images(original / "drawn"))
+    changes = json.loads((tmp_path / "now.json").read_text())["repeated"]["protocol"]
+    assert changes[-2:] == ["sampling.drawn_with.batch_size was 5, now 4", "judging.batch_size was 7, now 4"]
 
 
 @pytest.mark.slow
@@ -139,11 +141,6 @@ def test_other_weights_reference_and_network_are_refused_before_anything_is_draw
         fails(capsys, [*again, f"--{option}", place], f"{option}: {place}", "want ", "SHA" if option[0] == "c" else "")
         fails(capsys, [*again, f"--{option}", str(tmp_path / "none")], str(tmp_path / "none"))
     assert not (tmp_path / "again").exists() and not (tmp_path / "now.json").exists()
-
-
-def test_other_labels_are_refused(edited, again, capsys):
-    path = edited("0" * 64, "sampling", "labels_sha256")
-    fails(capsys, [*again[:2], path, *again[3:]], "labels: balanced gives other labels", "0" * 64)
 
 
 def test_images_that_come_out_otherwise_are_counted_and_named(original, edited, again, tmp_path, capsys):
@@ -193,56 +190,38 @@ def test_figures_that_only_one_of_two_results_has_are_left_out():
     assert figures == {"fid": {"then": 3, "now": 5, "spread": [None, 0.1], "difference": 2, "standard_errors": None}}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_what_cannot_be_repeated_is_named_in_one_line(original, edited, again, tmp_path, capsys):
+    before = snapshot(original)
+    for content, message in (
         (None, "cannot be read"),
         ("[]", "no result with a protocol"),
         ('{"fid": 3, "protocol": "FID: 50000 samples"}', "no result with a protocol"),
-    ],
-)
-def test_a_file_that_is_no_result_is_named(again, tmp_path, capsys, content, message):
-    path = tmp_path / "odd.json"
-    if content is not None:
-        path.write_text(content)
-    fails(capsys, [*again[:2], str(path), *again[3:]], "protocol: ", str(path), message)
-
-
-def test_a_protocol_that_lacks_a_setting_or_holds_none_is_named(edited, again, original, capsys, tmp_path):
+    ):
+        path = tmp_path / "odd.json"
+        if content is not None:
+            path.write_text(content)
+        fails(capsys, [*again[:2], str(path), *again[3:]], "protocol: ", str(path), message)
     for value, names, message in (
         ("much", ("sampling", "guidance"), "guidance: got 'much', want NUMBER"),
         ([], ("sampling", "drawn_with"), "does not say how its images were drawn"),
         (0, ("judging", "settings", "splits"), "splits is 0"),
+        ("0" * 64, ("sampling", "labels_sha256"), "labels: balanced gives other labels"),
     ):
-        fails(capsys, [*again[:2], edited(value, *names), *again[3:]], "edited.json: ", message)
-    np.savez(tmp_path / "old.npz", arr_0=images(original / "drawn"))
-    judge = ["evaluate", "--samples", tmp_path / "old.npz", "--reference", original / "real.npz", "--device", "cpu"]
-    run(*judge, "--inception", original / "network.bin", "--output", tmp_path / "old.json", "--bootstrap", 0)
-    fails(capsys, [*again[:2], tmp_path / "old.json", *again[3:]], "does not say how its images were drawn (no ")
-
-
-def test_another_batch_size_is_obeyed_and_named(original, again, capsys):
-    run(*again, "--batch_size", 4)
-    changes = json.loads(capsys.readouterr().out)["repeated"]["protocol"]
-    assert changes == ["sampling.drawn_with.batch_size was 5, now 4", "judging.batch_size was 7, now 4"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+        fails(capsys, [*again[:2], edited(value, *names), *again[3:]], message)
+    # of samples that do not say how they were drawn
+    result = json.loads((original / "result.json").read_text())
+    result["protocol"]["sampling"] = {"num": 12}
+    (tmp_path / "odd.json").write_text(json.dumps(result))
+    fails(
+        capsys, [*again[:2], tmp_path / "odd.json", *again[3:]], "odd.json: does not say how its images were drawn (no "
+    )
+    for words, message in (
         (["--splits", "5"], "got --splits with --protocol, which has its own"),
         (["--samples", "s.npz"], "got --samples with --protocol"),
         (["--outdir", ""], "--protocol needs --outdir"),
-    ],
-)
-def test_settings_beside_a_protocol_are_refused(again, capsys, words, message):
-    fails(capsys, [*again, *words], message)
-    fails(capsys, ["evaluate", "--samples", "s", "--outdir", "x"], "got --outdir without --protocol")
-
-
-def test_the_folder_of_the_images_themselves_is_refused(original, again, capsys):
-    before = snapshot(original)
-    fails(capsys, [*again, "--outdir", str(original / "drawn")], "holds the images of", "choose another --outdir")
+        (["--outdir", str(original / "drawn")], "holds the images of"),
+    ):
+        fails(capsys, [*again, *words], message)
     assert snapshot(original) == before
 
 

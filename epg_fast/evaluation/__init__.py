@@ -3,9 +3,10 @@
 What works without a network needs `pip install 'epg_fast[demo]'`.
 """
 
-from epg_fast.evaluation.evaluate import evaluate_images
+from epg_fast.evaluation.command import evaluate_images
+from epg_fast.evaluation.figures import inception_score
 from epg_fast.evaluation.frechet import frechet_distance
-from epg_fast.evaluation.generative import inception_score, precision_recall
+from epg_fast.evaluation.generative import precision_recall
 from epg_fast.evaluation.images import load_images
 from epg_fast.evaluation.probe import evaluate_probe
 

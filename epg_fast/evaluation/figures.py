@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from epg_fast.evaluation.frechet import Gaussian, gaussian_of
-from epg_fast.evaluation.generative import split_scores
 
 _POINTS = 10
 _GROUPS, _JACKKNIFED = 10, 2000
@@ -102,16 +101,43 @@ class Recall(Mean):
 
 
 class InceptionScore(Figure):
-    """Mean over `splits` of the score of `probabilities` [N, C]; `deviation` is that over the splits."""
+    """Mean over `splits` of exp(E KL(p(y|x) || p(y))), in float64; `deviation` is that over the splits.
+
+    `probabilities`: [N, C], rows that add up to 1. p(y) is the mean over the split, so a split of few classes scores
+    too low: images are dealt to splits of N/splits each by a permutation drawn from `seed`, which is torch-fidelity's.
+    ADM's evaluator takes 5000 at a time in the order of the file. Raises ValueError for fewer images than splits.
+    Source: Salimans et al., "Improved techniques for training GANs", 2016.
+    """
 
     by_number = True
 
-    def __init__(self, probabilities: torch.Tensor, splits: int):
-        self._probabilities, self._splits = probabilities.numpy(), splits
+    def __init__(self, probabilities: np.ndarray, splits: int = 10, seed: int = 2020):
+        if np.ndim(probabilities) != 2 or not 1 <= splits <= len(probabilities):
+            raise ValueError(
+                f"splits is {splits}, want 1 to the number of images of probabilities [N, C], got "
+                f"{list(np.shape(probabilities))}"
+            )
+        self._probabilities, self._splits, self._seed = probabilities, splits, seed
 
     @functools.cached_property
     def _scores(self) -> tuple[np.ndarray, np.ndarray]:
-        return split_scores(self._probabilities, self._splits)
+        """(score of each split, effect of each image on their mean).
+
+        The mean of p(y) moves with the images, but to first order that changes no score: an image's effect is the score
+        times what its own divergence exceeds the mean by.
+        """
+        num = len(self._probabilities)
+        order = np.random.RandomState(self._seed).permutation(num)
+        scores, effects = np.empty(self._splits), np.empty(num)
+        for number in range(self._splits):
+            chosen = order[number * num // self._splits : (number + 1) * num // self._splits]
+            p = np.asarray(self._probabilities[chosen], dtype=np.float64)
+            # 0 log 0 = 0
+            log_ratio = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(p > 0, p.mean(axis=0), 1.0))
+            divergence = (p * log_ratio).sum(axis=1)
+            scores[number] = np.exp(divergence.mean())
+            effects[chosen] = scores[number] * (divergence - divergence.mean())
+        return scores, effects
 
     @functools.cached_property
     def value(self) -> float:
@@ -127,7 +153,13 @@ class InceptionScore(Figure):
 
     def resampled(self, generator):
         chosen = _drawn(len(self._probabilities), generator)
-        return float(split_scores(self._probabilities[chosen], self._splits)[0].mean())
+        return InceptionScore(self._probabilities[chosen], self._splits, self._seed).value
+
+
+def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """Mean and standard deviation over `splits` of the score; see `InceptionScore`."""
+    score = InceptionScore(probabilities, splits, seed)
+    return score.value, score.deviation
 
 
 class Frechet(Figure):
@@ -190,17 +222,6 @@ class FrechetAtInfinity(Figure):
     def _line(self) -> tuple[float, float, float]:
         return _line(self.curve)
 
-    def minus(self, other: FrechetAtInfinity) -> tuple[float, float | None]:
-        """(difference of the values, its standard error) of images that share their noise.
-
-        The parts of both are of the same images, so that the line is that of the curves' difference.
-        """
-        change, spread = self.value - other.value, difference(self._distance, other._distance, paired=True)[1]
-        if spread is None or [n for n, _ in self.curve] != [n for n, _ in other.curve]:
-            return change, None
-        apart = [(n, a - b) for (n, a), (_, b) in zip(self.curve, other.curve, strict=True)]
-        return change, math.hypot(spread, _line(apart)[2])
-
     @functools.cached_property
     def value(self) -> float:
         return self._line[0]
@@ -214,6 +235,17 @@ class FrechetAtInfinity(Figure):
         own = self._distance.spread
         return None if own is None else math.hypot(own, self._line[2])
 
+    def paired_spread(self, other: FrechetAtInfinity) -> float | None:
+        """Standard error of the difference to that of images that share their noise.
+
+        The parts of both are of the same images, so that the line is that of the curves' difference.
+        """
+        spread = difference(self._distance, other._distance, paired=True)[1]
+        (sizes, values), (other_sizes, other_values) = (np.array(x.curve).T for x in (self, other))
+        if spread is None or not np.array_equal(sizes, other_sizes):
+            return None
+        return math.hypot(spread, _line(list(zip(sizes, values - other_values, strict=True)))[2])
+
 
 def difference(a: Figure, b: Figure, paired: bool) -> tuple[float, float | None]:
     """(value of a - value of b, its standard error).
@@ -221,13 +253,11 @@ def difference(a: Figure, b: Figure, paired: bool) -> tuple[float, float | None]
     paired: image i of both has the same noise and label, so that what chance they share cancels.
     """
     change = a.value - b.value
-    if paired and isinstance(a, FrechetAtInfinity) and isinstance(b, FrechetAtInfinity):
-        return a.minus(b)
+    if paired and isinstance(a, FrechetAtInfinity):
+        return change, a.paired_spread(b)
     if paired and a.effects is not None and b.effects is not None and len(a.effects) == len(b.effects):
         return change, _standard_error(a.effects - b.effects)
-    if a.spread is None or b.spread is None:
-        return change, None
-    return change, math.hypot(a.spread, b.spread)
+    return change, None if None in (a.spread, b.spread) else math.hypot(a.spread, b.spread)
 
 
 def measured(figures: Mapping[str, Figure]) -> dict:
@@ -238,11 +268,11 @@ def measured(figures: Mapping[str, Figure]) -> dict:
     }
 
 
-def bootstrap(figures: Mapping[str, Figure], times: int, seed: int = 0) -> dict[str, float]:
+def bootstrap(figures: Mapping[str, Figure], times: int) -> dict[str, float]:
     """Standard deviation of each figure over `times` sets drawn from its images; only those that can be resampled."""
     found = {}
     for name, figure in figures.items():
-        generator = np.random.default_rng(seed)  # the same images for each
+        generator = np.random.default_rng(0)  # the same images for each
         values = [figure.resampled(generator) for _ in range(times)]
         if times and None not in values:
             found[name] = float(np.std(values, ddof=1))

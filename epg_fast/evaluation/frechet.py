@@ -11,49 +11,35 @@ _CHUNK = 4096
 
 
 class RunningMoments:
-    """Mean and covariance of rows that come in batches, in float64 on `device`. `num`: rows so far; `mean`: [D].
+    """Moments of rows that come in batches, in float64 on `device`. `num`: rows so far; `mean`: [D]; `scatter`: [D, D].
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         self.num, self.mean = 0, torch.zeros(dim, dtype=torch.float64, device=device)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, rows: torch.Tensor) -> None:
         """Add rows [B, D] of any device and float type."""
         rows = rows.to(self.mean)
         mean = rows.mean(dim=0)
         centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
+        self.merge(len(rows), mean, centred.T @ centred)
 
-    def merge(self, other: RunningMoments) -> None:
-        """Add the rows that another one has seen."""
-        if other.num:
-            self._merge(other.num, other.mean.to(self.mean), other._scatter.to(self._scatter))
-
-    def to(self, device: torch.device | str) -> RunningMoments:
-        """The same on another device."""
-        moved = RunningMoments(0)
-        moved.num, moved.mean, moved._scatter = self.num, self.mean.to(device), self._scatter.to(device)
-        return moved
-
-    def _merge(self, num: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        step, total = mean - self.mean, self.num + num
-        self._scatter += scatter
-        self._scatter += torch.outer(step, step) * (self.num * num / total)
+    def merge(self, num: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Add rows, one at least, of which these are the moments, on any device."""
+        step, total = mean.to(self.mean) - self.mean, self.num + num
+        self.scatter += scatter.to(self.scatter)
+        self.scatter += torch.outer(step, step) * (self.num * num / total)
         self.mean = self.mean + step * (num / total)
         self.num = total
 
-    def covariance(self) -> torch.Tensor:
-        """Covariance [D, D] with divisor `num - 1`, as FID takes it. Raises ValueError for fewer than two rows."""
+    def gaussian(self) -> Gaussian:
+        """Mean, and covariance with divisor `num - 1`, as FID takes it. Raises ValueError for fewer than two rows."""
         if self.num < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.num}")
-        return self._scatter / (self.num - 1)
-
-    def gaussian(self) -> Gaussian:
-        """The Gaussian of these moments. Raises ValueError as `covariance` does."""
-        return Gaussian(self.mean, self.covariance())
+        return Gaussian(self.mean, self.scatter / (self.num - 1))
 
 
 def gaussian_of(features: torch.Tensor, device: torch.device | str, chosen: np.ndarray | None = None) -> Gaussian:

@@ -1,51 +1,13 @@
-"""Figures of generated images from what a network says of them: Inception Score, precision and recall."""
+"""Precision and recall of generated images from the features that a network has of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 _ROWS, _COLUMNS = 2048, 8192
-
-
-def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
-    """Mean and standard deviation over `splits` of exp(E KL(p(y|x) || p(y))), in float64.
-
-    `probabilities`: [N, C], rows that add up to 1. p(y) is the mean over the split, so a split of few classes scores
-    too low: images are dealt to splits of N/splits each by a permutation drawn from `seed`, which is torch-fidelity's.
-    ADM's evaluator takes 5000 at a time in the order of the file. Raises ValueError for fewer images than splits.
-    Source: Salimans et al., "Improved techniques for training GANs", 2016.
-    """
-    scores, _ = split_scores(probabilities, splits, seed)
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def split_scores(probabilities: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[np.ndarray, np.ndarray]:
-    """(score of each split [splits], first-order effect of each image on their mean [N]); see `inception_score`.
-
-    The mean of p(y) moves with the images, but to first order that changes no score: an image's effect is the score
-    times what its own divergence exceeds the mean by.
-    """
-    if np.ndim(probabilities) != 2 or not 1 <= splits <= len(probabilities):
-        raise ValueError(
-            f"splits is {splits}, want 1 to the number of images of probabilities [N, C], got "
-            f"{list(np.shape(probabilities))}"
-        )
-    num = len(probabilities)
-    order = np.random.RandomState(seed).permutation(num)
-    scores, effects = np.empty(splits), np.empty(num)
-    for number in range(splits):
-        chosen = order[number * num // splits : (number + 1) * num // splits]
-        p = np.asarray(probabilities[chosen], dtype=np.float64)
-        # 0 log 0 = 0
-        log_ratio = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(p > 0, p.mean(axis=0), 1.0))
-        divergence = (p * log_ratio).sum(axis=1)
-        scores[number] = np.exp(divergence.mean())
-        effects[chosen] = scores[number] * (divergence - divergence.mean())
-    return scores, effects
 
 
 def precision_recall(

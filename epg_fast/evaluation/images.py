@@ -96,9 +96,14 @@ class FolderStream(ImageStream):
         if image.size != self.size[::-1]:
             raise ValueError(
                 f"{self.files.root / self.files.paths[i]}: the image is {image.width}x{image.height}, the first one "
-                f"{self.size[1]}x{self.size[0]}; give images of one size (epg-fast prepare-data crops them)"
+                f"{size_words(self.size)}; give images of one size (epg-fast prepare-data crops them)"
             )
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def size_words(size: tuple[int, int]) -> str:
+    """(height, width) as people say it."""
+    return f"{size[1]}x{size[0]}"
 
 
 def open_stream(path: str | os.PathLike) -> ImageStream:

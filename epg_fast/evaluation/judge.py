@@ -20,18 +20,10 @@ from epg_fast.config import JudgeConfig
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.figures import Figure, Frechet, FrechetAtInfinity, InceptionScore, Mean, Recall
 from epg_fast.evaluation.generative import covered, squared_radii
+from epg_fast.evaluation.images import size_words
 from epg_fast.evaluation.kernel_distance import Kernel
 from epg_fast.evaluation.networks import HUB, Dinov2, ImageNetwork, Inception
-from epg_fast.evaluation.reference import (
-    MOST_COMPARED,
-    Reference,
-    Seen,
-    evenly,
-    keep_seen,
-    kept_seen,
-    open_reference,
-    see,
-)
+from epg_fast.evaluation.reference import MOST_COMPARED, Reference, Seen, evenly, open_reference, see
 from epg_fast.evaluation.small import SmallJudge, check_folders
 from epg_fast.wording import nearest
 
@@ -79,6 +71,7 @@ class NetworkJudge:
     ):
         self.name, self._network, self._reference, self._config = name, network, reference, config
         self._cache, self._batch_size = cache, batch_size
+        self._seen: Seen | None = None
         self._device, self.least = network.device, max(2, config.splits, config.neighbors + 1)
         images = reference.images
         if images and images.num <= config.neighbors:
@@ -95,13 +88,15 @@ class NetworkJudge:
         return {f"{self.name}/{kind}": row for kind, row in self._network.rows(images).items()}
 
     def figures(self, rows):
+        if self._seen is None:
+            self.see_reference(Ranks(0, 1, self._device))
         features, seen, names, device = rows[f"{self.name}/features"], self._seen, self._names, self._device
-        distance = Frechet(seen.gaussian, features)
+        k, distance = self._config.neighbors, Frechet(seen.gaussian, features)
         found: dict[str, Figure] = {names["distance"]: distance}
         if FrechetAtInfinity.possible(*features.shape):
             found[names["infinity"]] = FrechetAtInfinity(distance)
         if "score" in names:
-            found[names["score"]] = InceptionScore(rows["inception/probabilities"], self._config.splits)
+            found[names["score"]] = InceptionScore(rows["inception/probabilities"].numpy(), self._config.splits)
         if seen.features is not None:
             own = features
             if len(features) > MOST_COMPARED:
@@ -109,8 +104,7 @@ class NetworkJudge:
 
             def covers(chosen: np.ndarray) -> np.ndarray:
                 points = own[torch.from_numpy(chosen)]
-                radii = squared_radii(points, self._config.neighbors, device)
-                return covered(seen.features, points, radii, device).numpy()
+                return covered(seen.features, points, squared_radii(points, k, device), device).numpy()
 
             found[names["kernel"]] = Kernel(features, seen.features, device)
             found[names["precision"]] = Mean(lambda: covered(own, seen.features, self._real_radii, device).numpy())
@@ -119,31 +113,29 @@ class NetworkJudge:
 
     def facts(self, figures, rows, size):
         images, names = self._reference.images, self._names
+        score, kernel, end = (figures.get(names.get(kind)) for kind in ("score", "kernel", "infinity"))
         found = {"num_reference_images": images.num if images else None}
-        if "score" in names:
-            found[f"{names['score']}_std"] = figures[names["score"]].deviation
-        if names["kernel"] in figures:
-            found |= {f"{names['kernel']}_{name}": fact for name, fact in figures[names["kernel"]].facts.items()}
-        if names["infinity"] in figures:
-            end = figures[names["infinity"]]
+        if score:
+            found[f"{names['score']}_std"] = score.deviation
+        if kernel:
+            found |= {f"{names['kernel']}_{name}": fact for name, fact in kernel.facts.items()}
+        if end:
             found |= {f"{names['distance']}_bias": end.bias, f"{names['infinity']}_curve": end.curve}
         return found
 
     def sentence(self, num, size):
         images, network, c = self._reference.images, self._network, self._config
-        against, pairwise = "a reference without images", "not computed"
+        against, pairwise, distance, score = "the mean and covariance stored in the reference", "not computed", "FD", ""
+        if self._reference.statistics is None:
+            against = f"{images.num} reference images"
         if images:
-            against, numbers = f"{images.num} reference images", [min(n, MOST_COMPARED) for n in (num, images.num)]
+            numbers = [min(n, MOST_COMPARED) for n in (num, images.num)]
             pairwise = f"{numbers[0]} samples and {numbers[1]} reference images, {c.neighbors} neighbours"
-        if self._reference.statistics is not None:
-            against = "the mean and covariance stored in the reference"
-        score = ""
         if "score" in self._names:
-            score = f" Inception Score: {c.splits} splits of the samples in torch-fidelity's order."
+            distance, score = "FID", f" Inception Score: {c.splits} splits of the samples in torch-fidelity's order."
         return (
-            f"{num} samples of {size[1]}x{size[0]} pixels, {network.num_features} features of the {network.kind} "
-            f"network in float32. {'FID' if score else 'FD'}: against {against}.{network.note}"
-            f"{score} Precision and recall: {pairwise}."
+            f"{num} samples of {size_words(size)} pixels, {network.num_features} features of the {network.kind} "
+            f"network in float32. {distance}: against {against}.{network.note}{score} Precision and recall: {pairwise}."
         )
 
     def check(self, num):
@@ -156,27 +148,19 @@ class NetworkJudge:
 
     def see_reference(self, ranks: Ranks) -> None:
         """Show the reference to the network, a share on each rank, unless what it saw is kept; all call this."""
-        kept = None
+        kept, seen, network, reference = None, None, self._network, self._reference
         if self._cache:
-            reference = self._reference
-            key = [self._network.description["sha256"], reference.identity, reference.stamp, bool(reference.statistics)]
+            key = [network.description["sha256"], reference.identity, reference.stamp, bool(reference.statistics)]
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
             kept = self._cache / f"reference_{digest[:16]}.npz"
-        seen = kept_seen(kept, self._device) if kept else None
+            seen = Seen.kept(kept, self._device)
         if not ranks.gather(seen is not None)[0]:
             if kept:
-                log.info("%s looks at the reference, %s, and keeps what it sees", self.name, self._reference.path)
-            network = self._network
-            seen = see(self._reference, network.features, network.num_features, self._batch_size, ranks)
+                log.info("%s looks at the reference, %s, and keeps what it sees", self.name, reference.path)
+            seen = see(reference, network.features, network.num_features, self._batch_size, ranks)
             if kept and seen is not None:
-                keep_seen(kept, seen)
-        if seen is not None:
-            self._seen = seen
-
-    @functools.cached_property
-    def _seen(self) -> Seen:
-        self.see_reference(Ranks(0, 1, self._device))
-        return self.__dict__["_seen"]
+                seen.keep(kept)
+        self._seen = seen
 
     @functools.cached_property
     def _real_radii(self) -> torch.Tensor:
@@ -184,11 +168,11 @@ class NetworkJudge:
 
     @functools.cached_property
     def description(self):
-        images, c = self._reference.images, self._config
+        reference, images, c = self._reference, self._reference.images, self._config
         return {
             "network": self._network.description,
-            "reference": self._reference.identity,
-            "statistics": "computed" if self._reference.statistics is None else "stored in the reference",
+            "reference": reference.identity,
+            "statistics": "computed" if reference.statistics is None else "stored in the reference",
             "num_reference_images": images.num if images else None,
             **({"splits": c.splits} if "score" in self._names else {}),
             "neighbors": c.neighbors,
@@ -213,10 +197,7 @@ class Judges:
         return {judge.name: judge.description for judge in self.judges}
 
     def decisive(self, named: str | None, flag: str) -> str:
-        """The figure to go by: `named`, else the first of FIGURES_TO_GO_BY. Raises ValueError for one that is none.
-
-        flag: the flag that names it, for the message.
-        """
+        """The figure to go by, which `flag` has `named`, or the first of FIGURES_TO_GO_BY; ValueError for none."""
         return _decisive(self.best, named, flag)
 
     def rows(self, images: torch.Tensor, labels: torch.Tensor | None) -> Rows:
@@ -255,11 +236,11 @@ def check_judges(config: JudgeConfig, decisive: str | None = None, flag: str = "
     """
     by_network = [name for name in ("reference", "inception", "dinov2") if getattr(config, name)]
     real = [name for name in ("train", "test") if getattr(config, name)]
-    two_ways = "--reference and --inception (FID and others)", "--train and --test (small data, without a network)"
+    ways = "--reference and --inception (FID and others), or --train and --test (small data, without a network)"
     if by_network and real:
-        raise ValueError(f"got --{by_network[0]} and --{real[0]}; pass {' or '.join(two_ways)}")
+        raise ValueError(f"got --{by_network[0]} and --{real[0]}; pass {ways}")
     if not by_network and not real:
-        raise ValueError(f"nothing to judge by; pass {', or '.join(two_ways)}")
+        raise ValueError(f"nothing to judge by; pass {ways}")
     if by_network == ["reference"]:
         raise ValueError(
             "got --reference without --inception; pass the path of inception-2015-12-05.pt (NVIDIA) or "

@@ -29,10 +29,10 @@ from types import ModuleType
 
 import torch
 
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.files import file_sha256
 from epg_fast.models.weight_files import state_sha256
 from epg_fast.runtime import float32_products
+from epg_fast.wording import import_extra
 
 HUB = {f"dinov2-vit-{size}-14": f"dinov2_vit{size}14" for size in "sblg"}
 _INCEPTION = (

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import open_stream
 from epg_fast.evaluation.protocol import class_names
 from epg_fast.files import flat
+from epg_fast.wording import import_extra
 
 _SHOWN, _TILE = 48, 128
 _NO_PLOTS = "There are no plots, which need matplotlib: pip install 'epg_fast[demo]'."
@@ -79,16 +79,16 @@ def result_page(result: Mapping, path: str | os.PathLike | None = None) -> str:
     _, first = next(stream.batches(num))
     labels = None if stream.labels is None else stream.labels[:num]
     protocol = result["protocol"]
+    missing = (paragraph(f"{name}: {reason}.") for name, reason in result.get("missing", {}).items())
     sections = [
-        section("Figures", _figures(result), _missing(result)),
+        section("Figures", _figures(result), *missing),
         section("Images", images(first.permute(0, 2, 3, 1).numpy(), labels, class_names(result["samples"]))),
         _plots(result),
-        section("Comparison", _comparison(result["compared"])) if "compared" in result else "",
-        section("Repeats", _repeats(result["repeats"])) if "repeats" in result else "",
-        section("Repeated", *_repeated(result["repeated"])) if "repeated" in result else "",
-        section("Protocol", paragraph(protocol["text"]), *protocol_tables(protocol)),
-        section("To repeat it", _command(result, path)),
     ]
+    optional = {"compared": ("Comparison", _comparison), "repeats": ("Repeats", _repeats)}
+    optional["repeated"] = "Repeated", _repeated
+    sections += [section(title, make(result[name])) for name, (title, make) in optional.items() if name in result]
+    sections += [protocol_section(protocol), section("To repeat it", _command(result, path))]
     return document(f"Evaluation of {result['samples']}", sections)
 
 
@@ -120,19 +120,18 @@ def command(words: str) -> str:
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "numbers") -> str:
     """A table whose first column names its rows. kind: `numbers`, or `names` for long text, which is wrapped."""
     head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in heads)
-    cells = ((_named(first, kind), "".join(f"<td>{_shown(value)}</td>" for value in values)) for first, *values in rows)
-    body = "".join(f'<tr><th scope="row">{name}</th>{values}</tr>\n' for name, values in cells)
+    body = ""
+    for first, *values in rows:
+        name = _shown(first)
+        if kind == "names":  # a long one is broken between its parts first
+            name = re.sub(r"(?<=[._])(?=\w)", "<wbr>", name)
+        cells = "".join(f"<td>{_shown(value)}</td>" for value in values)
+        body += f'<tr><th scope="row">{name}</th>{cells}</tr>\n'
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_escaped(caption)}">'
         f'<table class="{kind}"><caption>{_escaped(caption)}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )
-
-
-def _named(first: Any, kind: str) -> str:
-    """A row's name: a long one is broken between its parts first."""
-    name = _shown(first)
-    return re.sub(r"(?<=[._])(?=\w)", "<wbr>", name) if kind == "names" else name
 
 
 def images(pixels: np.ndarray, labels: Sequence[int] | None = None, names: Sequence[str] = ()) -> str:
@@ -146,17 +145,16 @@ def images(pixels: np.ndarray, labels: Sequence[int] | None = None, names: Seque
         image = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
         file = io.BytesIO()
         image.save(file, "PNG", optimize=True)
-        known = "" if labels is None else _class(int(labels[i]), names)
-        about, caption = (f", {known}", f"<figcaption>{known}</figcaption>") if known else ("", "")
+        about = caption = ""
+        if labels is not None:
+            label = int(labels[i])
+            known = f"{label} {_escaped(names[label])}" if label < len(names) else f"class {label}"
+            about, caption = f", {known}", f"<figcaption>{known}</figcaption>"
         source = f'src="{_inlined(file.getvalue())}" width="{size[0]}" height="{size[1]}"'
         tiles.append(f'<figure><img {source} alt="image {i}{about}">{caption}</figure>\n')
     reduced = "" if scale == 1 else f", reduced from {width}x{height} to {size[0]}x{size[1]} pixels"
     small = " small" if max(height, width) <= 64 else ""
     return f'{paragraph(f"The first {len(pixels)}{reduced}.")}<div class="images{small}">\n{"".join(tiles)}</div>\n'
-
-
-def _class(label: int, names: Sequence[str]) -> str:
-    return f"{label} {_escaped(names[label])}" if label < len(names) else f"class {label}"
 
 
 def picture(png: bytes, alt: str, caption: str = "") -> str:
@@ -185,40 +183,26 @@ def plots(drawn: Iterable[str]) -> str:
     return f'<div class="plots">\n{"".join(drawn)}</div>\n'
 
 
-def protocol_tables(protocol: Mapping) -> list[str]:
-    """A protocol's parts, a table each."""
-    titles = {
-        "sampling": "How the images were drawn",
-        "judging": "How they were judged",
-        "versions": "Versions and device of judging",
-    }
-    return [
-        table(title, ("setting", "value"), _named_values(protocol[part]), "names")
-        for part, title in titles.items()
-        if part in protocol
-    ]
-
-
-def _named_values(tree: Mapping) -> list[tuple[str, Any]]:
-    """Rows of values with their names; of lists of mappings each has a number."""
-    open_lists = {
-        name: {str(i + 1): item for i, item in enumerate(value)} if len(value) > 1 else value[0]
-        for name, value in tree.items()
-        if isinstance(value, list) and value and isinstance(value[0], Mapping)
-    }
-    values = flat({**tree, **open_lists}).items()
-    return [(name, str(value) if isinstance(value, float) else value) for name, value in values]
+def protocol_section(protocol: Mapping) -> str:
+    """A protocol's text, and a table of each part; of lists of mappings each has a number."""
+    titles = {"sampling": "How the images were drawn", "judging": "How they were judged"}
+    titles["versions"] = "Versions and device of judging"
+    tables = []
+    for part, title in titles.items():
+        tree = dict(protocol[part])
+        for name, value in tree.items():
+            if isinstance(value, list) and value and isinstance(value[0], Mapping):
+                tree[name] = {str(i + 1): item for i, item in enumerate(value)} if len(value) > 1 else value[0]
+        rows = [(name, str(value) if isinstance(value, float) else value) for name, value in flat(tree).items()]
+        tables.append(table(title, ("setting", "value"), rows, "names"))
+    return section("Protocol", paragraph(protocol["text"]), *tables)
 
 
 def _figures(result: Mapping) -> str:
     num = result["num_samples"]
     rows = [(name, result[name], _rounded(spread), num) for name, spread in result["spread"].items()]
-    how = result["protocol"]["judging"].get("spread", "")
-    return table(f"{how}", ("figure", "value", "spread", "images"), rows)
-
-
-def _missing(result: Mapping) -> str:
-    return "".join(paragraph(f"{name}: {reason}.") for name, reason in result.get("missing", {}).items())
+    how = result["protocol"]["judging"]["spread"]
+    return table(how, ("figure", "value", "spread", "images"), rows)
 
 
 def _repeats(repeats: Mapping) -> str:
@@ -243,7 +227,7 @@ def _comparison(compared: Mapping) -> str:
     return table(caption, ("figure", "theirs", "difference", "spread", "differs"), rows)
 
 
-def _repeated(repeated: Mapping) -> list[str]:
+def _repeated(repeated: Mapping) -> str:
     rows = [
         (name, f["then"], f["now"], f["difference"], _rounded(f["standard_errors"]))
         for name, f in repeated["figures"].items()
@@ -251,18 +235,15 @@ def _repeated(repeated: Mapping) -> list[str]:
     about = repeated["images"]
     same = {None: f"not known: {about.get('why')}", True: "yes, bit for bit", False: "no"}[about["same"]]
     changes = [(*change.partition(" was ")[::2],) for change in repeated["protocol"]]
-    return [
-        table("Figures then and now", ("figure", "then", "now", "difference", "in standard errors"), rows),
-        table("What else differs", ("setting", "was"), [("images are the same", same), *changes], "names"),
-    ]
+    figures = table("Figures then and now", ("figure", "then", "now", "difference", "in standard errors"), rows)
+    return figures + table("What else differs", ("setting", "was"), [("images are the same", same), *changes], "names")
 
 
 def _plots(result: Mapping) -> str:
     """The section of plots of what there is; without matplotlib it says so."""
-    there = {name for name, value in result.items() if value is not None}
     draw = [partial(_curve_plot, result, name) for name in result if name.endswith("_infinity_curve")]
-    suffixes = [name.removeprefix("precision") for name in result["spread"] if name.startswith("precision")]
-    draw += [partial(_cover_plot, result, s) for s in suffixes if {f"precision{s}", f"recall{s}"} <= there]
+    given = [name for name in result["spread"] if name.startswith("precision") and result[name] is not None]
+    draw += [partial(_cover_plot, result, name.removeprefix("precision")) for name in given]
     if not draw:
         return ""
     try:

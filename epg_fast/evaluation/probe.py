@@ -14,9 +14,9 @@ from epg_fast.data import ImageFolder, ImageSource, center_crop
 from epg_fast.diffusion import NoiseSchedule, PixelNormalization, shift
 from epg_fast.diffusion.denoiser import per_sample, precondition
 from epg_fast.environment import versions
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.images import read_image
 from epg_fast.evaluation.small import check_folders
+from epg_fast.wording import import_extra
 
 Features = Callable[[torch.Tensor, float], torch.Tensor]
 LabeledImages = tuple[torch.Tensor, np.ndarray]

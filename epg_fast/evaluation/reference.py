@@ -15,7 +15,7 @@ from tqdm import tqdm
 from epg_fast.data import images_of
 from epg_fast.distributed import Ranks
 from epg_fast.evaluation.frechet import Gaussian, RunningMoments
-from epg_fast.evaluation.images import FolderStream, ImageStream, NpzStream, open_stream
+from epg_fast.evaluation.images import FolderStream, ImageStream, NpzStream, open_stream, size_words
 from epg_fast.files import file_sha256, open_atomically
 from epg_fast.npz import Npz
 
@@ -54,6 +54,21 @@ class Seen:
     gaussian: Gaussian
     features: torch.Tensor | None
 
+    def keep(self, path: Path) -> None:
+        """Write it, as `mu`, `sigma` and `features`."""
+        arrays = {"mu": self.gaussian.mean.cpu().numpy(), "sigma": self.gaussian.covariance.cpu().numpy()}
+        with open_atomically(path) as file:
+            np.savez(file, **arrays, **({} if self.features is None else {"features": self.features.numpy()}))
+
+    @staticmethod
+    def kept(path: Path, device: torch.device) -> Seen | None:
+        """What `keep` has written; None where there is nothing."""
+        if not path.exists():
+            return None
+        file = Npz(path)
+        found = {name: torch.from_numpy(file.array(name).copy()) for name in file.names}
+        return Seen(Gaussian(found["mu"].to(device), found["sigma"].to(device)), found.get("features"))
+
 
 def open_reference(path: str | os.PathLike, num_features: int | None, size: tuple[int, int]) -> Reference:
     """Open an npz with `mu` and `sigma`, with `arr_0` (uint8 [M, H, W, 3]) or with all, or a folder of images.
@@ -71,13 +86,13 @@ def open_reference(path: str | os.PathLike, num_features: int | None, size: tupl
         file = Npz(path)
         if not {"arr_0", "mu", "sigma"} & set(file.names):
             raise ValueError(f"{path}: expected arr_0 (images), or mu and sigma (statistics), found {file.names}")
-        stored = num_features is not None and ("mu" in file.names or "sigma" in file.names)
         if num_features is None and "arr_0" not in file.names:
             raise ValueError(f"{path}: its statistics are Inception's, and DINOv2 needs images (arr_0); found none")
+        stored = num_features is not None and {"mu", "sigma"} & set(file.names)
         statistics = _statistics(file, num_features) if stored else None
         reference = Reference(path, statistics, NpzStream(path) if "arr_0" in file.names else None)
     if reference.images and reference.images.size != size:
-        got, wanted = ("x".join(map(str, (w, h))) for h, w in (reference.images.size, size))
+        got, wanted = map(size_words, (reference.images.size, size))
         raise ValueError(f"{path}: its images are {got}, the samples {wanted}; take a reference of the samples' size")
     return reference
 
@@ -93,11 +108,12 @@ def see(
 
     `features_of`: uint8 [B, 3, H, W] -> float32 [B, D] on the CPU. Moments are summed in float64 on the rank's device.
     """
-    images, features, moments = reference.images, None, RunningMoments(num_features, ranks.device)
+    images, features, total = reference.images, None, RunningMoments(num_features, ranks.device)
     if images:
-        places = np.full(images.num, -1)
         kept = evenly(images.num, MOST_COMPARED)
+        places = np.full(images.num, -1)
         places[kept] = np.arange(len(kept))
+        moments = RunningMoments(num_features, ranks.device)
         own: list[tuple[np.ndarray, torch.Tensor]] = []
         batches = images.batches(batch_size, ranks.rank, ranks.world_size)
         number = -(-images.num // batch_size // ranks.world_size)
@@ -106,16 +122,17 @@ def see(
             moments.update(found)
             chosen = places[part] >= 0
             own.append((places[part][chosen], found[torch.from_numpy(chosen)]))
-        everyone = ranks.gather_to_main((moments.to("cpu"), own))
-        moments, features = RunningMoments(num_features, ranks.device), torch.empty(len(kept), num_features)
-        for theirs, parts in everyone or []:
-            moments.merge(theirs)
+        everyone = ranks.gather_to_main((moments.num, moments.mean.cpu(), moments.scatter.cpu(), own))
+        features = torch.empty(len(kept), num_features)
+        for *theirs, parts in everyone or []:
+            if parts:  # a rank may have had no batch
+                total.merge(*theirs)
             for where, found in parts:
                 features[torch.from_numpy(where)] = found
     if not ranks.main:
         return None
     if reference.statistics is None:
-        return Seen(moments.gaussian(), features)
+        return Seen(total.gaussian(), features)
     mean, covariance = (torch.from_numpy(array).to(ranks.device) for array in reference.statistics)
     return Seen(Gaussian(mean, covariance), features)
 
@@ -123,25 +140,6 @@ def see(
 def evenly(num: int, most: int) -> np.ndarray:
     """All of `num` images, or `most` of them at even distances: rising numbers, int64."""
     return np.linspace(0, num - 1, min(num, most)).round().astype(int)
-
-
-def kept_seen(path: Path, device: torch.device) -> Seen | None:
-    """What `keep_seen` has written to `path`; None where there is nothing."""
-    if not path.exists():
-        return None
-    file = Npz(path)
-    mean, covariance = (torch.from_numpy(file.array(name).copy()).to(device) for name in ("mu", "sigma"))
-    features = torch.from_numpy(file.array("features").copy()) if "features" in file.names else None
-    return Seen(Gaussian(mean, covariance), features)
-
-
-def keep_seen(path: Path, seen: Seen) -> None:
-    """Write what was seen, as `mu`, `sigma` and `features`."""
-    arrays = {"mu": seen.gaussian.mean.cpu().numpy(), "sigma": seen.gaussian.covariance.cpu().numpy()}
-    if seen.features is not None:
-        arrays["features"] = seen.features.numpy()
-    with open_atomically(path) as file:
-        np.savez(file, **arrays)
 
 
 def _statistics(file: Npz, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,11 +152,13 @@ def _statistics(file: Npz, dim: int) -> tuple[np.ndarray, np.ndarray]:
                 f"{dtype} {list(shape)}; take statistics of this network"
             )
         found.append(file.array(name).astype(np.float64))
-        if not np.isfinite(found[-1]).all():
-            raise ValueError(f"{file.path}: {name} holds values that are not finite; fetch or compute it again")
     mean, covariance = found
-    if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * np.abs(covariance).max()):
-        raise ValueError(f"{file.path}: sigma is not symmetric, so it is no covariance; fetch or compute it again")
-    if np.diagonal(covariance).min() < 0:
-        raise ValueError(f"{file.path}: sigma has variances below 0, so it is no covariance; fetch or compute it again")
-    return mean, covariance
+    if not all(np.isfinite(array).all() for array in found):
+        wrong = "mu or sigma holds values that are not finite"
+    elif not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * np.abs(covariance).max()):
+        wrong = "sigma is not symmetric, so it is no covariance"
+    elif np.diagonal(covariance).min() < 0:
+        wrong = "sigma has variances below 0, so it is no covariance"
+    else:
+        return mean, covariance
+    raise ValueError(f"{file.path}: {wrong}; fetch or compute it again")

@@ -10,10 +10,11 @@ import torch
 
 from epg_fast.config import JudgeConfig
 from epg_fast.data import ImageFolder, images_of
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import Frechet, Mean
 from epg_fast.evaluation.frechet import gaussian_of
 from epg_fast.evaluation.images import gray_vectors, load_images, open_stream, round_trip
+from epg_fast.evaluation.reference import evenly
+from epg_fast.wording import import_extra
 
 
 class SmallJudge:
@@ -92,7 +93,7 @@ class SmallJudge:
         """What real images and class means would score, with as many images as there are samples (or all there are)."""
         train_x, train_y = self.train
         # Files come sorted by class: evenly spaced ones keep the classes' shares.
-        chosen = np.linspace(0, len(train_x) - 1, min(num, len(train_x))).round().astype(int)
+        chosen = evenly(len(train_x), num)
         classes = np.unique(train_y)
         means = np.stack([train_x[train_y == label].mean(axis=0) for label in classes])
         real = {"real": train_x[chosen], "class_means": means[np.searchsorted(classes, train_y[chosen])]}

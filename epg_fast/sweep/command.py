@@ -18,7 +18,6 @@ import torch
 
 from epg_fast.config import JudgeConfig, SweepConfig
 from epg_fast.distributed import Ranks, joined, resumable
-from epg_fast.evaluation.extras import import_extra
 from epg_fast.evaluation.figures import difference, measured
 from epg_fast.evaluation.judge import Judges, Rows, check_judges, open_judges
 from epg_fast.evaluation.protocol import protocol
@@ -26,21 +25,7 @@ from epg_fast.files import as_json
 from epg_fast.models import EPGViT
 from epg_fast.plans import choose_together, parse_ops
 from epg_fast.runtime import suitable_threads
-from epg_fast.sampling.command import (
-    GIVES_WAY,
-    PATIENCE,
-    alike,
-    count_written,
-    drawn_with,
-    engine_options,
-    labels_for,
-    labels_of,
-    load_generator,
-    requested,
-    require_shared,
-    shared_bar,
-    weights_sha256,
-)
+from epg_fast.sampling import command as sampling
 from epg_fast.sampling.engine import NotFinite, SamplingEngine
 from epg_fast.sampling.parts import cut_at_batches
 from epg_fast.sweep.folder import SweepFolder
@@ -48,6 +33,7 @@ from epg_fast.sweep.grid import Setting, grid
 from epg_fast.sweep.halving import FEW, Judged, cut, round_sizes
 from epg_fast.sweep.report import ends, final_commands, write_report
 from epg_fast.training.reconstruct import reconstruct_file, reconstructed_step
+from epg_fast.wording import import_extra
 
 log = logging.getLogger("epg_fast")
 
@@ -70,13 +56,13 @@ def run(config: SweepConfig) -> None:
             "ops: got tune, but sweep measures no plan; run `epg-fast tune --job sample` first, then sweep"
         )
     import_extra("matplotlib")  # after hours it would be too late
-    with joined(config.device, "gloo", PATIENCE) as ranks:
+    with joined(config.device, "gloo", sampling.PATIENCE) as ranks:
         _Sweep(config, ranks).run()
 
 
 def sweep_labels(config: SweepConfig, model: EPGViT) -> np.ndarray:
     """Labels [num] as `sample` has them, in an order of chance, so that the first ones are fair to all classes."""
-    return np.random.default_rng(config.seed).permutation(labels_of(config, model))
+    return np.random.default_rng(config.seed).permutation(sampling.labels_of(config, model))
 
 
 class _Sweep:
@@ -86,29 +72,31 @@ class _Sweep:
         self.config, self.ranks = config, ranks
         self.grid = grid(config)
         self.folder = SweepFolder(config.outdir)
+        self.judges: Judges
+        self.figure: str
         self.state: dict = {}
         self.clock: Counter[str] = Counter()
         self._counted = 0
 
     def run(self) -> None:
         config, ranks, folder = self.config, self.ranks, self.folder
-        wanted = requested(config)
+        wanted = sampling.requested(config)
         ranks.decide(lambda: self._check(wanted))
-        model = load_generator(config.checkpoint, ranks.device)
+        model = sampling.load_generator(config.checkpoint, ranks.device)
         self.labels = sweep_labels(config, model)
         self.engines = _Engines(config, model, self.grid, folder, ranks)
         self._leave_out_equal()
         base = self.engines.base
-        settings = wanted | {name: getattr(base, name) for name in GIVES_WAY}
-        settings["weights_sha256"] = weights_sha256(model)
+        settings = wanted | {name: getattr(base, name) for name in sampling.GIVES_WAY}
+        settings["weights_sha256"] = sampling.weights_sha256(model)
         settings["labels_sha256"] = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
-        using = drawn_with(base, alike(settings, ranks))
+        using = sampling.drawn_with(base, sampling.alike(settings, ranks))
         size = (model.image_size, model.image_size)
         del model
         with suitable_threads(base.model, base.chosen.threads), folder:
             del base
             self.state = ranks.decide(lambda: self._claim(settings, using))
-            require_shared(folder, ranks)
+            sampling.require_shared(folder, ranks)
             with resumable(folder.path):
                 if "result" not in self.state:
                     self._search(size)
@@ -122,7 +110,7 @@ class _Sweep:
         check_judges(self.config, self.config.figure)
         begun, step = folder.begun, folder.read().get("step")
         for width in self._widths():
-            if width is not None and not (begun and folder.weights(width).exists()):
+            if not (begun and folder.weights(width).exists()):
                 reconstructed_step(self.config.checkpoint, width, step if begun else None)
 
     def _leave_out_equal(self) -> None:
@@ -142,8 +130,9 @@ class _Sweep:
             )
         self.grid, self.evaluations = map(list, zip(*found.values(), strict=True))
 
-    def _widths(self) -> list[float | None]:
-        return list(dict.fromkeys(setting.sigma_rel for setting in self.grid))
+    def _widths(self) -> list[float]:
+        """Those that have to be made."""
+        return list(dict.fromkeys(s.sigma_rel for s in self.grid if s.sigma_rel is not None))
 
     def _claim(self, settings: dict, using: dict) -> dict:
         """The state with which this command begins; the folder is locked."""
@@ -155,7 +144,7 @@ class _Sweep:
             folder.forget()
             of_all = config.search == "grid" or len(self.grid) <= FEW
             sizes = [config.num] if of_all else round_sizes(config.num, config.first, config.batch_size)
-            widths = [width for width in self._widths() if width is not None]
+            widths = self._widths()
             state = {
                 "settings": settings,
                 "drawn_with": [],
@@ -177,35 +166,34 @@ class _Sweep:
     def _search(self, size: tuple[int, int]) -> None:
         config, ranks, folder = self.config, self.ranks, self.folder
         with self._time("judges"):
-            judges = open_judges(
-                config, size, ranks.device, folder.path / "reference", ranks, batch_size=config.batch_size
-            )
-        figure = judges.decisive(config.figure, "figure")
-        self._check_figure(judges, figure, size)
+            cache = folder.path / "reference"
+            self.judges = open_judges(config, size, ranks.device, cache, ranks, config.batch_size)
+        self.figure = self.judges.decisive(config.figure, "figure")
+        self._check_figure(size)
         with self._time("networks"):
             ranks.decide(self._make_weights)
         while "result" not in self.state:
-            self._round(judges, figure)
+            self._round()
 
-    def _round(self, judges: Judges, figure: str) -> None:
+    def _round(self) -> None:
         """Draw, judge and decide once."""
         ranks, alive, images = self.ranks, _alive(self.state), _next_size(self.state)
         log.info("round %d: %d settings, %d images of each", len(self.state["rounds"]) + 1, len(alive), images)
         missing = ranks.decide(
             lambda: {n: cut_at_batches(self.folder.parts[n].lacking(images), self.config.batch_size) for n in alive}
         )
-        diverged = self._draw(judges, missing, len(alive) * images)
-        found = self._judge(judges, figure, sorted(set(alive) - set(diverged)), images)
+        diverged = self._draw(missing, len(alive) * images)
+        found = self._judge(sorted(set(alive) - set(diverged)), images)
         with self._time("files"):
-            self.state = ranks.decide(lambda: self._decide(judges, figure, images, found, diverged))
+            self.state = ranks.decide(lambda: self._decide(images, found, diverged))
         seconds = sum(ranks.gather(self.clock), Counter())
         total = sum(seconds.values())
         shares = ", ".join(f"{name} {100 * value / total:.1f}%" for name, value in seconds.most_common())
         log.info("%.0f s so far: %s", total / ranks.world_size, shares)
 
-    def _check_figure(self, judges: Judges, figure: str, size: tuple[int, int]) -> None:
+    def _check_figure(self, size: tuple[int, int]) -> None:
         """Raise ValueError when the first round has too few images to be judged, or for this figure."""
-        images = self.state["sizes"][0]
+        judges, figure, images = self.judges, self.figure, self.state["sizes"][0]
         if images < judges.least:
             raise ValueError(
                 f"the first round has {images} images of each setting, and the judges want at least {judges.least}; "
@@ -218,24 +206,24 @@ class _Sweep:
 
     def _make_weights(self) -> None:
         for width in self._widths():
-            if width is not None and not self.folder.weights(width).exists():
-                said = reconstruct_file(self.config.checkpoint, self.folder.weights(width), width, self.state["step"])
-                log.info("%s", said)
+            path = self.folder.weights(width)
+            if not path.exists():
+                log.info("%s", reconstruct_file(self.config.checkpoint, path, width, self.state["step"]))
 
     # ---- drawing
 
-    def _draw(self, judges: Judges, missing: dict[int, list[range]], total: int) -> list[int]:
+    def _draw(self, missing: dict[int, list[range]], total: int) -> list[int]:
         """Draw and judge this rank's share of the images; returns the settings whose images are not finite."""
         ranks, folder = self.ranks, self.folder
         units = [(number, images) for number in sorted(missing) for images in missing[number]]
         done = total - sum(len(images) for _, images in units)
         mine = units[_share([self.evaluations[n] * len(images) for n, images in units], ranks.rank, ranks.world_size)]
         written, diverged = [], []
-        with shared_bar("sweep", ranks, done, total, self._counted) as show:
+        with sampling.shared_bar("sweep", ranks, done, total, self._counted) as show:
             for number, group in itertools.groupby(mine, key=lambda unit: unit[0]):
                 indices = np.concatenate([np.arange(images.start, images.stop) for _, images in group])
                 try:
-                    for drawn, rows, seconds in self._judged_batches(judges, number, indices):
+                    for drawn, rows, seconds in self._judged_batches(number, indices):
                         with self._time("files"):
                             written += [(number, images) for images in folder.save_runs(number, drawn, rows, seconds)]
                         show(len(drawn))
@@ -247,25 +235,25 @@ class _Sweep:
             show()
         self._counted = ranks.count(0)  # nobody draws again before all have judged
         if ranks.main:
-            count_written(ranks, [[(folder.parts[n], images) for n, images in theirs] for theirs, _ in everyone])
+            parts = [[(folder.parts[number], images) for number, images in theirs] for theirs, _ in everyone]
+            sampling.count_written(ranks, parts)
         return sorted({number for _, numbers in everyone for number in numbers})
 
-    def _judged_batches(
-        self, judges: Judges, number: int, indices: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, Rows, float]]:
+    def _judged_batches(self, number: int, indices: np.ndarray) -> Iterator[tuple[np.ndarray, Rows, float]]:
         """(numbers of the images, their rows, seconds of drawing) batch by batch. Raises NotFinite."""
         batch_size, device = self.config.batch_size, self.ranks.device
         with self._time("networks"):
             engine = self.engines.of(self.grid[number], math.ceil(len(indices) / batch_size))
         # a share of less than a batch would be compiled for a size of its own
         filled = np.pad(indices, (0, -len(indices) % batch_size if engine.fills_batches else 0), "edge")
-        stream = engine.stream(labels_for(engine, self.labels[filled]), filled, self.config.seed, as_uint8=True)
+        labels = sampling.labels_for(engine, self.labels[filled])
+        stream = engine.stream(labels, filled, self.config.seed, as_uint8=True)
         started = time.perf_counter()
         for where, pixels in stream:
             drawn = indices[where]
             images = torch.from_numpy(pixels[: len(drawn)]).permute(0, 3, 1, 2).contiguous()
-            labels = torch.from_numpy(self.labels[drawn])
-            rows, judging = _timed(device, functools.partial(judges.rows, images, labels))
+            judge = functools.partial(self.judges.rows, images, torch.from_numpy(self.labels[drawn]))
+            rows, judging = _timed(device, judge)
             drawing = time.perf_counter() - started - judging
             self.clock["drawing"] += drawing
             self.clock["features"] += judging
@@ -274,7 +262,7 @@ class _Sweep:
 
     # ---- judging
 
-    def _judge(self, judges: Judges, figure: str, numbers: list[int], images: int) -> dict[int, tuple]:
+    def _judge(self, numbers: list[int], images: int) -> dict[int, tuple]:
         """(Judged, what sweep.json says of it) of each setting. Every rank judges its share."""
         ranks = self.ranks
         if not numbers:
@@ -284,52 +272,42 @@ class _Sweep:
         with self._time("figures"):
             for number in numbers[ranks.rank :: ranks.world_size]:
                 rows, seconds = self.folder.load(number, ranges[number], images)
-                figures = judges.figures(rows)
+                figures = self.judges.figures(rows)
+                decisive = figures[self.figure]
                 # the others cost more, and only those of many images are worth it
-                worth = figures if _is_last(self.state, images) else {figure: figures[figure]}
+                worth = figures if _is_last(self.state, images) else {self.figure: decisive}
                 said = measured(worth) | {"seconds_per_image": seconds}
-                judged = figures[figure]
-                found[number] = (Judged(judged.value, judged.spread, judged.effects), said)
+                found[number] = (Judged(decisive.value, decisive.spread, decisive.effects), said)
         with self._time("waiting"):
             return {number: item for share in ranks.gather(found) for number, item in share.items()}
 
-    def _decide(self, judges: Judges, figure: str, images: int, found: dict[int, tuple], diverged: list[int]) -> dict:
+    def _decide(self, images: int, found: dict[int, tuple], diverged: list[int]) -> dict:
         """The state with a further round, which sweep.json then holds; rows that no later round needs go."""
-        judged, best = {number: item for number, (item, _) in found.items()}, judges.best[figure]
-        decided = cut(judged, best, self.config.keep)
-        order, last = decided.order, _is_last(self.state, images)
-        if decided.out_within_spread and not last:
-            log.warning(
-                "%d settings are out that the spread cannot tell from the last one that stays; see sweep.md",
-                len(decided.out_within_spread),
-            )
-        results = {}
+        judged, best = {number: item for number, (item, _) in found.items()}, self.judges.best[self.figure]
+        this = {"images": images, **cut(judged, best, self.config.keep), "diverged": diverged, "results": {}}
+        order = this["order"]
         for number in order:
             apart, spread = difference(judged[number], judged[order[0]], paired=True)
-            results[str(number)] = found[number][1] | {"difference": apart, "difference_spread": spread}
-        this = {
-            "images": images,
-            "order": order,
-            "kept": [] if last else decided.kept,
-            "kept_within_spread": [] if last else decided.kept_within_spread,
-            "out_within_spread": [] if last else decided.out_within_spread,
-            "diverged": diverged,
-            "results": results,
-        }
-        state = self.state | {"figure": figure, "best": best, "protocol": self._protocol(judges, images)}
-        state["rounds"] = [*self.state["rounds"], as_json(this)]
-        if last:
+            this["results"][str(number)] = found[number][1] | {"difference": apart, "difference_spread": spread}
+        state = self.state | {"figure": self.figure, "best": best, "protocol": self._protocol(images)}
+        if _is_last(state, images):
             state["result"] = order[0]
+            this |= {"kept": [], "kept_within_spread": [], "out_within_spread": []}
+        elif out := this["out_within_spread"]:
+            log.warning(
+                "%d settings are out that the spread cannot tell from the last one that stays; see sweep.md", len(out)
+            )
+        state["rounds"] = [*self.state["rounds"], as_json(this)]
         self.folder.write("sweep.json", state)
         self.folder.drop(number for number in list(self.folder.parts) if number not in this["kept"])
         return state
 
-    def _protocol(self, judges: Judges, images: int) -> dict:
+    def _protocol(self, images: int) -> dict:
         judging = {f.name for f in dataclasses.fields(JudgeConfig)} | {"search", "first", "keep", "figure"}
         settings = {name: value for name, value in self.state["settings"].items() if name not in judging}
-        sampling = settings | {"drawn_with": self.state["drawn_with"]}
+        drawn = settings | {"drawn_with": self.state["drawn_with"]}
         size = (self.engines.base.model.image_size,) * 2
-        return as_json(protocol(judges, self.config, sampling, images, size, self.ranks.device))
+        return as_json(protocol(self.judges, self.config, drawn, images, size, self.ranks.device))
 
     def _finish(self) -> None:
         """Make table and plots, and print what comes next."""
@@ -366,7 +344,7 @@ class _Engines:
         if setting.sigma_rel != self._width:
             chosen, self.base = self.base.chosen, None  # both networks need not fit
             path = self._config.checkpoint if setting.sigma_rel is None else self._folder.weights(setting.sigma_rel)
-            self.base = self._engine(load_generator(str(path), self._device), lambda _: chosen)
+            self.base = self._engine(sampling.load_generator(str(path), self._device), lambda _: chosen)
             self._width = setting.sigma_rel
         engine = self.base.with_settings(**_drawing(setting))
         if engine.cuda_graphs and batches < _RECORDED_BATCHES:
@@ -377,7 +355,7 @@ class _Engines:
         return engine
 
     def _engine(self, model: EPGViT, ops: Callable) -> SamplingEngine:
-        return SamplingEngine(model, ops=ops, **_drawing(self._first), **engine_options(self._config))
+        return SamplingEngine(model, ops=ops, **_drawing(self._first), **sampling.engine_options(self._config))
 
 
 def _drawing(setting: Setting) -> dict:

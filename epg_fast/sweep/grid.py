@@ -129,10 +129,14 @@ def _range(name: str, start: Decimal, stop: Decimal, step: Decimal) -> Iterator[
 
 
 def _without_repeats(name: str, values: Sequence) -> Sequence:
-    twice = next((value for i, value in enumerate(values) if value in values[:i]), ())
-    if twice != ():
-        shown = (
-            "-".join(f"{end:g}" for end in twice) if isinstance(twice, tuple) else "null" if twice is None else twice
-        )
-        raise ValueError(f"{name}: {shown} comes twice; leave one out")
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ValueError(f"{name}: {word(value)} comes twice; leave one out")
     return values
+
+
+def word(value: float | Sequence[float] | None, none: str = "null") -> str:
+    """A value of an axis; `none`: what the checkpoint as it is is called."""
+    if isinstance(value, list | tuple):
+        return f"{value[0]:g}-{value[1]:g}"
+    return none if value is None else f"{value:g}"

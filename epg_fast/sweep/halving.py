@@ -29,22 +29,6 @@ class Judged:
     effects: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What becomes of the settings of a round, best first. `out_within_spread` is the part of the others that are as
-    near to the last of `best` as `kept_within_spread`, for which there was no room."""
-
-    order: list[int]
-    best: list[int]
-    kept_within_spread: list[int]
-    out_within_spread: list[int]
-
-    @property
-    def kept(self) -> list[int]:
-        """The settings that go on."""
-        return self.best + self.kept_within_spread
-
-
 def round_sizes(num: int, first: int, batch_size: int) -> list[int]:
     """Images per setting of each round: num / FACTOR^k in whole batches, `first` at least, and `num` in the last."""
     sizes = [num]
@@ -62,21 +46,19 @@ def ranked(judged: Mapping[int, Judged], best: str) -> list[int]:
     return sorted(judged, key=lambda number: (math.isnan(judged[number].value), sign * judged[number].value, number))
 
 
-def cut(judged: Mapping[int, Judged], best: str, keep: float) -> Cut:
-    """The share `keep` of the settings, and whatever is within one paired spread of the last of these, up to half.
+def cut(judged: Mapping[int, Judged], best: str, keep: float) -> dict[str, list[int]]:
+    """What becomes of the settings of a round: `order` (best first) and `kept`, which go on.
 
-    Image i has the same noise and label in every setting, which cancels in the spread of their difference. Where it is
-    not known, half stay.
+    The share `keep` stays, and whatever is within one paired spread of the last of these, `kept_within_spread`, up to
+    half; `out_within_spread` are those for which there was no room. Image i has the same noise and label in every
+    setting, which cancels in the spread of their difference. Where it is not known, half stay.
     """
     order, half = ranked(judged, best), math.ceil(len(judged) / 2)
     known = all(judged[number].effects is not None for number in order)
     count = max(1, math.ceil(len(order) * keep)) if known else half
-    last = judged[order[count - 1]]
-    near = [number for number in order[count:] if known and _within(judged[number], last)]
-    room = max(0, half - count)
-    return Cut(order, order[:count], near[:room], near[room:])
-
-
-def _within(one: Judged, other: Judged) -> bool:
-    apart, spread = difference(one, other, paired=True)
-    return spread is not None and abs(apart) <= spread
+    near = []
+    for number in order[count:] if known else []:
+        apart, spread = difference(judged[number], judged[order[count - 1]], paired=True)
+        near += [number] if abs(apart) <= spread else []
+    too, out = near[: max(0, half - count)], near[max(0, half - count) :]
+    return {"order": order, "kept": order[:count] + too, "kept_within_spread": too, "out_within_spread": out}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -14,10 +15,12 @@ from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConf
 from epg_fast.evaluation import page
 from epg_fast.files import write_atomically
 from epg_fast.sweep.folder import SweepFolder
-from epg_fast.sweep.grid import Setting
+from epg_fast.sweep.grid import Setting, word
+from epg_fast.wording import markdown_table
 
 _FINAL = 50_000
 _AXES = {"guidance": "guidance scale", "sigma_rel": "EMA width sigma_rel", "interval": "interval", "steps": "steps"}
+_word = partial(word, none="as it is")
 _KINDS = {"low": "lower is better", "high": "higher is better"}
 
 
@@ -40,8 +43,8 @@ def final_commands(config: SweepConfig, best: Setting, folder: SweepFolder) -> l
 
 def write_report(folder: SweepFolder, state: dict, commands: Sequence[str]) -> None:
     """Write sweep.md, sweep.html and the plots of a sweep that has a result; a file that is as it would be stays."""
-    plots = _plots(state)
-    texts = {"sweep.md": _table(state, commands, list(plots)), "sweep.html": _page(state, commands, plots)}
+    plots, title = _plots(state), f"{len(state['grid'])} settings of {state['settings']['checkpoint']}"
+    texts = {"sweep.md": _table(title, state, commands, plots), "sweep.html": _page(title, state, commands, plots)}
     for name, content in (plots | {name: text.encode() for name, text in texts.items()}).items():
         path = folder.path / name
         if not (path.exists() and path.read_bytes() == content):
@@ -63,10 +66,6 @@ def ends(state: dict) -> list[str]:
 # ---- tables
 
 
-def _title(state: dict) -> str:
-    return f"{len(state['grid'])} settings of {state['settings']['checkpoint']}"
-
-
 def _remarks(state: dict) -> list[str]:
     """How to read the tables, a paragraph each."""
     figure, best = state["figure"], state["best"]
@@ -84,41 +83,39 @@ def _remarks(state: dict) -> list[str]:
     return lines + [f"The best lies at the end of its axis, {end}: try values beyond it." for end in ends(state)]
 
 
-def _rounds(state: dict) -> Iterator[tuple[str, dict, str]]:
-    """(title, round, what is to be said below its table), the last round first."""
+def _rounds(state: dict) -> Iterator[tuple[str, list[str], list[list[str]], str]]:
+    """(title, heads and rows of its table, what is to be said below it) of each round, the last one first."""
     for number, this in reversed(list(enumerate(state["rounds"], 1))):
-        settings = ", ".join(_words(state["grid"][n]) for n in this["diverged"])
+        grid = [state["grid"][n] for n in this["diverged"]]
+        settings = ", ".join(" ".join(f"{name} {_axis_word(setting, name)}" for name in _AXES) for setting in grid)
         title = f"Round {number}: {len(this['order'])} settings, {this['images']} images of each"
-        yield title, this, f"Images that are not finite: {settings}." if settings else ""
+        yield title, *_round_rows(state, this), f"Images that are not finite: {settings}." if settings else ""
 
 
-def _table(state: dict, commands: Sequence[str], plots: Sequence[str]) -> str:
-    lines = [f"# {_title(state)}", "", *_remarks(state)]
-    for title, this, below in _rounds(state):
-        heads, rows = _round_rows(state, this)
-        lines += ["", f"## {title}", "", *("| " + " | ".join(cells) + " |" for cells in (heads, *rows))]
-        lines.insert(len(lines) - len(rows), "|" + " --- |" * len(heads))
-        lines += ["", below] if below else []
-    lines += ["", "## The best", "", "```", *commands, "```", ""]
-    lines += [line for name in plots for line in (f"![{name.removesuffix('.png')}]({name})", "")]
-    return "\n".join(lines)
+def _table(title: str, state: dict, commands: Sequence[str], plots: Iterable[str]) -> str:
+    parts = [f"# {title}", "\n".join(_remarks(state))]
+    for name, heads, rows, below in _rounds(state):
+        parts += [f"## {name}", markdown_table(heads, rows), *([below] if below else [])]
+    parts += ["## The best", "\n".join(["```", *commands, "```"])]
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
+    return "\n\n".join(parts) + "\n"
 
 
-def _page(state: dict, commands: Sequence[str], plots: Mapping[str, bytes]) -> str:
+def _page(title: str, state: dict, commands: Sequence[str], plots: Mapping[str, bytes]) -> str:
     tables = [
-        page.section(title, page.table("", *_round_rows(state, this)), page.paragraph(below) if below else "")
-        for title, this, below in _rounds(state)
+        page.section(name, page.table("", heads, rows), page.paragraph(below) if below else "")
+        for name, heads, rows, below in _rounds(state)
     ]
-    figure, protocol = state["figure"], state["protocol"]
-    pictures = [page.picture(content, f"{figure} by {name.removesuffix('.png')}") for name, content in plots.items()]
+    about = f"{state['figure']} by"
+    pictures = [page.picture(content, f"{about} {name.removesuffix('.png')}") for name, content in plots.items()]
     return page.document(
-        _title(state),
+        title,
         [
             *map(page.paragraph, _remarks(state)),
             page.section("The best", *map(page.command, commands)),
             page.section("Plots", page.plots(pictures)),
             *tables,
-            page.section("Protocol", page.paragraph(protocol["text"]), *page.protocol_tables(protocol)),
+            page.protocol_section(state["protocol"]),
         ],
     )
 
@@ -133,24 +130,18 @@ def _round_rows(state: dict, this: dict) -> tuple[list[str], list[list[str]]]:
     for n in this["order"]:
         result, setting = this["results"][str(n)], state["grid"][n]
         apart = abs(_number(result["difference"]))
+        fates = {"kept_within_spread": "goes on, within the spread", "kept": "goes on"}
+        fates["out_within_spread"] = "out, though within the spread"
         cells = [
             *(_axis_word(setting, name) for name in _AXES),
             _with_spread(_number(result["figures"][figure]), result["spread"][figure]),
             "" if n == this["order"][0] else _with_spread(apart, result["difference_spread"]),
             *(_with_spread(_number(result["figures"].get(name)), result["spread"].get(name)) for name in others),
             f"{result['seconds_per_image']:.3g}",
-            _fate(this, n),
+            next((fate for name, fate in fates.items() if n in this[name]), ""),
         ]
         rows.append(cells)
     return heads, rows
-
-
-def _fate(this: dict, number: int) -> str:
-    if number in this["kept_within_spread"]:
-        return "goes on, within the spread"
-    if number in this["kept"]:
-        return "goes on"
-    return "out, though within the spread" if number in this["out_within_spread"] else ""
 
 
 def _with_spread(value: float, spread: float | None) -> str:
@@ -172,21 +163,12 @@ def _axis_word(setting: dict, name: str) -> str:
     return "-" if name == "interval" and setting["guidance"] == 1 else _word(setting[name])
 
 
-def _word(value: float | Sequence[float] | None) -> str:
-    if isinstance(value, list | tuple):
-        return f"{value[0]:g}-{value[1]:g}"
-    return "as it is" if value is None else f"{value:g}"
-
-
-def _words(setting: dict) -> str:
-    return " ".join(f"{name} {_axis_word(setting, name)}" for name in _AXES)
-
-
 # ---- plots
 
 
 def _plots(state: dict) -> dict[str, bytes]:
     """File name -> PNG, of the axes that have several values."""
+    state = state | {"grid": [setting | {"interval": tuple(setting["interval"])} for setting in state["grid"]]}
     several = {name for name in _AXES if len({_axis_word(setting, name) for setting in state["grid"]} - {"-"}) > 1}
     plots = {}
     if {"guidance", "sigma_rel"} <= several:
@@ -195,24 +177,18 @@ def _plots(state: dict) -> dict[str, bytes]:
     return plots | {f"{name}.png": _curves(state, name) for name in sorted(several)}
 
 
-def _values(settings: list[dict], *names: str) -> list:
-    """The values of an axis, or of several together, in ascending order, `as it is` first."""
-    return sorted({_key(setting, *names) for setting in settings}, key=lambda value: (value is not None, value))
+def _values(settings: list[dict], name: str) -> list:
+    """The values of an axis in ascending order, `as it is` first."""
+    return sorted({setting[name] for setting in settings}, key=lambda value: (value is not None, value))
 
 
-def _key(setting: dict, *names: str):
-    """A setting's value of an axis."""
-    found = tuple(tuple(v) if isinstance(v := setting[name], list) else v for name in names)
-    return found if len(names) > 1 else found[0]
-
-
-def _best_of(state: dict, this: dict, *names: str) -> dict:
-    """For each value of these axes, of the settings that a round has: the best one's (number, figure, spread or 0)."""
+def _best_of(state: dict, this: dict, *names: str) -> dict[tuple, tuple]:
+    """Values of these axes, of the settings that a round has -> the best one's (number, figure, spread or 0)."""
     found = {}
     for number in this["order"]:
-        result = this["results"][str(number)]
+        result, setting = this["results"][str(number)], state["grid"][number]
         value, spread = (_number(result[kind][state["figure"]] or 0) for kind in ("figures", "spread"))
-        found.setdefault(_key(state["grid"][number], *names), (number, value, spread))
+        found.setdefault(tuple(setting[name] for name in names), (number, value, spread))
     return found
 
 
@@ -256,8 +232,8 @@ def _curves(state: dict, name: str) -> bytes:
     def draw(panels):
         for colour, this in enumerate(state["rounds"]):
             best = _best_of(state, this, name)
-            shown = [value for value in values if value in best]
-            numbers, found, spreads = zip(*(best[value] for value in shown), strict=True) if shown else ((), (), ())
+            shown = [value for value in values if (value,) in best]
+            numbers, found, spreads = zip(*(best[value,] for value in shown), strict=True) if shown else ((), (), ())
             places = shown if numeric else [values.index(value) for value in shown]
             seconds = [this["results"][str(number)]["seconds_per_image"] for number in numbers]
             style = {"color": f"C{colour}", "capsize": 3, "marker": "o", "label": f"{this['images']} images"}

@@ -5,16 +5,13 @@ import pytest
 import torch
 
 from epg_fast.config import EvaluateConfig
-from epg_fast.evaluation import evaluate_images, inception_score, judge, precision_recall
+from epg_fast.evaluation import evaluate_images, frechet_distance, inception_score, judge, precision_recall
 from epg_fast.evaluation import reference as references
 from epg_fast.evaluation.networks import Inception
 from epg_fast.evaluation.reference import open_reference
 from tests.evaluation.samples import pictures, save_npz, save_pngs
 
-linalg = pytest.importorskip("scipy.linalg")
 SIZE = 8
-
-
 FAKE, REAL = pictures(0, 60, SIZE, contrast=25), pictures(1, 80, SIZE)
 NOTE = {"labels": "balanced", "sampler": "heun", "steps": 18, "guidance": 1.5, "interval": [0.19, 1.61], "seed": 7}
 
@@ -32,11 +29,6 @@ def features(tiny_inception):
 def moments(features):
     features = features.double().numpy()
     return features.mean(axis=0), np.cov(features, rowvar=False)
-
-
-def frechet(fake, real):
-    root = linalg.sqrtm(fake[1] @ real[1]).real
-    return np.sum((fake[0] - real[0]) ** 2) + np.trace(fake[1] + real[1] - 2 * root)
 
 
 @pytest.fixture
@@ -59,11 +51,11 @@ def config(files, reference="real.npz", samples="samples.npz", **fields):
 def test_figures_equal_those_of_independent_computations(files, features, neighbors, splits):
     result = evaluate_images(config(files, batch_size=7, neighbors=neighbors, splits=splits))
     (fake, probabilities), (real, _) = features(FAKE), features(REAL)
-    assert result["fid"] == pytest.approx(frechet(moments(fake), moments(real)), rel=1e-5) and result["fid"] > 10
+    assert result["fid"] == pytest.approx(frechet_distance(*moments(fake), *moments(real)), rel=1e-5)
     score = inception_score(probabilities.numpy(), splits)
     assert (result["inception_score"], result["inception_score_std"]) == pytest.approx(score, rel=1e-5)
     assert (result["precision"], result["recall"]) == precision_recall(real, fake, neighbors)
-    assert precision_recall(real, fake, 1) != precision_recall(real, fake, 3)
+    assert result["fid"] > 10 and precision_recall(real, fake, 1) != precision_recall(real, fake, 3)
     sampling = result["protocol"]["sampling"]
     assert sampling.items() >= (NOTE | {"num": 60, "evaluations": None, "checkpoint": None}).items()
     network = result["protocol"]["judging"]["judges"]["inception"]["network"]
@@ -75,7 +67,7 @@ def test_figures_equal_those_of_independent_computations(files, features, neighb
 def test_any_batch_size_and_every_kind_of_reference_give_the_same_figures(files):
     names = ("fid", "fid_infinity", "inception_score", "precision", "recall")
     expected = evaluate_images(config(files))
-    for reference, batch_size in (("real.npz", 64), ("real.npz", 11), ("folder", 64), ("flat/0000", 80)):
+    for reference, batch_size in (("real.npz", 11), ("folder", 64), ("flat/0000", 80)):
         result = evaluate_images(config(files, reference, batch_size=batch_size))
         # sums of 80 float64 terms, whose cancellation in a covariance of levels costs some thousand times eps
         assert [result[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-9)
@@ -84,29 +76,19 @@ def test_any_batch_size_and_every_kind_of_reference_give_the_same_figures(files)
     assert again == expected
 
 
-def test_images_compared_with_themselves_are_perfect(files):
-    result = evaluate_images(config(files, samples="flat/0000"))
-    assert result["fid"] == pytest.approx(0, abs=1e-6) and (result["precision"], result["recall"]) == (1, 1)
-
-
 def test_stored_statistics_are_what_fid_is_measured_against(files, features):
     mu, sigma = moments(features(pictures(5, 300, SIZE, contrast=60))[0])
+    fake, real = features(FAKE)[0], features(REAL)[0]
+    want = pytest.approx(frechet_distance(*moments(fake), mu, sigma), rel=1e-5)
     np.savez(files / "adm.npz", arr_0=REAL, mu=mu, sigma=sigma, mu_s=np.zeros(9), sigma_s=np.zeros((9, 9)))
     result = evaluate_images(config(files, "adm.npz"))
-    fake, real = features(FAKE)[0], features(REAL)[0]
-    assert result["fid"] == pytest.approx(frechet(moments(fake), (mu, sigma)), rel=1e-5)
-    assert result["fid"] != pytest.approx(frechet(moments(fake), moments(real)), rel=0.01)
+    assert result["fid"] == want != pytest.approx(frechet_distance(*moments(fake), *moments(real)), rel=0.01)
     assert (result["precision"], result["recall"]) == precision_recall(real, fake)
     assert "against the mean and covariance stored in the reference" in result["protocol"]["text"]
-
-
-def test_without_reference_images_precision_is_null_with_the_reason(files, features):
-    mu, sigma = moments(features(REAL)[0])
-    np.savez(files / "stats.npz", mu=mu, sigma=sigma)
+    np.savez(files / "stats.npz", mu=mu, sigma=sigma)  # without images there is no precision
     result = evaluate_images(config(files, "stats.npz"))
-    assert result["fid"] == pytest.approx(evaluate_images(config(files))["fid"], rel=1e-6)
+    assert result["fid"] == want and "no images (arr_0)" in result["missing"]["precision"]
     assert result["precision"] is None and result["recall"] is None and result["num_reference_images"] is None
-    assert "no images (arr_0)" in result["missing"]["precision"]
     assert "Precision and recall: not computed" in result["protocol"]["text"]
 
 
@@ -117,96 +99,73 @@ def test_of_large_sets_images_at_even_distances_are_compared(files, features, mo
     fake, real = features(FAKE)[0], features(REAL)[0]
     chosen = [np.linspace(0, n - 1, 21).round().astype(int) for n in (80, 60)]
     assert (result["precision"], result["recall"]) == precision_recall(real[chosen[0]], fake[chosen[1]])
-    assert result["fid"] == pytest.approx(frechet(moments(fake), moments(real)), rel=1e-5)
+    assert result["fid"] == pytest.approx(frechet_distance(*moments(fake), *moments(real)), rel=1e-5)
     assert "21 samples and 21 reference images, 3 neighbours" in result["protocol"]["text"]
 
 
-def test_few_samples_are_said_to_be_few(files, log):
-    result = evaluate_images(config(files))
-    line = f"fid {result['fid']:.5g} +- {result['spread']['fid']:.2g} (60 images)"
-    assert log.messages[0] == line and not [message for message in log.messages if "do not determine" in message]
-    log.messages.clear()
-    save_npz(FAKE[:6], np.arange(6), files / "few.npz", **NOTE)
-    result = evaluate_images(config(files, samples="few.npz", splits=1, bootstrap=0))
-    assert result["spread"]["fid"] is None and "fid_infinity" not in result
-    assert "6 samples do not determine a covariance of 6 features" in log.messages[0]
-
-
-def test_unequal_numbers_are_not_compared_by_what_depends_on_the_number(files, log):
+def test_what_would_say_little_is_said(files, log):
     save_npz(FAKE[:40], np.arange(40) % 10, files / "forty.npz", **NOTE)
     result = evaluate_images(config(files, compare=str(files / "forty.npz"), bootstrap=0))
     differs = {name: found["differs"] for name, found in result["compared"].items() if isinstance(found, dict)}
     assert {name for name, verdict in differs.items() if verdict is None} == {"fid", "inception_score", "recall"}
-    assert any("holds 60 images and" in message and "give equal numbers" in message for message in log.messages)
+    said = "\n".join(log.messages)
+    assert f"\nfid {result['fid']:.5g} +- {result['spread']['fid']:.2g} (60 images)" in said
+    assert "holds 60 images and" in said and "give equal numbers" in said and "do not determine" not in said
+    save_npz(FAKE[:6], np.arange(6), files / "few.npz", **NOTE)
+    result = evaluate_images(config(files, samples="few.npz", splits=1, bootstrap=0))
+    assert result["spread"]["fid"] is None and "fid_infinity" not in result
+    result = evaluate_images(config(files, samples="real.npz", bootstrap=0))
+    assert result["fid"] == pytest.approx(0, abs=1e-6) and (result["precision"], result["recall"]) == (1, 1)
+    for text in ("6 samples do not determine a covariance of 6 features", "is judged against itself"):
+        assert any(text in message for message in log.messages)
 
 
 def test_a_kept_reference_is_seen_anew_when_its_images_have_changed(files, monkeypatch):
-    judge_of = config(files, "flat/0000")
-
-    def open_with(folder):
-        return judge.open_judges(judge_of, (SIZE, SIZE), torch.device("cpu"), folder)
-
     def kept():
+        judge.open_judges(config(files, "flat/0000"), (SIZE, SIZE), torch.device("cpu"), files / "cache")
         return sorted(path.name for path in (files / "cache").iterdir())
 
-    open_with(files / "cache")
-    first, calls = kept(), []
-    see = judge.see
+    first, calls, see = kept(), [], judge.see
     monkeypatch.setattr(judge, "see", lambda *arguments: calls.append(1) or see(*arguments))
-    open_with(files / "cache")
-    assert not calls and kept() == first and len(first) == 1
+    assert kept() == first and len(first) == 1 and not calls
     path = next((files / "flat" / "0000").iterdir())
     path.write_bytes(path.read_bytes() + b" ")
-    open_with(files / "cache")
-    assert calls == [1] and len(kept()) == 2
-
-
-def test_what_would_say_nothing_is_refused_or_said(files, log):
-    with pytest.raises(ValueError, match=r"folder holds class folders, .*; give the samples\.npz"):
-        evaluate_images(config(files, samples="folder", repeats=2))
-    evaluate_images(config(files, samples="real.npz", bootstrap=0))
-    assert any("is judged against itself" in message for message in log.messages)
+    assert len(kept()) == 2 and calls == [1]
 
 
 MU, SIGMA = np.zeros(6), np.full((6, 6), 0.5)
+UNSUITABLE = [
+    ({"images": REAL}, r"expected arr_0 \(images\), or mu and sigma \(statistics\), found \['images'\]"),
+    ({"mu": MU}, r"expected sigma, found \['mu'\]"),
+    ({"mu": np.zeros(5), "sigma": SIGMA}, r"mu must be floating point \[6\].* got float64 \[5\]"),
+    ({"mu": MU * np.nan, "sigma": SIGMA}, "mu or sigma holds values that are not finite"),
+    ({"mu": MU, "sigma": SIGMA + np.eye(6, k=1)}, "sigma is not symmetric"),
+    ({"mu": MU, "sigma": -np.eye(6)}, "sigma has variances below 0"),
+    ({"arr_0": REAL[:, :7]}, "its images are 8x7, the samples 8x8; take a reference of the samples' size"),
+    ({"arr_0": REAL, "mu": np.zeros(2048), "sigma": SIGMA}, r"got float64 \[2048\]; take statistics of this"),
+    ({"arr_0": REAL[:3]}, "holds 3 images, want more than the 3 neighbours"),
+]
+FEW = [
+    (9, {}, r"few\.npz holds 9 images, want at least 10: one per split.*--splits \(now 10\)"),
+    (1, {"splits": 1, "neighbors": 1}, "holds 1 images, want at least 2"),
+    (3, {"splits": 1}, "want at least 4: .* more than there are neighbours"),
+    (60, {"repeats": 7}, "repeats is 7, which does not divide the 60 images"),
+    (60, {"repeats": 10}, "holds 6 images in each of the repeats, want at least 10"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"images": REAL}, r"expected arr_0 \(images\), or mu and sigma \(statistics\), found \['images'\]"),
-        ({"mu": MU}, r"expected sigma, found \['mu'\]"),
-        ({"mu": np.zeros(5), "sigma": SIGMA}, r"mu must be floating point \[6\].* got float64 \[5\]"),
-        ({"mu": MU * np.nan, "sigma": SIGMA}, "mu holds values that are not finite"),
-        ({"mu": MU, "sigma": SIGMA + np.eye(6, k=1)}, "sigma is not symmetric"),
-        ({"mu": MU, "sigma": -np.eye(6)}, "sigma has variances below 0"),
-        ({"arr_0": REAL[:, :7]}, "its images are 8x7, the samples 8x8; take a reference of the samples' size"),
-        ({"arr_0": REAL, "mu": np.zeros(2048), "sigma": SIGMA}, r"got float64 \[2048\]; take statistics of this"),
-        ({"arr_0": REAL[:3]}, "holds 3 images, want more than the 3 neighbours"),
-    ],
-)
-def test_unsuitable_references_are_refused_before_the_network_runs(files, monkeypatch, arrays, message):
+def test_unsuitable_references_and_samples_are_refused_before_the_network_runs(files, monkeypatch):
     monkeypatch.setattr(judge.NetworkJudge, "rows", None)
-    np.savez(files / "bad.npz", **arrays)
-    with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
-        evaluate_images(config(files, "bad.npz"))
-
-
-@pytest.mark.parametrize(
-    ("num", "fields", "message"),
-    [
-        (9, {}, r"few\.npz holds 9 images, want at least 10: one per split.*--splits \(now 10\)"),
-        (1, {"splits": 1, "neighbors": 1}, "holds 1 images, want at least 2"),
-        (3, {"splits": 1}, "want at least 4: .* more than there are neighbours"),
-        (60, {"repeats": 7}, "repeats is 7, which does not divide the 60 images"),
-        (60, {"repeats": 10}, "holds 6 images in each of the repeats, want at least 10"),
-    ],
-)
-def test_too_few_samples_are_refused(files, monkeypatch, num, fields, message):
-    monkeypatch.setattr(judge.NetworkJudge, "rows", None)
-    save_npz(FAKE[:num], np.arange(num), files / "few.npz")
-    with pytest.raises(ValueError, match=message):
-        evaluate_images(config(files, samples="few.npz", **fields))
+    for arrays, message in UNSUITABLE:
+        np.savez(files / "bad.npz", **arrays)
+        with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
+            evaluate_images(config(files, "bad.npz"))
+    for num, fields, message in FEW:
+        save_npz(FAKE[:num], np.arange(num), files / "few.npz")
+        with pytest.raises(ValueError, match=message):
+            evaluate_images(config(files, samples="few.npz", **fields))
+    with pytest.raises(ValueError, match=r"folder holds class folders, .*; give the samples\.npz"):
+        evaluate_images(config(files, samples="folder", repeats=2))
 
 
 def test_float32_statistics_become_float64(tmp_path):

@@ -35,45 +35,34 @@ def probabilities(seed, num=600):
 
 def test_the_distance_of_features_is_that_of_their_moments():
     x = images(0)
-    figure = Frechet(REFERENCE, x)
-    wanted = frechet_distance(x.numpy().mean(0), np.cov(x.numpy().T), np.zeros(DIM), np.eye(DIM))
-    assert figure.value == pytest.approx(wanted, rel=1e-9)
-    some = np.array([3, 3, 7, 11, 20, 50, 51, 52, 60])
-    wanted = frechet_distance(x.numpy()[some].mean(0), np.cov(x.numpy()[some].T), np.zeros(DIM), np.eye(DIM))
-    assert figure.of(some) == pytest.approx(wanted, rel=1e-9)
+    figure, some = Frechet(REFERENCE, x), np.array([3, 3, 7, 11, 20, 50, 51, 52, 60])
+    for value, rows in ((figure.value, x.numpy()), (figure.of(some), x.numpy()[some])):
+        wanted = frechet_distance(rows.mean(0), np.cov(rows.T), np.zeros(DIM), np.eye(DIM))
+        assert value == pytest.approx(wanted, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("make", "data"),
-    [
-        (lambda x: Frechet(REFERENCE, x), lambda seed: images(seed, 40)),
-        (lambda p: InceptionScore(p, 1), lambda seed: probabilities(seed, 40)),
-        (lambda v: Mean(lambda: v.numpy()), lambda seed: images(seed, 40)[:, 0]),
-    ],
-    ids=["frechet", "score", "mean"],
-)
+KINDS = {
+    "frechet": (lambda x: Frechet(REFERENCE, x), images),
+    "score": (lambda p: InceptionScore(p.numpy(), 1), probabilities),
+    "mean": (lambda x: Mean(lambda: x.numpy()[:, 0]), images),
+}
+
+
+@pytest.mark.parametrize(("make", "data"), KINDS.values(), ids=KINDS)
 def test_an_effect_is_the_derivative_by_the_weight_of_an_image(make, data):
-    rows = data(1)
+    rows = data(1, 40)
     figure = make(rows)
     assert figure.effects.mean() == pytest.approx(0, abs=1e-12 * abs(figure.effects).max())
     # Every image 200 times, image 5 once more: its weight grows by (1 - 1/N) / 8001, the others' shrink.
     times, num = 200, len(rows)
-    many = torch.cat([rows.repeat(times, 1) if rows.ndim > 1 else rows.repeat(times), rows[5:6]])
+    many = torch.cat([rows.repeat(times, 1), rows[5:6]])
     once = make(many[:-1]).value
     slope = (make(many).value - once) * (times * num + 1)
     # The divisor num - 1 of covariances, and terms of second order, are of relative size 1 / 8000 and 40 / 8000.
     assert slope == pytest.approx(figure.effects[5], abs=0.02 * abs(figure.effects).max())
 
 
-@pytest.mark.parametrize(
-    ("make", "data"),
-    [
-        (lambda x: Frechet(REFERENCE, x), images),
-        (lambda p: InceptionScore(p, 3), probabilities),
-        (lambda x: Mean(lambda: x.numpy()[:, 0] > 0), images),
-    ],
-    ids=["frechet", "score", "mean"],
-)
+@pytest.mark.parametrize(("make", "data"), KINDS.values(), ids=KINDS)
 def test_spreads_are_what_other_images_of_the_same_kind_would_make_of_the_figure(make, data):
     figures = [make(data(seed)) for seed in range(150)]
     real = np.std([figure.value for figure in figures], ddof=1)

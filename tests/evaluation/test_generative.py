@@ -21,35 +21,39 @@ def brute_force(real, fake, k):
     return covered(fake, real), covered(real, fake)
 
 
-def test_score_is_one_for_equal_answers_and_the_number_of_classes_for_sure_and_balanced_ones():
+def test_the_score_has_its_closed_forms_and_counts_all_images():
     assert inception_score(np.full((20, 7), 1 / 7), splits=2) == (pytest.approx(1), pytest.approx(0))
-    sure = np.eye(5)[np.arange(100) % 5]
-    assert inception_score(sure, splits=1) == (pytest.approx(5), 0)
-
-
-def test_deviation_is_that_of_the_splits_and_all_images_count():
-    # splits of one image score 1 each, whatever the image
-    p = np.random.default_rng(0).dirichlet(np.ones(4), size=5)
-    assert inception_score(p, splits=5) == (pytest.approx(1), pytest.approx(0))
+    assert inception_score(np.eye(5)[np.arange(100) % 5], splits=1) == (pytest.approx(5), 0)
     p = np.random.default_rng(0).dirichlet(np.full(4, 0.3), size=103)
-    order = np.random.RandomState(2020).permutation(103)
+    # splits of one image score 1 each, whatever the image
+    assert inception_score(p[:5], splits=5) == (pytest.approx(1), pytest.approx(0))
     scores = []
-    for part in np.split(p[order], [25, 51, 77]):
+    for part in np.split(p[np.random.RandomState(2020).permutation(103)], [25, 51, 77]):
         kl = (part * np.log(part / part.mean(axis=0))).sum(axis=1)
         scores.append(np.exp(kl.mean()))
     assert inception_score(p, splits=4) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
 
 
-@pytest.mark.parametrize(("k", "blocks"), [(1, (2048, 8192)), (3, (7, 5)), (3, (5, 16))])
-def test_precision_and_recall_equal_the_plain_loop_whatever_the_blocks(monkeypatch, k, blocks):
-    monkeypatch.setattr(generative, "_ROWS", blocks[0])
-    monkeypatch.setattr(generative, "_COLUMNS", blocks[1])
+@pytest.fixture(params=[(2048, 8192), (7, 5), (4, 3)])
+def _blocks(request, monkeypatch):
+    """Pairs are computed in blocks of so many rows and columns."""
+    monkeypatch.setattr(generative, "_ROWS", request.param[0])
+    monkeypatch.setattr(generative, "_COLUMNS", request.param[1])
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_equal_the_plain_loop_and_duplicates_cover_one_another_whatever_the_blocks(k):
     generator = torch.Generator().manual_seed(k)
     real = torch.randn(40, 3, generator=generator)
     fake = 0.7 * torch.randn(33, 3, generator=generator) + 1.1
     expected = brute_force(real, fake, k)
     assert 0 < expected[1] < expected[0] < 1
     assert precision_recall(real, fake, k) == expected
+    # every point has three duplicates, so that up to k = 3 balls have no extent
+    points = (torch.rand(3, 50, generator=generator) * 37).repeat_interleave(4, dim=0)
+    assert precision_recall(points, points.flip(0), k) == (1.0, 1.0)
+    assert precision_recall(points, points + 1e-3, k) == (0.0, 0.0)
 
 
 def test_a_point_on_the_border_of_a_ball_lies_in_it_however_the_products_round():
@@ -62,17 +66,6 @@ def test_a_point_on_the_border_of_a_ball_lies_in_it_however_the_products_round()
         fake = torch.stack([start, start + 3 * step])
         assert precision_recall(real, fake, 1) == (1.0, 1.0)
         assert precision_recall(real, torch.stack([start - step / 64, start + 3.02 * step]), 1)[0] == 0.0
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_duplicates_are_neighbours_and_cover_one_another(monkeypatch, k):
-    monkeypatch.setattr(generative, "_ROWS", 4)
-    monkeypatch.setattr(generative, "_COLUMNS", 3)
-    points = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) * 37
-    # every point has three duplicates, so that up to k = 3 balls have no extent
-    real = points.repeat_interleave(4, dim=0)
-    assert precision_recall(real, real.flip(0), k) == (1.0, 1.0)
-    assert precision_recall(real, real + 1e-3, k) == (0.0, 0.0)
 
 
 def test_sets_that_cannot_be_compared_and_splits_that_cannot_be_are_refused():

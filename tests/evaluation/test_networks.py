@@ -1,10 +1,12 @@
-"""The feature networks: every kind of file and name, told apart by content, and everything that is neither."""
+"""The feature networks: every kind of file and name, told apart by content, and everything that is neither.
+
+Networks of torch-fidelity itself: test_other_libraries.py.
+"""
 
 import hashlib
 import sys
 import types
 import zipfile
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -27,7 +29,12 @@ def hand_made(images):
     return features, p / p.sum(axis=1, keepdims=True)
 
 
-def test_torchscript_gives_features_and_probabilities_without_the_bias(tiny_inception):
+class Means(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double().mean(dim=(2, 3)) / 255
+
+
+def test_torchscript_gives_features_and_probabilities_without_the_bias(tiny_inception, tmp_path):
     network = Inception(tiny_inception, CPU)
     features, probabilities = network.rows(IMAGES).values()
     expected = hand_made(IMAGES)
@@ -36,9 +43,14 @@ def test_torchscript_gives_features_and_probabilities_without_the_bias(tiny_ince
     for _ in range(3):
         assert torch.equal(network.features(IMAGES), features) and not features.requires_grad
     assert torch.equal(network.features(IMAGES[1:3]), features[1:3])
-    digest = hashlib.sha256(tiny_inception.read_bytes()).hexdigest()
-    wanted = {"kind": "torchscript", "path": str(tiny_inception), "sha256": digest, "num_features": 6}
-    assert network.description == wanted
+    torch.jit.script(Means()).save(tmp_path / "dinov2.pt")
+    other = Dinov2(tmp_path / "dinov2.pt", CPU)
+    features = other.features(IMAGES)
+    assert features.dtype == torch.float32 and torch.equal(features, (IMAGES.double().mean(dim=(2, 3)) / 255).float())
+    for one, path, width in ((network, tiny_inception, 6), (other, tmp_path / "dinov2.pt", 3)):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        wanted = {"kind": "torchscript", "path": str(path), "sha256": digest, "num_features": width}
+        assert one.description == wanted
 
 
 class FakeInception(torch.nn.Module):
@@ -58,44 +70,16 @@ class FakeInception(torch.nn.Module):
         return features, features @ self.fc.T
 
 
-class FakeDinov2(torch.nn.Module):
-    """The interface of torch-fidelity's FeatureExtractorDinoV2."""
-
-    fails: Exception | None = None
-
-    def __init__(self, name, features_list):
-        super().__init__()
-        assert features_list == ["dinov2"]
-        if self.fails:
-            raise self.fails
-        self.scale = torch.nn.Parameter(torch.tensor(2.0))
-        self.dropout = torch.nn.Dropout(0.5)
-
-    def forward(self, x):
-        assert x.dtype == torch.uint8 and not torch.is_grad_enabled()
-        assert torch.get_float32_matmul_precision() == "highest" and torch.backends.cudnn.deterministic
-        return (self.dropout(x.float().mean(dim=(2, 3)) * self.scale),)
-
-
-@pytest.fixture
-def torch_fidelity(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    for module, name, extractor in (
-        ("feature_extractor_inceptionv3", "FeatureExtractorInceptionV3", FakeInception),
-        ("feature_extractor_dinov2", "FeatureExtractorDinoV2", FakeDinov2),
-    ):
-        made = types.ModuleType(f"torch_fidelity.{module}")
-        setattr(made, name, extractor)
-        monkeypatch.setitem(sys.modules, made.__name__, made)
-
-
 def state_dict():
     names = ("Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch1x1.conv.weight", "fc.weight")
     return {name: torch.full((4, 6), 0.01 * i) for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_state_dict_goes_through_torch_fidelity_whatever_its_name(torch_fidelity, tmp_path, zipped):
+def test_a_state_dict_goes_through_torch_fidelity_whatever_its_name(monkeypatch, tmp_path, zipped):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    made = types.SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", made)
     path = tmp_path / "inception-2015-12-05.pt"
     torch.save(state_dict(), path, _use_new_zipfile_serialization=zipped)
     network = Inception(path, CPU)
@@ -108,47 +92,24 @@ def test_a_state_dict_goes_through_torch_fidelity_whatever_its_name(torch_fideli
         Inception(path, CPU)
 
 
-def test_a_name_goes_through_torch_fidelity_and_is_told_from_others_by_its_weights(torch_fidelity):
-    network = Dinov2("dinov2-vit-l-14", CPU)
-    assert torch.equal(network.features(IMAGES), IMAGES.float().mean(dim=(2, 3)) * 2)
-    digest = hashlib.sha256(b"\nscale torch.float32 []\n\0\0\0\x40").hexdigest()
-    wanted = {"kind": "torch-fidelity", "path": "dinov2-vit-l-14", "sha256": digest, "num_features": 3}
-    assert network.description == wanted
+@pytest.fixture
+def _not_imported(monkeypatch):
+    """torch-fidelity, and a torchvision that is missing."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch_fidelity", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
 
 
-class Means(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.double().mean(dim=(2, 3)) / 255
-
-
-def test_a_torchscript_file_maps_images_to_features_of_dinov2(tmp_path):
-    path = tmp_path / "dinov2.pt"
-    torch.jit.script(Means()).save(path)
-    network = Dinov2(path, CPU)
-    features = network.features(IMAGES)
-    assert features.dtype == torch.float32 and torch.equal(features, (IMAGES.double().mean(dim=(2, 3)) / 255).float())
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert network.description == {"kind": "torchscript", "path": str(path), "sha256": digest, "num_features": 3}
-
-
-@pytest.mark.parametrize("fails", [RuntimeError("no internet\nconnection"), URLError("unknown host")])
-def test_a_hub_without_network_or_copy_is_answered_with_how_to_get_one(torch_fidelity, monkeypatch, fails):
-    monkeypatch.setattr(FakeDinov2, "fails", fails)
-    with pytest.raises(ValueError, match=r"gives no dinov2-vit-b-14 \(.*\); run `python .*'dinov2_vitb14'") as error:
-        Dinov2("dinov2-vit-b-14", CPU)
-    assert torch.hub.get_dir() in str(error.value) and "\n" not in str(error.value)
-
-
+@pytest.mark.usefixtures("_not_imported")
 @pytest.mark.parametrize("network", [Inception, Dinov2])
 def test_a_missing_torch_fidelity_is_named_with_the_command(monkeypatch, tmp_path, network):
-    for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     torch.save(state_dict(), tmp_path / "w.pth")
     with pytest.raises(ImportError, match=r"pip install 'epg_fast\[eval\]'"):
         network(tmp_path / "w.pth" if network is Inception else "dinov2-vit-l-14", CPU)
 
 
+@pytest.mark.usefixtures("_not_imported")
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -160,9 +121,6 @@ def test_a_missing_torch_fidelity_is_named_with_the_command(monkeypatch, tmp_pat
 def test_a_torchvision_that_is_missing_or_of_another_torch_is_named(monkeypatch, tmp_path, body, reason):
     (tmp_path / "torch_fidelity").mkdir()
     (tmp_path / "torch_fidelity/__init__.py").write_text(body)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch_fidelity", "torchvision")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError) as error:
         Dinov2("dinov2-vit-l-14", CPU)
@@ -174,14 +132,6 @@ class Unpickled:
 
     def __setstate__(self, state):
         Unpickled.seen = True
-
-
-def test_pickled_code_is_never_run(tmp_path):
-    path = tmp_path / "inception-2015-12-05.pkl"
-    torch.save({"net": Unpickled()}, path)
-    with pytest.raises(ValueError, match=r"neither TorchScript nor a state dict; .*the \.pkl of the same name"):
-        Inception(path, CPU)
-    assert not Unpickled.seen
 
 
 def scripted(path, forward):
@@ -214,29 +164,28 @@ def test_other_torchscript_is_refused_by_what_it_does(tmp_path, network, forward
     assert str(path) in str(error.value) and network.wanted in str(error.value)
 
 
-def test_files_that_are_no_network_are_refused(tmp_path, tiny_inception):
+def test_files_that_are_no_network_are_refused_and_no_pickled_code_runs(tmp_path, tiny_inception):
+    def refused(network, path, message):
+        with pytest.raises(ValueError, match=message):
+            network(path, CPU)
+
     path = tmp_path / "network.pt"
-    with pytest.raises(ValueError, match=r"network\.pt is not a file; wanted NVIDIA's"):
-        Inception(path, CPU)
-    with pytest.raises(ValueError, match=r"dinov2: dinov2-vit-x-14 is not a file; wanted one of dinov2-vit-s-14, .*"):
-        Dinov2("dinov2-vit-x-14", CPU)
-    for content in (b"", b"garbage" * 100):
+    refused(Inception, path, r"network\.pt is not a file; wanted NVIDIA's")
+    name = "dinov2-vit-x-14"
+    refused(Dinov2, name, rf"dinov2: {name} is not a file; wanted one of dinov2-vit-s-14, .*")
+    for content in (b"", b"garbage" * 100, tiny_inception.read_bytes()[:-500]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"network\.pt is neither TorchScript nor a state dict; wanted NVIDIA's"):
-            Inception(path, CPU)
+        refused(Inception, path, r"network\.pt is neither TorchScript nor a state dict; wanted NVIDIA's")
+    torch.save({"net": Unpickled()}, path)
+    refused(Inception, path, r"neither TorchScript nor a state dict; .*the \.pkl of the same name")
+    assert not Unpickled.seen
     for other, found in (({"a": torch.zeros(1)}, r"\['a'\]"), (torch.zeros(3), "Tensor")):
         torch.save(other, path)
-        with pytest.raises(ValueError, match=rf"holds no weights of Inception \(found {found}\)"):
-            Inception(path, CPU)
-    with pytest.raises(ValueError, match="no TorchScript; wanted one of .*, or a TorchScript file that maps uint8"):
-        Dinov2(path, CPU)
-    path.write_bytes(tiny_inception.read_bytes()[:-500])
-    with pytest.raises(ValueError, match="neither TorchScript nor a state dict"):
-        Inception(path, CPU)
+        refused(Inception, path, rf"holds no weights of Inception \(found {found}\)")
+    refused(Dinov2, path, "no TorchScript; wanted one of .*, or a TorchScript file that maps uint8")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("network/code/nothing.py", "")
-    with pytest.raises(ValueError, match="damaged TorchScript"):
-        Inception(path, CPU)
+    refused(Inception, path, "damaged TorchScript")
 
 
 def test_float32_is_full_while_the_network_runs_and_as_before_afterwards():

@@ -71,23 +71,20 @@ def test_fid(library, num, dim):
     fake, real = features(num, dim, 0, shift=0.3), features(num + 50, dim, 1)
     ours = frechet_distance(*moments(fake), *moments(real))
     metric = library("torch_fidelity.metric_fid")
-    statistics = [metric.fid_features_to_statistics(rows.double()) for rows in (fake, real)]
-    theirs = metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID]
+
+    def their_fid(*sets):
+        statistics = map(metric.fid_features_to_statistics, sets)
+        return metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID]
+
+    theirs = their_fid(fake.double(), real.double())
     # They take roots of eigenvalues of the product, each wrong by dim EPS |cov|^2: of one that is 0, by the root of it.
     size = max(np.linalg.norm(cov, 2) for _, cov in map(moments, (fake, real)))
     tolerance = dim * size * (1e-11 if num > dim else (dim * EPS) ** 0.5)
     assert ours > 1000 * tolerance and abs(ours - theirs) < tolerance
     # A general matrix root of a singular product is what clean-fid warns of.
     if num > dim:
+        assert ours == pytest.approx(their_fid(fake, real), rel=1e-5)  # of means in float32, as it takes them itself
         assert abs(ours - library("cleanfid.fid").frechet_distance(*moments(fake), *moments(real))) < tolerance
-
-
-def test_fid_of_float32_means_as_torch_fidelity_takes_them(library):
-    fake, real = features(400, 32, 0, shift=0.3), features(450, 32, 1)
-    metric = library("torch_fidelity.metric_fid")
-    statistics = [metric.fid_features_to_statistics(rows) for rows in (fake, real)]
-    theirs = metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID]
-    assert frechet_distance(*moments(fake), *moments(real)) == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
@@ -113,13 +110,9 @@ def test_kid(library, shift):
     np.random.seed(2020)
     found = library("cleanfid.fid").kernel_distance(real.double().numpy(), fake.double().numpy(), 20, 100)
     assert equals_ours(found, eps=EPS)
-
-
-def test_kid_is_by_default_of_as_many_subsets_from_the_same_seed(library):
-    theirs = library("torch_fidelity.defaults").DEFAULTS
-    ours = inspect.signature(Kernel).parameters
-    for name, theirs_name in (("subsets", "kid_subsets"), ("size", "kid_subset_size"), ("seed", "rng_seed")):
-        assert ours[name].default == theirs[theirs_name]
+    defaults, signature = library("torch_fidelity.defaults").DEFAULTS, inspect.signature(Kernel).parameters
+    for name, their_name in (("subsets", "kid_subsets"), ("size", "kid_subset_size"), ("seed", "rng_seed")):
+        assert signature[name].default == defaults[their_name]
 
 
 @pytest.mark.parametrize("splits", [1, 10])
@@ -144,23 +137,17 @@ def test_precision_and_recall(library, k):
         assert (found["precision"], found["recall"]) == pytest.approx(ours, rel=1e-7)
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Noise of any contrast around any colour, `seed` decides which."""
+class Images(list, torch.utils.data.Dataset):
+    """uint8 [3, H, W] each, as torch-fidelity takes them."""
 
-    def __init__(self, seed, num=6, size=16):
-        generator = torch.Generator().manual_seed(seed)
-        colour, contrast = (
-            255 * torch.rand(num, 3, 1, 1, generator=generator),
-            torch.rand(num, 1, 1, 1, generator=generator),
-        )
-        noise = torch.randn(num, 3, size, size, generator=generator)
-        self.images = (colour + 80 * contrast * noise).clip(0, 255).to(torch.uint8)
 
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
+def noisy_colours(seed, num=6, size=16):
+    """uint8 [N, 3, H, W]: noise of any contrast around any colour."""
+    generator = torch.Generator().manual_seed(seed)
+    colour = 255 * torch.rand(num, 3, 1, 1, generator=generator)
+    contrast = torch.rand(num, 1, 1, 1, generator=generator)
+    noise = torch.randn(num, 3, size, size, generator=generator)
+    return (colour + 80 * contrast * noise).clip(0, 255).to(torch.uint8)
 
 
 @pytest.mark.slow
@@ -169,17 +156,17 @@ def test_figures_of_images_with_its_own_inception(library, tmp_path):
     """`calculate_metrics` on images against our network and figures, with random weights in its architecture."""
     path = tmp_path / "weights.pth"
     torch.save(random_inception(library), path)
-    fake, real = Pictures(0), Pictures(1)
+    fake, real = noisy_colours(0), noisy_colours(1)
     # Without FID, whose figure of 6 images is nothing but roots of the rounding errors of 2000 eigenvalues.
     how = dict.fromkeys(("isc", "kid", "prc"), True) | dict.fromkeys(("cuda", "cache", "verbose"), False)
     how |= {"isc_splits": 1, "kid_subset_size": 5, "kid_subsets": 5, "batch_size": 6}
     # Its own choice for precision and recall is VGG-16.
     how |= {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(path)}
-    theirs = library("torch_fidelity").calculate_metrics(input1=fake, input2=real, **how)
+    theirs = library("torch_fidelity").calculate_metrics(input1=Images(fake), input2=Images(real), **how)
     network = Inception(path, CPU)
     assert network.kind == "torch-fidelity" and network.num_features == 2048
-    drawn, probabilities = network.rows(fake.images).values()
-    wanted = network.features(real.images)
+    drawn, probabilities = network.rows(fake).values()
+    wanted = network.features(real)
     assert inception_score(probabilities.numpy(), 1)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert theirs["inception_score_mean"] > 1.1
     kid = Kernel(drawn, wanted, subsets=5, size=5)

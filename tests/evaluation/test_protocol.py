@@ -25,26 +25,25 @@ def samples(tmp_path):
     return tmp_path
 
 
-def test_the_note_of_an_npz_is_the_record(samples, log):
+def test_the_note_of_an_npz_or_in_or_beside_the_png_folder_is_the_record(samples, log):
     record = sampling_record(samples / "noted.npz", 6)
     assert record["source"].endswith("noted.npz: metadata")
     assert record.items() >= (NOTE | {"s_max": "inf", "evaluations": 34}).items()
     assert {*record} == KEYS | {"s_max", "clamp"} and record["guidance"] is None
-    assert not log.messages
-
-
-def test_the_note_of_a_folder_lies_beside_the_png_folder_or_in_it(samples, log):
     record = sampling_record(samples / "out" / "png", 6)
     assert record["source"] == str(samples / "out" / "settings.json") and record.items() >= NOTE.items()
     assert record["evaluations"] is None
     (samples / "out" / "png" / "settings.json").write_text(json.dumps(NOTE | {"seed": 4}))
     assert sampling_record(samples / "out" / "png", 6)["seed"] == 4
     assert not log.messages
+    assert sampling_record(samples / "noted.npz", 5)["num"] == 5
+    assert "holds 5 images" in log.messages[0] and "is about 6" in log.messages[0]
 
 
 def test_samples_without_a_note_have_nulls_and_one_warning(samples, log):
     (samples / "out" / "real").mkdir()
     (samples / "png").mkdir()
+    (samples / "png" / "settings.json").write_text('{"editor": "vi"}')  # something else's
     for source in ("foreign.npz", "out/real", "png"):
         log.messages.clear()
         record = sampling_record(samples / source, 6)
@@ -52,26 +51,15 @@ def test_samples_without_a_note_have_nulls_and_one_warning(samples, log):
         assert len(log.messages) == 1 and "cannot be attributed" in log.messages[0]
 
 
-def test_a_note_cannot_say_where_it_is_and_its_numbers_are_jsons(samples, log):
+def test_a_note_cannot_say_where_it_is_and_its_numbers_are_jsons(samples):
     note = samples / "out" / "settings.json"
     note.write_text(json.dumps(NOTE | {"source": "elsewhere"})[:-1] + ', "s_max": 1e999, "guidance": NaN}')
     record = sampling_record(samples / "out" / "png", 6)
     assert record["source"] == str(note) and (record["s_max"], record["guidance"]) == ("inf", "nan")
     json.dumps(record, allow_nan=False)
-    note.write_text('{"editor": "vi"}')  # something else's
-    record = sampling_record(samples / "out" / "png", 6)
-    assert record["source"] is None and "editor" not in record and len(log.messages) == 1
-
-
-def test_a_note_about_another_number_of_images_is_said(samples, log):
-    assert sampling_record(samples / "noted.npz", 5)["num"] == 5
-    assert "holds 5 images" in log.messages[0] and "is about 6" in log.messages[0]
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
-def test_an_unreadable_note_is_refused(samples, text):
-    (samples / "out" / "settings.json").write_bytes(text.encode("latin1"))
-    np.savez(samples / "bad.npz", arr_0=np.zeros(1), metadata=np.array(text))
-    for source, name in (("out/png", r"settings\.json"), ("bad.npz", r"bad\.npz: metadata")):
-        with pytest.raises(ValueError, match=rf"{name}.* mend or remove it"):
-            sampling_record(samples / source, 6)
+    for text in ("{", "[1]", "\xff"):
+        note.write_bytes(text.encode("latin1"))
+        np.savez(samples / "bad.npz", arr_0=np.zeros(1), metadata=np.array(text))
+        for source, name in (("out/png", r"settings\.json"), ("bad.npz", r"bad\.npz: metadata")):
+            with pytest.raises(ValueError, match=rf"{name}.* mend or remove it"):
+                sampling_record(samples / source, 6)

@@ -27,15 +27,7 @@ from epg_fast.sweep import command as command_module
 from epg_fast.sweep.command import sweep_labels
 from epg_fast.sweep.folder import SweepFolder
 from epg_fast.training.reconstruct import reconstruct
-from tests.commands import (
-    Kept,
-    ask_to_stop,
-    fails,
-    full_disk,
-    on_two_ranks,
-    python,
-    snapshot,
-)
+from tests.commands import Kept, ask_to_stop, fails, full_disk, on_two_ranks, python, run, snapshot
 from tests.sampling.conftest import write_checkpoint
 from tests.training.runs import run_command
 
@@ -77,11 +69,6 @@ def _nothing_rendered(monkeypatch):
     """Plots take as long as the rest; those of `finished` are whole, and test_report.py has the others."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(page, "drawn", lambda *_, **__: b"")
-
-
-@pytest.fixture
-def whole(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "whole")
 
 
 @pytest.fixture
@@ -147,14 +134,13 @@ def test_the_figures_are_those_of_every_setting_drawn_and_judged_by_hand(finishe
 
 def test_the_figures_of_a_network_are_those_of_sample_and_evaluate(checkpoint, tiny_inception, tmp_path):
     drawn = ["--checkpoint", checkpoint, "--num", 40, "--batch_size", 8, "--labels", 3, "--device", "cpu"]
-    images = ["sample", *drawn, "--steps", 3, "--guidance", 8, "--interval", "[0.1,20]", "--outdir", tmp_path / "i"]
-    other = ["sample", *drawn, "--steps", 2, "--seed", 5, "--outdir", tmp_path / "reference"]
-    assert main([str(word) for word in images]) == main([str(word) for word in other]) == 0
+    run("sample", *drawn, "--steps", 3, "--guidance", 8, "--interval", "[0.1,20]", "--outdir", tmp_path / "i")
+    run("sample", *drawn, "--steps", 2, "--seed", 5, "--outdir", tmp_path / "reference")
     judges = ["--reference", tmp_path / "reference" / "samples.npz", "--inception", tiny_inception, "--device", "cpu"]
-    judged = ["evaluate", "--samples", tmp_path / "i" / "samples.npz", *judges, "--bootstrap", 0]
-    assert main([str(word) for word in [*judged, "--output", tmp_path / "want.json"]]) == 0
+    judged = ["--samples", tmp_path / "i" / "samples.npz", *judges, "--bootstrap", 0]
+    run("evaluate", *judged, "--output", tmp_path / "want.json")
     grid = ["--steps", 3, "--guidance", "1,4,8", "--interval", "0.1-20", "--first", 16]
-    assert main([str(word) for word in ["sweep", *drawn, *judges, *grid, "--outdir", tmp_path / "s"]]) == 0
+    run("sweep", *drawn, *judges, *grid, "--outdir", tmp_path / "s")
     state, want = found(tmp_path / "s"), json.loads((tmp_path / "want.json").read_text())
     got = state["rounds"][-1]["results"]["2"]
     assert state["figure"] == "fid" and {"fid", "inception_score", "precision", "recall"} <= got["figures"].keys()
@@ -197,9 +183,9 @@ def test_the_folder_says_what_is_best_and_holds_nothing_else(finished):
             assert image.width > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
 
 
-def test_the_commands_that_it_ends_with_draw_and_judge_the_best(command, whole, capsys):
-    again = [*command, "--outdir", str(whole)]
-    assert main(again) == 0
+def test_the_commands_that_it_ends_with_draw_and_judge_the_best(command, finished, tmp_path, capsys):
+    whole = shutil.copytree(finished, tmp_path / "whole")
+    assert main([*command, "--outdir", str(whole)]) == 0
     *_, first, second = capsys.readouterr().out.splitlines()
     assert f"{first}\n{second}\n" in (whole / "sweep.md").read_text()
     best, words = found(whole)["grid"][found(whole)["result"]], [shlex.split(line) for line in (first, second)]
@@ -220,9 +206,6 @@ def test_settings_that_guide_at_the_same_levels_are_drawn_once(command, tmp_path
     grid = [(setting["guidance"], setting["interval"]) for setting in found(tmp_path / "s")["grid"]]
     assert grid == [(1.0, [0.1, 20.0]), (3.0, [0.1, 20.0])]
     assert "2 of 4 settings guide at the same noise levels as others and are left out" in capsys.readouterr().err
-    flags = [*command, "--interval", "0.3-0.4", "--guidance", "2,3", "--steps", "3", "--outdir", str(tmp_path / "t")]
-    fails(capsys, flags, "no noise level lies in its guidance intervals")
-    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.slow
@@ -237,15 +220,20 @@ def test_killed_at_any_moment_the_same_command_finds_the_same(command, finished,
     assert snapshot(tmp_path / "killed").keys() == snapshot(tmp_path / "whole").keys()
 
 
-@pytest.mark.parametrize("after", [1, 20, 23])
-def test_a_signal_keeps_what_is_finished(arguments, finished, tmp_path, capsys, saved, after):
-    """In the first batch, in the last of the first round, and in the second round."""
+@pytest.mark.parametrize("after", [20, 23])
+def test_a_signal_keeps_what_is_finished_and_damaged_rows_are_drawn_again(
+    arguments, finished, tmp_path, capsys, saved, after
+):
+    """In the last batch of the first round, and in the second round."""
     saved.stop = {after: ask_to_stop}
     assert main(arguments) == 128 + signal.SIGTERM
     assert "the same command goes on" in capsys.readouterr().err
-    before = list(saved)
+    number, images = saved[-1]
+    broken = tmp_path / "s" / "rows" / f"{number:04d}" / f"{images.start:08d}_{images.stop:08d}.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
     assert main(arguments) == 0
-    assert len(saved) == len(set(saved)) > len(before) == after
+    assert f"{broken} is damaged: its images are drawn again" in capsys.readouterr().err
+    assert len(saved) == len(set(saved)) + 1 > after + 1
     assert found(tmp_path / "s") == found(finished)
 
 
@@ -287,17 +275,6 @@ def test_a_share_of_less_than_a_batch_is_filled_up_where_sizes_are_compiled(comm
     assert this["images"] == 36 and len(this["results"]) == 10
 
 
-def test_damaged_rows_are_named_and_drawn_again(arguments, finished, tmp_path, saved, capsys):
-    saved.stop = {4: ask_to_stop}
-    assert main(arguments) == 128 + signal.SIGTERM
-    broken = next((tmp_path / "s" / "rows").glob("0000/*"))
-    broken.write_bytes(broken.read_bytes()[:-1])
-    capsys.readouterr()
-    assert main(arguments) == 0
-    assert f"{broken} is damaged: its images are drawn again" in capsys.readouterr().err
-    assert found(tmp_path / "s") == found(finished)
-
-
 @pytest.mark.parametrize(("after", "failing"), [(3, "rows/0001/00000008_00000016.safetensors"), (20, "sweep.json")])
 def test_a_full_disk_is_named_and_nothing_is_lost(arguments, finished, tmp_path, capsys, saved, after, failing):
     """While rows are written, and when the first round is decided."""
@@ -312,7 +289,8 @@ def test_a_full_disk_is_named_and_nothing_is_lost(arguments, finished, tmp_path,
     assert len(saved) == len(set(saved)) and found(tmp_path / "s") == found(finished)
 
 
-def test_a_folder_of_other_settings_is_refused_and_left_alone(command, whole, tmp_path, capsys):
+def test_a_folder_of_other_settings_is_refused_and_left_alone(command, finished, tmp_path, capsys):
+    whole = shutil.copytree(finished, tmp_path / "whole")
     before, arguments = snapshot(whole), [*command, "--outdir", whole]
     other = write_checkpoint(tmp_path / "other.safetensors", seed=1)
     for flags, expected in {
@@ -340,52 +318,30 @@ def test_a_folder_in_which_nothing_is_drawn_takes_other_settings(arguments, fini
 MISTAKES = {
     "--figure fid": "figure 'fid': the judges have accuracy, frechet_distance",
     "--figure acuracy": "figure 'acuracy' (did you mean 'accuracy'?)",
+    "--figure fid --train= --test= --reference {x} --dinov2 {x}": "figure 'fid': the judges have fd_dinov2, ",
     "--num 1": "the judges want at least 2; raise --first or --num",
     "--guidance 2 --steps 3 --interval 0-9": "the grid has one setting",
+    "--interval 0.3-0.4 --guidance 2,3 --steps 3": "no noise level lies in its guidance intervals",
     "--sigma_rel 0.05,0.1": "posthoc_ema holds no snapshots",
     "--ops tune": "sweep measures no plan; run `epg-fast tune --job sample` first",
     "--checkpoint nowhere": "nowhere",
+    "--checkpoint=": "--checkpoint and --outdir are needed",
+    "--checkpoint {x}": "guidance is 4.0, which needs a class-conditional network",
+    "--train= --test= --reference {reference} --inception {inception} --figure fid_infinity --steps 3 --num 100 "
+    "--first 5 --batch_size 5": "fid_infinity: the first round's 10 images are too few for it",
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_is_answered_before_anything_is_drawn(command, tmp_path, capsys, saved, flags):
-    fails(capsys, [*command, "--outdir", tmp_path / "s", *flags.split()], MISTAKES[flags])
-    assert not saved and not (tmp_path / "s" / "rows").exists()
-
-
-def test_a_figure_that_no_judge_has_is_refused_before_weights_and_reference_are_read(
-    command, tmp_path, capsys, monkeypatch
-):
-    for name in ("load_generator", "open_judges"):
-        monkeypatch.setattr(command_module, name, lambda *_, **__: pytest.fail("was read"))
-    (tmp_path / "x").touch()
-    judges = ["--train=", "--test=", "--reference", tmp_path / "x", "--dinov2", tmp_path / "x"]
-    for figure, line in (("fid", "figure 'fid': the judges have fd_dinov2, "), ("kid_dinov2", "'kd_dinov2'?")):
-        fails(capsys, [*command, *judges, "--figure", figure, "--outdir", tmp_path / "s"], line)
-    assert not (tmp_path / "s").exists()
-
-
-def test_a_figure_of_more_images_than_the_first_round_has_is_refused(
-    checkpoint, tiny_inception, tmp_path, capsys, saved
-):
-    np.savez(tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
-    judges = ["--reference", tmp_path / "reference.npz", "--inception", tiny_inception, "--device", "cpu"]
-    arguments = ["sweep", "--checkpoint", checkpoint, *judges, "--figure", "fid_infinity", "--outdir", tmp_path / "s"]
-    arguments += ["--num", 100, "--batch_size", 5, "--guidance", "1,2,3,4", "--interval", "0.1-20", "--steps", 3]
-    fails(capsys, [*arguments, "--first", 5], "fid_infinity: the first round's 10 images are too few for it")
-    assert not saved
-
-
-def test_what_a_checkpoint_cannot_do_is_said_before_anything_is_drawn(command, tmp_path, capsys):
-    unconditional = write_checkpoint(tmp_path / "model.safetensors", num_classes=0)
-    arguments = [*command, "--checkpoint", unconditional, "--outdir", tmp_path / "s"]
-    fails(capsys, arguments, "guidance is 4.0, which needs a class-conditional network")
-    assert not (tmp_path / "s").exists()
-    fails(capsys, ["sweep", "--guidance", "1,2"], "--checkpoint and --outdir are needed")
-
-
-def test_without_matplotlib_the_command_that_installs_it_is_said_at_once(command, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_answered_before_anything_is_drawn(command, tmp_path, capsys, saved, tiny_inception, monkeypatch):
+    paths = {"x": write_checkpoint(tmp_path / "model.safetensors", num_classes=0), "inception": tiny_inception}
+    paths["reference"] = tmp_path / "reference.npz"
+    np.savez(paths["reference"], arr_0=np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
+    for flags, message in MISTAKES.items():
+        fails(capsys, [*command, "--outdir", tmp_path / "s", *flags.format(**paths).split()], message)
+        assert not saved and not (tmp_path / "s" / "rows").exists()
+    shutil.rmtree(tmp_path / "s")
+    monkeypatch.setattr(command_module.sampling, "load_generator", lambda *_, **__: pytest.fail("was read"))
+    fails(capsys, [*command, "--outdir", tmp_path / "s", "--figure", "fid"], "figure 'fid'")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails(capsys, [*command, "--outdir", tmp_path / "s"], "needs matplotlib: pip install 'epg_fast[demo]'")
     assert not (tmp_path / "s").exists()
@@ -403,16 +359,16 @@ def test_a_setting_whose_images_are_not_finite_is_out_and_the_others_go_on(comma
 @pytest.mark.slow
 def test_widths_are_made_once_and_drawn_as_any_checkpoint(command, tiny_run, few_digits, tmp_path, monkeypatch):
     flags = {"steps": 6, "posthoc_ema.sigma_rel": "[0.05,0.10]", "posthoc_ema.every": 1}
-    run = tmp_path / "run"
-    assert main(run_command(tiny_run, run, "finetune-diffusion", **flags)) == 0
+    folder = tmp_path / "run"
+    assert main(run_command(tiny_run, folder, "finetune-diffusion", **flags)) == 0
     flags = ["--sigma_rel", "null,0.06:0.1:0.04", "--guidance", "1,4", "--steps", "3", "--interval", "0.1-90"]
-    arguments = [*command, *flags, "--checkpoint", str(run), "--outdir", str(tmp_path / "s"), "--num", "10"]
+    arguments = [*command, *flags, "--checkpoint", str(folder), "--outdir", str(tmp_path / "s"), "--num", "10"]
     assert main(arguments) == 0
     state = found(tmp_path / "s")
     assert state["step"] == 6 and {setting["sigma_rel"] for setting in state["grid"]} == {None, 0.06, 0.1}
     assert (tmp_path / "s" / "guidance_sigma_rel.png").exists()
     wide = tmp_path / "s" / "weights" / "sigma_rel_0.06.safetensors"
-    (got, _), (want, _) = load_weights(wide), reconstruct(run, 0.06)
+    (got, _), (want, _) = load_weights(wide), reconstruct(folder, 0.06)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
     alone = [*command, "--checkpoint", str(wide), *flags[2:], "--outdir", str(tmp_path / "alone"), "--num", "10"]
     assert main(alone) == 0
@@ -446,11 +402,10 @@ def test_two_ranks_find_what_one_finds(command, tiny_inception, tmp_path, saved)
     assert [using["processes"] for using in written] == [1, 2]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 100])
-def test_ranks_share_all_units_by_their_cost_and_meet_few_settings(world_size):
-    rng = np.random.default_rng(0)
-    costs = np.repeat(rng.integers(30, 130, size=12), 10) * 64.0
-    shares = [range(120)[command_module._share(costs, rank, world_size)] for rank in range(world_size)]
-    assert [unit for share in shares for unit in share] == list(range(120))
-    assert max(costs[share].sum() for share in shares) <= costs.sum() / world_size + costs.max()
-    assert command_module._share([], 0, world_size) == slice(0, 0)
+def test_ranks_share_all_units_by_their_cost_and_meet_few_settings():
+    costs = np.repeat(np.random.default_rng(0).integers(30, 130, size=12), 10) * 64.0
+    for world_size in (1, 2, 3, 8, 100):
+        shares = [range(120)[command_module._share(costs, rank, world_size)] for rank in range(world_size)]
+        assert [unit for share in shares for unit in share] == list(range(120))
+        assert max(costs[share].sum() for share in shares) <= costs.sum() / world_size + costs.max()
+        assert command_module._share([], 0, world_size) == slice(0, 0)

@@ -1,17 +1,23 @@
+"""Small images judged without a network: accuracy and a Frechet distance, and how they are to be read."""
+
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
-import torch.nn as nn
 from PIL import Image
 
 from epg_fast.config import EvaluateConfig
-from epg_fast.evaluation import evaluate_images, evaluate_probe, frechet_distance
-from epg_fast.evaluation.extras import import_extra
+from epg_fast.evaluation import evaluate_images, frechet_distance, load_images
+from epg_fast.wording import import_extra
 from tests.evaluation.samples import save_npz, save_pngs
+
+
+@pytest.fixture(scope="module")
+def arrays(digits):
+    """(train pixels, train labels, test pixels, test labels) of the digits, pixels in [0, 1]."""
+    return *load_images(digits / "train", 8), *load_images(digits / "test", 8)
 
 
 def enlarged(features, size=32):
@@ -22,7 +28,7 @@ def enlarged(features, size=32):
 
 
 def config(digits, **fields):
-    return EvaluateConfig(train=str(digits / "train"), test=str(digits / "test"), **fields)
+    return EvaluateConfig(**{"train": str(digits / "train"), "test": str(digits / "test")} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,7 @@ def test_enlarged_real_digits_score_like_real_ones(real_result):
 
 
 def test_the_distance_is_that_of_the_principal_components_of_the_training_images(arrays, real_result):
-    decomposition = pytest.importorskip("sklearn.decomposition")
-    pca = decomposition.PCA(20, svd_solver="full").fit(arrays[0])
+    pca = pytest.importorskip("sklearn.decomposition").PCA(20, svd_solver="full").fit(arrays[0])
     chosen = np.linspace(0, len(arrays[0]) - 1, 449).round().astype(int)
     drawn, held_out = pca.transform(arrays[0][chosen]), pca.transform(arrays[2])
     wanted = frechet_distance(drawn.mean(axis=0), np.cov(drawn.T), held_out.mean(axis=0), np.cov(held_out.T))
@@ -57,6 +62,8 @@ def test_recall_counts_each_class_by_itself(digits, arrays, tmp_path):
     result = evaluate_images(config(digits, samples=str(tmp_path / "s.npz"), components=5, bootstrap=0))
     assert result["per_class_recall"] == {"0": 1.0, "1": 1.0, "3": 0.0}
     assert result["accuracy"] == pytest.approx(10 / 12)
+    # of the real size: compared as they are
+    assert result["baselines"]["real_resized_frechet_distance"] is None
 
 
 def test_result_states_sizes_and_protocol_and_survives_json(real_result):
@@ -65,7 +72,6 @@ def test_result_states_sizes_and_protocol_and_survives_json(real_result):
     assert (real_result["stored_size"], real_result["size"], real_result["components"]) == (32, 8, 20)
     sampling = real_result["protocol"]["sampling"]
     assert (sampling["num"], sampling["sampler"], sampling["steps"], sampling["s_max"]) == (449, "heun", 18, "inf")
-    assert sampling["guidance"] is None and sampling["evaluations"] is None
     assert "449 samples of 32x32 pixels, compared as 8x8 grayscale" in real_result["protocol"]["text"]
     assert "450 held-out real images (as stored)" in real_result["protocol"]["text"]
 
@@ -77,71 +83,28 @@ def test_class_means_pass_the_accuracy_and_fail_the_distance(digits, arrays, tmp
     save_pngs(enlarged(means)[labels], labels, tmp_path)
     result = evaluate_images(config(digits, samples=str(tmp_path)))
     assert result["accuracy"] == 1 and result["frechet_distance"] > 1.2
-    assert result["protocol"]["sampling"]["sampler"] is None and result["protocol"]["sampling"]["num"] == 400
     baselines = real_result["baselines"]
     assert baselines["class_means_accuracy"] == 1
     assert baselines["class_means_frechet_distance"] == pytest.approx(result["frechet_distance"], abs=0.05)
 
 
-def test_samples_of_the_real_size_are_compared_as_they_are(digits):
-    result = evaluate_images(config(digits, samples=str(digits / "test")))
-    assert result["frechet_distance"] == pytest.approx(0, abs=1e-10)
-    assert result["baselines"]["real_resized_frechet_distance"] is None
-
-
 def test_missing_settings_and_unequal_classes_are_named(digits, arrays, tmp_path):
-    train, other = str(digits / "train"), str(tmp_path / "other")
+    other = str(tmp_path / "other")
     (tmp_path / "other" / "zero").mkdir(parents=True)
     Image.new("L", (8, 8)).save(tmp_path / "other" / "zero" / "a.png")
     save_pngs(enlarged(arrays[0][:5]), np.full(5, 3), tmp_path / "some")
-    for samples, real, test, message in (
-        ("x", train, None, "--test is missing; pass --train and --test"),
-        ("x", train, other, "same class folders.*'zero'"),
-        ("x", other, other, "one class, zero, want two at least.*--reference"),
-        # whose classes would be renumbered
-        (str(tmp_path / "some"), train, str(digits / "test"), r"1 class folders and .* 10"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate_images(EvaluateConfig(samples=samples, train=real, test=test))
     save_npz(enlarged(arrays[0][:2]), np.array([3, 10]), tmp_path / "s.npz")
-    for fields, message in (
-        ({}, r"labels that no training image has: \[10\]"),
-        ({"components": 0}, r"components is 0, want 1 to 64"),
-        ({"components": 65}, r"components is 65, want 1 to 64"),
+    for samples, fields, message in (
+        ("s.npz", {"test": None}, "--test is missing; pass --train and --test"),
+        ("s.npz", {"test": other}, "same class folders.*'zero'"),
+        ("s.npz", {"train": other, "test": other}, "one class, zero, want two at least.*--reference"),
+        ("some", {}, r"1 class folders and .* 10"),  # they would be renumbered
+        ("s.npz", {}, r"labels that no training image has: \[10\]"),
+        ("s.npz", {"components": 0}, r"components is 0, want 1 to 64"),
+        ("s.npz", {"components": 65}, r"components is 65, want 1 to 64"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_images(config(digits, samples=str(tmp_path / "s.npz"), **fields))
-
-
-class PixelEncoder(nn.Module):
-    """The input itself as the feature: a probe of it is a linear classifier of noisy pixels."""
-
-    image_size = 16
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def encode(self, x, t):
-        return nn.functional.avg_pool2d(x[:, :1], 2).flatten(1) * self.scale
-
-
-def test_probe_reads_digits_from_pixels_until_noise_covers_them(digits):
-    result = evaluate_probe(config(digits, probe="run", sigmas=[0.002, 100.0]), PixelEncoder(), "simple")
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert list(result["accuracy"]) == ["0.002", "100"]
-    assert result["accuracy"]["0.002"] > 0.93 and result["accuracy"]["100"] < 0.3
-    assert (result["num_train"], result["num_test"], result["image_size"]) == (1347, 450, 16)
-    assert "1347 training images" in result["protocol"]["text"]
-
-
-def test_probe_takes_the_pixel_scaling_from_the_checkpoint(digits):
-    encoder = PixelEncoder()
-    settings = config(digits, probe="run", sigmas=[0.5])
-    assert evaluate_probe(settings, encoder)["normalization"] == "imagenet"
-    encoder.metadata = {"normalization": "simple", "noise": {"sigma_data": 0.7}}
-    assert evaluate_probe(settings, encoder) == evaluate_probe(settings, encoder, "simple")
-    assert evaluate_probe(settings, encoder, "imagenet")["normalization"] == "imagenet"
+            evaluate_images(config(digits, samples=str(tmp_path / samples), **fields))
 
 
 def test_a_missing_extra_is_reported_with_the_command_that_installs_it(monkeypatch):
