@@ -132,9 +132,8 @@ def _of_extension() -> list[Usage]:
     libraries = list((_ROOT / "epg_fast" / "ops").glob("_extension*.so"))
     usages = _usages(str(libraries[0])) if libraries else {}
     if not usages:
-        print(
-            f"the extension is {'built for the CPU alone' if libraries else 'not built here'}: no CUDA kernels to report"
-        )
+        how = "built for the CPU alone" if libraries else "not built here"
+        print(f"the extension is {how}: no CUDA kernels to report")
     # "device_kernel" is CUTLASS's, whose kernels are matrix products.
     return [
         Usage(_readable(name), arch, _template_arguments(name), "-", "-", gemm="13device_kernelI" in name, **usage)

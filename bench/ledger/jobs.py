@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -30,11 +29,10 @@ from bench.sample import GUIDANCE, INTERVAL
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
-from epg_fast.models.compilation import compile_denoising
-from epg_fast.plans import PLAIN, Chosen, site_choices
+from epg_fast.models.compilation import compile_blocks, compile_denoising, compile_network
+from epg_fast.plans import site_choices
 from epg_fast.plans.sites import sites_of
 from epg_fast.sampling.precision import inference_network
-from epg_fast.training.gradients import compile_stage
 from epg_fast.training.optimizer import WeightCopies
 
 _XL, _G, _L = "epg_xl_16_256", "epg_g_16_256", "epg_l_16_256"
@@ -187,17 +185,7 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
         network = _plain_generator(job, variant, train=True)
     else:
         network = _generator(job, variant).train()
-        config = SimpleNamespace(cuda_graphs=False)
-        stage = SimpleNamespace(
-            chosen=Chosen(PLAIN),
-            network=network,
-            ema=None,
-            perceptual=None,
-            name="finetune-diffusion",
-            sharded=False,
-            config=config,
-        )
-        compile_stage(stage, "network" if variant.how == "network" else "blocks")
+        (compile_network if variant.how == "network" else compile_blocks)(network)
         copies = WeightCopies([network], torch.bfloat16)
     x, t, y = _inputs(job, torch.float32)
 
