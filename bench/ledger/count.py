@@ -36,8 +36,6 @@ from bench.ledger import triton_ir
 from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, NORMS, OPTIMISER, PRODUCTS, REDUCTIONS, Kernel
 from bench.results import ROOT
 
-_CUDA = torch.device("cuda", 0)
-
 
 @dataclass
 class Graph:

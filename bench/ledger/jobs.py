@@ -58,27 +58,21 @@ class Variant:
     within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-def _tuned():
-    return config.patch(coordinate_descent_tuning=True, epilogue_fusion=False)
-
-
-def _prologue() -> dict[str, str]:
-    """Triton everywhere, and norms within the products that read them."""
-    return site_choices("triton") | dict.fromkeys(sites_of("norm"), "prologue")
-
-
+_TUNED = partial(config.patch, coordinate_descent_tuning=True, epilogue_fusion=False)
+# Norms within the products that read them.
+_PROLOGUE = site_choices("triton") | dict.fromkeys(sites_of("norm"), "prologue")
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("plain-blocks", "plain", "blocks"),
         Variant("plain-network", "plain", "network"),
-        Variant("plain-tuned", "plain", "network", within=_tuned),
+        Variant("plain-tuned", "plain", "network", within=_TUNED),
         Variant("plain-cudnn", "plain", "network", within=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
         Variant("auto-blocks", "auto", "blocks"),
         Variant("auto-network", "auto", "network"),
         Variant("ours-blocks", "ours", "blocks", "triton", "fused"),
         Variant("ours-network", "ours", "network", "triton", "fused"),
-        Variant("ours-prologue", "ours", "blocks", _prologue(), "fused"),
+        Variant("ours-prologue", "ours", "blocks", _PROLOGUE, "fused"),
         Variant("ours-cuda", "ours", "blocks", "cuda", "fused"),
     )
 }
