@@ -150,7 +150,8 @@ def one_ladder(job: str, preset: str, batch: int, variants: list[str] | None) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    known = [part.name for part in (gpu_parts() if torch.cuda.is_available() else cpu_parts())]
+    parts = gpu_parts() if torch.cuda.is_available() else cpu_parts()
+    known = [part.name for part in parts]
     jobs = ["sample-heun", "sample-onestep", *STAGES]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder (default: bench/results/<date>-<device>)")
@@ -170,9 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.job:
             parts = [one_ladder(options.job, options.preset, options.batch, options.variants)]
-        else:
-            parts = gpu_parts() if torch.cuda.is_available() else cpu_parts()
-            parts = [part for part in parts if options.parts is None or part.name in options.parts]
+        elif options.parts:
+            parts = [part for part in parts if part.name in options.parts]
         folder.mkdir(parents=True, exist_ok=True)
         outcomes = run(parts, folder, options.seconds)
     except ValueError as error:

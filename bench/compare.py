@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.results import SCHEMA, UNITS, Row, markdown_table, read, read_json
+from bench.results import Row, markdown_table, read, read_folder, speed_up
 
 _TELLING = ("device", "power_limit", "driver", "cuda", "torch", "triton", "cores", "threads")
 """Of a header, what can explain a change."""
@@ -40,36 +40,25 @@ def load(path: Path) -> tuple[dict[str, str], dict[tuple[str, ...], Row]]:
     """(what headers tell, rows by identity) of a file, or of all files of results in a folder."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    header, rows, files = {}, {}, sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    for file in files:
-        if path.is_dir() and "schema" not in read_json(file):
-            continue
-        found, here = read(file)
+    header, rows = {}, {}
+    for name, (found, here) in (read_folder(path) if path.is_dir() else {path.stem: read(path)}).items():
         if not found.get("device"):
-            raise ValueError(f"{file}: does not say on which device it was measured")
-        header |= {name: str(found[name]) for name in _TELLING if name in found}
+            raise ValueError(f"{path}, {name}: does not say on which device it was measured")
+        header |= {key: str(found[key]) for key in _TELLING if key in found}
         for row in here:
             if row.identity in rows:
-                raise ValueError(f"{file}: has a second row of {', '.join(row.identity)}; compare single files")
+                raise ValueError(f"{path}, {name}: has a second row of {row.name}; compare single files")
             rows[row.identity] = row
-    if not header:
-        raise ValueError(f"{path}: holds no results; want JSON files of schema {SCHEMA}")
     return header, rows
-
-
-def slowdown(old: Row, new: Row) -> float:
-    """Time over old time, or old rate over rate."""
-    return new.median / old.median if UNITS[old.unit] == "less" else old.median / new.median
 
 
 def verdict(old: Row, new: Row, threshold: float) -> str | None:
     """ "slower" or "faster", if the spread and `threshold` (a fraction) do not explain it."""
     if old.p20 <= new.p80 and new.p20 <= old.p80:
         return None
-    factor = slowdown(old, new)
-    if factor > 1 + threshold:
+    if speed_up(old, new) > 1 + threshold:
         return "slower"
-    return "faster" if 1 / factor > 1 + threshold else None
+    return "faster" if speed_up(new, old) > 1 + threshold else None
 
 
 def compare(old: Path, new: Path, threshold: float = 0.03, force: bool = False) -> tuple[str, int]:
@@ -87,33 +76,25 @@ def compare(old: Path, new: Path, threshold: float = 0.03, force: bool = False) 
     common = [(row, measured_now[key]) for key, row in measured_was.items() if key in measured_now]
     if not common:
         raise ValueError(f"{old} and {new} have no row in common: compare results of the same benchmarks")
-    common.sort(key=lambda pair: -abs(slowdown(*pair) - 1))
-    changed = {kind: [pair for pair in common if verdict(*pair, threshold) == kind] for kind in ("slower", "faster")}
+    common.sort(key=lambda pair: -abs(speed_up(*pair) - 1))
     gone = [now.get(key, row) for key, row in measured_was.items() if key not in measured_now]
     fresh = [row for key, row in measured_now.items() if key not in measured_was]
-    parts = [
-        "".join(
-            f"- {name}: {value} before, {after.get(name, 'unknown')} now\n"
-            for name, value in before.items()
-            if value != after.get(name)
-        )
-    ]
-    for kind, pairs in changed.items():
-        cells = [(_name(b), a.value, b.value, f"{100 * (b.median / a.median - 1):+.1f}%") for a, b in pairs]
+    changes = [(name, value, after.get(name, "unknown")) for name, value in before.items()]
+    parts = ["".join(f"- {name}: {value} before, {now} now\n" for name, value, now in changes if value != now)]
+    counts = {}
+    for kind in ("slower", "faster"):
+        pairs = [pair for pair in common if verdict(*pair, threshold) == kind]
+        cells = [(b.name, a.value, b.value, f"{100 * (b.median / a.median - 1):+.1f}%") for a, b in pairs]
         parts.append(_section(kind.capitalize(), ("row", "before", "now", "change"), cells))
+        counts[kind] = len(pairs)
     for title, rows in (("Disappeared", gone), ("New", fresh)):
-        parts.append(_section(title, ("row", "value"), [(_name(row), row.value) for row in rows]))
-    counts = {kind: len(pairs) for kind, pairs in changed.items()}
+        parts.append(_section(title, ("row", "value"), [(row.name, row.value) for row in rows]))
     parts.append(
         f"{len(common)} rows compared: {counts['slower']} slower, {counts['faster']} faster, "
         f"{len(common) - sum(counts.values())} within their spread or {100 * threshold:g} percent; "
         f"{len(gone)} disappeared, {len(fresh)} new.\n"
     )
     return "\n".join(filter(None, parts)), counts["slower"]
-
-
-def _name(row: Row) -> str:
-    return ", ".join(row.identity[:-1])
 
 
 def _section(title: str, columns: tuple[str, ...], cells: list[tuple]) -> str:

@@ -82,8 +82,7 @@ def table(rows: list[Row]) -> str:
     base = {row.shape: row.median for row in rows if row.variant == "pillow"}
     cells = []
     for row in rows:
-        spread = f"{significant(row.p20)} to {significant(row.p80)}"
-        numbers = significant(row.median), spread, f"{significant(row.median / base[row.shape])}x"
+        numbers = significant(row.median), row.spread, f"{significant(row.median / base[row.shape])}x"
         cells.append((row.variant, row.shape, *numbers, significant(row.details["levels"], 2)))
     return markdown_table(("loader", "of", "images/s", "p20 to p80", "against Pillow", "levels"), cells)
 

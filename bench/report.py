@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.data import table as loading
 from bench.ledger.cost import H200, KINDS
 from bench.resources import COLUMNS
-from bench.results import UNITS, Row, markdown_table, read, read_json, significant
+from bench.results import UNITS, Row, markdown_table, read_folder, read_json, significant, speed_up
 from epg_fast.files import write_atomically
 
 OURS = ("triton", "cuda", "extension", "extension, in place")
 """Variants of operations that are the package's."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, too; products, of which nothing can be saved, in grey.
-_GREY, _ORANGE, _RED, _BLUE = "#999999", "#E69F00", "#D55E00", "#0072B2"
-_KIND_COLOURS = dict(zip(KINDS, ("#BBBBBB", "#777777", _BLUE, _ORANGE, _RED, "#009E73", "#CC79A7"), strict=True))
+_COLOURS = {"plain": "#999999", "plain, torch.compile": "#E69F00", "ours": "#D55E00", "ours, FP8": "#0072B2"}
+_COLOURS |= zip(KINDS, ("#BBBBBB", "#777777", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7"), strict=True)
 
 _LADDERS = """\
 A row is one way of doing the job; speed-up is against the first row with a number. Numbers are medians with their 20th
@@ -53,27 +53,20 @@ library's is taken to lose nothing to either. A product whose model is worse tha
 
 def write(folder: Path) -> str:
     """Write the README.md and the pictures of `folder`; returns the text. Raises ValueError if nothing is in it."""
-    found, header = {}, {}
-    for path in sorted(folder.glob("*.json")):
-        if "schema" in read_json(path):
-            header, found[path.stem] = read(path)
-    if not found:
-        raise ValueError(f"{folder}: holds no results; python -m bench --output {folder} makes some")
+    found = read_folder(folder)
+    *_, (header, _) = found.values()
     sections = [
         f"{FLOORS}\n" if "ledger" in found else "",
         f"# Benchmarks on {header['device']}\n",
         _missing(folder),
         f"## Ladders\n\n{_LADDERS}" if {"sampling", "training"} & set(found) else "",
-        *(_ladders(found.get(name), folder / f"{name}.png", header) for name in ("sampling", "training")),
+        *(
+            section(found[name][1], folder / f"{name}.png", header)
+            for name, section in _SECTIONS.items()
+            if name in found
+        ),
+        "## This machine\n\n" + "".join(f"- {name}: {value}\n" for name, value in header.items()),
     ]
-    for name, section in (
-        ("turns", _turns),
-        ("ops", lambda rows: _operations(rows, on_gpu=header["gpu"] != "none")),
-        ("data", lambda rows: f"## Loading\n\n{loading(rows)}"),
-        ("ledger", lambda rows: _ledger(rows, folder / "ledger.png")),
-    ):
-        sections.append(section(found[name]) if name in found else "")
-    sections.append("## This machine\n\n" + "".join(f"- {name}: {value}\n" for name, value in header.items()))
     text = "\n".join(filter(None, sections))
     write_atomically(folder / "README.md", text)
     return text
@@ -83,27 +76,24 @@ def _missing(folder: Path) -> str:
     """What was not done, by the notes of `python -m bench`."""
     if not (folder / "progress.json").exists():
         return ""
-    missing = {name: outcome for name, outcome in read_json(folder / "progress.json").items() if outcome != "complete"}
-    if not missing:
-        return "All parts are complete.\n"
-    return "Missing:\n\n" + "".join(f"- {name}: {outcome}\n" for name, outcome in missing.items())
+    outcomes = read_json(folder / "progress.json").items()
+    missing = "".join(f"- {name}: {outcome}\n" for name, outcome in outcomes if outcome != "complete")
+    return f"Missing:\n\n{missing}" if missing else "All parts are complete.\n"
 
 
-def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows by job and shape."""
-    groups: dict[tuple, list[Row]] = {}
+def _groups(rows: Sequence[Row], key: Callable[[Row], object]) -> list[list[Row]]:
+    groups: dict[object, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.job, row.shape), []).append(row)
+        groups.setdefault(key(row), []).append(row)
     return list(groups.values())
-
-
-def speed_up(row: Row, base: Row) -> float:
-    """How many times as fast as `base` a row of the same unit is."""
-    return row.median / base.median if UNITS[row.unit] == "more" else base.median / row.median
 
 
 def _error(row: Row) -> str:
     return "" if row.error is None else f"{row.error:.1e}" if row.error else "0"
+
+
+def _times(factor: float) -> str:
+    return f"{significant(factor)}x"
 
 
 def ladder_table(rows: Sequence[Row]) -> str:
@@ -112,77 +102,71 @@ def ladder_table(rows: Sequence[Row]) -> str:
     for row in rows:
         numbers = [""] * 3
         if row.median is not None:
-            spread = f"{significant(row.p20)} to {significant(row.p80)}"
-            numbers = [significant(row.median), spread, f"{significant(speed_up(row, first))}x"]
+            numbers = [significant(row.median), row.spread, _times(speed_up(row, first))]
         peak = row.peak_memory_bytes and significant(row.peak_memory_bytes / 2**30)
         shares = [f"{100 * row.details[name]:.1f}%" if name in row.details else "" for name in ("mfu", "floor")]
         psnr = significant(row.details.get("psnr_db"))
         cells.append((row.variant, row.dtype, *numbers, peak, *shares, _error(row), psnr, row.note))
     columns = ("variant", "dtype", rows[0].unit, "p20 to p80", "speed-up", "peak, GiB", "MFU", "floor", "error")
-    columns = (*columns, "PSNR, dB", "note")
-    return markdown_table(columns, cells)
+    return markdown_table((*columns, "PSNR, dB", "note"), cells)
 
 
-def _ladders(rows: list[Row] | None, picture: Path, header: dict) -> str:
-    parts = []
-    for ladder in _groups(rows or []):
+def _ladders(rows: list[Row], picture: Path, header: dict) -> str:
+    parts, panels = [], []
+    for ladder in _groups(rows, lambda row: (row.job, row.shape)):
         parts += [f"### {ladder[0].job}: {ladder[0].shape}\n", ladder_table(ladder)]
-        for row in ladder:
-            if "longest" in row.details:
-                parts.append(_longest(row))
-    if any(row.median is not None for row in rows or []):
-        panels = [_panel(ladder) for ladder in _groups(rows) if any(row.median is not None for row in ladder)]
-        if draw(panels, picture, f"{header['device']}, torch {header['torch']}"):
-            parts.insert(0, f"![{picture.stem}]({picture.name})\n")
+        parts += [_longest(row) for row in ladder if "longest" in row.details]
+        if any(row.median is not None for row in ladder):
+            panels.append(_panel(ladder))
+    if panels and draw(panels, picture, f"{header['device']}, torch {header['torch']}"):
+        parts.insert(0, f"![{picture.stem}]({picture.name})\n")
     return "\n".join(parts)
 
 
 def _longest(row: Row) -> str:
     """The longest kernels of a variant (operators on a CPU)."""
     found = row.details["longest"]
-    whole = found["milliseconds"]
-    cells = [(name, significant(ms), f"{100 * ms / whole:.0f}%") for name, ms in found["kernels"]]
-    if found["idle"]:
-        cells.append(("nothing", significant(found["idle"]), f"{100 * found['idle'] / whole:.0f}%"))
+    whole, kernels = (
+        found["milliseconds"],
+        [*found["kernels"], *([("nothing", found["idle"])] if found["idle"] else [])],
+    )
+    cells = [(name, significant(ms), f"{100 * ms / whole:.0f}%") for name, ms in kernels]
     title = f"<details><summary>{row.variant}: the longest kernels of {significant(whole)} ms</summary>\n\n"
     return title + markdown_table(("kernel", "ms", "share"), cells) + "\n</details>\n"
 
 
-def _turns(rows: list[Row]) -> str:
+def _turns(rows: list[Row], *_) -> str:
     """A row per job that was done in turns."""
     cells, plain = [], {(row.job, row.shape): row for row in rows if row.variant == "plain"}
     for row in rows:
-        if row.variant == "plain":
-            continue
-        ratio = row.details.get("ratio", {})
-        spread = f"{significant(ratio['p20'])}x to {significant(ratio['p80'])}x" if ratio else ""
-        middle = f"{significant(ratio['median'])}x" if ratio else ""
-        numbers = significant(plain[row.job, row.shape].median), significant(row.median), middle, spread
-        cells.append((row.job, row.shape, *numbers, _error(row), row.note))
+        if row.variant != "plain":
+            ratio = row.details.get("ratio")
+            ratios = (
+                (_times(ratio["median"]), f"{_times(ratio['p20'])} to {_times(ratio['p80'])}") if ratio else ("", "")
+            )
+            numbers = significant(plain[row.job, row.shape].median), significant(row.median)
+            cells.append((row.job, row.shape, *numbers, *ratios, _error(row), row.note))
     columns = ("job", "shape", "plain, ms", "ours, ms", "plain / ours", "p20 to p80 of pairs", "error", "note")
     how = "The package as it comes and the plain code, in turns; above 1 the package is faster.\n"
     return f"## In float32, in turns\n\n{how}\n{markdown_table(columns, cells)}"
 
 
-def _operations(rows: list[Row], on_gpu: bool) -> str:
+def _operations(rows: list[Row], _, header: dict) -> str:
     """A row per operation and shape: the package's fastest kernel against the others' fastest.
 
     Shares of the ceilings are those of a GPU: small shapes stay in a CPU's caches.
     """
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row.median is not None:
-            groups.setdefault((row.job, f"{row.shape}, {row.dtype}"), []).append(row)
-    cells = []
-    for key, found in groups.items():
+    cells, measured = [], [row for row in rows if row.median is not None]
+    for found in _groups(measured, lambda row: (row.job, row.shape, row.dtype)):
         ours, others = (
             min((row for row in found if (row.variant in OURS) == own), key=lambda row: row.median, default=None)
             for own in (True, False)
         )
         kinds = [row and f"{significant(row.median)} ({row.variant})" for row in (ours, others)]
-        factor = f"{significant(others.median / ours.median)}x" if ours and others else ""
-        roof = on_gpu and ours and max(ours.details.get("percent_of_copy", 0), ours.details.get("percent_of_gemm", 0))
-        cells.append((*key, *kinds, factor, f"{roof:.0f}%" if roof else ""))
+        factor = ours and others and _times(speed_up(ours, others))
+        roof = ours and max(ours.details.get("percent_of_copy", 0), ours.details.get("percent_of_gemm", 0))
+        share = f"{roof:.0f}%" if roof and header["gpu"] != "none" else ""
+        cells.append((found[0].job, f"{found[0].shape}, {found[0].dtype}", *kinds, factor, share))
     columns = ("operation", "of", "ours, us", "the fastest other, us", "other / ours", "ours of the roof")
     return f"## Operations\n\n{markdown_table(columns, cells)}"
 
@@ -196,45 +180,37 @@ def best(rows: Sequence[Row], ours: bool) -> Row | None:
     return min(here, key=lambda row: row.median, default=None)
 
 
-def _ledger(rows: list[Row], picture: Path) -> str:
-    jobs: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.unit == "ms":
-            jobs.setdefault(row.job, []).append(row)
-    summary, every, phases, problems, panels = [], [], [], [], []
-    for name, found in jobs.items():
-        rival, ours = best(found, False), best(found, True)
-        known = rival or ours
-        least = known.details.get("least") if known else None
-        of = f"{found[0].shape}, {found[0].dtype}"
-        cells = [name, of]
-        for row in (rival, ours):
+def _ledger(rows: list[Row], picture: Path, _) -> str:
+    jobs = _groups([row for row in rows if row.unit == "ms"], lambda row: row.job)
+    summary, panels, every, phases, problems = [], [], [], [], []
+    for found in jobs:
+        name, of = found[0].job, f"{found[0].shape}, {found[0].dtype}"
+        sides = {"rival": best(found, False), "ours": best(found, True)}
+        rival, ours = sides.values()
+        least = next((row.details["least"] for row in (rival, ours) if row), {})
+        cells = []
+        for row in sides.values():
             cells += [row and f"{row.variant}: {significant(row.median, 4)}", row and row.details["kernels"]]
         gain = ours and rival and f"{100 * (1 - ours.median / rival.median):.1f}%"
-        summary.append((*cells, gain, least and significant(sum(least.values()), 4)))
+        summary.append((name, of, *cells, gain, least and significant(sum(least.values()), 4)))
         bars = [
             Bar(f"{what}: {row.variant}", row.details["milliseconds"], text=f"{row.details['kernels']:,} kernels")
-            for what, row in (("rival", rival), ("ours", ours))
+            for what, row in sides.items()
             if row
         ]
         if bars:
-            bars += [Bar("minimum", least)] if least else []
-            panels.append(Panel(f"{name}: {of}", "milliseconds", bars, _KIND_COLOURS))
+            panels.append(Panel(f"{name}: {of}", "milliseconds", [*bars, Bar("minimum", least)]))
         for row in found:
-            d = row.details
-            if row.median is None:
-                every.append((name, row.variant, *[""] * (4 + len(KINDS)), row.note))
-                continue
-            split = [significant(d["milliseconds"][kind]) for kind in KINDS]
-            numbers = d["kernels"], significant(d["gigabytes"], 4), significant(row.median, 4)
-            every.append((name, row.variant, *numbers, significant(d["above_products"]), *split, row.note))
-            for phase, of_phase in d["phases"].items() if len(d["phases"]) > 1 else ():
-                floor = significant(sum(of_phase["milliseconds"].values()), 4)
-                phases.append(
-                    (name, row.variant, phase, of_phase["kernels"], significant(of_phase["gigabytes"], 4), floor)
-                )
-            times = {text: f" ({n} times)" * (n > 1) for text, n in d["problems"].items()}
-            problems += [f"- {name}, {row.variant}: {text}{n}\n" for text, n in times.items()]
+            d, numbers = row.details, [""] * (4 + len(KINDS))
+            if row.median is not None:
+                numbers = [d["kernels"], significant(d["gigabytes"], 4), significant(row.median, 4)]
+                numbers += map(significant, (d["above_products"], *map(d["milliseconds"].get, KINDS)))
+            every.append((name, row.variant, *numbers, row.note))
+            for phase, p in d.get("phases", {}).items() if len(d.get("phases", {})) > 1 else ():
+                floor = significant(sum(p["milliseconds"].values()), 4)
+                phases.append((name, row.variant, phase, p["kernels"], significant(p["gigabytes"], 4), floor))
+            for text, n in d.get("problems", {}).items():
+                problems.append(f"- {name}, {row.variant}: {text}{f' ({n} times)' * (n > 1)}\n")
     picture_line = f"![ledger]({picture.name})\n\n" if panels and draw(panels, picture, FLOORS) else ""
     nothing = (
         "No graph break, no second compilation, no wait of the host, no tensor on the CPU in a graph, and no operator "
@@ -268,31 +244,37 @@ def _own_products(rows: list[Row]) -> str:
     return markdown_table((*columns, "with both, us", "model", "break-even", "outcome"), cells)
 
 
+_SECTIONS = {
+    "sampling": _ladders,
+    "training": _ladders,
+    "turns": _turns,
+    "ops": _operations,
+    "data": lambda rows, *_: f"## Loading\n\n{loading(rows)}",
+    "ledger": _ledger,
+}
+"""Of files: section(rows, picture, header)."""
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """A bar of stacked parts; spread: ends of a line on it; text: behind the sum."""
 
     label: str
     parts: dict[str, float]
-    spread: tuple[float, float] | None = None
+    spread: tuple[float, float] = (0.0, 0.0)
     text: str = ""
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     title: str
     unit: str
     bars: list[Bar]
-    colours: dict[str, str]
-    """Of the parts."""
 
 
 def _panel(rows: Sequence[Row]) -> Panel:
     """Of a ladder."""
-    colours = {"plain": _GREY, "plain, torch.compile": _ORANGE, "ours": _RED, "ours, FP8": _BLUE}
     bars = []
     for row in rows:
         label = f"{row.variant} ({row.dtype})"
@@ -301,9 +283,9 @@ def _panel(rows: Sequence[Row]) -> Panel:
             continue
         part = "ours, FP8" if row.dtype == "fp8" else "ours" if row.variant.startswith("ours") else row.variant
         text = f"{row.details['mfu']:.0%} of the GEMM ceiling"
-        bars.append(Bar(label, {part if part in colours else "plain": row.median}, (row.p20, row.p80), text))
+        bars.append(Bar(label, {part if part in _COLOURS else "plain": row.median}, (row.p20, row.p80), text))
     unit = f"{rows[0].unit}, {UNITS[rows[0].unit]} is better; the line is the 20th to the 80th percentile"
-    return Panel(f"{rows[0].job}: {rows[0].shape}", unit, bars, colours)
+    return Panel(f"{rows[0].job}: {rows[0].shape}", unit, bars)
 
 
 def draw(panels: list[Panel], path: Path, title: str) -> bool:
@@ -319,24 +301,24 @@ def draw(panels: list[Panel], path: Path, title: str) -> bool:
     figure.suptitle(title, fontsize=11, wrap=True)
     places = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, panel in zip(places, panels, strict=True):
-        most = max(max(sum(bar.parts.values()), *(bar.spread or (0,))) for bar in panel.bars)
+        most = max(max(sum(bar.parts.values()), *bar.spread) for bar in panel.bars)
         for place, bar in enumerate(panel.bars):
             end = 0.0
             for name, value in bar.parts.items():
-                axes.barh(place, value, left=end, color=panel.colours[name], height=0.72)
+                axes.barh(place, value, left=end, color=_COLOURS[name], height=0.72)
                 end += value
-            if bar.spread:
+            if any(bar.spread):
                 axes.plot(bar.spread, (place, place), color="black", linewidth=1)
             number = f"{significant(end, 4)}   " if end else ""
-            axes.text(max(end, *(bar.spread or (0,))) + 0.008 * most, place, number + bar.text, va="center", fontsize=9)
+            axes.text(max(end, *bar.spread) + 0.008 * most, place, number + bar.text, va="center", fontsize=9)
         axes.set_yticks(range(len(panel.bars)), [bar.label for bar in panel.bars], fontsize=9)
         axes.set_ylim(len(panel.bars) - 0.5, -0.5)
         axes.set_xlim(0, 1.35 * most)
         axes.set_xlabel(panel.unit, fontsize=8)
         axes.set_title(panel.title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    colours = {name: colour for panel in panels for name, colour in panel.colours.items()}
-    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    drawn = {name for panel in panels for bar in panel.bars for name in bar.parts}
+    handles = [Patch(color=colour, label=name) for name, colour in _COLOURS.items() if name in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png")

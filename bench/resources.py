@@ -28,12 +28,14 @@ _MATRIX_INSTRUCTIONS = {"wgmma": r"\bHGMMA\b|\bQGMMA\b|\bIGMMA\b", "mma": r"\b[H
 
 
 @dataclass(frozen=True)
-class Row:
+class Usage:
+    """Of one kernel on one architecture."""
+
     kernel: str
     arch: int
     shape: str
     dtype: str
-    num_warps: str
+    warps: str
     registers: int
     spills: int
     shared: int
@@ -47,53 +49,45 @@ class Row:
     @property
     def cells(self) -> tuple:
         cost = (self.registers, self.spills, self.shared, self.matrix, f"{self.wide}/{self.accesses}", self.tma)
-        return (self.kernel, f"sm_{self.arch}", self.shape, self.dtype, self.num_warps, *cost)
+        return (self.kernel, f"sm_{self.arch}", self.shape, self.dtype, self.warps, *cost)
 
     def failure(self) -> str | None:
-        if self.arch != 90:
-            return None
         name = f"{self.kernel} ({self.shape}, {self.dtype})"
-        if self.spills:
+        if self.arch == 90 and self.spills:
             return f"{name} spills on sm_90: {self.spills} accesses to local memory"
-        if self.gemm and "wgmma" not in self.matrix:
+        if self.arch == 90 and self.gemm and "wgmma" not in self.matrix:
             return f"{name} has no wgmma on sm_90, found: {self.matrix}"
-        if self.vectorized and not (self.wide or self.tma):
+        if self.arch == 90 and self.vectorized and not (self.wide or self.tma):
             return f"{name} has no 16-byte access to global memory among its {self.accesses}, and no TMA"
         return None
 
 
 def main() -> int:
+    known = [80, 90, 100]
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--arch",
-        type=int,
-        nargs="+",
-        default=[80, 90, 100],
-        choices=[80, 90, 100],
-        help="compute capabilities, e.g. 90 for sm_90",
-    )
-    parser.add_argument(
-        "--every", type=int, default=1, help="of the other architectures than sm_90 every n-th case alone"
-    )
+    parser.add_argument("--arch", type=int, nargs="+", default=known, choices=known, help="e.g. 90 for sm_90")
+    parser.add_argument("--every", type=int, default=1, help="of other architectures than sm_90 every n-th case alone")
     parser.add_argument("--op", nargs="+", help="only these operations' Triton kernels, e.g. attention")
-    arguments = parser.parse_args()
-    archs = arguments.arch
+    options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compiler
     if str(_ROOT / "kernels") not in sys.path:
         sys.path.append(str(_ROOT / "kernels"))
 
-    cases = [case for module in _kernel_modules(arguments.op) for case in module.aot_cases()]
+    cases = [case for module in _kernel_modules(options.op) for case in module.aot_cases()]
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         futures = [
             pool.submit(_compile, case, arch)
             for i, case in enumerate(cases)
-            for arch in archs
-            if arch in case.archs and (arch == 90 or i % arguments.every == 0)
+            for arch in options.arch
+            if arch in case.archs and (arch == 90 or i % options.every == 0)
         ]
         rows = [future.result() for future in futures]
-    if arguments.op is None:
-        rows += [row for row in _extension_rows() if row.arch in archs]
-    _print(rows)
+    if options.op is None:
+        rows += [row for row in _of_extension() if row.arch in options.arch]
+    table = [COLUMNS, *(row.cells for row in rows)]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     failures = [failure for row in rows if (failure := row.failure())]
     for failure in failures:
         print(f"FAIL {failure}")
@@ -110,7 +104,7 @@ def _kernel_modules(names: list[str] | None) -> list:
     return [module for module in modules if hasattr(module, "aot_cases")]
 
 
-def _compile(case, arch: int) -> Row:
+def _compile(case, arch: int) -> Usage:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -121,106 +115,63 @@ def _compile(case, arch: int) -> Row:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Row(
-        kernel=case.kernel.__name__,
-        arch=arch,
-        shape=case.shape,
-        dtype=case.dtype,
-        num_warps=str(case.num_warps),
-        gemm=case.gemm,
-        vectorized=case.vectorized,
-        **usage_of(compiled),
-    )
+    what = (case.kernel.__name__, arch, case.shape, case.dtype, str(case.num_warps))
+    return Usage(*what, gemm=case.gemm, vectorized=case.vectorized, **usage_of(compiled))
 
 
 def usage_of(compiled) -> dict:
-    """What a row says of a kernel that Triton has compiled."""
+    """What a `Usage` says of a kernel that Triton has compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        (usage,) = _usage(cubin.name)
-        sass = _tool("nvdisasm", cubin.name)
-    return {"registers": usage["REG"], "shared": compiled.metadata.shared, **_instructions(sass)}
+        (usage,) = _usages(cubin.name).values()
+    return usage | {"shared": compiled.metadata.shared}
 
 
-def _extension_rows() -> list[Row]:
+def _of_extension() -> list[Usage]:
     libraries = list((_ROOT / "epg_fast" / "ops").glob("_extension*.so"))
-    if not libraries:
-        print("the extension is not built here: no CUDA kernels to report")
-        return []
-    if not _tool("cuobjdump", "-res-usage", str(libraries[0])):
-        print("the extension was built for the CPU alone: no CUDA kernels to report")
-        return []
-    rows = []
-    sass_by_kernel = _sass_by_kernel(_tool("cuobjdump", "-sass", str(libraries[0])))
-    for usage in _usage(str(libraries[0])):
-        sass = sass_by_kernel[usage["arch"], usage["name"]]
-        rows.append(
-            Row(
-                kernel=_readable(usage["name"]),
-                arch=usage["arch"],
-                shape=_template_arguments(usage["name"]),
-                dtype="-",
-                num_warps="-",
-                registers=usage["REG"],
-                shared=usage["SHARED"],
-                **_instructions(sass),
-                gemm="13device_kernelI" in usage["name"],  # CUTLASS's, whose kernels are matrix products
-            )
-        )
-    return rows
+    usages = _usages(str(libraries[0])) if libraries else {}
+    if not usages:
+        how = "built for the CPU alone" if libraries else "not built here"
+        print(f"the extension is {how}: no CUDA kernels to report")
+    # "device_kernel" is CUTLASS's, whose kernels are matrix products.
+    return [
+        Usage(_readable(name), arch, _template_arguments(name), "-", "-", gemm="13device_kernelI" in name, **usage)
+        for (name, arch), usage in usages.items()
+    ]
 
 
-def _tool(name: str, *arguments: str) -> str:
+def _usages(path: str) -> dict[tuple[str, int], dict]:
+    """(mangled name, architecture) -> what it takes, of each kernel in a cubin, or in a library that holds cubins."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
-    # a library built for the CPU alone
-    if done.returncode != 0 and "does not contain device code" in done.stdout + done.stderr:
-        return ""
-    if done.returncode != 0:
-        raise RuntimeError(f"{name} {' '.join(arguments)} failed: {done.stderr.strip()}")
-    return done.stdout + done.stderr
-
-
-def _usage(path: str) -> list[dict]:
-    """Registers and memory of each kernel in a cubin, or in a library that holds cubins."""
-    usages, arch = [], 0
-    for line in _tool("cuobjdump", "-res-usage", path).splitlines():
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=False)
+    if done.returncode:
+        if "does not contain device code" in done.stdout + done.stderr:
+            return {}
+        raise RuntimeError(f"cuobjdump {path} failed: {done.stderr.strip()}")
+    numbers, listings, arch, name = {}, {}, 0, ""
+    for line in done.stdout.splitlines():
         if match := re.search(r"arch = sm_(\d+)", line):
             arch = int(match[1])
-        elif match := re.search(r"Function (\S+):", line):
-            usages.append({"name": match[1], "arch": arch})
-        elif "REG:" in line:
-            usages[-1] |= {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-    return usages
-
-
-def _sass_by_kernel(dump: str) -> dict[tuple[int, str], str]:
-    listings, arch, name = {}, 0, None
-    for line in dump.splitlines():
-        if match := re.search(r"arch = sm_(\d+)", line):
-            arch = int(match[1])
-        elif match := re.search(r"Function : (\S+)", line):
+        elif match := re.search(r"Function (?:: )?(\w+)", line):
             name = match[1]
-            listings[arch, name] = []
-        elif name is not None and "/*" in line:
-            listings[arch, name].append(line)
-    return {key: "\n".join(lines) for key, lines in listings.items()}
+        elif "REG:" in line:
+            found = dict(re.findall(r"\b(REG|SHARED):(\d+)", line))
+            numbers[name, arch] = {"registers": int(found["REG"]), "shared": int(found["SHARED"])}
+        elif "/*" in line:
+            listings.setdefault((name, arch), []).append(line)
+    return {key: usage | _instructions("\n".join(listings[key])) for key, usage in numbers.items()}
 
 
 def _readable(mangled: str) -> str:
     """The last `x_kernel` in the name: the kernel, or the type that CUTLASS's `device_kernel` is made for.
 
-    A mangled name holds identifiers behind their lengths, and numbers that are none: of substitutions and of literals.
+    Identifiers stand behind their lengths, and in none of ours a letter stands behind a digit.
     """
-    names, position = [], 0
-    while number := re.compile(r"S[0-9A-Z]*_|T[0-9]*_|L[a-z]n?\d+E|(\d+)").search(mangled, position):
-        position = number.end() + int(number[1] or 0)
-        names.append(mangled[number.end() : position])
-    kernels = [name for name in names if re.fullmatch(r"[a-z]\w*_kernel", name)]
-    return kernels[-1] if kernels else mangled
+    match = re.match(r".*\d([a-z]\w*_kernel)", mangled)
+    return match[1] if match else mangled
 
 
 def _template_arguments(mangled: str) -> str:
@@ -240,13 +191,6 @@ def _instructions(sass: str) -> dict:
         "accesses": len(accesses),
         "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
     }
-
-
-def _print(rows: list[Row]) -> None:
-    table = [COLUMNS, *(row.cells for row in rows)]
-    widths = [max(len(str(line[i])) for line in table) for i in range(len(COLUMNS))]
-    for line in table:
-        print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ A row is known by job, variant, shape, dtype and unit; the rest is what was meas
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from epg_fast.files import write_atomically
-from epg_fast.plans.plan import processor
+from epg_fast.plans.plan import package_version, processor
 
 SCHEMA = "epg_fast.bench/1"
 UNITS = {"images/s": "more", "us": "less", "ms": "less", "kernels": "less"}
@@ -65,7 +65,7 @@ class Row:
     note: str = ""
 
     def __post_init__(self):
-        name = f"row {self.job}, {self.variant}, {self.shape}"
+        name = f"row {self.name}"
         if self.unit not in UNITS:
             raise ValueError(f"{name}: got unit {self.unit!r}, wanted one of {', '.join(UNITS)}")
         numbers = (self.p20, self.median, self.p80)
@@ -83,8 +83,16 @@ class Row:
         return self.job, self.variant, self.shape, self.dtype, self.unit
 
     @property
+    def name(self) -> str:
+        return ", ".join(self.identity[:-1])
+
+    @property
     def value(self) -> str:
         return f"not measured: {self.note}" if self.median is None else f"{significant(self.median, 4)} {self.unit}"
+
+    @property
+    def spread(self) -> str:
+        return f"{significant(self.p20)} to {significant(self.p80)}"
 
 
 class Results:
@@ -111,7 +119,7 @@ class Results:
     def add(self, row: Row) -> None:
         """Append a row and write. Raises ValueError for a second row of the same identity."""
         if any(row.identity == other.identity for other in self.rows):
-            raise ValueError(f"{self.path}: got a second row of {', '.join(row.identity)}, wanted one")
+            raise ValueError(f"{self.path}: got a second row of {row.name}, {row.unit}, wanted one")
         self.rows.append(row)
         lines = [_json({k: v for k, v in asdict(row).items() if v not in ("", {}, None)}) for row in self.rows]
         head = f'{{"schema": {_json(SCHEMA)},\n"header": {_json(self.header)},\n"rows": [\n'
@@ -133,12 +141,23 @@ def read(path: str | os.PathLike) -> tuple[dict, list[Row]]:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path}: got schema {content.get('schema')!r}, wanted {SCHEMA!r}")
     header, rows = content.get("header"), content.get("rows")
-    if not isinstance(header, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(header, dict) or not isinstance(rows, list):
         raise ValueError(f"{path}: wanted a header and a list of rows")
     try:
         return header, [Row(**row) for row in rows]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {str(error).replace('Row.__init__()', 'a row')}") from None
+
+
+def read_folder(folder: Path) -> dict[str, tuple[dict, list[Row]]]:
+    """Name -> (header, rows) of the files of results in a folder, whose other JSON files are left alone.
+
+    Raises ValueError as `read` does, and for a folder without any.
+    """
+    found = {path.stem: read(path) for path in sorted(folder.glob("*.json")) if "schema" in read_json(path)}
+    if not found:
+        raise ValueError(f"{folder}: holds no results; python -m bench --output {folder} makes some")
+    return found
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -162,10 +181,6 @@ def header() -> dict[str, str | int]:
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         query = ("nvidia-smi", f"--id={uuid}", "--query-gpu=power.limit,driver_version", "--format=csv,noheader")
         power_limit, _, driver = _output(*query).partition(", ")
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
     return {
         "device": gpu or processor(),
         "gpu": gpu or "none",
@@ -173,7 +188,7 @@ def header() -> dict[str, str | int]:
         "driver": driver or "none",
         "cuda": torch.version.cuda or "none",
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": package_version("triton") or "none",
         "python": sys.version.split()[0],
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -203,7 +218,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
     cells = [["" if cell is None else str(cell).replace("|", "\\|") for cell in row] for row in rows]
     table = [column for column in zip(columns, *cells, strict=True) if any(column[1:]) or not cells]
     widths = [max(3, *map(len, column)) for column in table]
-    right = [all(map(_is_number, column[1:])) for column in table]
+    right = [all(re.fullmatch(r"([-+]?[\d.,]+(e-?\d+)?)?[%x]?", cell) for cell in column[1:]) for column in table]
 
     def aligned(row):
         pairs = zip(row, widths, right, strict=True)
@@ -214,12 +229,9 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
     return "\n".join(map(aligned, [names, rule, *lines])) + "\n"
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell.replace(",", "").rstrip("%x") or 0)
-    except ValueError:
-        return False
-    return True
+def speed_up(row: Row, base: Row) -> float:
+    """How many times as fast as `base` a row of the same unit is."""
+    return row.median / base.median if UNITS[row.unit] == "more" else base.median / row.median
 
 
 def significant(value: float | None, digits: int = 3) -> str:

@@ -18,6 +18,7 @@ from bench.plain import PlainGenerator, Sampler, from_config
 from epg_fast import SamplingEngine
 from epg_fast.models import EPGViT, create_model, preset_config
 from epg_fast.sampling import image_error
+from epg_fast.tuning.workloads import lively
 
 GUIDANCE, INTERVAL = 2.5, (0.19, 1.61)
 
@@ -37,22 +38,6 @@ VARIANTS = (
     Variant("ours, network, CUDA graphs", "bf16", _GRAPHS | {"compile": "network"}),  # compiles for minutes
 )
 ONE_STEP = tuple(variant for variant in VARIANTS if "steps" not in variant.options.get("ops", ""))
-
-
-@torch.no_grad()
-def lively(network: EPGViT) -> EPGViT:
-    """Give a fresh network an output, a condition that matters and gates that are open, in place.
-
-    Fresh ones are zero (SPEC 3), and nothing of a network's error would reach the image. Pixels end up with a standard
-    deviation of about 0.5 in the network's range.
-    """
-    width = network.out.in_features
-    torch.nn.init.normal_(network.out.weight, std=0.5 / math.sqrt(width))
-    torch.nn.init.normal_(network.class_embed.weight, std=0.5)
-    for block in network.decoder_blocks:
-        projection = block.adaLN_modulation[-1]
-        torch.nn.init.normal_(projection.weight, std=0.5 / math.sqrt(projection.in_features))
-    return network
 
 
 class Sampling(Ladder):

@@ -19,7 +19,6 @@ from bench import measure, plain, roofline
 from bench.ladder import Ladder, NotHere, Ready, Variant, chosen, default_device
 from bench.plain import PlainEncoder, PlainGenerator, from_config
 from bench.roofline import STAGES
-from bench.sample import lively
 from epg_fast import config as configs
 from epg_fast import training
 from epg_fast.config import RunConfig
@@ -27,13 +26,11 @@ from epg_fast.diffusion import consistency_r, consistency_stage, curriculum_scal
 from epg_fast.distributed import Ranks
 from epg_fast.models import encoder_from_config, generator_from_config, preset_config
 from epg_fast.models.fp8 import require_fp8, use_fp8
-from epg_fast.ops import extension_status
-from epg_fast.ops.extension import extension_has_cuda, gpus_without_code
 from epg_fast.training.draws import Draws
 from epg_fast.training.gradients import compile_stage
 from epg_fast.training.loop import train_step
 from epg_fast.training.state import RunState
-from epg_fast.tuning.workloads import NoImages
+from epg_fast.tuning.workloads import NoImages, lively
 
 _EAGER = {"optimizer": "torch", "compile": "off", "ops": "plain"}
 _BLOCKS = _EAGER | {"compile": "blocks"}
@@ -113,19 +110,12 @@ class Training(Ladder):
             return PlainTraining(self.problem, _DTYPES[variant.dtype], compiled=options["plain"] == "network")
         if not cuda and (options.get("ops") == "triton" or {"cuda_graphs", "fp8"} & set(options)):
             raise NotHere("needs a CUDA device")
-        if "fp8" in options:
-            try:
+        try:
+            if "fp8" in options:
                 require_fp8(self.device)
-            except ValueError as reason:
-                raise NotHere(str(reason)) from None
-        if options.get("optimizer") == "fused":
-            available, reason = extension_status()
-            if available and cuda:
-                reason = "built without CUDA" if not extension_has_cuda() else "; ".join(gpus_without_code())
-                available = not reason
-            if not available:
-                raise NotHere(f"the extension is {reason}")
-        made = OurTraining(self.problem, **({"precision": "fp32"} if variant.dtype == "fp32" else {}), **options)
+            made = OurTraining(self.problem, **({"precision": "fp32"} if variant.dtype == "fp32" else {}), **options)
+        except ValueError as reason:  # what this machine lacks
+            raise NotHere(str(reason)) from None
         if options.get("ops") == "auto" and made.state.stage.chosen.plan is None:
             raise NotHere(made.state.stage.chosen.why)
         return made

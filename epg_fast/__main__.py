@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     job = _JOBS[name]
     try:
         _set_up_logging()
-        job.run(*([rest] if job.configs is None else parse(job.configs, rest, name, job.summary)))
+        job(name, rest)
         return 0
     except distributed.Interrupted as stop:
         return _fail(stop.code, str(stop))
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(config: configs.RunConfig, options: configs.DryRunConfig, stage: str) -> None:
     from epg_fast import training
+    from epg_fast.training.loop import check_command
 
     stage_class = getattr(training, stage)
     if options.dry_run:
@@ -72,23 +73,31 @@ def _train(config: configs.RunConfig, options: configs.DryRunConfig, stage: str)
         if distributed.is_main():
             print(text)
         return
-    if _plan_is_wanted(config):  # before anything is on the GPU
-        from epg_fast.training.loop import check_command
-        from epg_fast.tuning import ensure_plan
-
-        check_command(config)
-        ensure_plan(config, stage_class)
+    _tune_if_asked(config, stage_class, check_command)
     training.train(config, stage_class)
 
 
 def _sample(config: configs.SampleConfig) -> None:
     from epg_fast.sampling.command import check_command, run
 
-    if _plan_is_wanted(config):
+    _tune_if_asked(config, None, check_command)
+    run(config)
+
+
+def _tune_if_asked(config: configs.RunConfig | configs.SampleConfig, stage: type | None, check: Callable) -> None:
+    """Make the plan of `--ops tune`, before anything is on the GPU, for a command that `check` does not refuse."""
+    from epg_fast.plans import parse_ops
+
+    if parse_ops(config.ops).base == "tune":
         from epg_fast.tuning import ensure_plan
 
-        check_command(config)
-        ensure_plan(config, None)
+        check(config)
+        ensure_plan(config, stage)
+
+
+def _app(config: configs.AppConfig) -> None:
+    from epg_fast.app import run
+
     run(config)
 
 
@@ -98,23 +107,9 @@ def _sweep(config: configs.SweepConfig) -> None:
     run(config)
 
 
-def _app(config: configs.AppConfig) -> None:
-    from epg_fast.app import run
-
-    _require(config, "checkpoint")
-    run(config)
-
-
-def _plan_is_wanted(config: configs.RunConfig | configs.SampleConfig) -> bool:
-    from epg_fast.plans import parse_ops
-
-    return parse_ops(config.ops).base == "tune"
-
-
 def _prepare_data(config: configs.PrepareDataConfig) -> None:
     from epg_fast.data import prepare_digits, prepare_folder, prepare_shards, verify_shards
 
-    _require(config, "outdir")
     if config.verify:
         print(f"{verify_shards(config.outdir)} shards in {config.outdir} are as they were written")
         return
@@ -126,15 +121,17 @@ def _prepare_data(config: configs.PrepareDataConfig) -> None:
         prepare_folder(config.source, config.outdir, config.image_size, config.workers, config.max_bad_fraction)
     else:
         names = ("workers", "images_per_shard", "format", "quality", "seed", "max_bad_fraction")
-        prepare_shards(
-            config.source, config.outdir, config.image_size, **{name: getattr(config, name) for name in names}
-        )
+        options = {name: getattr(config, name) for name in names}
+        prepare_shards(config.source, config.outdir, config.image_size, **options)
 
 
 def _tune(argv: list[str]) -> None:
-    """argv: the flags of TuneConfig among those of the job to tune."""
+    """Measure on this device what computes a job fastest, and keep it as a plan that the job then takes.
+
+    argv: the flags of TuneConfig among those of the job to tune.
+    """
     if {"-h", "--help"} & {*argv}:
-        parse([configs.TuneConfig], ["--help"], "tune", _JOBS["tune"].summary)
+        parse([configs.TuneConfig], ["--help"], "tune")
     options, rest = parse_known(configs.TuneConfig, argv)
     if options.job == "sample":
         stage, kind = None, configs.TunedSampleConfig
@@ -160,7 +157,6 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
 def _export(config: configs.ExportConfig) -> None:
     from epg_fast.models import export
 
-    _require(config, "checkpoint", "output")
     for path in export(config.checkpoint, config.output, config.format):
         print(path)
 
@@ -168,73 +164,58 @@ def _export(config: configs.ExportConfig) -> None:
 def _reconstruct_ema(config: configs.ReconstructEmaConfig) -> None:
     from epg_fast.training.reconstruct import reconstruct_file
 
-    _require(config, "run", "sigma_rel", "output")
     print(reconstruct_file(config.run, config.output, config.sigma_rel, config.step, config.max_residual))
 
 
 def _env() -> None:
+    """Versions, devices, extension: paste this into bug reports."""
     from epg_fast.environment import report
 
     print(report())
 
 
-def _require(config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) in ("", None):
-            raise ValueError(f"{name} is missing; say it with --{name}")
-
-
 class _Job(NamedTuple):
-    summary: str
     run: Callable
     configs: tuple[type, ...] | None
     """What `run` takes; None: the words of the command line."""
+    required: tuple[str, ...] = ()
+    """Flags without which nothing can be done."""
     after_interruption: str = ""
 
+    @property
+    def summary(self) -> str:
+        """The first sentence on what it does."""
+        return (self.configs[0] if self.configs else self.run).__doc__.splitlines()[0].rstrip(".")
 
-def _training(summary: str, stage: str, config: type) -> _Job:
+    def __call__(self, name: str, words: list[str]) -> None:
+        """Do it. Raises ValueError for words that are not understood."""
+        if self.configs is None:
+            return self.run(words)
+        found = parse(self.configs, words, name)
+        for flag in self.required:
+            if getattr(found[0], flag) in ("", None):
+                raise ValueError(f"{flag} is missing; say it with --{flag}")
+        return self.run(*found)
+
+
+def _training(stage: str, config: type) -> _Job:
     again = "; the same command resumes from the last checkpoint"
-    return _Job(summary, partial(_train, stage=stage), (config, configs.DryRunConfig), again)
+    return _Job(partial(_train, stage=stage), (config, configs.DryRunConfig), after_interruption=again)
 
 
 _JOBS = {
-    "prepare-data": _Job(
-        "write centre crops of your images as tar shards or class folders, or the embedded digits",
-        _prepare_data,
-        (configs.PrepareDataConfig,),
-    ),
-    "pretrain": _training(
-        "stage 1: self-supervised pre-training of the encoder", "PretrainStage", configs.PretrainConfig
-    ),
-    "finetune-diffusion": _training(
-        "stage 2a: diffusion fine-tuning of encoder and decoder", "DiffusionStage", configs.DiffusionConfig
-    ),
-    "finetune-consistency": _training(
-        "stage 2b: consistency fine-tuning for one-step generation", "ConsistencyStage", configs.ConsistencyConfig
-    ),
-    "sample": _Job("draw images from a trained model", _sample, (configs.SampleConfig,)),
-    "app": _Job("play with a trained model in the browser: images and trajectories", _app, (configs.AppConfig,)),
-    "sweep": _Job(
-        "search the guidance, interval, EMA width and steps whose images are judged best",
-        _sweep,
-        (configs.SweepConfig,),
-    ),
-    "tune": _Job(
-        "measure on this device what computes a job fastest, and keep it as a plan that the job then takes",
-        _tune,
-        None,
-        "; the same command goes on with what is measured",
-    ),
-    "evaluate": _Job("judge samples against real images, or probe an encoder", _evaluate, (configs.EvaluateConfig,)),
-    "export": _Job(
-        "write weights as safetensors, official .pth files or a pipeline of diffusers", _export, (configs.ExportConfig,)
-    ),
-    "reconstruct-ema": _Job(
-        "write EMA weights of any length, from the snapshots of a run",
-        _reconstruct_ema,
-        (configs.ReconstructEmaConfig,),
-    ),
-    "env": _Job("versions, devices, extension: paste this into bug reports", _env, ()),
+    "prepare-data": _Job(_prepare_data, (configs.PrepareDataConfig,), ("outdir",)),
+    "pretrain": _training("PretrainStage", configs.PretrainConfig),
+    "finetune-diffusion": _training("DiffusionStage", configs.DiffusionConfig),
+    "finetune-consistency": _training("ConsistencyStage", configs.ConsistencyConfig),
+    "sample": _Job(_sample, (configs.SampleConfig,)),
+    "app": _Job(_app, (configs.AppConfig,), ("checkpoint",)),
+    "sweep": _Job(_sweep, (configs.SweepConfig,)),
+    "tune": _Job(_tune, None, after_interruption="; the same command goes on with what is measured"),
+    "evaluate": _Job(_evaluate, (configs.EvaluateConfig,)),
+    "export": _Job(_export, (configs.ExportConfig,), ("checkpoint", "output")),
+    "reconstruct-ema": _Job(_reconstruct_ema, (configs.ReconstructEmaConfig,), ("run", "sigma_rel", "output")),
+    "env": _Job(_env, ()),
 }
 
 

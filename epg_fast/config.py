@@ -20,35 +20,46 @@ GUIDANCE_INTERVAL = (0.19, 1.61)
 """Unshifted sigmas between which guidance acts in the released sampler (low excluded, high included)."""
 
 
-def number(default, least=-math.inf, most=math.inf, *, above=-math.inf, finite=True, ordered=False):
-    """A field whose number, or each of whose numbers, is within these bounds. None passes.
+SIGMA_REL = {"above": 0, "below": 12**-0.5}
+"""Limits of a relative width of power-function EMA; 12^-1/2 is that of the uniform average, with gamma = 0."""
 
-    above: it is larger than this. finite: infinity is none. ordered: a pair is (low, high).
+
+def number(default, least=-math.inf, most=math.inf, **limits):
+    """A field whose number, or each of whose numbers, is within limits, those of `check_number`. None passes."""
+    return field(default=default, metadata={"least": least, "most": most, **limits})
+
+
+def check_number(name: str, value, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, **rules: bool):
+    """Raise ValueError unless a number, or each of several, is finite, from `least` to `most`, `above` and `below`.
+
+    rules: "infinite": it may be infinity. "ordered": a pair is (low, high). "differ": there are some, and no two equal.
+    Whatever is no number passes.
     """
-    limits = {"least": least, "most": most, "above": above, "finite": finite, "ordered": ordered}
-    return field(default=default, metadata=limits)
+    numbers = [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int | float)]
+    inside = ((least <= n <= most and above < n < below) or (n == math.inf and "infinite" in rules) for n in numbers)
+    if not all(inside):
+        low = f"at least {least}" if least > -math.inf else f"more than {above}" if above > -math.inf else ""
+        high = f"at most {most}" if most < math.inf else f"less than {below:.4g}" if below < math.inf else ""
+        wanted = " and ".join(filter(None, (low, high))) or "a finite number"
+        wanted = f"{least} to {most}" if -math.inf < least and most < math.inf else wanted
+        raise ValueError(f"{name} is {value}, want {wanted}")
+    if "ordered" in rules and value[0] > value[1]:
+        raise ValueError(f"{name} is {value}, want low <= high")
+    if "differ" in rules and value is not None and len(set(numbers)) < max(len(value), 1):
+        raise ValueError(f"{name} is {value}, want numbers that differ")
 
 
 class _Checked:
-    """A configuration whose numbers are checked when it is made. Raises ValueError."""
+    """A configuration that is checked when it is made: its numbers, and what `_check` of a class says beside.
+
+    Raises ValueError.
+    """
 
     def __post_init__(self):
         for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata or number(None).metadata
-            numbers = [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int | float)]
-            inside = all(limits["least"] <= n <= limits["most"] and n > limits["above"] for n in numbers)
-            if not inside or (limits["finite"] and not all(map(math.isfinite, numbers))):
-                raise ValueError(f"{f.name} is {value}, want {_described(**limits)}")
-            if limits["ordered"] and not value[0] <= value[1]:
-                raise ValueError(f"{f.name} is {value}, want low <= high")
-
-
-def _described(least: float, most: float, above: float, **_) -> str:
-    if above > -math.inf:
-        return "a positive number" if most == math.inf else f"more than {above} and at most {most}"
-    if least == -math.inf:
-        return "a finite number"
-    return f"at least {least}" if most == math.inf else f"{least} to {most}"
+            check_number(f.name, getattr(self, f.name), **f.metadata)
+        for kind in reversed(type(self).__mro__):
+            vars(kind).get("_check", lambda _: None)(self)
 
 
 def check_sampler(sampler: str, steps: int, **options: float) -> None:
@@ -69,10 +80,8 @@ def check_sampler(sampler: str, steps: int, **options: float) -> None:
 
 
 def check_sigma_rel(value: float) -> None:
-    """Raise ValueError for a relative width that no power-function average has."""
-    # 12^-1/2 is the width of the uniform average (gamma = 0).
-    if not 0 < value < 12**-0.5:
-        raise ValueError(f"sigma_rel is {value}, want more than 0 and less than {12**-0.5:.4f} (all steps alike)")
+    """Raise ValueError for a relative width that no power-function EMA has."""
+    check_number("sigma_rel", value, **SIGMA_REL)
 
 
 @dataclass
@@ -120,8 +129,7 @@ class ScheduleConfig(_Checked):
     sigma_data: float = number(0.5, above=0)
     """Standard deviation of the normalised pixels."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min}, want less than sigma_max ({self.sigma_max})")
 
@@ -173,7 +181,7 @@ class DataConfig(_Checked):
     """Pillow: decoding processes per rank, 0 decodes in the training process. DALI: CPU threads per rank."""
     readers: int = number(1, 0)
     """DALI: processes per rank that read files and draw parameters of views; 0 reads in the training process."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = number(0.01, 0, 1)
     """Training stops when more than this share of the files cannot be decoded."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmented views (pre-training only)."""
@@ -187,7 +195,7 @@ class OptimizerConfig(_Checked):
     """Who computes the update, with equal numbers up to rounding; `fused` is the C++/CUDA extension, in one pass."""
     lr: float = number(1e-4, 0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = number((0.9, 0.999), 0, below=1)
     """AdamW betas."""
     eps: float = number(1e-8, above=0)
     """AdamW epsilon."""
@@ -208,27 +216,15 @@ class OptimizerConfig(_Checked):
     clip_after: int = number(0, 0)
     """Clipping begins after this many steps."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}, want values in [0, 1)")
-
 
 @dataclass
 class PosthocEmaConfig(_Checked):
     """EMAs of the weights from which one of any length is made after training (`reconstruct-ema`)."""
 
-    sigma_rel: list[float] | None = None
+    sigma_rel: list[float] | None = number(None, differ=True, **SIGMA_REL)
     """Widths of power-function EMA to track, relative to the steps made; EDM2 has [0.05,0.10]; `null`: none."""
     every: int = number(10_000, 1)
     """Steps between their snapshots in posthoc_ema/ (2 bytes per weight and width); the last step has one, too."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for value in self.sigma_rel or ():
-            check_sigma_rel(value)
-        if self.sigma_rel is not None and len(set(self.sigma_rel)) < max(len(self.sigma_rel), 1):
-            raise ValueError(f"sigma_rel is {self.sigma_rel}, want widths that differ, or null for none")
 
 
 @dataclass
@@ -248,8 +244,7 @@ class PreviewConfig(_Checked):
     interval: tuple[float, float] = number(GUIDANCE_INTERVAL, ordered=True)
     """Unshifted sigma interval of the guidance (low excluded, high included)."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         check_sampler(self.sampler, self.steps)
 
 
@@ -300,11 +295,29 @@ class RunEvaluationConfig(JudgeConfig):
 
 
 @dataclass
-class _ComputeConfig(_Checked):
-    """How training and sampling compute."""
+class _DeviceConfig(_Checked):
+    """Where a network computes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU when there is one and says so."""
+
+
+@dataclass
+class _GeneratorConfig(_DeviceConfig):
+    """A trained model, and how its output is to be read."""
+
+    checkpoint: str = ""
+    """Run folder, .safetensors, official .pth (or its folder), or hub id."""
+    parameterization: Literal["auto", "x0", "edm"] = "auto"
+    """Meaning of the network's output; `auto` reads it from the checkpoint (official files: x0)."""
+    normalization: Literal["auto", "imagenet", "simple"] = "auto"
+    """Pixel scaling; `auto` reads it from the checkpoint (official files: imagenet)."""
+
+
+@dataclass
+class _ComputeConfig(_DeviceConfig):
+    """How training and sampling compute."""
+
     ops: str = "auto"
     """What computes: `auto` (the plan that `tune` has made for this job on this device, else plain PyTorch), `tune`
     (makes the plan first if there is none), `plain`, `triton` (every Triton kernel), `cuda` (the extension's products,
@@ -371,19 +384,11 @@ class RunConfig(_ComputeConfig):
     trackio: str | None = None
     """Trackio project to log to, a local database that `trackio show` opens (needs trackio)."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, wanted a multiple of checkpoint_every, {self.checkpoint_every}"
             )
-        self._check_engine()
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Whether what is done every so many steps, 0 for never, is done after `step` updates; at the last all is."""
-        return step > 0 and every > 0 and (step % every == 0 or step == self.steps)
-
-    def _check_engine(self):
         if self.cuda_graphs and self.compile != "network":
             raise ValueError(f"cuda_graphs: got compile {self.compile}, want network: add --compile network")
         if self.fp8 and self.precision != "bf16":
@@ -394,6 +399,10 @@ class RunConfig(_ComputeConfig):
         for name, wanted in refused.items():
             if wanted and self.parallelism == "fsdp":
                 raise ValueError(f"{name}: got parallelism fsdp, want ddp: sharded networks do not take it")
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, 0 for never, is done after `step` updates; at the last all is."""
+        return step > 0 and every > 0 and (step % every == 0 or step == self.steps)
 
 
 @dataclass
@@ -417,18 +426,15 @@ class ProbeConfig(_Checked):
     """Held-out images of the same classes."""
     num: tuple[int, int] = number((10_000, 2_000), 1)
     """At most so many images of `train` and of `test`, evenly over the classes; they stay in host memory."""
-    sigmas: list[float] = field(default_factory=lambda: [0.002, 2.0])
+    sigmas: list[float] = field(default_factory=lambda: [0.002, 2.0], metadata={"above": 0, "differ": True})
     """Unshifted noise levels."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         if self.every and not self.test:
             raise ValueError(
                 "test: got nothing, want held-out images with classes; add --probe.test FOLDER, or leave out "
                 "--probe.every"
             )
-        if not self.sigmas or min(self.sigmas) <= 0 or len(set(self.sigmas)) < len(self.sigmas):
-            raise ValueError(f"sigmas: got {self.sigmas}, want positive noise levels that differ")
 
 
 @dataclass
@@ -459,8 +465,7 @@ class PretrainConfig(RunConfig):
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     """Measurements of the features during training."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         if self.end_scales < self.start_scales:
             raise ValueError(f"end_scales is {self.end_scales}, want at least start_scales, {self.start_scales}")
         if self.offload_ema and not self.posthoc_ema.sigma_rel:
@@ -493,8 +498,7 @@ class FinetuneConfig(RunConfig):
     evaluate: RunEvaluationConfig = field(default_factory=RunEvaluationConfig)
     """Figures of samples during training."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         tracked = self.posthoc_ema.sigma_rel or []
         if untracked := [width for width in self.evaluate.sigma_rel or () if width not in tracked]:
             raise ValueError(
@@ -505,7 +509,7 @@ class FinetuneConfig(RunConfig):
 
 @dataclass
 class DiffusionConfig(FinetuneConfig):
-    """Stage 2a: diffusion fine-tuning."""
+    """Stage 2a: diffusion fine-tuning of encoder and decoder."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(clip_norm=0.5, clip_after=10_000))
     parameterization: Literal["x0", "edm"] = "x0"
@@ -561,19 +565,16 @@ class DryRunConfig(_Checked):
     utilization: float = number(0.6, most=1, above=0)
     """Dry run: share of the nominal peak to assume."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         given = [f.name for f in fields(self) if f.name != "dry_run" and getattr(self, f.name) != f.default]
         if given and not self.dry_run:
             raise ValueError(f"{given[0]} is for --dry_run; torchrun --nproc-per-node starts training on several GPUs")
 
 
 @dataclass
-class _DrawConfig(_ComputeConfig):
+class _DrawConfig(_ComputeConfig, _GeneratorConfig):
     """What drawing images needs, whatever the setting."""
 
-    checkpoint: str = ""
-    """Run folder, .safetensors, official .pth (or its folder), or hub id."""
     labels: str = "balanced"
     """`balanced`, `random`, class indices and names such as `3` or `0,1,goldfish` (at most `num`, repeated in turn), or
     `frequencies:PATH`, drawn as often as in the data whose manifest.json of prepare-data (or its folder) is PATH."""
@@ -583,10 +584,6 @@ class _DrawConfig(_ComputeConfig):
     """Sampler; `onestep` is for consistency models."""
     clamp: Literal["official", "data", "none"] = "official"
     """Clamp of the denoised estimate: [-1,1], the data's true range, or none."""
-    parameterization: Literal["auto", "x0", "edm"] = "auto"
-    """Meaning of the network's output; `auto` reads it from the checkpoint (official files: x0)."""
-    normalization: Literal["auto", "imagenet", "simple"] = "auto"
-    """Pixel scaling; `auto` reads it from the checkpoint (official files: imagenet)."""
     batch_size: int = number(64, 1)
     """Images per network call, on each GPU."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "fp32"
@@ -598,7 +595,7 @@ class _DrawConfig(_ComputeConfig):
     """edm_sde: amount of added noise."""
     s_min: float = number(0.0, 0)
     """edm_sde: lowest shifted sigma at which noise is added."""
-    s_max: float = number(math.inf, 0, finite=False)
+    s_max: float = number(math.inf, 0, infinite=True)
     """edm_sde: highest shifted sigma at which noise is added."""
     s_noise: float = number(1.0, 0)
     """edm_sde: scale of the added noise."""
@@ -633,34 +630,25 @@ class SampleConfig(_DrawConfig):
     png: bool = False
     """Write png/<class>/<index>.png, one file per image."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         check_sampler(self.sampler, self.steps, **self.churn)
         if not (self.npz or self.png):
             raise ValueError("npz and png are both false, want at least one: there would be nothing to write")
 
 
 @dataclass
-class AppConfig(_Checked):
-    """A page on which to play with a trained model."""
+class AppConfig(_GeneratorConfig):
+    """Play with a trained model in the browser: images and trajectories. Nothing is compiled."""
 
-    checkpoint: str = ""
-    """Run folder, .safetensors, official .pth (or its folder), or hub id."""
     host: str = "127.0.0.1"
     """Address to listen at; this one is reached from this machine alone. There is no password."""
     port: int = number(7860, 1, 65535)
     """Port to listen at."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes a GPU when there is one and says so. Nothing is compiled."""
-    parameterization: Literal["auto", "x0", "edm"] = "auto"
-    """Meaning of the network's output; `auto` reads it from the checkpoint (official files: x0)."""
-    normalization: Literal["auto", "imagenet", "simple"] = "auto"
-    """Pixel scaling; `auto` reads it from the checkpoint (official files: imagenet)."""
 
 
 @dataclass
 class TuneConfig(_Checked):
-    """What `tune` has beside the options of the job that it makes a plan for."""
+    """Measure on this device what computes a job fastest, and keep it as a plan that the job then takes."""
 
     job: Literal["sample", "pretrain", "finetune-diffusion", "finetune-consistency"] = "sample"
     """The job to make a plan for; its options follow, `--config` and `--batch_size` as in the job itself."""
@@ -725,8 +713,7 @@ class EvaluateConfig(JudgeConfig):
     """JSON file to write the result to; it is printed in any case. A result of the same settings is replaced, any other
     file refused."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         if self.bootstrap == 1:
             raise ValueError("bootstrap is 1, want 0, or at least 2 sets, which have a deviation")
 
@@ -768,7 +755,7 @@ class SweepConfig(_DrawConfig, JudgeConfig):
 
 @dataclass
 class PrepareDataConfig(_Checked):
-    """Write centre crops of a dataset as tar shards or as a folder of class folders."""
+    """Write centre crops of your images as tar shards or class folders, or the embedded digits."""
 
     source: str = "digits"
     """`digits` (the handwritten digits inside scikit-learn, always a folder), or a folder of class folders, a tar or a
@@ -794,15 +781,14 @@ class PrepareDataConfig(_Checked):
     verify: bool = False
     """Write nothing; read the shards in `outdir` and compare them with their checksums."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check(self):
         if self.format != "png" and self.layout == "folder":
             raise ValueError(f"format is {self.format}: layout folder is of PNG files; take layout shards")
 
 
 @dataclass
 class ExportConfig(_Checked):
-    """Write the EMA weights of a run in another form."""
+    """Write weights as safetensors, official .pth files or a pipeline of diffusers."""
 
     checkpoint: str = ""
     """Run folder, .safetensors or official .pth."""
@@ -815,11 +801,11 @@ class ExportConfig(_Checked):
 
 @dataclass
 class ReconstructEmaConfig(_Checked):
-    """Write EMA weights of any length, of a run that was trained with `posthoc_ema.sigma_rel`."""
+    """Write EMA weights of any length, from the snapshots of a run with `posthoc_ema.sigma_rel`."""
 
     run: str = ""
     """Run folder with posthoc_ema/."""
-    sigma_rel: float | None = None
+    sigma_rel: float | None = number(None, **SIGMA_REL)
     """Width of the EMA relative to `step`: more than 0, less than 0.2887."""
     step: int | None = number(None, 1)
     """Step at which the EMA ends, one of the snapshots'; `null`: the last."""

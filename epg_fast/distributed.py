@@ -184,10 +184,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+        self.gather(None)
 
 
 @contextlib.contextmanager
@@ -265,23 +262,18 @@ def _handled(signals: tuple[signal.Signals, ...], handler: Callable) -> Iterator
             signal.signal(number, before)
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """While entered, SIGTERM and SIGUSR1 set `asked` instead of ending the process.
 
     Further ones change nothing: a scheduler and torchrun may both send one.
     """
 
-    def __init__(self):
-        self.asked: str | None = None
-        """Name of the signal that has come."""
-        self._context = _handled(_SCHEDULER, self._ask)
+    asked: str | None = None
+    """Name of the signal that has come."""
 
     def __enter__(self) -> StopSignals:
-        self._context.__enter__()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._context.__exit__(*exception)
+        self.enter_context(_handled(_SCHEDULER, self._ask))
+        return super().__enter__()
 
     def _ask(self, number: int, frame) -> None:
         self.asked = signal.Signals(number).name

@@ -8,6 +8,9 @@ import os
 import platform
 import sys
 
+_PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "scikit-learn", "pyarrow", "flash-attn")
+_PACKAGES += ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
 
 def report() -> str:
     """Versions, processor, GPUs and the state of the compiled extension, one `name: value` per line."""
@@ -15,21 +18,10 @@ def report() -> str:
         "epg_fast": _version("epg_fast"),
         "python": f"{sys.version.split()[0]} on {platform.platform()}",
         "cores": str(os.cpu_count()),
+        **{package: _version(package) for package in _PACKAGES},
+        **_devices(),
+        "extension": _extension(),
     }
-    for package in (
-        "torch",
-        "triton",
-        "numpy",
-        "pillow",
-        "safetensors",
-        "scikit-learn",
-        "nvidia-dali-cuda130",
-        "nvidia-dali-cuda120",
-        "pyarrow",
-        "flash-attn",
-    ):
-        lines[package] = _version(package)
-    lines |= _devices() | {"extension": _extension(), "plans": _plans()}
     width = max(map(len, lines)) + 1
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in lines.items())
 
@@ -54,35 +46,29 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _devices() -> dict[str, str]:
-    try:
-        import torch
-    except ImportError:
-        return {"gpu": "unknown (torch is not installed: pip install torch)"}
-    if not torch.cuda.is_available():
-        return {"cuda of torch": str(torch.version.cuda), "gpu": "none visible to torch"}
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cuda of torch": str(torch.version.cuda), "gpu": "; ".join(names)}
-
-
 def _extension() -> str:
     try:
         from epg_fast.ops.extension import extension_status, gpus_without_code
     except ImportError as error:
-        return f"unknown ({error})"
+        return f"unknown ({error}: pip install torch)"
     available, reason = extension_status()
-    if not available:
-        return f"not available ({reason})"
-    return "; ".join([f"available ({reason})", *gpus_without_code()])
+    return "; ".join([f"available ({reason})", *gpus_without_code()]) if available else f"not available ({reason})"
 
 
-def _plans() -> str:
+def _devices() -> dict[str, str]:
+    """GPUs, and the plans for the one that would be taken; nothing without torch."""
     try:
+        import torch
+
         from epg_fast.distributed import resolve_device
         from epg_fast.plans import Machine, plans_folder, stored_plans
-    except ImportError as error:
-        return f"unknown ({error})"
-    here = Machine.here(resolve_device())
-    plans = [plan for _, plan in stored_plans()]
+    except ImportError:
+        return {}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    here, plans = Machine.here(resolve_device()), [plan for _, plan in stored_plans()]
     used = [f"{plan.case} ({plan.speedup:.2f}x)" for plan in plans if not here.differences(plan.machine)]
-    return "; ".join([f"{len(plans)} in {plans_folder()}, {len(used)} for this device", *used])
+    return {
+        "cuda of torch": str(torch.version.cuda),
+        "gpu": "; ".join(gpus) or "none visible to torch",
+        "plans": "; ".join([f"{len(plans)} in {plans_folder()}, {len(used)} for this device", *used]),
+    }

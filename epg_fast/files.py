@@ -146,7 +146,7 @@ def flat(tree: Mapping, prefix: str = "") -> dict:
     return values
 
 
-class OutputFolder:
+class OutputFolder(contextlib.ExitStack):
     """The folder that a command fills: its marker file holds the settings, and the same command goes on there.
 
     One process at a time may write: `lock` lasts until the `with` block ends, or the process.
@@ -154,6 +154,7 @@ class OutputFolder:
 
     def __init__(self, path: str | os.PathLike, command: str, marker: str):
         """command: whose folder it is, for messages. marker: name of the file that says so."""
+        super().__init__()
         self.path, self.command = Path(path), command
         self.marker = self.path / marker
         self._lock: IO | None = None
@@ -182,9 +183,10 @@ class OutputFolder:
                 "give those again, or choose another --outdir"
             )
 
-    def unreadable(self, why: object) -> ValueError:
-        """What to raise when the marker file cannot be read."""
-        return ValueError(f"outdir: {self.marker} cannot be read ({why}); restore it, or choose another --outdir")
+    def unreadable(self, why: object, path: Path | None = None) -> ValueError:
+        """What to raise when a file of the folder, by default the marker, cannot be read."""
+        where = path or self.marker
+        return ValueError(f"outdir: {where} cannot be read ({why}); restore it, or choose another --outdir")
 
     def read(self, name: str | None = None) -> dict:
         """What the marker, or another JSON file of the folder, says; nothing if it is not there.
@@ -194,14 +196,12 @@ class OutputFolder:
         path = self.path / (name or self.marker.name)
         try:
             content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("no mapping")
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise ValueError(
-                f"outdir: {path} cannot be read ({error}); restore it, or choose another --outdir"
-            ) from None
+            raise self.unreadable(error, path) from None
+        if not isinstance(content, dict):
+            raise self.unreadable("no mapping", path)
         return content
 
     def write(self, name: str, content: dict) -> None:
@@ -213,23 +213,12 @@ class OutputFolder:
 
         Raises ValueError when another process has locked it, OSError when it cannot be written.
         """
-        if self._lock is not None:
+        if self._lock is not None and not self._lock.closed:
             return False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(
-                self.path / ".lock",
-                f"outdir: another {self.command} is at work in {self.path}; wait for it, stop it or choose another "
-                "--outdir",
-            )
+            busy = f"another {self.command} is at work in {self.path}; wait for it, stop it or choose another --outdir"
+            self._lock = self.enter_context(lock_file(self.path / ".lock", f"outdir: {busy}"))
         except OSError as error:
             raise OSError(f"cannot write to {self.path}: {error.strerror}; choose another --outdir") from error
         return True
-
-    def __enter__(self) -> OutputFolder:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from epg_fast.files import flat
 from epg_fast.wording import nearest
 
 RECIPES = resources.files("epg_fast") / "configs" / "recipes"
@@ -31,14 +32,14 @@ Text = str | list[str] | None
 """What stands behind a flag; None: nothing."""
 
 
-def parse(kinds: Sequence[type], argv: Sequence[str], command: str, summary: str = "", network_only: bool = False):
+def parse(kinds: Sequence[type], argv: Sequence[str], command: str, network_only: bool = False):
     """One object of each dataclass in `kinds`, from defaults, then `--config` files in order, then flags.
 
     network_only: of files with names that the command lacks, those of another job, only `model` is taken.
     Raises ValueError, with one line, for whatever is wrong; prints the help and exits where that is asked for.
     """
     if {"-h", "--help"} & set(argv):
-        print(_help(kinds, command, summary))
+        print(_help(kinds, command))
         raise SystemExit(0)
     flags = {flag.name: flag for kind in kinds for flag in _flags(kind)}
     texts: dict[str, Text] = {}
@@ -117,9 +118,10 @@ def explained(kinds: Sequence[type]) -> Iterator[tuple[str, str, str]]:
         yield f"--{name} {wanted(hint)}", _texts(owner)[name.rpartition(".")[2]], _shown(default)
 
 
-def _help(kinds: Sequence[type], command: str, summary: str) -> str:
+def _help(kinds: Sequence[type], command: str) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = [f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]", "", f"{summary}.", ""]
+    lines = [f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]", ""]
+    lines += [inspect.getdoc(kind) + "\n" for kind in kinds[:1]]
     for flag, text, default in explained(kinds):
         text += f" (default: {default})" if default else ""
         lines += [f"  {flag}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
@@ -272,14 +274,8 @@ def _file_texts(path: Path) -> dict[str, Text]:
         raise ValueError(f"config {path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {path}: want a mapping of names to values, got {type(content).__name__}")
-    return dict(_flat(content))
+    return {name: value if isinstance(value, list) else _word(value) for name, value in flat(content).items()}
 
 
-def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, Text]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield prefix + key, value
-        else:
-            yield prefix + key, os.fsdecode(value.encode("utf-8", "surrogateescape"))  # as words of a command line are
+def _word(text: str) -> str:
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))  # as words of a command line are

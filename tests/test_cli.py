@@ -22,6 +22,7 @@ from epg_fast.config import (
     PretrainConfig,
     SampleConfig,
 )
+from epg_fast.files import OutputFolder
 from epg_fast.flags import _flags, _shown, parse
 from epg_fast.flags import words as words_of
 from epg_fast.models import load_weights
@@ -95,6 +96,7 @@ MISTAKES = {
     "pretrain --batch_size many": "batch_size: got 'many', want INTEGER",
     "pretrain --batch_size": "batch_size: got 'nothing', want INTEGER",
     "pretrain --steps 0": "steps is 0, want at least 1",
+    "pretrain --data.max_bad_fraction 2": "data.max_bad_fraction is 2.0, want 0 to 1",
     "pretrain --batch_size 1": "batch_size is 1, want at least 2",
     "pretrain --data.workers -1": "error: data.workers is -1, want at least 0",
     "pretrain --steps --seed 1": "steps: got 'nothing', want INTEGER",
@@ -103,10 +105,10 @@ MISTAKES = {
     "pretrain --steps 2.5": "steps: got '2.5', want INTEGER",
     "pretrain --tensorboard maybe": "tensorboard: got 'maybe', want true or false",
     "pretrain --outdir $NO_SUCH_VARIABLE/x": "outdir is '$NO_SUCH_VARIABLE/x': no such user or variable",
-    "pretrain --temperature_range [0,1]": "temperature_range is (0.0, 1.0), want a positive number",
+    "pretrain --temperature_range [0,1]": "temperature_range is (0.0, 1.0), want more than 0",
     "pretrain --end_scales 4": "end_scales is 4, want at least start_scales, 20",
     "finetune-diffusion --optimizer.lr=-1": "lr is -1",
-    "finetune-diffusion --optimizer.betas [0.9,1.0]": "betas are (0.9, 1.0), want values in [0, 1)",
+    "finetune-diffusion --optimizer.betas [0.9,1.0]": "betas is (0.9, 1.0), want at least 0 and less than 1",
     "finetune-diffusion --optimizer.betas [0.9]": "optimizer.betas: got '[0.9]', want [NUMBER,NUMBER]",
     "finetune-diffusion --noise.sigma_min 100": "sigma_min is 100",
     "finetune-diffusion --dry_run --model.depth 1000000": "model.depth is 1000000, want 1 to 1000",
@@ -208,10 +210,8 @@ def test_a_run_folder_of_another_configuration_is_refused_and_left_alone(capsys,
     assert snapshot(tmp_path / "run") == before
     (tmp_path / "run" / "config.yaml").write_text("- 1\n")
     fails(capsys, command, "config.yaml cannot be read")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    fails(capsys, [*diffusion, "--outdir", tmp_path / "mine"], "not empty and not a folder of training")
-    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    fails(capsys, [*diffusion, "--outdir", tmp_path], "not empty and not a folder of training")
+    assert [f.name for f in tmp_path.iterdir()] == ["run"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000000002"
     command = ["export", "--output", tmp_path / "x.safetensors", "--checkpoint", checkpoint]
     fails(capsys, command, "no weights in this folder", f"{tmp_path / 'run'}: pass that")
@@ -351,13 +351,15 @@ def test_the_configuration_of_a_run_is_read_again_whatever_its_folder_is_called(
         assert config.outdir == name
 
 
-def test_what_systems_leave_in_a_folder_does_not_make_it_someone_elses(diffusion, checkpoint, tmp_path):
-    for folder in ("run", "samples"):
-        for name in ("lost+found", ".DS_Store", "@eaDir", "Thumbs.db", ".nfs0001"):
-            (tmp_path / folder / name).mkdir(parents=True)
-    assert main([*diffusion, "--steps", "1", "--outdir", str(tmp_path / "run")]) == 0
-    sample = ["sample", "--checkpoint", str(checkpoint), "--num", "1", "--steps", "2", "--outdir"]
-    assert main([*sample, str(tmp_path / "samples")]) == 0
+def test_what_systems_leave_in_a_folder_does_not_make_it_someone_elses(tmp_path):
+    for name in ("lost+found", ".DS_Store", "@eaDir", "Thumbs.db", ".nfs0001"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    assert not OutputFolder(tmp_path / "out", "training", "config.yaml").check()
+    (tmp_path / "out" / "@eaDir" / "mine.txt").touch()
+    assert not OutputFolder(tmp_path / "out", "training", "config.yaml").check()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="not empty and not a folder of training"):
+        OutputFolder(tmp_path / "out", "training", "config.yaml").check()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import sys
 import time
 import warnings
@@ -45,7 +46,7 @@ def _named(what: str, known: dict, names: list[str] | None) -> list:
     for name in names or ():
         if name not in known:
             raise ValueError(f"{what} {name!r}: want some of {', '.join(known)}")
-    return [value for name, value in known.items() if names is None or name in names]
+    return [known[name] for name in known if names is None or name in names]
 
 
 def _count(options: argparse.Namespace) -> int:
@@ -59,19 +60,19 @@ def _count(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message=".*force_disable_caches.*")
     chosen, variants = _named("job", JOBS, options.job), _named("variant", VARIANTS, options.variant)
     found = Results.resume(options.output / "ledger.json", header()) if options.output else None
+    known = {(row.job, row.variant) for row in found.rows} if found else set()
     print(report.FLOORS, flush=True)
     failed = False
-    for job in chosen:
-        for variant in variants:
-            if found and any((row.job, row.variant) == (job.name, variant.name) for row in found.rows):
-                continue
-            rows = _counted(job, variant, options)
-            failed |= rows[0].note.startswith("failed")
-            for row in rows if found else ():
-                found.add(row)
-            gc.collect()
+    for job, variant in itertools.product(chosen, variants):
+        if (job.name, variant.name) in known:
+            continue
+        rows = _counted(job, variant, options)
+        failed |= rows[0].note.startswith("failed")
+        for row in rows if found else ():
+            found.add(row)
+        gc.collect()
     if found:
-        if JOBS["sample_xl"] in chosen and all(row.job != report.OWN_PRODUCTS for row in found.rows):
+        if JOBS["sample_xl"] in chosen and report.OWN_PRODUCTS not in {name for name, _ in known}:
             for row in products.study(JOBS["sample_xl"]):
                 found.add(row)
         report.write(options.output)
@@ -80,7 +81,7 @@ def _count(options: argparse.Namespace) -> int:
 
 
 def _counted(job, variant, options: argparse.Namespace) -> list:
-    """Rows of a count, or one that says why there is none."""
+    """Rows of a count, its floor and the number of its kernels, or one that says why there is none."""
     from bench import report
     from bench.ledger import jobs, products
     from bench.results import Row, markdown_table
@@ -93,50 +94,33 @@ def _counted(job, variant, options: argparse.Namespace) -> list:
     except Exception as error:  # one count that fails does not cost the others
         note = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
     else:
-        print(f"{name}: {job.shape}, {job.dtype} ({time.monotonic() - started:.0f} s)")
-        print(text_of(job, counter), flush=True)
-        if options.kernels:
-            print(listing(counter.kernels), flush=True)
-        rows = rows_of(job, variant.name, counter)
-        if options.resources:
-            rows[0].details["resources"] = used = products.resources(counter.kernels)
-            print(markdown_table(report.RESOURCES, used) if used else "none of the package's Triton", flush=True)
-        return rows
-    print(f"{name}: not counted: {note}", flush=True)
-    return [Row(job.name, variant.name, job.shape, job.dtype, "ms", note=note)]
-
-
-def rows_of(job, variant: str, counter) -> list:
-    """The floor and the number of kernels of a count, as results."""
-    from bench.ledger.jobs import least_seconds
-    from bench.results import Row
-
-    totals, whole = _totals(job, counter)
-    details = whole.as_json()
-    details["phases"] = {name: found.as_json() for name, found in totals.items()}
-    details["problems"] = dict(counter.problems)
-    details["least"] = {kind: 1e3 * seconds for kind, seconds in least_seconds(job).items()}
+        note = ""
+    if note:
+        print(f"{name}: not counted: {note}", flush=True)
+        return [Row(job.name, variant.name, job.shape, job.dtype, "ms", note=note)]
+    print(f"{name}: {job.shape}, {job.dtype} ({time.monotonic() - started:.0f} s)")
+    phases = {phase: total(counter.of_phase(phase)) for phase in dict.fromkeys(phase for phase, _ in counter.phases)}
+    whole = total(kernel for phase in job.counted for kernel in counter.of_phase(phase))
+    for phase, found in (phases | ({"all": whole} if len(job.counted) > 1 else {})).items():
+        print(f"  {phase:13}{_line(found)}")
+    for text, times in counter.problems.items():
+        print(f"  problem: {text}" + f" ({times} times)" * (times > 1))
+    if options.kernels:
+        print(listing(counter.kernels))
+    details = whole.as_json() | {
+        "phases": {phase: found.as_json() for phase, found in phases.items()},
+        "problems": dict(counter.problems),
+        "least": {kind: 1e3 * seconds for kind, seconds in jobs.least_seconds(job).items()},
+    }
+    if options.resources:
+        details["resources"] = used = products.resources(counter.kernels)
+        print(markdown_table(report.RESOURCES, used) if used else "none of the package's Triton")
+    sys.stdout.flush()
     of, floor, launches = (job.shape, job.dtype), 1e3 * whole.floor, whole.kernels
     return [
-        Row(job.name, variant, *of, "ms", floor, floor, floor, details=details),
-        Row(f"{job.name}, launches", variant, *of, "kernels", launches, launches, launches),
+        Row(job.name, variant.name, *of, "ms", floor, floor, floor, details=details),
+        Row(f"{job.name}, launches", variant.name, *of, "kernels", launches, launches, launches),
     ]
-
-
-def _totals(job, counter) -> tuple[dict[str, Total], Total]:
-    """(of each phase, of those that make up the job)."""
-    totals = {name: total(counter.of_phase(name)) for name in dict.fromkeys(name for name, _ in counter.phases)}
-    return totals, total(kernel for name in job.counted for kernel in counter.of_phase(name))
-
-
-def text_of(job, counter) -> str:
-    """The count in a few lines."""
-    totals, whole = _totals(job, counter)
-    if len(job.counted) > 1:
-        totals["all"] = whole
-    lines = [f"  {name:13}{_line(found)}" for name, found in totals.items()]
-    lines += [f"  problem: {text}" + f" ({times} times)" * (times > 1) for text, times in counter.problems.items()]
-    return "\n".join(lines)
 
 
 def _line(found: Total) -> str:
@@ -149,18 +133,13 @@ def _line(found: Total) -> str:
 
 def listing(kernels: Iterable[Kernel]) -> str:
     """A line per kernel, equal neighbours once."""
-    lines: list[list] = []
-    for kernel in kernels:
-        text = (
-            f"{kernel.by:9} {kernel.kind:16} {1e6 * kernel.seconds:8.1f} us  read {kernel.read / 1e6:9.2f} "
-            f"written {kernel.written / 1e6:9.2f} MB {kernel.flops / 1e9:9.1f} GFLOP  {kernel.name[:70]}  "
-            f"{kernel.detail[:200]}"
-        )
-        if lines and lines[-1][1] == text:
-            lines[-1][0] += kernel.launches
-        else:
-            lines.append([kernel.launches, text])
-    return "\n".join(f"  {times:3} x {text}" for times, text in lines)
+    texts = (
+        f"{k.by:9} {k.kind:16} {1e6 * k.seconds:8.1f} us  read {k.read / 1e6:9.2f} written {k.written / 1e6:9.2f} MB "
+        f"{k.flops / 1e9:9.1f} GFLOP  {k.name[:70]}  {k.detail[:200]}"
+        for k in kernels
+        for _ in range(k.launches)
+    )
+    return "\n".join(f"  {len([*equal]):3} x {text}" for text, equal in itertools.groupby(texts))
 
 
 if __name__ == "__main__":

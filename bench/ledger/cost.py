@@ -169,13 +169,8 @@ class Product:
         return {
             "result": [tiles.rows, tiles.columns],
             "tile": [tiles.height, tiles.width],
-            "resident": tiles.resident,
-            "waves": tiles.waves,
-            "unfilled": tiles.unfilled,
-            "idle": tiles.idle,
+            **{name: getattr(tiles, name) for name in ("resident", "waves", "unfilled", "idle")},
             "floor_us": 1e6 * self.floor,
             "saved_us": 1e6 * self.saved,
-            "slowdown": self.slowdown,
-            "break_even": self.break_even,
-            "outcome": self.outcome,
+            **{name: getattr(self, name) for name in ("slowdown", "break_even", "outcome")},
         }

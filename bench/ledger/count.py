@@ -16,6 +16,7 @@ import re
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from unittest import mock
 
 import sympy
@@ -34,8 +35,6 @@ from triton.runtime.jit import JITFunction
 from bench.ledger import triton_ir
 from bench.ledger.cost import ATTENTION, COPIES, ELEMENTWISE, NORMS, OPTIMISER, PRODUCTS, REDUCTIONS, Kernel
 from bench.results import ROOT
-
-_CUDA = torch.device("cuda", 0)
 
 
 @dataclass
@@ -81,16 +80,23 @@ class Counter(FakeTensorMode):
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Note what is launched inside. Compiling once more, or a break of a graph, is a problem."""
-        before, self._counting = len(self.graphs), True
-        try:
-            with mock.patch.object(JITFunction, "run", _run(self)):
-                yield
-        finally:
-            self._counting = False
+        before = len(self.graphs)
+        with self._state(_counting=True):
+            yield
         if len(self.graphs) > before:
             self.problems["compiled again in a second call"] += len(self.graphs) - before
         for reason, times in torch._dynamo.utils.counters["graph_break"].items():
             self.problems[f"graph break: {str(reason).strip().splitlines()[0][:160]}"] += times
+
+    @contextlib.contextmanager
+    def _state(self, **values: bool) -> Iterator[None]:
+        """Set `_counting` or `_nested` (inside of what is noted already, or never) for a while."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -102,7 +108,7 @@ class Counter(FakeTensorMode):
                 (GraphLowering, "compile_to_module", _describing(self)),
                 (TritonKernel, "call_kernel", _noting_generated),
                 (Scheduler, "codegen_extern_call", _noting_library),
-                (JITFunction, "run", _run(self)),
+                (JITFunction, "run", _launching(self)),
                 (JITFunction, "_do_compile", triton_ir.instead_of_compiling),
             ):
                 stack.enter_context(mock.patch.object(owner, name, made))
@@ -125,11 +131,8 @@ class Counter(FakeTensorMode):
             return self._value(args[0])
         if self._nested or not (self._counting or self._frames):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        self._nested = True
-        try:
+        with self._state(_nested=True):
             out = super().__torch_dispatch__(func, types, args, kwargs)
-        finally:
-            self._nested = False
         self._note(func, args, kwargs, out)
         return out
 
@@ -173,12 +176,10 @@ class Counter(FakeTensorMode):
         ]
         frame = _Frame(name.removeprefix("epg_fast::"))
         self._frames.append(frame)
-        nested, self._nested = self._nested, False
         try:
-            with self:
+            with self._state(_nested=False), self:
                 result = launcher(*given)
         finally:
-            self._nested = nested
             self._frames.pop()
         self._compare(name, result, out)
         formula = flop_registry.get(func.overloadpacket)
@@ -238,11 +239,9 @@ class Counter(FakeTensorMode):
 _RUN = JITFunction.run
 
 
-def _run(counter: Counter) -> Callable:
-    def run(self, *args, grid, warmup=False, **kwargs):
-        counter.launched(self, args, grid, kwargs)
-
-    return run
+def _launching(counter: Counter) -> Callable:
+    """In the place of JITFunction.run."""
+    return lambda kernel, *args, grid, warmup=False, **kwargs: counter.launched(kernel, args, grid, kwargs)
 
 
 def _tensors(values) -> list[torch.Tensor]:
@@ -273,6 +272,10 @@ _NORMS = re.compile(r"(layer|batch|rms|group)_norm")
 _COPIES = re.compile(
     r"^(_?to_copy|clone|copy_?|cat|stack|fill_?|zero_|full\w*|zeros\w*|ones\w*|constant_pad_nd|slice_scatter|"
     r"contiguous|_reshape_copy|repeat|unfold_copy|lift|select_backward|slice_backward|expand_copy)$"
+)
+_VIEWS = re.compile(
+    r"^(_?(unsafe_)?view|reshape|permute|transpose|t|slice|select|split\w*|unbind|expand|squeeze|unsqueeze|alias|"
+    r"as_strided|detach|chunk|unsafe_split|_reshape_alias|flatten|scalar_tensor|iota|arange)$"
 )
 _REDUCTIONS = re.compile(
     r"^(sum|mean|amax|amin|max|min|argmin|argmax|norm|linalg_vector_norm|var_mean|var|logsumexp|_foreach_norm|all|any|"
@@ -463,22 +466,12 @@ def _origins(node) -> list:
 
 def _kind_of_generated(operators: set[str], reduces: bool) -> str:
     names = {text.removeprefix("aten.").partition(".")[0] for text in operators}
-    kinds = {kind_of_operator(name) for name in names if not _is_view(name)}
+    kinds = {kind_of_operator(name) for name in names if not _VIEWS.match(name)}
     if NORMS in kinds or "var_mean" in names:
         return NORMS
     if reduces:
         return REDUCTIONS
     return COPIES if kinds <= {COPIES} else ELEMENTWISE
-
-
-def _is_view(name: str) -> bool:
-    return bool(
-        re.match(
-            r"^(_?(unsafe_)?view|reshape|permute|transpose|t|slice|select|split\w*|unbind|expand|squeeze|unsqueeze|alias|"
-            r"as_strided|detach|chunk|unsafe_split|_reshape_alias|flatten|scalar_tensor|iota|arange)$",
-            name,
-        )
-    )
 
 
 def _real(name: str) -> str:
@@ -490,11 +483,8 @@ def _is_argument(kernel: TritonKernel, name: str) -> bool:
     name, args = _real(name), kernel.args
     if name in kernel.removed_buffers or name in V.graph.removed_buffers:
         return False
-    for known in (args.inplace_buffers, args.output_buffers, args.input_buffers):
-        inner = known.get(name)
-        if inner is not None and type(inner).__name__ != "RemovedArg":
-            return True
-    return False
+    inner = (known.get(name) for known in (args.inplace_buffers, args.output_buffers, args.input_buffers))
+    return any(found is not None and type(found).__name__ != "RemovedArg" for found in inner)
 
 
 def _note_access(found: dict, dep) -> None:
@@ -532,16 +522,11 @@ def _describing(counter: Counter) -> Callable:
 
     def compile_to_module(graph: GraphLowering):
         graph.codegen()
-        nested, counter._nested = counter._nested, True
-        counting, counter._counting = counter._counting, False
-        try:
-            kernels = []
+        kernels = []
+        with counter._state(_nested=True, _counting=False):
             for event in graph.__dict__.get("ledger_events", []):
                 kernels += [event] if isinstance(event, Kernel) else _library(counter, event)
-        finally:
-            counter._nested, counter._counting = nested, counting
-        described = Graph(kernels, graph.count_bytes()[0])
-        counter.graphs.append(described)
+        counter.graphs.append(Graph(kernels, graph.count_bytes()[0]))
         for name, value in graph.graph_inputs.items():
             if isinstance(value, ir.TensorBox) and value.get_device().type == "cpu":
                 counter.problems[f"CPU tensor in a compiled graph: {name} {list(map(str, value.get_size()))}"] += 1
@@ -550,28 +535,19 @@ def _describing(counter: Counter) -> Callable:
             counter.problems[f"computed on the CPU in a compiled graph: {len(made_on_host)} buffers"] += 1
         if graph.disable_cudagraphs_reason:
             counter.problems[f"no CUDA graphs: {graph.disable_cudagraphs_reason.strip().splitlines()[0]}"] += 1
-        return _Module(counter, described, [_result(graph, out) for out in graph.graph_outputs])
+        results = [_result(graph, out) for out in graph.graph_outputs]
+
+        def call(args: list):
+            inputs = list(args)
+            args.clear()
+            if counter._counting:
+                counter._add([Kernel(**vars(kernel)) for kernel in kernels])
+            with counter._state(_nested=True):
+                return tuple(result(inputs) for result in results)
+
+        return SimpleNamespace(call=call)  # in the place of Inductor's loaded code
 
     return compile_to_module
-
-
-class _Module:
-    """In the place of Inductor's loaded code."""
-
-    def __init__(self, counter: Counter, graph: Graph, results: list[Callable]):
-        self._counter, self._graph, self._results = counter, graph, results
-
-    def call(self, args: list):
-        inputs = list(args)
-        args.clear()
-        counter = self._counter
-        if counter._counting:
-            counter._add([Kernel(**vars(kernel)) for kernel in self._graph.kernels])
-        nested, counter._nested = counter._nested, True
-        try:
-            return tuple(result(inputs) for result in self._results)
-        finally:
-            counter._nested = nested
 
 
 def _result(graph: GraphLowering, out) -> Callable[[list], object]:
@@ -629,12 +605,12 @@ def _inner(name: str, inputs: list[torch.Tensor]) -> int:
 
 
 def _value_of(value):
-    if isinstance(value, ir.IRNode) and not isinstance(value, ir.ShapeAsConstantBuffer):
-        if isinstance(value, (ir.NoneAsConstantBuffer, ir.GeneratorState)):
-            return None
-        return _empty(value.get_layout())
+    if isinstance(value, (ir.NoneAsConstantBuffer, ir.GeneratorState)):
+        return None
     if isinstance(value, ir.ShapeAsConstantBuffer):
         return _hint(value.expr)
+    if isinstance(value, ir.IRNode):
+        return _empty(value.get_layout())
     return _hint(value) if isinstance(value, sympy.Expr) else value
 
 

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from bench.results import ROOT
 
@@ -91,36 +92,11 @@ def library() -> Path:
     command = [_compiler(), "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{_headers()}", "-o", str(fresh)]
     done = subprocess.run([*command, str(_SOURCE)], capture_output=True, text=True)
     if done.returncode:
-        raise Unavailable(
-            f"{_SOURCE.name} does not compile: {_first_error(done.stderr)}; want a C compiler in CC that does"
-        )
+        lines = done.stderr.strip().splitlines() or ["(no message)"]
+        error = next((line for line in lines if "error" in line), lines[0])
+        raise Unavailable(f"{_SOURCE.name} does not compile: {error}; want a C compiler in CC that does")
     os.replace(fresh, made)
     return made
-
-
-def _first_error(text: str) -> str:
-    lines = text.strip().splitlines() or ["(no message)"]
-    return next((line for line in lines if "error" in line), lines[0])
-
-
-class _Driver:
-    """What Triton asks of the GPU's driver when it compiles."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self):
-        import torch
-
-        return torch.device("cuda", 0)
 
 
 @functools.cache
@@ -131,6 +107,7 @@ def prepare() -> None:
     from torch._inductor import config
     from torch._inductor.runtime import coordinate_descent_tuner, triton_helpers
     from torch._subclasses import fake_tensor
+    from triton.backends.compiler import GPUTarget
 
     if importlib.util.find_spec("epg_kernels") is None:
         sys.path.append(str(ROOT / "kernels"))
@@ -141,7 +118,14 @@ def prepare() -> None:
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)
     # Allocations begin at multiples of 512 bytes, and kernels are told so.
     fake_tensor.FakeTensor.data_ptr = lambda self: (1 << 20) + self.storage_offset() * self.element_size()
-    triton_helpers.set_driver_to_gpu = lambda: triton.runtime.driver.set_active(_Driver())
+    # What Triton asks of the GPU's driver when it compiles.
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=0: 0,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+    )
+    triton_helpers.set_driver_to_gpu = lambda: triton.runtime.driver.set_active(driver)
     triton_helpers.set_driver_to_gpu()
     config.compile_threads = 1
     config.force_disable_caches = True
@@ -167,15 +151,13 @@ def _extension() -> None:
         ):
             if hasattr(module, name):
                 setattr(module, name, stand_in)
-    fragment = _FRAGMENTS.setdefault("epg_fast", torch.library.Library("epg_fast", "FRAGMENT"))
+    global _fragment  # whose operators go with it
+    _fragment = torch.library.Library("epg_fast", "FRAGMENT")
     for schema in schemas():
         name = schema.partition("(")[0]
         if not hasattr(torch.ops.epg_fast, name):
-            fragment.define(schema)
-            torch.library.register_fake(f"epg_fast::{name}", lambda *_, **__: None, lib=fragment)
-
-
-_FRAGMENTS: dict = {}
+            _fragment.define(schema)
+            torch.library.register_fake(f"epg_fast::{name}", lambda *_, **__: None, lib=_fragment)
 
 
 def schemas() -> list[str]:

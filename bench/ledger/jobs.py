@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -30,11 +29,10 @@ from bench.sample import GUIDANCE, INTERVAL
 from epg_fast import SamplingEngine
 from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import create_model, preset_config
-from epg_fast.models.compilation import compile_denoising
-from epg_fast.plans import PLAIN, Chosen, site_choices
+from epg_fast.models.compilation import compile_blocks, compile_denoising, compile_network
+from epg_fast.plans import site_choices
 from epg_fast.plans.sites import sites_of
 from epg_fast.sampling.precision import inference_network
-from epg_fast.training.gradients import compile_stage
 from epg_fast.training.optimizer import WeightCopies
 
 _XL, _G, _L = "epg_xl_16_256", "epg_g_16_256", "epg_l_16_256"
@@ -60,27 +58,21 @@ class Variant:
     within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-def _tuned():
-    return config.patch(coordinate_descent_tuning=True, epilogue_fusion=False)
-
-
-def _prologue() -> dict[str, str]:
-    """Triton everywhere, and norms within the products that read them."""
-    return site_choices("triton") | dict.fromkeys(sites_of("norm"), "prologue")
-
-
+_TUNED = partial(config.patch, coordinate_descent_tuning=True, epilogue_fusion=False)
+# Norms within the products that read them.
+_PROLOGUE = site_choices("triton") | dict.fromkeys(sites_of("norm"), "prologue")
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("plain-blocks", "plain", "blocks"),
         Variant("plain-network", "plain", "network"),
-        Variant("plain-tuned", "plain", "network", within=_tuned),
+        Variant("plain-tuned", "plain", "network", within=_TUNED),
         Variant("plain-cudnn", "plain", "network", within=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
         Variant("auto-blocks", "auto", "blocks"),
         Variant("auto-network", "auto", "network"),
         Variant("ours-blocks", "ours", "blocks", "triton", "fused"),
         Variant("ours-network", "ours", "network", "triton", "fused"),
-        Variant("ours-prologue", "ours", "blocks", _prologue(), "fused"),
+        Variant("ours-prologue", "ours", "blocks", _PROLOGUE, "fused"),
         Variant("ours-cuda", "ours", "blocks", "cuda", "fused"),
     )
 }
@@ -187,17 +179,7 @@ def _gradients(counter: Counter, job: Job, variant: Variant) -> Callable:
         network = _plain_generator(job, variant, train=True)
     else:
         network = _generator(job, variant).train()
-        config = SimpleNamespace(cuda_graphs=False)
-        stage = SimpleNamespace(
-            chosen=Chosen(PLAIN),
-            network=network,
-            ema=None,
-            perceptual=None,
-            name="finetune-diffusion",
-            sharded=False,
-            config=config,
-        )
-        compile_stage(stage, "network" if variant.how == "network" else "blocks")
+        (compile_network if variant.how == "network" else compile_blocks)(network)
         copies = WeightCopies([network], torch.bfloat16)
     x, t, y = _inputs(job, torch.float32)
 

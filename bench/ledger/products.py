@@ -19,8 +19,7 @@ from bench.ledger.cost import PRODUCTS, Kernel, Product, Tiles, resident, total
 from bench.ledger.count import Counter
 from bench.ledger.jobs import Job, Variant, count
 from bench.report import OWN_PRODUCTS
-from bench.resources import Row as Usage
-from bench.resources import usage_of
+from bench.resources import Usage, usage_of
 from bench.results import ROOT, Row
 from epg_fast.plans.sites import NETWORK, SITES
 
@@ -54,13 +53,12 @@ def study(job: Job, sites: Iterable[str] = tuple(_OPERATIONS)) -> list[Row]:
     for site in sites:
         if site.endswith("norm"):
             riding, found = counted(every, site)
-            saved = full - riding
+            saved, operation = full - riding, "norm_linear"
         else:
             (alone, found), (without, _) = counted({site}), counted(every - {site})
-            saved = min(none - alone, without - full)
+            saved, operation = min(none - alone, without - full), ""  # no other is in it
         kernels = [kernel for kernel in found.kernels if kernel.by == "ours" and kernel.kind == PRODUCTS]
-        if site.endswith("norm"):
-            kernels = [kernel for kernel in kernels if kernel.detail.startswith("norm_linear")]
+        kernels = [kernel for kernel in kernels if kernel.detail.startswith(operation)]
         together = sum(kernel.seconds for kernel in kernels)
         for i, kernel in enumerate(kernels, 1):
             name = f"{site}, {_OPERATIONS[site]}" + f" ({i} of {len(kernels)})" * (len(kernels) > 1)
@@ -110,4 +108,4 @@ def _usage(source: triton_ir.Source) -> Usage:
 
 
 def _resident(usage: Usage) -> int:
-    return resident(usage.registers, int(usage.num_warps), usage.shared)
+    return resident(usage.registers, int(usage.warps), usage.shared)

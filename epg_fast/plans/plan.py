@@ -104,7 +104,7 @@ class Machine:
         else:
             name = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
             capability, driver = torch.backends.cpu.get_cpu_capability(), ""
-        versions = {package: _version(package) for package in ("triton", "epg_fast")}
+        versions = {package: package_version(package) for package in ("triton", "epg_fast")}
         return cls(name, capability, str(torch.__version__), **versions, extension=extension_code(), driver=driver)
 
     def differences(self, other: Machine) -> list[str]:
@@ -116,7 +116,8 @@ class Machine:
         ]
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of an installed package; empty for one that is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

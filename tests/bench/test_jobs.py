@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from bench import measure, sample, train
+from bench import measure, sample
 from bench.ladder import OURS, PLAIN, NotHere, Variant, attempt
 from bench.measure import Ceilings
 from bench.roofline import STAGES
 from bench.sample import Sampling
 from bench.train import OurTraining, PlainTraining, Problem, Training
+from epg_fast.ops import extension
 from epg_fast.sampling import image_error
 
 CPU = torch.device("cpu")
@@ -117,8 +118,8 @@ def test_what_needs_a_gpu_is_a_row_that_says_so():
 
 def test_what_a_job_cannot_have_says_why(monkeypatch):
     assert not any("steps" in one.name for one in sampling("sample-onestep").variants)
-    monkeypatch.setattr(train, "extension_status", lambda: (False, "not built"))
-    with pytest.raises(NotHere, match="the extension is not built"):
+    with monkeypatch.context() as patch, pytest.raises(NotHere, match="the extension, which is not built"):
+        patch.setattr(extension, "extension_status", lambda: (False, "not built"))
         training("pretrain")._made(Variant("x", "bf16", {"optimizer": "fused", "compile": "off"}))
     for made in (lambda: sampling()._engine, lambda: training("pretrain")._made):
         with pytest.raises(NotHere, match="plan"):
