@@ -94,10 +94,9 @@ class SamplingEngine:
         _check_settings(networks, settings | sampler_options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
-        metadata = getattr(model, "metadata", {})
-        self._schedule = _schedule(metadata, noise_schedule)
-        self.parameterization = parameterization or metadata.get("parameterization") or "x0"
-        self.normalization = normalization or metadata.get("normalization") or "imagenet"
+        self._schedule = _schedule(model.metadata, noise_schedule)
+        self.parameterization = parameterization or model.metadata.get("parameterization") or "x0"
+        self.normalization = normalization or model.metadata.get("normalization") or "imagenet"
         if weak is not None:
             self._check_weak(model, weak)
 
@@ -143,16 +142,15 @@ class SamplingEngine:
 
     def _check_weak(self, model: EPGViT, weak: EPGViT) -> None:
         """Raise ValueError unless both are of the same images, and the output of both means the same."""
-        metadata = getattr(weak, "metadata", {})
-        wanted = {
+        pairs = {
             name: (getattr(weak, name), getattr(model, name)) for name in ("num_classes", "image_size", "in_chans")
         }
         for name in ("parameterization", "normalization"):
-            wanted[name] = metadata.get(name) or getattr(self, name), getattr(self, name)
-        for name, (got, want) in wanted.items():
+            pairs[name] = weak.metadata.get(name) or getattr(self, name), getattr(self, name)
+        for name, (got, want) in pairs.items():
             if got != want:
                 raise ValueError(f"autoguidance: the weaker model has {name} {got}, want {want} as the model has")
-        if "noise" in metadata and vars(_schedule(metadata)) != vars(self._schedule):
+        if "noise" in weak.metadata and vars(_schedule(weak.metadata)) != vars(self._schedule):
             raise ValueError("autoguidance: the weaker model has another noise schedule than the model, want the same")
 
     def _set(self, settings: dict) -> None:
@@ -263,21 +261,17 @@ class SamplingEngine:
         return [numbers, y, *([] if noise is None else [noise])], torch.tensor([int(seed)])
 
     def _stream(self, inputs: list[torch.Tensor], seed: torch.Tensor, as_uint8: bool):
-        count = len(inputs[0])
-        under_way = None
+        count, under_way = len(inputs[0]), []
         for start in range(0, count, self.batch_size):
             part = slice(start, min(start + self.batch_size, count))
             numbers, *others = (_filled(x[part], self._size(count)).to(self.device) for x in inputs)
             with self._lock:
                 images = self._draw([numbers, seed.to(self.device), *others])[: part.stop - start]
-                arriving = _Arriving(part, images, as_uint8)
-            if under_way is not None:
-                yield under_way.result()
-            under_way = arriving if images.is_cuda else None
-            if under_way is None:
-                yield arriving.result()
-        if under_way is not None:
-            yield under_way.result()
+                under_way.append(_fetch(part, images, as_uint8))
+            if len(under_way) > images.is_cuda:
+                yield under_way.pop(0)()
+        for arrived in under_way:
+            yield arrived()
 
     @property
     def fills_batches(self) -> bool:
@@ -338,26 +332,22 @@ def sample(
     return engine(labels, seed=seed, indices=indices, noise=noise)
 
 
-class _Arriving:
-    """Images on their way to host memory, beside the batch after them."""
+def _fetch(part: slice, images: torch.Tensor, as_uint8: bool) -> Callable[[], tuple[slice, torch.Tensor | np.ndarray]]:
+    """Start to bring images to host memory, beside the batch after them; returns what waits for them."""
+    # not a number has no colour, and uint8 no place for it
+    tensors, event = [quantize(images), images.isnan().any()] if as_uint8 else [images], None
+    if images.is_cuda:
+        tensors = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True) for x in tensors]
+        event = torch.cuda.current_stream(images.device).record_event()
 
-    def __init__(self, part: slice, images: torch.Tensor, as_uint8: bool):
-        self.part, self.as_uint8 = part, as_uint8
-        # not a number has no colour, and uint8 no place for it
-        self.tensors = [quantize(images), images.isnan().any()] if as_uint8 else [images]
-        self.event = None
-        if images.is_cuda:
-            self.tensors = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True) for x in self.tensors]
-            self.event = torch.cuda.current_stream(images.device).record_event()
-
-    def result(self) -> tuple[slice, torch.Tensor | np.ndarray]:
-        if self.event is not None:
-            self.event.synchronize()
-        if not self.as_uint8:
-            return self.part, self.tensors[0]
-        if self.tensors[1]:
+    def arrived():
+        if event is not None:
+            event.synchronize()
+        if as_uint8 and tensors[1]:
             raise NotFinite("images contain NaN: the model or the sampler diverged")
-        return self.part, self.tensors[0].numpy()
+        return part, tensors[0].numpy() if as_uint8 else tensors[0]
+
+    return arrived
 
 
 def _ways(compile: str, cuda_graphs: bool | None, chosen: Chosen, device: torch.device) -> tuple[str, bool]:

@@ -45,8 +45,6 @@ class Trajectory:
         self.evaluations = sum(times for _, times in self.calls)
         self._denoisers = [
             _Conditioned(network, schedule, parameterization, recorder.calls)
-            if is_plain(network, EPGViT, subclass=True)  # `conditioning` and `denoise` do what a call does
-            else Denoiser(_casting(network), schedule, parameterization)
             for network, recorder in zip(networks, recorders, strict=True)
         ]
         self._denoiser = guide(*self._denoisers)
@@ -65,8 +63,7 @@ class Trajectory:
         level and the clamped clean estimate, an image as those returned, of every evaluation.
         """
         labels = y if self.network.num_classes else None
-        told = [denoiser for denoiser in self._denoisers if isinstance(denoiser, _Conditioned)]
-        for denoiser in told:
+        for denoiser in self._denoisers:
             denoiser.prepare(indices.shape[0], labels)
 
         def draw(number: int) -> torch.Tensor:
@@ -80,7 +77,7 @@ class Trajectory:
             options["step_noise"] = lambda i: draw(i + 1).to(noise.dtype)
         watched = self._denoiser if watch is None else self._watched(watch)
         x = SAMPLERS[self.sampler](watched, noise, self.levels, labels, **options)
-        for denoiser in told:
+        for denoiser in self._denoisers:
             denoiser.forget()
         return self.pixels.denormalize(x.float())
 
@@ -106,11 +103,15 @@ class Trajectory:
 
 
 class _Conditioned(Denoiser):
-    """Denoiser of an EPGViT that is told all noise levels and labels ahead of a trajectory, each level once."""
+    """Denoiser of an EPGViT that is told all noise levels and labels ahead of a trajectory, each level once.
+
+    One whose call may not be `denoise` behind `conditioning`, being hooked or a subclass's, is called. Its image input
+    is in the dtype of its weights: the sampler's state stays at least float32.
+    """
 
     def __init__(self, network, schedule, parameterization, calls: list[tuple[float, int]]):
         super().__init__(network, schedule, parameterization)
-        self._levels = list(dict.fromkeys(calls))
+        self._levels = list(dict.fromkeys(calls)) if is_plain(network, EPGViT, subclass=True) else []
         self._dtype = network.patch_embed.proj.weight.dtype
         self._ready: dict[tuple[float, int], Conditioning] = {}
 
@@ -130,6 +131,8 @@ class _Conditioned(Denoiser):
         self._ready.clear()
 
     def call_network(self, x_in, sigma, y):
+        if not self._levels:
+            return super().call_network(x_in.to(self._dtype), sigma, y)
         return self.network.denoise(x_in.to(self._dtype), self._ready[sigma, x_in.shape[0]])
 
 
@@ -143,9 +146,3 @@ class _Recorder(Denoiser):
     def network_output(self, x, sigma, y=None):
         self.calls.append((sigma, x.shape[0]))
         return x
-
-
-def _casting(network: EPGViT) -> Callable:
-    """The network with its image input in the dtype of its weights: the sampler's state stays at least float32."""
-    dtype = network.patch_embed.proj.weight.dtype
-    return lambda x, t, *y: network(x.to(dtype), t, *y)

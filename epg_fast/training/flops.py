@@ -18,8 +18,8 @@ import torch.nn as nn
 
 from epg_fast.diffusion import consistency_stage
 from epg_fast.models import EPGViT
-from epg_fast.models.blocks import Block, DecoderBlock
-from epg_fast.models.encoder import ViTEncoder, is_recomputed
+from epg_fast.models.blocks import Block, DecoderBlock, is_recomputed
+from epg_fast.models.encoder import ViTEncoder
 from epg_fast.training.stages import Stage
 from epg_fast.wording import nearest
 
