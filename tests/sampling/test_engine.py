@@ -57,58 +57,47 @@ def test_the_official_samples_come_out_of_the_engine(recorded, monkeypatch):
         assert engine.evaluations == sum(2 if call["guided"] else 1 for call in calls)
 
 
-def plainly(sampler, denoiser, **options):
-    """What a sampler makes of images 5, 6 and 7 of seed 3, without an engine; not yet images."""
-    indices, shape = torch.tensor([5, 6, 7]), (3, 16, 16)
-    if sampler in STOCHASTIC:
-        options["step_noise"] = lambda i: philox_normal_of(indices, 3, shape, i + 1)
-    levels = NoiseSchedule().levels(1 if sampler == "onestep" else 5, 16)
-    with torch.no_grad():
-        noise = philox_normal_of(indices, 3, shape)
-        return SAMPLERS[sampler](denoiser, noise, levels, torch.tensor(LABELS[:3]), **churn(sampler), **options)
+GUIDES = {
+    "none": {},
+    "interval": {"guidance": 2.0, "interval": (0.1, 30.0)},
+    "weak": {"guidance": 0.5},
+    "clamp": {"clamp": "data"},
+}
 
 
-@pytest.mark.parametrize("guide", ["none", "interval", "weak"])
+@pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_it_is_the_plain_sampler_bit_for_bit(model, sampler, guide):
+def test_it_is_the_plain_sampler_bit_for_bit_and_shows_the_estimates_on_the_way(model, sampler, guide):
     weak = make_model(depth=2) if guide == "weak" else None
-    options = {"none": {}, "interval": {"guidance": 2.0, "interval": (0.1, 30.0)}, "weak": {"guidance": 0.5}}[guide]
-    got = epg_fast.sample(
-        model, LABELS[:3], seed=3, indices=[5, 6, 7], sampler=sampler, steps=5, weak=weak, **options, **churn(sampler)
-    )
+    options = {"sampler": sampler, "steps": 5, "weak": weak} | GUIDES[guide] | churn(sampler)
+    inputs = {"labels": LABELS[:3], "indices": [5, 6, 7], "seed": 3}
+    got = epg_fast.sample(model, **inputs, **options)
     assert model.training  # the mode is put back
     model.eval()
-    denoiser = Denoiser(model)
+    images, estimates = SamplingEngine(model, **options).trajectory(**inputs)
+
+    denoiser, seen, indices, shape = Denoiser(model), [], torch.tensor([5, 6, 7]), (3, 16, 16)
     if guide == "interval":
         denoiser = guided(denoiser, 2.0, (0.1, 30.0))
     elif guide == "weak":
         denoiser = autoguided(denoiser, weak.eval(), 0.5)
-    want = plainly(sampler, denoiser)
-    assert torch.equal(got, PixelNormalization().denormalize(want))
-    assert got.std() > 0.05
-
-
-@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "interval": (0.1, 30.0)}, {"clamp": "data"}])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_trajectory_shows_the_estimates_on_the_way_to_the_same_images(model, sampler, options):
-    options = {"sampler": sampler, "steps": 5} | options | churn(sampler)
-    engine = SamplingEngine(model.eval(), **options)
-    inputs = {"labels": LABELS[:3], "indices": [5, 6, 7], "seed": 3}
-    images, estimates = engine.trajectory(**inputs)
-    assert torch.equal(images, engine(**inputs))
-    low, high = PixelNormalization().bounds() if options.get("clamp") == "data" else (-1.0, 1.0)
-    denoiser, seen = Denoiser(model), []
-    if "guidance" in options:
-        denoiser = guided(denoiser, options["guidance"], options["interval"])
 
     def watched(x, sigma, y):
         seen.append((sigma, denoiser(x, sigma, y)))
         return seen[-1][1]
 
-    plainly(sampler, watched, clamp=(low, high))
+    more = {"clamp": PixelNormalization().bounds() if guide == "clamp" else (-1.0, 1.0)} | churn(sampler)
+    if sampler in STOCHASTIC:
+        more["step_noise"] = lambda i: philox_normal_of(indices, 3, shape, i + 1)
+    levels = NoiseSchedule().levels(1 if sampler == "onestep" else 5, 16)
+    with torch.no_grad():
+        noise = philox_normal_of(indices, 3, shape)
+        want = SAMPLERS[sampler](watched, noise, levels, torch.tensor(LABELS[:3]), **more)
+    assert torch.equal(got, PixelNormalization().denormalize(want)) and torch.equal(images, got)
+    assert got.std() > 0.05
     assert list(estimates) == list(dict.fromkeys(sigma for sigma, _ in seen))
     for sigma, denoised in dict(seen).items():
-        assert torch.equal(estimates[sigma], PixelNormalization().denormalize(denoised.clamp(low, high)))
+        assert torch.equal(estimates[sigma], PixelNormalization().denormalize(denoised.clamp(*more["clamp"])))
     assert (len(seen) > len(estimates)) == (sampler == "heun")  # of two at a level it is the later
 
 
