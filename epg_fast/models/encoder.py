@@ -156,7 +156,8 @@ class ViTEncoder(nn.Module, Pretrained, library_name="epg_fast", tags=_TAGS):
         return []
 
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from ((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
+        for half in ("blocks", "decoder_blocks"):
+            yield from ((f"{half}.{i}", block) for i, block in enumerate(getattr(self, half, ())))
 
     def _initialize_trunk(self) -> None:
         bound = math.sqrt(6.0 / (self.in_chans * self.patch_size**2 + self.embed_dim))

@@ -111,10 +111,6 @@ class EPGViT(ViTEncoder):
         for i, block in enumerate(self.decoder_blocks[: len(self.blocks)]):
             yield f"decoder_blocks.{i}.skip_linear", block.skip_linear
 
-    def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from super()._named_blocks()
-        yield from ((f"decoder_blocks.{i}", block) for i, block in enumerate(self.decoder_blocks))
-
     def _label_embedding(self, y: torch.Tensor | None) -> torch.Tensor | None:
         if (y is None) != (self.class_embed is None):
             raise ValueError(

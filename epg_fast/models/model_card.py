@@ -20,12 +20,13 @@ _SAMPLING = ("sampler", "steps", "guidance", "interval", "precision", "labels")
 
 def model_card(
     model: nn.Module,
-    repo: str,
+    repo_id: str = "owner/name",
+    *,
     evaluation: str | os.PathLike | Mapping | None = None,
     license: str | None = None,
     pipeline: bool = False,
 ):
-    """huggingface_hub's ModelCard of `model` in the repository `repo`.
+    """The card that `push_to_hub` writes, huggingface_hub's ModelCard.
 
     evaluation: a result of `epg-fast evaluate --samples`. pipeline: whether diffusers loads the repository.
     Raises ValueError for an evaluation that is none.
@@ -34,7 +35,7 @@ def model_card(
 
     result = {} if evaluation is None else _result(evaluation)
     generator = isinstance(model, NETWORKS["EPGViT"])
-    name = repo.rpartition("/")[2]
+    name = repo_id.rpartition("/")[2]
     data = ModelCardData(**model._hub_mixin_info.model_card_data.to_dict())  # as the class says
     data.pipeline_tag = "unconditional-image-generation" if generator else "image-feature-extraction"
     data.license = license = license or data.license
@@ -46,7 +47,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         _what(model),
         f"## Recipe\n\n{_recipe(model)}",
-        *([f"## Sampling\n\n{_usage(model, repo, result, pipeline)}"] if generator else []),
+        *([f"## Sampling\n\n{_usage(model, repo_id, result, pipeline)}"] if generator else []),
         *([f"## Evaluation\n\n{_figures(result)}"] if result else []),
         f"## Licence\n\n{f'Weights: {license}.' if license else 'The publisher states none for the weights.'} "
         "The code of `epg_fast` has the licence Apache-2.0.",

@@ -91,16 +91,7 @@ class Pretrained(hub.PyTorchModelHubMixin):
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
-    def generate_model_card(
-        self,
-        repo_id: str = "owner/name",
-        *,
-        evaluation: str | os.PathLike | Mapping | None = None,
-        license: str | None = None,
-        pipeline: bool = False,
-    ):
-        """The card that `push_to_hub` writes, huggingface_hub's ModelCard; see there."""
-        return model_card(self, repo_id, evaluation, license, pipeline)
+    generate_model_card = model_card
 
     def push_to_hub(
         self,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from epg_fast.config import CHURN, GUIDANCE_INTERVAL, ScheduleConfig, check_sampler
-from epg_fast.diffusion import STEPPED, NoiseSchedule, PixelNormalization, autoguided, guided
+from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import EPGViT
 from epg_fast.models.compilation import compile_denoising, compile_options
 from epg_fast.ops import philox_normal_of
@@ -25,11 +25,10 @@ from epg_fast.plans.plan import architecture
 from epg_fast.runtime import float32_products
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sampling.precision import available_precision, inference_network
-from epg_fast.sampling.trajectory import Trajectory
+from epg_fast.sampling.trajectory import SETTINGS, Trajectory
 
 log = logging.getLogger("epg_fast")
 
-_SETTINGS = ("sampler", "steps", "guidance", "interval", "clamp")
 _COMPILE = ("auto", "off", "blocks", "network")
 _SHAPES = 64
 
@@ -156,32 +155,10 @@ class SamplingEngine:
     def _set(self, settings: dict) -> None:
         """Make the trajectory of these settings, which have been checked."""
         self._settings = settings
-        sampler, steps, guidance, interval, clamp = (settings[name] for name in _SETTINGS)
-        num_classes, weak = self.model.num_classes, len(self._networks) > 1
-
-        def guide(denoiser, weak_denoiser=None):
-            if weak_denoiser is not None:
-                return autoguided(denoiser, weak_denoiser, guidance)
-            return denoiser if guidance == 1.0 else guided(denoiser, guidance, interval, num_classes)
-
-        pixels = PixelNormalization(self.normalization)
-        options = {name: value for name, value in settings.items() if name not in _SETTINGS}
-        options["clamp"] = _clamp(clamp, pixels, self.device)
-        if sampler in STEPPED:
-            options["steps_backend"] = self.chosen.ops["steps"]
-        self._trajectory = Trajectory(
-            self._networks,
-            guide,
-            self._schedule,
-            self.parameterization,
-            sampler,
-            self._schedule.levels(1 if sampler == "onestep" else steps, self.model.image_size),
-            pixels,
-            options,
-            self._noise,
-        )
+        meaning = self._schedule, self.parameterization, self.normalization
+        self._trajectory = Trajectory(self._networks, settings, *meaning, self.chosen.ops["steps"], self._noise)
         self.calls, self.evaluations = self._trajectory.calls, self._trajectory.evaluations
-        self.guided = weak or any(times > 1 for _, times in self.calls)
+        self.guided = len(self._networks) > 1 or any(times > 1 for _, times in self.calls)
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
 
     def _choose(self, ops, model: EPGViT, guided: bool) -> Chosen:
@@ -372,7 +349,7 @@ def _filled(part: torch.Tensor, size: int | None) -> torch.Tensor:
 
 def _check_settings(networks: list[EPGViT], settings: dict) -> None:
     """Raise ValueError unless there is such a sampler, and such a guidance of these networks."""
-    options = {name: value for name, value in settings.items() if name not in _SETTINGS}
+    options = {name: value for name, value in settings.items() if name not in SETTINGS}
     check_sampler(settings["sampler"], settings["steps"], **options)
     guidance = settings["guidance"]
     if not math.isfinite(guidance):
@@ -393,15 +370,6 @@ def _schedule(metadata: Mapping, given: ScheduleConfig | None = None) -> NoiseSc
         raise ValueError(
             f"the checkpoint's noise schedule is {found!r}, want a mapping of sigma_min, sigma_max, rho and sigma_data"
         ) from None
-
-
-def _clamp(name: str, pixels: PixelNormalization, device: torch.device) -> tuple | None:
-    """(low, high) of the clean estimate, numbers or tensors on `device`; None for no clamp."""
-    if name not in ("official", "data", "none"):
-        raise ValueError(f"clamp {name!r}: want official, data or none")
-    if name == "data":
-        return tuple(bound.to(device) for bound in pixels.bounds())
-    return (-1.0, 1.0) if name == "official" else None
 
 
 def _checked_labels(model: EPGViT, labels: torch.Tensor | Sequence[int] | int) -> torch.Tensor:
