@@ -32,7 +32,7 @@ _OFFICIAL_UNUSED = {
 _TAGS = ["epg", "pixel-space", "image-generation", "arxiv:2510.12586"]
 
 
-class ViTEncoder(nn.Module, Pretrained, library_name="epg_fast", tags=_TAGS):
+class ViTEncoder(Pretrained, library_name="epg_fast", tags=_TAGS):
     """Trunk: sequence [class tokens, time token, patches] + position embedding, blocks, final LayerNorm.
 
     `use_ops` chooses how the operations of `epg_fast.ops` are computed. use_checkpoint: the share of the blocks, evenly

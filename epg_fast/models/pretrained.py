@@ -48,7 +48,7 @@ _FILES = {
 }
 
 
-class Pretrained(hub.PyTorchModelHubMixin):
+class Pretrained(nn.Module, hub.PyTorchModelHubMixin):
     """A network as a model of the hub: read from files, folders and repositories, and written to them."""
 
     @property
