@@ -88,7 +88,7 @@ class Desk:
     """What is behind the page: the choices of a model, its images, and the trajectory of one of them."""
 
     def __init__(self, model: EPGViT, parameterization: str = "auto", normalization: str = "auto"):
-        self.model, metadata = model, getattr(model, "metadata", {})
+        self.model, metadata = model, model.metadata
         meaning = {"parameterization": parameterization, "normalization": normalization}
         self._meaning = {name: value for name, value in meaning.items() if value != "auto"}
         self.samplers = ["onestep"] if metadata.get("stage") == "finetune-consistency" else list(get_args(Sampler))
@@ -246,7 +246,7 @@ def make_page(gr: ModuleType, desk: Desk, title: str):
 
 def describe(model: EPGViT) -> str:
     """Size, classes and training of a model in a line."""
-    metadata, size = getattr(model, "metadata", {}), model.image_size
+    metadata, size = model.metadata, model.image_size
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     known = [metadata.get("preset"), f"{size} x {size} pixels", classes, metadata.get("stage")]
     step = f"step {metadata['step']}" if "step" in metadata else None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from epg_fast.config import GUIDANCE_INTERVAL
 from epg_fast.models import EPGViT
-from epg_fast.models.folders import push, save_pipeline
+from epg_fast.models.pretrained import save_pipeline
 from epg_fast.sampling import SamplingEngine
 from epg_fast.sampling.labels import class_indices
 
@@ -44,7 +44,7 @@ class EPGPipeline(DiffusionPipeline):
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload that folder, with a model card; `options` are those of `EPGViT.push_to_hub`."""
-        return push(self.transformer, repo_id, save=save_pipeline, **options)
+        return self.transformer.push_to_hub(repo_id, pipeline=True, **options)
 
     def __call__(
         self,

@@ -21,9 +21,10 @@ import epg_fast
 from epg_fast import app
 from epg_fast.app import Desk, make_request
 from epg_fast.config import AppConfig, SampleConfig
-from epg_fast.models import create_encoder, create_model, preset_config, save_weights
+from epg_fast.models import create_encoder, create_model
 from epg_fast.sampling.outputs import quantize
 from tests.commands import fails, run
+from tests.networks import randomized
 
 SIZES = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 1}
 SIZES |= {"decoder_num_heads": 2, "num_classes": 3}
@@ -33,9 +34,7 @@ FIELDS |= {"guidance": 1.5, "low": 0.1, "high": 30.0, "precision": "fp32"}
 
 
 def make_generator(metadata=(), **sizes):
-    model = create_model("digits_32", **(SIZES | sizes)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.05)
+    model = randomized(create_model("digits_32", **(SIZES | sizes)), 0.05).eval()
     model.metadata = {"normalization": "simple", **dict(metadata)}
     return model
 
@@ -43,10 +42,8 @@ def make_generator(metadata=(), **sizes):
 @pytest.fixture
 def checkpoint(tmp_path):
     """Of three classes with names."""
-    model = make_generator()
-    own = {"config": preset_config("digits_32", **SIZES), "class_names": NAMES, "step": 7, "preset": "digits_32"}
-    save_weights(tmp_path / "model.safetensors", model.state_dict(), model.metadata | own)
-    return str(tmp_path / "model.safetensors")
+    make_generator({"class_names": NAMES, "step": 7, "preset": "digits_32"}).save_pretrained(tmp_path / "run")
+    return str(tmp_path / "run/model.safetensors")
 
 
 @pytest.fixture
@@ -309,10 +306,9 @@ def test_a_visitor_draws_images_and_looks_at_a_trajectory(browser, checkpoint, p
 @pytest.mark.parametrize("kind", ["unconditional", "consistency"])
 def test_a_model_is_asked_for_nothing_that_it_does_not_take(kind, browser, tmp_path, port):
     sizes = SIZES | ({"num_classes": 0} if kind == "unconditional" else {})
-    model, path = make_generator(**sizes), tmp_path / "model.safetensors"
     stage = "finetune-consistency" if kind == "consistency" else "finetune-diffusion"
-    save_weights(path, model.state_dict(), {"config": preset_config("digits_32", **sizes), "stage": stage})
-    with app.serving(AppConfig(checkpoint=str(path), port=port, device="cpu")) as address:
+    make_generator({"stage": stage}, **sizes).save_pretrained(tmp_path)
+    with app.serving(AppConfig(checkpoint=str(tmp_path), port=port, device="cpu")) as address:
         browser.goto(address)
         press_draw(browser)
         browser.get_by_text("16 images in ").wait_for()
@@ -337,8 +333,6 @@ def test_the_command_ends_with_a_signal_and_leaves_nothing(gradio, checkpoint, p
     assert f"{checkpoint} is at http://127.0.0.1:{port}/ (Ctrl-C ends it)" in capsys.readouterr().err
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port))
-    encoder = Path(checkpoint).with_name("encoder.safetensors")
-    sizes = {name: SIZES[name] for name in ("embed_dim", "depth", "num_heads")}
-    network = create_encoder("digits_32", **sizes)
-    save_weights(encoder, network.state_dict(), {"config": preset_config("digits_32", **sizes)})
+    encoder = Path(checkpoint).with_name("encoder")
+    create_encoder("digits_32", embed_dim=32, depth=1, num_heads=2).save_pretrained(encoder)
     fails(capsys, ["app", "--checkpoint", encoder, "--port", port], "holds a pre-trained encoder")

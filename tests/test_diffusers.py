@@ -15,6 +15,7 @@ from epg_fast.models import EPGViT, RCMViT, export, from_pretrained, load_weight
 from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.outputs import quantize
 from tests.commands import fails, run, snapshot
+from tests.networks import make_model
 from tests.sampling.conftest import write_checkpoint
 
 FEW = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.1, 30.0)}
@@ -214,8 +215,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(pipe, arguments, message):
 
 
 def test_an_encoder_and_a_folder_that_is_taken_are_not_exported(checkpoint, folder, tmp_path, capsys):
-    sizes = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    RCMViT(**sizes).save_pretrained(tmp_path / "encoder")
+    make_model(RCMViT).save_pretrained(tmp_path / "encoder")
     command = ["export", "--format", "diffusers", "--checkpoint"]
     fails(capsys, [*command, tmp_path / "encoder", "--output", tmp_path / "out"], "holds an RCMViT, want an EPGViT")
     assert not (tmp_path / "out").exists()

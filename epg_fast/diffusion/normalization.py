@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
+
+from epg_fast.wording import nearest
 
 # name -> (mean, scale) per channel; ImageNet's scale is twice the standard deviation, so that the result has 0.5.
 _CONSTANTS = {
@@ -22,8 +22,8 @@ class PixelNormalization:
 
     def __init__(self, name: str = "imagenet"):
         if name not in _CONSTANTS:
-            nearest = (difflib.get_close_matches(str(name).lower(), _CONSTANTS, n=1, cutoff=0) or ["imagenet"])[0]
-            raise ValueError(f"normalization: got {name!r}, wanted one of {sorted(_CONSTANTS)}; try {nearest!r}")
+            wanted = ", ".join(_CONSTANTS)
+            raise ValueError(f"normalization: got {name!r}{nearest(name, _CONSTANTS)}, wanted one of {wanted}")
         self.name = name
         mean, scale = _CONSTANTS[name]
         # by the dtype of a call, each rounded once

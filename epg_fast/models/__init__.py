@@ -1,7 +1,6 @@
 """Networks: RCMViT (encoder), EPGViT (generator), presets and pre-trained weights."""
 
 from epg_fast.models.encoder import RCMViT
-from epg_fast.models.folders import export
 from epg_fast.models.generator import DMViT, EPGViT
 from epg_fast.models.presets import (
     create_encoder,
@@ -11,7 +10,8 @@ from epg_fast.models.presets import (
     list_presets,
     preset_config,
 )
-from epg_fast.models.pretrained import from_pretrained, load_into, load_weights, save_weights
+from epg_fast.models.pretrained import export, from_pretrained, load_into
+from epg_fast.models.weight_files import load_weights, save_weights
 
 __all__ = [
     "DMViT",

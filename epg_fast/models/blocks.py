@@ -6,9 +6,12 @@ one operation of `epg_fast.ops` have its `backend`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from epg_fast.ops import attention, layer_norm_modulate
 
@@ -120,21 +123,11 @@ class DecoderBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        dim,
-        encoder_dim,
-        num_heads,
-        mlp_ratio,
-        qkv_bias,
-        qk_scale,
-        proj_drop,
-        attn_drop,
-        drop_path,
-        skip_post_norm,
+        self, dim, encoder_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path, skip_post_norm
     ):
         super().__init__()
         self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
         self.norm2 = LayerNorm(dim)
         self.skip_linear = nn.Linear(encoder_dim + dim, dim)
         self.skip_norm = LayerNorm(dim) if skip_post_norm else nn.Identity()
@@ -177,3 +170,58 @@ class PatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, C, H, W] -> [B, N, E], patches in row-major order."""
         return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Trunk:
+    """What a network does around its blocks, plainly; `fused` and `fused_fp8` have trunks for blocks of theirs."""
+
+    def embed(self, network: nn.Module, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """x: [B, C, H, W], prefix: [B, tokens+1, E] -> tokens [B, L, E]."""
+        return torch.cat([prefix, network.patch_embed(x)], dim=1) + network.pos_embed
+
+    def run(self, network: nn.Module, index: int, block: nn.Module, *args: torch.Tensor | None):
+        """`block(*args)`; the decoder's blocks count after the encoder's."""
+        if torch.is_grad_enabled() and is_recomputed(index, network.use_checkpoint):
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def step(self, network: nn.Module, index: int, block: nn.Module, x: torch.Tensor):
+        """(output of a block of the encoder, its input as a skip)."""
+        return self.run(network, index, block, x), x
+
+    def feature(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, L, E] -> normalised first class token [B, E] after the last block."""
+        for i, block in enumerate(network.blocks):
+            x, _ = self.step(network, i, block, x)
+        return network.norm(tokens(x)[:, :1])[:, 0]
+
+    def encoded(self, network: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Tokens [B, L, E] -> (output of every encoder block, normalised output of the last)."""
+        entered = []
+        for i, block in enumerate(network.blocks):
+            x, skip = self.step(network, i, block, x)
+            entered.append(skip)
+        last, normalised = self.final(network, x)
+        return [*entered, last][1:], normalised
+
+    def final(self, network: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output of the last block of the encoder as a skip, its norm)."""
+        return x, network.norm(x)
+
+    def modulations(self, network: nn.Module, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """SiLU'd condition [B, E] -> [B, 1, 6 D] for every decoder block; None if the blocks must compute their own."""
+        return network.modulations(condition)
+
+    def patches(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Output of the last decoder block [B, L, D] -> patches [B, N, p*p*C]."""
+        return network.out(network.out_norm(x[:, network.extras :]))
+
+
+def is_recomputed(index: int, share: float) -> bool:
+    """Whether block `index` is among the evenly spread `share` of blocks; the decoder's count after the encoder's."""
+    return math.floor((index + 1) * share) > math.floor(index * share)
+
+
+def tokens(x) -> torch.Tensor | None:
+    """What blocks hand on, as a tensor: that itself or None, or one that a block of `fused` has left in parts."""
+    return x if x is None or isinstance(x, torch.Tensor) else x.tokens()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 
-from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed, is_plain
-from epg_fast.models.hub import PyTorchModelHubMixin
+from epg_fast.models.blocks import BatchNorm1d, Block, LayerNorm, PatchEmbed, Trunk, is_plain
+from epg_fast.models.fused import FusedLastBlock, fuse
+from epg_fast.models.presets import register
+from epg_fast.models.pretrained import Pretrained
 from epg_fast.ops import timestep_condition
 from epg_fast.plans import PLAIN, Case, choose, site_choices
 from epg_fast.plans.plan import architecture
@@ -30,17 +29,10 @@ _OFFICIAL_UNUSED = {
     "output_format": "clstoken",
     "zero_init_out": True,
 }
-
-
-def is_recomputed(index: int, share: float) -> bool:
-    """Whether block `index` is among the evenly spread `share` of blocks; the decoder's count after the encoder's."""
-    return math.floor((index + 1) * share) > math.floor(index * share)
-
-
 _TAGS = ["epg", "pixel-space", "image-generation", "arxiv:2510.12586"]
 
 
-class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=_TAGS):
+class ViTEncoder(Pretrained, library_name="epg_fast", tags=_TAGS):
     """Trunk: sequence [class tokens, time token, patches] + position embedding, blocks, final LayerNorm.
 
     `use_ops` chooses how the operations of `epg_fast.ops` are computed. use_checkpoint: the share of the blocks, evenly
@@ -51,12 +43,12 @@ class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=
 
     ops: Mapping[str, str] = PLAIN
     """Backend by site."""
-    drops_tokens = False
-    """Whether, behind the attention of the last block, a feature is computed from the class token alone."""
+    operands: Mapping[str, torch.Tensor] = {}
+    """As in a block of `epg_fast.models.fused`."""
+    trunk = Trunk()
 
     def __init__(
         self,
-        *,
         image_size,
         patch_size,
         in_channels,
@@ -92,6 +84,7 @@ class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=
         self.embed_dim, self.tokens, self.extras = embed_dim, tokens, tokens + 1
         self.num_patches = (image_size // patch_size) ** 2
         self.use_checkpoint = use_checkpoint
+        self.metadata: dict = {}
         self.cls_token = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.num_patches, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
@@ -118,97 +111,29 @@ class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=
         forward pass otherwise. Parameters and results are the same with any of them, up to rounding; the last block of
         an RCMViT, whose result is the first token, then returns that alone.
         """
-        from epg_fast.models.fused import fuse
-
         if isinstance(ops, str) and ops not in KINDS:
             chosen = choose(ops, Case(job, architecture(self), precision, batch_size), self.pos_embed.device)
             log.info("%s", chosen.why)
             ops = chosen.ops
         self.ops = site_choices(ops)
-        return fuse(self)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.pos_embed.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the parameters are in."""
-        return self.pos_embed.dtype
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options) -> ViTEncoder:
-        """Network of this class, in eval mode, from a file, folder or hub id; see `epg_fast.from_pretrained`."""
-        from epg_fast.models.pretrained import from_pretrained
-
-        return from_pretrained(pretrained_model_name_or_path, kind=cls, **options)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, repo_id: str | None = None, **options
-    ) -> str | None:
-        """Write config.json and model.safetensors, in the place of earlier ones, for `from_pretrained` and `sample`.
-
-        config.json has the constructor arguments and, under `epg_fast`, what the checkpoint said of its use (attribute
-        `metadata`): parameterization, normalization, noise schedule, preset, stage, step, EMA. An edited one is obeyed.
-        push_to_hub: also push to `repo_id`, by default of the folder's name, with `options` of the method of that name.
-        Raises ValueError when the folder cannot be written, OSError when the disk fails.
-        """
-        from epg_fast.models.folders import save_pretrained
-
-        if options and not push_to_hub:
-            raise TypeError(f"save_pretrained: {next(iter(options))} is for push_to_hub=True")
-        save_pretrained(self, save_directory)
-        return self.push_to_hub(repo_id or Path(save_directory).name, **options) if push_to_hub else None
-
-    def generate_model_card(
-        self,
-        repo_id: str = "owner/name",
-        *,
-        evaluation: str | os.PathLike | Mapping | None = None,
-        license: str | None = None,
-    ):
-        """The card that `push_to_hub` writes, huggingface_hub's ModelCard; see there."""
-        from epg_fast.models.model_card import model_card
-
-        return model_card(self, repo_id, evaluation, license)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload weights",
-        private: bool | None = None,
-        token: str | None = None,
-        branch: str | None = None,
-        create_pr: bool | None = None,
-        evaluation: str | os.PathLike | Mapping | None = None,
-        license: str | None = None,
-    ) -> str:
-        """Upload what `save_pretrained` writes, with a model card, in one commit; returns its URL.
-
-        The repository is made if need be; a README.md that it has stays. evaluation: result of `epg-fast evaluate`
-        (JSON file or what it holds), for the card. license: of the weights, as the hub names it, such as "apache-2.0".
-        Needs huggingface_hub. Raises ValueError when the hub refuses or cannot be reached; nothing is pushed then.
-        """
-        from epg_fast.models.folders import push
-
-        return push(
-            self,
-            repo_id,
-            evaluation=evaluation,
-            license=license,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            branch=branch,
-            create_pr=create_pr,
-        )
+        fuse(self)
+        return self
 
     @property
     def all_blocks(self) -> list[nn.Module]:
         """Blocks of the encoder, then those of the decoder if there is one, in the order of the forward pass."""
         return [block for _, block in self._named_blocks()]
+
+    @property
+    def reads_first_token(self) -> bool:
+        """Whether of what the last block returns the first token alone is read."""
+        return False
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether, behind the attention of the last block, a feature is computed from the class token alone."""
+        last = self.blocks[-1] if len(self.blocks) else None
+        return isinstance(last, FusedLastBlock) and not last.drops_out
 
     @property
     def has_hooks(self) -> bool:
@@ -226,8 +151,13 @@ class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=
                 # an adapter around the whole of attention or MLP is in the place of what is in it
                 yield f"{prefix}.{outer}.{name}", module._modules.get(name, module)
 
+    def projections(self) -> list[nn.Linear]:
+        """Linears that one product may stand for beside those of the blocks; none, but in the generator."""
+        return []
+
     def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from ((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
+        for half in ("blocks", "decoder_blocks"):
+            yield from ((f"{half}.{i}", block) for i, block in enumerate(getattr(self, half, ())))
 
     def _initialize_trunk(self) -> None:
         bound = math.sqrt(6.0 / (self.in_chans * self.patch_size**2 + self.embed_dim))
@@ -252,27 +182,17 @@ class ViTEncoder(nn.Module, PyTorchModelHubMixin, library_name="epg_fast", tags=
         cls = cls if label is None else cls + label[:, None]
         return torch.cat([cls, time[:, None]], dim=1)
 
-    def _embed(self, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        """x: [B, C, H, W], prefix: [B, tokens+1, E] -> tokens [B, L, E]."""
-        return torch.cat([prefix, self.patch_embed(x)], dim=1) + self.pos_embed
+    def _feature(self, x: torch.Tensor, time: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+        """x: [B, C, H, W], time and label embedding as in `_prefix` -> normalised first class token [B, E]."""
+        return self.trunk.feature(self, self.trunk.embed(self, x, self._prefix(time, label)))
 
     def _condition(self, t: torch.Tensor, label: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(time token, SiLU(time + label)): [B, E] each, from t [B] and the label embedding [B, E] or None."""
         dtype = self.cls_token.dtype
         return timestep_condition(t, self.embed_dim, label, dtype=dtype, backend=self.ops["condition"])
 
-    def _run(self, index: int, block: nn.Module, *args: torch.Tensor | None):
-        if torch.is_grad_enabled() and is_recomputed(index, self.use_checkpoint):
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
-    def _feature(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, L, E] -> normalised first class token [B, E] after the last block."""
-        for i, block in enumerate(self.blocks):
-            x = self._run(i, block, x)
-        return self.norm(x[:, :1])[:, 0]
-
-
+@register
 class RCMViT(ViTEncoder):
     """Encoder with projection head, as pre-trained in stage 1 (SPEC 3). Arguments as in the official class.
 
@@ -301,23 +221,8 @@ class RCMViT(ViTEncoder):
         use_checkpoint=False,
         **official,
     ):
-        super().__init__(
-            image_size=image_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            tokens=tokens,
-            drop=drop,
-            attn_drop=attn_drop,
-            drop_path=drop_path,
-            use_checkpoint=use_checkpoint,
-            **official,
-        )
+        sizes = image_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_scale, tokens
+        super().__init__(*sizes, use_checkpoint, drop, attn_drop, drop_path, **official)
         self.projection_head = _projection_head(proj_layers, embed_dim, hidden_dim, output_dim)
         self.initialize_weights()
 
@@ -335,7 +240,12 @@ class RCMViT(ViTEncoder):
     def encode(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x: [B, C, H, W], t: [B] -> normalised first class token [B, E]; `projection_head` takes it from there."""
         self._check(x)
-        return self._feature(self._embed(x, self._prefix(self._condition(t, None)[0], None)))
+        return self._feature(x, self._condition(t, None)[0], None)
+
+    @property
+    def reads_first_token(self) -> bool:
+        """Methods of a subclass may read others."""
+        return (type(self).forward, type(self).encode) == (RCMViT.forward, RCMViT.encode)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(projection [B, output_dim], feature [B, E])."""

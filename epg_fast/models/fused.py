@@ -1,8 +1,8 @@
 """The networks with fused operations in the place of the plain ones, site by site.
 
-`fuse` changes classes of a network's modules and nothing else: parameters, their names and the results, up to
-rounding, stay. A fused block hands each operation the backend of its site, "plain" for those that stay as they were.
-What a fused operation would bypass is refused by name: an adapter, a quantised layer, a hook.
+`fuse` changes the classes of blocks and the network's trunk, and nothing else: parameters, their names and the results,
+up to rounding, stay. A fused block hands each operation the backend of its site, "plain" for those that stay as they
+were. What a fused operation would bypass is refused by name: an adapter, a quantised layer, a hook.
 
 Where autocast computes in 16 bits and weights are float32, each product casts its weight, unless whoever keeps copies
 of the weights up to date lends them to the blocks, as `operands` (`WeightCopies` of `epg_fast.training.optimizer`).
@@ -10,16 +10,23 @@ of the weights up to date lends them to the blocks, as `operands` (`WeightCopies
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from epg_fast.models.blocks import Attention, Block, DecoderBlock, LayerNorm, Mlp, PatchEmbed, is_plain
-from epg_fast.models.encoder import RCMViT, ViTEncoder
-from epg_fast.models.generator import EPGViT
+from epg_fast.models.blocks import (
+    Attention,
+    Block,
+    DecoderBlock,
+    LayerNorm,
+    Mlp,
+    PatchEmbed,
+    Trunk,
+    is_plain,
+    tokens,
+)
 from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,
@@ -59,12 +66,11 @@ class Rows(NamedTuple):
     x: torch.Tensor
     statistics: torch.Tensor
 
+    def tokens(self) -> torch.Tensor:
+        return self.x
+
 
 Tokens = torch.Tensor | Rows
-
-
-def _stream(x: Tokens) -> torch.Tensor:
-    return x.x if isinstance(x, Rows) else x
 
 
 def _qkv(block: Block | DecoderBlock, y: torch.Tensor) -> torch.Tensor:
@@ -140,18 +146,25 @@ def _product_of_norm(x: Rows, norm, module, shift=None, scale=None, gelu=False, 
     return norm_linear(*x, *normed, *weight_and_bias, shift, scale, norm.eps, gelu, "triton", operand)
 
 
-def _residual_norm(
-    backend, norm, x, shift=None, scale=None, skip=False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _residual_norm(backend, norm, x, shift=None, scale=None, skip=False) -> tuple[torch.Tensor, ...]:
     """(x, the next product's input, x as a skip, if that is wanted in the dtype of products): [B, L, D] each."""
     parameters, dtype = parameters_of(norm, LayerNorm), autocast_dtype(x)
     copy_dtype = dtype if skip else None
     return residual_norm_modulate(x, *parameters, shift, scale, norm.eps, dtype, copy_dtype, _alone(backend))
 
 
+def _first_product(block: Block | DecoderBlock, x: Tokens, shift=None, scale=None, skip=False):
+    """(x, attention's first product of its norm [B, L, 3 D], x as a skip)."""
+    if isinstance(x, Rows) and _norms_ride(block):
+        operand = block.operands.get("attn.qkv")
+        return x.x, _product_of_norm(x, block.norm1, block.attn.qkv, shift, scale, operand=operand), x.x
+    x, y, skip = _residual_norm(block.ops["norm"], block.norm1, tokens(x), shift, scale, skip)
+    return x, _qkv(block, y), skip
+
+
 class _Fused:
     ops: Mapping[str, str]
-    """Backend by site, of a block or of the network."""
+    """Backend by site of the block's half."""
     operands: Mapping[str, torch.Tensor] = {}
     """Copies of weights in the dtype of products by their linears, such as "mlp.fc1"; a weight without one is cast."""
 
@@ -166,19 +179,14 @@ class FusedBlock(_Fused, Block):
 
     def _computed(self, x: Tokens, kept: int | None = None):
         """kept: only the first so many tokens are computed behind the attention, and returned."""
-        if isinstance(x, Rows) and _norms_ride(self):
-            qkv = _product_of_norm(x, self.norm1, self.attn.qkv, operand=self.operands.get("attn.qkv"))
-            x = skip = x.x
-        else:
-            x, y, skip = _residual_norm(self.ops["norm"], self.norm1, _stream(x), skip=self.makes_skip)
-            qkv = _qkv(self, y)
+        x, qkv, skip = _first_product(self, x, skip=self.makes_skip)
         if _norms_ride(self):
             x = _halves(self, x, qkv, None, (), None)
             x = x if kept is None else x.x[:, :kept]
         else:
             early = None if self.drops_out else kept
-            x, y = _attention_half(self, x, qkv, self._drawn_gate(y), (None, None), early)
-            x = _mlp_half(self, x, y, self._drawn_gate(y))[:, :kept]
+            x, y = _attention_half(self, x, qkv, self._drawn_gate(x, qkv.dtype), (None, None), early)
+            x = _mlp_half(self, x, y, self._drawn_gate(x, y.dtype))[:, :kept]
         # compiled code would fill and add a gradient of zeros for a skip that nobody takes
         return (x, skip) if self.makes_skip else x
 
@@ -187,11 +195,11 @@ class FusedBlock(_Fused, Block):
         """Whether dropout draws, for all tokens, as in `Block`."""
         return self.training and bool(self.attn.proj_drop.p or self.mlp.drop.p)
 
-    def _drawn_gate(self, y: torch.Tensor) -> torch.Tensor | None:
+    def _drawn_gate(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """What stochastic depth multiplies a branch with, [B, 1, D]; None while it does not."""
         if not (self.training and self.drop_path.p):
             return None
-        return self.drop_path(torch.ones_like(y[:, :1]))
+        return self.drop_path(torch.ones_like(x[:, :1], dtype=dtype))
 
 
 class FusedLastBlock(FusedBlock):
@@ -205,16 +213,11 @@ class FusedLastBlock(FusedBlock):
 class FusedDecoderBlock(_Fused, DecoderBlock):
     def forward(self, x: Tokens, cond, skip=None, modulation=None) -> Tokens:
         shift1, scale1, gate1, *modulation2, gate2 = self.modulation(cond, modulation)
-        if skip is None and isinstance(x, Rows) and _norms_ride(self):
-            operand = self.operands.get("attn.qkv")
-            qkv = _product_of_norm(x, self.norm1, self.attn.qkv, shift1, scale1, operand=operand)
-            return _halves(self, x.x, qkv, gate1, modulation2, gate2)
-        x = _stream(x)
         if skip is None:
-            x, y, _ = _residual_norm(self.ops["norm"], self.norm1, x, shift1, scale1)
+            x, qkv, _ = _first_product(self, x, shift1, scale1)
         else:
-            x, y = self._skip(x, skip, (*parameters_of(self.norm1, LayerNorm), shift1, scale1))
-        qkv = _qkv(self, y)
+            x, y = self._skip(tokens(x), skip, (*parameters_of(self.norm1, LayerNorm), shift1, scale1))
+            qkv = _qkv(self, y)
         if _norms_ride(self):
             return _halves(self, x, qkv, gate1, modulation2, gate2)
         x, y = _attention_half(self, x, qkv, gate1, modulation2)
@@ -229,69 +232,53 @@ class FusedDecoderBlock(_Fused, DecoderBlock):
         return skip_linear(x, skip, *weight_and_bias, *norm, self.norm1.eps, self.ops["skip"], next_norm, operand)
 
 
-class FusedTrunk(_Fused, ViTEncoder):
-    """What a network does outside of its blocks."""
+class FusedTrunk(Trunk):
+    """Around blocks that hand each other more than a tensor, which other modules do not take."""
 
-    def _embed(self, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        require_plain(self.patch_embed, PatchEmbed)
-        weight, bias = parameters_of(self.patch_embed.proj, nn.Conv2d)
-        return patch_embed(x, weight, bias, self.pos_embed, prefix, backend=self.ops["embedding"])
+    own: tuple[type, ...] = (_Fused,)
 
-    def _run(self, index: int, block: nn.Module, x: Tokens, *args: torch.Tensor | None):
-        return super()._run(index, block, x if isinstance(block, _Fused) else _stream(x), *args)
+    def embed(self, network: nn.Module, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        backend = network.ops["embedding"]
+        if backend == "plain":
+            return super().embed(network, x, prefix)
+        require_plain(network.patch_embed, PatchEmbed)
+        weight_and_bias = parameters_of(network.patch_embed.proj, nn.Conv2d)
+        return patch_embed(x, *weight_and_bias, network.pos_embed, prefix, backend=backend)
 
-    def _feature(self, x: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(self.blocks):
-            x, _ = self._entered(i, block, x)
-        return self.norm(_stream(x)[:, :1])[:, 0]
+    def run(self, network: nn.Module, index: int, block: nn.Module, *args: Tokens | None):
+        return super().run(network, index, block, *(args if isinstance(block, self.own) else map(tokens, args)))
 
-    def _entered(self, index: int, block: nn.Module, x: Tokens) -> tuple[Tokens, torch.Tensor]:
-        """(output of the block, its input as a skip); a block that makes no skip leaves its input as it is."""
-        out = self._run(index, block, x)
-        return out if type(out) is tuple else (out, _stream(x))  # `Rows` is one, too
+    def step(self, network: nn.Module, index: int, block: nn.Module, x: Tokens) -> tuple[Tokens, Tokens]:
+        x = x if isinstance(block, self.own) else tokens(x)
+        out = self.run(network, index, block, x)
+        return out if type(out) is tuple else (out, x)  # `Rows` is one, too
 
+    def final(self, network: nn.Module, x: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        _, normalised, skip = _residual_norm(network.ops["encoder.norm"], network.norm, tokens(x), skip=True)
+        return skip, normalised
 
-class FusedRCMViT(FusedTrunk, RCMViT):
-    @property
-    def drops_tokens(self) -> bool:
-        """As in `ViTEncoder`."""
-        last = self.blocks[-1] if len(self.blocks) else None
-        return isinstance(last, FusedLastBlock) and not last.drops_out
-
-
-class FusedEPGViT(FusedTrunk, EPGViT):
-    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        skips = []
-        for i, block in enumerate(self.blocks):
-            x, entered = self._entered(i, block, x)
-            skips.append(entered)
-        _, normalised, last = _residual_norm(self.ops["encoder.norm"], self.norm, _stream(x), skip=True)
-        return [*skips, last][1:], normalised
-
-    def _patches(self, x: Tokens) -> torch.Tensor:
-        if isinstance(x, Rows) and is_plain(self.out_norm, LayerNorm) and is_plain(self.out, nn.Linear):
-            return _product_of_norm(x, self.out_norm, self.out)[:, self.extras :]
-        return super()._patches(_stream(x))
-
-    def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        linears = self._projections()
-        joined = self._joined_projection is not None or autocast_dtype(condition) is None
+    def modulations(self, network: nn.Module, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        linears = network.projections()
+        joined = network._joined_projection is not None or autocast_dtype(condition) is None
         if joined or not (torch.is_grad_enabled() and linears):
-            return super()._modulations(condition)
+            return super().modulations(network, condition)
         weights, biases = zip(*((module.weight, module.bias) for module in linears), strict=True)
-        made = linear(condition, weights, torch.cat(biases), self.operands.get(_MODULATION))
+        made = linear(condition, weights, torch.cat(biases), network.operands.get(_MODULATION))
         return made[:, None].chunk(len(linears), dim=-1)
 
+    def patches(self, network: nn.Module, x: Tokens) -> torch.Tensor:
+        if isinstance(x, Rows) and is_plain(network.out_norm, LayerNorm) and is_plain(network.out, nn.Linear):
+            return _product_of_norm(x, network.out_norm, network.out)[:, network.extras :]
+        return super().patches(network, tokens(x))
 
-_FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock, RCMViT: FusedRCMViT, EPGViT: FusedEPGViT}
+
+_FUSED = {Block: FusedBlock, DecoderBlock: FusedDecoderBlock}
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()} | {FusedLastBlock: Block}
-
-
 _MODULATION = "adaLN_modulation"
 _SITES = {"attn.qkv": None, "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp", "skip_linear": "skip"}
 
 
-def linears_with_operands(network: ViTEncoder) -> Iterator[tuple[nn.Module, str, list[nn.Linear]]]:
+def linears_with_operands(network: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Linear]]]:
     """(module, name in its `operands`, linears) of each large product that reads a copy of its weight if it has one.
 
     The product of several linears reads their weights one below the other.
@@ -302,42 +289,29 @@ def linears_with_operands(network: ViTEncoder) -> Iterator[tuple[nn.Module, str,
         fused = isinstance(block, _Fused) and block.ops.get(_SITES[name]) != "plain"
         if fused and is_plain(module, nn.Linear):
             yield block, name, [module]
-    if isinstance(network, FusedEPGViT) and (linears := network._projections()):
+    if isinstance(network.trunk, FusedTrunk) and (linears := network.projections()):
         yield network, _MODULATION, linears
 
 
-@functools.cache
-def _fused_network(kind: type[ViTEncoder]) -> type[ViTEncoder]:
-    """A subclass of the networks with what their fused class replaces."""
-    base = FusedEPGViT if issubclass(kind, EPGViT) else FusedRCMViT
-    return type(f"Fused{kind.__name__}", (base, kind), {"__module__": kind.__module__})
-
-
-def fuse(network: ViTEncoder) -> ViTEncoder:
+def fuse(network: nn.Module) -> None:
     """Let `network` compute as its `ops` say, in place.
 
     Subclasses of blocks stay plain, but for their norms and attention.
     """
-    blocks = {"encoder": network.blocks, "decoder": getattr(network, "decoder_blocks", ())}
-    for half, modules in blocks.items():
+    decoder = getattr(network, "decoder_blocks", None)
+    for half, blocks in (("encoder", network.blocks), ("decoder", decoder or ())):
         ops = of_half(network.ops, half)
-        for block in modules:
+        for block in blocks:
             _choose(block, ops)
             if isinstance(block, FusedBlock):
-                block.makes_skip = isinstance(network, EPGViT)
-    if _reads_first_token(network) and len(network.blocks) and type(network.blocks[-1]) is FusedBlock:
+                block.makes_skip = decoder is not None
+    if network.reads_first_token and len(network.blocks) and type(network.blocks[-1]) is FusedBlock:
         network.blocks[-1].__class__ = FusedLastBlock
     network.norm.backend = _alone(network.ops["encoder.norm"])
-    if hasattr(network, "out_norm"):
+    if decoder is not None:
         network.out_norm.backend = _alone(network.ops["decoder.norm"])
     fused = network.ops["embedding"] != "plain" or any(isinstance(block, _Fused) for block in network.all_blocks)
-    return _as_fused(network) if fused else _as_plain(network)
-
-
-def _reads_first_token(network: ViTEncoder) -> bool:
-    """Whether the first token alone is read of what the last block returns; methods of a subclass may read others."""
-    own = RCMViT.forward, RCMViT.encode
-    return isinstance(network, RCMViT) and (type(network).forward, type(network).encode) == own
+    network.trunk = FusedTrunk() if fused else Trunk()
 
 
 def _choose(block: nn.Module, ops: dict[str, str]) -> None:
@@ -352,15 +326,3 @@ def _choose(block: nn.Module, ops: dict[str, str]) -> None:
             module.backend = _alone(ops["norm"])
         elif isinstance(module, Attention):
             module.backend = ops["attention"]
-
-
-def _as_fused(network: ViTEncoder) -> ViTEncoder:
-    if not isinstance(network, FusedTrunk):
-        network.__class__ = _FUSED.get(type(network)) or _fused_network(type(network))
-    return network
-
-
-def _as_plain(network: ViTEncoder) -> ViTEncoder:
-    if isinstance(network, FusedTrunk):
-        network.__class__ = _PLAIN.get(type(network)) or type(network).__bases__[1]
-    return network

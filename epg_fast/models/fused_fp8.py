@@ -9,23 +9,21 @@ FP8 does not take.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from epg_fast.models.blocks import Attention, Block, DecoderBlock, DropPath, LayerNorm, Mlp, is_plain
+from epg_fast.models.blocks import Attention, Block, DecoderBlock, DropPath, LayerNorm, Mlp, is_plain, tokens
 from epg_fast.models.encoder import ViTEncoder
 from epg_fast.models.fp8 import Fp8Linear, convert
-from epg_fast.models.fused import parameters_of
+from epg_fast.models.fused import FusedTrunk, parameters_of
 from epg_fast.ops import (
     attention,
     attention_fp8,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
-    layer_norm_modulate,
     layer_norm_modulate_fp8,
     quantize_rows,
     skip_norms_fp8,
@@ -44,18 +42,27 @@ class Unsummed(NamedTuple):
     branch: torch.Tensor
     gate: torch.Tensor | None
 
-    def sum(self) -> torch.Tensor:
+    def tokens(self) -> torch.Tensor:
         return self.x + (self.branch if self.gate is None else self.gate * self.branch)
 
 
-Tokens = torch.Tensor | Unsummed
+class Chained(NamedTuple):
+    """Tokens as a product of the package leaves them: in 16 bits, unless nothing reads them there, and in FP8."""
+
+    x: torch.Tensor | None
+    rows: torch.Tensor
+    scale: torch.Tensor
+
+    def tokens(self) -> torch.Tensor | None:
+        return self.x
 
 
-def _summed(x: Tokens) -> torch.Tensor:
-    return x.sum() if isinstance(x, Unsummed) else x
+Tokens = torch.Tensor | Unsummed | Chained
 
 
-def _normed(norm: LayerNorm, x: Tokens, shift=None, scale=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _normed(
+    norm: LayerNorm, x: torch.Tensor | Unsummed, shift=None, scale=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x, rows of its modulated norm in FP8, their scales)."""
     arguments = *parameters_of(norm, LayerNorm), shift, scale, norm.eps, "triton"
     if isinstance(x, Unsummed):
@@ -77,7 +84,7 @@ def _halves(block: Fp8Block | Fp8DecoderBlock, x, rows, scale, gate1, modulation
 
 
 class Fp8Block(Block):
-    def forward(self, x: Tokens) -> tuple[Unsummed, torch.Tensor]:
+    def forward(self, x: torch.Tensor | Unsummed) -> tuple[Unsummed, torch.Tensor]:
         """x: [B, L, E] -> (what `Block` returns, x as a skip)."""
         x, *normed = _normed(self.norm1, x)
         return _halves(self, x, *normed, None, (), None), x
@@ -101,26 +108,14 @@ class Fp8DecoderBlock(DecoderBlock):
 
     def _skip(self, x: Tokens, skip: torch.Tensor) -> torch.Tensor:
         if not is_plain(self.skip_linear, Fp8Linear):
-            x = _summed(x)
+            x = tokens(x)
             return self.skip_linear(torch.cat([x, skip.to(x.dtype)], dim=-1))
         x, branch, gate = x if isinstance(x, Unsummed) else (x, None, None)
         return self.skip_linear.product(*quantize_rows(x, branch, gate, skip, backend="triton"))
 
 
-class Chained(NamedTuple):
-    """Tokens as a product of the package leaves them: in 16 bits, unless nothing reads them there, and in FP8."""
-
-    x: torch.Tensor | None
-    rows: torch.Tensor
-    scale: torch.Tensor
-
-
 def _chained(x: torch.Tensor | Chained) -> Chained:
     return x if isinstance(x, Chained) else Chained(x, *quantize_rows(x, backend="triton"))
-
-
-def _in_16_bits(x: torch.Tensor | Chained) -> torch.Tensor:
-    return x.x if isinstance(x, Chained) else x
 
 
 def _chained_halves(block: ChainedBlock | ChainedDecoderBlock, x, rows, scale, gate1, modulation2, gate2, returns):
@@ -142,9 +137,9 @@ def _chained_halves(block: ChainedBlock | ChainedDecoderBlock, x, rows, scale, g
 
 
 class ChainedBlock(Block):
-    def forward(self, x: torch.Tensor) -> Chained:
+    def forward(self, x: torch.Tensor | Chained) -> Chained:
         """x: [B, L, E] -> what `Block` returns, as tokens and as a skip."""
-        return Chained(*_chained_halves(self, *_normed(self.norm1, x), None, (), None, "both"))
+        return Chained(*_chained_halves(self, *_normed(self.norm1, tokens(x)), None, (), None, "both"))
 
 
 class ChainedDecoderBlock(DecoderBlock):
@@ -161,7 +156,7 @@ class ChainedDecoderBlock(DecoderBlock):
 
     def _skip(self, x: torch.Tensor | Chained, skip: torch.Tensor | Chained) -> torch.Tensor:
         if not is_plain(self.skip_linear, Fp8Linear):
-            return self.skip_linear(torch.cat([x, _in_16_bits(skip).to(x.dtype)], dim=-1))
+            return self.skip_linear(torch.cat([x, tokens(skip).to(x.dtype)], dim=-1))
         x, skip = _chained(x), _chained(skip)
         return self.skip_linear.fused(x.rows, x.scale, skip=skip.rows, skip_scale=skip.scale)
 
@@ -170,78 +165,33 @@ _AROUND = {Block: Fp8Block, DecoderBlock: Fp8DecoderBlock}
 _CHAINED = {Block: ChainedBlock, DecoderBlock: ChainedDecoderBlock}
 
 
-class Fp8Network(ViTEncoder):
-    """What a network does with blocks of which some leave their result `Unsummed`."""
+class Fp8Trunk(FusedTrunk):
+    """Around blocks of which some leave their result `Unsummed` or `Chained`."""
 
-    def _run(self, index: int, block: nn.Module, x: Tokens, *args: torch.Tensor | None):
-        return block(x if isinstance(block, tuple(_AROUND.values())) else _summed(x), *args)
+    own = (*_AROUND.values(), *_CHAINED.values())
 
-    def _feature(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(_summed(self._through(x)[0])[:, :1])[:, 0]
+    def step(self, network: ViTEncoder, index: int, block: nn.Module, x: Tokens) -> tuple[Tokens, Tokens]:
+        out, skip = super().step(network, index, block, x)
+        return out, x if isinstance(x, Chained) else skip  # which has its rows in FP8
 
-    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        x, entered = self._through(x)
-        last, normalised = self._final(self.norm, x)
-        return [*entered, last][1:], normalised
+    def final(self, network: ViTEncoder, x: Tokens) -> tuple[Tokens, torch.Tensor]:
+        return _final(network.norm, x)
 
-    def _through(self, x: Tokens) -> tuple[Tokens, list[torch.Tensor]]:
-        """(output of the last block of the encoder, what entered each)."""
-        entered = []
-        for i, block in enumerate(self.blocks):
-            if isinstance(block, Fp8Block):
-                x, before = self._run(i, block, x)
-            else:
-                before = _summed(x)
-                x = self._run(i, block, before)
-            entered.append(before)
-        return x, entered
-
-    def _normalised_patches(self, x: Tokens) -> torch.Tensor:
+    def patches(self, network, x: torch.Tensor | Unsummed) -> torch.Tensor:
         if isinstance(x, Unsummed):
-            x = x._replace(x=x.x[:, self.extras :], branch=x.branch[:, self.extras :])
-            return self._final(self.out_norm, x)[1]
-        return super()._normalised_patches(x)
+            x = x._replace(x=x.x[:, network.extras :], branch=x.branch[:, network.extras :])
+        else:
+            x = x[:, network.extras :]
+        return network.out(_final(network.out_norm, x)[1])
 
-    def _final(self, norm: nn.Module, x: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, its norm in 16 bits)."""
-        if isinstance(x, Unsummed) and is_plain(norm, LayerNorm):
+
+def _final(norm: nn.Module, x: Tokens) -> tuple[Tokens, torch.Tensor]:
+    """(x, its norm in 16 bits)."""
+    if isinstance(x, Unsummed):
+        if is_plain(norm, LayerNorm):
             return gate_residual_norm_modulate(*x, *parameters_of(norm, LayerNorm), eps=norm.eps, backend="triton")
-        x = _summed(x)
-        return x, norm(x)
-
-
-class ChainedNetwork(ViTEncoder):
-    """What a network does with blocks of which some return their result `Chained`."""
-
-    def _run(self, index: int, block: nn.Module, *args: torch.Tensor | Chained | None):
-        return block(*(args if isinstance(block, tuple(_CHAINED.values())) else map(_in_16_bits, args)))
-
-    def _feature(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(_in_16_bits(self._through(x)[-1])[:, :1])[:, 0]
-
-    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor | Chained], torch.Tensor]:
-        made = self._through(x)
-        return made[1:], self._final(self.norm, _in_16_bits(made[-1]))
-
-    def _through(self, x: torch.Tensor) -> list[torch.Tensor | Chained]:
-        """x and what each block of the encoder returns."""
-        made = [x]
-        for i, block in enumerate(self.blocks):
-            made.append(self._run(i, block, _in_16_bits(made[-1])))
-        return made
-
-    def _normalised_patches(self, x: torch.Tensor) -> torch.Tensor:
-        return self._final(self.out_norm, x[:, self.extras :])
-
-    def _final(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if not is_plain(norm, LayerNorm):
-            return norm(x)
-        return layer_norm_modulate(x, *parameters_of(norm, LayerNorm), eps=norm.eps, backend="triton")
-
-
-@functools.cache
-def _fp8_network(base: type[ViTEncoder], kind: type[ViTEncoder]) -> type[ViTEncoder]:
-    return type(f"Fp8{kind.__name__}", (base, kind), {"__module__": kind.__module__})
+        x = x.tokens()
+    return x, norm(tokens(x))
 
 
 @torch.no_grad()
@@ -260,20 +210,23 @@ def quantize(network: ViTEncoder) -> str:
     for linear in linears:
         linear.quantize_()
     if site == "triton":
-        line += _use_blocks(network, _CHAINED, ChainedNetwork)
+        line += _use_blocks(network, _CHAINED)
         _join_decoder(network)
+        for norm in (network.norm, getattr(network, "out_norm", None)):
+            if norm is not None and is_plain(norm, LayerNorm):
+                norm.backend = "triton"
     elif site != "plain":
-        line += _use_blocks(network, _AROUND, Fp8Network)
+        line += _use_blocks(network, _AROUND)
     return line + (f"; sites {', '.join(left_out)} are not asked" if left_out else "")
 
 
-def _use_blocks(network: ViTEncoder, classes: dict[type, type], base: type[ViTEncoder]) -> str:
-    """Give blocks and network the classes that compute with rows in FP8; says which blocks do not."""
+def _use_blocks(network: ViTEncoder, classes: dict[type, type]) -> str:
+    """Give blocks the classes that compute with rows in FP8; says which blocks do not."""
     blocks = network.all_blocks
     taken = [block for block in blocks if _is_unchanged(block)]
     for block in taken:
         block.__class__ = classes[type(block)]
-    network.__class__ = _fp8_network(base, type(network))
+    network.trunk = Fp8Trunk()
     left = len(blocks) - len(taken)
     if not left:
         return ""

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from epg_fast.models.blocks import DecoderBlock, LayerNorm, is_plain
 from epg_fast.models.encoder import ViTEncoder
+from epg_fast.models.presets import register
 from epg_fast.ops.backends import autocast_dtype
 
 # The latter is a parameter's type where only shapes are computed with.
@@ -42,6 +43,7 @@ class Conditioning(NamedTuple):
     """adaLN's shift, scale and gate, twice, of every decoder block: [B, 1, 6 D]; None if blocks compute their own."""
 
 
+@register
 class EPGViT(ViTEncoder):
     """Image to image network of stage 2 (SPEC 3). Arguments as in the official class (which also calls it DMViT).
 
@@ -75,34 +77,12 @@ class EPGViT(ViTEncoder):
         use_checkpoint=False,
         **official,
     ):
-        super().__init__(
-            image_size=image_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            tokens=tokens,
-            use_checkpoint=use_checkpoint,
-            **official,
-        )
+        sizes = image_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_scale, tokens
+        super().__init__(*sizes, use_checkpoint, **official)
         self.num_classes = num_classes
+        widths = decoder_embed_dim, embed_dim, decoder_num_heads
         self.decoder_blocks = nn.ModuleList(
-            DecoderBlock(
-                decoder_embed_dim,
-                embed_dim,
-                decoder_num_heads,
-                mlp_ratio,
-                qkv_bias,
-                qk_scale,
-                proj_drop=drop,
-                attn_drop=attn_drop,
-                drop_path=drop_path,
-                skip_post_norm=skip_post_norm,
-            )
+            DecoderBlock(*widths, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path, skip_post_norm)
             for _ in range(decoder_depth)
         )
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_embed_dim) if decoder_embed_dim != embed_dim else None
@@ -131,10 +111,6 @@ class EPGViT(ViTEncoder):
         for i, block in enumerate(self.decoder_blocks[: len(self.blocks)]):
             yield f"decoder_blocks.{i}.skip_linear", block.skip_linear
 
-    def _named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from super()._named_blocks()
-        yield from ((f"decoder_blocks.{i}", block) for i, block in enumerate(self.decoder_blocks))
-
     def _label_embedding(self, y: torch.Tensor | None) -> torch.Tensor | None:
         if (y is None) != (self.class_embed is None):
             raise ValueError(
@@ -150,7 +126,7 @@ class EPGViT(ViTEncoder):
         if y is None and self.class_embed is not None:
             y = torch.full((x.shape[0],), self.num_classes, device=x.device)
         label = self._label_embedding(y)
-        return self._feature(self._embed(x, self._prefix(self._condition(t, label)[0], label)))
+        return self._feature(x, self._condition(t, label)[0], label)
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, *, patches: bool = False
@@ -164,36 +140,21 @@ class EPGViT(ViTEncoder):
         label = self._label_embedding(y)
         time, condition = self._condition(t, label)
         cond = (time if label is None else time + label)[:, None]
-        return Conditioning(self._prefix(time, label), cond, self._modulations(condition))
+        return Conditioning(self._prefix(time, label), cond, self.trunk.modulations(self, condition))
 
     def denoise(self, x: torch.Tensor, conditioning: Conditioning, *, patches: bool = False) -> torch.Tensor:
         """x: [B, C, H, W] -> [B, C, H, W]; with `conditioning(t, y)` this is `forward(x, t, y)`."""
-        skips, x = self._encoded(self._embed(x, conditioning.prefix))
+        skips, x = self.trunk.encoded(self, self.trunk.embed(self, x, conditioning.prefix))
         if self.encoder_to_decoder is not None:
             x = self.encoder_to_decoder(x)
         modulations = conditioning.modulations or [None] * len(self.decoder_blocks)
         for i, (block, modulation) in enumerate(zip(self.decoder_blocks, modulations, strict=True), len(self.blocks)):
-            x = self._run(i, block, x, conditioning.cond, skips.pop() if skips else None, modulation)
-        tokens = self._patches(x)
+            skip = skips.pop() if skips else None
+            x = self.trunk.run(self, i, block, x, conditioning.cond, skip, modulation)
+        tokens = self.trunk.patches(self, x)
         return tokens if patches else self.unpatchify(tokens)
 
-    def _patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Output of the last decoder block [B, L, D] -> patches [B, N, p*p*C]."""
-        return self.out(self._normalised_patches(x))
-
-    def _normalised_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Output of the last decoder block [B, L, D] -> norm of its patches [B, N, D]."""
-        return self.out_norm(x[:, self.extras :])
-
-    def _encoded(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Tokens [B, L, E] -> (output of every encoder block, normalised output of the last)."""
-        skips = []
-        for i, block in enumerate(self.blocks):
-            x = self._run(i, block, x)
-            skips.append(x)
-        return skips, self.norm(x)
-
-    def _modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    def modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """SiLU'd condition [B, E] -> [B, 1, 6 D] for every decoder block; None if the blocks must compute their own.
 
         One matrix product for all blocks: one for each would read its weights at a fraction of a GPU's bandwidth. For a
@@ -211,13 +172,13 @@ class EPGViT(ViTEncoder):
 
     def _projection(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(weight [blocks 6 D, E], bias) of all adaLN projections; None if the blocks must compute their own."""
-        linears = self._projections()
+        linears = self.projections()
         if not linears:
             return None
         dtype = autocast_dtype(linears[0].weight) or linears[0].weight.dtype
         return tuple(torch.cat([getattr(linear, name).to(dtype) for linear in linears]) for name in ("weight", "bias"))
 
-    def _projections(self) -> list[nn.Linear]:
+    def projections(self) -> list[nn.Linear]:
         """The adaLN projections of all blocks; none if the blocks must compute their own."""
         modules = [block.adaLN_modulation for block in self.decoder_blocks]
         return [module[1] for module in modules] if all(map(_is_plain_modulation, modules)) else []

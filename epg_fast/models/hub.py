@@ -64,12 +64,11 @@ class Repository:
 def upload(
     repo: str,
     folder: str | os.PathLike,
-    *,
-    commit_message: str = "Upload weights",
-    private: bool | None = None,
-    token: str | None = None,
-    branch: str | None = None,
-    create_pr: bool | None = None,
+    commit_message: str,
+    private: bool | None,
+    token: str | None,
+    branch: str | None,
+    create_pr: bool | None,
 ) -> str:
     """Upload the files of `folder` in one commit to a repository, which is made if need be; returns its URL.
 

@@ -6,12 +6,24 @@ import inspect
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import yaml
 
-from epg_fast.models.encoder import RCMViT, ViTEncoder
-from epg_fast.models.generator import EPGViT
 from epg_fast.wording import nearest
+
+if TYPE_CHECKING:
+    from epg_fast.models.encoder import RCMViT
+    from epg_fast.models.generator import EPGViT
+
+NETWORKS: dict[str, type] = {}
+"""The networks by their names in config.json: what builds and reads them stands below their classes."""
+
+
+def register(kind: type) -> type:
+    """Enter a network's class in `NETWORKS`."""
+    NETWORKS[kind.__name__] = kind
+    return kind
 
 
 @cache
@@ -40,33 +52,37 @@ def preset_config(name: str, **overrides) -> dict:
 
 def require_arguments(names: Iterable[str]) -> None:
     """Raise ValueError, which names the nearest valid one, for a name that is no constructor argument of a network."""
-    valid = arguments_of(EPGViT) | arguments_of(RCMViT)
+    valid = {name for network in NETWORKS for name in arguments_of(network)}
     for name in names:
         if name not in valid:
             raise ValueError(f"unknown model argument {name!r}{nearest(name, valid)}")
 
 
+def arguments_of(network: str) -> set[str]:
+    """Names of the constructor arguments of a network of `NETWORKS`."""
+    return {*inspect.signature(NETWORKS[network]).parameters} - {"official"}
+
+
+def build(network: str, config: dict):
+    """A network of `NETWORKS` from the fields of `preset_config` that concern it."""
+    return NETWORKS[network](**{name: config[name] for name in arguments_of(network) & config.keys()})
+
+
 def generator_from_config(config: dict) -> EPGViT:
     """EPGViT from the fields of `preset_config` that concern it."""
-    return EPGViT(**{name: config[name] for name in arguments_of(EPGViT) & config.keys()})
+    return build("EPGViT", config)
 
 
 def encoder_from_config(config: dict) -> RCMViT:
     """RCMViT from the fields of `preset_config` that concern it."""
-    return RCMViT(**{name: config[name] for name in arguments_of(RCMViT) & config.keys()})
+    return build("RCMViT", config)
 
 
 def create_model(name: str, **overrides) -> EPGViT:
     """Generator of a preset, freshly initialised, e.g. `create_model("epg_xl_16_256", num_classes=10)`."""
-    return generator_from_config(preset_config(name, **overrides))
+    return build("EPGViT", preset_config(name, **overrides))
 
 
 def create_encoder(name: str, **overrides) -> RCMViT:
     """Encoder of a preset with its projection head, freshly initialised."""
-    return encoder_from_config(preset_config(name, **overrides))
-
-
-def arguments_of(kind: type[ViTEncoder]) -> set[str]:
-    """Names of the constructor arguments of EPGViT or RCMViT."""
-    names = {*inspect.signature(kind).parameters, *inspect.signature(ViTEncoder).parameters}
-    return names - {"trunk", "official"}
+    return build("RCMViT", preset_config(name, **overrides))

@@ -1,23 +1,145 @@
-"""Networks with weights: from files and into them, with the configuration that belongs to the weights."""
+"""Networks with weights: from files, folders and the hub and into them, with the configuration that belongs to them.
+
+A folder of `save_pretrained`:
+config.json   constructor arguments, `architectures`, and under `epg_fast` what a checkpoint says of its use
+model.safetensors   the weights, which say the same
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from epg_fast.files import open_atomically
-from epg_fast.models.encoder import RCMViT, ViTEncoder
-from epg_fast.models.generator import EPGViT
-from epg_fast.models.presets import arguments_of, list_presets, preset_config, require_arguments
-from epg_fast.models.weight_files import read_network
+from epg_fast.files import check_writable, open_atomically, write_atomically
+from epg_fast.models import hub
+from epg_fast.models.model_card import model_card
+from epg_fast.models.presets import NETWORKS, arguments_of, list_presets, preset_config, require_arguments
+from epg_fast.models.weight_files import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from epg_fast.models.encoder import RCMViT, ViTEncoder
+    from epg_fast.models.generator import EPGViT
 
 log = logging.getLogger("epg_fast")
+
+_TEXTS_OF_PIPELINE = {
+    "pipeline.py": "from epg_fast.diffusers import EPGPipeline  # noqa: F401 (diffusers looks for it here)\n",
+    "transformer/network.py": "from epg_fast.models import EPGViT  # noqa: F401 (diffusers looks for it here)\n",
+    "model_index.json": json.dumps(
+        {"_class_name": ["pipeline", "EPGPipeline"], "transformer": ["network", "EPGViT"]}, indent=2
+    )
+    + "\n",
+}
+_FILES = {
+    "safetensors": [""],
+    "official": ["nnet.pth", "nnet_ema.pth"],
+    "diffusers": ["transformer/model.safetensors", "transformer/config.json", *_TEXTS_OF_PIPELINE],
+}
+
+
+class Pretrained(nn.Module, hub.PyTorchModelHubMixin):
+    """A network as a model of the hub: read from files, folders and repositories, and written to them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are in."""
+        return self.pos_embed.dtype
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options) -> ViTEncoder:
+        """Network of this class, in eval mode, from a file, folder or hub id; see `epg_fast.from_pretrained`."""
+        return from_pretrained(pretrained_model_name_or_path, kind=cls, **options)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, repo_id: str | None = None, **options
+    ) -> str | None:
+        """Write config.json and model.safetensors, in the place of earlier ones, for `from_pretrained` and `sample`.
+
+        config.json has the constructor arguments and, under `epg_fast`, what the checkpoint said of its use (attribute
+        `metadata`): parameterization, normalization, noise schedule, preset, stage, step, EMA. An edited one is obeyed.
+        push_to_hub: also push to `repo_id`, by default of the folder's name, with `options` of the method of that name.
+        Raises ValueError when the folder cannot be written, OSError when the disk fails.
+        """
+        if options and not push_to_hub:
+            raise TypeError(f"save_pretrained: {next(iter(options))} is for push_to_hub=True")
+        folder = Path(save_directory)
+        _check_folder(folder)
+        kind, metadata = _kind(self), dict(self.metadata)
+        before = metadata.pop("config", {})
+        # as they are written there where they are equal: 4, not 4.0
+        arguments = {k: before[k] if before.get(k) == v else v for k, v in network_arguments(self).items()}
+        config = {"architectures": [kind], **arguments, "epg_fast": metadata}
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "config.json").unlink()  # it would stand above what new weights say of themselves
+        save_weights(folder / "model.safetensors", self.state_dict(), metadata | {"config": before | arguments})
+        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
+
+    generate_model_card = model_card
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload weights",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        evaluation: str | os.PathLike | Mapping | None = None,
+        license: str | None = None,
+        pipeline: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card, in one commit; returns its URL.
+
+        The repository is made if need be; a README.md that it has stays. evaluation: result of `epg-fast evaluate`
+        (JSON file or what it holds), for the card. license: of the weights, as the hub names it, such as "apache-2.0".
+        pipeline: upload the folder of a pipeline of diffusers.
+        Needs huggingface_hub. Raises ValueError when the hub refuses or cannot be reached; nothing is pushed then.
+        """
+        hub.require(f"{repo_id}: pushing to the hub")
+        card = self.generate_model_card(repo_id, evaluation=evaluation, license=license, pipeline=pipeline)
+        with tempfile.TemporaryDirectory() as folder:
+            save_pipeline(self, folder) if pipeline else self.save_pretrained(folder)
+            write_atomically(Path(folder) / "README.md", str(card))
+            return hub.upload(repo_id, folder, commit_message, private, token, branch, create_pr)
+
+
+def save_pipeline(model: EPGViT, folder: str | os.PathLike) -> None:
+    """Write what `EPGPipeline.from_pretrained` and diffusers' own `DiffusionPipeline.from_pretrained` load."""
+    folder = Path(folder)
+    _check_folder(folder)
+    model.save_pretrained(folder / "transformer")
+    for name, text in _TEXTS_OF_PIPELINE.items():
+        write_atomically(folder / name, text)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError unless files can be written into `folder`, which may not be there yet."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, want a folder; choose another")
+    check_writable(folder, "output")
+
+
+def _kind(model: ViTEncoder) -> str:
+    """EPGViT or RCMViT, of which the model's class may be a subclass."""
+    return next(name for name, kind in NETWORKS.items() if isinstance(model, kind))
 
 
 def from_pretrained(
@@ -45,19 +167,13 @@ def from_pretrained(
     Raises ValueError for weights that do not fit, naming the first few, for those of another `kind`, for files that are
     not plain tensors, and when the hub does not give them.
     """
-    state, metadata = load_weights(
-        source,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        force_download=force_download,
-        local_files_only=local_files_only,
-    )
-    found = EPGViT if is_generator(state) else RCMViT
-    kind = kind or found
-    if not issubclass(kind, found):
-        remedy = "it is a generator" if found is EPGViT else "it is a pre-trained encoder, to be fine-tuned first"
-        raise ValueError(f"{source} holds an {found.__name__}, want an {kind.__name__}: {remedy}")
+    how = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+    state, metadata = load_weights(source, revision=revision, token=token, **how)
+    found = "EPGViT" if is_generator(state) else "RCMViT"
+    kind = kind or NETWORKS[found]
+    if not issubclass(kind, NETWORKS[found]):
+        remedy = "it is a generator" if found == "EPGViT" else "it is a pre-trained encoder, to be fine-tuned first"
+        raise ValueError(f"{source} holds an {found}, want an {kind.__name__}: {remedy}")
     config = model_config(state, metadata, **overrides)
     model = kind(**{name: config[name] for name in arguments_of(found) & config.keys()})
     load_into(model, state, source)
@@ -65,39 +181,38 @@ def from_pretrained(
     return model.to(device, dtype or torch_dtype).eval()
 
 
-def load_weights(source: str | os.PathLike, **options) -> tuple[dict[str, torch.Tensor], dict]:
-    """(state dict under the official names, metadata of our own files or {}) of a file, folder or hub id.
+def export(source: str | os.PathLike, output: str | os.PathLike, form: str = "safetensors") -> list[Path]:
+    """Write the weights of `source` to `output`; returns the files written.
 
-    options: those of `hf_hub_download`.
+    form: `safetensors`, one file with the configuration inside; `official`, a folder with nnet.pth and nnet_ema.pth as
+    the released code reads them (both hold the same weights); `diffusers`, the folder of a pipeline. Raises ValueError
+    when a file is already there, and for an encoder that should be a pipeline.
     """
-    path, state, metadata = read_network(source, **options)
-    if bad := next((name for name, tensor in state.items() if not _is_finite(tensor)), None):
-        log.warning("%s: %s holds NaN or infinity, and so will what is computed with it", path, bad)
-    return state, metadata
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float64).isfinite())
-
-
-def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Write a safetensors file atomically; `metadata` (JSON-able) is stored inside and returned by `load_weights`.
-
-    Raises OSError when the disk does not take it; an earlier file of that name stays as it was.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    try:
+    output = Path(output)
+    files = [output / name for name in _FILES[form]]
+    if form == "safetensors" and output.suffix != ".safetensors":
+        raise ValueError(f"output {output}: want a name that ends in .safetensors")
+    for path in files:
+        if path.exists():
+            raise ValueError(f"{path} exists; nothing is overwritten, choose another --output")
+        check_writable(path, "output")
+    if form == "diffusers":
+        save_pipeline(from_pretrained(source, kind=NETWORKS["EPGViT"]), output)
+        return files
+    state, metadata = load_weights(source)
+    if form == "safetensors":
+        save_weights(output, state, metadata or {"config": model_config(state, {})})
+        return files
+    for path in files:
         with open_atomically(path) as file:
-            save_file(tensors, file.name, metadata={"epg_fast": json.dumps(metadata), "format": "pt"})
-            # it has put another file there, private to its owner
-            os.chmod(file.name, os.fstat(file.fileno()).st_mode)
-            with open(file.name, "rb") as written:
-                os.fsync(written.fileno())
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+            torch.save(state, file)
+    lost = {k: metadata[k] for k in ("parameterization", "normalization") if metadata.get(k)}
+    if lost:
+        flags = " ".join(f"--{k} {v}" for k, v in lost.items())
+        log.warning("official files do not say how they are to be used; sample from these with %s", flags)
+    if untrained := metadata.get("untrained_classes"):
+        log.warning("official files do not say that %d classes were never trained: %s", len(untrained), untrained)
+    return files
 
 
 def is_generator(state: dict[str, torch.Tensor]) -> bool:

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from epg_fast.files import open_atomically
 from epg_fast.models import hub
-from epg_fast.models.presets import require_arguments
+from epg_fast.models.presets import NETWORKS, require_arguments
 
 log = logging.getLogger("epg_fast")
 
@@ -37,7 +38,6 @@ _STAND_INS = {
     b"<!doctype html": "a web page, not the file that it offers; download that",
     b"<html": "a web page, not the file that it offers; download that",
 }
-_NETWORKS = ("EPGViT", "RCMViT")
 # What config.json may say beside constructor arguments, by us or by other tools.
 _NOT_ARGUMENTS = ("architectures", "epg_fast", "library_name", "model_type", "dtype", "torch_dtype")
 # Each network has this tensor once: what stands before the name is where a file keeps the network.
@@ -47,18 +47,24 @@ _AVERAGED = re.compile("ema|average|avg|shadow", re.IGNORECASE)
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters|_buffers)\.")
 
 
-def read_network(source: str | os.PathLike, **options) -> tuple[Path, dict[str, torch.Tensor], dict]:
-    """(file that was read, state dict under the official names, metadata of our own files or {}).
+def load_weights(source: str | os.PathLike, **options) -> tuple[dict[str, torch.Tensor], dict]:
+    """(state dict under the official names, metadata of our own files or {}) of a file, folder or hub id.
 
-    source: a file, a folder or a hub id; options: those of `hf_hub_download`, for a hub id. What a config.json of
-    `save_pretrained` beside the file says stands above what the file says itself.
-    Raises ValueError for what holds no network, or leaves open which is meant.
+    options: those of `hf_hub_download`. What a config.json of `save_pretrained` beside the file says stands above what
+    the file says itself. Raises ValueError for what holds no network, or leaves open which is meant.
     """
     path = _locate(source, options)
     described = _read_config(path)
     content, metadata = _read(path)
     arguments = {**metadata.get("config", {}), **described.get("config", {})}
-    return path, _network(content, path), metadata | described | ({"config": arguments} if arguments else {})
+    state = _network(content, path)
+    if bad := next((name for name, tensor in state.items() if not _is_finite(tensor)), None):
+        log.warning("%s: %s holds NaN or infinity, and so will what is computed with it", path, bad)
+    return state, metadata | described | ({"config": arguments} if arguments else {})
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float64).isfinite())
 
 
 def _locate(source: str | os.PathLike, options: dict) -> Path:
@@ -115,8 +121,8 @@ def _parse_config(file: Path) -> dict:
         raise ValueError(f"{file}: not JSON of names and values ({error}); get it again, or remove it") from None
     if not named:
         return {}
-    if not set(named) & set(_NETWORKS):
-        raise ValueError(f"{file} is of another architecture, {named[0]}; want {' or '.join(_NETWORKS)}")
+    if not set(named) & NETWORKS.keys():
+        raise ValueError(f"{file} is of another architecture, {named[0]}; want {' or '.join(sorted(NETWORKS))}")
     arguments = {k: v for k, v in content.items() if k not in _NOT_ARGUMENTS}
     try:
         require_arguments(arguments)
@@ -179,6 +185,26 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             return {name: f.get_tensor(name) for name in f.keys()}, metadata  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def save_weights(path: str | os.PathLike, state: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Write a safetensors file atomically; `metadata` (JSON-able) is stored inside and returned by `load_weights`.
+
+    Raises OSError when the disk does not take it; an earlier file of that name stays as it was.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    try:
+        with open_atomically(path) as file:
+            save_file(tensors, file.name, metadata={"epg_fast": json.dumps(metadata), "format": "pt"})
+            # it has put another file there, private to its owner
+            os.chmod(file.name, os.fstat(file.fileno()).st_mode)
+            with open(file.name, "rb") as written:
+                os.fsync(written.fileno())
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
 class _Inert:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch.nn as nn
 
-from epg_fast.models.blocks import Block, DecoderBlock
-from epg_fast.models.encoder import RCMViT, ViTEncoder, is_recomputed
+from epg_fast.models.blocks import Block, DecoderBlock, is_recomputed
+from epg_fast.models.encoder import RCMViT, ViTEncoder
 from epg_fast.models.generator import EPGViT
 from epg_fast.ops.spec import OpSpec
 

@@ -6,9 +6,8 @@ import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import per_sample, precondition, spread
-from epg_fast.objectives.contrastive import Gather, info_nce, own_keys, start_gather
-from epg_fast.objectives.loss import Loss
-from epg_fast.objectives.seeding import dropout_from
+from epg_fast.objectives.contrastive import Gather, info_nce, own_keys
+from epg_fast.objectives.loss import Loss, dropout_from
 from epg_fast.ops.backends import accumulation_dtype
 
 
@@ -40,9 +39,7 @@ def consistency_loss(
     keys: what `perceptual_keys` makes of x [B,P], and of the images of the global batch [G,P]; None computes the former
     and takes the latter from `gather`: called with the former it starts to gather those of all ranks and returns a
     function that waits for them, which is called when the network has run.
-    Terms: `consistency`, and `perceptual` when it counts.
-    Raises TypeError for `keys` that are no pair and for a `gather` that returns no function, ValueError for keys of
-    other shapes.
+    Terms: `consistency`, and `perceptual` when it counts. Raises ValueError for keys of other shapes.
     """
     dtype = accumulation_dtype(x)
     level = schedule.place(t)
@@ -50,11 +47,9 @@ def consistency_loss(
     gap = t - r
     weight = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
     denoiser, with_image = Denoiser(network, schedule, "edm"), perceptual is not None and stage > 0
-    if isinstance(keys, torch.Tensor):
-        raise TypeError("keys: got one tensor, wanted a pair: the keys of x [B,P], those of the global batch [G,P]")
     if with_image:
         own, everyone = (perceptual_keys(perceptual, x, schedule), None) if keys is None else keys
-        wait = start_gather(gather, own) if everyone is None else lambda: everyone
+        wait = gather(own) if everyone is None else lambda: everyone
     target = x
     if stage > 0:
         with torch.no_grad(), dropout_from(dropout_seed, x.device):

@@ -49,17 +49,6 @@ def interpolated_temperature(
     return tau_min + (sigma - sigma_min) / (sigma_max - sigma_min) * (tau_max - tau_min)
 
 
-def start_gather(gather: Gather, keys: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """`gather(keys)`; raises TypeError when that is no function to wait with."""
-    wait = gather(keys)
-    if not callable(wait):
-        raise TypeError(
-            f"gather: got a function that returns {type(wait).__name__}, wanted one that starts to gather and "
-            "returns a function, which waits and returns the keys of all ranks"
-        )
-    return wait
-
-
 def own_keys(keys: torch.Tensor) -> Callable[[], torch.Tensor]:
     """`Gather` of a single rank."""
     return lambda: keys

@@ -6,8 +6,7 @@ import torch
 
 from epg_fast.diffusion import Denoiser, NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import spread
-from epg_fast.objectives.loss import Loss
-from epg_fast.objectives.seeding import dropout_from
+from epg_fast.objectives.loss import Loss, dropout_from
 from epg_fast.ops.backends import accumulation_dtype
 
 

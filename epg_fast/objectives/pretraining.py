@@ -13,7 +13,7 @@ import torch
 
 from epg_fast.diffusion import NoiseSchedule, shift
 from epg_fast.diffusion.denoiser import precondition
-from epg_fast.objectives.contrastive import Gather, info_nce, interpolated_temperature, own_keys, start_gather
+from epg_fast.objectives.contrastive import Gather, info_nce, interpolated_temperature, own_keys
 from epg_fast.objectives.loss import Loss
 from epg_fast.ops.backends import autocast_dtype
 
@@ -40,7 +40,7 @@ def pretraining_loss(
     gather: called with this rank's keys (views 1 and 2 [B,P], x_r [B,E]), it starts to gather those of all ranks, the
     negatives, and returns a function that waits for them, which is called when the online network has run.
     Terms: `contrastive` (sum of both directions) and `consistency`.
-    Raises ValueError for a number `index` that is not one of these, TypeError for a `gather` that returns no function.
+    Raises ValueError for a number `index` that is not one of these.
     """
     objective = PretrainingObjective(online, target, index, schedule, contrastive_temperature, temperature)
     return objective.loss(x, view1, view2, noise, gather)
@@ -87,7 +87,7 @@ class PretrainingObjective:
     def loss(self, x, view1, view2, noise, gather: Gather = own_keys) -> Loss:
         """All of it."""
         keys = self.keys(x, view1, view2, noise)
-        waiting = [start_gather(gather, key) for key in keys]
+        waiting = [gather(key) for key in keys]
         features = self.features(x, view1, view2, noise)
         return self.losses(features, keys, [wait() for wait in waiting])
 

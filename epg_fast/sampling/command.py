@@ -26,8 +26,7 @@ from epg_fast.plans import PLAIN, Machine, choose_together
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling.engine import SamplingEngine
 from epg_fast.sampling.labels import choose_labels
-from epg_fast.sampling.outputs import Outputs
-from epg_fast.sampling.parts import Parts, runs
+from epg_fast.sampling.outputs import Outputs, Parts, runs
 from epg_fast.sampling.precision import image_error
 
 log = logging.getLogger("epg_fast")
@@ -311,13 +310,13 @@ def resolved(model: torch.nn.Module, weak: torch.nn.Module | None, labels: np.nd
         "weights_sha256": weights_sha256(model),
         "autoguidance_sha256": None if weak is None else weights_sha256(weak),
         "labels_sha256": hashlib.sha256(np.asarray(labels, "<i8").tobytes()).hexdigest(),
-        "ema": {name: value for name, value in getattr(model, "metadata", {}).items() if name in _EMA},
+        "ema": {name: value for name, value in model.metadata.items() if name in _EMA},
     }
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
     """SHA-256 of the model's tensors, with names, dtypes and shapes, and of its checkpoint's metadata."""
-    return state_sha256(model, json.dumps(getattr(model, "metadata", {}), sort_keys=True))
+    return state_sha256(model, json.dumps(model.metadata, sort_keys=True))
 
 
 def drawn_with(engine: SamplingEngine, devices: list[str]) -> dict:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from epg_fast.config import CHURN, GUIDANCE_INTERVAL, ScheduleConfig, check_sampler
-from epg_fast.diffusion import STEPPED, NoiseSchedule, PixelNormalization, autoguided, guided
+from epg_fast.diffusion import NoiseSchedule
 from epg_fast.models import EPGViT
 from epg_fast.models.compilation import compile_denoising, compile_options
 from epg_fast.ops import philox_normal_of
@@ -25,11 +25,10 @@ from epg_fast.plans.plan import architecture
 from epg_fast.runtime import float32_products
 from epg_fast.sampling.outputs import quantize
 from epg_fast.sampling.precision import available_precision, inference_network
-from epg_fast.sampling.trajectory import Trajectory
+from epg_fast.sampling.trajectory import SETTINGS, Trajectory
 
 log = logging.getLogger("epg_fast")
 
-_SETTINGS = ("sampler", "steps", "guidance", "interval", "clamp")
 _COMPILE = ("auto", "off", "blocks", "network")
 _SHAPES = 64
 
@@ -94,10 +93,9 @@ class SamplingEngine:
         _check_settings(networks, settings | sampler_options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, want at least 1")
-        metadata = getattr(model, "metadata", {})
-        self._schedule = _schedule(metadata, noise_schedule)
-        self.parameterization = parameterization or metadata.get("parameterization") or "x0"
-        self.normalization = normalization or metadata.get("normalization") or "imagenet"
+        self._schedule = _schedule(model.metadata, noise_schedule)
+        self.parameterization = parameterization or model.metadata.get("parameterization") or "x0"
+        self.normalization = normalization or model.metadata.get("normalization") or "imagenet"
         if weak is not None:
             self._check_weak(model, weak)
 
@@ -143,47 +141,24 @@ class SamplingEngine:
 
     def _check_weak(self, model: EPGViT, weak: EPGViT) -> None:
         """Raise ValueError unless both are of the same images, and the output of both means the same."""
-        metadata = getattr(weak, "metadata", {})
-        wanted = {
+        pairs = {
             name: (getattr(weak, name), getattr(model, name)) for name in ("num_classes", "image_size", "in_chans")
         }
         for name in ("parameterization", "normalization"):
-            wanted[name] = metadata.get(name) or getattr(self, name), getattr(self, name)
-        for name, (got, want) in wanted.items():
+            pairs[name] = weak.metadata.get(name) or getattr(self, name), getattr(self, name)
+        for name, (got, want) in pairs.items():
             if got != want:
                 raise ValueError(f"autoguidance: the weaker model has {name} {got}, want {want} as the model has")
-        if "noise" in metadata and vars(_schedule(metadata)) != vars(self._schedule):
+        if "noise" in weak.metadata and vars(_schedule(weak.metadata)) != vars(self._schedule):
             raise ValueError("autoguidance: the weaker model has another noise schedule than the model, want the same")
 
     def _set(self, settings: dict) -> None:
         """Make the trajectory of these settings, which have been checked."""
         self._settings = settings
-        sampler, steps, guidance, interval, clamp = (settings[name] for name in _SETTINGS)
-        num_classes, weak = self.model.num_classes, len(self._networks) > 1
-
-        def guide(denoiser, weak_denoiser=None):
-            if weak_denoiser is not None:
-                return autoguided(denoiser, weak_denoiser, guidance)
-            return denoiser if guidance == 1.0 else guided(denoiser, guidance, interval, num_classes)
-
-        pixels = PixelNormalization(self.normalization)
-        options = {name: value for name, value in settings.items() if name not in _SETTINGS}
-        options["clamp"] = _clamp(clamp, pixels, self.device)
-        if sampler in STEPPED:
-            options["steps_backend"] = self.chosen.ops["steps"]
-        self._trajectory = Trajectory(
-            self._networks,
-            guide,
-            self._schedule,
-            self.parameterization,
-            sampler,
-            self._schedule.levels(1 if sampler == "onestep" else steps, self.model.image_size),
-            pixels,
-            options,
-            self._noise,
-        )
+        meaning = self._schedule, self.parameterization, self.normalization
+        self._trajectory = Trajectory(self._networks, settings, *meaning, self.chosen.ops["steps"], self._noise)
         self.calls, self.evaluations = self._trajectory.calls, self._trajectory.evaluations
-        self.guided = weak or any(times > 1 for _, times in self.calls)
+        self.guided = len(self._networks) > 1 or any(times > 1 for _, times in self.calls)
         self._recorded: dict[tuple[int, bool], GraphedFunction] = {}
 
     def _choose(self, ops, model: EPGViT, guided: bool) -> Chosen:
@@ -263,21 +238,17 @@ class SamplingEngine:
         return [numbers, y, *([] if noise is None else [noise])], torch.tensor([int(seed)])
 
     def _stream(self, inputs: list[torch.Tensor], seed: torch.Tensor, as_uint8: bool):
-        count = len(inputs[0])
-        under_way = None
+        count, under_way = len(inputs[0]), []
         for start in range(0, count, self.batch_size):
             part = slice(start, min(start + self.batch_size, count))
             numbers, *others = (_filled(x[part], self._size(count)).to(self.device) for x in inputs)
             with self._lock:
                 images = self._draw([numbers, seed.to(self.device), *others])[: part.stop - start]
-                arriving = _Arriving(part, images, as_uint8)
-            if under_way is not None:
-                yield under_way.result()
-            under_way = arriving if images.is_cuda else None
-            if under_way is None:
-                yield arriving.result()
-        if under_way is not None:
-            yield under_way.result()
+                under_way.append(_fetch(part, images, as_uint8))
+            if len(under_way) > images.is_cuda:
+                yield under_way.pop(0)()
+        for arrived in under_way:
+            yield arrived()
 
     @property
     def fills_batches(self) -> bool:
@@ -338,26 +309,22 @@ def sample(
     return engine(labels, seed=seed, indices=indices, noise=noise)
 
 
-class _Arriving:
-    """Images on their way to host memory, beside the batch after them."""
+def _fetch(part: slice, images: torch.Tensor, as_uint8: bool) -> Callable[[], tuple[slice, torch.Tensor | np.ndarray]]:
+    """Start to bring images to host memory, beside the batch after them; returns what waits for them."""
+    # not a number has no colour, and uint8 no place for it
+    tensors, event = [quantize(images), images.isnan().any()] if as_uint8 else [images], None
+    if images.is_cuda:
+        tensors = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True) for x in tensors]
+        event = torch.cuda.current_stream(images.device).record_event()
 
-    def __init__(self, part: slice, images: torch.Tensor, as_uint8: bool):
-        self.part, self.as_uint8 = part, as_uint8
-        # not a number has no colour, and uint8 no place for it
-        self.tensors = [quantize(images), images.isnan().any()] if as_uint8 else [images]
-        self.event = None
-        if images.is_cuda:
-            self.tensors = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, True) for x in self.tensors]
-            self.event = torch.cuda.current_stream(images.device).record_event()
-
-    def result(self) -> tuple[slice, torch.Tensor | np.ndarray]:
-        if self.event is not None:
-            self.event.synchronize()
-        if not self.as_uint8:
-            return self.part, self.tensors[0]
-        if self.tensors[1]:
+    def arrived():
+        if event is not None:
+            event.synchronize()
+        if as_uint8 and tensors[1]:
             raise NotFinite("images contain NaN: the model or the sampler diverged")
-        return self.part, self.tensors[0].numpy()
+        return part, tensors[0].numpy() if as_uint8 else tensors[0]
+
+    return arrived
 
 
 def _ways(compile: str, cuda_graphs: bool | None, chosen: Chosen, device: torch.device) -> tuple[str, bool]:
@@ -382,7 +349,7 @@ def _filled(part: torch.Tensor, size: int | None) -> torch.Tensor:
 
 def _check_settings(networks: list[EPGViT], settings: dict) -> None:
     """Raise ValueError unless there is such a sampler, and such a guidance of these networks."""
-    options = {name: value for name, value in settings.items() if name not in _SETTINGS}
+    options = {name: value for name, value in settings.items() if name not in SETTINGS}
     check_sampler(settings["sampler"], settings["steps"], **options)
     guidance = settings["guidance"]
     if not math.isfinite(guidance):
@@ -403,15 +370,6 @@ def _schedule(metadata: Mapping, given: ScheduleConfig | None = None) -> NoiseSc
         raise ValueError(
             f"the checkpoint's noise schedule is {found!r}, want a mapping of sigma_min, sigma_max, rho and sigma_data"
         ) from None
-
-
-def _clamp(name: str, pixels: PixelNormalization, device: torch.device) -> tuple | None:
-    """(low, high) of the clean estimate, numbers or tensors on `device`; None for no clamp."""
-    if name not in ("official", "data", "none"):
-        raise ValueError(f"clamp {name!r}: want official, data or none")
-    if name == "data":
-        return tuple(bound.to(device) for bound in pixels.bounds())
-    return (-1.0, 1.0) if name == "official" else None
 
 
 def _checked_labels(model: EPGViT, labels: torch.Tensor | Sequence[int] | int) -> torch.Tensor:

@@ -63,7 +63,7 @@ def class_indices(model: EPGViT, labels: int | str | Iterable[int | str] | None)
     """
     if not model.num_classes:
         return 1 if labels is None else labels
-    names = getattr(model, "metadata", {}).get("class_names") or []
+    names = model.metadata.get("class_names") or []
     if np.ndim(labels) == 0:
         labels = [labels]
     if any(label is None for label in labels):

@@ -1,4 +1,4 @@
-"""The files of drawn images.
+"""The files of drawn images, and the parts that a command keeps until all are there.
 
 parts/<start>_<stop>.npy   uint8 [n, H, W, 3]: a finished batch, and the only place of its images until the end
 grid.png, png/<class>/<index>.png, samples.npz   made of the parts once all images are drawn; then the parts go
@@ -10,9 +10,10 @@ import contextlib
 import logging
 import math
 import os
+import re
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -23,12 +24,80 @@ from PIL import Image, ImageDraw
 
 from epg_fast.files import open_atomically
 from epg_fast.npz import Npz, write_header, write_npz
-from epg_fast.sampling.parts import Parts, cut_at_batches
 
 log = logging.getLogger("epg_fast")
 
 _GRID, _PADDING, _LARGEST_ENLARGED_TILE, _CAPTION = 100, 2, 96, 14
 _CHUNK = 64
+
+
+class Parts:
+    """The files <start>_<stop><suffix> of a folder, each with what was made of the images start to stop - 1.
+
+    check: raises OSError or ValueError unless the file at this path holds what it should of these images. `ranges`: the
+    images of the parts that are known. Parts of several batch sizes may overlap.
+    """
+
+    def __init__(self, folder: Path, suffix: str, check: Callable[[Path, range], object]):
+        self.folder, self.ranges = folder, []
+        self._suffix, self._check = suffix, check
+
+    def path(self, images: range) -> Path:
+        """The file of a part."""
+        return self.folder / f"{images.start:08d}_{images.stop:08d}{self._suffix}"
+
+    def scan(self) -> None:
+        """Find what is there. Parts that are damaged are named and removed, as is what a killed command began."""
+        self.ranges = []
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink()
+        for path in sorted(self.folder.glob(f"*{self._suffix}")):
+            match = re.fullmatch(r"(\d{8})_(\d{8})", path.name.removesuffix(self._suffix))
+            if match and not self.add(range(int(match[1]), int(match[2]))):
+                log.warning("%s is damaged: its images are drawn again", path)
+                path.unlink()
+
+    def add(self, images: range) -> bool:
+        """Count a part, which another rank may have written; False when it is not there as a whole."""
+        try:
+            self._check(self.path(images), images)
+        except (OSError, ValueError, EOFError):
+            return False
+        self.ranges.append(images)
+        return True
+
+    def lacking(self, number: int) -> np.ndarray:
+        """Which of the first `number` images are in no part: bool [number]."""
+        lacking = np.ones(number, bool)
+        for images in self.ranges:
+            lacking[images.start : images.stop] = False
+        return lacking
+
+    def in_order(self, stop: int) -> Iterator[tuple[range, slice]]:
+        """Parts of the images before `stop`, and what of each is to be taken: every image once, in ascending order."""
+        done = 0
+        for images in sorted(self.ranges, key=lambda images: (images.start, images.stop)):
+            if images.stop > done and images.start < stop:
+                yield images, slice(max(0, done - images.start), stop - images.start)
+                done = images.stop
+
+
+def cut_at_batches(lacking: np.ndarray, batch_size: int) -> list[range]:
+    """The images that are lacking, bool [N], none across a multiple of `batch_size`, whole batches first.
+
+    A batch is the same however many ranks share the work, and so are its last bits on one kind of machine: any share of
+    them, cut every `batch_size` images, falls into the same batches as long as whole ones are missing.
+    """
+    gaps = np.flatnonzero(lacking)
+    batches = np.split(gaps, np.flatnonzero(np.diff(gaps // batch_size)) + 1)
+    return sorted((run for batch in batches for run in runs(batch)), key=len, reverse=True)
+
+
+def runs(values: np.ndarray) -> Iterator[range]:
+    """Integers [n] as ranges, of which each goes on as long as they rise by one."""
+    if len(values):
+        for run in np.split(values, np.flatnonzero(np.diff(values) != 1) + 1):
+            yield range(int(run[0]), int(run[-1]) + 1)
 
 
 class Outputs:
@@ -51,9 +120,8 @@ class Outputs:
 
         Raises ValueError for a damaged samples.npz.
         """
-        for pattern in (".*.tmp", "png/*/.*.tmp"):
-            for left in self._outdir.glob(pattern):
-                left.unlink()
+        for left in [*self._outdir.glob(".*.tmp"), *self._outdir.glob("png/*/.*.tmp")]:
+            left.unlink()
         self.parts.scan()
         if self.npz.exists() and not zipfile.is_zipfile(self.npz):
             raise ValueError(f"{self.npz} is damaged; delete it, and the same command makes it again")
@@ -94,7 +162,8 @@ class Outputs:
             log.info("writing PNG files to %s", self._outdir / "png")
             with ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
                 for start, pixels in self._read(remove=not self._wants_npz):
-                    list(pool.map(self._save_png, range(start, start + len(pixels)), pixels))
+                    missing = [i for i in range(len(pixels)) if not self._has_png[start + i]]
+                    list(pool.map(save_png, pixels[missing], [self.png_path(start + i) for i in missing]))
         if self._wants_npz and not self.npz.exists():
             log.info("writing %s", self.npz)
             write_npz(self.npz, (pixels for _, pixels in self._read()), self.labels, self.shape, note)
@@ -144,10 +213,6 @@ class Outputs:
     def _require_images(self, shape: tuple[int, ...], dtype: np.dtype, number: int) -> None:
         if (shape, dtype) != ((number, *self.shape), np.uint8):
             raise ValueError(f"got {dtype} {list(shape)}, want uint8 {[number, *self.shape]}")
-
-    def _save_png(self, index: int, pixels: np.ndarray) -> None:
-        if not self._has_png[index]:
-            save_png(pixels, self.png_path(index))
 
 
 @contextlib.contextmanager

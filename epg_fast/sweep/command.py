@@ -27,7 +27,7 @@ from epg_fast.plans import choose_together, parse_ops
 from epg_fast.runtime import suitable_threads
 from epg_fast.sampling import command as sampling
 from epg_fast.sampling.engine import NotFinite, SamplingEngine
-from epg_fast.sampling.parts import cut_at_batches
+from epg_fast.sampling.outputs import cut_at_batches
 from epg_fast.sweep.folder import SweepFolder
 from epg_fast.sweep.grid import Setting, grid
 from epg_fast.sweep.halving import FEW, Judged, cut, round_sizes

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from epg_fast.evaluation.judge import Rows, join_rows, take_rows
 from epg_fast.files import OutputFolder, write_atomically
-from epg_fast.sampling.parts import Parts, runs
+from epg_fast.sampling.outputs import Parts, runs
 
 # Known by the checksum of its weights, wherever it is.
 _NOT_COMPARED = ("checkpoint",)

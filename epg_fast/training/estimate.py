@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from epg_fast import distributed
 from epg_fast.config import DryRunConfig, RunConfig
 from epg_fast.distributed import Ranks
-from epg_fast.models.encoder import is_recomputed
+from epg_fast.models.blocks import is_recomputed
 from epg_fast.plans import parse_ops
 from epg_fast.runtime import autocast
 from epg_fast.training.draws import Draws

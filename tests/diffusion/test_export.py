@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from epg_fast.diffusion import Denoiser
-from epg_fast.models import EPGViT
-
-SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-DECODER = {"decoder_depth": 2, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
+from tests.networks import make_model
 
 
 class Denoise(torch.nn.Module):
@@ -22,10 +19,7 @@ class Denoise(torch.nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("parameterization", ["x0", "edm"])
 def test_a_call_is_exported_for_any_batch_size(parameterization, tmp_path):
-    model = EPGViT(**SIZES, **DECODER).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    module = Denoise(model, parameterization)
+    module = Denoise(make_model(depth=2).eval(), parameterization)
     batch = torch.export.Dim("batch", min=2, max=64)
     inputs = torch.randn(3, 3, 16, 16), torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0, 2, 5])
     program = torch.export.export(module, inputs, dynamic_shapes=({0: batch}, {0: batch}, {0: batch}))

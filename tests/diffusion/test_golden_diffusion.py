@@ -19,7 +19,6 @@ from epg_fast.diffusion import (
 from epg_fast.models import EPGViT
 from epg_fast.training.optimizer import lr_factor
 from tests.golden_data import GOLDEN, Case, each_backend, each_backend_and_dtype, interpret_only
-from tests.ops.kernel_checks import each_steps_backend
 
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())
 
@@ -109,28 +108,10 @@ def test_sampler(parameterization, name, ops):
     case.check(f"{parameterization}.{name}.sample", got)
 
 
-@each_steps_backend
-@pytest.mark.parametrize("parameterization", ["x0", "edm"])
-@pytest.mark.parametrize("name", ["euler", "heun"])
-def test_sampler_with_each_backend_of_its_steps(parameterization, name, steps_backend):
+def test_heun_trajectory():
     case = Case("samplers")
-    denoiser = Denoiser(_network(case), parameterization=parameterization)
-    got = SAMPLERS[name](denoiser, case["initial_noise"], case["sigmas"], case["y"], steps_backend=steps_backend)
-    case.check(f"{parameterization}.{name}.sample", got)
-
-
-@each_steps_backend
-def test_heun_trajectory(steps_backend):
-    case = Case("samplers")
-    states = SAMPLERS["heun"](
-        Denoiser(_network(case)),
-        case["initial_noise"],
-        case["sigmas"],
-        case["y"],
-        trajectory=True,
-        steps_backend=steps_backend,
-    )
-    case.check("x0.heun.trajectory", states)
+    inputs = case["initial_noise"], case["sigmas"], case["y"]
+    case.check("x0.heun.trajectory", SAMPLERS["heun"](Denoiser(_network(case)), *inputs, trajectory=True))
 
 
 @each_backend
@@ -147,12 +128,8 @@ def test_interval_guidance(name, ops):
         calls.append(x.shape[0] > case["initial_noise"].shape[0])
         return network(x, t, y)
 
-    denoiser = guided(
-        Denoiser(counted, parameterization=parameterization),
-        cfg["scale"],
-        (cfg["low"], cfg["high"]),
-        cfg["uncond_label"],
-    )
+    interval = cfg["low"], cfg["high"]
+    denoiser = guided(Denoiser(counted, None, parameterization), cfg["scale"], interval, cfg["uncond_label"])
     got = SAMPLERS[sampler](denoiser, case["initial_noise"], case["sigmas"], case["y"])
     case.check(f"{name}.cfg.sample", got)
     assert calls == [call["guided"] for call in case.config["cfg_calls"][f"{name}.cfg"]]

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 import epg_fast
-from epg_fast.models import EPGViT, fp8, fused_fp8
+from epg_fast.models import EPGViT, blocks, fp8, fused_fp8
 from epg_fast.models.fp8 import Fp8Linear
 from epg_fast.models.fused_fp8 import ChainedBlock, ChainedDecoderBlock, Fp8Block, Fp8DecoderBlock
 from epg_fast.sampling.precision import inference_network
 from tests.golden_data import Case
+from tests.networks import change, make_model
 from tests.ops.kernel_checks import pretend_gemms_run
 
 pytest.importorskip("triton")
 KERNELS = ("triton", "scaled_mm")
 each_way = pytest.mark.parametrize("way", ["triton", pytest.param("scaled_mm", marks=pytest.mark.slow)])
 BLOCKS = {"triton": (ChainedBlock, ChainedDecoderBlock), "scaled_mm": (Fp8Block, Fp8DecoderBlock)}
-SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-DECODER = {"decoder_depth": 2, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
 MORE = {"decoder_depth": 3, "tokens": 3, "qkv_bias": True, "qk_scale": 0.3}
 FORMS = {
     "as released": {},
@@ -35,12 +34,9 @@ def references(monkeypatch):
     monkeypatch.setattr("epg_fast.ops.registration.interpreting", lambda: False)
 
 
-def make(**config):
+def make(kind=EPGViT, **config):
     torch.manual_seed(0)
-    model = EPGViT(**(SIZES | DECODER | config)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return make_model(kind, **{"depth": 2} | config).eval()
 
 
 def inputs(model, batch=32):
@@ -117,9 +113,9 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate"):
-        count(fused_fp8, name)
-    for name in ("skip_norms_fp8", "quantize_rows", "layer_norm_modulate", "attention_fp8"):
+    count(blocks, "layer_norm_modulate")
+    norms = "layer_norm_modulate_fp8", "gate_residual_norm_modulate_fp8", "gate_residual_norm_modulate"
+    for name in (*norms, "skip_norms_fp8", "quantize_rows", "attention_fp8"):
         count(fused_fp8, name)
     for name in ("quantize_rows_ref", "linear_fp8", "linear_fp8_fused"):
         count(fp8, name)
@@ -176,17 +172,6 @@ def test_products_of_an_extension_that_is_not_there_are_refused_in_a_line(monkey
         epg_fast.sample(make().use_ops({"fp8": "cuda"}), [0], sampler="onestep", precision="fp8")
 
 
-class Adapter(torch.nn.Module):
-    factor = 1.0
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args):
-        return self.factor * self.module(*args)
-
-
 # what is changed, and whether its block then keeps its modules
 CHANGED = {
     **dict.fromkeys(("blocks.0", "blocks.0.attn.qkv", "blocks.1.norm2", "blocks.1.drop_path"), True),
@@ -198,45 +183,39 @@ CHANGED = {
 @pytest.mark.usefixtures("references")
 @each_way
 @pytest.mark.parametrize("path", CHANGED)
-def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path, way, log, monkeypatch):
+def test_a_changed_module_is_called_and_its_block_keeps_the_modules_it_had(path, way, log):
     kept = ".".join(path.split(".")[:2]) if CHANGED[path] else None
     how = "hook" if path in (kept, "norm") else "adapter"  # the network asks blocks for more than a call
-    model = make()
+    model, factor = make(), [1.0]
     arguments = inputs(model)
     with torch.no_grad():
         want = model(*arguments)
     error_before = error(in_fp8(model, arguments, {"fp8": way}), want)
-    if how == "adapter":
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(path)))
-    else:
-        model.get_submodule(path).register_forward_hook(lambda module, args, out: Adapter.factor * out)
+    change(model, path, how, lambda out: factor[0] * out)
     log.messages.clear()
     assert error(in_fp8(model, arguments, {"fp8": way}), want) == pytest.approx(error_before, rel=0.15)
     assert ("; 1 of 4 blocks call their modules" in log.messages[0]) == (kept is not None)
     network = inference_network(model.use_ops({"fp8": way}), "fp8")
     names = {n for n, m in network.named_modules() if isinstance(m, BLOCKS[way])}
-    blocks = {f"{half}.{i}" for half in ("blocks", "decoder_blocks") for i in range(2)}
-    assert names == blocks - {kept}
-    monkeypatch.setattr(Adapter, "factor", float("nan"))
+    assert names == {f"{half}.{i}" for half in ("blocks", "decoder_blocks") for i in range(2)} - {kept}
+    factor[0] = float("nan")
     assert in_fp8(model, arguments, {"fp8": way}).isnan().all()
+
+
+class Halved(EPGViT):
+    def forward(self, x, t, y=None, **options):
+        return super().forward(x, t, y, **options) / 2
 
 
 @pytest.mark.usefixtures("references")
 def test_a_subclass_and_a_network_that_encodes_alone_are_computed():
-    class Halved(EPGViT):
-        def forward(self, x, t, y=None, **options):
-            return super().forward(x, t, y, **options) / 2
-
     model = make()
     arguments = inputs(model)
     want = in_fp8(model, arguments, {"fp8": "triton"})
-    halved = Halved(**SIZES, **DECODER).eval()
-    halved.load_state_dict(model.state_dict())
-    assert torch.equal(in_fp8(halved, arguments, {"fp8": "triton"}), want / 2)
+    assert torch.equal(in_fp8(make(Halved), arguments, {"fp8": "triton"}), want / 2)
     x, t, y = arguments
-    feature = inference_network(model.use_ops({"fp8": "triton"}), "fp8").encode(x.bfloat16(), t, y)
-    assert error(feature.float(), model.use_ops("plain").encode(x, t, y)) < 0.05
+    network = inference_network(model.use_ops({"fp8": "triton"}), "fp8")
+    assert error(network.encode(x.bfloat16(), t, y).float(), model.use_ops("plain").encode(x, t, y)) < 0.05
 
 
 @pytest.mark.slow

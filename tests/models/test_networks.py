@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from epg_fast.models import DMViT, EPGViT, RCMViT
+from epg_fast.models.blocks import DropPath
+from tests import networks
 
-SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
-DECODER = {"decoder_depth": 2, "decoder_embed_dim": 40, "decoder_num_heads": 2, "num_classes": 5}
+SIZES = networks.SIZES | {"embed_dim": 48, "depth": 2, "num_heads": 4}
+DECODER = networks.DECODER | {"decoder_embed_dim": 40}
+
+
+def make(**changes):
+    return networks.randomized(EPGViT(**SIZES | DECODER | changes))
 
 
 def test_initialisation_follows_the_specification():
@@ -29,9 +35,7 @@ def test_initialisation_follows_the_specification():
 
 def test_dropout_acts_on_decoder_attention_only_and_in_training_only():
     x, t, y = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
-    model = EPGViT(**SIZES, **DECODER, drop=0.5)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    model = make(drop=0.5)
     assert not torch.equal(model(x, t, y), model(x, t, y))
     assert torch.equal(model.encode(x, t, y), model.encode(x, t, y))
     model.eval()
@@ -43,9 +47,7 @@ def test_dropout_acts_on_decoder_attention_only_and_in_training_only():
 @pytest.mark.parametrize(("share", "calls"), [(True, [2, 2, 2, 2]), (0.5, [1, 2, 1, 2]), (False, [1, 1, 1, 1])])
 def test_activation_checkpointing_changes_no_number(share, calls):
     x, t, y = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
-    plain, saved = EPGViT(**SIZES, **DECODER), EPGViT(**SIZES, **DECODER, use_checkpoint=share)
-    for p in plain.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    plain, saved = make(), make(use_checkpoint=share)
     saved.load_state_dict(plain.state_dict())
     made = [0] * 4
     for i, block in enumerate([*saved.blocks, *saved.decoder_blocks]):
@@ -58,8 +60,6 @@ def test_activation_checkpointing_changes_no_number(share, calls):
 
 
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
-    from epg_fast.models.blocks import DropPath
-
     drop = DropPath(0.25).train()
     x = torch.ones(4000, 2, 3)
     out = drop(x)
@@ -96,10 +96,7 @@ def test_official_arguments_are_accepted_and_unsupported_ones_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_networks_run_in_pure_16_bit_and_under_autocast(dtype):
-    torch.manual_seed(0)
-    model = EPGViT(**SIZES, **DECODER).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    model = make().eval()
     x, t, y = torch.randn(4, 3, 16, 16), torch.tensor([-1500.0, -300.0, 0.0, 1400.0]), torch.arange(4)
     want = model(x, t, y)
     with torch.autocast("cpu", dtype=dtype):
@@ -112,9 +109,7 @@ def test_networks_run_in_pure_16_bit_and_under_autocast(dtype):
 
 @pytest.mark.slow
 def test_torch_compile_sees_one_graph(inductor):
-    model = EPGViT(**(SIZES | DECODER | {"depth": 1, "decoder_depth": 1}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    model = make(depth=1, decoder_depth=1)
     inputs = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
     want = model(*inputs)
     got = torch.compile(model, fullgraph=True)(*inputs)

@@ -16,26 +16,22 @@ from safetensors.torch import save_file
 from epg_fast import create_model, from_pretrained, list_presets
 from epg_fast.models import EPGViT, RCMViT, create_encoder, export, load_into, preset_config, save_weights
 from epg_fast.models.pretrained import interpolate_pos_embed
+from tests.networks import DECODER, SIZES, make_inputs, make_model
 
-SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 2}
 HEADS = {"num_heads": 2, "decoder_num_heads": 3}
-
-
-def _randomized(model):
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.05)
-    return model.eval()
+CONFIG = SIZES | DECODER | HEADS
 
 
 @pytest.fixture
 def small():
-    return _randomized(EPGViT(image_size=32, patch_size=8, num_classes=5, **(SMALL | HEADS)))
+    return make_model(**HEADS).eval()
 
 
-def _images(model, batch=2):
-    y = torch.arange(batch) if isinstance(model, EPGViT) else None
-    x, t = torch.randn(batch, 3, model.image_size, model.image_size), torch.randn(batch) * 100
-    return (x, t) if y is None else (x, t, y)
+@pytest.fixture
+def written(small, tmp_path):
+    """Its weights as others write them."""
+    torch.save(small.state_dict(), tmp_path / "x.pth")
+    return tmp_path / "x.pth"
 
 
 def _prefixed(prefix):
@@ -113,7 +109,7 @@ FILES_OF_OTHERS = {
 def test_the_network_in_a_file_of_another_tool_is_found_and_computes_the_same(small, tmp_path, layout):
     torch.save(FILES_OF_OTHERS[layout](small), tmp_path / "nnet_ema.pth")
     model = from_pretrained(tmp_path, **HEADS)
-    inputs = _images(small)
+    inputs = make_inputs(small)
     assert torch.equal(model(*inputs), small(*inputs))
     assert not model.training
 
@@ -171,14 +167,16 @@ def test_presets_of_the_same_widths_and_depths_by_which_heads_are_found_share_th
         assert heads.setdefault(key, mine) == mine
 
 
-def test_safetensors_carry_their_configuration_and_round_trip_through_official(small, tmp_path):
-    config = {"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS
-    save_weights(tmp_path / "model.safetensors", small.state_dict(), {"config": config, "parameterization": "edm"})
+def test_safetensors_carry_their_configuration_and_round_trip_through_official(small, tmp_path, log):
+    metadata = {"config": CONFIG, "parameterization": "edm", "untrained_classes": [0, 4]}
+    save_weights(tmp_path / "model.safetensors", small.state_dict(), metadata)
     model = from_pretrained(tmp_path)
     assert model.metadata["parameterization"] == "edm"
-    inputs = _images(small)
+    inputs = make_inputs(small)
     assert torch.equal(model(*inputs), small(*inputs))
     files = export(tmp_path, tmp_path / "official", "official")
+    assert "sample from these with --parameterization edm" in log.messages[0]
+    assert "do not say that 2 classes were never trained: [0, 4]" in log.messages[1]
     assert sorted(f.name for f in files) == ["nnet.pth", "nnet_ema.pth"]
     again = from_pretrained(tmp_path / "official", **HEADS)
     assert torch.equal(again(*inputs), small(*inputs))
@@ -187,12 +185,11 @@ def test_safetensors_carry_their_configuration_and_round_trip_through_official(s
     assert oct((tmp_path / "model.safetensors").stat().st_mode & 0o444) == oct(0o444 & ~os.umask(os.umask(0o022)))
 
 
-def test_another_resolution_interpolates_the_position_embedding(small, tmp_path):
-    torch.save(small.state_dict(), tmp_path / "x.pth")
-    model = from_pretrained(tmp_path / "x.pth", image_size=64, **HEADS)
+def test_another_resolution_interpolates_the_position_embedding(small, written):
+    model = from_pretrained(written, image_size=64, **HEADS)
     assert model.pos_embed.shape == (1, 2 + 64, 32)
     assert torch.equal(model.pos_embed[:, :2], small.pos_embed[:, :2])
-    assert model(*_images(model)).shape == (2, 3, 64, 64)
+    assert model(*make_inputs(model)).shape == (2, 3, 64, 64)
 
 
 def test_interpolation_keeps_constants_and_ramps():
@@ -206,55 +203,45 @@ def test_interpolation_keeps_constants_and_ramps():
     assert torch.equal(interpolate_pos_embed(old[:, :18], torch.empty(1, 18, 3), 2), old)
 
 
-def test_weights_that_do_not_fit_are_named(small, tmp_path):
+def test_weights_that_do_not_fit_are_named(small, written):
     for sizes, message in (
         ({"embed_dim": 64}, r"cls_token has shape \[1, 1, 64\], want \[1, 1, 32\].* and \d+ more"),
         ({"num_classes": 7}, "x.pth has 7 classes, the model 5; pass --model.num_classes 7"),
         ({"num_classes": 0}, "x.pth has 0 classes, the model 5; pass --model.num_classes 0"),
     ):
-        other = EPGViT(**({"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS | sizes))
         with pytest.raises(ValueError, match=message):
-            load_into(small, other.state_dict(), "x.pth")
-    state = small.state_dict()
-    torch.save(state, tmp_path / "x.pth")
+            load_into(small, EPGViT(**CONFIG | sizes).state_dict(), "x.pth")
     with pytest.raises(ValueError, match="pass num_heads= and decoder_num_heads="):
-        from_pretrained(tmp_path / "x.pth")
+        from_pretrained(written)
+    state = small.state_dict()
     del state["out.bias"]
     with pytest.raises(ValueError, match=r"x.pth does not fit EPGViT: missing out.bias"):
         load_into(small, state, "x.pth")
 
 
 def test_encoder_only_takes_the_trunk_and_leaves_the_rest(small):
-    encoder = _randomized(RCMViT(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, hidden_dim=16))
+    encoder = make_model(RCMViT).eval()
     before = {k: v.clone() for k, v in small.state_dict().items()}
     load_into(small, encoder.state_dict(), encoder_only=True)
     after, trunk = small.state_dict(), encoder.state_dict()
     for name in before:
         assert torch.equal(after[name], trunk[name] if name in trunk else before[name]), name
-    x, t = _images(encoder)
+    x, t = make_inputs(encoder)
     assert "decoder_blocks.0.norm1.weight" not in trunk
     small.class_embed.weight.data.zero_()
     torch.testing.assert_close(small.encode(x, t), encoder.encode(x, t))
 
 
-def test_weights_that_are_not_finite_are_loaded_with_a_warning_that_names_the_first(small, tmp_path, log):
-    state = small.state_dict()
-    torch.save(state, tmp_path / "x.pth")
-    from_pretrained(tmp_path / "x.pth", **HEADS)
+def test_weights_that_are_not_finite_are_loaded_with_a_warning_that_names_the_first(small, written, log):
+    from_pretrained(written, **HEADS)
     assert not log.messages
+    state = small.state_dict()
     for name, value in (("blocks.0.norm1.bias", float("inf")), ("norm.weight", float("nan"))):
         state[name][3] = value
-    torch.save(state, tmp_path / "x.pth")
-    from_pretrained(tmp_path / "x.pth", **HEADS)
+    torch.save(state, written)
+    from_pretrained(written, **HEADS)
     (line,) = log.messages
-    assert line.startswith(f"{tmp_path}/x.pth: blocks.0.norm1.bias holds NaN or infinity")
-
-
-def test_official_files_say_when_written_that_they_forget_untrained_classes(small, tmp_path, caplog):
-    metadata = {"config": {"image_size": 32, "patch_size": 8, "num_classes": 5} | SMALL | HEADS}
-    save_weights(tmp_path / "x.safetensors", small.state_dict(), metadata | {"untrained_classes": [0, 4]})
-    export(tmp_path / "x.safetensors", tmp_path / "official", "official")
-    assert "do not say that 2 classes were never trained: [0, 4]" in caplog.text
+    assert line.startswith(f"{written}: blocks.0.norm1.bias holds NaN or infinity")
 
 
 NO_WEIGHTS = {

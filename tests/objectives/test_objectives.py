@@ -1,22 +1,12 @@
 """What the objectives promise beyond the recorded numbers: no wasted work, shared dropout, float32 losses."""
 
-import functools
-
 import pytest
 import torch
 
 from epg_fast.diffusion import NoiseSchedule
-from epg_fast.models import EPGViT, RCMViT
+from epg_fast.models import RCMViT
 from epg_fast.objectives import consistency_loss, denoising_loss, info_nce, pretraining_loss
-
-SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-DECODER = {"decoder_depth": 1, "decoder_embed_dim": 48, "decoder_num_heads": 2, "num_classes": 5}
-
-
-def _randomized(model):
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return model
+from tests.networks import make_model
 
 
 def _images(count, batch=4, dtype=torch.float32):
@@ -34,7 +24,7 @@ class _Counting:
 
 
 def test_pretraining_takes_three_trunk_passes():
-    online, target = (_randomized(RCMViT(**SIZES, hidden_dim=16, output_dim=8)) for _ in range(2))
+    online, target = (make_model(RCMViT) for _ in range(2))
     target.requires_grad_(False).eval()
     counted = _Counting(online), _Counting(target)
     pretraining_loss(online, target, *_images(4), 3, NoiseSchedule(20)).loss.backward()
@@ -43,7 +33,7 @@ def test_pretraining_takes_three_trunk_passes():
 
 def test_consistency_shares_the_dropout_mask_and_leaves_the_global_random_state():
     """With dropout, equal levels and equal masks the distance is exactly zero."""
-    model = _randomized(EPGViT(**SIZES, **DECODER, drop=0.5)).train()
+    model = make_model(decoder_depth=1, drop=0.5).train()
     x, noise = _images(2)
     y, t = torch.tensor([0, 1, 2, 3]), torch.tensor([0.1, 0.5, 1.0, 10.0])
     before = torch.random.get_rng_state()
@@ -55,8 +45,8 @@ def test_consistency_shares_the_dropout_mask_and_leaves_the_global_random_state(
 
 
 def test_the_frozen_encoder_passes_gradient_to_the_image_and_keeps_none():
-    model = _randomized(EPGViT(**SIZES, **DECODER))
-    encoder = _randomized(RCMViT(**SIZES, hidden_dim=16, output_dim=8)).eval().requires_grad_(False)
+    model = make_model(decoder_depth=1)
+    encoder = make_model(RCMViT).eval().requires_grad_(False)
     x, noise = _images(2)
     y, t = torch.tensor([0, 1, 2, 3]), torch.tensor([0.1, 0.5, 1.0, 10.0])
     buffers = {k: v.clone() for k, v in encoder.state_dict().items()}
@@ -69,8 +59,8 @@ def test_the_frozen_encoder_passes_gradient_to_the_image_and_keeps_none():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_float32_under_autocast(dtype):
-    online, target = (_randomized(RCMViT(**SIZES, hidden_dim=16, output_dim=8)) for _ in range(2))
-    model = _randomized(EPGViT(**SIZES, **DECODER))
+    online, target = (make_model(RCMViT) for _ in range(2))
+    model = make_model(decoder_depth=1)
     x, noise = _images(2)
     y = torch.tensor([0, 1, 2, 5])
     sigma = torch.tensor([0.002, 0.1, 5.0, 80.0])  # weights up to 1e5 would overflow in float16
@@ -96,7 +86,7 @@ def test_contrastive_loss_is_cross_entropy_over_cosine_similarities():
 
 
 def test_interpolated_temperature_changes_the_consistency_term_only():
-    online, target = (_randomized(RCMViT(**SIZES, hidden_dim=16, output_dim=8)) for _ in range(2))
+    online, target = (make_model(RCMViT) for _ in range(2))
     images = _images(4)
     runs = [
         pretraining_loss(online.eval(), target.eval(), *images, 3, NoiseSchedule(20), temperature=t)
@@ -107,18 +97,8 @@ def test_interpolated_temperature_changes_the_consistency_term_only():
     assert not torch.allclose(runs[0].terms["consistency"], runs[2].terms["consistency"])
 
 
-def test_keys_and_gather_of_another_form_are_refused():
-    encoder, network = RCMViT(**SIZES, hidden_dim=16, output_dim=8), EPGViT(**SIZES, **DECODER)
-    schedule, (x, noise) = NoiseSchedule(20), _images(2)
-    t = torch.tensor([0.4, 0.5, 0.6, 0.7])
-    arguments = (network, x, noise, None, t, t / 2, 1, schedule)
-    consistency = functools.partial(consistency_loss, *arguments, perceptual=encoder)
-    pretraining = functools.partial(pretraining_loss, encoder, encoder, x, x, x, noise, schedule=schedule)
-    for loss in (consistency, functools.partial(pretraining, 3)):
-        with pytest.raises(TypeError, match="gather: got a function that returns Tensor"):
-            loss(gather=lambda keys: keys)
-    with pytest.raises(TypeError, match="keys: got one tensor, wanted a pair"):
-        consistency(keys=torch.randn(4, 8))
-    for index in (-1, 19):
-        with pytest.raises(ValueError, match=f"index: got {index}, wanted 0 to 18"):
-            pretraining(index)
+@pytest.mark.parametrize("index", [-1, 19])
+def test_a_level_that_is_none_is_refused(index):
+    encoder = make_model(RCMViT)
+    with pytest.raises(ValueError, match=f"index: got {index}, wanted 0 to 18"):
+        pretraining_loss(encoder, encoder, *_images(4), index, NoiseSchedule(20))

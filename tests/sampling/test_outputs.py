@@ -13,8 +13,7 @@ from PIL import Image
 
 from epg_fast.npz import write_npz
 from epg_fast.sampling import outputs
-from epg_fast.sampling.outputs import Outputs, captions, quantize, save_grid
-from epg_fast.sampling.parts import runs
+from epg_fast.sampling.outputs import Outputs, captions, quantize, runs, save_grid
 
 LABELS = np.arange(10) % 3
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
