@@ -20,11 +20,11 @@ from epg_fast.plans import Chosen, Machine
 from epg_fast.runtime import AUTOCAST
 from epg_fast.training.checkpoint import (
     Background,
+    by_step,
     is_kept,
-    list_checkpoints,
     load_newest,
     remove_old,
-    split_rows,
+    step_path,
     write_checkpoint,
 )
 from epg_fast.training.dataset import still_bad
@@ -56,7 +56,7 @@ class RunFolder(OutputFolder):
     @property
     def begun(self) -> bool:
         """Whether it holds a checkpoint."""
-        return bool(list_checkpoints(self.path / "checkpoints"))
+        return bool(by_step(self.path / "checkpoints"))
 
     def require(self, config: RunConfig) -> None:
         """Raise ValueError for a folder of other things, or of another configuration once it holds a checkpoint."""
@@ -128,7 +128,7 @@ class RunState:
     def __init__(self, stage: Stage, source: ImageSource):
         config, ranks = stage.config, stage.ranks
         self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
-        self.iteration = 0
+        self.iteration, self.outdir = 0, Path(config.outdir)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=ranks.device)
         """Batches whose gradient was not finite: in all, and in a row up to now."""
         self.posthoc_ema = PosthocEma(stage)
@@ -169,7 +169,7 @@ class RunState:
         }
         return {f"{group}/{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
 
-    def save(self, outdir: Path, metrics: Metrics) -> None:
+    def save(self, metrics: Metrics) -> None:
         """Checkpoint and model.safetensors of this very moment, written while training goes on.
 
         A snapshot of the post-hoc EMA, if one is due, is written before them. What fails is raised by the next
@@ -177,10 +177,9 @@ class RunState:
         """
         if not self.parallel.saves or self.iteration == self._saved:
             return
-        iteration, config, parallel = self.iteration, self.config, self.parallel
+        iteration, config, parallel, outdir = self.iteration, self.config, self.parallel, self.outdir
         self._saved, tensors = iteration, self.tensors()
         state = {
-            "split": split_rows(tensors),
             "iteration": iteration,
             "metrics": metrics.state_dict(),
             "data": self.data_fingerprint,
@@ -202,7 +201,7 @@ class RunState:
                 self.posthoc_ema.write(iteration, snapshot)
             if is_kept(iteration, config.keep_every):
                 (outdir / "kept").mkdir(exist_ok=True)
-                save_weights(outdir / "kept" / f"step_{iteration:09d}.safetensors", weights, metadata)
+                save_weights(step_path(outdir / "kept", iteration, ".safetensors"), weights, metadata)
             save_weights(outdir / "model.safetensors", weights, metadata)
 
         def write():
@@ -222,21 +221,21 @@ class RunState:
         write = self.posthoc_ema.write
         self.writer.submit(lambda: parallel.all_ranks(lambda: write(iteration, snapshot), main_only=True))
 
-    def resume(self, folder: Path) -> None:
-        """Load the newest checkpoint of `folder` that all ranks can read, if there is one."""
-        state, self.damaged = load_newest(folder, self.tensors(), self.ranks)
+    def resume(self) -> None:
+        """Load the newest checkpoint that all ranks can read, if there is one."""
+        state, self.damaged = load_newest(self.outdir / "checkpoints", self.tensors(), self.ranks)
         if state is None:
             return
         if state["data"] != self.data_fingerprint:
             raise ValueError(
-                f"{self.config.data.path} is not the dataset that {folder.parent} was trained on (files or labels "
+                f"{self.config.data.path} is not the dataset that {self.outdir} was trained on (files or labels "
                 "differ); restore it, or choose another --outdir"
             )
         self.iteration = self._saved = state["iteration"]
         self.unfinished_metrics, self.data_backend = state["metrics"], state["data_backend"]
         self.bad_files = still_bad(state["bad_files"], self.source)
         self._known_skipped = int(self.skipped[0])
-        log.info("resuming %s at step %d", folder.parent, self.iteration)
+        log.info("resuming %s at step %d", self.outdir, self.iteration)
 
     def count_skipped(self, found_inf: torch.Tensor) -> None:
         """Count a batch that was skipped, if found_inf, [], is 1; on the device."""

@@ -18,14 +18,14 @@ from epg_fast.distributed import Ranks
 from epg_fast.models import load_weights, save_weights
 from epg_fast.training.checkpoint import (
     Background,
-    list_checkpoints,
+    by_step,
     load_newest,
     remove_old,
-    remove_temporaries,
-    set_aside,
+    tidy,
     write_checkpoint,
 )
 from epg_fast.training.parallel import rows_of
+from tests.training.runs import Killed, kill
 from tests.training.stages import ALONE, CPU
 
 
@@ -47,12 +47,11 @@ class Team:
 def write(folder, iteration, tensors, state=None, split=(), ranks=1):
     """Write a checkpoint as so many ranks would, of which each has a part of the tensors named in `split`."""
     barrier, values = threading.Barrier(ranks), [None] * ranks
-    rows = {name: len(tensors[name]) for name in split}
 
     def write_one(rank):
         parts = {name: t[slice(*rows_of(len(t), rank, ranks))] for name, t in tensors.items() if name in split}
         whole = {name: t for name, t in tensors.items() if name not in split} if rank == 0 else {}
-        write_checkpoint(folder, iteration, parts | whole, {"split": rows} | (state or {}), Team(rank, barrier, values))
+        write_checkpoint(folder, iteration, parts | whole, state or {}, Team(rank, barrier, values))
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(write_one, range(ranks)))
@@ -106,7 +105,7 @@ def test_the_newest_stay_and_those_that_are_kept(tmp_path):
     for iteration, value in ((10, 1), (20, 2), (30, 3), (40, 4), (50, 5), (50, 6)):  # the last takes 5's place
         write(tmp_path, iteration, {"x": torch.full((2,), float(value))})
         remove_old(tmp_path, 1, 20)
-    assert [f.name for f in list_checkpoints(tmp_path)] == [f"step_{i:09d}" for i in (50, 40, 20)]
+    assert [*by_step(tmp_path)] == [50, 40, 20]
     x = torch.zeros(2)
     load_newest(tmp_path, {"x": x}, ALONE)
     assert x.tolist() == [6, 6]
@@ -137,8 +136,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, damage, tmp_path
     state, damaged = load_newest(tmp_path, {"x": x}, ALONE)
     assert state["iteration"] == 1 and x.tolist() == [1] * 100 and damaged == [path]
     assert f"{path} cannot be read" in log.messages[0]
-    set_aside(damaged)
-    assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000000001"]
+    tidy(tmp_path, 1, damaged)
+    assert [*by_step(tmp_path)] == [1]
 
 
 class Others(Ranks):
@@ -181,10 +180,6 @@ def test_a_rank_that_is_lost_during_a_save_is_no_fault_of_the_disk(tmp_path):
         write_checkpoint(tmp_path, 1, {}, {}, SimpleNamespace(ranks=ALONE, all_ranks=lost))
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     """Before every call that changes a folder, until one goes through."""
     acts = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")]
@@ -194,7 +189,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
 
         def act_unless_killed(act, *arguments, moment=moment, calls=calls, **options):
             if next(calls) == moment:
-                raise Killed
+                kill()
             return act(*arguments, **options)
 
         killed = True
@@ -207,7 +202,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
         x = torch.zeros(5)
         _, damaged = load_newest(folder, {"x": x}, ALONE)
         assert x.tolist() in ([1.0] * 5, [2.0] * 5) and not damaged
-        remove_temporaries(folder.parent)
+        tidy(folder.parent, 2)
         assert all(path.name.startswith("step_") for path in folder.iterdir())
         if not killed:
             break

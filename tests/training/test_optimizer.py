@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from epg_fast.config import OptimizerConfig
 from epg_fast.models import EPGViT
@@ -186,21 +185,6 @@ def test_an_update_reads_nothing_on_the_host(network, backend):
         run.update(scale=scale)
         with pytest.raises(AssertionError, match="the host waits"):
             run.update()[1].item()
-
-
-class _Casts(TorchDispatchMode):
-    made = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.made += func is torch.ops.aten._to_copy.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_an_ema_takes_one_cast_of_its_decay_for_all_weights(network):
-    run = Run(network, "torch")
-    with _Casts() as casts:
-        run.update()
-    assert casts.made <= 2 * len(run.emas) < len(list(network.parameters())) / 4
 
 
 @needs_extension
