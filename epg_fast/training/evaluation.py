@@ -24,7 +24,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -142,6 +141,7 @@ class Evaluation(Measurement):
 
     name, prefix = "evaluate", "evaluation_"
 
+    @torch.no_grad()
     def __init__(self, state: RunState, stop: Callable[[], bool]):
         self._state, self._stage, self._ranks, self._stop = state, state.stage, state.ranks, stop
         c, self._outdir, self._best = state.config.evaluate, state.outdir, None
@@ -151,7 +151,7 @@ class Evaluation(Measurement):
         """As the run has them; not those that another rank has."""
         network, untrained = self._stage.network, self._stage.untrained_classes
         self._labels = torch.tensor(choose_labels("balanced", c.num, network.num_classes, c.seed, untrained))
-        with _untouched(self._ranks.device), _named_as_flags():
+        with _named_as_flags():
             judges = self._judges(self._ranks)
             self._figure = judges.decisive(c.best, "best")
             self._sign = 1 if judges.best[self._figure] == "low" else -1
@@ -168,22 +168,28 @@ class Evaluation(Measurement):
             *(c.every, c.num, c.reference or c.test, BEST, self._figure),
         )
 
+    @torch.no_grad()
     def figures(self):
-        """Those of the weights as they are, for metrics.jsonl, on every rank; all other files are written."""
+        """Those of the weights as they are, for metrics.jsonl, on every rank; all other files are written.
+
+        Judges may draw at random: training reads no generator but those that it seeds for a step.
+        """
         step, begin = self._state.iteration, time.perf_counter()
-        with _untouched(self._ranks.device):
-            self._ask()
-            self._state.host_ema.wait()
+        self._ask()
+        self._state.host_ema.wait()
+        try:
             judges = self._on_all(lambda: self._judges(None))
             names = (_EMA, *map(_name_of, self._config.sigma_rel or ()))
             found = {name: self._figures(name, judges) for name in names}
-            self._keep_best(step, found)
-            seconds = time.perf_counter() - begin
-            if self._ranks.main:
-                content = {"step": step, "weights": found, "best": self._best, "seconds": seconds}
-                text = json.dumps(content | {"protocol": self._protocol}, indent=2) + "\n"
-                with _reported(step, "its figures are in metrics.jsonl alone"):
-                    write_atomically(step_path(self._outdir / FOLDER, step, ".json"), text)
+        finally:
+            gc.collect()  # compiled networks are in cycles
+        self._keep_best(step, found)
+        seconds = time.perf_counter() - begin
+        if self._ranks.main:
+            content = {"step": step, "weights": found, "best": self._best, "seconds": seconds}
+            text = json.dumps(content | {"protocol": self._protocol}, indent=2) + "\n"
+            with _reported(step, "its figures are in metrics.jsonl alone"):
+                write_atomically(step_path(self._outdir / FOLDER, step, ".json"), text)
         return _line(found) | {"evaluation_seconds": seconds}
 
     def _figures(self, name: str, judges: Judges) -> dict:
@@ -383,19 +389,6 @@ def _named_as_flags() -> Iterator[None]:
     except ValueError as error:
         text = str(error).removeprefix("evaluate: ")
         raise ValueError("evaluate: " + re.sub(r"--(?=\w)", "--evaluate.", text)) from error
-
-
-@contextlib.contextmanager
-def _untouched(device: torch.device) -> Iterator[None]:
-    """Afterwards all generators of random numbers are as before, and what was made inside is gone."""
-    of_numpy, of_python = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            yield
-    finally:
-        np.random.set_state(of_numpy)
-        random.setstate(of_python)
-        gc.collect()  # compiled networks are in cycles
 
 
 def _yardstick(protocol: Mapping) -> dict:

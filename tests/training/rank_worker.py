@@ -4,6 +4,7 @@ One process imports everything, and each rank is a fork of it.
 """
 
 import datetime
+import functools
 import multiprocessing
 import os
 import resource
@@ -57,70 +58,78 @@ MEASURED = {
 
 
 def main(digits, folder):
-    few_digits(digits, folder / "few")
+    """Runs that are not measured, and gradients."""
     save_encoder(folder)
-
-    def run(name, job=DIFFUSION, steps=4, **fields):
-        return one_run, *make_config(digits, folder, name, job, steps=steps, **fields)
+    run = functools.partial(one, digits, folder)
 
     def gradients(ranks, parts):
         names = {job: f"gradients-{job}-{ranks}-{parts}" for job in JOBS}
         return [(write_gradients, *make_config(digits, folder, names[j], j, **_one_update(parts))) for j in JOBS]
 
-    def copied(source, name, *steps):
-        """Run folder `name` as `source` was when one of these steps had been saved."""
-        shutil.copytree(folder / source, folder / name)
-        for later in (folder / name / "checkpoints").glob("step_*"):
-            if steps and int(later.name[5:]) not in steps:
-                shutil.rmtree(later)
-        return name
-
-    def measured(twin, name=None, **fields):
-        job, own = MEASURED[twin]
-        return run(name or f"{twin}-measured", job, spoil=job == "pretrain", measured=True, **own, **fields)
-
     ddp, recompute = {"parallelism": "ddp"}, {"activation_checkpointing": True}  # blocks are put together once more
-    one = [run(f"{j}-1", j, **ddp, spoil=j == "pretrain") for j in JOBS]
-    one += [run("pretrain-1-measured", "pretrain", **ddp, spoil=True, measured=True)]
-    on_ranks(1, [*one, *gradients(1, 1), *gradients(1, 4)])
+    on_ranks(1, [*(run(f"{j}-1", j, **ddp) for j in JOBS), *gradients(1, 1), *gradients(1, 4)])
     # Workers in the killed run only: they must not matter either.
     workers = configs.DataConfig(str(digits / "train"), normalization="simple", workers=1, backend="pillow")
-    on_ranks(1, [run("killed", "pretrain", **ddp, spoil=True, kill_at=3, data=workers)], ends=-signal.SIGKILL)
-    on_ranks(1, [run("killed", "pretrain", **ddp)])
-    for name in ("1 rank", *SAME_WEIGHTS):
-        copied(f"{DIFFUSION}-1", name)
-    on_ranks(1, [run("1 rank", **ddp, measured=True)])
-    for name, (ranks, fields) in SAME_WEIGHTS.items():
-        on_ranks(ranks, [run(name, **ddp | fields, measured=True)])
-
-    first = [run(name, job, spoil=job == "pretrain", **own) for name, (job, own) in MEASURED.items()]
-    first += [measured(name) for name in MEASURED]
-    first += [
-        run("diffusion-2", **recompute, stop_at=1),
-        (stays_split, *make_config(digits, folder, "none", "pretrain")),
-    ]
-    first += [measured("evaluated-fsdp", "stopped-fsdp", stop_in=2, checkpoint_every=4), (long_decision,)]
-    on_ranks(2, [*first, *gradients(2, 1), *gradients(2, 3)])
-    copied("diffusion-2", "stopped")
-    copied("pretrain-2", "damaged")
-    flip_a_bit(folder / "damaged/checkpoints/step_000000004/rank_00001.safetensors")
-    for name in ("pretrain-2", "pretrain-ddp-2"):  # killed between the checkpoint and the figures of step 2
-        forget_figures(folder / copied(f"{name}-measured", f"{name}-killed", 2), 2)
+    on_ranks(1, [run("killed", "pretrain", **ddp, kill_at=3, data=workers)], ends=-signal.SIGKILL)
+    first = [run(name, job, **fields) for name, (job, fields) in MEASURED.items()]
+    on_ranks(2, [*first, run("diffusion-2", **recompute, stop_at=1), *gradients(2, 1), *gradients(2, 3)])
+    copied(folder / "diffusion-2", "stopped")
+    flip_a_bit(copied(folder / "pretrain-2", "damaged") / "checkpoints/step_000000004/rank_00001.safetensors")
+    copied(folder / "finetune-consistency-1", "consistency-2", 2)
     second = [
         run("damaged", "pretrain", gradient_accumulation=2),
         run("diffusion-2", **recompute),
-        run(copied("finetune-consistency-1", "consistency-2", 2), "finetune-consistency", gradient_accumulation=2),
-        measured("evaluated-fsdp", "stopped-fsdp", checkpoint_every=4),
-        *(measured(name, f"{name}-killed") for name in ("pretrain-2", "pretrain-ddp-2")),
+        run("consistency-2", "finetune-consistency", gradient_accumulation=2),
         (accumulate, *make_config(digits, folder, "accumulate", DIFFUSION)),
         *(run(name, data=damaged_data(digits, folder / f"{name}-data", *met_by), log_every=2) for name, met_by in BAD),
         run("full", full_at=3, steps=100),  # the last: this process can write no large file any more
     ]
     on_ranks(2, second)
-    third = [run(copied("stopped", name, 2), parallelism=name) for name in ("ddp", "fsdp")]
+    for name in ("ddp", "fsdp"):
+        copied(folder / "stopped", name, 2)
     (folder / "fsdp/previews/step_000000002.png").unlink()  # as a kill may leave it
-    third += [run(f"half-{name}", "pretrain", parallelism=name, precision="fp16", steps=2) for name in ("ddp", "fsdp")]
+    third = [run("killed", "pretrain", **ddp), *(run(name, parallelism=name) for name in ("ddp", "fsdp"))]
+    half = {"precision": "fp16", "steps": 2, "spoil": False}
+    third += [run(f"half-{name}", "pretrain", parallelism=name, **half) for name in ("ddp", "fsdp")]
     on_ranks(1, third)
+
+
+def measure(digits, folder):
+    """Runs that are measured, beside those of `main`."""
+    few_digits(digits, folder / "few")
+    run = functools.partial(one, digits, folder, measured=True)
+
+    def measured(twin, name=None, **fields):
+        job, own = MEASURED[twin]
+        return run(name or f"{twin}-measured", job, **own, **fields)
+
+    for name in ("1 rank", *SAME_WEIGHTS):
+        copied(folder / f"{DIFFUSION}-1", name)
+    ddp = {"parallelism": "ddp"}
+    on_ranks(1, [run("1 rank", **ddp), run("pretrain-1-measured", "pretrain", **ddp)])
+    for name, (ranks, fields) in SAME_WEIGHTS.items():
+        on_ranks(ranks, [run(name, **ddp | fields)])
+    stopped = functools.partial(measured, "evaluated-fsdp", "stopped-fsdp", checkpoint_every=4)
+    split = stays_split, *make_config(digits, folder, "none", "pretrain")
+    on_ranks(2, [*map(measured, MEASURED), stopped(stop_in=2), split, (long_decision,)])
+    killed = ("pretrain-2", "pretrain-ddp-2")
+    for name in killed:  # between the checkpoint and the figures of step 2
+        forget_figures(copied(folder / f"{name}-measured", f"{name}-killed", 2), 2)
+    on_ranks(2, [stopped(), *(measured(name, f"{name}-killed") for name in killed)])
+
+
+def one(digits, folder, name, job=DIFFUSION, steps=4, **fields):
+    """A run, of which in pre-training a batch is spoilt."""
+    return one_run, *make_config(digits, folder, name, job, **{"steps": steps, "spoil": job == "pretrain"} | fields)
+
+
+def copied(run, name, *steps):
+    """The run folder `name` beside `run`, as that was when one of these steps, or the last, had been saved."""
+    copy = Path(shutil.copytree(run, run.with_name(name)))
+    for path in (copy / "checkpoints").glob("step_*"):
+        if steps and int(path.name[5:]) not in steps:
+            shutil.rmtree(path)
+    return copy
 
 
 def save_encoder(folder):

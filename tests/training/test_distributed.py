@@ -35,6 +35,12 @@ def runs(digits, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def measured(digits, runs):
+    in_new_process(rank_worker.measure, digits, runs)
+    return runs
+
+
 def whole_tensors(run, job):
     """The tensors of the newest checkpoint of a run, as a single rank reads them."""
     config = make_config(Path(), Path(), "unused", job, parallelism="ddp")[0]
@@ -147,21 +153,21 @@ def test_sharded_averages_are_sampled_by_all_ranks(run, step, runs):
 
 
 @pytest.mark.parametrize("name", rank_worker.SAME_WEIGHTS)
-def test_figures_do_not_depend_on_the_ranks(name, runs):
+def test_figures_do_not_depend_on_the_ranks(name, measured):
     """Bit for bit, of the EMA and of a width: the weights of a complete run, which is asked for evaluation later."""
-    want, got = evaluations_of(runs / "1 rank"), evaluations_of(runs / name)
+    want, got = evaluations_of(measured / "1 rank"), evaluations_of(measured / name)
     assert got == want and got[4].keys() == {"ema", "sigma_rel_0.1"} and got[4]["ema"] != got[4]["sigma_rel_0.1"]
-    one, other = (load_file(runs / run / "best.safetensors") for run in ("1 rank", name))
+    one, other = (load_file(measured / run / "best.safetensors") for run in ("1 rank", name))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("name", rank_worker.MEASURED)
-def test_nothing_of_the_training_changes_where_it_is_measured(name, runs):
-    found = assert_same_training(runs / f"{name}-measured", runs / name)
+def test_nothing_of_the_training_changes_where_it_is_measured(name, measured):
+    found = assert_same_training(measured / f"{name}-measured", measured / name)
     if not name.startswith("pretrain"):
-        assert [step for step, _ in found] == [2, 4] == [*evaluations_of(runs / f"{name}-measured")]
+        assert [step for step, _ in found] == [2, 4] == [*evaluations_of(measured / f"{name}-measured")]
         return
-    want = forget_figures(Path(shutil.copytree(runs / "pretrain-1-measured", runs / f"{name}-wanted")))
+    want = forget_figures(Path(shutil.copytree(measured / "pretrain-1-measured", measured / f"{name}-wanted")))
     assert [step for step, _ in want] == [1, 2, 2, 3, 4, 4]
     for (step, figures), (wanted_step, wanted) in zip(found, want, strict=True):
         # rounding may move a test image over the border of two classes
@@ -170,7 +176,7 @@ def test_nothing_of_the_training_changes_where_it_is_measured(name, runs):
 
 
 @pytest.mark.parametrize("name", ["pretrain-2-killed", "pretrain-ddp-2-killed", "stopped-fsdp"])
-def test_a_run_cut_before_its_figures_or_by_a_signal_to_one_rank_measures_them_when_it_goes_on(name, runs):
+def test_a_run_cut_before_its_figures_or_by_a_signal_to_one_rank_measures_them_when_it_goes_on(name, measured):
     whole = {"stopped-fsdp": "evaluated-fsdp-measured"}.get(name, name.replace("killed", "measured"))
-    assert_same_run(runs / name, runs / whole)
-    assert saved_steps(runs / name) == [4, 2]
+    assert_same_run(measured / name, measured / whole)
+    assert saved_steps(measured / name) == [4, 2]
