@@ -28,7 +28,7 @@ from epg_fast.distributed import Ranks
 from epg_fast.files import sync_folder, write_atomically
 from epg_fast.models import save_weights
 from epg_fast.models.weight_files import open_safetensors
-from epg_fast.training.parallel import Replicated, Tensors, is_sharded, local, rows_of
+from epg_fast.training.parallel import Tensors, is_sharded, local, rows_of
 
 log = logging.getLogger("epg_fast")
 _STATE, _CHECKSUMS = "state.json", "checksums.json"
@@ -65,17 +65,17 @@ def write_checkpoint(
     iteration: int,
     parts: Tensors,
     state: dict,
-    parallel: Replicated,
+    savers: Ranks,
     first: Callable[[], None] = lambda: None,
 ) -> None:
     """Write folder/step_<iteration>/ under a temporary name; the main rank renames it when all that save are done.
 
-    parts: what this rank holds of the tensors, in host memory. state: JSON-able. first: called before on the main rank,
-    to write what must not be missing beside the checkpoint.
+    parts: what this rank holds of the tensors, in host memory. state: JSON-able. savers: the ranks that call this, in
+    any thread. first: called before on the main rank, to write what must not be missing beside the checkpoint.
 
     Raises OSError, on every rank that saves, when the disk of one does not take it; earlier ones stay usable.
     """
-    path, ranks = step_path(folder, iteration), parallel.ranks
+    path = step_path(folder, iteration)
     temporary = path.with_name(f".{path.name}.tmp")
 
     def begin():
@@ -84,7 +84,7 @@ def write_checkpoint(
         temporary.mkdir(parents=True)
 
     def write_part():
-        own = temporary / _part(ranks.rank)
+        own = temporary / _part(savers.rank)
         save_weights(own, {name: part for name, part in parts.items() if part.numel()}, {})
         return own.name, _checksum(own)
 
@@ -100,11 +100,11 @@ def write_checkpoint(
         sync_folder(folder)
 
     try:
-        parallel.all_ranks(begin, main_only=True)
-        files = parallel.all_ranks(write_part)
-        parallel.all_ranks(finish, main_only=True)
+        savers.decide(begin)
+        files = savers.together(write_part)
+        savers.decide(finish)
     except OSError as error:
-        if ranks.main:
+        if savers.main:
             shutil.rmtree(temporary, ignore_errors=True)
         earlier = next(iter(by_step(folder).values()), None)
         left = f"the previous checkpoint {earlier.name} is intact" if earlier else "there is no earlier checkpoint"

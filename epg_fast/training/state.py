@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -192,13 +194,11 @@ class RunState:
         copies: dict = {}
         parts = parallel.parts(tensors, copies)
         weights = parallel.whole(self.stage.exported.state_dict(), copies)
-        due = self.posthoc_ema.is_due(iteration)
-        snapshot = parallel.whole(self.posthoc_ema.snapshot(), copies) if due else None
+        write_snapshot = self._snapshot(copies) if self.posthoc_ema.is_due(iteration) else lambda: None
         metadata = self.stage.metadata() | {"step": iteration, "ema_decay": self.stage.ema_decay(iteration)}
 
         def write_others():
-            if snapshot is not None:
-                self.posthoc_ema.write(iteration, snapshot)
+            write_snapshot()
             if is_kept(iteration, config.keep_every):
                 (outdir / "kept").mkdir(exist_ok=True)
                 save_weights(step_path(outdir / "kept", iteration, ".safetensors"), weights, metadata)
@@ -206,7 +206,7 @@ class RunState:
 
         def write():
             # The checkpoint last: a run that goes on from it does not come by this iteration again.
-            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel, write_others)
+            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel.savers, write_others)
             if self.ranks.main:
                 remove_old(outdir / "checkpoints", config.keep_checkpoints, config.keep_every)
 
@@ -214,12 +214,15 @@ class RunState:
 
     def save_snapshot(self) -> None:
         """Snapshot of the post-hoc EMA of this very moment, written while training goes on."""
-        iteration, parallel = self.iteration, self.parallel
         self.host_ema.wait()
         self.writer.wait()
-        snapshot = parallel.whole(self.posthoc_ema.snapshot(), {})
-        write = self.posthoc_ema.write
-        self.writer.submit(lambda: parallel.all_ranks(lambda: write(iteration, snapshot), main_only=True))
+        write = self._snapshot({})
+        self.writer.submit(lambda: self.parallel.savers.decide(write))
+
+    def _snapshot(self, copies: dict) -> Callable[[], None]:
+        """Copy what is to be in a snapshot to host memory; returns what writes it, on the main rank."""
+        snapshot = self.parallel.whole(self.posthoc_ema.snapshot(), copies)
+        return functools.partial(self.posthoc_ema.write, self.iteration, snapshot)
 
     def resume(self) -> None:
         """Load the newest checkpoint that all ranks can read, if there is one."""

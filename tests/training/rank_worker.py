@@ -80,7 +80,6 @@ def main(digits, folder):
         run("damaged", "pretrain", gradient_accumulation=2),
         run("diffusion-2", **recompute),
         run("consistency-2", "finetune-consistency", gradient_accumulation=2),
-        (accumulate, *make_config(digits, folder, "accumulate", DIFFUSION)),
         *(run(name, data=damaged_data(digits, folder / f"{name}-data", *met_by), log_every=2) for name, met_by in BAD),
         run("full", full_at=3, steps=100),  # the last: this process can write no large file any more
     ]
@@ -295,30 +294,6 @@ def gradients(config, job, ranks, scaled=False):
         add_gradients(stage, parallel, batch, draws, 7, scale)
         found |= {f"fp8.{n}": p.grad for n, p in trained.items()}
     return {"loss": values[0], "level": values[1]} | found
-
-
-def accumulate(rank, config, job, interference):
-    """Two backward passes give the same gradients, whether the first is averaged over the ranks or only added to."""
-    found = []
-    with joined("cpu", group_for_one=config.parallelism == "fsdp") as ranks:
-        for now in (True, False):
-            torch.manual_seed(0)
-            stage = make_stage(job, config, ranks=ranks)
-            network, parallel = stage.network, parallelize(stage)
-
-            def loss(x, network=network):
-                return network.encode(x, x[:, 0, 0, 0]).square().sum()
-
-            x = torch.full((2, 3, 32, 32), rank + 1.0)
-            with parallel.averaged(now):
-                parallel(loss, x).backward()
-            assert (network.pos_embed.grad is None) != now
-            parallel(loss, 2 * x).backward()
-            found.append({n: p.grad.full_tensor() for n, p in network.named_parameters() if p.grad is not None})
-    averaged, added = found
-    assert averaged.keys() == added.keys() and "blocks.0.mlp.fc1.weight" in added
-    for name, gradient in averaged.items():
-        torch.testing.assert_close(added[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def stays_split(rank, config, job, interference):

@@ -29,15 +29,15 @@ from tests.training.runs import Killed, kill
 from tests.training.stages import ALONE, CPU
 
 
-class Team:
-    """`Sharded.all_ranks` among threads."""
+class Team(Ranks):
+    """Ranks that are threads."""
 
     def __init__(self, rank, barrier, values):
-        self.ranks = Ranks(rank, len(values), CPU)
+        super().__init__(rank, len(values), CPU)
         self._barrier, self._values = barrier, values
 
-    def all_ranks(self, act, main_only=False):
-        self._values[self.ranks.rank] = act() if self.ranks.main or not main_only else None
+    def gather(self, value):
+        self._values[self.rank] = value
         self._barrier.wait()
         values = list(self._values)
         self._barrier.wait()
@@ -140,6 +140,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, damage, tmp_path
     assert [*by_step(tmp_path)] == [1]
 
 
+def test_what_comes_after_the_step_to_go_on_from_or_was_being_written_is_removed(tmp_path):
+    names = {"posthoc_ema": ".safetensors", "evaluation": ".json", "kept": ".safetensors", "previews": ".png"}
+    for folder, ending in names.items():
+        (tmp_path / folder).mkdir()
+        for name in (f"step_000000004{ending}", f"step_000000006{ending}", f".step_000000006{ending}.tmp7", "other"):
+            (tmp_path / folder / name).write_bytes(b"")
+    tidy(tmp_path, 4)
+    left = {folder: sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in names}
+    for folder, ending in names.items():
+        later = [f"step_000000006{ending}"] * (folder in ("kept", "previews"))  # made again with these names
+        assert left[folder] == ["other", f"step_000000004{ending}", *later]
+
+
 class Others(Ranks):
     """The first of two ranks; the other reads nothing."""
 
@@ -170,14 +183,15 @@ def test_a_full_disk_leaves_the_checkpoint_and_the_weights_before(tmp_path):
     assert load_weights(tmp_path / "model.safetensors")[1] == {"step": 1}
 
 
-def test_a_rank_that_is_lost_during_a_save_is_no_fault_of_the_disk(tmp_path):
-    """`joined` says what it is."""
-
-    def lost(act, main_only=False):
+class Lost(Ranks):
+    def together(self, act):
         raise RuntimeError("Connection closed by peer")
 
+
+def test_a_rank_that_is_lost_during_a_save_is_no_fault_of_the_disk(tmp_path):
+    """`joined` says what it is."""
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
-        write_checkpoint(tmp_path, 1, {}, {}, SimpleNamespace(ranks=ALONE, all_ranks=lost))
+        write_checkpoint(tmp_path, 1, {}, {}, Lost(0, 2, CPU))
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
