@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 log = logging.getLogger("epg_fast")
@@ -81,10 +81,17 @@ def resolve_device(name: str = "auto") -> torch.device:
 class Ranks:
     """This process's place among the ranks, and its device; alone, it needs no torch.distributed."""
 
-    def __init__(self, rank: int, world_size: int, device: torch.device, store: Store | None = None):
-        """store: where `count` counts."""
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        store: Store | None = None,
+        group: ProcessGroup | None = None,
+    ):
+        """store: where `count` counts. group: in which the ranks meet, instead of the default one."""
         self.rank, self.world_size, self.device = rank, world_size, device
-        self._store, self._counted, self._awaited = store, 0, 0
+        self._store, self._group, self._counted, self._awaited = store, group, 0, 0
 
     @property
     def main(self) -> bool:
@@ -98,13 +105,13 @@ class Ranks:
         import torch.distributed as dist
 
         # Polled, because Python handles no signal inside a call that waits.
-        arrived = dist.barrier(async_op=True)
+        arrived = dist.barrier(self._group, async_op=True)
         while not arrived.is_completed():
             while_waiting()
             time.sleep(_POLL_SECONDS)
         arrived.wait()
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self._group)
         return values
 
     def together(self, act: Callable[[], T]) -> list[T]:

@@ -1,10 +1,11 @@
 """Checkpoints: a folder checkpoints/step_<iteration>/ that appears whole, for any number of ranks to read.
 
     rank_<rank>.safetensors   that rank's rows of every split tensor, and the main rank's also what is not split
-    state.json                everything else; of split tensors how many rows they have, and over how many ranks
+    state.json                everything else, and how many ranks there are
     checksums.json            file -> [bytes, CRC-32]
 
-Tensors are known by name, see `RunState.tensors`. Nothing in a file is executed.
+Tensors are known by name, see `RunState.tensors`; rows follow one another in the order of the ranks. Nothing in a file
+is executed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,10 +28,9 @@ from epg_fast.distributed import Ranks
 from epg_fast.files import sync_folder, write_atomically
 from epg_fast.models import save_weights
 from epg_fast.models.weight_files import open_safetensors
-from epg_fast.training.parallel import Replicated, Tensors, is_sharded, local, rows_of
+from epg_fast.training.parallel import Tensors, is_sharded, local, rows_of
 
 log = logging.getLogger("epg_fast")
-_NAME = re.compile(r"step_(\d+)")
 _STATE, _CHECKSUMS = "state.json", "checksums.json"
 UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -60,28 +60,23 @@ class Background:
         return self._job is not None and self._job.done() and self._job.exception() is not None
 
 
-def split_rows(tensors: Tensors) -> dict[str, int]:
-    """The rows of those tensors that are split over the ranks."""
-    return {name: tensor.shape[0] for name, tensor in tensors.items() if is_sharded(tensor)}
-
-
 def write_checkpoint(
     folder: Path,
     iteration: int,
     parts: Tensors,
     state: dict,
-    parallel: Replicated,
+    savers: Ranks,
     first: Callable[[], None] = lambda: None,
 ) -> None:
     """Write folder/step_<iteration>/ under a temporary name; the main rank renames it when all that save are done.
 
-    parts: what this rank holds of the tensors, in host memory. state: JSON-able, with `split`, see `split_rows`. first:
-    called before on the main rank, to write what must not be missing beside the checkpoint.
+    parts: what this rank holds of the tensors, in host memory. state: JSON-able. savers: the ranks that call this, in
+    any thread. first: called before on the main rank, to write what must not be missing beside the checkpoint.
 
     Raises OSError, on every rank that saves, when the disk of one does not take it; earlier ones stay usable.
     """
-    path, temporary = folder / f"step_{iteration:09d}", folder / f".step_{iteration:09d}.tmp"
-    ranks = parallel.ranks
+    path = step_path(folder, iteration)
+    temporary = path.with_name(f".{path.name}.tmp")
 
     def begin():
         first()
@@ -89,7 +84,7 @@ def write_checkpoint(
         temporary.mkdir(parents=True)
 
     def write_part():
-        own = temporary / _part(ranks.rank)
+        own = temporary / _part(savers.rank)
         save_weights(own, {name: part for name, part in parts.items() if part.numel()}, {})
         return own.name, _checksum(own)
 
@@ -100,19 +95,19 @@ def write_checkpoint(
         write_atomically(temporary / _CHECKSUMS, json.dumps(checksums, indent=1), sync=True)
         sync_folder(temporary)
         if path.exists():
-            remove_checkpoint(path)
+            _remove(path)
         os.replace(temporary, path)
         sync_folder(folder)
 
     try:
-        parallel.all_ranks(begin, main_only=True)
-        files = parallel.all_ranks(write_part)
-        parallel.all_ranks(finish, main_only=True)
+        savers.decide(begin)
+        files = savers.together(write_part)
+        savers.decide(finish)
     except OSError as error:
-        if ranks.main:
+        if savers.main:
             shutil.rmtree(temporary, ignore_errors=True)
-        earlier = list_checkpoints(folder)
-        left = f"the previous checkpoint {earlier[0].name} is intact" if earlier else "there is no earlier checkpoint"
+        earlier = next(iter(by_step(folder).values()), None)
+        left = f"the previous checkpoint {earlier.name} is intact" if earlier else "there is no earlier checkpoint"
         reason = str(error).partition("\n")[0] or type(error).__name__
         remedy = "if the disk is full, free some space; the same command goes on"
         raise OSError(f"could not save {path}: {reason}; {left}; {remedy}") from None
@@ -125,7 +120,7 @@ def load_newest(folder: Path, tensors: Tensors, ranks: Ranks) -> tuple[dict | No
     between them. A checkpoint that is damaged, or lacks one of the tensors, is named, and the one before it is used.
     Raises ValueError when there are checkpoints and none will do.
     """
-    found, damaged = ranks.gather(list_checkpoints(folder))[0], []
+    found, damaged = ranks.gather([*by_step(folder).values()])[0], []
     for path in found:
         state = reason = None
         try:
@@ -134,7 +129,7 @@ def load_newest(folder: Path, tensors: Tensors, ranks: Ranks) -> tuple[dict | No
             reason = (str(error).partition("\n")[0] or type(error).__name__)[:160]
         reason = next(filter(None, ranks.gather(reason)), None)
         if reason is None:
-            _load(path, state, tensors)
+            _load(path, state["ranks"], tensors)
             return state, damaged
         log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, reason)
         damaged.append(path)
@@ -168,8 +163,8 @@ def _verified(path: Path, tensors: Tensors, ranks: Ranks) -> dict:
 
 
 @torch.no_grad()
-def _load(path: Path, state: Mapping, tensors: Tensors) -> None:
-    ranks = state["ranks"]
+def _load(path: Path, ranks: int, tensors: Tensors) -> None:
+    read = dict.fromkeys(tensors, 0)  # rows of the ranks before
     for rank in range(ranks):
         with open_safetensors(path / _part(rank)) as file:
             for name in tensors.keys() & set(file.keys()):
@@ -177,11 +172,12 @@ def _load(path: Path, state: Mapping, tensors: Tensors) -> None:
                 if not rows.get_shape():  # a number
                     target.copy_(file.get_tensor(name))
                     continue
-                begin, _ = rows_of(state["split"].get(name, 0), rank, ranks)
+                begin, end = read[name], read[name] + rows.get_shape()[0]
+                read[name] = end
                 here, end_here = _rows_here(tensors[name])
-                first, end = max(begin, here), min(begin + rows.get_shape()[0], end_here)
-                if first < end:
-                    target[first - here : end - here].copy_(rows[first - begin : end - begin])
+                first, last = max(begin, here), min(end, end_here)
+                if first < last:
+                    target[first - here : last - here].copy_(rows[first - begin : last - begin])
 
 
 def _rows_here(tensor: torch.Tensor) -> tuple[int, int]:
@@ -202,15 +198,15 @@ def _checksum(path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, newest first."""
-    found = [f for f in folder.iterdir() if _NAME.fullmatch(f.name)] if folder.is_dir() else []
-    return sorted(found, key=iteration_of, reverse=True)
+def step_path(folder: Path, step: int, ending: str = "") -> Path:
+    """Where a run folder's `folder` has what is of a step."""
+    return folder / f"step_{step:09d}{ending}"
 
 
-def iteration_of(path: Path) -> int:
-    """The iteration in a checkpoint's name."""
-    return int(_NAME.fullmatch(path.name)[1])
+def by_step(folder: Path, ending: str = "") -> dict[int, Path]:
+    """What a folder has under such names, the newest first: checkpoints, or files with this ending."""
+    names = {path: re.fullmatch(r"step_(\d+)" + re.escape(ending), path.name) for path in folder.glob("step_*")}
+    return dict(sorted(((int(name[1]), path) for path, name in names.items() if name), reverse=True))
 
 
 def is_kept(iteration: int, keep_every: int) -> bool:
@@ -220,30 +216,37 @@ def is_kept(iteration: int, keep_every: int) -> bool:
 
 def remove_old(folder: Path, keep: int, keep_every: int) -> None:
     """Remove all checkpoints but the newest `keep` and those that stay for good."""
-    for old in list_checkpoints(folder)[keep:]:
-        if not is_kept(iteration_of(old), keep_every):
-            remove_checkpoint(old)
+    for iteration, path in [*by_step(folder).items()][keep:]:
+        if not is_kept(iteration, keep_every):
+            _remove(path)
 
 
-def remove_checkpoint(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a checkpoint; what a kill leaves of it does not count as one."""
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp-old")), ignore_errors=True)
 
 
-def set_aside(paths: list[Path]) -> None:
-    """Rename damaged checkpoints, so that they take no place among the newest: to <name>.damaged."""
-    for path in paths:
+def tidy(outdir: Path, iteration: int, damaged: Iterable[Path] = ()) -> None:
+    """Leave in a run folder what a run that goes on from `iteration` may find.
+
+    Damaged checkpoints get another name, so that they take no place among the newest. What a killed run was writing
+    goes: all that is hidden and named tmp. So do snapshots and figures of later steps, which will be made again; until
+    then nobody shall take them for the run's own.
+    """
+    for path in damaged:
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):
             path.rename(aside)
-
-
-def remove_temporaries(outdir: Path) -> None:
-    """Remove what a killed run was writing: all that is hidden and named tmp."""
     for folder in ("", "checkpoints", "kept", "previews", "posthoc_ema", "evaluation"):
         for path in (outdir / folder).glob(".*tmp*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+    for folder, ending in (("posthoc_ema", ".safetensors"), ("evaluation", ".json")):
+        later = [path for step, path in by_step(outdir / folder, ending).items() if step > iteration]
+        for path in later:
+            path.unlink(missing_ok=True)
+        if later:
+            log.info("%d files in %s are of steps after %d and are removed", len(later), outdir / folder, iteration)

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from epg_fast.data import (
     LABELS_WANTED,
@@ -79,37 +78,36 @@ def _ranges(labels: list[int]) -> str:
     return ", ".join(texts[:4] + ["..."] * (len(texts) > 4))
 
 
-def agreed_backend(wanted: str, used: str | None, ranks: Ranks) -> str:
-    """`choose_backend` on every rank. Raises ValueError, on all of them, for machines that would decode differently."""
-    chosen = ranks.together(lambda: choose_backend(wanted, used, ranks.device))
-    for rank, other in enumerate(chosen):
-        if other != chosen[0]:
-            raise ValueError(
-                f"rank {rank} decodes images with {other}, rank 0 with {chosen[0]}: `epg-fast env` on both machines "
-                "says what is missing; install it, or pass --data.backend pillow"
-            )
-    return chosen[0]
-
-
-def choose_backend(wanted: str, used: str | None, device: torch.device) -> str:
+def choose_backend(wanted: str, used: str | None, ranks: Ranks) -> str:
     """The decoder, "dali" or "pillow", for `data.backend` = `wanted` in a run that has `used` so far (None: new).
 
     `auto` keeps to what the run has used, because the pixels of the two differ slightly; another one by name is obeyed
-    with a warning. Raises ValueError if the one to keep to does not work here.
+    with a warning. Raises ValueError, on every rank, if the one to keep to does not work on one, and for machines that
+    would decode differently.
     """
-    if used is None:
-        return resolve_backend(wanted, device)
-    if wanted not in ("auto", used):
-        wanted = resolve_backend(wanted, device)
-        log.warning("the images of this run were decoded by %s so far, now by %s as asked: %s", used, wanted, _PIXELS)
-        return wanted
-    try:
-        return resolve_backend(used, device)
-    except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"the images of this run were decoded by {used} so far, which does not work here: {error}. Install it "
-            f"(pip install nvidia-dali-cuda130, or -cuda120), or go on with --data.backend pillow: {_PIXELS}"
-        ) from None
+    keeps = used is not None and wanted in ("auto", used)
+
+    def choose() -> str:
+        try:
+            return resolve_backend(used if keeps else wanted, ranks.device)
+        except (ValueError, ImportError) as error:
+            if not keeps:
+                raise
+            raise ValueError(
+                f"the images of this run were decoded by {used} so far, which does not work here: {error}. Install it "
+                f"(pip install nvidia-dali-cuda130, or -cuda120), or go on with --data.backend pillow: {_PIXELS}"
+            ) from None
+
+    chosen, *others = ranks.together(choose)
+    for rank, other in enumerate(others, 1):
+        if other != chosen:
+            raise ValueError(
+                f"rank {rank} decodes images with {other}, rank 0 with {chosen}: `epg-fast env` on both machines "
+                "says what is missing; install it, or pass --data.backend pillow"
+            )
+    if used not in (None, chosen):
+        log.warning("the images of this run were decoded by %s so far, now by %s as asked: %s", used, chosen, _PIXELS)
+    return chosen
 
 
 def decoder(backend: str, workers: int) -> str:
@@ -124,21 +122,16 @@ class BadFiles:
 
     Knowing of a file earlier changes no batch (see `epg_fast.data`), so that it does not matter at which step a rank
     learns of it, nor that the loader is some batches ahead.
-
-    Args:
-        known: relative path -> reason; `exchange` adds to this very dict, which goes into the checkpoints.
-        loader: this rank's.
-        source: the dataset.
-        max_fraction: share of bad files above which training stops.
-        outdir: run folder, for bad_files.txt.
-        ranks: who takes part.
-
-    Raises DataError if `known` is over the limit.
     """
 
     def __init__(
         self, known: dict[str, str], loader, source: ImageSource, max_fraction: float, outdir: Path, ranks: Ranks
     ):
+        """known: relative path -> reason; `exchange` adds to this very dict, which goes into the checkpoints.
+
+        loader: this rank's. max_fraction: share of bad files above which training stops. outdir: for bad_files.txt.
+        Raises DataError if `known` is over the limit.
+        """
         self.known, self.path = known, outdir / "bad_files.txt"
         self._loader, self._source, self._max_fraction, self._ranks = loader, source, max_fraction, ranks
         if known:

@@ -28,9 +28,7 @@ section 3 and its appendix.
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,13 +38,10 @@ import torch
 
 from epg_fast.config import check_sigma_rel
 from epg_fast.models import save_weights
-from epg_fast.training.checkpoint import Background
+from epg_fast.training.checkpoint import Background, step_path
 from epg_fast.training.stages import Stage, ema_copy
 
-log = logging.getLogger("epg_fast")
-
-FOLDER = "posthoc_ema"
-_NAME = re.compile(r"step_(\d+)\.safetensors")
+FOLDER, ENDING = "posthoc_ema", ".safetensors"
 # An EMA reads and writes memory, which more cores do not make faster; others decode images.
 _MOST_THREADS = 8
 
@@ -202,30 +197,7 @@ class PosthocEma:
         self._folder.mkdir(exist_ok=True)
         metadata = self._stage.metadata() | {"step": step, "sigma_rel": self.sigma_rel}
         metadata["crc32"] = {name: checksum(tensor) for name, tensor in tensors.items()}
-        save_weights(self._folder / f"step_{step:09d}.safetensors", tensors, metadata)
-
-    def discard_after(self, step: int) -> None:
-        """Remove what a killed run wrote after `step`, where training now goes on, if this is the main rank.
-
-        The run will write these snapshots again. Until then nobody shall mistake the old ones for its own.
-        """
-        if not (self._stage.ranks.main and self._folder.is_dir()):
-            return
-        stale = [path for path in list_snapshots(self._folder) if snapshot_step(path) > step]
-        for path in [*stale, *self._folder.glob(".step_*.tmp*")]:
-            path.unlink(missing_ok=True)
-        if stale:
-            log.info("%d snapshots in %s are of steps after %d and are removed", len(stale), self._folder, step)
-
-
-def list_snapshots(folder: Path) -> list[Path]:
-    """Snapshots of a folder by rising step."""
-    return sorted((f for f in folder.iterdir() if _NAME.fullmatch(f.name)), key=snapshot_step)
-
-
-def snapshot_step(path: Path) -> int:
-    """Step in a snapshot's name."""
-    return int(_NAME.fullmatch(path.name)[1])
+        save_weights(step_path(self._folder, step, ENDING), tensors, metadata)
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -192,51 +192,38 @@ def describe(config: RunConfig, stage_class: type[Stage], options: DryRunConfig)
     Raises ValueError for a model that cannot be, for a batch that does not divide over the GPUs, for CUDA graphs where
     they cannot be, for an unknown GPU and for ops that do not exist.
     """
-    gpus, origin = _gpus(options)
+    world_size = distributed.number("WORLD_SIZE", 0)
+    gpus, origin = (world_size, "torchrun's") if world_size else (8, "assumed; --gpus says how many")
+    if options.gpus is not None:
+        gpus, origin = options.gpus, "--gpus"
     check_batch_size(config, gpus)
     check_compilation(config, Ranks(0, gpus, torch.device("cuda")))
     parse_ops(config.ops)
-    gpu, why = _gpu(options)
+    here = gpu_of(torch.device("cuda")) if torch.cuda.is_available() and not options.gpu else None
+    gpu, why = here or gpu_named(options.gpu or "H200"), "the GPU of this machine; " if here else ""
     stage = planned_stage(config, stage_class, gpus)
-    first, last = (step_flops(stage, step) for step in (0, config.steps - 1))
+    network, first, last = stage.network, *(step_flops(stage, step) for step in (0, config.steps - 1))
+    shape = f"{network.image_size} x {network.image_size} pixels in patches of {network.patch_size}"
+    micro_batches = config.gradient_accumulation
+    several = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
+    share = f"{gpus} GPU{'s' * (gpus > 1)} x {config.batch_size // gpus}{several}"
     later = "" if first == last else f" from step {config.first_stage:,} on, less before"
     rows = [
-        ("model", _model(stage)),
+        ("model", f"{config.model.preset}, {shape}: {network.extras + network.num_patches} tokens"),
         ("parameters", _parameters(stage)),
-        ("batch", f"{config.batch_size} images = {_share(config, gpus)} ({origin})"),
+        ("batch", f"{config.batch_size} images = {share} ({origin})"),
         ("steps", f"{config.steps:,} = {config.steps * config.batch_size:,} images"),
         ("FLOPs per image", _per_image(last)),
         ("FLOPs per step", f"{_si(last.total * config.batch_size)}FLOP{later}"),
         ("memory per GPU", "an estimate, in GiB"),
         *_memory_rows(memory_per_gpu(stage, gpus), config),
         ("duration", _duration(stage, gpus, gpu, options.utilization)),
-        ("", why),
+        ("", f"{why}--gpu takes {', '.join(gpu.name for gpu in GPUS)}"),
         *([("", "FP8 is left out of the reckoning: time and memory are those of 16 bits")] if config.fp8 else []),
         *_inputs(config),
     ]
     lines = [f"{name:<19}{text}" for name, text in rows]
     return "\n".join([f"epg-fast {stage.name}: dry run; no data, GPU or run folder is touched", "", *lines])
-
-
-def _gpus(options: DryRunConfig) -> tuple[int, str]:
-    if options.gpus is not None:
-        return options.gpus, "--gpus"
-    world_size = distributed.number("WORLD_SIZE", 0)
-    return (world_size, "torchrun's") if world_size else (8, "assumed; --gpus says how many")
-
-
-def _gpu(options: DryRunConfig) -> tuple[Gpu, str]:
-    names = f"--gpu takes {', '.join(gpu.name for gpu in GPUS)}"
-    if options.gpu:
-        return gpu_named(options.gpu), names
-    here = gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
-    return (here, f"the GPU of this machine; {names}") if here else (gpu_named("H200"), names)
-
-
-def _model(stage: Stage) -> str:
-    network = stage.network
-    shape = f"{network.image_size} x {network.image_size} pixels in patches of {network.patch_size}"
-    return f"{stage.config.model.preset}, {shape}: {network.extras + network.num_patches} tokens"
 
 
 def _parameters(stage: Stage) -> str:
@@ -245,12 +232,6 @@ def _parameters(stage: Stage) -> str:
     total, trunk = sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith(encoder))
     rest = "projection head" if stage.name == "pretrain" else "decoder and class embedding"
     return f"{total / 1e6:.1f} M (encoder {trunk / 1e6:.1f} M, {rest} {(total - trunk) / 1e6:.1f} M)"
-
-
-def _share(config: RunConfig, gpus: int) -> str:
-    micro_batches = config.gradient_accumulation
-    several = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
-    return f"{gpus} GPU{'s' * (gpus > 1)} x {config.batch_size // gpus}{several}"
 
 
 def _per_image(flops: StepFlops) -> str:
@@ -289,8 +270,8 @@ def _memory_rows(memory: Memory, config: RunConfig) -> list[tuple[str, str]]:
 def _duration(stage: Stage, gpus: int, gpu: Gpu, utilization: float) -> str:
     peak, dtype = gpu.peak(stage.config.precision)
     hours = total_flops(stage) / (gpus * peak * utilization) / 3600
-    days, minutes = f"{hours / 24:.1f} days", f"{hours * 60:.2g} minutes"
-    time = days if hours >= 48 else f"{hours:.1f} hours" if hours >= 1 else minutes
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.2g} minutes"
+    time = f"{hours / 24:.1f} days" if hours >= 48 else time
     return (
         f"{time} on {gpus} x {gpu.name} at an assumed {utilization:.0%} of the nominal {dtype} peak "
         f"of {peak / 1e12:.4g} TFLOP/s; nothing measured"

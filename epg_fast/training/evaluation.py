@@ -19,15 +19,16 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import logging
 import math
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -45,36 +46,24 @@ from epg_fast.runtime import autocast
 from epg_fast.sampling import SamplingEngine, sample
 from epg_fast.sampling.labels import choose_labels
 from epg_fast.sampling.outputs import captions, quantize, save_grid
-from epg_fast.training.checkpoint import UNREADABLE
-from epg_fast.training.measuring import BrokenOff, Measurement, preview_path
+from epg_fast.training.checkpoint import UNREADABLE, step_path
+from epg_fast.training.measuring import BrokenOff, Measurement
 from epg_fast.training.metrics import Metrics
 from epg_fast.training.stages import Stage, network_config
 from epg_fast.training.state import RunState
 
+T = TypeVar("T")
 log = logging.getLogger("epg_fast")
 
 FOLDER, BEST = "evaluation", "best.safetensors"
-_NAME = re.compile(r"step_(\d+)\.json")
 _EMA = "ema"
-# What may go wrong with an evaluation and is no reason to end a run: files, a GPU's memory, images without figures.
-_FAILURES = (ValueError, OSError, ImportError, RuntimeError)
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Raise ValueError for judges that cannot be, before anything takes long. Pre-training has none."""
-    evaluate = getattr(config, "evaluate", None)
-    if evaluate is None or not evaluate.every:
-        return
-    with _named_as_flags():
-        check_judges(evaluate, evaluate.best, "best")
-
-
-def discard_evaluations_after(outdir: Path, step: int) -> None:
-    """Remove the figures of steps after `step`, where training goes on: they will be made again; main rank only."""
-    for path in (outdir / FOLDER).glob("step_*.json"):
-        name = _NAME.fullmatch(path.name)
-        if name and int(name[1]) > step:
-            path.unlink(missing_ok=True)
+    """Raise ValueError for judges that cannot be, before anything takes long."""
+    if Evaluation.every(config):
+        with _named_as_flags():
+            check_judges(config.evaluate, config.evaluate.best, "best")
 
 
 def sampling_options(stage: Stage) -> dict:
@@ -100,10 +89,18 @@ class Preview(Measurement):
 
     name = "preview"
 
-    def __init__(self, state: RunState, outdir: Path, metrics: Metrics):
-        self._state, self._outdir, self._metrics = state, outdir, metrics
+    def __init__(self, state: RunState, metrics: Metrics):
+        self._state, self._metrics = state, metrics
 
-    def figures(self) -> dict[str, float]:
+    @classmethod
+    def is_missing(cls, outdir, step):
+        return not cls._path(outdir, step).exists()
+
+    @staticmethod
+    def _path(outdir: Path, step: int) -> Path:
+        return step_path(outdir / "previews", step, ".png")
+
+    def figures(self):
         """None. A disk that does not take the picture is reported: it must not end a run."""
         state, stage, config = self._state, self._state.stage, self._state.config
         if not (stage.ranks.main or stage.sharded):
@@ -124,7 +121,7 @@ class Preview(Measurement):
         if stage.ranks.main:
             if not images.isfinite().all():
                 log.warning("step %d: some preview samples are not finite and are shown black", step)
-            path = preview_path(self._outdir, step)
+            path = self._path(state.outdir, step)
             with _reported(step, "no preview"):
                 path.parent.mkdir(exist_ok=True)
                 save_grid(quantize(images.nan_to_num(0.0)).numpy(), path, captions(labels, stage.class_names))
@@ -142,80 +139,86 @@ class Evaluation(Measurement):
     Raises ValueError for judges that cannot be opened. What they see of their reference is kept in evaluation/.
     """
 
-    name = "evaluate"
+    name, prefix = "evaluate", "evaluation_"
 
-    def __init__(self, state: RunState, outdir: Path, stop: Callable[[], bool]):
-        self._state, self._stage, self._ranks = state, state.stage, state.ranks
-        self._config, self._outdir, self._stop = state.config.evaluate, outdir, stop
-        self._best: dict | None = None
-        c, against = self._config, self._config.reference or self._config.test
-        with _untouched(self._ranks.device), _named_as_flags():
+    @torch.no_grad()
+    def __init__(self, state: RunState, stop: Callable[[], bool]):
+        self._state, self._stage, self._ranks, self._stop = state, state.stage, state.ranks, stop
+        c, self._outdir, self._best = state.config.evaluate, state.outdir, None
+        self._config, self._size = c, min(c.batch_size, c.num)
+        tracked = zip(state.posthoc_ema.sigma_rel, state.posthoc_ema.networks, strict=False)
+        self._networks = {_EMA: state.stage.ema} | {_name_of(sigma_rel): network for sigma_rel, network in tracked}
+        """As the run has them; not those that another rank has."""
+        network, untrained = self._stage.network, self._stage.untrained_classes
+        self._labels = torch.tensor(choose_labels("balanced", c.num, network.num_classes, c.seed, untrained))
+        with _named_as_flags():
             judges = self._judges(self._ranks)
-            self._direction, self._figure = judges.best, judges.decisive(c.best, "best")
+            self._figure = judges.decisive(c.best, "best")
+            self._sign = 1 if judges.best[self._figure] == "low" else -1
             if c.num < judges.least:
                 raise ValueError(f"num is {c.num}, want at least {judges.least}, for as many do the judges need")
             judges.check(c.num)
-            labels, size = self._labels()[: self._batch_size], self._stage.network.image_size
+            labels, size = self._labels[: self._size], network.image_size
             black = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8)
             judges.rows(black, labels)  # raises for what cannot judge such images
             if self._ranks.main:
                 self._protocol = _finite(protocol(judges, c, self._sampling(), c.num, (size, size), self._ranks.device))
         log.info(
             "every %d steps %d images are drawn and judged against %s; %s has the weights with the best %s",
-            *(c.every, c.num, against, BEST, self._figure),
+            *(c.every, c.num, c.reference or c.test, BEST, self._figure),
         )
 
-    def figures(self) -> dict[str, float]:
-        """Those of the weights as they are, for metrics.jsonl, on every rank; all other files are written."""
-        step, begin = self._state.iteration, time.perf_counter()
-        with _untouched(self._ranks.device):
-            found = self._found()
-            self._keep_best(step, found)
-            seconds = time.perf_counter() - begin
-            if self._ranks.main:
-                self._write(step, found, seconds)
-        return _line(found) | {"evaluation_seconds": seconds}
+    @torch.no_grad()
+    def figures(self):
+        """Those of the weights as they are, for metrics.jsonl, on every rank; all other files are written.
 
-    def _found(self) -> dict[str, dict]:
-        """{name of the weights: their figures and spreads}, on every rank."""
+        Judges may draw at random: training reads no generator but those that it seeds for a step.
+        """
+        step, begin = self._state.iteration, time.perf_counter()
         self._ask()
         self._state.host_ema.wait()
-        judges, error = _attempt(lambda: self._judges(None))
-        return {
-            name: self._figures(name, judges, error) for name in (_EMA, *map(_name_of, self._config.sigma_rel or ()))
-        }
+        try:
+            judges = self._on_all(lambda: self._judges(None))
+            names = (_EMA, *map(_name_of, self._config.sigma_rel or ()))
+            found = {name: self._figures(name, judges) for name in names}
+        finally:
+            gc.collect()  # compiled networks are in cycles
+        self._keep_best(step, found)
+        seconds = time.perf_counter() - begin
+        if self._ranks.main:
+            content = {"step": step, "weights": found, "best": self._best, "seconds": seconds}
+            text = json.dumps(content | {"protocol": self._protocol}, indent=2) + "\n"
+            with _reported(step, "its figures are in metrics.jsonl alone"):
+                write_atomically(step_path(self._outdir / FOLDER, step, ".json"), text)
+        return _line(found) | {"evaluation_seconds": seconds}
 
-    def _figures(self, name: str, judges: Judges | None, error: str | None) -> dict:
-        """Figures and spreads of weights. Raises ValueError on every rank where one has an `error`, or meets one."""
-        ranks, batches = self._ranks, -(-self._config.num // self._batch_size)
-        parts: list[tuple[Rows, int]] = []
-        network, drawing = self._on_device(name), None
+    def _figures(self, name: str, judges: Judges) -> dict:
+        """Figures and spreads of weights, on every rank."""
         log.info("%d images are drawn from the weights %s, and judged", self._config.num, name)
-        for turn in range(-(-batches // ranks.world_size)):
-            self._ask()
-            if error is None and turn * ranks.world_size + ranks.rank < batches:
-                drawing = drawing or self._drawn(network, judges, range(ranks.rank, batches, ranks.world_size))
-                part, error = _attempt(lambda: next(drawing))  # noqa: B023 (called at once)
-                parts.append(part)
-        network = drawing = None  # their memory is for what figures take
-        everyone = ranks.gather_to_main((parts, error))
+        everyone = self._ranks.gather_to_main(self._rows(name, judges))
 
         def judge() -> dict:
-            if problem := next((error for _, error in everyone if error), None):
-                raise ValueError(problem)
-            in_order = [everyone[i % ranks.world_size][0][i // ranks.world_size] for i in range(batches)]
+            in_order = [part for turn in itertools.zip_longest(*everyone) for part in turn if part]
             black = sum(count for _, count in in_order)
             if black:
                 log.warning("%s: %d of the images drawn are not finite, and judged as black", name, black)
             rows = join_rows([rows for rows, _ in in_order])
-            for copies in (parts, everyone, in_order):  # half a gigabyte each of 50000 images
+            for copies in (everyone, in_order):  # half a gigabyte each of 50000 images
                 copies.clear()
-            found, problem = _attempt(lambda: measured(judges.figures(rows)))
-            if problem:
-                raise ValueError(problem)
-            return _finite(found | {"not_finite": black})
+            with _as_value_errors():
+                return _finite(measured(judges.figures(rows)) | {"not_finite": black})
 
-        return ranks.decide(judge)
+        return self._ranks.decide(judge)
+
+    def _rows(self, name: str, judges: Judges) -> list[tuple[Rows, int]]:
+        """What this rank's batches are judged by; the ranks take turns."""
+        ranks, batches = self._ranks, -(-self._config.num // self._size)
+        drawn = self._drawn(self._on_device(name), judges, range(ranks.rank, batches, ranks.world_size))
+        parts: list[tuple[Rows, int]] = []
+        for _ in range(-(-batches // ranks.world_size)):
+            self._ask()
+            self._on_all(lambda: parts.extend(itertools.islice(drawn, 1)))
+        return parts
 
     def _drawn(self, network: EPGViT, judges: Judges, batches: range) -> Iterator[tuple[Rows, int]]:
         """(rows, how many images are not finite) of these batches.
@@ -223,7 +226,9 @@ class Evaluation(Measurement):
         All batches have one size, the last filled up with images that are not judged, so that each is computed in the
         same way whichever rank it falls to.
         """
-        c, size, config = self._config, self._batch_size, self._state.config
+        if not batches:
+            return
+        c, size, config = self._config, self._size, self._state.config
         engine = SamplingEngine(
             network,
             **sampling_options(self._stage),
@@ -235,18 +240,17 @@ class Evaluation(Measurement):
             ops=network.ops,
         )
         numbers = [min(i, c.num - 1) for batch in batches for i in range(batch * size, (batch + 1) * size)]
-        labels = self._labels()[numbers]
+        labels = self._labels[numbers]
         stream = engine.stream(labels if network.num_classes else len(numbers), indices=numbers, seed=c.seed)
         for batch, (where, images) in zip(batches, stream, strict=True):
-            judged = min(size, c.num - batch * size)
-            images = images[:judged]
+            images = images[: c.num - batch * size]
             black = int((~images.isfinite()).flatten(1).any(dim=1).sum())
             pixels = quantize(images.nan_to_num(0.0)).permute(0, 3, 1, 2).contiguous()
-            yield judges.rows(pixels, labels[where][:judged]), black
+            yield judges.rows(pixels, labels[where][: len(pixels)]), black
 
     def _on_device(self, name: str) -> EPGViT:
         """The network of these weights on this rank's device: a copy, where it is sharded or in host memory."""
-        network, config = self._network(name), self._state.config
+        network, config = self._networks.get(name), self._state.config
         if not self._stage.sharded and not config.offload_ema:
             return network
         with torch.device("meta"):
@@ -265,18 +269,17 @@ class Evaluation(Measurement):
         """Put the best weights of this step into best.safetensors if they are better than those in it."""
 
         def choose() -> str | None:
-            sign = 1 if self._direction[self._figure] == "low" else -1
             values = {name: m["figures"][self._figure] for name, m in found.items()}
-            values = {name: sign * value for name, value in values.items() if value is not None}
+            values = {name: self._sign * value for name, value in values.items() if value is not None}
             self._best = before = self._best_so_far(step)
             name = min(values, key=values.get, default=None)
-            return name if name and (before is None or values[name] < sign * before["value"]) else None
+            return name if name and (before is None or values[name] < self._sign * before["value"]) else None
 
         name = self._ranks.decide(choose)
         if name is None:
             return
         self._state.writer.wait()  # one copy at a time in host memory
-        network = self._network(name)
+        network = self._networks.get(name)
         weights = self._state.parallel.whole({} if network is None else network.state_dict(), {})
         if self._ranks.main:
             value, spread = (found[name][kind][self._figure] for kind in ("figures", "spread"))
@@ -312,11 +315,6 @@ class Evaluation(Measurement):
         )
         return None
 
-    def _write(self, step: int, found: dict[str, dict], seconds: float) -> None:
-        content = {"step": step, "weights": found, "best": self._best, "seconds": seconds, "protocol": self._protocol}
-        with _reported(step, "its figures are in metrics.jsonl alone"):
-            write_atomically(self._outdir / FOLDER / f"step_{step:09d}.json", json.dumps(content, indent=2) + "\n")
-
     def _judges(self, ranks) -> Judges:
         """Judges with their networks on the device. ranks: those that share what is to be seen of the reference.
 
@@ -337,7 +335,7 @@ class Evaluation(Measurement):
             "ops": stage.chosen.record()["ops"],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": self._ranks.world_size,
-            "batch_size": self._batch_size,
+            "batch_size": self._size,
         }
         return {
             "num": self._config.num,
@@ -349,34 +347,29 @@ class Evaluation(Measurement):
             "drawn_with": [using],
         }
 
-    def _labels(self) -> torch.Tensor:
-        """Of all images, int64 [num]."""
-        classes, untrained = self._stage.network.num_classes, self._stage.untrained_classes
-        return torch.tensor(choose_labels("balanced", self._config.num, classes, self._config.seed, untrained))
-
-    def _network(self, name: str) -> torch.nn.Module | None:
-        """The weights' network as the run has it; None where another rank has it."""
-        if name == _EMA:
-            return self._stage.ema
-        tracked = self._state.posthoc_ema
-        by_name = zip(map(_name_of, tracked.sigma_rel), tracked.networks, strict=False)
-        return dict(by_name).get(name)
-
-    @property
-    def _batch_size(self) -> int:
-        return min(self._config.batch_size, self._config.num)
-
     def _ask(self) -> None:
         if self._stop():
             raise BrokenOff
 
+    def _on_all(self, act: Callable[[], T]) -> T:
+        """What `act` returns here. Raises ValueError on every rank where it fails on one."""
+        found = []
 
-def _attempt(act: Callable) -> tuple:
-    """(what `act` returns, None), or (None, why it failed)."""
+        def attempt() -> None:
+            with _as_value_errors():
+                found.append(act())
+
+        self._ranks.together(attempt)
+        return found[0]
+
+
+@contextlib.contextmanager
+def _as_value_errors() -> Iterator[None]:
+    """What may go wrong with an evaluation is no reason to end a run: files, a GPU's memory, images without figures."""
     try:
-        return act(), None
-    except _FAILURES as error:
-        return None, (str(error).partition("\n")[0] or type(error).__name__)[:300]
+        yield
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise ValueError((str(error).partition("\n")[0] or type(error).__name__)[:300]) from error
 
 
 @contextlib.contextmanager
@@ -396,19 +389,6 @@ def _named_as_flags() -> Iterator[None]:
     except ValueError as error:
         text = str(error).removeprefix("evaluate: ")
         raise ValueError("evaluate: " + re.sub(r"--(?=\w)", "--evaluate.", text)) from error
-
-
-@contextlib.contextmanager
-def _untouched(device: torch.device) -> Iterator[None]:
-    """Afterwards all generators of random numbers are as before, and what was made inside is gone."""
-    of_numpy, of_python = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            yield
-    finally:
-        np.random.set_state(of_numpy)
-        random.setstate(of_python)
-        gc.collect()  # compiled networks are in cycles
 
 
 def _yardstick(protocol: Mapping) -> dict:

@@ -16,28 +16,19 @@ import logging
 import torch
 import torch.distributed as dist
 
-from epg_fast.config import PretrainConfig, RunConfig
+from epg_fast.config import RunConfig
 from epg_fast.data import DataError, ImageSource, Prefetcher, make_loader, open_images
 from epg_fast.distributed import StopSignals, joined
 from epg_fast.models.fp8 import require_fp8, use_fp8
 from epg_fast.objectives import Loss
 from epg_fast.runtime import suitable_threads
-from epg_fast.training.checkpoint import remove_temporaries, set_aside
-from epg_fast.training.dataset import BadFiles, agreed_backend, decoder, note_classes
+from epg_fast.training.checkpoint import tidy
+from epg_fast.training.dataset import BadFiles, choose_backend, decoder, note_classes
 from epg_fast.training.draws import Draws
-from epg_fast.training.evaluation import Evaluation, Preview, check_evaluation, discard_evaluations_after
+from epg_fast.training.evaluation import Evaluation, Preview, check_evaluation
 from epg_fast.training.flops import Utilization
 from epg_fast.training.gradients import add_gradients, check_batch_size, check_compilation, compile_stage
-from epg_fast.training.measuring import (
-    Collapse,
-    Measurement,
-    Measuring,
-    Probe,
-    check_probe,
-    every,
-    measurements_due,
-    measurements_missing,
-)
+from epg_fast.training.measuring import Collapse, Measurement, Probe, check_probe, measure
 from epg_fast.training.metrics import (
     Metrics,
     Progress,
@@ -53,6 +44,8 @@ from epg_fast.training.stages import Stage
 from epg_fast.training.state import RunFolder, RunState
 
 log = logging.getLogger("epg_fast")
+_MEASUREMENTS = (Preview, Collapse, Probe, Evaluation)
+"""In the order in which they are made."""
 
 
 def train(config: RunConfig, stage_class: type[Stage]) -> None:
@@ -79,12 +72,13 @@ def train(config: RunConfig, stage_class: type[Stage]) -> None:
             state = RunState(stage, source)
             if config.fp8:
                 log.info(use_fp8(stage.network))  # after the EMA were copied from it, which stay in 16 bits
-            state.resume(folder.path / "checkpoints")
-            missing = measurements_missing(state.config, folder.path, state.iteration, ranks)
+            state.resume()
+            missing = _missing(state)
             if state.iteration >= config.steps and not missing:
                 log.info("%s is complete: %d steps", folder.path, state.iteration)
-            else:
-                _go_on(config, state, folder, missing)
+                return
+            with contextlib.closing(_loader(state)) as loader:
+                _Run(config, state, loader, folder).train(missing)
 
 
 def check_command(config: RunConfig) -> ImageSource:
@@ -95,22 +89,22 @@ def check_command(config: RunConfig) -> ImageSource:
     check_evaluation(config)
     require_loggers(config)
     source = open_images(config.data.path)
-    if isinstance(config, PretrainConfig) and config.probe.every:
+    if Probe.every(config):
         check_probe(config, source)
     return source
 
 
-def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[str]) -> None:
-    """asked: the configuration as it was given, without what a plan has put in the place of `auto`.
+def _missing(state: RunState) -> list[type[Measurement]]:
+    """The measurements that an earlier process has not come to, the same on all ranks."""
+    step, outdir = state.iteration, state.outdir
+    due = [kind for kind in _MEASUREMENTS if kind.is_due(state.config, step)]
+    return state.ranks.decide(lambda: [kind for kind in due if kind.is_missing(outdir, step)]) if due else []
 
-    missing: measurements to make before all else.
-    """
+
+def _loader(state: RunState):
     config, ranks, stage = state.config, state.ranks, state.stage
-    measurements: list[Measurement] = []  # those that read images of their own
-    kinds = [kind for kind in (Collapse, Probe) if every(config, kind.name)]
-    ranks.together(lambda: measurements.extend(kind(state) for kind in kinds))
-    state.data_backend = agreed_backend(config.data.backend, state.data_backend, ranks)
-    loader = make_loader(
+    state.data_backend = choose_backend(config.data.backend, state.data_backend, ranks)
+    return make_loader(
         state.source,
         config.data,
         backend=state.data_backend,
@@ -123,8 +117,6 @@ def _go_on(asked: RunConfig, state: RunState, folder: RunFolder, missing: list[s
         three_views=stage.three_views,
         device=ranks.device,
     )
-    with contextlib.closing(loader):
-        _Run(asked, state, loader, folder, measurements).train(missing)
 
 
 class _StopWaiting(Exception):
@@ -134,9 +126,14 @@ class _StopWaiting(Exception):
 class _Run:
     """A run from the iteration it has reached: the loop, and what the loop writes to."""
 
-    def __init__(self, asked: RunConfig, state: RunState, loader, folder: RunFolder, measurements: list[Measurement]):
-        config, ranks, stage, outdir = state.config, state.ranks, state.stage, folder.path
-        self.config, self.state, self.outdir = config, state, outdir
+    def __init__(self, asked: RunConfig, state: RunState, loader, folder: RunFolder):
+        """asked: the configuration as it was given, without what a plan has put in the place of `auto`."""
+        config, ranks, stage, outdir = state.config, state.ranks, state.stage, state.outdir
+        self.config, self.state = config, state
+        made: dict[type[Measurement], Measurement] = {}
+        for kind in (Collapse, Probe):  # which read images of their own
+            if kind.every(config):
+                ranks.together(lambda: made.update({kind: kind(state)}))  # noqa: B023 (called at once)
         self.bad_files = BadFiles(state.bad_files, loader, state.source, config.data.max_bad_fraction, outdir, ranks)
         decoded = decoder(state.data_backend, config.data.workers)
         log.info("images are decoded by %s", decoded)
@@ -145,10 +142,7 @@ class _Run:
         # Nothing is written before this line, so that a command that fails above can be corrected and given again.
         folder.claim(stage.name, asked, state.choice, ranks)
         if ranks.main:
-            set_aside(state.damaged)
-            remove_temporaries(outdir)
-            discard_evaluations_after(outdir, state.iteration)
-            state.posthoc_ema.discard_after(state.iteration)
+            tidy(outdir, state.iteration, state.damaged)
             if config.tensorboard:
                 loggers += open_tensorboard(outdir, state.iteration)
         self.metrics = Metrics(outdir if ranks.main else None, state.iteration, loggers, Utilization(stage))
@@ -156,27 +150,27 @@ class _Run:
             self.metrics.begin_with({"plan": state.choice})
         self.metrics.load_state_dict(state.unfinished_metrics, ranks.device)
         self.signals, self.stop = StopSignals(), Agreement(ranks)
-        if every(config, Preview.name):
-            measurements = [Preview(state, outdir, self.metrics), *measurements]
-        if every(config, Evaluation.name):
-            measurements = [*measurements, Evaluation(state, outdir, self._is_to_end)]
-        self.measuring = Measuring(measurements, self.metrics)
+        if Preview.every(config):
+            made[Preview] = Preview(state, self.metrics)
+        if Evaluation.every(config):
+            made[Evaluation] = Evaluation(state, self._is_to_end)
+        self.measurements = [made[kind] for kind in _MEASUREMENTS if kind in made]
         compile_stage(stage)
         images = f"images of {state.source.root}, decoded by {decoded}"
         self.progress = Progress(stage.name, config.steps, state.iteration, images, ranks)
         self.batches = Prefetcher(loader, ranks.device, on_stall=self._stalled)
 
-    def train(self, missing: list[str]) -> None:
+    def train(self, missing: list[type[Measurement]]) -> None:
         """Train to the last step, or until a signal asks to end, and write what is to be written.
 
-        missing: measurements that an earlier process has not come to.
+        missing: measurements to make before all else.
         """
         state = self.state
         with self.signals:  # until everything is written
             try:
                 with self.progress, self.batches:
-                    made = self.measuring.measure(missing, state.iteration)
-                    self._loop(stop=not made)
+                    first = [m for m in self.measurements if type(m) in missing]
+                    self._loop(stop=not measure(first, self.metrics, state.iteration))
             except DataError as error:
                 raise self.bad_files.listed(error) from error
             finally:
@@ -202,12 +196,12 @@ class _Run:
             try:
                 batch = next(batches)
             except _StopWaiting:
-                state.save(self.outdir, self.metrics)
+                state.save(self.metrics)
                 break
             self.metrics.count(config.batch_size, batches.waited - waited)
             self.progress.data_came()
             train_step(state, batch, self.metrics)
-            self.progress.reach(state.iteration)
+            self.progress.update()
             stop = self._do_what_is_due(self._is_to_end())
         self.stop.settle()
 
@@ -223,13 +217,14 @@ class _Run:
             self.progress.show(self.metrics.write(iteration, lr=state.optimizer.lr))
         # Before the checkpoint, or with it: a run that goes on from it does not come by this iteration again.
         if saves:
-            state.save(self.outdir, self.metrics)
+            state.save(self.metrics)
         elif state.posthoc_ema.is_due(iteration):
             state.save_snapshot()
-        if self.measuring.measure(measurements_due(config, iteration), iteration, stop):
+        due = [measurement for measurement in self.measurements if measurement.is_due(config, iteration)]
+        if measure(due, self.metrics, iteration, stop):
             return stop
         self.bad_files.exchange()
-        state.save(self.outdir, self.metrics)
+        state.save(self.metrics)
         return True
 
 

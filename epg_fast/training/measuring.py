@@ -14,7 +14,7 @@ import abc
 import logging
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from epg_fast.config import PretrainConfig, RunConfig
 from epg_fast.data import LABELS_WANTED, NO_LABELS, ImageSource, PillowLoader, images_of, open_images
 from epg_fast.diffusion import NoiseSchedule
-from epg_fast.distributed import Ranks
 from epg_fast.evaluation.probe import (
     encoder_features,
     evenly_chosen,
@@ -38,17 +37,21 @@ from epg_fast.training.metrics import Metrics, figures_at
 from epg_fast.training.state import RunState
 
 log = logging.getLogger("epg_fast")
-_KINDS = {"preview": None, "collapse": "collapse/", "probe": "probe_accuracy/", "evaluate": "evaluation_"}
-"""Groups of the configuration, in the order in which they are made, and how the names of their figures begin."""
 _MOST_IMAGES = 1024
 """In the batch that collapse is measured on."""
 
 
+class BrokenOff(Exception):
+    """The run is to end."""
+
+
 class Measurement(abc.ABC):
-    """Something to make of the weights as they are now."""
+    """Something to make of the weights as they are now, every so many steps."""
 
     name: str
     """Its group in the configuration, which has `every`."""
+    prefix: str
+    """How the name of one of its figures, at least, begins."""
 
     @abc.abstractmethod
     def figures(self) -> dict[str, float]:
@@ -58,63 +61,44 @@ class Measurement(abc.ABC):
         all ranks when the run is to end before that.
         """
 
+    @classmethod
+    def every(cls, config: RunConfig) -> int:
+        """Steps between two of them; 0 for none."""
+        return getattr(getattr(config, cls.name, None), "every", 0)
 
-class BrokenOff(Exception):
-    """The run is to end."""
+    @classmethod
+    def is_due(cls, config: RunConfig, step: int) -> bool:
+        """Whether one is made of the weights of `step`."""
+        return config.is_due(step, cls.every(config))
 
-
-def every(config: RunConfig, name: str) -> int:
-    """Steps between measurements of this name; 0 for none."""
-    return getattr(getattr(config, name, None), "every", 0)
-
-
-def measurements_due(config: RunConfig, step: int) -> list[str]:
-    """Names of the measurements that are due at `step`."""
-    return [name for name in _KINDS if config.is_due(step, every(config, name))]
-
-
-def measurements_missing(config: RunConfig, outdir: Path, step: int, ranks: Ranks) -> list[str]:
-    """Those due at `step` that an earlier process has not come to, the same on all ranks."""
-    due = measurements_due(config, step)
-
-    def is_missing(name: str) -> bool:
-        if name == "preview":
-            return not preview_path(outdir, step).exists()
-        return not any(figure.startswith(_KINDS[name]) for figure in figures_at(outdir, step))
-
-    return ranks.decide(lambda: list(filter(is_missing, due))) if due else []
+    @classmethod
+    def is_missing(cls, outdir: Path, step: int) -> bool:
+        """Whether that of `step` has not been made."""
+        return not any(figure.startswith(cls.prefix) for figure in figures_at(outdir, step))
 
 
-def preview_path(outdir: Path, step: int) -> Path:
-    """Where the preview of `step` is."""
-    return outdir / "previews" / f"step_{step:09d}.png"
+def measure(measurements: Iterable[Measurement], metrics: Metrics, step: int, stop: bool = False) -> bool:
+    """Make the measurements and write what they find.
 
-
-class Measuring:
-    """Makes measurements and writes what they find."""
-
-    def __init__(self, measurements: Sequence[Measurement], metrics: Metrics):
-        self._measurements, self._metrics = measurements, metrics
-
-    def measure(self, names: Collection[str], step: int, stop: bool = False) -> bool:
-        """Make those of these names; False if the run is to end before that, as `stop` says or one finds meanwhile."""
-        for measurement in (m for m in self._measurements if m.name in names):
-            begin, figures = time.perf_counter(), {}
-            try:
-                if stop:
-                    raise BrokenOff
-                with self._metrics.paused():
-                    figures = measurement.figures()
-            except BrokenOff:
-                log.warning("step %d: no result of %s yet; the same command begins with it", step, measurement.name)
-                return False
-            except ValueError as error:
-                log.warning("step %d: no result of %s: %s; training goes on", step, measurement.name, error)
-            if figures:
-                self._metrics.write_figures(step, figures)
-                shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                log.info("step %d: %s, measured in %.3g s", step, shown, time.perf_counter() - begin)
-        return True
+    False if the run is to end before that, as `stop` says or one of them finds meanwhile.
+    """
+    for measurement in measurements:
+        begin, figures = time.perf_counter(), {}
+        try:
+            if stop:
+                raise BrokenOff
+            with metrics.paused():
+                figures = measurement.figures()
+        except BrokenOff:
+            log.warning("step %d: no result of %s yet; the same command begins with it", step, measurement.name)
+            return False
+        except ValueError as error:
+            log.warning("step %d: no result of %s: %s; training goes on", step, measurement.name, error)
+        if figures:
+            metrics.write_figures(step, figures)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            log.info("step %d: %s, measured in %.3g s", step, shown, time.perf_counter() - begin)
+    return True
 
 
 def effective_rank(features: torch.Tensor) -> float:
@@ -163,16 +147,32 @@ class Collapse(Measurement):
     statistics of the batch.
     """
 
-    name = "collapse"
+    name, prefix = "collapse", "collapse/"
 
     def __init__(self, state: RunState):
-        """Reads the images. Raises ValueError when too many are bad."""
+        """Reads the images: the same at every step, after a resume and with any loader of the run.
+
+        Raises ValueError when too many are bad.
+        """
         self._state, config, ranks = state, state.config, state.ranks
-        batch = _fixed_batch(config, state.source, state.stage.network.image_size, ranks)
+        size = min(config.batch_size, max(_MOST_IMAGES // ranks.world_size, 2) * ranks.world_size)
+        log.info("collapse: reading two views of %d training images", size)
+        with PillowLoader(
+            state.source,
+            image_size=state.stage.network.image_size,
+            batch_size=size,
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            augment=config.data.augment,
+            max_bad_fraction=config.data.max_bad_fraction,
+            workers=0,
+        ) as loader:
+            batch = next(loader)
         self._views, self._count = (batch["view1"], batch["view2"]), len(batch["x"])
         self._draws = Draws(config.seed, 0, ranks.rank * self._count, self._count, ranks.device)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self):
         state = self._state
         found = state.parallel.observe(self._features)
         views = [(state.ranks.gather_tensors(feature)(), state.ranks.gather_tensors(p)()) for feature, p in found]
@@ -202,63 +202,32 @@ class Collapse(Measurement):
         return [(f.float(), state.stage.network.projection_head(f).float()) for f in features]
 
 
-def _fixed_batch(config: PretrainConfig, source: ImageSource, image_size: int, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """This rank's images of a batch that is the same at every step, after a resume and with any loader of the run."""
-    size = min(config.batch_size, max(_MOST_IMAGES // ranks.world_size, 2) * ranks.world_size)
-    log.info("collapse: reading two views of %d training images", size)
-    with PillowLoader(
-        source,
-        image_size=image_size,
-        batch_size=size,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        augment=config.data.augment,
-        max_bad_fraction=config.data.max_bad_fraction,
-        workers=0,
-    ) as loader:
-        return next(loader)
-
-
 class Probe(Measurement):
     """Accuracy of a logistic regression on the encoder's features at each noise level; see `evaluation.probe`.
 
     The noise of an image is always the same, so that steps, and numbers of ranks, are compared on the same images.
     """
 
-    name = "probe"
+    name, prefix = "probe", "probe_accuracy/"
 
     def __init__(self, state: RunState):
         """Reads the images. Raises ValueError for what `check_probe` refuses, and for an image that cannot be read."""
-        self._state = state
-        chosen = [
-            (source, evenly_chosen(source.labels, num))
-            for source, num in zip(check_probe(state.config, state.source), state.config.probe.num, strict=True)
-        ]
-        log.info(
-            "probe: reading %s", " and ".join(f"{len(places)} images of {source.root}" for source, places in chosen)
-        )
-        self._sets = [_Share(*both, state) for both in chosen]
+        self._state, sources = state, check_probe(state.config, state.source)
+        chosen = [evenly_chosen(s.labels, num) for s, num in zip(sources, state.config.probe.num, strict=True)]
+        said = [f"{len(places)} images of {source.root}" for source, places in zip(sources, chosen, strict=True)]
+        log.info("probe: reading %s", " and ".join(said))
+        self._sets = [_Share(source, places, state) for source, places in zip(sources, chosen, strict=True)]
         self._features_of = encoder_features(state.stage.network, NoiseSchedule(**vars(state.config.noise)))
 
-    def figures(self) -> dict[str, float]:
-        ranks, sigmas = self._state.ranks, self._state.config.probe.sigmas
-        mine, found = {}, {}
+    def figures(self):
+        ranks, sigmas, mine = self._state.ranks, self._state.config.probe.sigmas, {}
         for i, sigma in enumerate(sigmas):
             features = [self._features(share, sigma, number) for number, share in enumerate(self._sets)]
             if i % ranks.world_size == ranks.rank:
-                mine[sigma] = features
-        labels = [share.labels for share in self._sets]
-        for sigma, features in mine.items():
-            try:
-                found[sigma] = probe_accuracy(*zip(features, labels, strict=True), sigma)
-            except ValueError as error:
-                found[sigma] = error
-        everyone = {sigma: value for part in ranks.gather(found) for sigma, value in part.items()}
-        for value in everyone.values():
-            if isinstance(value, ValueError):
-                raise value
-        return {f"probe_accuracy/{sigma:g}": everyone[sigma] for sigma in sigmas}
+                mine[sigma] = zip(features, [share.labels for share in self._sets], strict=True)
+        fitted = ranks.together(lambda: {sigma: probe_accuracy(*sets, sigma) for sigma, sets in mine.items()})
+        found = {sigma: accuracy for part in fitted for sigma, accuracy in part.items()}
+        return {f"probe_accuracy/{sigma:g}": found[sigma] for sigma in sigmas}
 
     def _features(self, share: _Share, sigma: float, number: int) -> torch.Tensor:
         """Of all images of a set, on every rank, in the set's order."""
@@ -271,22 +240,19 @@ class Probe(Measurement):
             (state.config.seed, number),
             share.places,
         )
-        return share.whole(state.ranks.gather_tensors(own.to(state.ranks.device))().cpu())
+        everyone = state.ranks.gather_tensors(own.to(state.ranks.device))().cpu()  # one rank's after the other's
+        return everyone.unflatten(0, (-1, len(own))).transpose(0, 1).flatten(0, 1)[: len(share.labels)]
 
 
 class _Share:
     """What a rank encodes of a set of images: every so manyth, as many on all ranks, some twice if need be."""
 
     def __init__(self, source: ImageSource, chosen: np.ndarray, state: RunState):
-        ranks = state.ranks
+        rank, world_size = state.ranks.rank, state.ranks.world_size
         self.labels = np.asarray(source.labels, np.int64)[chosen]
-        self._count = -(-len(chosen) // ranks.world_size)
-        self.places = [i % len(chosen) for i in range(ranks.rank, self._count * ranks.world_size, ranks.world_size)]
+        count = -(-len(chosen) // world_size)
+        self.places = [i % len(chosen) for i in range(rank, count * world_size, world_size)]
         self.images = load_rgb(source, state.stage.network.image_size, chosen[self.places])[0]
-
-    def whole(self, gathered: torch.Tensor) -> torch.Tensor:
-        """The features of all images, once, from those of all ranks, one rank's after the other's."""
-        return gathered.unflatten(0, (-1, self._count)).transpose(0, 1).flatten(0, 1)[: len(self.labels)]
 
 
 def check_probe(config: PretrainConfig, source: ImageSource) -> tuple[ImageSource, ImageSource]:

@@ -112,23 +112,20 @@ class Metrics:
     def write(self, step: int, **extra: float) -> dict:
         """Write the means since the last line under `step` and start anew; returns the line."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        line = {"step": step} | self._means() | extra
+        line = self._means() | extra
         line |= {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
         if self._utilization:
             line |= self._utilization.figures(self._written, step, line["images_per_second"])
         self._begin(step)
-        self._show(line)
-        return line
+        self.write_figures(step, line)
+        return {"step": step} | line
 
     def write_figures(self, step: int, figures: dict[str, float]) -> None:
-        """Write figures that were measured beside training as a line of their own; see `figures_at`."""
-        self._show({"step": step} | figures)
-
-    def _show(self, line: dict) -> None:
+        """Write figures as a line of their own; see `figures_at`."""
         if self._path:
-            self._append(line)
+            self._append({"step": step} | figures)
         for logger in self._loggers:
-            logger.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+            logger.log(figures, step=step)
 
     def _append(self, line: dict) -> None:
         try:
@@ -150,7 +147,7 @@ class Metrics:
     def add_image(self, name: str, image, step: int) -> None:
         """Show an image, uint8 [H, W, 3], in TensorBoard."""
         for logger in self._loggers:
-            if isinstance(logger, TensorBoard):
+            if isinstance(logger, _TensorBoard):
                 logger.writer.add_image(name, image, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, list[list[float]]]:
@@ -188,35 +185,31 @@ def _wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-class TensorBoard:
-    """TensorBoard's events in a folder, with the interface of the other loggers. Raises ImportError without it."""
+class _TensorBoard:
+    """TensorBoard's events in a folder, with the interface of the other loggers."""
 
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self.finish = self.writer.close
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Add the values of a line."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def finish(self) -> None:
-        """Write what is left."""
-        self.writer.close()
 
-
-def open_tensorboard(outdir: Path, step: int) -> list[TensorBoard]:
+def open_tensorboard(outdir: Path, step: int) -> list:
     """TensorBoard's logger of a run, where it can be; the log says why not."""
     folder = outdir / "tensorboard"
     try:
-        return [TensorBoard(folder, step)]
-    except (ImportError, UnicodeEncodeError) as error:
+        return [_TensorBoard(folder, step)]
+    except ImportError:
         why = "it is not installed: pip install tensorboard"
-        if isinstance(error, UnicodeEncodeError):
-            why = f"it takes no path that the locale cannot write, as {folder}"
-        log.warning("metrics go to metrics.jsonl, not to TensorBoard (%s)", why)
-        return []
+    except UnicodeEncodeError:
+        why = f"it takes no path that the locale cannot write, as {folder}"
+    log.warning("metrics go to metrics.jsonl, not to TensorBoard (%s)", why)
+    return []
 
 
 # Weights & Biases and Trackio have one interface.
@@ -274,47 +267,30 @@ _SHOWN = (
 )
 
 
-class Progress:
+class Progress(tqdm):
     """Steps done and the newest figures in one line on the main rank's terminal; while no data comes, the wait instead.
 
-    Args:
-        name, steps, done: stage, updates to make and updates made before.
-        data: what is waited for in `next(batches)`, for the one line that is logged about a long wait.
-        ranks: this process's place.
+    name, steps, done: stage, updates to make and made before. data: what a long wait is for, to be logged.
     """
 
     def __init__(self, name: str, steps: int, done: int, data: str, ranks: Ranks):
         self._data, self._ranks = data, ranks
         self._figures: dict[str, str] = {}
         self._stalled = self._said = False
-        self._line = tqdm(
-            total=steps,
-            initial=done,
-            desc=name,
-            disable=not ranks.main,
-            dynamic_ncols=True,
-            mininterval=0.5 if os.isatty(2) else 20,
+        often = 0.5 if os.isatty(2) else 20
+        super().__init__(
+            total=steps, initial=done, desc=name, disable=not ranks.main, dynamic_ncols=True, mininterval=often
         )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._line.close()
-
-    def reach(self, step: int) -> None:
-        """Show that `step` is reached."""
-        self._line.update(step - self._line.n)
 
     def show(self, metrics: dict) -> None:
         """Show a line of metrics.jsonl."""
         self._figures = {shown: form.format(metrics[name]) for name, shown, form in _SHOWN if name in metrics}
-        self._line.set_postfix(self._figures)
+        self.set_postfix(self._figures)
 
     def stalled(self, seconds: float) -> None:
         """Show how long the next batch has been waited for, and log a long wait once."""
         self._stalled = True
-        self._line.set_postfix(self._figures | {"data wait": f"{seconds:.0f} s"})
+        self.set_postfix(self._figures | {"data wait": f"{seconds:.0f} s"})
         if seconds >= _LONG_STALL and not self._said:
             self._said = True
             # the other ranks' warnings are not shown, but only the rank that waits knows what all are waiting for
@@ -325,4 +301,4 @@ class Progress:
         """Show the figures again after a stall."""
         if self._stalled:
             self._stalled = self._said = False
-            self._line.set_postfix(self._figures)
+            self.set_postfix(self._figures)

@@ -129,12 +129,10 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
         self.param_groups: list[dict] = self._adamw.param_groups
         """Groups of parameters with their `names`, `lr` and `weight_decay`."""
-        self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = self._adamw.state
-        """Per parameter `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.AdamW names them."""
         self._steps = torch.zeros(len(own), device=self._parameters[0].device)
-        for parameter, step in zip(self._parameters, self._steps.unbind(), strict=True):
-            moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-            self.state[parameter] = {"step": step} | moments
+        self._moments = {moment: [torch.zeros_like(p) for p in self._parameters] for moment in _MOMENTS}
+        for parameter, *state in zip(self._parameters, self._steps.unbind(), *self._moments.values(), strict=True):
+            self._adamw.state[parameter] = dict(zip(("step", *_MOMENTS), state, strict=True))
         self._max_norm = math.inf
         self._decays = [0.0] * len(emas)
         self._peak_lr = self.lr = config.lr
@@ -213,9 +211,8 @@ class Optimizer:
         """
         whole = {shard: parameter for parameter, shard in self._shards}
         found = {"step": self._steps}
-        for name, p in zip(self._names, self._parameters, strict=True):
-            for moment in _MOMENTS:
-                value = self.state[p][moment]
+        for moment, values in self._moments.items():
+            for name, p, value in zip(self._names, self._parameters, values, strict=True):
                 found[f"{moment}/{name}"] = split_as(value, whole[p]) if p in whole else value
         return found
 
@@ -254,7 +251,7 @@ class FusedOptimizer(Optimizer):
         fused_adamw_ema_(
             self._parameters,
             grads,
-            *([self.state[p][moment] for p in self._parameters] for moment in _MOMENTS),
+            *self._moments.values(),
             steps=self._steps,
             lrs=self._lrs,
             weight_decays=self._weight_decays,

@@ -72,6 +72,8 @@ class Replicated:
     def __init__(self, stage: Stage):
         self.ranks, self._precision = stage.ranks, stage.config.precision
         self._module = self._wrapped(stage)
+        self.savers = Ranks(0, 1, self.ranks.device)
+        """Those ranks that have a part in saving."""
 
     def _wrapped(self, stage: Stage) -> torch.nn.Module:
         module = _Networks(network=stage.network)
@@ -131,10 +133,6 @@ class Replicated:
         """Complete `tensors` in the main rank's host memory, for other files; nothing on the others."""
         return self.parts(tensors, copies)
 
-    def all_ranks(self, act: Callable[[], object], main_only: bool = False) -> list:
-        """What `act` returns on every rank that saves, in any thread; an OSError of one is raised on all."""
-        return [act()]
-
 
 class Sharded(Replicated):
     """Every rank has a part of everything, and saves it. All ranks call the methods at the same point."""
@@ -142,7 +140,9 @@ class Sharded(Replicated):
     def __init__(self, stage: Stage, others: Sequence[torch.nn.Module]):
         self._others = others
         super().__init__(stage)
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # apart from training, for a thread that writes
+        # apart from training, for a thread that writes
+        group, ranks = dist.new_group(backend="gloo", timeout=TIMEOUT), self.ranks
+        self.savers = Ranks(ranks.rank, ranks.world_size, ranks.device, group=group)
 
     def _wrapped(self, stage):
         from torch.distributed.device_mesh import init_device_mesh
@@ -202,19 +202,6 @@ class Sharded(Replicated):
             if self.ranks.main:
                 found[name] = full.to("cpu", copy=True)
         return found
-
-    def all_ranks(self, act, main_only=False):
-        value = error = None
-        try:
-            value = act() if self.ranks.main or not main_only else None
-        except OSError as failure:
-            error = f"rank {self.ranks.rank}: {failure}"
-        everyone = [None] * self.ranks.world_size
-        dist.all_gather_object(everyone, (value, error), group=self._group)
-        for _, failed in everyone:
-            if failed is not None:
-                raise OSError(failed)
-        return [value for value, _ in everyone]
 
 
 class Agreement:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from epg_fast.files import check_writable, differences
 from epg_fast.models import save_weights
 from epg_fast.models.weight_files import open_safetensors
-from epg_fast.training.ema import FOLDER, checksum, gamma_of, list_snapshots, snapshot_step
+from epg_fast.training.checkpoint import by_step
+from epg_fast.training.ema import ENDING, FOLDER, checksum, gamma_of
 
 # Root mean square of float16's rounding error, relative to a power of two: the spacing 2^-10 over the root of 12.
 _ROUNDING = 2**-10 * 12**-0.5
@@ -108,10 +109,21 @@ def _plan(
     """The snapshots up to `step`, and what each counts for; see `reconstruct`."""
     gamma = gamma_of(sigma_rel)
     snapshots = _read_headers(Path(run) / FOLDER)
-    step = snapshots[-1].step if step is None else step
-    snapshots = _up_to(step, snapshots)
-    tracked = snapshots[0].metadata["sigma_rel"]
-    fit = _fit(snapshots, tracked, step, sigma_rel, gamma)
+    steps, tracked = [s.step for s in snapshots], snapshots[0].metadata["sigma_rel"]
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        nearest = " or ".join(map(str, sorted(sorted(steps, key=lambda s: abs(s - step))[:2])))
+        raise ValueError(
+            f"step is {step}, want one of the {len(steps)} that {snapshots[0].path.parent} has a snapshot of "
+            f"({steps[0]} to {steps[-1]}), such as {nearest}"
+        )
+    snapshots = snapshots[: steps.index(step) + 1]
+    if sigma_rel in tracked:
+        weights = np.zeros((len(snapshots), len(tracked)))
+        weights[-1, tracked.index(sigma_rel)] = 1
+        return snapshots, Fit(weights.ravel(), 0.0)
+    ends = np.repeat([float(s.step) for s in snapshots], len(tracked))
+    fit = fit_profile(ends, np.tile([gamma_of(s) for s in tracked], len(snapshots)), step, gamma)
     if fit.residual > max_residual:
         raise ValueError(
             f"sigma_rel {sigma_rel:g} at step {step}: the {len(snapshots)} snapshots up to there (of sigma_rel "
@@ -122,42 +134,20 @@ def _plan(
     return snapshots, fit
 
 
-def _up_to(step: int, snapshots: list[_Snapshot]) -> list[_Snapshot]:
-    steps = [s.step for s in snapshots]
-    if step not in steps:
-        nearest = " or ".join(map(str, sorted(sorted(steps, key=lambda s: abs(s - step))[:2])))
-        raise ValueError(
-            f"step is {step}, want one of the {len(steps)} that {snapshots[0].path.parent} has a snapshot of "
-            f"({steps[0]} to {steps[-1]}), such as {nearest}"
-        )
-    return snapshots[: steps.index(step) + 1]
-
-
-def _fit(snapshots: list[_Snapshot], tracked: list[float], step: int, sigma_rel: float, gamma: float) -> Fit:
-    if sigma_rel in tracked:
-        weights = np.zeros((len(snapshots), len(tracked)))
-        weights[-1, tracked.index(sigma_rel)] = 1
-        return Fit(weights.ravel(), 0.0)
-    steps = np.repeat([float(s.step) for s in snapshots], len(tracked))
-    gammas = np.tile([gamma_of(s) for s in tracked], len(snapshots))
-    return fit_profile(steps, gammas, step, gamma)
-
-
 def _combine(snapshots: list[_Snapshot], tracked: list[float], weights: np.ndarray) -> dict[str, torch.Tensor]:
     """sum_ij weights[i, j] * EMA j of snapshot i, in float32, and the buffers of the last snapshot."""
-    prefix = f"{tracked[0]}/"
-    names = [name.removeprefix(prefix) for name in snapshots[0].shapes if name.startswith(prefix)]
-    state = {name: torch.zeros(snapshots[0].shapes[prefix + name]) for name in names}
+    shapes, prefix = snapshots[0].shapes, f"{tracked[0]}/"
+    state = {n.removeprefix(prefix): torch.zeros(shape) for n, shape in shapes.items() if n.startswith(prefix)}
+    names = list(state)
     for snapshot, row in zip(snapshots, weights, strict=True):
         with _opened(snapshot.path) as f:
             for name in names:
                 for sigma_rel, weight in zip(tracked, row, strict=True):
                     if weight:
                         state[name].add_(_read(f, snapshot, f"{sigma_rel}/{name}").float(), alpha=float(weight))
-    with _opened(snapshots[-1].path) as f:
-        for name in snapshots[0].shapes:
-            if name.startswith("buffers/"):
-                state[name.removeprefix("buffers/")] = _read(f, snapshots[-1], name).clone()
+            if snapshot is snapshots[-1]:
+                buffers = [name for name in shapes if name.startswith("buffers/")]
+                state |= {name.removeprefix("buffers/"): _read(f, snapshot, name).clone() for name in buffers}
     return state
 
 
@@ -169,30 +159,27 @@ def _read(file, snapshot: _Snapshot, name: str) -> torch.Tensor:
 
 
 def _read_headers(folder: Path) -> list[_Snapshot]:
-    """All snapshots of a folder by step, checked against the first."""
-    paths = list_snapshots(folder) if folder.is_dir() else []
-    if not paths:
+    """All snapshots of a folder by rising step, checked against the first."""
+    snapshots = []
+    for step, path in reversed(by_step(folder, ENDING).items()):
+        with _opened(path) as f:
+            metadata = json.loads((f.metadata() or {}).get("epg_fast", "{}"))
+            if not (isinstance(metadata, dict) and metadata.keys() >= {"step", "sigma_rel", "crc32"}):
+                raise ValueError("it does not say step, sigma_rel and crc32")
+            if metadata["step"] != step:
+                raise ValueError(f"it is of step {metadata['step']}, unlike its name")
+            shapes = {name: list(f.get_slice(name).get_shape()) for name in sorted(f.keys())}
+        snapshots.append(_Snapshot(path, metadata, shapes))
+        if changed := differences(snapshots[0].kind, snapshots[-1].kind):
+            raise ValueError(
+                f"{path} is not of the run or model of {snapshots[0].path.name}: {changed}; remove those that do not "
+                "belong here"
+            )
+    if not snapshots:
         raise ValueError(
             f"{folder} holds no snapshots (step_*.safetensors); train with --posthoc_ema.sigma_rel [0.05,0.10]"
         )
-    first, *others = snapshots = [_read_header(path) for path in paths]
-    for other in others:
-        if changed := differences(first.kind, other.kind):
-            raise ValueError(
-                f"{other.path} is not of the run or model of {first.path.name}: {changed}; remove those that do not "
-                "belong here"
-            )
     return snapshots
-
-
-def _read_header(path: Path) -> _Snapshot:
-    with _opened(path) as f:
-        metadata = json.loads((f.metadata() or {}).get("epg_fast", "{}"))
-        if not (isinstance(metadata, dict) and metadata.keys() >= {"step", "sigma_rel", "crc32"}):
-            raise ValueError("it does not say step, sigma_rel and crc32")
-        if metadata["step"] != snapshot_step(path):
-            raise ValueError(f"it is of step {metadata['step']}, unlike its name")
-        return _Snapshot(path, metadata, {name: list(f.get_slice(name).get_shape()) for name in sorted(f.keys())})
 
 
 @contextlib.contextmanager

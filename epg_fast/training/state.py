@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,11 +22,11 @@ from epg_fast.plans import Chosen, Machine
 from epg_fast.runtime import AUTOCAST
 from epg_fast.training.checkpoint import (
     Background,
+    by_step,
     is_kept,
-    list_checkpoints,
     load_newest,
     remove_old,
-    split_rows,
+    step_path,
     write_checkpoint,
 )
 from epg_fast.training.dataset import still_bad
@@ -56,7 +58,7 @@ class RunFolder(OutputFolder):
     @property
     def begun(self) -> bool:
         """Whether it holds a checkpoint."""
-        return bool(list_checkpoints(self.path / "checkpoints"))
+        return bool(by_step(self.path / "checkpoints"))
 
     def require(self, config: RunConfig) -> None:
         """Raise ValueError for a folder of other things, or of another configuration once it holds a checkpoint."""
@@ -128,7 +130,7 @@ class RunState:
     def __init__(self, stage: Stage, source: ImageSource):
         config, ranks = stage.config, stage.ranks
         self.config, self.stage, self.source, self.ranks = config, stage, source, ranks
-        self.iteration = 0
+        self.iteration, self.outdir = 0, Path(config.outdir)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=ranks.device)
         """Batches whose gradient was not finite: in all, and in a row up to now."""
         self.posthoc_ema = PosthocEma(stage)
@@ -169,7 +171,7 @@ class RunState:
         }
         return {f"{group}/{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
 
-    def save(self, outdir: Path, metrics: Metrics) -> None:
+    def save(self, metrics: Metrics) -> None:
         """Checkpoint and model.safetensors of this very moment, written while training goes on.
 
         A snapshot of the post-hoc EMA, if one is due, is written before them. What fails is raised by the next
@@ -177,10 +179,9 @@ class RunState:
         """
         if not self.parallel.saves or self.iteration == self._saved:
             return
-        iteration, config, parallel = self.iteration, self.config, self.parallel
+        iteration, config, parallel, outdir = self.iteration, self.config, self.parallel, self.outdir
         self._saved, tensors = iteration, self.tensors()
         state = {
-            "split": split_rows(tensors),
             "iteration": iteration,
             "metrics": metrics.state_dict(),
             "data": self.data_fingerprint,
@@ -193,21 +194,19 @@ class RunState:
         copies: dict = {}
         parts = parallel.parts(tensors, copies)
         weights = parallel.whole(self.stage.exported.state_dict(), copies)
-        due = self.posthoc_ema.is_due(iteration)
-        snapshot = parallel.whole(self.posthoc_ema.snapshot(), copies) if due else None
+        write_snapshot = self._snapshot(copies) if self.posthoc_ema.is_due(iteration) else lambda: None
         metadata = self.stage.metadata() | {"step": iteration, "ema_decay": self.stage.ema_decay(iteration)}
 
         def write_others():
-            if snapshot is not None:
-                self.posthoc_ema.write(iteration, snapshot)
+            write_snapshot()
             if is_kept(iteration, config.keep_every):
                 (outdir / "kept").mkdir(exist_ok=True)
-                save_weights(outdir / "kept" / f"step_{iteration:09d}.safetensors", weights, metadata)
+                save_weights(step_path(outdir / "kept", iteration, ".safetensors"), weights, metadata)
             save_weights(outdir / "model.safetensors", weights, metadata)
 
         def write():
             # The checkpoint last: a run that goes on from it does not come by this iteration again.
-            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel, write_others)
+            write_checkpoint(outdir / "checkpoints", iteration, parts, state, parallel.savers, write_others)
             if self.ranks.main:
                 remove_old(outdir / "checkpoints", config.keep_checkpoints, config.keep_every)
 
@@ -215,28 +214,31 @@ class RunState:
 
     def save_snapshot(self) -> None:
         """Snapshot of the post-hoc EMA of this very moment, written while training goes on."""
-        iteration, parallel = self.iteration, self.parallel
         self.host_ema.wait()
         self.writer.wait()
-        snapshot = parallel.whole(self.posthoc_ema.snapshot(), {})
-        write = self.posthoc_ema.write
-        self.writer.submit(lambda: parallel.all_ranks(lambda: write(iteration, snapshot), main_only=True))
+        write = self._snapshot({})
+        self.writer.submit(lambda: self.parallel.savers.decide(write))
 
-    def resume(self, folder: Path) -> None:
-        """Load the newest checkpoint of `folder` that all ranks can read, if there is one."""
-        state, self.damaged = load_newest(folder, self.tensors(), self.ranks)
+    def _snapshot(self, copies: dict) -> Callable[[], None]:
+        """Copy what is to be in a snapshot to host memory; returns what writes it, on the main rank."""
+        snapshot = self.parallel.whole(self.posthoc_ema.snapshot(), copies)
+        return functools.partial(self.posthoc_ema.write, self.iteration, snapshot)
+
+    def resume(self) -> None:
+        """Load the newest checkpoint that all ranks can read, if there is one."""
+        state, self.damaged = load_newest(self.outdir / "checkpoints", self.tensors(), self.ranks)
         if state is None:
             return
         if state["data"] != self.data_fingerprint:
             raise ValueError(
-                f"{self.config.data.path} is not the dataset that {folder.parent} was trained on (files or labels "
+                f"{self.config.data.path} is not the dataset that {self.outdir} was trained on (files or labels "
                 "differ); restore it, or choose another --outdir"
             )
         self.iteration = self._saved = state["iteration"]
         self.unfinished_metrics, self.data_backend = state["metrics"], state["data_backend"]
         self.bad_files = still_bad(state["bad_files"], self.source)
         self._known_skipped = int(self.skipped[0])
-        log.info("resuming %s at step %d", folder.parent, self.iteration)
+        log.info("resuming %s at step %d", self.outdir, self.iteration)
 
     def count_skipped(self, found_inf: torch.Tensor) -> None:
         """Count a batch that was skipped, if found_inf, [], is 1; on the device."""

@@ -1,17 +1,23 @@
-"""What test_distributed looks at: gradients, and runs, of one rank and of two.
+"""What test_distributed looks at: gradients, runs and measurements of one rank and of several.
 
 One process imports everything, and each rank is a fork of it.
 """
 
+import datetime
+import functools
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import socket
+import time
 import traceback
 from pathlib import Path
 
+import sklearn.decomposition  # noqa: F401
+import sklearn.linear_model  # noqa: F401
+import sklearn.svm  # noqa: F401
 import torch
 import torch.distributed.fsdp  # noqa: F401
 
@@ -19,67 +25,110 @@ from epg_fast import config as configs
 from epg_fast import training
 from epg_fast.data import DataError, ImageFolder, PillowLoader
 from epg_fast.distributed import joined
+from epg_fast.evaluation.judge import Judges
 from epg_fast.models import create_encoder, save_weights
 from epg_fast.models.fp8 import use_fp8
 from epg_fast.training import loop
 from epg_fast.training.draws import Draws
 from epg_fast.training.gradients import LossScale, add_gradients
-from epg_fast.training.parallel import parallelize
+from epg_fast.training.parallel import is_sharded, parallelize
 from tests.training import stages
+from tests.training.runs import few_digits, forget_figures
 from tests.training.stages import JOBS, SIZES, make_stage, spoil, stage_class
 
 # Tensors of 1, 11, 24, 32 and more rows: uneven and empty parts, too.
 MODEL = stages.SMALLER | {"output_dim": 10}
-
-
 # Which ranks meet a bad file, where one is allowed.
 BAD = [("bad-allowed", [1]), ("bad-too-many", [1, 0])]
+DIFFUSION = "finetune-diffusion"
+# Evaluations of the weights of one run: ranks, and how they are kept.
+SAME_WEIGHTS = {
+    "2 ranks": (2, {}),
+    "4 ranks, of which one has no batch": (4, {}),
+    "EMA in host memory": (2, {"offload_ema": True}),
+    "sharded": (2, {"parallelism": "fsdp"}),
+}
+# Runs of two ranks that are measured, and have a twin that is not.
+MEASURED = {
+    "pretrain-2": ("pretrain", {"gradient_accumulation": 2}),
+    "pretrain-ddp-2": ("pretrain", {"parallelism": "ddp"}),
+    "evaluated-fsdp": (DIFFUSION, {}),
+    "evaluated-offload": (DIFFUSION, {"parallelism": "ddp", "offload_ema": True}),
+}
 
 
-def main(data, folder):
+def main(digits, folder):
+    """Runs that are not measured, and gradients."""
     save_encoder(folder)
-
-    def run(name, job="finetune-diffusion", steps=4, **fields):
-        return one_run, *make_config(data, folder, name, job, steps=steps, **fields)
+    run = functools.partial(one, digits, folder)
 
     def gradients(ranks, parts):
-        return [
-            (write_gradients, *make_config(data, folder, f"gradients-{job}-{ranks}-{parts}", job, **_one_update(parts)))
-            for job in JOBS
-        ]
+        names = {job: f"gradients-{job}-{ranks}-{parts}" for job in JOBS}
+        return [(write_gradients, *make_config(digits, folder, names[j], j, **_one_update(parts))) for j in JOBS]
 
-    def copied(source, name):
-        """Run folder `name` as `source` was when step 2 had been saved."""
-        shutil.copytree(folder / source, folder / name)
-        for later in (folder / name / "checkpoints").glob("step_*[!2]"):
-            shutil.rmtree(later)
-        return name
-
-    ddp, micro_batches = {"parallelism": "ddp"}, {"gradient_accumulation": 2}
-    recompute = {"activation_checkpointing": True}  # the blocks' weights are put together once more
-    on_ranks(1, [*(run(f"{j}-1", j, **ddp, spoil=j == "pretrain") for j in JOBS), *gradients(1, 1), *gradients(1, 4)])
-    first = [
-        run("pretrain-2", "pretrain", **micro_batches, spoil=True),
-        run("pretrain-ddp-2", "pretrain", **ddp, spoil=True),
-        run("diffusion-2", **recompute, stop_at=1),
-    ]
-    on_ranks(2, [*first, *gradients(2, 1), *gradients(2, 3)])
-    shutil.copytree(folder / "diffusion-2", folder / "stopped")
-    shutil.copytree(folder / "pretrain-2", folder / "damaged")
-    flip_a_bit(folder / "damaged/checkpoints/step_000000004/rank_00001.safetensors")
+    ddp, recompute = {"parallelism": "ddp"}, {"activation_checkpointing": True}  # blocks are put together once more
+    on_ranks(1, [*(run(f"{j}-1", j, **ddp) for j in JOBS), *gradients(1, 1), *gradients(1, 4)])
+    # Workers in the killed run only: they must not matter either.
+    workers = configs.DataConfig(str(digits / "train"), normalization="simple", workers=1, backend="pillow")
+    on_ranks(1, [run("killed", "pretrain", **ddp, kill_at=3, data=workers)], ends=-signal.SIGKILL)
+    first = [run(name, job, **fields) for name, (job, fields) in MEASURED.items()]
+    on_ranks(2, [*first, run("diffusion-2", **recompute, stop_at=1), *gradients(2, 1), *gradients(2, 3)])
+    copied(folder / "diffusion-2", "stopped")
+    flip_a_bit(copied(folder / "pretrain-2", "damaged") / "checkpoints/step_000000004/rank_00001.safetensors")
+    copied(folder / "finetune-consistency-1", "consistency-2", 2)
     second = [
-        run("damaged", "pretrain", **micro_batches),
+        run("damaged", "pretrain", gradient_accumulation=2),
         run("diffusion-2", **recompute),
-        run(copied("finetune-consistency-1", "consistency-2"), "finetune-consistency", **micro_batches),
-        (accumulate, *make_config(data, folder, "accumulate", "finetune-diffusion")),
-        *(run(name, data=damaged_data(data, folder / f"{name}-data", *met_by), log_every=2) for name, met_by in BAD),
+        run("consistency-2", "finetune-consistency", gradient_accumulation=2),
+        *(run(name, data=damaged_data(digits, folder / f"{name}-data", *met_by), log_every=2) for name, met_by in BAD),
         run("full", full_at=3, steps=100),  # the last: this process can write no large file any more
     ]
     on_ranks(2, second)
-    third = [run(copied("stopped", name), parallelism=name) for name in ("ddp", "fsdp")]
+    for name in ("ddp", "fsdp"):
+        copied(folder / "stopped", name, 2)
     (folder / "fsdp/previews/step_000000002.png").unlink()  # as a kill may leave it
-    third += [run(f"half-{name}", "pretrain", parallelism=name, precision="fp16", steps=2) for name in ("ddp", "fsdp")]
+    third = [run("killed", "pretrain", **ddp), *(run(name, parallelism=name) for name in ("ddp", "fsdp"))]
+    half = {"precision": "fp16", "steps": 2, "spoil": False}
+    third += [run(f"half-{name}", "pretrain", parallelism=name, **half) for name in ("ddp", "fsdp")]
     on_ranks(1, third)
+
+
+def measure(digits, folder):
+    """Runs that are measured, beside those of `main`."""
+    few_digits(digits, folder / "few")
+    run = functools.partial(one, digits, folder, measured=True)
+
+    def measured(twin, name=None, **fields):
+        job, own = MEASURED[twin]
+        return run(name or f"{twin}-measured", job, **own, **fields)
+
+    for name in ("1 rank", *SAME_WEIGHTS):
+        copied(folder / f"{DIFFUSION}-1", name)
+    ddp = {"parallelism": "ddp"}
+    on_ranks(1, [run("1 rank", **ddp), run("pretrain-1-measured", "pretrain", **ddp)])
+    for name, (ranks, fields) in SAME_WEIGHTS.items():
+        on_ranks(ranks, [run(name, **ddp | fields)])
+    stopped = functools.partial(measured, "evaluated-fsdp", "stopped-fsdp", checkpoint_every=4)
+    split = stays_split, *make_config(digits, folder, "none", "pretrain")
+    on_ranks(2, [*map(measured, MEASURED), stopped(stop_in=2), split, (long_decision,)])
+    killed = ("pretrain-2", "pretrain-ddp-2")
+    for name in killed:  # between the checkpoint and the figures of step 2
+        forget_figures(copied(folder / f"{name}-measured", f"{name}-killed", 2), 2)
+    on_ranks(2, [stopped(), *(measured(name, f"{name}-killed") for name in killed)])
+
+
+def one(digits, folder, name, job=DIFFUSION, steps=4, **fields):
+    """A run, of which in pre-training a batch is spoilt."""
+    return one_run, *make_config(digits, folder, name, job, **{"steps": steps, "spoil": job == "pretrain"} | fields)
+
+
+def copied(run, name, *steps):
+    """The run folder `name` beside `run`, as that was when one of these steps, or the last, had been saved."""
+    copy = Path(shutil.copytree(run, run.with_name(name)))
+    for path in (copy / "checkpoints").glob("step_*"):
+        if steps and int(path.name[5:]) not in steps:
+            shutil.rmtree(path)
+    return copy
 
 
 def save_encoder(folder):
@@ -99,7 +148,8 @@ def damaged_data(digits, folder, *ranks):
 
 def make_config(digits, folder, name, job, **fields):
     """(configuration, job, how the run is interfered with)."""
-    interference = {key: fields.pop(key, None) for key in ("spoil", "full_at", "stop_at")}
+    interference = {key: fields.pop(key, None) for key in ("spoil", "full_at", "stop_at", "stop_in", "kill_at")}
+    few, measured = {part: str(folder / "few" / part) for part in ("train", "test")}, fields.pop("measured", False)
     own = {
         "pretrain": {},
         "finetune-diffusion": {"preview": configs.PreviewConfig(every=2, num=2, steps=2)},
@@ -110,6 +160,11 @@ def make_config(digits, folder, name, job, **fields):
         },
     }[job]
     own |= {} if job == "pretrain" else {"dropout": 0.0, "p_mean": 1.0}
+    if measured and job == "pretrain":  # an uneven share each, and noise that decides about many images
+        probe = configs.ProbeConfig(2, test=str(digits / "test"), num=(201, 151), sigmas=[0.3, 0.5])
+        own |= {"probe": probe, "collapse": configs.CollapseConfig(1)}
+    elif measured:
+        own["evaluate"] = configs.RunEvaluationConfig(every=2, num=20, batch_size=8, sigma_rel=[0.1], **few)
     backend = "torch" if job == "finetune-diffusion" else "auto"
     defaults = {
         "outdir": str(folder / name),
@@ -139,7 +194,7 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def on_ranks(count, tasks):
+def on_ranks(count, tasks, ends=0):
     """Have all `tasks` done by `count` new processes that are ranks."""
     context = multiprocessing.get_context("fork")
     ports = [free_port() for _ in tasks]
@@ -148,7 +203,7 @@ def on_ranks(count, tasks):
         process.start()
     for process in ranks:
         process.join(200)
-        assert process.exitcode == 0, f"a rank of {count} ended with {process.exitcode}"
+        assert process.exitcode == ends, f"a rank of {count} ended with {process.exitcode}"
 
 
 def free_port():
@@ -169,10 +224,12 @@ def one_rank(rank, count, ports, tasks):
         os._exit(1)
 
 
-STEP = loop.train_step
+STEP, JUDGE = loop.train_step, Judges.rows
 
 
 def one_run(rank, config, job, interference):
+    judged = []
+
     def interfered(state, batch, metrics):
         if interference["spoil"] and state.iteration == 1:
             batch["x"] = batch["x"].float() / 255
@@ -183,9 +240,17 @@ def one_run(rank, config, job, interference):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         if interference["stop_at"] == state.iteration and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        if interference["kill_at"] == state.iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
         STEP(state, batch, metrics)
 
-    loop.train_step = interfered
+    def judge(self, images, labels):
+        judged.append(len(images))
+        if rank == 1 and len(judged) == interference["stop_in"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return JUDGE(self, images, labels)
+
+    loop.train_step, Judges.rows = interfered, judge
     try:
         training.train(config, stage_class(job))
     except (OSError, DataError) as error:
@@ -231,25 +296,17 @@ def gradients(config, job, ranks, scaled=False):
     return {"loss": values[0], "level": values[1]} | found
 
 
-def accumulate(rank, config, job, interference):
-    """Two backward passes give the same gradients, whether the first is averaged over the ranks or only added to."""
-    found = []
-    with joined("cpu", group_for_one=config.parallelism == "fsdp") as ranks:
-        for now in (True, False):
-            torch.manual_seed(0)
-            stage = make_stage(job, config, ranks=ranks)
-            network, parallel = stage.network, parallelize(stage)
+def stays_split(rank, config, job, interference):
+    """What a measurement puts together of weights is let go, before a checkpoint asks for the parts."""
+    with joined("cpu") as ranks:
+        stage = make_stage(job, config, ranks=ranks)
+        parallel = parallelize(stage)
+        feature = parallel.observe(stage.network.encode, torch.randn(2, 3, 32, 32), torch.zeros(2))
+        assert len(feature) == 2 and all(map(is_sharded, stage.network.parameters()))
 
-            def loss(x, network=network):
-                return network.encode(x, x[:, 0, 0, 0]).square().sum()
 
-            x = torch.full((2, 3, 32, 32), rank + 1.0)
-            with parallel.averaged(now):
-                parallel(loss, x).backward()
-            assert (network.pos_embed.grad is None) != now
-            parallel(loss, 2 * x).backward()
-            found.append({n: p.grad.full_tensor() for n, p in network.named_parameters() if p.grad is not None})
-    averaged, added = found
-    assert averaged.keys() == added.keys() and "blocks.0.mlp.fc1.weight" in added
-    for name, gradient in averaged.items():
-        torch.testing.assert_close(added[name], gradient, rtol=1e-5, atol=1e-6)
+def long_decision(rank):
+    """A decision takes longer than ranks wait for each other in a collective."""
+    with joined("cpu", timeout=datetime.timedelta(seconds=1)) as ranks:
+        for answer in (1, 2):
+            assert ranks.decide(lambda answer=answer: time.sleep(1.5) or answer) == answer

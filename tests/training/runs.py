@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from epg_fast.__main__ import main
 from epg_fast.training import loop
-from epg_fast.training.checkpoint import iteration_of, list_checkpoints
+from epg_fast.training.checkpoint import by_step
 from epg_fast.training.state import RunState
 from tests.training.stages import JOBS
 
@@ -48,31 +49,58 @@ def in_new_process(act, data, folder):
     assert done.returncode == 0, done.stderr[-5000:]
 
 
-def forget_last_line(outdir):
-    """Take the last line of metrics.jsonl away, as if the run had been killed before."""
+def few_digits(digits, folder):
+    """Make train/ and test/ with a few images of each class, which are quick to judge."""
+    for part, number in (("train", 12), ("test", 6)):
+        for of_class in (digits / part).iterdir():
+            (folder / part / of_class.name).mkdir(parents=True)
+            for path in sorted(of_class.iterdir())[:number]:
+                (folder / part / of_class.name / path.name).hardlink_to(path)
+    return folder
+
+
+def lines_of(outdir):
+    """The lines of metrics.jsonl, whole."""
     path = Path(outdir) / "metrics.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run_lines(outdir):
-    path = Path(outdir) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+    """The lines of metrics.jsonl without what time measures."""
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines_of(outdir)]
+
+
+def forget_figures(outdir, step=0):
+    """Take what was measured from `step` on away from metrics.jsonl, and return it: [(step, figures)]."""
+    lines = lines_of(outdir)
+    kept = [line for line in lines if "lr" in line or line["step"] < step]
+    (Path(outdir) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    found = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines if line not in kept]
+    return [(line.pop("step"), line) for line in found]
+
+
+def evaluations_of(outdir):
+    """{step: {weights: what evaluation/step_<step>.json says of them}}"""
+    files = by_step(Path(outdir) / "evaluation", ".json")
+    contents = {step: json.loads(path.read_text()) for step, path in sorted(files.items())}
+    assert all(content["step"] == step for step, content in contents.items())
+    return {step: content["weights"] for step, content in contents.items()}
 
 
 def saved_steps(outdir):
-    return [iteration_of(path) for path in list_checkpoints(Path(outdir) / "checkpoints")]
+    return [*by_step(Path(outdir) / "checkpoints")]
 
 
 def saved_state(outdir):
     """state.json of the newest checkpoint."""
-    return json.loads((list_checkpoints(Path(outdir) / "checkpoints")[0] / "state.json").read_text())
+    return json.loads((Path(outdir) / f"checkpoints/step_{saved_steps(outdir)[0]:09d}/state.json").read_text())
 
 
 def assert_same_run(got, want):
-    """Bit for bit: metrics, weights, everything in the newest checkpoint, snapshots and previews."""
+    """Bit for bit: metrics, weights, everything in the newest checkpoint, snapshots, previews and evaluations."""
     assert run_lines(got) == run_lines(want)
     assert saved_steps(got)[0] == saved_steps(want)[0] and saved_state(got) == saved_state(want)
+    assert evaluations_of(got) == evaluations_of(want)
     names = [f"checkpoints/step_{saved_steps(want)[0]:09d}/*.safetensors", "*.safetensors", "posthoc_ema/*.safetensors"]
     for name in names:
         files = [{path.name: path for path in run.glob(name)} for run in (got, want)]
@@ -84,16 +112,36 @@ def assert_same_run(got, want):
             assert not differing, differing
             with safe_open(one, "pt") as file, safe_open(other, "pt") as wanted:
                 assert file.metadata() == wanted.metadata()
-    for picture in (want / "previews").glob("*.png"):
-        assert (got / "previews" / picture.name).read_bytes() == picture.read_bytes()
+    pictures = [{path.name: path.read_bytes() for path in run.glob("previews/*.png")} for run in (got, want)]
+    assert pictures[0] == pictures[1]
+
+
+def assert_same_training(measured, plain):
+    """Bit for bit, but for what measurements add; returns what they found."""
+    trained = measured.with_name(f"{measured.name}, without its figures")
+    shutil.copytree(measured, trained)
+    found = forget_figures(trained)
+    assert found and not (plain / "evaluation").exists()
+    shutil.rmtree(trained / "evaluation", ignore_errors=True)
+    (trained / "best.safetensors").unlink(missing_ok=True)
+    assert_same_run(trained, plain)
+    return found
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing that a run catches."""
+
+
+def kill():
+    raise Killed
 
 
 def crash_after_save(monkeypatch, step):
     """Let a run end with an exception when it has saved `step`."""
     save = RunState.save
 
-    def save_then_crash(self, outdir, metrics):
-        save(self, outdir, metrics)
+    def save_then_crash(self, metrics):
+        save(self, metrics)
         if self.iteration == step:
             raise RuntimeError("crash")
 

@@ -18,26 +18,26 @@ from epg_fast.distributed import Ranks
 from epg_fast.models import load_weights, save_weights
 from epg_fast.training.checkpoint import (
     Background,
-    list_checkpoints,
+    by_step,
     load_newest,
     remove_old,
-    remove_temporaries,
-    set_aside,
+    tidy,
     write_checkpoint,
 )
 from epg_fast.training.parallel import rows_of
+from tests.training.runs import Killed, kill
 from tests.training.stages import ALONE, CPU
 
 
-class Team:
-    """`Sharded.all_ranks` among threads."""
+class Team(Ranks):
+    """Ranks that are threads."""
 
     def __init__(self, rank, barrier, values):
-        self.ranks = Ranks(rank, len(values), CPU)
+        super().__init__(rank, len(values), CPU)
         self._barrier, self._values = barrier, values
 
-    def all_ranks(self, act, main_only=False):
-        self._values[self.ranks.rank] = act() if self.ranks.main or not main_only else None
+    def gather(self, value):
+        self._values[self.rank] = value
         self._barrier.wait()
         values = list(self._values)
         self._barrier.wait()
@@ -47,12 +47,11 @@ class Team:
 def write(folder, iteration, tensors, state=None, split=(), ranks=1):
     """Write a checkpoint as so many ranks would, of which each has a part of the tensors named in `split`."""
     barrier, values = threading.Barrier(ranks), [None] * ranks
-    rows = {name: len(tensors[name]) for name in split}
 
     def write_one(rank):
         parts = {name: t[slice(*rows_of(len(t), rank, ranks))] for name, t in tensors.items() if name in split}
         whole = {name: t for name, t in tensors.items() if name not in split} if rank == 0 else {}
-        write_checkpoint(folder, iteration, parts | whole, {"split": rows} | (state or {}), Team(rank, barrier, values))
+        write_checkpoint(folder, iteration, parts | whole, state or {}, Team(rank, barrier, values))
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(write_one, range(ranks)))
@@ -106,7 +105,7 @@ def test_the_newest_stay_and_those_that_are_kept(tmp_path):
     for iteration, value in ((10, 1), (20, 2), (30, 3), (40, 4), (50, 5), (50, 6)):  # the last takes 5's place
         write(tmp_path, iteration, {"x": torch.full((2,), float(value))})
         remove_old(tmp_path, 1, 20)
-    assert [f.name for f in list_checkpoints(tmp_path)] == [f"step_{i:09d}" for i in (50, 40, 20)]
+    assert [*by_step(tmp_path)] == [50, 40, 20]
     x = torch.zeros(2)
     load_newest(tmp_path, {"x": x}, ALONE)
     assert x.tolist() == [6, 6]
@@ -137,8 +136,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, damage, tmp_path
     state, damaged = load_newest(tmp_path, {"x": x}, ALONE)
     assert state["iteration"] == 1 and x.tolist() == [1] * 100 and damaged == [path]
     assert f"{path} cannot be read" in log.messages[0]
-    set_aside(damaged)
-    assert [f.name for f in list_checkpoints(tmp_path)] == ["step_000000001"]
+    tidy(tmp_path, 1, damaged)
+    assert [*by_step(tmp_path)] == [1]
+
+
+def test_what_comes_after_the_step_to_go_on_from_or_was_being_written_is_removed(tmp_path):
+    names = {"posthoc_ema": ".safetensors", "evaluation": ".json", "kept": ".safetensors", "previews": ".png"}
+    for folder, ending in names.items():
+        (tmp_path / folder).mkdir()
+        for name in (f"step_000000004{ending}", f"step_000000006{ending}", f".step_000000006{ending}.tmp7", "other"):
+            (tmp_path / folder / name).write_bytes(b"")
+    tidy(tmp_path, 4)
+    left = {folder: sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in names}
+    for folder, ending in names.items():
+        later = [f"step_000000006{ending}"] * (folder in ("kept", "previews"))  # made again with these names
+        assert left[folder] == ["other", f"step_000000004{ending}", *later]
 
 
 class Others(Ranks):
@@ -171,18 +183,15 @@ def test_a_full_disk_leaves_the_checkpoint_and_the_weights_before(tmp_path):
     assert load_weights(tmp_path / "model.safetensors")[1] == {"step": 1}
 
 
-def test_a_rank_that_is_lost_during_a_save_is_no_fault_of_the_disk(tmp_path):
-    """`joined` says what it is."""
-
-    def lost(act, main_only=False):
+class Lost(Ranks):
+    def together(self, act):
         raise RuntimeError("Connection closed by peer")
 
+
+def test_a_rank_that_is_lost_during_a_save_is_no_fault_of_the_disk(tmp_path):
+    """`joined` says what it is."""
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
-        write_checkpoint(tmp_path, 1, {}, {}, SimpleNamespace(ranks=ALONE, all_ranks=lost))
-
-
-class Killed(BaseException):
-    pass
+        write_checkpoint(tmp_path, 1, {}, {}, Lost(0, 2, CPU))
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
@@ -194,7 +203,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
 
         def act_unless_killed(act, *arguments, moment=moment, calls=calls, **options):
             if next(calls) == moment:
-                raise Killed
+                kill()
             return act(*arguments, **options)
 
         killed = True
@@ -207,7 +216,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
         x = torch.zeros(5)
         _, damaged = load_newest(folder, {"x": x}, ALONE)
         assert x.tolist() in ([1.0] * 5, [2.0] * 5) and not damaged
-        remove_temporaries(folder.parent)
+        tidy(folder.parent, 2)
         assert all(path.name.startswith("step_") for path in folder.iterdir())
         if not killed:
             break

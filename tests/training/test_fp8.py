@@ -9,9 +9,8 @@ from epg_fast.config import DiffusionConfig
 from epg_fast.models import create_encoder, create_model, fp8
 from epg_fast.models.fp8 import Fp8Linear, require_fp8, use_fp8
 from epg_fast.ops.linear_fp8_dynamic import linear_fp8_dynamic_ref
-from epg_fast.training.optimizer import make_optimizer
 from tests.training.runs import fails, run_command
-from tests.training.stages import CPU, DECODER, JOBS, SIZES, loss_of, make_config, make_stage, spread
+from tests.training.stages import CPU, DECODER, JOBS, SIZES, Training, loss_of, make_config, make_stage, spread
 
 SMALL = SIZES | DECODER
 LARGE = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -55,8 +54,9 @@ def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
     stage = make_stage(job, make_config(job, precision="bf16"))
     spread(stage.network)
     results = []
-    for _ in range(2):
+    for recomputes in (False, False, True):
         stage.network.zero_grad()
+        stage.network.use_checkpoint = recomputes
         torch.manual_seed(2)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(stage).loss
@@ -66,7 +66,8 @@ def test_every_stage_computes_nearly_the_loss_and_gradients_of_16_bits(job):
             use_fp8(stage.network, "plain")
     assert names_of(stage.network) and not names_of(stage.ema)
     assert job != "finetune-consistency" or not names_of(stage.perceptual)
-    (loss, gradients), (other, others) = results
+    (loss, gradients), (other, others), (again, repeated) = results
+    assert again == other and all(torch.equal(g, repeated[name]) for name, g in others.items())
     assert other == pytest.approx(loss.item(), rel=0.05) and other != loss
     assert gradients.keys() == others.keys()
     if job == "pretrain":
@@ -93,33 +94,19 @@ def test_a_block_in_fp8_is_one_graph():
     torch.compiler.reset()
 
 
-def train(fp8, steps=12, checkpointing=False):
-    torch.manual_seed(0)
-    config = make_config("finetune-diffusion", precision="bf16", activation_checkpointing=checkpointing)
-    config.optimizer.lr, config.optimizer.warmup_steps = 2e-3, 0
-    stage = make_stage("finetune-diffusion", config)
-    optimizer = make_optimizer(stage.network, config.optimizer, [])
-    if fp8:
-        use_fp8(stage.network, "plain")
-    losses = []
-    for _ in range(steps):
-        torch.manual_seed(3)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(stage).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.slow
 def test_training_follows_the_losses_of_16_bits():
-    plain, quantised = train(False), train(True)
-    assert plain[-1] < 0.8 * plain[0] and plain != quantised
-    assert quantised == pytest.approx(plain, rel=0.02)
-    # blocks that are computed again round alike
-    assert train(True, 3, checkpointing=True) == quantised[:3]
+    losses = {True: [], False: []}
+    for quantised, found in losses.items():
+        training = Training(precision="bf16")
+        if quantised:
+            use_fp8(training.stage.network, "plain")
+        for _ in range(12):
+            training.state.iteration = 0  # the same images and noise
+            training.update()
+            found.append(training.metrics.write(1)["loss"])
+    assert losses[False][-1] < 0.8 * losses[False][0] and losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
 def test_fp8_is_refused_before_anything_is_written(tiny_run, tmp_path, capsys):

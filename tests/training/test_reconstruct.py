@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from epg_fast.__main__ import main
 from epg_fast.config import DiffusionConfig, PosthocEmaConfig
 from epg_fast.models import from_pretrained, load_weights, save_weights
-from epg_fast.training.ema import PosthocEma, gamma_of, list_snapshots
+from epg_fast.training.ema import PosthocEma, gamma_of
 from epg_fast.training.reconstruct import fit_profile, inner_products, reconstruct
 from tests.training.runs import fails, run_command
 from tests.training.stages import ALONE
@@ -126,7 +126,7 @@ def test_other_widths_are_the_ema_of_the_whole_trajectory(synthetic, sigma_rel, 
     moved = torch.stack(trajectory[:step]).double()
     moved = (moved - moved.mean(0)).square().sum(0).mean().sqrt().item()
     assert error < made["residual"] * norm * moved + 2 * made["rounding"]
-    saved = load_file(list_snapshots(folder / "posthoc_ema")[step // EVERY - 1])
+    saved = load_file(folder / f"posthoc_ema/step_{step:09d}.safetensors")
     assert error < 7e-4 < min(_error(saved[f"{width}/weight"], want) for width in WIDTHS) / 4
 
 
@@ -190,7 +190,7 @@ def test_impossible_requests_are_refused(flags, expected, capsys, synthetic, tmp
 def damaged(synthetic, tmp_path):
     """A copy of the synthetic run, and the snapshot of step 160 there."""
     shutil.copytree(synthetic[0], tmp_path / "run")
-    return tmp_path / "run", list_snapshots(tmp_path / "run" / "posthoc_ema")[7]
+    return tmp_path / "run", tmp_path / "run/posthoc_ema/step_000000160.safetensors"
 
 
 @pytest.mark.parametrize("damage", ["half", "header", "empty", "one bit"])
