@@ -7,8 +7,6 @@
 Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), adaLN-Zero blocks; without gate and
 modulation the step of a pre-LayerNorm transformer.
 
-Shapes: x, branch: [B, L, D]; weight, bias: [D]; gate, shift, scale: [B, D] or [B, 1, D]; gate, or shift and scale, may
-be None.
 Dtypes: any floating dtypes, mixed freely. Arithmetic is float32 (float64 when x is float64); x_out is rounded once, to
 x's dtype, and what is normalised is the rounded x_out; y has out_dtype, by default x's dtype.
 `gate_residual_norm_modulate_fp8` returns y as `layer_norm_modulate_fp8` does.
@@ -23,8 +21,8 @@ import torch
 from epg_fast.ops.layer_norm_modulate import (
     checked_norm,
     layer_norm_modulate_bwd_ref,
-    layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
+    norm_fp8,
     norm_statistics,
 )
 from epg_fast.ops.quantize_rows import gated_sum_ref
@@ -59,11 +57,6 @@ def _backward(dx_out, dy: torch.Tensor, x_out, branch, gate, weight, bias, shift
     return g.to(x_out.dtype), dbranch, dgate, *rest
 
 
-def _fp8(x, branch, gate, weight, bias, shift, scale, eps: float):
-    x_out = gated_sum_ref(x, branch, gate)
-    return x_out, *layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
-
-
 _operation = operation(
     "gate_residual_norm_modulate",
     _forward,
@@ -76,9 +69,6 @@ _operation = operation(
         others=lambda made, given: {} if given["gate"] is not None else {"branch": made["x"]},
         only_with={"branch": "gate"},
     ),
-)
-_fp8_operation = operation(
-    "gate_residual_norm_modulate_fp8", _fp8, f"{_KERNELS}:gate_residual_norm_modulate_fp8", "x_out y row_scale"
 )
 
 
@@ -125,9 +115,7 @@ def gate_residual_norm_modulate_fp8(
     errors as there. There is no gradient: ValueError if one would be needed.
     """
     op = "gate_residual_norm_modulate_fp8"
-    shift, scale, gate = checked_norm(op, backend, x, weight, bias, shift, scale, gate, branch, fp8=True)
-    run = _fp8_operation if backend == "triton" else _fp8
-    return run(x, branch, gate, weight, bias, shift, scale, eps)
+    return norm_fp8(op, backend, x, weight, bias, shift, scale, eps, branch, gate)
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:
@@ -140,16 +128,9 @@ def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -
     return (4 * rows + 3 * per_image) * itemsize + (2 * parameters + 2 * statistics) * 4
 
 
-def _flops(shape: tuple[int, int, int], backward: bool = False) -> int:
-    """Per value: 2 for the residual, 5 to normalise, 4 for weight, bias, scale and shift; 20 in the backward pass."""
-    batch, tokens, width = shape
-    return (20 if backward else 11) * batch * tokens * width
-
-
 SPEC = OpSpec(
     name="gate_residual_norm_modulate",
     shapes=((64, 258, 1584), (256, 258, 768), (64, 258, 1024), (64, 258, 1920), (64, 258, 2688)),
     odd_shapes=((3, 17, 40), (1, 199, 40), (1, 17, 768), (2, 3, 1584)),
     bytes=_bytes,
-    flops=_flops,
 )
