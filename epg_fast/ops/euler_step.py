@@ -73,6 +73,8 @@ def take_step(op: str, reference: Callable, x, estimates: dict, levels, clamp, b
     if in_place and x.requires_grad:
         remedy = op.removesuffix("_")
         raise ValueError(f"{op}: got x that requires a gradient, which a step in place would lose; use {remedy}")
+    if extension:
+        refuse_transforms(op)
     for name, tensor in {"x": x, **estimates}.items():
         if reason := _unlike(tensor, x, in_place) or (extension and _not_taken(tensor, x)):
             raise ValueError(f"{op}: got {name} {reason}")
@@ -86,7 +88,6 @@ def take_step(op: str, reference: Callable, x, estimates: dict, levels, clamp, b
     if not extension:
         stepped = reference(x, *estimates.values(), *levels, clamp)
         return x.copy_(stepped) if in_place else stepped
-    refuse_transforms(op)
     arguments = x, *estimates.values(), *levels, *_clamp_bounds(op, clamp)
     require_extension(op.removesuffix("_"), x)
     if not in_place:

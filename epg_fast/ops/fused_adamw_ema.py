@@ -23,6 +23,7 @@ Error: each value within a few float32 roundings of the formula, as torch's fuse
 float64. An average with weight 1 equals the parameter, with weight 0 it stays as it is, bit for bit.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -161,18 +162,11 @@ def _check_lengths(params, emas, ema_weights, **lists) -> None:
             raise ValueError(f"{_OP}: got {len(average)} tensors in emas[{k}] for {len(params)} params, wanted as many")
 
 
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Read five float32 values (`itemsize` bytes for the gradient) and write four, with one average and no copy.
-
-    shape: (number of tensors, values in each).
-    """
-    return (4 * 4 + itemsize + 4 * 4) * torch.Size(shape).numel()
-
-
 # The real lists of tensors are uneven: EPG-XL has 583 million parameters in 349 tensors.
 SPEC = OpSpec(
     name="fused_adamw_ema",
     shapes=((349, 1_670_447), (5000, 4096)),
     odd_shapes=((3, 17), (1, 1), (2, 16_385), (100, 7)),
-    bytes=_bytes,
+    # Of (tensors, values in each), with one average: four float32 values are read and written, the gradient is read.
+    bytes=lambda shape, itemsize: (4 * 4 + itemsize + 4 * 4) * math.prod(shape),
 )

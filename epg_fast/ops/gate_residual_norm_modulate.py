@@ -22,6 +22,7 @@ from epg_fast.ops.layer_norm_modulate import (
     checked_norm,
     layer_norm_modulate_bwd_ref,
     layer_norm_modulate_ref,
+    norm_bytes,
     norm_fp8,
     norm_statistics,
 )
@@ -47,9 +48,7 @@ def _forward(x, branch, gate, weight, bias, shift, scale, eps: float, out_dtype:
 
 def _backward(dx_out, dy: torch.Tensor, x_out, branch, gate, weight, bias, shift, scale, mean, rstd):
     """Without a gate dbranch, which is dx then, and dgate are None."""
-    # In the statistics' dtype, so that the gradient of x_out is rounded once.
-    g, *rest = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
-    g = g if dx_out is None else g + dx_out.to(g.dtype)
+    g, *rest = layer_norm_modulate_bwd_ref(dy, x_out, weight, bias, shift, scale, mean, rstd, dx_out)
     dbranch = dgate = None
     if gate is not None:
         dbranch = (g * gate.to(g.dtype).unsqueeze(1)).to(branch.dtype)
@@ -120,12 +119,8 @@ def gate_residual_norm_modulate_fp8(
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:
     """Forward reads x and branch and writes x_out and y; backward reads both gradients, x_out and branch and writes dx
-    and dbranch. Parameters and statistics are float32."""
-    batch, tokens, width = shape
-    rows, per_image, parameters, statistics = batch * tokens * width, batch * width, width, batch * tokens
-    if backward:
-        return (6 * rows + 5 * per_image) * itemsize + (4 * parameters + 2 * statistics) * 4
-    return (4 * rows + 3 * per_image) * itemsize + (2 * parameters + 2 * statistics) * 4
+    and dbranch."""
+    return norm_bytes(shape, itemsize, *((6, 5, 4) if backward else (4, 3, 2)))
 
 
 SPEC = OpSpec(

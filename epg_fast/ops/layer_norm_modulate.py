@@ -37,9 +37,7 @@ def layer_norm_modulate_ref(x, weight, bias, shift=None, scale=None, eps=1e-5, o
     return y.to(out_dtype or x.dtype)
 
 
-def _forward(
-    x, weight, bias, shift, scale, eps: float, out_dtype: torch.dtype | None, copy_dtype: torch.dtype | None = None
-):
+def _forward(x, weight, bias, shift, scale, eps: float, out_dtype: torch.dtype | None, copy_dtype: torch.dtype | None):
     """(y, mean, rstd, x in copy_dtype, None if that is)."""
     y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
     return y, *norm_statistics(x, eps), None if copy_dtype is None else x.to(copy_dtype, copy=True)
@@ -53,27 +51,29 @@ def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Te
 
 def _backward(dx_out, dcopy, dy: torch.Tensor, x, weight, bias, shift, scale, mean, rstd):
     """dx_out, dcopy: the gradients that reach x past the norm, through itself and through its copy, if they do."""
-    # In the statistics' dtype, so that the gradient of x is rounded once.
-    dx, *rest = layer_norm_modulate_bwd_ref(dy, x.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
-    for passed in (dx_out, dcopy):
-        dx = dx if passed is None else dx + passed.to(dx.dtype)
+    dx, *rest = layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd, dx_out, dcopy)
     return dx.to(x.dtype), *rest
 
 
-def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
-    """Gradients in plain PyTorch; dshift and dscale are None without modulation."""
+def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd, *passed):
+    """Gradients in plain PyTorch; dshift and dscale are None without modulation.
+
+    That of x is in the statistics' dtype, to be rounded once, with those that have `passed` the norm.
+    """
     acc_dtype = mean.dtype
     g, w, rstd = dy.to(acc_dtype), weight.to(acc_dtype), rstd.unsqueeze(-1)
     xhat = (x.to(acc_dtype) - mean.unsqueeze(-1)) * rstd
     factor = 1 + scale.to(acc_dtype) if scale is not None else x.new_ones(1, dtype=acc_dtype)
     dxhat = g * w * factor.unsqueeze(-2)
     dx = (dxhat - dxhat.mean(-1, keepdim=True) - xhat * (dxhat * xhat).mean(-1, keepdim=True)) * rstd
+    for gradient in passed:
+        dx = dx if gradient is None else dx + gradient.to(acc_dtype)
     sum_dy, sum_dy_xhat = g.sum(1), (g * xhat).sum(1)
     dweight, dbias = (factor * sum_dy_xhat).sum(0).to(weight.dtype), (factor * sum_dy).sum(0).to(bias.dtype)
     if scale is None:
-        return dx.to(x.dtype), dweight, dbias, None, None
+        return dx, dweight, dbias, None, None
     dscale = (w * sum_dy_xhat + bias.to(acc_dtype) * sum_dy).to(scale.dtype)
-    return dx.to(x.dtype), dweight, dbias, sum_dy.to(shift.dtype, copy=True), dscale
+    return dx, dweight, dbias, sum_dy.to(shift.dtype, copy=True), dscale
 
 
 _operation = operation(
@@ -135,7 +135,7 @@ def layer_norm_modulate(
     shift, scale, _ = checked_norm("layer_norm_modulate", backend, x, weight, bias, shift, scale)
     if backend != "triton":
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
-    return _operation(x, weight, bias, shift, scale, eps, out_dtype)[0]
+    return _operation(x, weight, bias, shift, scale, eps, out_dtype, None)[0]
 
 
 def residual_norm_modulate(
@@ -215,13 +215,16 @@ def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | Non
     check_shapes(op, sizes, **{name: (tensor, "BD|B1D") for name, tensor in modulation.items()})
 
 
-def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:
-    """Forward reads x and writes y, backward reads dy and x and writes dx; parameters and statistics are float32."""
+def norm_bytes(shape: tuple[int, int, int], itemsize: int, passes: int, modulations: int, parameters: int) -> int:
+    """passes: over tokens like x; modulations: values for each image and column; parameters are float32."""
     batch, tokens, width = shape
-    rows, per_image, parameters, statistics = batch * tokens * width, batch * width, width, batch * tokens
-    if backward:
-        return (3 * rows + 3 * per_image) * itemsize + (4 * parameters + 2 * statistics) * 4
-    return (2 * rows + 2 * per_image) * itemsize + (2 * parameters + 2 * statistics) * 4
+    values = passes * batch * tokens * width + modulations * batch * width
+    return values * itemsize + 4 * (parameters * width + 2 * batch * tokens)  # mean and rstd
+
+
+def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:
+    """Forward reads x and writes y, backward reads dy and x and writes dx."""
+    return norm_bytes(shape, itemsize, *((3, 3, 4) if backward else (2, 2, 2)))
 
 
 SPEC = OpSpec(

@@ -63,13 +63,14 @@ def linear_residual_norm_ref(
     x, h, weight, bias, norm_weight, norm_bias, gate=None, shift=None, scale=None, eps=1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_residual_norm` in plain PyTorch."""
-    x_out = gated_residual_ref(x, F.linear(h, weight.to(h.dtype), bias.to(h.dtype)), gate)
+    x_out, _ = residual_product_ref(x, h, weight, bias, gate)
     return x_out, layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
 
 
-def gated_residual_ref(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """x + gate * branch in x's dtype."""
-    return (x + (branch if gate is None else per_sample(gate).unsqueeze(1) * branch)).to(x.dtype)
+def residual_product_ref(x, h, weight, bias, gate) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * branch in x's dtype, the branch h @ weight^T + bias)."""
+    branch = F.linear(h, weight.to(h.dtype), bias.to(h.dtype))
+    return (x + (branch if gate is None else per_sample(gate).unsqueeze(1) * branch)).to(x.dtype), branch
 
 
 def _forward(
@@ -80,8 +81,7 @@ def _forward(
 
     weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.
     """
-    branch = F.linear(h, weight, bias.to(h.dtype))
-    x_out = gated_residual_ref(x, branch, gate)
+    x_out, branch = residual_product_ref(x, h, weight, bias, gate)
     y = layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
     return x_out, y, branch if save_branch else None, *norm_statistics(x_out, eps)
 
@@ -108,10 +108,8 @@ def _backward(
     dx_out, dy: torch.Tensor, x_out, branch, h, weight, parameter_dtype: torch.dtype, bias, gate,
     norm_weight, norm_bias, shift, scale, mean, rstd, need_h: bool, need_parameter: bool, need_bias: bool,
 ):  # fmt: skip
-    # In the statistics' dtype, so that the gradient of x_out is rounded once.
     norm = norm_weight, norm_bias, shift, scale, mean, rstd
-    g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), *norm)
-    g = g if dx_out is None else g + dx_out.to(g.dtype)
+    g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out, *norm, dx_out)
     dz = g if gate is None else g * gate.to(g.dtype).unsqueeze(1)
     rows = dz.to(h.dtype).flatten(0, 1)
     dh = (rows @ weight).view(h.shape) if need_h else None
@@ -186,7 +184,7 @@ def row_statistics(x: torch.Tensor) -> torch.Tensor:
 
 def linear_residual_ref(x, h, weight, bias, gate=None) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_residual` in plain PyTorch."""
-    x_out = gated_residual_ref(x, F.linear(h, weight.to(h.dtype), bias.to(h.dtype)), gate)
+    x_out, _ = residual_product_ref(x, h, weight, bias, gate)
     return x_out, row_statistics(x_out)
 
 

@@ -37,9 +37,9 @@ from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.layer_norm_modulate import per_sample
 from epg_fast.ops.linear_residual_norm import (
     check_linear,
-    gated_residual_ref,
     linear_residual_cuda,
     require_residual_product,
+    residual_product_ref,
 )
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec, of_tokens
@@ -51,7 +51,7 @@ _TILE = 128, 256  # rows and columns for which the extension sums up at once; it
 def mlp_residual_ref(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate=None) -> torch.Tensor:
     """`mlp_residual` in plain PyTorch."""
     h = F.gelu(F.linear(y, fc1_weight.to(y.dtype), fc1_bias.to(y.dtype)))
-    return gated_residual_ref(x, F.linear(h, fc2_weight.to(y.dtype), fc2_bias.to(y.dtype)), gate)
+    return residual_product_ref(x, h, fc2_weight, fc2_bias, gate)[0]
 
 
 def _forward(
@@ -64,8 +64,7 @@ def _forward(
     """
     z = F.linear(y, fc1_weight, fc1_bias.to(y.dtype))
     h = F.gelu(z)
-    branch = F.linear(h, fc2_weight, fc2_bias.to(y.dtype))
-    x_out = gated_residual_ref(x, branch, gate)
+    x_out, branch = residual_product_ref(x, h, fc2_weight, fc2_bias, gate)
     return x_out, *((z, h, None if gate is None else branch) if save else (None,) * 3)
 
 

@@ -114,22 +114,14 @@ def _check_shapes(image, weight, bias, position, prefix) -> None:
     check_shapes("patch_embed", sizes, position=(position, "1NE", ": one row per prefix token and patch"))
 
 
-_EXTRAS = 2  # prefix tokens that the presets have: a class token and the time token
-
-
-def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Pixels, tokens, weights and rows of the position embedding."""
-    batch, channels, size, patch, width = shape
-    length = _EXTRAS + (size // patch) ** 2
-    return batch * channels * size**2, batch * length * width, channels * patch**2 * width, length * width
-
-
 def _bytes(shape: tuple[int, ...], itemsize: int, backward: bool = False) -> int:
     """Forward reads image and parameters and writes the tokens; backward reads the tokens' gradient and the image and
     writes the parameters' gradients. Parameters are float32.
     """
-    pixels, tokens, weights, positions = _sizes(shape)
-    return (pixels + tokens) * itemsize + 4 * (weights + positions + shape[-1])
+    batch, channels, size, patch, width = shape
+    length = 2 + (size // patch) ** 2  # behind the class token and the time token
+    values = batch * channels * size**2 + batch * length * width
+    return values * itemsize + 4 * width * (channels * patch**2 + length + 1)
 
 
 SPEC = OpSpec(

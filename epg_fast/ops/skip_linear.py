@@ -56,7 +56,7 @@ def skip_linear_ref(x, skip, weight, bias, norm_weight=None, norm_bias=None, eps
 
 def _forward(
     x, skip, parameter, weight, bias, norm_weight, norm_bias,
-    next_weight, next_bias, next_shift, next_scale, eps: float, backend: str = "triton",
+    next_weight, next_bias, next_shift, next_scale, eps: float, backend: str,
 ):  # fmt: skip
     """(y, the next norm of y, z, mean and rstd of z, of y); None what the norms that are there do not make.
 
@@ -99,13 +99,10 @@ def _backward(
     dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
     if next_weight is not None:
         y = (z.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight + norm_bias
-        y = y.to(z.dtype).to(mean.dtype)  # rounded as it left
-        dnext = torch.zeros_like(z) if dnext is None else dnext
-        dz, *next_grads = layer_norm_modulate_bwd_ref(dnext, y, *after, next_mean, next_rstd)
-        dz = dz if dy is None else dz + dy.to(dz.dtype)
+        dnext, y = torch.zeros_like(z) if dnext is None else dnext, y.to(z.dtype)  # rounded as it left
+        dz, *next_grads = layer_norm_modulate_bwd_ref(dnext, y, *after, next_mean, next_rstd, dy)
     if norm_weight is not None:
-        # In the statistics' dtype, so that what leaves is rounded once.
-        dz, *norm_grads = layer_norm_modulate_bwd_ref(dz, z.to(mean.dtype), *norm, None, None, mean, rstd)[:3]
+        dz, *norm_grads = layer_norm_modulate_bwd_ref(dz, z, *norm, None, None, mean, rstd)[:3]
     rows, split = dz.to(z.dtype if norm_weight is not None else dz.dtype).flatten(0, -2), x.shape[-1]
     dx = (rows @ weight[:, :split]).view(x.shape) if need_x else None
     dskip = (rows @ weight[:, split:]).view(skip.shape) if need_skip else None

@@ -2,10 +2,15 @@
 
 #include "euler_step.h"
 
-#include "common.cuh"
+#include "launch.cuh"
+
+#include <algorithm>
 
 namespace epg_fast {
 namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 4096;
 
 // No __restrict__: `out` may be any of the inputs.
 template <class... Estimates>
@@ -27,13 +32,13 @@ __device__ __forceinline__ void take_steps(float* out, const Step step, int64_t 
   }
 }
 
-__global__ void __launch_bounds__(ElementwiseGrid::kThreads)
+__global__ void __launch_bounds__(kThreads)
     euler_step_kernel(float* out, const Step step, int64_t vectors, int64_t size, const float* x,
                       const float* denoised) {
   take_steps(out, step, vectors, size, x, denoised);
 }
 
-__global__ void __launch_bounds__(ElementwiseGrid::kThreads)
+__global__ void __launch_bounds__(kThreads)
     heun_step_kernel(float* out, const Step step, int64_t vectors, int64_t size, const float* x, const float* denoised,
                      const float* denoised_next) {
   take_steps(out, step, vectors, size, x, denoised, denoised_next);
@@ -47,7 +52,10 @@ struct OnCuda {
       return;
     }
     float* const out_data = static_cast<float*>(out.mutable_data_ptr());
-    const ElementwiseGrid grid(size, {out_data, data_of(x), data_of(estimates)...});
+    // The first 4 * vectors elements in 16-byte accesses, the rest one by one, both in grid-stride loops.
+    const bool wide = aligned(out_data, 16) && aligned(data_of(x), 16) && (aligned(data_of(estimates), 16) && ...);
+    const int64_t vectors = wide ? size / 4 : 0, items = wide ? (size + 3) / 4 : size;
+    const int64_t blocks = std::min(kMaxBlocks, (items + kThreads - 1) / kThreads);
     constexpr bool is_euler = sizeof...(estimates) == 1;
     const Launcher launch(is_euler ? "euler_step" : "heun_step", x.get_device_index());
     const auto kernel = [] {
@@ -57,7 +65,7 @@ struct OnCuda {
         return heun_step_kernel;
       }
     }();
-    launch(grid.blocks, grid.kThreads, kernel, out_data, step, grid.vectors, size, data_of(x), data_of(estimates)...);
+    launch(blocks, kThreads, kernel, out_data, step, vectors, size, data_of(x), data_of(estimates)...);
   }
 };
 

@@ -57,9 +57,7 @@ inline void check_step(const char* op, const Tensor& out, std::initializer_list<
                        double sigma) {
   const Tensor& x = read.begin()->second;
   const auto check = [&](const char* name, const Tensor& tensor) {
-    check_float32(op, name, tensor);
-    check_contiguous(op, name, tensor);
-    check_same_device(op, name, tensor, "x", x);
+    check_tensor(op, name, tensor, "x", x);
     check_same_shape(op, name, tensor, "x", x);
   };
   check("out", out);
