@@ -88,7 +88,7 @@ def augment_view(
     _check_parameters(x, *parameters)
     if backend == "auto":
         # what torch.compile traces it fuses itself
-        takes = not torch.compiler.is_compiling() and extension_takes([x], (torch.uint8,))
+        takes = not torch.compiler.is_compiling() and extension_takes([x])
         backend = "extension" if takes else "plain"
     if backend == "plain":
         return augment_view_ref(x, *parameters)

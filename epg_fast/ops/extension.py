@@ -106,11 +106,9 @@ def extension_has_gemms() -> bool:
     return torch._C._dispatch_has_kernel("epg_fast::linear_gelu_out")
 
 
-def extension_takes(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the extension is there, and the tensors are on a CPU, of these dtypes and plain in memory."""
-    tracing = torch.compiler.is_compiling()  # a negated view, which waits for its negation, is not traced
-    plain = (t.dtype in dtypes and t.is_contiguous() and (tracing or not t.is_neg()) for t in tensors)
-    return _is_available() and all(t.device.type == "cpu" for t in tensors) and all(plain)
+def extension_takes(images: Sequence[torch.Tensor]) -> bool:
+    """Whether the extension is there, and the images, of 8 bits, are on a CPU and contiguous."""
+    return _is_available() and all(image.device.type == "cpu" and image.is_contiguous() for image in images)
 
 
 @torch.compiler.assume_constant_result

@@ -120,7 +120,7 @@ def resized_crop(
     parameters = {"halvings": halvings, "boxes": boxes, "resized": resized, "offsets": offsets}
     _check(images, size, filter, **parameters)
     if backend == "auto":
-        backend = "extension" if extension_takes(images, (torch.uint8,)) else "plain"
+        backend = "extension" if extension_takes(images) else "plain"
     if backend == "plain":
         return resized_crop_ref(images, halvings, boxes, resized, offsets, size, filter)
     for i, image in enumerate(images):

@@ -85,11 +85,9 @@ def timestep_embedding(
     backend: "plain" (plain PyTorch), "triton" (one kernel; t not in float64).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("timestep_embedding", backend, ("plain", "triton"))
-    _check("timestep_embedding", t, dim, None)
+    _check("timestep_embedding", backend, t, dim)
     if backend != "triton":
         return timestep_embedding_ref(t, dim, dtype=dtype)
-    _require_triton("timestep_embedding", t)
     return _operation(t.float(), None, dim, dtype or torch.float32, False)[0]
 
 
@@ -105,25 +103,22 @@ def timestep_condition(
 
     label: class embedding [B, dim] or None. The other arguments, and the errors, are those of `timestep_embedding`.
     """
-    check_backend("timestep_condition", backend, ("plain", "triton"))
-    _check("timestep_condition", t, dim, label)
+    _check("timestep_condition", backend, t, dim, label)
     if backend != "triton":
         return timestep_condition_ref(t, dim, label, dtype=dtype)
-    _require_triton("timestep_condition", t, label)
     return _operation(t.float(), label, dim, dtype or torch.float32, True)
 
 
-def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None) -> None:
-    require_triton(op, t, label=label)
-    require_dtypes(op, (*FLOATS, torch.int64, torch.int32), t=t)
-
-
-def _check(op: str, t: torch.Tensor, dim: int, label: torch.Tensor | None) -> None:
+def _check(op: str, backend: str, t: torch.Tensor, dim: int, label: torch.Tensor | None = None) -> None:
+    check_backend(op, backend, ("plain", "triton"))
     sizes = {"D": dim}
     check_shapes(op, sizes, t=(t, "B"))
     if dim < 2:
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
     check_shapes(op, sizes, label=(label, "BD"))
+    if backend == "triton":
+        require_triton(op, t, label=label)
+        require_dtypes(op, (*FLOATS, torch.int64, torch.int32), t=t)
 
 
 def _bytes(shape: tuple[int, int], itemsize: int, backward: bool = False) -> int:
