@@ -11,7 +11,8 @@ is timed: one that is wrong is not reported, and the exit code is 1.
 On CUDA a CUDA graph holds one call per set of inputs, and the sets together exceed the L2 cache several times: each
 call starts cold, and launches cost nothing. On a CPU one call is timed, at a reduced shape, with the threads that
 PyTorch has. A row has the median and the 20th and 80th percentile of one call in microseconds, GB/s and TFLOP/s by the
-operation's `SPEC`, and their shares of what a large copy and a large matrix product reached in the same session.
+operation's `SPEC`, the latter of its matrix products, and their shares of what a large copy and a large matrix product
+reached in the same session.
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ class Case:
         return self.example.make(values, self.shape, self._dtypes(), **self.example.forms[form])
 
     def work(self) -> tuple[int, int]:
-        """(bytes, operations)."""
+        """(bytes, operations of matrix products)."""
         spec, itemsize = self.example.spec, min((dtype.itemsize for dtype in self._dtypes()), default=1)
         passes = ((), (True,))[: 1 + self.backward]
         more = self.measured.traffic(self.shape, itemsize) * len(passes)

@@ -2,18 +2,16 @@
 
     python -m bench.resources [--arch 80 90 100] [--every 2] [--op layer_norm_modulate ...]
 
-Prints one row per Triton kernel and configuration (the cases that `epg_kernels.<op>.aot_cases()` describes) and one
-per CUDA kernel of the built extension: registers per thread, spills (instructions that touch local memory), bytes of
+Prints one row per Triton kernel and configuration (what bench/launches.py records) and one per CUDA kernel of the
+built extension: registers per thread, spills (instructions that touch local memory), bytes of
 shared memory (CUTLASS's kernels get theirs at launch, which is not seen here), matrix instructions, how many of the
 accesses to global memory are 16 bytes wide, and how many go through the tensor memory accelerator (TMA). Exits with
 status 1 when, on sm_90, a kernel spills, is marked as a matrix kernel or is one of CUTLASS's and has no wgmma, or is
-marked as vectorized and has neither 16-byte accesses nor TMA.
+marked as vectorized and has neither 16-byte accesses nor TMA. Products of ragged rows, which no preset has, may.
 """
 
 import argparse
-import importlib
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -45,6 +43,7 @@ class Usage:
     tma: int
     gemm: bool = False
     vectorized: bool = False
+    judged: bool = True
 
     @property
     def cells(self) -> tuple:
@@ -52,12 +51,14 @@ class Usage:
         return (self.kernel, f"sm_{self.arch}", self.shape, self.dtype, self.warps, *cost)
 
     def failure(self) -> str | None:
+        if self.arch != 90 or not self.judged:
+            return None
         name = f"{self.kernel} ({self.shape}, {self.dtype})"
-        if self.arch == 90 and self.spills:
+        if self.spills:
             return f"{name} spills on sm_90: {self.spills} accesses to local memory"
-        if self.arch == 90 and self.gemm and "wgmma" not in self.matrix:
+        if self.gemm and "wgmma" not in self.matrix:
             return f"{name} has no wgmma on sm_90, found: {self.matrix}"
-        if self.arch == 90 and self.vectorized and not (self.wide or self.tma):
+        if self.vectorized and not (self.wide or self.tma):
             return f"{name} has no 16-byte access to global memory among its {self.accesses}, and no TMA"
         return None
 
@@ -73,13 +74,16 @@ def main() -> int:
     if str(_ROOT / "kernels") not in sys.path:
         sys.path.append(str(_ROOT / "kernels"))
 
-    cases = [case for module in _kernel_modules(options.op) for case in module.aot_cases()]
+    from bench.launches import CALLS, recorded
+
+    for name in set(options.op or []) - set(CALLS):
+        raise SystemExit(f"--op {name}: no such operation; there are {', '.join(CALLS)}")
+    found = {arch: recorded(arch, options.op) for arch in options.arch}
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         futures = [
-            pool.submit(_compile, case, arch)
-            for i, case in enumerate(cases)
-            for arch in options.arch
-            if arch in case.archs and (arch == 90 or i % options.every == 0)
+            pool.submit(_compile, launch, arch)
+            for arch, launches in found.items()
+            for launch in launches[:: 1 if arch == 90 else options.every]
         ]
         rows = [future.result() for future in futures]
     if options.op is None:
@@ -94,29 +98,21 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def _kernel_modules(names: list[str] | None) -> list:
-    import epg_kernels
-
-    found = sorted(module.name for module in pkgutil.iter_modules(epg_kernels.__path__))
-    for name in set(names or []) - set(found):
-        raise SystemExit(f"--op {name}: no such kernel file; there are {', '.join(found)}")
-    modules = [importlib.import_module(f"epg_kernels.{name}") for name in names or found]
-    return [module for module in modules if hasattr(module, "aot_cases")]
-
-
-def _compile(case, arch: int) -> Usage:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = case.kernel.arg_names
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    what = (case.kernel.__name__, arch, case.shape, case.dtype, str(case.num_warps))
-    return Usage(*what, gemm=case.gemm, vectorized=case.vectorized, **usage_of(compiled))
+def _compile(launch, arch: int) -> Usage:
+    compiled, name = launch.compile(), launch.source.fn.__name__
+    code = compiled.asm["ttir"]
+    in_tf32 = "inputPrecision = tf32" in code and "attention" not in name  # whose tiles of queries are too small
+    return Usage(
+        kernel=name,
+        arch=arch,
+        shape=launch.note,
+        dtype=launch.dtype,
+        warps=str(launch.options.num_warps),
+        gemm=in_tf32 or re.search(r"tt\.dot .*: tensor<\w*x(bf16|f16|f8\w*)> \*", code) is not None,
+        vectorized=name != "_patch_loss_fwd_sum_kernel",
+        judged="ragged" not in launch.note,
+        **usage_of(compiled),
+    )
 
 
 def usage_of(compiled) -> dict:

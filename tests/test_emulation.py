@@ -31,7 +31,7 @@ def emulated_sources(folder: Path) -> list[Path]:
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernels are tested where there is a GPU")
 def test_the_cuda_kernels_pass_the_operations_tests_thread_by_thread(tmp_path):
-    assert {"euler_step", "fused_adamw_ema", "global_norm", "heun_step"} <= set(OPERATIONS)
+    assert {"euler_step", "fused_adamw_ema", "global_norm"} <= set(OPERATIONS)
     sources, library, package = emulated_sources(tmp_path), tmp_path / "emulated.so", Path(torch.__file__).parent
     flags = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
     flags += [f"-I{tmp_path}", "-isystem", str(package / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -40,7 +40,7 @@ def test_the_cuda_kernels_pass_the_operations_tests_thread_by_thread(tmp_path):
     built = subprocess.run(["g++", *flags, *map(str, sources), *link], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
 
-    tests = ["tests/ops", "-k", " or ".join(OPERATIONS), "-m", "not slow and not kernels"]
+    tests = ["tests/ops", "-k", " or ".join([*OPERATIONS, "heun_step"]), "-m", "not slow and not kernels"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"EPG_EXTENSION": str(library), "OMP_NUM_THREADS": "1"}

@@ -40,17 +40,9 @@ def test_no_kernel_spills_on_sm_90():
 
 
 _DEPENDENT = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from epg_kernels._matmul import FEW_BY_TMA, linear_case
+from bench.launches import recorded
 
-case = linear_case(FEW_BY_TMA, 128, 128, 0, "bf16", gelu=False, norm="plain")
-names = case.kernel.arg_names
-signature = {name: case.signature.get(name, "constexpr") for name in names}
-source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs)
-options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+print(next(found for found in recorded(90, ["norm_linear"]) if "of 1 plain norm" in found.note).compile().asm["ptx"])
 """
 
 

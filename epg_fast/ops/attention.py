@@ -6,7 +6,6 @@
 Source: Vaswani et al., "Attention Is All You Need" (2017). The kernel computes the softmax online (Milakov &
 Gimelshein, 2018) and recomputes p in the backward pass from its log-sum-exp (Dao et al., "FlashAttention", 2022).
 
-Shapes: qkv: [B, L, 3, H, d], as a fused projection writes it; o: [B, L, H, d], contiguous. The kernel takes d <= 128.
 Dtypes: float32, bfloat16 or float16 (float64 in the reference and in PyTorch's), o has qkv's. The reference accumulates
 in float32 (float64 for float64). The kernel does too, and rounds p and its gradient to qkv's dtype for the second
 product; float32 products follow torch.set_float32_matmul_precision.
@@ -31,16 +30,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epg_fast.ops.backends import (
-    FLOATS,
     accumulation_dtype,
     autocast_dtype,
     check_backend,
+    refuse_gradient,
     require_at_most,
-    require_dtypes,
     require_triton,
 )
 from epg_fast.ops.checks import check_dtype, check_floating, check_shapes
-from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.linear_fp8_fused import COLUMNS
 from epg_fast.ops.quantize_rows import scale_of
 from epg_fast.ops.registration import Backward, operation
@@ -137,7 +134,8 @@ def attention(
     others scaled by 1 / (1 - dropout_p), not for "triton", "flash_attn_3" and "flash_attn_4". Returns [B, L, H, d],
     contiguous, in qkv's dtype, or in autocast's where that is on.
     backend: "plain" (PyTorch's scaled_dot_product_attention), "flash", "cudnn", "efficient" or "math" (that kernel of
-    it and no other), "triton" (the hand-written kernel), "flash_attn", "flash_attn_3" or "flash_attn_4" (the package).
+    it and no other), "triton" (the hand-written kernel, d <= 128), "flash_attn", "flash_attn_3" or "flash_attn_4" (the
+    package).
     Raises ValueError for a shape, scale or dropout_p that does not fit and for a backend that cannot run here.
     """
     check_backend("attention", backend, _BACKENDS)
@@ -176,14 +174,12 @@ def attention_fp8(
     refuse_gradient("attention_fp8", qkv, largest)
     if backend != "triton":
         return attention_fp8_ref(qkv, largest, scale)
-    _require_triton("attention_fp8", qkv, largest)
-    require_conversion("attention_fp8", qkv.device)
+    _require_triton("attention_fp8", qkv, largest, fp8=True)
     return _fp8_operation(qkv, largest, _scale(qkv, scale))
 
 
-def _require_triton(op: str, qkv: torch.Tensor, *others: torch.Tensor) -> None:
-    require_triton(op, qkv, *others)
-    require_dtypes(op, FLOATS, qkv=qkv)
+def _require_triton(op: str, qkv: torch.Tensor, *others: torch.Tensor, fp8: bool = False) -> None:
+    require_triton(op, *others, fp8=fp8, qkv=qkv)
     require_at_most(op, _MAX_TRITON_HEAD_DIM, "head dimension d=", qkv.shape[-1])
 
 
@@ -238,16 +234,11 @@ def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = Fal
     return (8 if backward else 4) * batch * length * heads * head_dim * itemsize + batch * heads * length * 4
 
 
-def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
-    """Of the matrix products alone: two forward, five backward."""
-    batch, length, heads, head_dim = shape
-    return (10 if backward else 4) * batch * heads * length * length * head_dim
-
-
 SPEC = OpSpec(  # shapes: (B, L, H, d)
     name="attention",
     shapes=((64, 258, 22, 72), (256, 258, 12, 64), (64, 258, 16, 64), (64, 258, 16, 120), (64, 258, 21, 128)),
     odd_shapes=((1, 17, 2, 72), (3, 5, 1, 40), (1, 199, 1, 64), (1, 33, 1, 120), (1, 18, 1, 128)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda batch, length, heads, head_dim: 2 * batch * heads * length**2 * head_dim,
+    backward_products=2.5,
 )

@@ -13,7 +13,6 @@ In this order, each stage rounding to 8 bits, each image with its own parameters
 Source: BYOL's augmentations, Grill et al., "Bootstrap your own latent" (2020), appendix B; the colours are Pillow's
 (`ImageEnhance`, `Image.convert`, `ImageOps.solarize`).
 
-Shapes: x: [B, H, W, 3], channels last as decoders give them; result: [B, 3, H, W].
 Dtypes: uint8; parameters int8, float64 and bool, on the CPU.
 Error: both backends equal Pillow bit for bit, but for the blur, which Pillow approximates by three box filters: here it
 is within 0.5 + 1e-3 of the Gaussian in float64. The extension equals the reference bit for bit, the blur included.
@@ -89,7 +88,7 @@ def augment_view(
     _check_parameters(x, *parameters)
     if backend == "auto":
         # what torch.compile traces it fuses itself
-        takes = not torch.compiler.is_compiling() and extension_takes([x], (torch.uint8,))
+        takes = not torch.compiler.is_compiling() and extension_takes([x])
         backend = "extension" if takes else "plain"
     if backend == "plain":
         return augment_view_ref(x, *parameters)
@@ -256,21 +255,9 @@ def _weighted_sum(padded: torch.Tensor, weights: torch.Tensor, dim: int) -> torc
     return total
 
 
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Read the pixels, write the view."""
-    return 2 * itemsize * torch.Size(shape).numel()
-
-
-def _flops(shape: tuple[int, ...]) -> int:
-    """Per pixel with everything on: three blends of 3 channels (27), two times L (12), HSV and back (60), a blur with
-    sigma 2 of 3 channels in 2 directions (8 pairs: 150), its rounding and the solarisation (6)."""
-    return 255 * torch.Size(shape[:3]).numel()
-
-
 SPEC = OpSpec(
     name=_OP,
     shapes=((64, 256, 256, 3), (64, 512, 512, 3), (256, 64, 64, 3)),
     odd_shapes=((5, 17, 33, 3), (1, 1, 1, 3), (3, 1, 7, 3), (2, 3, 2, 3), (2, 64, 64, 3), (1, 5, 130, 3)),
-    bytes=_bytes,
-    flops=_flops,
+    bytes=lambda shape, itemsize: 2 * itemsize * math.prod(shape),  # the pixels are read, the view is written
 )

@@ -29,25 +29,44 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def require_triton(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> None:
-    """Raise ValueError unless Triton can run here, on x and the others together."""
+def require_triton(
+    op: str,
+    *others: torch.Tensor | None,
+    backend: str = "triton",
+    batched: bool = False,
+    fp8: bool = False,
+    **floats: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless Triton can run here, on all tensors together.
+
+    floats: those whose dtype has to be one of `FLOATS`. batched: the images of the first tensor are a launch's second
+    dimension. fp8: the kernel writes float8_e4m3fn.
+    """
     require_installed_triton(op)
+    x, *rest = given = [tensor for tensor in (*floats.values(), *others) if tensor is not None]
     if not (x.is_cuda or interpreting()):
         raise ValueError(
             f"{op}: got backend='triton' with a tensor on {x.device}, wanted one on a CUDA device; move it there, "
             "use backend='plain', or set TRITON_INTERPRET=1 before Python starts, for Triton's interpreter"
         )
-
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{op}: got tensors on {x.device} and {other.device}, wanted one device; move them there")
-    for tensor in (x, *others):
-        if tensor is not None and tensor.numel() == 0:
+    for tensor in rest:
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: got tensors on {x.device} and {tensor.device}, wanted one device; move them there")
+    for tensor in given:
+        if tensor.numel() == 0:
             raise ValueError(
                 f"{op}: got an empty tensor of shape {tuple(tensor.shape)}, wanted at least one value for "
                 "backend='triton'; leave out the call or use backend='plain'"
             )
     refuse_transforms(op)
+    require_dtypes(op, FLOATS, backend, **floats)
+    if batched:
+        require_at_most(op, _MAX_GRID, "a batch of ", x.shape[0])
+    if fp8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise ValueError(
+            f"{op}: got {torch.cuda.get_device_name(x.device)}, wanted a GPU with FP8 (compute capability 8.9 or more) "
+            "for backend='triton'; use backend='plain'"
+        )
 
 
 def refuse_transforms(op: str) -> None:
@@ -70,11 +89,6 @@ def require_at_most(op: str, limit: int, what: str, size: int) -> None:
     """Raise ValueError for a size that is more than the Triton kernels hold; what: "a width of ", say."""
     if size > limit:
         raise ValueError(f"{op}: got {what}{size}, wanted at most {limit} for backend='triton'; use backend='plain'")
-
-
-def require_grid(op: str, batch: int) -> None:
-    """Raise ValueError for a batch that is more than a launch's second dimension holds."""
-    require_at_most(op, _MAX_GRID, "a batch of ", batch)
 
 
 def require_dtypes(
@@ -135,7 +149,7 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def refuse_any_gradient(op: str, *tensors: torch.Tensor | None) -> None:
+def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
     if needs_gradient(*tensors):
         raise ValueError(f"{op}: got a tensor that requires a gradient, which {op} has not; use torch.no_grad()")
 

@@ -6,7 +6,6 @@
 Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1 without
 its second-order correction.
 
-Shapes: x, denoised: any shape, the same. sigma, sigma_next: Python floats, both shifted or both unshifted.
 Dtypes: reference: any floating dtype; extension: float32, contiguous.
 Error: the extension evaluates in this order with IEEE division and no fused multiply-add: on a CPU it equals the
 reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is within 2x the reference's float32 error.
@@ -17,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from epg_fast.ops.backends import check_backend
-from epg_fast.ops.extension import require_extension, require_extension_tensors, require_no_partial_overlap
+from epg_fast.ops.backends import check_backend, needs_gradient, refuse_transforms
+from epg_fast.ops.extension import require_extension
 from epg_fast.ops.spec import OpSpec
 
 
@@ -68,14 +67,27 @@ def euler_step_(
 def take_step(op: str, reference: Callable, x, estimates: dict, levels, clamp, backend: str) -> torch.Tensor:
     """A sampler's step by `reference` or by the extension's operator, in place if the name of `op` ends in "_"."""
     check_backend(op, backend, ("plain", "extension"))
-    in_place = op.endswith("_")
-    _check(op, x, levels[0], estimates, in_place)
-    if backend != "extension":
+    in_place, extension = op.endswith("_"), backend == "extension"
+    if levels[0] == 0:
+        raise ValueError(f"{op}: got sigma=0, wanted a level above 0; leave the final 0 out of the loop's start points")
+    if in_place and x.requires_grad:
+        remedy = op.removesuffix("_")
+        raise ValueError(f"{op}: got x that requires a gradient, which a step in place would lose; use {remedy}")
+    if extension:
+        refuse_transforms(op)
+    for name, tensor in {"x": x, **estimates}.items():
+        if reason := _unlike(tensor, x, in_place) or (extension and _not_taken(tensor, x)):
+            raise ValueError(f"{op}: got {name} {reason}")
+        # Where torch.compile traces there is no address: the operator checks again.
+        writes = in_place and extension and not torch.compiler.is_compiling()
+        if writes and 0 < abs(tensor.data_ptr() - x.data_ptr()) < x.nbytes:
+            raise ValueError(
+                f"{op}: got x that overlaps part of {name} in memory, wanted them apart or the same; pass "
+                f"{name}.clone()"
+            )
+    if not extension:
         stepped = reference(x, *estimates.values(), *levels, clamp)
         return x.copy_(stepped) if in_place else stepped
-    require_extension_tensors(op, x=x, **estimates)
-    if in_place:
-        require_no_partial_overlap(op, "x", x, **estimates)
     arguments = x, *estimates.values(), *levels, *_clamp_bounds(op, clamp)
     require_extension(op.removesuffix("_"), x)
     if not in_place:
@@ -89,53 +101,48 @@ def take_step(op: str, reference: Callable, x, estimates: dict, levels, clamp, b
     return x
 
 
-def _check(op: str, x: torch.Tensor, sigma: float, estimates: dict[str, torch.Tensor], in_place: bool) -> None:
-    """Estimates are shaped like x; in place x can take the result as it is, and nobody needs x for a gradient."""
-    for name, tensor in estimates.items():
-        if x.shape != tensor.shape:
-            raise ValueError(f"{op}: got {name} of shape {tuple(tensor.shape)}, wanted {tuple(x.shape)} as x")
-    if sigma == 0:
-        raise ValueError(f"{op}: got sigma=0, wanted a level above 0; leave the final 0 out of the loop's start points")
-    if not in_place:
-        return
-    for name, tensor in estimates.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: got {name} on {tensor.device} and x on {x.device}, wanted one device")
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{op}: got {name} in {tensor.dtype}, wanted {x.dtype} as x; convert it")
-    if x.requires_grad:
-        raise ValueError(
-            f"{op}: got x that requires a gradient, which a step in place would lose; use {op.removesuffix('_')}"
-        )
+def _unlike(tensor: torch.Tensor, x: torch.Tensor, in_place: bool) -> str | None:
+    """What is wrong with a tensor, if anything is: in place x takes the result as it is."""
+    if tensor.shape != x.shape:
+        return f"of shape {tuple(tensor.shape)}, wanted {tuple(x.shape)} as x"
+    if in_place and tensor.device != x.device:
+        return f"on {tensor.device} and x on {x.device}, wanted one device"
+    if in_place and tensor.dtype != x.dtype:
+        return f"in {tensor.dtype}, wanted {x.dtype} as x; convert it"
+    return None
+
+
+def _not_taken(tensor: torch.Tensor, x: torch.Tensor) -> str | None:
+    """What the extension does not take of a tensor."""
+    plain = "or use backend='plain'"
+    if tensor.dtype != torch.float32:
+        return f"in {tensor.dtype}, wanted torch.float32 for backend='extension'; convert it {plain}"
+    if not tensor.is_contiguous():
+        return f"with strides {tensor.stride()}, wanted it contiguous; call .contiguous() {plain}"
+    if tensor.device != x.device:
+        return f"on {tensor.device} and x on {x.device}, wanted one device; move it there {plain}"
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return f"with a tangent, which backend='extension' does not carry on; leave it out {plain}"
+    if needs_gradient(tensor):
+        return f"that requires a gradient, which backend='extension' has not; use torch.no_grad() {plain}"
+    return None
 
 
 def _clamp_bounds(op: str, clamp: tuple[float, float] | None) -> tuple[float | None, float | None]:
     """The bounds as the extension takes them."""
-    if clamp is None:
-        return None, None
-    for bound in clamp:
-        if isinstance(bound, torch.Tensor) or (bound is not None and math.isnan(bound)):
-            raise ValueError(
-                f"{op}: got clamp={clamp}, wanted two numbers for backend='extension'; clamp denoised first or use "
-                "backend='plain'"
-            )
-    lo, hi = clamp
+    lo, hi = clamp or (None, None)
+    if any(isinstance(bound, torch.Tensor) or (bound is not None and math.isnan(bound)) for bound in (lo, hi)):
+        raise ValueError(
+            f"{op}: got clamp={clamp}, wanted two numbers for backend='extension'; clamp denoised first or use "
+            "backend='plain'"
+        )
     return lo, hi
-
-
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Read x and denoised, write the result."""
-    return 3 * itemsize * torch.Size(shape).numel()
-
-
-def _flops(shape: tuple[int, ...]) -> int:
-    return 4 * torch.Size(shape).numel()
 
 
 SPEC = OpSpec(
     name="euler_step",
     shapes=((64, 3, 256, 256), (1, 3, 256, 256), (64, 3, 512, 512)),
     odd_shapes=((5, 3, 7, 11), (3,), (1,), (1, 3, 8, 8), (3, 17, 257)),
-    bytes=_bytes,
-    flops=_flops,
+    bytes=lambda shape, itemsize: 3 * itemsize * math.prod(shape),  # x and denoised are read, the result is written
 )

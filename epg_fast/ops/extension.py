@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from epg_fast.ops.backends import refuse_transforms
-
 OPERATORS = (
     "augment_view_out",
     "build_info",
@@ -108,11 +106,9 @@ def extension_has_gemms() -> bool:
     return torch._C._dispatch_has_kernel("epg_fast::linear_gelu_out")
 
 
-def extension_takes(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the extension is there, and the tensors are on a CPU, of these dtypes and plain in memory."""
-    tracing = torch.compiler.is_compiling()  # a negated view, which waits for its negation, is not traced
-    plain = (t.dtype in dtypes and t.is_contiguous() and (tracing or not t.is_neg()) for t in tensors)
-    return _is_available() and all(t.device.type == "cpu" for t in tensors) and all(plain)
+def extension_takes(images: Sequence[torch.Tensor]) -> bool:
+    """Whether the extension is there, and the images, of 8 bits, are on a CPU and contiguous."""
+    return _is_available() and all(image.device.type == "cpu" and image.is_contiguous() for image in images)
 
 
 @torch.compiler.assume_constant_result
@@ -194,41 +190,3 @@ def require_one_device(op: str, x: torch.Tensor, **lists: Sequence[torch.Tensor]
                     f"{op}: got {name}[{i}] on {tensor.device} and others on {x.device}, wanted one device; "
                     "move it there"
                 )
-
-
-def require_extension_tensors(op: str, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all, x first, are float32, contiguous, on one device, without gradient or tangent."""
-    refuse_transforms(op)
-    first = next(iter(tensors.values()))
-    for name, tensor in tensors.items():
-        if reason := _not_taken(tensor, first):
-            raise ValueError(f"{op}: got {name} {reason} or use backend='plain'")
-
-
-def _not_taken(tensor: torch.Tensor, first: torch.Tensor) -> str | None:
-    if tensor.dtype != torch.float32:
-        return f"in {tensor.dtype}, wanted torch.float32 for backend='extension'; convert it"
-    if not tensor.is_contiguous():
-        return f"with strides {tensor.stride()}, wanted it contiguous for backend='extension'; call .contiguous()"
-    if tensor.device != first.device:
-        return f"on {tensor.device} and x on {first.device}, wanted one device; move it there"
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        return "with a tangent, which backend='extension' does not carry on; leave it out"
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return "that requires a gradient, which backend='extension' has not; use torch.no_grad()"
-    return None
-
-
-def require_no_partial_overlap(op: str, name: str, written: torch.Tensor, **read: torch.Tensor) -> None:
-    """Raise ValueError if memory is written and, shifted, also read; the same memory, element for element, is fine."""
-    if torch.compiler.is_compiling():
-        return  # tensors have no address yet; the operator itself checks again when it runs
-    start, end = written.data_ptr(), written.data_ptr() + written.nbytes
-    for other_name, other in read.items():
-        other_start, other_end = other.data_ptr(), other.data_ptr() + other.nbytes
-        if start != other_start and start < other_end and other_start < end:
-            raise ValueError(
-                f"{op}: got {name} that overlaps part of {other_name} in memory, wanted them apart or the same; "
-                f"pass {other_name}.clone()"
-            )

@@ -7,26 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from epg_fast.ops.backends import needs_gradient
-
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether weight [N, K] has sides that FP8 products take, forward and backward: multiples of 16."""
     return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-
-
-def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
-    if needs_gradient(*tensors):
-        raise ValueError(f"{op}: got a tensor that requires a gradient, which FP8 output has not; use torch.no_grad()")
-
-
-def require_conversion(op: str, device: torch.device) -> None:
-    """Raise ValueError on a GPU whose Triton kernels cannot write float8_e4m3fn."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(
-            f"{op}: got {torch.cuda.get_device_name(device)}, wanted a GPU with FP8 (compute capability 8.9 or more) "
-            "for backend='triton'; use backend='plain'"
-        )
 
 
 def product_backend(device: torch.device) -> str:

@@ -14,10 +14,8 @@ For tensor i with gradient g, where nothing below happens if found_inf is not 0:
 Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2, as torch.optim.AdamW computes
 it; clipping as torch.nn.utils.clip_grad_norm_; ema_weight is 1 - decay.
 
-Shapes: params, grads, exp_avgs, exp_avg_sqs: N tensors each, equal shapes place by place; emas: K lists of N (K up to
-4); copies, ema_copies: N or none, with None for a tensor that none is wanted of. steps, lrs, weight_decays: [N];
-ema_weights: [K]; norm, found_inf, max_norm, grad_scale: []. What changes from step to step is in these tensors, on the
-device of the parameters, and none is read on the host: a captured CUDA graph stays right when they are written to.
+What changes from step to step is in tensors on the device of the parameters, and none is read on the host: a captured
+CUDA graph stays right when they are written to.
 Dtypes: extension: params, moments and averages float32, grads float32 or bfloat16 (also mixed), copies all bfloat16 or
 all float16; steps, norm, found_inf and grad_scale float32; lrs, weight_decays, ema_weights and max_norm float64.
 reference: any floating dtypes.
@@ -25,6 +23,7 @@ Error: each value within a few float32 roundings of the formula, as torch's fuse
 float64. An average with weight 1 equals the parameter, with weight 0 it stays as it is, bit for bit.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -89,11 +88,11 @@ def fused_adamw_ema_(
 ) -> None:
     """Update params, exp_avgs, exp_avg_sqs, steps, emas and copies in place, or none of them if found_inf is not 0.
 
-    params, grads, exp_avgs, exp_avg_sqs: N tensors each. steps, lrs, weight_decays: [N], steps counted so far; a weight
-    decay of 0 exempts a tensor. norm, found_inf: as `global_norm(grads)` returns them. max_norm: [], limit of the norm,
-    inf for none. grad_scale: [], what the loss was multiplied by; None for 1. emas: K averages, each N tensors, with
-    ema_weights: [K], 1 - decay. copies, ema_copies: of params and of the first average, N tensors in bfloat16 or in
-    float16, or none; None in the place of one that is not wanted.
+    params, grads, exp_avgs, exp_avg_sqs: N tensors each, of equal shapes place by place. steps, lrs, weight_decays:
+    [N], steps counted so far; a weight decay of 0 exempts a tensor. norm, found_inf: as `global_norm(grads)` returns
+    them. max_norm: [], limit of the norm, inf for none. grad_scale: [], what the loss was multiplied by; None for 1.
+    emas: up to 4 averages, each N tensors, with ema_weights: [K], 1 - decay. copies, ema_copies: of params and of the
+    first average, N tensors in bfloat16 or in float16, or none; None in the place of one that is not wanted.
     backend: "plain" (plain PyTorch) or "extension" (one pass in C++ or CUDA).
     Raises ValueError for a backend that cannot run here and for lists whose lengths do not fit, and RuntimeError that
     names the tensor for a wrong shape, dtype, device or memory layout; nothing has been changed then.
@@ -163,24 +162,11 @@ def _check_lengths(params, emas, ema_weights, **lists) -> None:
             raise ValueError(f"{_OP}: got {len(average)} tensors in emas[{k}] for {len(params)} params, wanted as many")
 
 
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Read five float32 values (`itemsize` bytes for the gradient) and write four, with one average and no copy.
-
-    shape: (number of tensors, values in each).
-    """
-    return (4 * 4 + itemsize + 4 * 4) * torch.Size(shape).numel()
-
-
-def _flops(shape: tuple[int, ...]) -> int:
-    """A square root and a division count as one each."""
-    return 18 * torch.Size(shape).numel()
-
-
 # The real lists of tensors are uneven: EPG-XL has 583 million parameters in 349 tensors.
 SPEC = OpSpec(
     name="fused_adamw_ema",
     shapes=((349, 1_670_447), (5000, 4096)),
     odd_shapes=((3, 17), (1, 1), (2, 16_385), (100, 7)),
-    bytes=_bytes,
-    flops=_flops,
+    # Of (tensors, values in each), with one average: four float32 values are read and written, the gradient is read.
+    bytes=lambda shape, itemsize: (4 * 4 + itemsize + 4 * 4) * math.prod(shape),
 )

@@ -7,8 +7,6 @@
 Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), adaLN-Zero blocks; without gate and
 modulation the step of a pre-LayerNorm transformer.
 
-Shapes: x, branch: [B, L, D]; weight, bias: [D]; gate, shift, scale: [B, D] or [B, 1, D]; gate, or shift and scale, may
-be None.
 Dtypes: any floating dtypes, mixed freely. Arithmetic is float32 (float64 when x is float64); x_out is rounded once, to
 x's dtype, and what is normalised is the rounded x_out; y has out_dtype, by default x's dtype.
 `gate_residual_norm_modulate_fp8` returns y as `layer_norm_modulate_fp8` does.
@@ -23,8 +21,9 @@ import torch
 from epg_fast.ops.layer_norm_modulate import (
     checked_norm,
     layer_norm_modulate_bwd_ref,
-    layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
+    norm_bytes,
+    norm_fp8,
     norm_statistics,
 )
 from epg_fast.ops.quantize_rows import gated_sum_ref
@@ -49,19 +48,12 @@ def _forward(x, branch, gate, weight, bias, shift, scale, eps: float, out_dtype:
 
 def _backward(dx_out, dy: torch.Tensor, x_out, branch, gate, weight, bias, shift, scale, mean, rstd):
     """Without a gate dbranch, which is dx then, and dgate are None."""
-    # In the statistics' dtype, so that the gradient of x_out is rounded once.
-    g, *rest = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
-    g = g if dx_out is None else g + dx_out.to(g.dtype)
+    g, *rest = layer_norm_modulate_bwd_ref(dy, x_out, weight, bias, shift, scale, mean, rstd, dx_out)
     dbranch = dgate = None
     if gate is not None:
         dbranch = (g * gate.to(g.dtype).unsqueeze(1)).to(branch.dtype)
         dgate = (g * branch.to(g.dtype)).sum(1).to(gate.dtype)
     return g.to(x_out.dtype), dbranch, dgate, *rest
-
-
-def _fp8(x, branch, gate, weight, bias, shift, scale, eps: float):
-    x_out = gated_sum_ref(x, branch, gate)
-    return x_out, *layer_norm_modulate_fp8_ref(x_out, weight, bias, shift, scale, eps)
 
 
 _operation = operation(
@@ -76,9 +68,6 @@ _operation = operation(
         others=lambda made, given: {} if given["gate"] is not None else {"branch": made["x"]},
         only_with={"branch": "gate"},
     ),
-)
-_fp8_operation = operation(
-    "gate_residual_norm_modulate_fp8", _fp8, f"{_KERNELS}:gate_residual_norm_modulate_fp8", "x_out y row_scale"
 )
 
 
@@ -125,25 +114,13 @@ def gate_residual_norm_modulate_fp8(
     errors as there. There is no gradient: ValueError if one would be needed.
     """
     op = "gate_residual_norm_modulate_fp8"
-    shift, scale, gate = checked_norm(op, backend, x, weight, bias, shift, scale, gate, branch, fp8=True)
-    run = _fp8_operation if backend == "triton" else _fp8
-    return run(x, branch, gate, weight, bias, shift, scale, eps)
+    return norm_fp8(op, backend, x, weight, bias, shift, scale, eps, branch, gate)
 
 
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:
     """Forward reads x and branch and writes x_out and y; backward reads both gradients, x_out and branch and writes dx
-    and dbranch. Parameters and statistics are float32."""
-    batch, tokens, width = shape
-    rows, per_image, parameters, statistics = batch * tokens * width, batch * width, width, batch * tokens
-    if backward:
-        return (6 * rows + 5 * per_image) * itemsize + (4 * parameters + 2 * statistics) * 4
-    return (4 * rows + 3 * per_image) * itemsize + (2 * parameters + 2 * statistics) * 4
-
-
-def _flops(shape: tuple[int, int, int], backward: bool = False) -> int:
-    """Per value: 2 for the residual, 5 to normalise, 4 for weight, bias, scale and shift; 20 in the backward pass."""
-    batch, tokens, width = shape
-    return (20 if backward else 11) * batch * tokens * width
+    and dbranch."""
+    return norm_bytes(shape, itemsize, *((6, 5, 4) if backward else (4, 3, 2)))
 
 
 SPEC = OpSpec(
@@ -151,5 +128,4 @@ SPEC = OpSpec(
     shapes=((64, 258, 1584), (256, 258, 768), (64, 258, 1024), (64, 258, 1920), (64, 258, 2688)),
     odd_shapes=((3, 17, 40), (1, 199, 40), (1, 17, 768), (2, 3, 1584)),
     bytes=_bytes,
-    flops=_flops,
 )

@@ -7,13 +7,13 @@
 Source: gradient clipping by the global norm, Pascanu et al., "On the difficulty of training recurrent neural networks"
 (2013); `found_inf` as torch's fused optimisers take it.
 
-Shapes: tensors: any, each its own; norm, found_inf: [].
 Dtypes: reference: any floating dtypes; extension: float32 and bfloat16, also mixed, contiguous. Results are float32
 (float64 from the reference when a tensor is).
 Error: the extension sums in float64, in an order that does not depend on the number of threads: the result is the
 float32 nearest to the exact norm, or its neighbour, and the same every time. Nothing is read on the host.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,20 +55,10 @@ def global_norm(tensors: Sequence[torch.Tensor], backend: str = "plain") -> tupl
     return norm, found_inf
 
 
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Read every value once. shape: (number of tensors, values in each)."""
-    return itemsize * torch.Size(shape).numel()
-
-
-def _flops(shape: tuple[int, ...]) -> int:
-    return 2 * torch.Size(shape).numel()
-
-
 # The real lists of tensors are uneven: EPG-XL has 583 million parameters in 349 tensors.
 SPEC = OpSpec(
     name=_OP,
     shapes=((349, 1_670_447), (5000, 4096)),
     odd_shapes=((3, 17), (1, 1), (2, 16_385), (1000, 7)),
-    bytes=_bytes,
-    flops=_flops,
+    bytes=lambda shape, itemsize: itemsize * math.prod(shape),
 )

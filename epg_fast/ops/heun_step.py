@@ -11,11 +11,12 @@ returned. d and ahead are computed again instead of being kept: that costs no me
 Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1 for
 sigma(t) = t, which is algorithm 2 without churn; SPEC 7.
 
-Shapes: x, denoised, denoised_next: any shape, the same. sigma, sigma_next: Python floats, both shifted or unshifted.
 Dtypes: reference: any floating dtype; extension: float32, contiguous.
 Error: the extension evaluates in this order with IEEE division and no fused multiply-add: on a CPU it equals the
 reference bit for bit, on CUDA (where PyTorch multiplies by 1/sigma) it is within 2x the reference's float32 error.
 """
+
+import math
 
 import torch
 
@@ -78,19 +79,10 @@ def _take(op, x, denoised, denoised_next, sigma, sigma_next, clamp, backend) -> 
     return take_step(op, heun_step_ref, x, estimates, (sigma, sigma_next), clamp, backend)
 
 
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Read x and both estimates, write the result."""
-    return 4 * itemsize * torch.Size(shape).numel()
-
-
-def _flops(shape: tuple[int, ...]) -> int:
-    return 10 * torch.Size(shape).numel()
-
-
 SPEC = OpSpec(
     name="heun_step",
     shapes=((64, 3, 256, 256), (1, 3, 256, 256), (64, 3, 512, 512)),
     odd_shapes=((5, 3, 7, 11), (3,), (1,), (1, 3, 8, 8), (3, 17, 257)),
-    bytes=_bytes,
-    flops=_flops,
+    bytes=lambda shape, itemsize: 4 * itemsize * math.prod(shape),  # x and both estimates, and the result
+    built_from=("euler_step",),
 )

@@ -5,7 +5,6 @@
 
 Source: Ba et al., "Layer Normalization" (2016); Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023).
 
-Shapes: x: [B, L, D]; weight, bias: [D]; shift, scale: [B, D] or [B, 1, D], or both None.
 Dtypes: any floating dtypes, mixed freely. Statistics and arithmetic are float32 (float64 when x is float64), y has
 out_dtype, by default x's dtype. `layer_norm_modulate_fp8` returns y / row_scale in float8_e4m3fn instead, with
 row_scale = max |y| / 448 over each row, for matrix products in FP8.
@@ -18,10 +17,9 @@ dshift = G, dscale = weight * H + bias * G, dweight = sum_b (1 + scale) * H, dbi
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_at_most, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, refuse_gradient, require_at_most, require_triton
 from epg_fast.ops.checks import check_both, check_shapes
-from epg_fast.ops.fp8 import refuse_gradient, require_conversion
-from epg_fast.ops.quantize_rows import quantize_rows_ref
+from epg_fast.ops.quantize_rows import gated_sum_ref, per_sample, quantize_rows_ref
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
 
@@ -39,14 +37,7 @@ def layer_norm_modulate_ref(x, weight, bias, shift=None, scale=None, eps=1e-5, o
     return y.to(out_dtype or x.dtype)
 
 
-def layer_norm_modulate_fp8_ref(x, weight, bias, shift=None, scale=None, eps: float = 1e-5):
-    """`layer_norm_modulate_fp8` in plain PyTorch."""
-    return quantize_rows_ref(layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, accumulation_dtype(x)))
-
-
-def _forward(
-    x, weight, bias, shift, scale, eps: float, out_dtype: torch.dtype | None, copy_dtype: torch.dtype | None = None
-):
+def _forward(x, weight, bias, shift, scale, eps: float, out_dtype: torch.dtype | None, copy_dtype: torch.dtype | None):
     """(y, mean, rstd, x in copy_dtype, None if that is)."""
     y = layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
     return y, *norm_statistics(x, eps), None if copy_dtype is None else x.to(copy_dtype, copy=True)
@@ -60,27 +51,29 @@ def norm_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Te
 
 def _backward(dx_out, dcopy, dy: torch.Tensor, x, weight, bias, shift, scale, mean, rstd):
     """dx_out, dcopy: the gradients that reach x past the norm, through itself and through its copy, if they do."""
-    # In the statistics' dtype, so that the gradient of x is rounded once.
-    dx, *rest = layer_norm_modulate_bwd_ref(dy, x.to(mean.dtype), weight, bias, shift, scale, mean, rstd)
-    for passed in (dx_out, dcopy):
-        dx = dx if passed is None else dx + passed.to(dx.dtype)
+    dx, *rest = layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd, dx_out, dcopy)
     return dx.to(x.dtype), *rest
 
 
-def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd):
-    """Gradients in plain PyTorch; dshift and dscale are None without modulation."""
+def layer_norm_modulate_bwd_ref(dy, x, weight, bias, shift, scale, mean, rstd, *passed):
+    """Gradients in plain PyTorch; dshift and dscale are None without modulation.
+
+    That of x is in the statistics' dtype, to be rounded once, with those that have `passed` the norm.
+    """
     acc_dtype = mean.dtype
     g, w, rstd = dy.to(acc_dtype), weight.to(acc_dtype), rstd.unsqueeze(-1)
     xhat = (x.to(acc_dtype) - mean.unsqueeze(-1)) * rstd
     factor = 1 + scale.to(acc_dtype) if scale is not None else x.new_ones(1, dtype=acc_dtype)
     dxhat = g * w * factor.unsqueeze(-2)
     dx = (dxhat - dxhat.mean(-1, keepdim=True) - xhat * (dxhat * xhat).mean(-1, keepdim=True)) * rstd
+    for gradient in passed:
+        dx = dx if gradient is None else dx + gradient.to(acc_dtype)
     sum_dy, sum_dy_xhat = g.sum(1), (g * xhat).sum(1)
     dweight, dbias = (factor * sum_dy_xhat).sum(0).to(weight.dtype), (factor * sum_dy).sum(0).to(bias.dtype)
     if scale is None:
-        return dx.to(x.dtype), dweight, dbias, None, None
+        return dx, dweight, dbias, None, None
     dscale = (w * sum_dy_xhat + bias.to(acc_dtype) * sum_dy).to(scale.dtype)
-    return dx.to(x.dtype), dweight, dbias, sum_dy.to(shift.dtype, copy=True), dscale
+    return dx, dweight, dbias, sum_dy.to(shift.dtype, copy=True), dscale
 
 
 _operation = operation(
@@ -91,8 +84,19 @@ _operation = operation(
     Backward(_backward, f"{_KERNELS}:layer_norm_modulate_bwd", "x weight bias shift scale"),
 )
 _gradients = _operation.backward
+
+
+def _forward_fp8(x, branch, gate, first_weight, first_bias, weight, bias, shift, scale, eps: float):
+    """(x + gate * branch, or the first norm of x, None without either; its norm quantised row by row, the scales)."""
+    x_out = gated_sum_ref(x, branch, gate)
+    if first_weight is not None:
+        x_out = layer_norm_modulate_ref(x, first_weight, first_bias, eps=eps)
+    y = layer_norm_modulate_ref(x_out, weight, bias, shift, scale, eps, accumulation_dtype(x))
+    return None if x_out is x else x_out, *quantize_rows_ref(y)
+
+
 _fp8_operation = operation(
-    "layer_norm_modulate_fp8", layer_norm_modulate_fp8_ref, f"{_KERNELS}:layer_norm_modulate_fp8", "y row_scale"
+    "norm_modulate_fp8", _forward_fp8, "epg_kernels._norm_modulate:norm_modulate_fp8", "x_out y row_scale"
 )
 
 
@@ -131,7 +135,7 @@ def layer_norm_modulate(
     shift, scale, _ = checked_norm("layer_norm_modulate", backend, x, weight, bias, shift, scale)
     if backend != "triton":
         return layer_norm_modulate_ref(x, weight, bias, shift, scale, eps, out_dtype)
-    return _operation(x, weight, bias, shift, scale, eps, out_dtype)[0]
+    return _operation(x, weight, bias, shift, scale, eps, out_dtype, None)[0]
 
 
 def residual_norm_modulate(
@@ -172,9 +176,14 @@ def layer_norm_modulate_fp8(
 
     Arguments, backends and errors as there. There is no gradient: ValueError if one would be needed.
     """
-    shift, scale, _ = checked_norm("layer_norm_modulate_fp8", backend, x, weight, bias, shift, scale, fp8=True)
-    run = _fp8_operation if backend == "triton" else layer_norm_modulate_fp8_ref
-    return run(x, weight, bias, shift, scale, eps)
+    return norm_fp8("layer_norm_modulate_fp8", backend, x, weight, bias, shift, scale, eps)[1:]
+
+
+def norm_fp8(op, backend, x, weight, bias, shift, scale, eps, branch=None, gate=None, first=(None, None)):
+    """What `_forward_fp8` returns, of checked arguments; first: weight and bias of a norm before."""
+    shift, scale, gate = checked_norm(op, backend, x, weight, bias, shift, scale, gate, branch, fp8=True)
+    run = _fp8_operation if backend == "triton" else _forward_fp8
+    return run(x, branch, gate, *first, weight, bias, shift, scale, eps)
 
 
 def checked_norm(op, backend, x, weight, bias, shift, scale, gate=None, branch=None, fp8=False):
@@ -188,22 +197,14 @@ def checked_norm(op, backend, x, weight, bias, shift, scale, gate=None, branch=N
         refuse_gradient(op, *given)
     if backend != "triton":
         return shift, scale, gate
-    require_triton_norm(op, *given, fp8=fp8)
+    require_triton_norm(op, x.shape[2], *given, fp8=fp8)
     return per_sample(shift), per_sample(scale), per_sample(gate)
 
 
-def per_sample(modulation: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, 1, D] as [B, D]."""
-    return modulation.squeeze(1) if modulation is not None and modulation.dim() == 3 else modulation
-
-
-def require_triton_norm(op: str, x: torch.Tensor, *others: torch.Tensor | None, fp8: bool = False) -> None:
-    """Raise ValueError unless the Triton kernels can run on x's device and width."""
-    require_triton(op, x, *others)
-    require_grid(op, x.shape[0])
-    require_at_most(op, _MAX_TRITON_WIDTH, "width D=", x.shape[-1])
-    if fp8:
-        require_conversion(op, x.device)
+def require_triton_norm(op: str, width: int, *tensors: torch.Tensor | None, **options) -> None:
+    """Raise ValueError unless the Triton kernels of norms of this width can run; the rest is `require_triton`'s."""
+    require_triton(op, *tensors, batched=True, **options)
+    require_at_most(op, _MAX_TRITON_WIDTH, "width D=", width)
 
 
 def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | None) -> None:
@@ -214,19 +215,16 @@ def check_norm_shapes(op: str, x, weight, bias, **modulation: torch.Tensor | Non
     check_shapes(op, sizes, **{name: (tensor, "BD|B1D") for name, tensor in modulation.items()})
 
 
+def norm_bytes(shape: tuple[int, int, int], itemsize: int, passes: int, modulations: int, parameters: int) -> int:
+    """passes: over tokens like x; modulations: values for each image and column; parameters are float32."""
+    batch, tokens, width = shape
+    values = passes * batch * tokens * width + modulations * batch * width
+    return values * itemsize + 4 * (parameters * width + 2 * batch * tokens)  # mean and rstd
+
+
 def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -> int:
-    """Forward reads x and writes y, backward reads dy and x and writes dx; parameters and statistics are float32."""
-    batch, tokens, width = shape
-    rows, per_image, parameters, statistics = batch * tokens * width, batch * width, width, batch * tokens
-    if backward:
-        return (3 * rows + 3 * per_image) * itemsize + (4 * parameters + 2 * statistics) * 4
-    return (2 * rows + 2 * per_image) * itemsize + (2 * parameters + 2 * statistics) * 4
-
-
-def _flops(shape: tuple[int, int, int], backward: bool = False) -> int:
-    """Per value: 5 to normalise, 4 for weight, bias, scale and shift; 16 in the backward pass."""
-    batch, tokens, width = shape
-    return (16 if backward else 9) * batch * tokens * width
+    """Forward reads x and writes y, backward reads dy and x and writes dx."""
+    return norm_bytes(shape, itemsize, *((3, 3, 4) if backward else (2, 2, 2)))
 
 
 SPEC = OpSpec(
@@ -234,5 +232,4 @@ SPEC = OpSpec(
     shapes=((64, 258, 1584), (256, 258, 768), (64, 258, 1024), (64, 258, 1920), (64, 258, 2688)),
     odd_shapes=((3, 17, 40), (1, 258, 40), (1, 17, 768), (2, 3, 1584)),
     bytes=_bytes,
-    flops=_flops,
 )

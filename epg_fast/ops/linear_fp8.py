@@ -6,7 +6,6 @@
 Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022); scales per row of both operands, as
 `layer_norm_modulate_fp8` and `gate_residual_norm_modulate_fp8` return them.
 
-Shapes: x: [..., K]; x_scale: [...]; weight: [N, K]; weight_scale: [N]; bias: [N]; y: [..., N].
 Dtypes: x and weight float8_e4m3fn (`linear_fp8_ref`: any floating dtype); scales float32; y has the dtype of bias,
 bfloat16 for the backends "cuda" and "scaled_mm". K is a multiple of 16 and N of 8 there (of 16 for "scaled_mm"). The
 reference multiplies in float32, or in float64 where the scales have it.
@@ -17,23 +16,19 @@ sums of 128 products to the tensor cores, which keep fewer bits of them than flo
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_dtypes, require_gemm_operands
-from epg_fast.ops.checks import check_dtype, check_floating, check_shapes
+from epg_fast.ops.backends import check_backend, refuse_gradient, require_dtypes, require_gemm_operands
 from epg_fast.ops.extension import require_gemms
-from epg_fast.ops.fp8 import refuse_gradient, require_row_scales, scaled_mm
+from epg_fast.ops.fp8 import require_row_scales, scaled_mm
+from epg_fast.ops.linear_fp8_fused import check_fp8_linear, linear_fp8_fused_ref
 from epg_fast.ops.registration import operation
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_rows
 
 _OP = "linear_fp8"
 
 
 def linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu: bool = False) -> torch.Tensor:
     """`linear_fp8` in plain PyTorch, on dequantised operands."""
-    dtype = accumulation_dtype(x_scale)
-    x = x.to(dtype) * x_scale.unsqueeze(-1)
-    weight = weight.to(dtype) * weight_scale.unsqueeze(-1)
-    z = F.linear(x, weight, bias.to(dtype))
-    return (F.gelu(z) if gelu else z).to(bias.dtype)
+    return linear_fp8_fused_ref(x, x_scale, weight, weight_scale, bias, gelu=gelu)
 
 
 def _forward_cuda(x, x_scale, weight, weight_scale, bias, gelu):
@@ -66,7 +61,7 @@ def linear_fp8(
     that cannot run here.
     """
     check_backend(_OP, backend, ("plain", "cuda", "scaled_mm"))
-    _check(x, x_scale, weight, weight_scale, bias)
+    check_fp8_linear(_OP, x, x_scale, weight, weight_scale, bias)
     refuse_gradient(_OP, x_scale, weight_scale, bias)
     if backend == "cuda":
         require_dtypes(_OP, (torch.bfloat16,), "cuda", bias=bias)
@@ -99,47 +94,16 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, gelu) -> torch.Tensor:
     return F.gelu(z) if gelu else z
 
 
-def require_linear_shapes(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raise ValueError unless x is [..., K] and weight [N, K]."""
-    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{op}: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}, wanted [..., K] and "
-            "[N, K] with the same K; weight is that of a Linear, one row per output"
-        )
-
-
-def _check(x, x_scale, weight, weight_scale, bias) -> None:
-    require_linear_shapes(_OP, x, weight)
-    leading = "abcdefgh"[: x.dim() - 1]
-    sizes = {"N": weight.shape[0]} | dict(zip(leading, x.shape, strict=False))
-    check_shapes(_OP, sizes, x_scale=(x_scale, leading), weight_scale=(weight_scale, "N"), bias=(bias, "N"))
-    quantise = "quantise it row by row, as layer_norm_modulate_fp8 does"
-    check_dtype(_OP, torch.float8_e4m3fn, quantise, x=x, weight=weight)
-    check_dtype(_OP, torch.float32, "convert it", x_scale=x_scale, weight_scale=weight_scale)
-    check_floating(_OP, bias=bias)
-
-
 def _bytes(shape: tuple[int, int, int], itemsize: int) -> int:
     """Read x and weight, of one byte per value, their scales and bias, and write y, of `itemsize` bytes per value."""
     rows, k, n = shape
     return rows * k + n * k + 4 * (rows + n) + (rows + 1) * n * itemsize
 
 
-def _flops(shape: tuple[int, int, int]) -> int:
-    rows, k, n = shape
-    return 2 * rows * k * n
-
-
 SPEC = OpSpec(
     name=_OP,
-    shapes=(
-        (64 * 258, 1584, 6336),
-        (64 * 258, 1584, 4752),
-        (64 * 258, 6336, 1584),
-        (64 * 258, 768, 3072),
-        (64 * 258, 1024, 4096),
-    ),
+    shapes=of_rows((1584, 6336), (1584, 4752), (6336, 1584), (768, 3072), (1024, 4096)),
     odd_shapes=((5, 48, 24), (129, 144, 136), (1, 16, 8), (300, 1584, 72)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda rows, k, n: rows * k * n,
 )

@@ -12,7 +12,6 @@ Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022); the split i
 directly, and stays in 16 bits. dy is in e4m3, not in e5m2: with a scale per row the narrower range is wide enough, and
 the third bit behind the leading one halves the error.
 
-Shapes: x: [..., K]; weight: [N, K]; bias: [N] or None; y: [..., N]. K and N are multiples of 16.
 Dtypes: x, weight and bias in any floating dtype; the products take x, and give y and dx, in `dtype`, bfloat16 for the
 backend "scaled_mm"; gradients have the dtypes of what they belong to. "plain" multiplies in float32, or in float64
 where x and weight are that.
@@ -29,9 +28,10 @@ from torch.autograd.function import once_differentiable
 from epg_fast.ops.backends import check_backend
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.fp8 import fits, require_row_scales, scaled_mm
-from epg_fast.ops.linear_fp8 import linear_fp8_ref, require_linear_shapes
+from epg_fast.ops.linear_fp8 import linear_fp8_ref
+from epg_fast.ops.linear_fp8_fused import require_linear_shapes
 from epg_fast.ops.quantize_rows import quantize_rows_ref
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_rows
 
 _OP = "linear_fp8_dynamic"
 
@@ -120,22 +120,11 @@ def _bytes(shape: tuple[int, int, int], itemsize: int, backward: bool = False) -
     return itemsize * rows * (k + n) + 4 * n * k + 4 * n + 2 * k * (rows + n)
 
 
-def _flops(shape: tuple[int, int, int], backward: bool = False) -> int:
-    rows, k, n = shape
-    return (4 if backward else 2) * rows * k * n
-
-
 SPEC = OpSpec(
     name=_OP,
-    shapes=(
-        (64 * 258, 1584, 6336),
-        (64 * 258, 1584, 4752),
-        (64 * 258, 6336, 1584),
-        (64 * 258, 2352, 1584),
-        (64 * 258, 768, 3072),
-    ),
+    shapes=of_rows((1584, 6336), (1584, 4752), (6336, 1584), (2352, 1584), (768, 3072)),
     odd_shapes=((5, 48, 32), (129, 144, 208), (1, 16, 16)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda rows, k, n: rows * k * n,
     built_from=("linear_fp8",),
 )

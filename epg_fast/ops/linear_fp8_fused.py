@@ -21,18 +21,11 @@ which moves a value by one FP8 number at most, where it lies between two.
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import (
-    FLOATS,
-    accumulation_dtype,
-    check_backend,
-    require_dtypes,
-    require_triton,
-)
+from epg_fast.ops.backends import accumulation_dtype, check_backend, refuse_gradient, require_triton
 from epg_fast.ops.checks import check_dtype, check_floating, check_shapes
-from epg_fast.ops.fp8 import refuse_gradient, require_conversion
-from epg_fast.ops.quantize_rows import quantize_rows_ref
+from epg_fast.ops.quantize_rows import per_sample, quantize_rows_ref
 from epg_fast.ops.registration import operation
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_tokens
 
 _OP = "linear_fp8_fused"
 COLUMNS = 128
@@ -44,9 +37,8 @@ def linear_fp8_fused_ref(
     returns="y",
 ):  # fmt: skip
     """`linear_fp8_fused` in plain PyTorch, on dequantised operands."""
-    gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
     operands = x, x_scale, weight, weight_scale, bias, skip, skip_scale
-    return _wanted(_forward(*operands, gelu, residual, gate, returns), returns)
+    return _wanted(_forward(*operands, gelu, residual, per_sample(gate), returns), returns)
 
 
 def _forward(x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu: bool, residual, gate, returns: str):
@@ -62,12 +54,11 @@ def _forward(x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu: boo
     if residual is not None:
         y = y + residual.to(y.dtype)
     rows = row_scale = None
-    parts = F.pad(y, (0, -y.shape[-1] % COLUMNS)).unflatten(-1, (-1, COLUMNS))
-    if returns == "largest":
-        row_scale = parts.abs().amax(-1).movedim(-1, 0).contiguous()
-    elif returns != "y":
-        rows, row_scale = quantize_rows_ref(parts)
-        rows, row_scale = rows.flatten(-2)[..., : y.shape[-1]].contiguous(), row_scale.movedim(-1, 0).contiguous()
+    if returns != "y":
+        parts = F.pad(y, (0, -y.shape[-1] % COLUMNS)).unflatten(-1, (-1, COLUMNS))
+        rows, row_scale = (None, parts.abs().amax(-1)) if returns == "largest" else quantize_rows_ref(parts)
+        rows = None if rows is None else rows.flatten(-2)[..., : y.shape[-1]].contiguous()
+        row_scale = row_scale.movedim(-1, 0).contiguous()
     dtype = bias.dtype if residual is None else residual.dtype
     return None if returns == "rows" else y.to(dtype), rows, row_scale
 
@@ -79,15 +70,7 @@ def _dequantised(x, scale):
     return x.to(dtype) * scale.movedim(0, -1).repeat_interleave(COLUMNS, -1)[..., : x.shape[-1]]
 
 
-def _kernel(x, x_scale, weight, weight_scale, bias, skip, skip_scale, gelu, residual, gate, returns):
-    from epg_kernels.linear_fp8_fused import linear_fp8_fused
-
-    operands = x, x_scale, weight, weight_scale, bias, skip, skip_scale
-    dtype = (bias if residual is None else residual).dtype
-    return linear_fp8_fused(*operands, gelu, residual, gate, dtype, returns)
-
-
-_operation = operation(_OP, _forward, _kernel, "y rows row_scale")
+_operation = operation(_OP, _forward, "epg_kernels.linear_fp8_fused:linear_fp8_fused", "y rows row_scale")
 
 
 def linear_fp8_fused(
@@ -121,12 +104,10 @@ def linear_fp8_fused(
     refuse_gradient(_OP, *given.values())
     if backend == "plain":
         return linear_fp8_fused_ref(**given, gelu=gelu, returns=returns)
-    require_triton(_OP, *given.values())
-    require_dtypes(_OP, FLOATS, bias=bias, residual=residual, gate=gate)
-    require_conversion(_OP, x.device)
-    gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
+    operands = x, x_scale, weight, weight_scale, skip, skip_scale
+    require_triton(_OP, *operands, fp8=True, bias=bias, residual=residual, gate=gate)
     operands = x, x_scale, weight, weight_scale, bias, skip, skip_scale
-    return _wanted(_operation(*operands, gelu, residual, gate, returns), returns)
+    return _wanted(_operation(*operands, gelu, residual, per_sample(gate), returns), returns)
 
 
 def _wanted(made: tuple, returns: str):
@@ -137,28 +118,48 @@ def _wanted(made: tuple, returns: str):
 def _check(x, x_scale, weight, weight_scale, bias, skip, skip_scale, residual, gate, returns) -> None:
     if returns not in ("y", "rows", "both", "largest"):
         raise ValueError(f"{_OP}: got returns={returns!r}, wanted y, rows, both or largest")
-    columns = sum(part.shape[-1] for part in (x, skip) if part is not None)
-    if x.dim() < 2 or weight.dim() != 2 or weight.shape[1] != columns:
-        raise ValueError(
-            f"{_OP}: got x and skip with {columns} columns and weight of shape {tuple(weight.shape)}, wanted [..., D], "
-            "[..., E] and [N, D + E]; weight is that of a Linear, one row per output"
-        )
     if (skip is None) != (skip_scale is None) or (gate is not None and residual is None):
         raise ValueError(
             f"{_OP}: got a skip, a scale or a gate alone, wanted a skip with its scale, a gate on a residual"
         )
+    check_fp8_linear(_OP, x, x_scale, weight, weight_scale, bias, "|T", skip=skip, skip_scale=skip_scale)
+    check_floating(_OP, residual=residual, gate=gate)
+    rows = _letters(x)
+    sizes = dict(zip(rows, x.shape, strict=False)) | {"N": weight.shape[0]}
+    check_shapes(_OP, sizes, residual=(residual, f"{rows}N"), gate=(gate, f"{rows[0]}N|{rows[0]}1N"))
+
+
+def _letters(x: torch.Tensor) -> str:
+    """Of all dimensions but the last."""
+    return "abcdefgh"[: x.dim() - 1]
+
+
+def require_linear_shapes(op: str, x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None) -> None:
+    """Raise ValueError unless x is [..., K], with the columns of a skip, and weight [N, K]."""
+    columns = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+    if x.dim() < 2 or weight.dim() != 2 or columns != weight.shape[1]:
+        behind = "" if skip is None else f", skip of shape {tuple(skip.shape)}"
+        raise ValueError(
+            f"{op}: got x of shape {tuple(x.shape)}{behind} and weight of shape {tuple(weight.shape)}, wanted [..., K] "
+            "and [N, K] with the same K; weight is that of a Linear, one row per output"
+        )
+
+
+def check_fp8_linear(op: str, x, x_scale, weight, weight_scale, bias, parts="", skip=None, skip_scale=None) -> None:
+    """Raise ValueError for operands that do not fit. parts: "|T", where scales may be those of 128 columns."""
+    require_linear_shapes(op, x, weight, skip)
     skips, skip_scales = ({}, {}) if skip is None else ({"skip": skip}, {"skip_scale": skip_scale})
-    check_dtype(_OP, torch.float8_e4m3fn, "quantise it, as quantize_rows does", x=x, weight=weight, **skips)
-    check_dtype(_OP, torch.float32, "convert it", x_scale=x_scale, weight_scale=weight_scale, **skip_scales)
-    check_floating(_OP, bias=bias, residual=residual, gate=gate)
-    leading = "abcdefgh"[: x.dim() - 1]
-    sizes = dict(zip(leading, x.shape, strict=False)) | {"N": weight.shape[0], "T": -(-x.shape[-1] // COLUMNS)}
-    scales = f"{leading}|T{leading}"
-    check_shapes(_OP, sizes, x_scale=(x_scale, scales), weight_scale=(weight_scale, "N"), bias=(bias, "N"))
-    check_shapes(_OP, sizes, residual=(residual, f"{leading}N"), gate=(gate, f"{leading[0]}N|{leading[0]}1N"))
+    quantise = "quantise it row by row, as quantize_rows does"
+    check_dtype(op, torch.float8_e4m3fn, quantise, x=x, weight=weight, **skips)
+    check_dtype(op, torch.float32, "convert it", x_scale=x_scale, weight_scale=weight_scale, **skip_scales)
+    check_floating(op, bias=bias)
+    rows = _letters(x)
+    scales, sizes = rows + (parts and parts + rows), dict(zip(rows, x.shape, strict=False)) | {"N": weight.shape[0]}
+    check_shapes(op, sizes | {"T": _scales(x.shape[-1])}, x_scale=(x_scale, scales))
+    check_shapes(op, sizes, weight_scale=(weight_scale, "N"), bias=(bias, "N"))
     if skip is not None:
-        sizes["T"] = -(-skip.shape[-1] // COLUMNS)
-        check_shapes(_OP, sizes, skip=(skip, f"{leading}E"), skip_scale=(skip_scale, scales))
+        check_shapes(op, sizes, skip=(skip, f"{rows}E"))
+        check_shapes(op, sizes | {"T": _scales(skip.shape[-1])}, skip_scale=(skip_scale, scales))
 
 
 def _bytes(shape: tuple[int, int, int, int, int], itemsize: int) -> int:
@@ -176,22 +177,11 @@ def _scales(columns: int) -> int:
     return -(-columns // COLUMNS)
 
 
-def _flops(shape: tuple[int, int, int, int, int]) -> int:
-    batch, tokens, width, skip, n = shape
-    return 2 * batch * tokens * (width + skip) * n
-
-
 SPEC = OpSpec(
     name=_OP,
-    shapes=(
-        (64, 258, 6336, 0, 1584),
-        (64, 258, 1584, 768, 1584),
-        (64, 258, 3072, 0, 768),
-        (64, 258, 10_752, 0, 2688),
-        (64, 258, 1920, 768, 1920),
-    ),
+    shapes=of_tokens((6336, 0, 1584), (1584, 768, 1584), (3072, 0, 768), (10_752, 0, 2688), (1920, 768, 1920)),
     odd_shapes=((3, 17, 144, 48, 208), (1, 130, 48, 0, 136), (2, 5, 272, 16, 48)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda batch, tokens, width, skip, n: batch * tokens * (width + skip) * n,
 )
 """Of (B, L, D, E, N), without a skip where E is 0."""

@@ -7,8 +7,6 @@
 Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), adaLN-Zero blocks; without gate and
 modulation the step of a pre-LayerNorm transformer. Gate and residual ride in the epilogue of the product.
 
-Shapes: x: [B, L, N]; h: [B, L, K]; weight: [N, K]; bias, norm_weight, norm_bias: [N]; gate, shift, scale: [B, N] or
-[B, 1, N]; gate, or shift and scale, may be None.
 Dtypes: h float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype, which y has; weight is
 converted to it. x and the others: any of these. Products are accumulated and everything after them is computed in
 float32; x_out is rounded once, to x's dtype, and what is normalised is the rounded x_out.
@@ -36,10 +34,9 @@ from epg_fast.ops.backends import (
     check_backend,
     needs_gradient,
     product_operand,
-    refuse_any_gradient,
+    refuse_gradient,
     require_dtypes,
     require_gemm_operands,
-    require_grid,
     require_installed_triton,
     require_triton,
 )
@@ -55,7 +52,7 @@ from epg_fast.ops.layer_norm_modulate import (
     require_triton_norm,
 )
 from epg_fast.ops.registration import Backward, operation
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_tokens
 
 _OP = "linear_residual_norm"
 STATISTICS_COLUMNS = 64
@@ -66,13 +63,14 @@ def linear_residual_norm_ref(
     x, h, weight, bias, norm_weight, norm_bias, gate=None, shift=None, scale=None, eps=1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_residual_norm` in plain PyTorch."""
-    x_out = gated_residual_ref(x, F.linear(h, weight.to(h.dtype), bias.to(h.dtype)), gate)
+    x_out, _ = residual_product_ref(x, h, weight, bias, gate)
     return x_out, layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
 
 
-def gated_residual_ref(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """x + gate * branch in x's dtype."""
-    return (x + (branch if gate is None else per_sample(gate).unsqueeze(1) * branch)).to(x.dtype)
+def residual_product_ref(x, h, weight, bias, gate) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + gate * branch in x's dtype, the branch h @ weight^T + bias)."""
+    branch = F.linear(h, weight.to(h.dtype), bias.to(h.dtype))
+    return (x + (branch if gate is None else per_sample(gate).unsqueeze(1) * branch)).to(x.dtype), branch
 
 
 def _forward(
@@ -83,8 +81,7 @@ def _forward(
 
     weight: parameter in h's dtype. Products read the one, and the gradient of the other is written in its own dtype.
     """
-    branch = F.linear(h, weight, bias.to(h.dtype))
-    x_out = gated_residual_ref(x, branch, gate)
+    x_out, branch = residual_product_ref(x, h, weight, bias, gate)
     y = layer_norm_modulate_ref(x_out, norm_weight, norm_bias, shift, scale, eps, h.dtype)
     return x_out, y, branch if save_branch else None, *norm_statistics(x_out, eps)
 
@@ -111,10 +108,8 @@ def _backward(
     dx_out, dy: torch.Tensor, x_out, branch, h, weight, parameter_dtype: torch.dtype, bias, gate,
     norm_weight, norm_bias, shift, scale, mean, rstd, need_h: bool, need_parameter: bool, need_bias: bool,
 ):  # fmt: skip
-    # In the statistics' dtype, so that the gradient of x_out is rounded once.
     norm = norm_weight, norm_bias, shift, scale, mean, rstd
-    g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out.to(mean.dtype), *norm)
-    g = g if dx_out is None else g + dx_out.to(g.dtype)
+    g, *norm_grads = layer_norm_modulate_bwd_ref(dy, x_out, *norm, dx_out)
     dz = g if gate is None else g * gate.to(g.dtype).unsqueeze(1)
     rows = dz.to(h.dtype).flatten(0, 1)
     dh = (rows @ weight).view(h.shape) if need_h else None
@@ -172,8 +167,8 @@ def linear_residual_norm(
         require_installed_triton(_OP)
         require_dtypes(_OP, (torch.bfloat16,), "cuda", h=h)
         require_residual_product(_OP, x, gate, {"h": h, "weight": operand}, {"bias": bias})
-    require_triton_norm(_OP, x, h, weight, bias, norm_weight, norm_bias, gate, shift, scale)
-    require_dtypes(_OP, FLOATS, backend, x=x, h=h, bias=bias, gate=gate)
+    others = weight, norm_weight, norm_bias, shift, scale
+    require_triton_norm(_OP, x.shape[2], *others, backend=backend, x=x, h=h, bias=bias, gate=gate)
     norm = norm_weight, norm_bias, gate, shift, scale
     save_branch = gate is not None and needs_gradient(x, h, weight, bias, *norm)
     return _operation(x, h, weight, operand, bias, *norm, eps, save_branch, backend)[:2]
@@ -189,7 +184,7 @@ def row_statistics(x: torch.Tensor) -> torch.Tensor:
 
 def linear_residual_ref(x, h, weight, bias, gate=None) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_residual` in plain PyTorch."""
-    x_out = gated_residual_ref(x, F.linear(h, weight.to(h.dtype), bias.to(h.dtype)), gate)
+    x_out, _ = residual_product_ref(x, h, weight, bias, gate)
     return x_out, row_statistics(x_out)
 
 
@@ -216,14 +211,12 @@ def linear_residual(
     check_backend(op, backend, ("plain", "triton"))
     check_linear(op, "h", h, x, weight, bias)
     check_shapes(op, dict(zip("BLN", x.shape, strict=True)), gate=(gate, "BN|B1N"))
-    refuse_any_gradient(op, x, h, weight, bias, gate)
+    refuse_gradient(op, x, h, weight, bias, gate)
     dtype = autocast_dtype(h) or h.dtype
     h, gate = h.to(dtype), per_sample(gate)
     if backend == "plain":
         return linear_residual_ref(x, h, weight, bias, gate)
-    require_triton(op, x, h, weight, bias, gate)
-    require_grid(op, x.shape[0])
-    require_dtypes(op, FLOATS, x=x, h=h, bias=bias, gate=gate)
+    require_triton(op, weight, batched=True, x=x, h=h, bias=bias, gate=gate)
     return _residual_operation(x, h, product_operand(op, weight, operand, dtype), bias, gate)
 
 
@@ -323,22 +316,10 @@ def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = Fal
     return h + weight + 4 * out + (3 * batch + 3) * n * itemsize
 
 
-def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
-    """Of the matrix products alone: one forward, two backward."""
-    batch, tokens, k, n = shape
-    return (4 if backward else 2) * batch * tokens * k * n
-
-
 SPEC = OpSpec(  # shapes: (B, L, K, N)
     name=_OP,
-    shapes=(
-        (64, 258, 1584, 1584),
-        (64, 258, 768, 768),
-        (64, 258, 1024, 1024),
-        (64, 258, 1920, 1920),
-        (64, 258, 2688, 2688),
-    ),
+    shapes=of_tokens((1584, 1584), (768, 768), (1024, 1024), (1920, 1920), (2688, 2688)),
     odd_shapes=((3, 17, 40, 24), (1, 5, 72, 40), (2, 18, 17, 9)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda batch, tokens, k, n: batch * tokens * k * n,
 )

@@ -7,8 +7,6 @@ Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), ada
 "Gaussian Error Linear Units" (2016). GELU, gate and residual ride in the epilogues of the products, and in the backward
 pass the derivative of GELU and the sums of fc1's bias in that of the product with fc2's weight.
 
-Shapes: x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc1_bias: [H]; fc2_weight: [D, H]; fc2_bias: [D]; gate: [B, D],
-[B, 1, D] or None; x_out: [B, L, D].
 Dtypes: y float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype; the weights are converted
 to it. x and the others: any of these; x_out has x's dtype. Products are accumulated and everything after them is
 computed in float32; gelu(z) and x_out are rounded once.
@@ -28,26 +26,23 @@ import torch
 import torch.nn.functional as F
 
 from epg_fast.ops.backends import (
-    FLOATS,
     autocast_dtype,
     check_backend,
     needs_gradient,
     product_operand,
     require_dtypes,
-    require_grid,
-    require_installed_triton,
     require_triton,
 )
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.layer_norm_modulate import per_sample
 from epg_fast.ops.linear_residual_norm import (
     check_linear,
-    gated_residual_ref,
     linear_residual_cuda,
     require_residual_product,
+    residual_product_ref,
 )
 from epg_fast.ops.registration import Backward, operation
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_tokens
 
 _OP = "mlp_residual"
 _TILE = 128, 256  # rows and columns for which the extension sums up at once; it checks them
@@ -56,7 +51,7 @@ _TILE = 128, 256  # rows and columns for which the extension sums up at once; it
 def mlp_residual_ref(x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate=None) -> torch.Tensor:
     """`mlp_residual` in plain PyTorch."""
     h = F.gelu(F.linear(y, fc1_weight.to(y.dtype), fc1_bias.to(y.dtype)))
-    return gated_residual_ref(x, F.linear(h, fc2_weight.to(y.dtype), fc2_bias.to(y.dtype)), gate)
+    return residual_product_ref(x, h, fc2_weight, fc2_bias, gate)[0]
 
 
 def _forward(
@@ -69,8 +64,7 @@ def _forward(
     """
     z = F.linear(y, fc1_weight, fc1_bias.to(y.dtype))
     h = F.gelu(z)
-    branch = F.linear(h, fc2_weight, fc2_bias.to(y.dtype))
-    x_out = gated_residual_ref(x, branch, gate)
+    x_out, branch = residual_product_ref(x, h, fc2_weight, fc2_bias, gate)
     return x_out, *((z, h, None if gate is None else branch) if save else (None,) * 3)
 
 
@@ -148,7 +142,8 @@ def mlp_residual(
 ) -> torch.Tensor:
     """x + gate * (gelu(y @ fc1_weight^T + fc1_bias) @ fc2_weight^T + fc2_bias), with the exact GELU: [B, L, D].
 
-    x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc2_weight: [D, H]; gate: [B, D], [B, 1, D] or None for ones.
+    x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K]; fc1_bias: [H]; fc2_weight: [D, H]; fc2_bias: [D]; gate: [B, D],
+    [B, 1, D] or None for ones.
     backend: "plain" (plain PyTorch), "triton" (two kernels forward; it keeps what the backward pass needs only
     where there will be one), "cuda" (the same two by the C++/CUDA extension, for compute capability 9.0). operands:
     copies of the weights in the dtype of products, which kernels read instead of casting them; "plain" leaves them.
@@ -167,17 +162,14 @@ def mlp_residual(
         )
     weights = zip((fc1_weight, fc2_weight), operands, strict=True)
     fc1, fc2 = ((weight, product_operand(_OP, weight, operand, dtype)) for weight, operand in weights)
-    save = needs_gradient(x, y, *parameters)
+    save, biases = needs_gradient(x, y, *parameters), {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias}
     if backend == "cuda":
-        if save:
-            require_installed_triton(_OP)
         require_dtypes(_OP, (torch.bfloat16,), "cuda", y=y)
         read = {"y": y, "fc1_weight": fc1[1], "fc2_weight": fc2[1]}
-        require_residual_product(_OP, x, gate, read, {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias})
-    else:
-        require_triton(_OP, x, y, *parameters)
-    require_grid(_OP, x.shape[0])
-    require_dtypes(_OP, FLOATS, backend, x=x, y=y, fc1_bias=fc1_bias, fc2_bias=fc2_bias, gate=gate)
+        require_residual_product(_OP, x, gate, read, biases)
+    if backend == "triton" or save:
+        floats = {"x": x, "y": y, **biases, "gate": gate}
+        require_triton(_OP, fc1_weight, fc2_weight, backend=backend, batched=True, **floats)
     return _operation(x, y, *fc1, fc1_bias, *fc2, fc2_bias, gate, save, backend)[0]
 
 
@@ -202,22 +194,10 @@ def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = Fal
     return 3 * x + 2 * z + weights
 
 
-def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
-    """Of the matrix products alone: two forward, four backward."""
-    batch, tokens, width, hidden = shape
-    return (8 if backward else 4) * batch * tokens * width * hidden
-
-
 SPEC = OpSpec(  # shapes: (B, L, D, H)
     name=_OP,
-    shapes=(
-        (64, 258, 1584, 6336),
-        (64, 258, 768, 3072),
-        (64, 258, 1024, 4096),
-        (64, 258, 1920, 7680),
-        (64, 258, 2688, 10752),
-    ),
+    shapes=of_tokens((1584, 6336), (768, 3072), (1024, 4096), (1920, 7680), (2688, 10752)),
     odd_shapes=((3, 17, 40, 24), (2, 70, 24, 264), (2, 18, 17, 9)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda batch, tokens, width, hidden: 2 * batch * tokens * width * hidden,
 )

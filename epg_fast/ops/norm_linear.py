@@ -11,8 +11,6 @@ The norm's result is never stored: tiles of x are normalised on their way into t
 with it: whatever made x has the values of its rows at hand (`linear_residual` leaves them), while each of the product's
 tiles would have to read whole rows for them.
 
-Shapes: x: [B, L, D]; statistics: [2, ceil(D / 64), B * L]; norm_weight, norm_bias: [D]; weight: [N, D]; bias: [N] or
-None; shift, scale: [B, D], [B, 1, D] or None; out: [B, L, N].
 Dtypes: out has x's dtype, or under autocast its dtype (float32, bfloat16, float16; float64: reference only); weight is
 converted to it. x and the others: any of these; statistics float32. Norm and sums are computed in float32, y is rounded
 once, to out's dtype, before it is multiplied, as if it were stored.
@@ -22,14 +20,7 @@ Error: against a float64 evaluation at most 2x that of the reference in the same
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import (
-    FLOATS,
-    autocast_dtype,
-    check_backend,
-    product_operand,
-    refuse_any_gradient,
-    require_dtypes,
-)
+from epg_fast.ops.backends import autocast_dtype, check_backend, product_operand, refuse_gradient, require_dtypes
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.layer_norm_modulate import (
     check_norm_shapes,
@@ -39,7 +30,7 @@ from epg_fast.ops.layer_norm_modulate import (
 )
 from epg_fast.ops.linear_residual_norm import STATISTICS_COLUMNS, check_linear
 from epg_fast.ops.registration import operation
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_tokens
 
 _OP = "norm_linear"
 
@@ -87,14 +78,14 @@ def norm_linear(
     check_linear(_OP, "x", x, x[..., :1].expand(*x.shape[:2], weight.shape[0]), weight, bias)
     parts = -(-x.shape[2] // STATISTICS_COLUMNS)
     check_shapes(_OP, {"2": 2, "P": parts, "R": x.shape[0] * x.shape[1]}, statistics=(statistics, "2PR"))
-    refuse_any_gradient(_OP, x, norm_weight, norm_bias, weight, bias, shift, scale)
+    refuse_gradient(_OP, x, norm_weight, norm_bias, weight, bias, shift, scale)
     dtype = autocast_dtype(x) or x.dtype
     shift, scale = per_sample(shift), per_sample(scale)
     norm = x, statistics, norm_weight, norm_bias
     if backend == "plain":
         return norm_linear_ref(*norm, weight, bias, shift, scale, eps, gelu, dtype)
-    require_triton_norm(_OP, *norm, weight, bias, shift, scale)
-    require_dtypes(_OP, FLOATS, x=x, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, shift=shift, scale=scale)
+    floats = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "shift": shift, "scale": scale}
+    require_triton_norm(_OP, x.shape[2], statistics, weight, x=x, **floats)
     require_dtypes(_OP, (torch.float32,), statistics=statistics)
     return _operation(*norm, product_operand(_OP, weight, operand, dtype), bias, shift, scale, eps, gelu)
 
@@ -107,22 +98,10 @@ def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = Fal
     return values * itemsize + (2 * parts * rows + 2 * width + columns) * 4
 
 
-def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
-    """Of the matrix product alone."""
-    batch, tokens, width, columns = shape
-    return 0 if backward else 2 * batch * tokens * width * columns
-
-
 SPEC = OpSpec(  # shapes: (B, L, D, N)
     name=_OP,
-    shapes=(
-        (64, 258, 1584, 6336),
-        (64, 258, 768, 2304),
-        (1, 258, 1024, 4096),
-        (64, 258, 1920, 7680),
-        (64, 258, 2688, 10752),
-    ),
+    shapes=(*of_tokens((1584, 6336), (768, 2304), (1920, 7680), (2688, 10752)), (1, 258, 1024, 4096)),
     odd_shapes=((3, 17, 40, 24), (1, 257, 72, 9), (2, 130, 200, 16)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda batch, tokens, width, columns: batch * tokens * width * columns,
 )

@@ -6,8 +6,6 @@
 Source: SPEC 2 and 3; Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), for the embedding, Conv2d with stride
 p.
 
-Shapes: image: [B, C, H, W]; weight: [E, C, p, p]; bias: [E]; position: [1, T+N, E]; prefix: [B, T, E]. Returns
-[B, T+N, E].
 Dtypes: any floating dtypes, mixed freely. The product's is autocast's, else what image and weight promote to; image and
 weight are rounded to it, sums are float32 (float64 for float64 operands).
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
@@ -18,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import FLOATS, autocast_dtype, check_backend, require_dtypes, require_triton
+from epg_fast.ops.backends import autocast_dtype, check_backend, require_triton
 from epg_fast.ops.checks import check_shapes
 from epg_fast.ops.registration import Backward, operation
 from epg_fast.ops.spec import OpSpec
@@ -94,9 +92,7 @@ def patch_embed(
     _check_shapes(image, weight, bias, position, prefix)
     if backend != "triton":
         return patch_embed_ref(image, weight, bias, position, prefix)
-    require_triton("patch_embed", image, weight, bias, position, prefix)
-    tensors = {"image": image, "weight": weight, "bias": bias, "position": position, "prefix": prefix}
-    require_dtypes("patch_embed", FLOATS, **tensors)
+    require_triton("patch_embed", image=image, weight=weight, bias=bias, position=position, prefix=prefix)
     return _operation(image.to(_product_dtype(image, weight)), weight, bias, position, prefix)
 
 
@@ -118,28 +114,14 @@ def _check_shapes(image, weight, bias, position, prefix) -> None:
     check_shapes("patch_embed", sizes, position=(position, "1NE", ": one row per prefix token and patch"))
 
 
-_EXTRAS = 2  # prefix tokens that the presets have: a class token and the time token
-
-
-def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Pixels, tokens, weights and rows of the position embedding."""
-    batch, channels, size, patch, width = shape
-    length = _EXTRAS + (size // patch) ** 2
-    return batch * channels * size**2, batch * length * width, channels * patch**2 * width, length * width
-
-
 def _bytes(shape: tuple[int, ...], itemsize: int, backward: bool = False) -> int:
     """Forward reads image and parameters and writes the tokens; backward reads the tokens' gradient and the image and
     writes the parameters' gradients. Parameters are float32.
     """
-    pixels, tokens, weights, positions = _sizes(shape)
-    return (pixels + tokens) * itemsize + 4 * (weights + positions + shape[-1])
-
-
-def _flops(shape: tuple[int, ...], backward: bool = False) -> int:
-    """The product, and bias and position; backward: the weight's gradient, and their sums."""
-    pixels, tokens, _, _ = _sizes(shape)
-    return 2 * pixels * shape[-1] + 2 * tokens
+    batch, channels, size, patch, width = shape
+    length = 2 + (size // patch) ** 2  # behind the class token and the time token
+    values = batch * channels * size**2 + batch * length * width
+    return values * itemsize + 4 * width * (channels * patch**2 + length + 1)
 
 
 SPEC = OpSpec(
@@ -147,5 +129,6 @@ SPEC = OpSpec(
     shapes=((64, 3, 256, 16, 768), (256, 3, 256, 16, 768), (64, 3, 256, 16, 1024), (64, 3, 512, 32, 768)),
     odd_shapes=((3, 3, 8, 4, 40), (1, 1, 6, 3, 17), (2, 3, 32, 16, 24), (1, 3, 28, 14, 40)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda batch, channels, size, patch, width: batch * channels * size**2 * width,
+    backward_products=1.0,  # the weight's gradient
 )

@@ -8,8 +8,6 @@
 Source: SPEC 2, 5 and 6; Song & Dhariwal, "Improved Techniques for Training Consistency Models" (2023), for the Huber
 constant. Denoising takes scale=None; the edm parameterisation scale=c_out, offset=x_sigma, offset_scale=c_skip.
 
-Shapes: tokens: [B, N, p*p*C], features in the order (row, column, channel); target: [B, C, H, W], or tokens' shape;
-offset: [B, C, H, W]; scale, offset_scale, weight: [B]. Returns loss [B] and d [B].
 Dtypes: any floating dtypes, mixed freely. Arithmetic and both results are float32 (float64 for float64 tokens).
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
 
@@ -21,11 +19,8 @@ import math
 import torch
 
 from epg_fast.ops.backends import (
-    FLOATS,
     accumulation_dtype,
     check_backend,
-    require_dtypes,
-    require_grid,
     require_triton,
 )
 from epg_fast.ops.checks import check_floating, check_shapes
@@ -133,9 +128,7 @@ def patch_loss(
         raise ValueError(f"patch_loss: got huber_c={huber_c}, wanted a positive number, or None for the mean")
     if backend != "triton":
         return patch_loss_ref(tokens, **tensors, huber_c=huber_c)
-    require_triton("patch_loss", tokens, *tensors.values())
-    require_grid("patch_loss", tokens.shape[0])
-    require_dtypes("patch_loss", FLOATS, tokens=tokens, **tensors)
+    require_triton("patch_loss", batched=True, tokens=tokens, **tensors)
     return _operation(tokens, target, scale, offset, offset_scale, weight, huber_c)
 
 
@@ -192,16 +185,9 @@ def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = Fal
     return pixels * ((2 if backward else 1) * itemsize + 4) + 2 * batch * 4
 
 
-def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
-    """Per value: a difference and, forward, a square and a sum; backward, a product."""
-    batch, channels, size, _ = shape
-    return (2 if backward else 3) * batch * channels * size**2
-
-
 SPEC = OpSpec(
     name="patch_loss",
     shapes=((64, 3, 256, 16), (64, 3, 512, 32)),
     odd_shapes=((3, 3, 8, 4), (1, 1, 6, 3), (2, 3, 28, 14), (1, 1, 160, 16)),
     bytes=_bytes,
-    flops=_flops,
 )

@@ -7,8 +7,6 @@
 
 Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), with a scale per row.
 
-Shapes: x, branch: [B, L, D]; gate: [B, D] or [B, 1, D]; skip: [B, L, E]; rows: [B, L, D + E]; row_scale: [B, L]. The
-reference takes any x of rows [..., D].
 Dtypes: any floating dtypes, mixed freely; rows in float8_e4m3fn. Arithmetic and row_scale are float32 (float64 when x
 is float64); a sum with a branch is rounded to x's dtype, as `gate_residual_norm_modulate` does.
 Error: row_scale as the reference's, up to float32's rounding; which moves a value by one FP8 number at most, where it
@@ -18,11 +16,10 @@ lies between two. A row whose largest value is below 1e-30 is zero. One with val
 import torch
 import torch.nn.functional as F
 
-from epg_fast.ops.backends import accumulation_dtype, check_backend, require_at_most, require_grid, require_triton
+from epg_fast.ops.backends import accumulation_dtype, check_backend, refuse_gradient, require_at_most, require_triton
 from epg_fast.ops.checks import check_floating, check_shapes
-from epg_fast.ops.fp8 import refuse_gradient, require_conversion
 from epg_fast.ops.registration import operation
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_tokens
 
 _OP = "quantize_rows"
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -50,8 +47,13 @@ def gated_sum_ref(x: torch.Tensor, branch: torch.Tensor | None, gate: torch.Tens
         return x
     branch = branch.to(accumulation_dtype(x))
     if gate is not None:
-        branch = branch * (gate.unsqueeze(1) if gate.dim() == 2 else gate).to(branch.dtype)
+        branch = branch * per_sample(gate).unsqueeze(1).to(branch.dtype)
     return (x.to(branch.dtype) + branch).to(x.dtype)
+
+
+def per_sample(modulation: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, 1, D] as [B, D]."""
+    return modulation.squeeze(1) if modulation is not None and modulation.dim() == 3 else modulation
 
 
 _operation = operation(_OP, quantize_rows_ref, "epg_kernels.quantize_rows:quantize_rows_fwd", "rows row_scale")
@@ -79,14 +81,11 @@ def quantize_rows(
     refuse_gradient(_OP, x, branch, gate, skip)
     if backend != "triton":
         return quantize_rows_ref(x, branch, gate, skip, gelu)
-    require_triton(_OP, x, branch, gate, skip)
-    require_grid(_OP, x.shape[0])
+    require_triton(_OP, x, branch, gate, skip, batched=True, fp8=True)
     for name, tensor in (("x", x), ("skip", skip)):
         if tensor is not None:
             require_at_most(_OP, _MAX_TRITON_WIDTH, f"{name} of width ", tensor.shape[-1])
-    require_conversion(_OP, x.device)
-    gate = gate.squeeze(1) if gate is not None and gate.dim() == 3 else gate
-    return _operation(x, branch, gate, skip, gelu)
+    return _operation(x, branch, per_sample(gate), skip, gelu)
 
 
 def _check(x, branch, gate, skip) -> None:
@@ -104,23 +103,10 @@ def _bytes(shape: tuple[int, int, int, int], itemsize: int) -> int:
     return read * itemsize + rows * (width + skip) + 4 * rows
 
 
-def _flops(shape: tuple[int, int, int, int]) -> int:
-    """Per value: 3 for its size, the largest and the division; with a skip 2 for the residual, without 14 for GELU."""
-    batch, tokens, width, skip = shape
-    return batch * tokens * (3 * (width + skip) + (2 if skip else 14) * width)
-
-
 SPEC = OpSpec(
     name=_OP,
-    shapes=(
-        (64, 258, 6336, 0),
-        (64, 258, 1584, 768),
-        (64, 258, 3072, 0),
-        (64, 258, 10_752, 0),
-        (64, 258, 1920, 768),
-    ),
+    shapes=of_tokens((6336, 0), (1584, 768), (3072, 0), (10_752, 0), (1920, 768)),
     odd_shapes=((3, 17, 40, 24), (1, 258, 40, 0), (1, 17, 768, 0), (2, 3, 1584, 768)),
     bytes=_bytes,
-    flops=_flops,
 )
 """Of (B, L, D, E): with a skip of width E and a gated branch, or without both and with GELU where E is 0."""

@@ -58,7 +58,7 @@ def operation(
     backward: Backward | None = None,
     in_triton: bool = True,
 ) -> Callable:
-    """A function with plain's arguments, by position, that runs `kernel` or `plain` as an operator or past it.
+    """A function with plain's arguments, all by position, that runs `kernel` or `plain` as an operator or past it.
 
     Its attribute `backward` is such a function of the backward pass.
 
@@ -68,7 +68,6 @@ def operation(
     results = returns.split()
     operator, run = _operator(name, plain, kernel, len(results), in_triton)
     parameters = _signature(plain).parameters
-    defaults = tuple(parameter.default for parameter in parameters.values())
     function = gradients = None
     if backward is not None:
         given = backward.plain, backward.kernel, backward.gradients
@@ -79,7 +78,6 @@ def operation(
     overload = operator._opoverload
 
     def call(*arguments):
-        arguments = *arguments, *defaults[len(arguments) :]
         if not torch.compiler.is_compiling() and not _operators_are_watched(arguments):
             if not (torch.is_grad_enabled() and _any_requires_grad(arguments)):
                 return run(*arguments)
@@ -118,8 +116,7 @@ def _operator(name: str, plain: Callable, kernel: Kernel, results: int, in_trito
         return (launch if on_gpu or (in_triton and interpreting()) else compute)(*arguments)
 
     def without_none(function: Callable) -> Callable:
-        def returning_tensors(*arguments, **named):
-            arguments = completed(arguments, named)
+        def returning_tensors(*arguments):
             made = function(*arguments)
             if isinstance(made, torch.Tensor):
                 return made
@@ -128,32 +125,28 @@ def _operator(name: str, plain: Callable, kernel: Kernel, results: int, in_trito
 
         return returning_tensors
 
-    def completed(arguments: tuple, named: dict) -> tuple:
-        """With the defaults, which the dispatcher leaves out."""
-        return (*arguments, *(named.get(name, default) for name, default in parameters[len(arguments) :]))
-
-    signature = _signature(plain)
-    parameters = [(name, parameter.default) for name, parameter in signature.parameters.items()]
     returned = torch.Tensor if results == 1 else tuple[(torch.Tensor,) * results]
 
     def prototype():
         return None
 
-    prototype.__signature__ = signature.replace(return_annotation=returned)
+    prototype.__signature__ = _signature(plain).replace(return_annotation=returned)
     schema = torch.library.infer_schema(prototype, mutates_args=())
     options = {"mutates_args": (), "device_types": "cpu", "schema": schema}
     operator = torch.library.custom_op(f"epg_fast::{name}", without_none(run), **options)
     operator.register_kernel("cuda")(without_none(launch))
     operator.register_fake(without_none(_fake(compute)))
-    register_flop_formula(operator._opoverload.overloadpacket, get_raw=True)(_flop_formula(plain, completed))
+    register_flop_formula(operator._opoverload.overloadpacket, get_raw=True)(_flop_formula(plain))
     return operator, run
 
 
 def _signature(plain: Callable) -> inspect.Signature:
-    signature = inspect.signature(plain, eval_str=True)
-    tensor = {"annotation": torch.Tensor | None}
-    parameters = (p.replace(**tensor) if p.annotation is p.empty else p for p in signature.parameters.values())
-    return signature.replace(parameters=list(parameters))
+    """Without defaults: the dispatcher would leave out arguments that have them."""
+    signature, none = inspect.signature(plain, eval_str=True), inspect.Parameter.empty
+    annotations = (
+        (p, torch.Tensor | None if p.annotation is none else p.annotation) for p in signature.parameters.values()
+    )
+    return signature.replace(parameters=[p.replace(annotation=kind, default=none) for p, kind in annotations])
 
 
 def _fake(compute: Callable) -> Callable:
@@ -186,11 +179,10 @@ def _description(argument) -> tuple | None:
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def _flop_formula(plain: Callable, completed: Callable) -> Callable:
+def _flop_formula(plain: Callable) -> Callable:
     counted: dict[tuple, int] = {}
 
-    def formula(*arguments, out_val=None, **named) -> int:
-        arguments = completed(arguments, named)
+    def formula(*arguments, out_val=None) -> int:
         key = tuple(map(_description, arguments))
         if key not in counted:
             with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -246,8 +238,7 @@ def _gradient_formula(parameters: list[str], results: list[str], backward: Backw
             if given[name] is None:
                 shape, dtype = ctx.like[name]
                 given[name] = next(t for t in saved if t is not None).new_zeros(shape, dtype=dtype)
-        # The dispatcher leaves out arguments that have their defaults.
-        given |= {f"need_{n}": needed for n, needed in zip(parameters, ctx.needs_input_grad, strict=False)}
+        given |= {f"need_{n}": needed for n, needed in zip(parameters, ctx.needs_input_grad, strict=True)}
         made = gradients(*(given.get(name) for name in taken))
         made = dict(zip(returned, made if isinstance(made, tuple) else (made,), strict=True))
         made |= backward.others(made, given) if backward.others else {}

@@ -10,7 +10,6 @@ along y, each rounded to 8 bits. With `halvings`, "bicubic" and a window in the 
 Source: the resampling of Pillow's Image.resize. Pillow 13 goes along y before x where H > h and H - h > 2 (W - w), for
 an image of W x H resized to w x h, whatever the box: mostly portraits of more than 1 : 2, and views of portraits.
 
-Shapes: images: uint8 [H_i, W_i, 3] each; result: uint8 [B, size, size, 3].
 Error: both backends equal Pillow bit for bit where it goes along x first; elsewhere "box" and "bilinear" are within one
 level of it, "bicubic" too but where sums before the second pass leave 0..255 and are clipped.
 """
@@ -121,7 +120,7 @@ def resized_crop(
     parameters = {"halvings": halvings, "boxes": boxes, "resized": resized, "offsets": offsets}
     _check(images, size, filter, **parameters)
     if backend == "auto":
-        backend = "extension" if extension_takes(images, (torch.uint8,)) else "plain"
+        backend = "extension" if extension_takes(images) else "plain"
     if backend == "plain":
         return resized_crop_ref(images, halvings, boxes, resized, offsets, size, filter)
     for i, image in enumerate(images):
@@ -196,18 +195,9 @@ def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
     return batch * itemsize * 3 * (height * width + size * size)
 
 
-def _flops(shape: tuple[int, ...]) -> int:
-    """Bicubic, of the central square: 4 taps per input pixel that is covered, along x then y."""
-    batch, height, width, size = shape
-    side = min(height, width)
-    taps = 4 * max(side / size, 1)
-    return int(batch * 3 * 2 * taps * (size * side + size * size))
-
-
 SPEC = OpSpec(
     name="resized_crop",
     shapes=((64, 375, 500, 256), (64, 512, 512, 256)),
     odd_shapes=((3, 33, 17, 16), (1, 1, 1, 1), (2, 5, 9, 4), (1, 64, 64, 64)),
     bytes=_bytes,
-    flops=_flops,
 )

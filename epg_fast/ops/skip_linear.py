@@ -8,7 +8,6 @@ and, as a block begins with a norm of y, that norm with its modulation in the sa
 
 Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2023); the norm: SPEC 3.
 
-Shapes: x: [B, L, D]; skip: [B, L, E]; weight: [N, D + E]; bias, norm_weight, norm_bias: [N]; y: [B, L, N].
 Dtypes: x float32, bfloat16 or float16 (float64: reference only), or under autocast its dtype; skip and weight are
 converted to x's dtype, z and y have it. Products are accumulated and the norm is computed in float32.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients.
@@ -35,14 +34,14 @@ from epg_fast.ops.extension import require_gemms
 from epg_fast.ops.layer_norm_modulate import (
     checked_norm,
     layer_norm_modulate_bwd_ref,
-    layer_norm_modulate_fp8_ref,
     layer_norm_modulate_ref,
+    norm_fp8,
     norm_statistics,
     require_triton_norm,
     residual_norm_modulate,
 )
 from epg_fast.ops.registration import Backward, operation
-from epg_fast.ops.spec import OpSpec
+from epg_fast.ops.spec import OpSpec, of_tokens
 
 NextNorm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -57,7 +56,7 @@ def skip_linear_ref(x, skip, weight, bias, norm_weight=None, norm_bias=None, eps
 
 def _forward(
     x, skip, parameter, weight, bias, norm_weight, norm_bias,
-    next_weight, next_bias, next_shift, next_scale, eps: float, backend: str = "triton",
+    next_weight, next_bias, next_shift, next_scale, eps: float, backend: str,
 ):  # fmt: skip
     """(y, the next norm of y, z, mean and rstd of z, of y); None what the norms that are there do not make.
 
@@ -100,13 +99,10 @@ def _backward(
     dz, norm_grads, next_grads = dy, (None, None), (None, None, None, None)
     if next_weight is not None:
         y = (z.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight + norm_bias
-        y = y.to(z.dtype).to(mean.dtype)  # rounded as it left
-        dnext = torch.zeros_like(z) if dnext is None else dnext
-        dz, *next_grads = layer_norm_modulate_bwd_ref(dnext, y, *after, next_mean, next_rstd)
-        dz = dz if dy is None else dz + dy.to(dz.dtype)
+        dnext, y = torch.zeros_like(z) if dnext is None else dnext, y.to(z.dtype)  # rounded as it left
+        dz, *next_grads = layer_norm_modulate_bwd_ref(dnext, y, *after, next_mean, next_rstd, dy)
     if norm_weight is not None:
-        # In the statistics' dtype, so that what leaves is rounded once.
-        dz, *norm_grads = layer_norm_modulate_bwd_ref(dz, z.to(mean.dtype), *norm, None, None, mean, rstd)[:3]
+        dz, *norm_grads = layer_norm_modulate_bwd_ref(dz, z, *norm, None, None, mean, rstd)[:3]
     rows, split = dz.to(z.dtype if norm_weight is not None else dz.dtype).flatten(0, -2), x.shape[-1]
     dx = (rows @ weight[:, :split]).view(x.shape) if need_x else None
     dskip = (rows @ weight[:, split:]).view(skip.shape) if need_skip else None
@@ -166,26 +162,16 @@ def skip_linear(
     if backend == "cuda":
         _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias)
     else:
-        require_triton("skip_linear", x, skip, weight, bias, norm_weight, norm_bias)
-        require_dtypes("skip_linear", FLOATS, x=x, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+        floats = {"x": x, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        require_triton("skip_linear", skip, weight, **floats)
     like_z = x[..., :1].expand(*x.shape[:2], len(weight))
     if norm_weight is not None:
-        require_triton_norm("skip_linear", like_z)
+        require_triton_norm("skip_linear", len(weight), x)
     if next_norm is not None:
         next_norm = *next_norm[:2], *checked_norm("skip_linear", "triton", like_z, *next_norm)[:2]
     norms = norm_weight, norm_bias, *(next_norm or [None] * 4)
     made = _operation(x, skip, parameter, weight, bias, *norms, eps, backend)
     return made[0] if next_norm is None else made[:2]
-
-
-def _norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps: float):
-    y = layer_norm_modulate_ref(z, norm_weight, norm_bias, eps=eps)
-    return y, *layer_norm_modulate_fp8_ref(y, next_weight, next_bias, next_shift, next_scale, eps)
-
-
-_norms_fp8_operation = operation(
-    "skip_norms_fp8", _norms_fp8, "epg_kernels.skip_linear:skip_norms_fp8", "y rows row_scale"
-)
 
 
 def skip_norms_fp8(
@@ -201,11 +187,8 @@ def skip_norms_fp8(
     Returns (y [B, L, N], next norm of y / row_scale [B, L, N] in float8_e4m3fn, row_scale [B, L]). backend: "plain" or
     "triton". Arguments and errors as there. There is no gradient: ValueError if one would be needed.
     """
-    op, (next_weight, next_bias, shift, scale) = "skip_norms_fp8", next_norm
-    checked_norm(op, backend, z, norm_weight, norm_bias, None, None, fp8=True)
-    shift, scale, _ = checked_norm(op, backend, z, next_weight, next_bias, shift, scale, fp8=True)
-    run = _norms_fp8_operation if backend == "triton" else _norms_fp8
-    return run(z, norm_weight, norm_bias, next_weight, next_bias, shift, scale, eps)
+    checked_norm("skip_norms_fp8", backend, z, norm_weight, norm_bias, None, None, fp8=True)
+    return norm_fp8("skip_norms_fp8", backend, z, *next_norm, eps, first=(norm_weight, norm_bias))
 
 
 def _require_cuda(x, skip, parameter, weight, bias, norm_weight, norm_bias) -> None:
@@ -249,22 +232,10 @@ def _bytes(shape: tuple[int, int, int, int], itemsize: int, backward: bool = Fal
     return operands + weight + 3 * y + 3 * vector + 2 * statistics
 
 
-def _flops(shape: tuple[int, int, int, int], backward: bool = False) -> int:
-    """Of the matrix products alone, for N = D: one forward, two backward."""
-    batch, tokens, width, skip_width = shape
-    return (4 if backward else 2) * batch * tokens * width * (width + skip_width)
-
-
 SPEC = OpSpec(
     name="skip_linear",
-    shapes=(
-        (64, 258, 1584, 768),
-        (64, 258, 768, 768),
-        (64, 258, 1024, 1024),
-        (64, 258, 1920, 768),
-        (64, 258, 2688, 768),
-    ),
+    shapes=of_tokens((1584, 768), (768, 768), (1024, 1024), (1920, 768), (2688, 768)),
     odd_shapes=((3, 17, 40, 24), (1, 5, 72, 40), (2, 3, 17, 9)),
     bytes=_bytes,
-    flops=_flops,
+    multiply_adds=lambda batch, tokens, width, skip: batch * tokens * width * (width + skip),
 )

@@ -8,7 +8,6 @@ An odd dim ends with a zero column.
 Source: Vaswani et al., "Attention Is All You Need" (2017); Peebles & Xie, "Scalable Diffusion Models with
 Transformers" (2023); the time condition 250 ln(sigma): SPEC 2.
 
-Shapes: t: [B]; label: [B, dim] or None; time, condition: [B, dim].
 Dtypes: t any (float64: reference only); the embedding is computed in t's dtype, at least float32, and rounded to
 `dtype`; the condition has the dtype that adding label to it gives.
 Error: against a float64 evaluation at most 2x that of the reference in the same dtypes, 3x for gradients. It grows with
@@ -86,11 +85,9 @@ def timestep_embedding(
     backend: "plain" (plain PyTorch), "triton" (one kernel; t not in float64).
     Raises ValueError for shapes that do not fit and for a backend that cannot run here.
     """
-    check_backend("timestep_embedding", backend, ("plain", "triton"))
-    _check("timestep_embedding", t, dim, None)
+    _check("timestep_embedding", backend, t, dim)
     if backend != "triton":
         return timestep_embedding_ref(t, dim, dtype=dtype)
-    _require_triton("timestep_embedding", t)
     return _operation(t.float(), None, dim, dtype or torch.float32, False)[0]
 
 
@@ -106,26 +103,22 @@ def timestep_condition(
 
     label: class embedding [B, dim] or None. The other arguments, and the errors, are those of `timestep_embedding`.
     """
-    check_backend("timestep_condition", backend, ("plain", "triton"))
-    _check("timestep_condition", t, dim, label)
+    _check("timestep_condition", backend, t, dim, label)
     if backend != "triton":
         return timestep_condition_ref(t, dim, label, dtype=dtype)
-    _require_triton("timestep_condition", t, label)
     return _operation(t.float(), label, dim, dtype or torch.float32, True)
 
 
-def _require_triton(op: str, t: torch.Tensor, label: torch.Tensor | None = None) -> None:
-    require_triton(op, t, label)
-    require_dtypes(op, (*FLOATS, torch.int64, torch.int32), t=t)
-    require_dtypes(op, FLOATS, label=label)
-
-
-def _check(op: str, t: torch.Tensor, dim: int, label: torch.Tensor | None) -> None:
+def _check(op: str, backend: str, t: torch.Tensor, dim: int, label: torch.Tensor | None = None) -> None:
+    check_backend(op, backend, ("plain", "triton"))
     sizes = {"D": dim}
     check_shapes(op, sizes, t=(t, "B"))
     if dim < 2:
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
     check_shapes(op, sizes, label=(label, "BD"))
+    if backend == "triton":
+        require_triton(op, t, label=label)
+        require_dtypes(op, (*FLOATS, torch.int64, torch.int32), t=t)
 
 
 def _bytes(shape: tuple[int, int], itemsize: int, backward: bool = False) -> int:
@@ -135,16 +128,9 @@ def _bytes(shape: tuple[int, int], itemsize: int, backward: bool = False) -> int
     return ((5 if backward else 3) * batch * dim) * itemsize + (2 if backward else 1) * batch * 4
 
 
-def _flops(shape: tuple[int, int], backward: bool = False) -> int:
-    """Per value: about 20 for frequency, phase, sine or cosine, 5 for the condition; 30 in the backward pass."""
-    batch, dim = shape
-    return (30 if backward else 25) * batch * dim
-
-
 SPEC = OpSpec(
     name="timestep_embedding",
     shapes=((64, 768), (256, 768), (64, 1024)),
     odd_shapes=((9, 40), (17, 17), (33, 2), (5, 768)),
     bytes=_bytes,
-    flops=_flops,
 )

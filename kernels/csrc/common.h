@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <ostream>
 
 #if defined(__CUDACC__)
 #define EPG_HOST_DEVICE __host__ __device__ __forceinline__
@@ -27,27 +28,49 @@ namespace epg_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_float32(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
+inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// An argument, or a place in a list of tensors, counted as in Python.
+struct Name {
+  Name(const char* name) : name(name) {}
+  Name(const char* list, size_t place) : name(list), place(static_cast<int64_t>(place)) {}
+
+  const char* name;
+  int64_t place = -1;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.name;
+  return name.place < 0 ? out : out << "[" << name.place << "]";
 }
 
-inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
+inline void check_contiguous(const char* op, const Name& name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* other_name,
+inline void check_same_device(const char* op, const Name& name, const Tensor& tensor, const char* other_name,
                               const Tensor& other) {
   STD_TORCH_CHECK(tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(), op,
                   ": ", name, " must be on the same device as ", other_name);
 }
 
-inline void check_same_shape(const char* op, const char* name, const Tensor& tensor, const char* other_name,
+// float32, or bfloat16 if that will do, contiguous and on the device of another tensor.
+inline void check_tensor(const char* op, const Name& name, const Tensor& tensor, const char* other_name,
+                         const Tensor& other, bool bfloat16_too = false) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || (bfloat16_too && dtype == ScalarType::BFloat16), op, ": ", name,
+                  " must be float32", bfloat16_too ? " or bfloat16" : "");
+  check_contiguous(op, name, tensor);
+  check_same_device(op, name, tensor, other_name, other);
+}
+
+inline void check_same_shape(const char* op, const Name& name, const Tensor& tensor, const char* other_name,
                              const Tensor& other) {
   STD_TORCH_CHECK(tensor.dim() == other.dim(), op, ": ", name, " has ", tensor.dim(), " dimensions, ", other_name,
-                  " has ", other.dim());
+                  " has ", other.dim(), " there");
   for (int64_t i = 0; i < other.dim(); ++i) {
     STD_TORCH_CHECK(tensor.size(i) == other.size(i), op, ": ", name, " has size ", tensor.size(i), " in dimension ", i,
-                    ", ", other_name, " has ", other.size(i));
+                    ", ", other_name, " has ", other.size(i), " there");
   }
 }
 

@@ -81,43 +81,39 @@ struct AdamWEmaScalars {
   const std::optional<Tensor>& grad_scale;
 };
 
-inline void check_adamw_ema_scalar(const char* name, const Tensor& tensor, ScalarType dtype, size_t size,
-                                   const Tensor& steps) {
-  constexpr const char* op = "fused_adamw_ema_";
-  const char* const wanted = dtype == ScalarType::Float ? "float32" : "float64";
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", wanted);
-  STD_TORCH_CHECK(static_cast<size_t>(tensor.numel()) == size, op, ": ", name, " must hold ", size, " values, has ",
-                  tensor.numel());
-  check_contiguous(op, name, tensor);
-  check_same_device(op, name, tensor, "steps", steps);
-}
-
-inline void check_adamw_ema_length(const char* name, size_t length, size_t wanted) {
-  STD_TORCH_CHECK(length == wanted, "fused_adamw_ema_: ", name, " has ", length, " tensors, wanted ", wanted);
-}
-
 inline void check_adamw_ema(const AdamWEmaLists& lists, const AdamWEmaScalars& scalars) {
   constexpr const char* op = "fused_adamw_ema_";
   const size_t count = lists.params.size();
   const size_t emas = static_cast<size_t>(scalars.ema_weights.numel());
   STD_TORCH_CHECK(emas <= kMaxEmas, op, ": ema_weights holds ", emas, " values, wanted at most ", kMaxEmas);
-  check_adamw_ema_scalar("steps", scalars.steps, ScalarType::Float, count, scalars.steps);
-  check_adamw_ema_scalar("lrs", scalars.lrs, ScalarType::Double, count, scalars.steps);
-  check_adamw_ema_scalar("weight_decays", scalars.weight_decays, ScalarType::Double, count, scalars.steps);
-  check_adamw_ema_scalar("ema_weights", scalars.ema_weights, ScalarType::Double, emas, scalars.steps);
-  check_adamw_ema_scalar("norm", scalars.norm, ScalarType::Float, 1, scalars.steps);
-  check_adamw_ema_scalar("found_inf", scalars.found_inf, ScalarType::Float, 1, scalars.steps);
-  check_adamw_ema_scalar("max_norm", scalars.max_norm, ScalarType::Double, 1, scalars.steps);
+  const auto check_scalars = [&](const char* name, const Tensor& tensor, ScalarType dtype, size_t size) {
+    const char* const wanted = dtype == ScalarType::Float ? "float32" : "float64";
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", wanted);
+    STD_TORCH_CHECK(static_cast<size_t>(tensor.numel()) == size, op, ": ", name, " must hold ", size, " values, has ",
+                    tensor.numel());
+    check_contiguous(op, name, tensor);
+    check_same_device(op, name, tensor, "steps", scalars.steps);
+  };
+  const auto check_length = [&](const char* name, const TensorList& list, size_t wanted) {
+    STD_TORCH_CHECK(list.size() == wanted, op, ": ", name, " has ", list.size(), " tensors, wanted ", wanted);
+  };
+  check_scalars("steps", scalars.steps, ScalarType::Float, count);
+  check_scalars("lrs", scalars.lrs, ScalarType::Double, count);
+  check_scalars("weight_decays", scalars.weight_decays, ScalarType::Double, count);
+  check_scalars("ema_weights", scalars.ema_weights, ScalarType::Double, emas);
+  check_scalars("norm", scalars.norm, ScalarType::Float, 1);
+  check_scalars("found_inf", scalars.found_inf, ScalarType::Float, 1);
+  check_scalars("max_norm", scalars.max_norm, ScalarType::Double, 1);
   if (scalars.grad_scale) {
-    check_adamw_ema_scalar("grad_scale", *scalars.grad_scale, ScalarType::Float, 1, scalars.steps);
+    check_scalars("grad_scale", *scalars.grad_scale, ScalarType::Float, 1);
   }
-  check_adamw_ema_length("grads", lists.grads.size(), count);
-  check_adamw_ema_length("exp_avgs", lists.exp_avgs.size(), count);
-  check_adamw_ema_length("exp_avg_sqs", lists.exp_avg_sqs.size(), count);
-  check_adamw_ema_length("emas", lists.emas.size(), count * emas);
+  check_length("grads", lists.grads, count);
+  check_length("exp_avgs", lists.exp_avgs, count);
+  check_length("exp_avg_sqs", lists.exp_avg_sqs, count);
+  check_length("emas", lists.emas, count * emas);
   if (!lists.copies.empty()) {
     const bool averages = emas > 0 && lists.copies_averages();
-    check_adamw_ema_length("copies", lists.copies.size(), averages ? 2 * count : count);
+    check_length("copies", lists.copies, averages ? 2 * count : count);
   }
 
   const auto check = [&](const char* name, const TensorList& list, bool bfloat16_too) {
@@ -125,8 +121,8 @@ inline void check_adamw_ema(const AdamWEmaLists& lists, const AdamWEmaScalars& s
       STD_TORCH_CHECK(&list == &lists.params || list[i].numel() == 0 ||
                           list[i].const_data_ptr() != lists.params[i % count].const_data_ptr(),
                       op, ": ", name, "[", i, "] must not share its memory with params");
-      check_list_tensor(op, name, i, list[i], scalars.steps, bfloat16_too);
-      check_list_shape(op, name, i, list[i], "params", lists.params[i % count]);
+      check_tensor(op, {name, i}, list[i], "steps", scalars.steps, bfloat16_too);
+      check_same_shape(op, {name, i}, list[i], "params", lists.params[i % count]);
     }
   };
   check("params", lists.params, false);
@@ -141,8 +137,9 @@ inline void check_adamw_ema(const AdamWEmaLists& lists, const AdamWEmaScalars& s
                     "] must be bfloat16 or float16");
     STD_TORCH_CHECK(dtype == lists.copies[0].scalar_type(), op, ": copies[", i, "] must have the dtype of copies[0]");
     if (copy.numel() > 0) {
-      check_list_memory(op, "copies", i, copy, scalars.steps);
-      check_list_shape(op, "copies", i, copy, "params", lists.params[i % count]);
+      check_contiguous(op, {"copies", i}, copy);
+      check_same_device(op, {"copies", i}, copy, "steps", scalars.steps);
+      check_same_shape(op, {"copies", i}, copy, "params", lists.params[i % count]);
     }
   }
 }

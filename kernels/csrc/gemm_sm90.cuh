@@ -4,7 +4,8 @@
 // share B's tiles.
 #pragma once
 
-#include "common.cuh"
+#include "common.h"
+#include "launch.cuh"
 
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -17,6 +18,7 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include <array>
+#include <initializer_list>
 #include <limits>
 
 namespace epg_fast::sm90 {
@@ -153,17 +155,15 @@ inline int64_t rows(const Tensor& tensor) {
   return product;
 }
 
-inline void check_vector(const char* op, const char* name, const Tensor& tensor, const char* x_name, const Tensor& x) {
-  check_contiguous(op, name, tensor);
-  check_same_device(op, name, tensor, x_name, x);
-}
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+  ScalarType dtype;
+};
 
-inline void check_operand(const char* op, const char* name, const Tensor& tensor, const char* x_name, const Tensor& x) {
-  check_vector(op, name, tensor, x_name, x);
-  STD_TORCH_CHECK(aligned(tensor.const_data_ptr(), 16), op, ": ", name, " must start at a multiple of 16 bytes");
-}
-
-inline void check_device_and_sizes(const char* op, const char* x_name, const Tensor& x, const Problem& problem) {
+// On one Hopper GPU, of these dtypes and contiguous; a matrix begins at a multiple of 16 bytes.
+inline void check_arguments(const char* op, const Problem& problem, std::initializer_list<Argument> arguments) {
+  const auto& [x_name, x, x_dtype] = *arguments.begin();
   STD_TORCH_CHECK(x.is_cuda() && hopper_multiprocessors(x.get_device_index()) > 0, op, ": ", x_name,
                   " must be on a GPU of compute capability 9.0");
   // Coordinates are 32 bits, with room for the tiles that reach over the edges.
@@ -171,27 +171,26 @@ inline void check_device_and_sizes(const char* op, const char* x_name, const Ten
   for (const int64_t size : {problem.m, problem.n, problem.k}) {
     STD_TORCH_CHECK(size > 0 && size <= limit, op, ": got a size of ", size, ", wanted 1 to ", limit);
   }
+  for (const auto& [name, tensor, dtype] : arguments) {
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype);
+    check_contiguous(op, name, tensor);
+    check_same_device(op, name, tensor, x_name, x);
+    STD_TORCH_CHECK(tensor.dim() < 2 || aligned(tensor.const_data_ptr(), 16), op, ": ", name,
+                    " must start at a multiple of 16 bytes");
+  }
 }
 
-// x [..., K], weight [N, K] of one dtype and bias [N], as CUTLASS takes them; returns their sizes.
-inline Problem check_linear(const char* op, const char* x_name, const Tensor& x, const Tensor& weight,
-                            const Tensor& bias) {
+// The sizes of x [..., K] @ weight^T [N, K] + bias [N].
+inline Problem problem_of(const char* op, const char* x_name, const Tensor& x, const Tensor& weight,
+                          const Tensor& bias) {
   STD_TORCH_CHECK(x.dim() >= 2 && weight.dim() == 2 && bias.dim() == 1 && x.size(x.dim() - 1) == weight.size(1) &&
                       bias.size(0) == weight.size(0),
                   op, ": wanted ", x_name, " [..., K], weight [N, K] and bias [N]");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight must have the dtype of ", x_name);
-  const Problem problem{rows(x), weight.size(0), weight.size(1)};
-  check_device_and_sizes(op, x_name, x, problem);
-  check_operand(op, x_name, x, x_name, x);
-  check_operand(op, "weight", weight, x_name, x);
-  check_vector(op, "bias", bias, x_name, x);
-  return problem;
+  return {rows(x), weight.size(0), weight.size(1)};
 }
 
 // A tensor [..., N] with the rows of the matrix product.
-inline void check_rows_of_result(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
-                                 const Problem& problem) {
-  check_operand(op, name, tensor, "the other tensors", x);
+inline void check_rows_of_result(const char* op, const char* name, const Tensor& tensor, const Problem& problem) {
   STD_TORCH_CHECK(tensor.dim() >= 2 && tensor.size(tensor.dim() - 1) == problem.n && rows(tensor) == problem.m, op,
                   ": ", name, " must have ", problem.m, " rows of ", problem.n);
 }

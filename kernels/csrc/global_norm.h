@@ -11,12 +11,11 @@ EPG_HOST_DEVICE float found_inf_of(float norm) { return norm * norm <= FLT_MAX ?
 
 inline void check_global_norm(const Tensor& norm, const Tensor& found_inf, const TensorList& tensors) {
   constexpr const char* op = "global_norm";
-  check_float32(op, "norm", norm);
-  check_float32(op, "found_inf", found_inf);
-  check_same_device(op, "found_inf", found_inf, "norm", norm);
+  check_tensor(op, "norm", norm, "norm", norm);
+  check_tensor(op, "found_inf", found_inf, "norm", norm);
   STD_TORCH_CHECK(norm.numel() == 1 && found_inf.numel() == 1, op, ": norm and found_inf must hold one value each");
   for (size_t i = 0; i < tensors.size(); ++i) {
-    check_list_tensor(op, "tensors", i, tensors[i], norm, true);
+    check_tensor(op, {"tensors", i}, tensors[i], "norm", norm, true);
   }
 }
 

@@ -26,20 +26,17 @@ using Epilogue = sm90::Compute<
 struct linear_fp8_kernel : sm90::Gemm<cutlass::float_e4m3_t, TileShape, void, Result, Epilogue> {};
 
 void check_scale(const char* name, const Tensor& scale, const Tensor& x, int64_t size) {
-  check_float32(kOp, name, scale);
-  check_contiguous(kOp, name, scale);
-  check_same_device(kOp, name, scale, "x", x);
+  check_tensor(kOp, name, scale, "x", x);
   STD_TORCH_CHECK(scale.numel() == size, kOp, ": ", name, " must have ", size, " values");
 }
 
 void linear_fp8_cuda(Tensor y, Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor bias, bool gelu) {
-  const sm90::Problem problem = sm90::check_linear(kOp, "x", x, weight, bias);
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float8_e4m3fn, kOp, ": x must be float8_e4m3fn");
-  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16, kOp,
-                  ": bias and y must be bfloat16");
+  const sm90::Problem problem = sm90::problem_of(kOp, "x", x, weight, bias);
+  constexpr ScalarType fp8 = ScalarType::Float8_e4m3fn, bf16 = ScalarType::BFloat16;
+  sm90::check_arguments(kOp, problem, {{"x", x, fp8}, {"weight", weight, fp8}, {"bias", bias, bf16}, {"y", y, bf16}});
   check_scale("x_scale", x_scale, x, problem.m);
   check_scale("weight_scale", weight_scale, x, problem.n);
-  sm90::check_rows_of_result(kOp, "y", y, x, problem);
+  sm90::check_rows_of_result(kOp, "y", y, problem);
   const auto stride = sm90::rows_of(problem.n);
   linear_fp8_kernel::EpilogueArguments epilogue{{{{static_cast<const float*>(weight_scale.const_data_ptr())},
                                                   {{static_cast<const float*>(x_scale.const_data_ptr())}, {}, {}},

@@ -239,17 +239,18 @@ void check_gate(const Tensor& gate, const Tensor& h, const sm90::Problem& proble
 
 void linear_gate_residual_cuda(Tensor out, std::optional<Tensor> branch, Tensor x, std::optional<Tensor> gate, Tensor h,
                                Tensor weight, Tensor bias) {
-  const sm90::Problem problem = sm90::check_linear(kOp, "h", h, weight, bias);
-  constexpr ScalarType dtype = ScalarType::BFloat16;
+  const sm90::Problem problem = sm90::problem_of(kOp, "h", h, weight, bias);
+  constexpr ScalarType bf16 = ScalarType::BFloat16;
   const ScalarType residual = x.scalar_type();
-  STD_TORCH_CHECK(h.scalar_type() == dtype && bias.scalar_type() == dtype, kOp, ": h and bias must be bfloat16");
-  STD_TORCH_CHECK(residual == dtype || residual == ScalarType::Float, kOp, ": x must be float32 or bfloat16");
-  STD_TORCH_CHECK(out.scalar_type() == residual, kOp, ": out must have x's dtype");
-  STD_TORCH_CHECK(!branch.has_value() || branch->scalar_type() == dtype, kOp, ": branch must be bfloat16");
-  sm90::check_rows_of_result(kOp, "x", x, h, problem);
-  sm90::check_rows_of_result(kOp, "out", out, h, problem);
+  STD_TORCH_CHECK(residual == bf16 || residual == ScalarType::Float, kOp, ": x must be float32 or bfloat16");
+  sm90::check_arguments(kOp, problem,
+                        {{"h", h, bf16}, {"weight", weight, bf16}, {"bias", bias, bf16}, {"x", x, residual},
+                         {"out", out, residual}});
+  sm90::check_rows_of_result(kOp, "x", x, problem);
+  sm90::check_rows_of_result(kOp, "out", out, problem);
   if (branch.has_value()) {
-    sm90::check_rows_of_result(kOp, "branch", *branch, h, problem);
+    sm90::check_arguments(kOp, problem, {{"h", h, bf16}, {"branch", *branch, bf16}});
+    sm90::check_rows_of_result(kOp, "branch", *branch, problem);
   }
   if (gate.has_value()) {
     check_gate(*gate, h, problem);

@@ -13,6 +13,8 @@
 namespace epg_fast {
 namespace {
 
+constexpr ScalarType kBfloat16 = ScalarType::BFloat16;
+
 using TileShape = sm90::Wide;
 
 using Element = cutlass::bfloat16_t;
@@ -29,14 +31,15 @@ struct linear_gelu_kernel : GeluOf<Biased> {};
 struct linear_gelu_saving_kernel : GeluOf<BiasedAndStored> {};
 
 void linear_gelu_cuda(Tensor y, std::optional<Tensor> z, Tensor x, Tensor weight, Tensor bias) {
-  const sm90::Problem problem = sm90::check_linear("linear_gelu", "x", x, weight, bias);
-  constexpr ScalarType dtype = ScalarType::BFloat16;
-  STD_TORCH_CHECK(x.scalar_type() == dtype && bias.scalar_type() == dtype && y.scalar_type() == dtype &&
-                      (!z.has_value() || z->scalar_type() == dtype),
-                  "linear_gelu: x, bias, y and z must be bfloat16");
-  sm90::check_rows_of_result("linear_gelu", "y", y, x, problem);
+  constexpr const char* op = "linear_gelu";
+  const sm90::Problem problem = sm90::problem_of(op, "x", x, weight, bias);
+  sm90::check_arguments(op, problem,
+                        {{"x", x, kBfloat16}, {"weight", weight, kBfloat16}, {"bias", bias, kBfloat16},
+                         {"y", y, kBfloat16}});
+  sm90::check_rows_of_result(op, "y", y, problem);
   if (z.has_value()) {
-    sm90::check_rows_of_result("linear_gelu", "z", *z, x, problem);
+    sm90::check_arguments(op, problem, {{"x", x, kBfloat16}, {"z", *z, kBfloat16}});
+    sm90::check_rows_of_result(op, "z", *z, problem);
   }
   const auto stride = sm90::rows_of(problem.n);
   const Biased::Arguments biased{{static_cast<const Element*>(bias.const_data_ptr())}, {}, {}};
@@ -46,13 +49,12 @@ void linear_gelu_cuda(Tensor y, std::optional<Tensor> z, Tensor x, Tensor weight
     linear_gelu_saving_kernel::EpilogueArguments epilogue{
         {{biased, {static_cast<Element*>(z->mutable_data_ptr()), stride}}, {}}, nullptr, {}, y_data, stride};
     sm90::launch<linear_gelu_saving_kernel>(
-        "linear_gelu", problem, sm90::operands_of<linear_gelu_saving_kernel, Element>(x, weight, problem), epilogue,
+        op, problem, sm90::operands_of<linear_gelu_saving_kernel, Element>(x, weight, problem), epilogue,
         device);
   } else {
     linear_gelu_kernel::EpilogueArguments epilogue{{biased, {}}, nullptr, {}, y_data, stride};
-    sm90::launch<linear_gelu_kernel>("linear_gelu", problem,
-                                     sm90::operands_of<linear_gelu_kernel, Element>(x, weight, problem), epilogue,
-                                     device);
+    sm90::launch<linear_gelu_kernel>(op, problem, sm90::operands_of<linear_gelu_kernel, Element>(x, weight, problem),
+                                     epilogue, device);
   }
 }
 
@@ -72,21 +74,16 @@ struct linear_dgelu_kernel : sm90::Gemm<Element, TileShape, Element, Element, Gr
 void linear_dgelu_cuda(Tensor dz, std::optional<Tensor> sums, Tensor dy, Tensor weight, Tensor z) {
   STD_TORCH_CHECK(dy.dim() >= 2 && weight.dim() == 2 && dy.size(dy.dim() - 1) == weight.size(0), kGradient,
                   ": wanted dy [..., K] and weight [K, N]");
-  for (const Tensor* const tensor : {&dz, &dy, &weight, &z}) {
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, kGradient,
-                    ": dz, dy, weight and z must be bfloat16");
-  }
   const sm90::Problem problem{sm90::rows(dy), weight.size(1), weight.size(0)};
-  sm90::check_device_and_sizes(kGradient, "dy", dy, problem);
-  sm90::check_operand(kGradient, "dy", dy, "dy", dy);
-  sm90::check_operand(kGradient, "weight", weight, "dy", dy);
-  sm90::check_rows_of_result(kGradient, "z", z, dy, problem);
-  sm90::check_rows_of_result(kGradient, "dz", dz, dy, problem);
+  sm90::check_arguments(kGradient, problem,
+                        {{"dy", dy, kBfloat16}, {"weight", weight, kBfloat16}, {"z", z, kBfloat16},
+                         {"dz", dz, kBfloat16}});
+  sm90::check_rows_of_result(kGradient, "z", z, problem);
+  sm90::check_rows_of_result(kGradient, "dz", dz, problem);
   if (sums.has_value()) {
     constexpr int64_t tile_m = cute::size<0>(TileShape{}), tile_n = cute::size<1>(TileShape{});
     const int64_t tiles = (problem.m + tile_m - 1) / tile_m, columns = (problem.n + tile_n - 1) / tile_n * tile_n;
-    check_float32(kGradient, "sums", *sums);
-    sm90::check_operand(kGradient, "sums", *sums, "dy", dy);
+    sm90::check_arguments(kGradient, problem, {{"dy", dy, kBfloat16}, {"sums", *sums, ScalarType::Float}});
     STD_TORCH_CHECK(sums->dim() == 2 && sums->size(0) == tiles && sums->size(1) == columns, kGradient,
                     ": sums must be [", tiles, ", ", columns, "], one row for ", tile_m,
                     " of dz, padded to a multiple of ", tile_n);

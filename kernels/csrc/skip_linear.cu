@@ -120,16 +120,12 @@ void skip_linear_cuda(Tensor z, Tensor x, Tensor skip, Tensor weight, Tensor bia
                       x.size(0) == skip.size(0) && x.size(1) == skip.size(1) &&
                       x.size(2) + skip.size(2) == weight.size(1) && bias.size(0) == weight.size(0),
                   kOp, ": wanted x [B, L, D], skip [B, L, E], weight [N, D + E] and bias [N]");
-  for (const Tensor* const tensor : {&x, &skip, &weight, &bias, &z}) {
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, kOp, ": all tensors must be bfloat16");
-  }
   const sm90::Problem problem{sm90::rows(x), weight.size(0), weight.size(1)};
-  sm90::check_device_and_sizes(kOp, "x", x, problem);
-  sm90::check_operand(kOp, "x", x, "x", x);
-  sm90::check_operand(kOp, "skip", skip, "x", x);
-  sm90::check_operand(kOp, "weight", weight, "x", x);
-  sm90::check_vector(kOp, "bias", bias, "x", x);
-  sm90::check_rows_of_result(kOp, "z", z, x, problem);
+  constexpr ScalarType bf16 = ScalarType::BFloat16;
+  sm90::check_arguments(kOp, problem,
+                        {{"x", x, bf16}, {"skip", skip, bf16}, {"weight", weight, bf16}, {"bias", bias, bf16},
+                         {"z", z, bf16}});
+  sm90::check_rows_of_result(kOp, "z", z, problem);
   // Skip's half of the weight starts at column D.
   STD_TORCH_CHECK(x.size(2) > 0 && skip.size(2) > 0 && x.size(2) % 8 == 0 && skip.size(2) % 8 == 0, kOp,
                   ": the widths of x and skip must be multiples of 8");

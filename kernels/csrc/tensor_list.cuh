@@ -2,7 +2,7 @@
 // the device and a captured graph keeps them. Blocks walk over chunks of equal size whatever tensor they lie in.
 #pragma once
 
-#include "common.cuh"
+#include "launch.cuh"
 #include "tensor_list.h"
 
 #include <cuda_bf16.h>

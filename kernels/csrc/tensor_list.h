@@ -12,33 +12,6 @@ namespace epg_fast {
 
 using TensorList = std::vector<Tensor>;
 
-// The message names the list and the place in it, as Python counts.
-inline void check_list_memory(const char* op, const char* name, size_t i, const Tensor& tensor,
-                              const Tensor& device_of) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, "[", i, "] must be contiguous");
-  STD_TORCH_CHECK(
-      tensor.is_cuda() == device_of.is_cuda() && tensor.get_device_index() == device_of.get_device_index(), op, ": ",
-      name, "[", i, "] must be on the same device as the other tensors");
-}
-
-inline void check_list_tensor(const char* op, const char* name, size_t i, const Tensor& tensor, const Tensor& device_of,
-                              bool bfloat16_too) {
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || (bfloat16_too && dtype == ScalarType::BFloat16), op, ": ", name, "[", i,
-                  "] must be float32", bfloat16_too ? " or bfloat16" : "");
-  check_list_memory(op, name, i, tensor, device_of);
-}
-
-inline void check_list_shape(const char* op, const char* name, size_t i, const Tensor& tensor, const char* other_name,
-                             const Tensor& other) {
-  STD_TORCH_CHECK(tensor.dim() == other.dim(), op, ": ", name, "[", i, "] has ", tensor.dim(), " dimensions, ",
-                  other_name, " has ", other.dim(), " there");
-  for (int64_t d = 0; d < other.dim(); ++d) {
-    STD_TORCH_CHECK(tensor.size(d) == other.size(d), op, ": ", name, "[", i, "] has size ", tensor.size(d),
-                    " in dimension ", d, ", ", other_name, " has ", other.size(d), " there");
-  }
-}
-
 // offsets[i]: elements in the tensors before tensor i; the last entry is the total.
 inline std::vector<int64_t> offsets_of(const TensorList& tensors) {
   std::vector<int64_t> offsets{0};

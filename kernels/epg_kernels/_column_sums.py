@@ -4,9 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._launch import aot_case
-
 ROWS = 128  # rows that one program of the first stage sums: at 16512 rows and 1584 columns, 903 programs
 TILE = 16  # of those, loaded at a time: with 256 columns of bfloat16, four 16-byte accesses in each of 128 threads
 COLUMNS = 256
@@ -65,17 +62,3 @@ def sum_partial_sums(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             COLUMNS=LAST_COLUMNS,
         )
     return sums
-
-
-def first_stage_case(width: int, dtype: str) -> AotCase:
-    return _case(width, dtype, "fp32", ROWS // TILE, TILE, COLUMNS)
-
-
-def second_stage_case(width: int) -> AotCase:
-    return _case(width, "fp32", "fp32", 8, LAST_TILE, LAST_COLUMNS)
-
-
-def _case(width: int, dtype: str, out_dtype: str, tiles: int, tile: int, columns: int) -> AotCase:
-    constexprs = {"N": width, "TILES": tiles, "TILE": tile, "COLUMNS": columns}
-    pointers = {"values": dtype, "sums": out_dtype}
-    return aot_case(_column_sums_kernel, pointers, constexprs, f"N={width} {tile}x{columns}", dtype)

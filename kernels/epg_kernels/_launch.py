@@ -1,8 +1,13 @@
-"""What launchers of several operations need, and cases for `python -m bench.resources`."""
+"""What launchers of several operations need."""
 
 import torch
 
-from epg_kernels import AotCase
+WITHOUT_GPU = (9, 0)
+"""The compute capability of a CPU: what the interpreter computes as, and what bench.resources sets."""
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else WITHOUT_GPU
 
 
 def unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -34,30 +39,3 @@ def weight_gradient(
 def matmul_precision() -> str:
     """How float32 operands are multiplied: as PyTorch's own products do."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-_INTEGERS = ("tokens", "chunks", "rows", "heads", "count", "M")
-
-
-def aot_case(kernel, pointers: dict[str, str], constexprs: dict, shape: str, dtype: str, **options) -> AotCase:
-    """A case in which pointers and strides are multiples of 16.
-
-    pointers: what they point to, by name; also a descriptor's type, and that of a scalar, as "=fp32". Of the other
-    run-time arguments strides and counts are 32-bit integers, the rest is left out: None. constexprs may name more than
-    the kernel takes. options: further fields of the case.
-    """
-    names = kernel.arg_names
-    constexprs = {name: value for name, value in constexprs.items() if name in names}
-    types = {name: kind.lstrip("=") if kind[0] == "=" or "<" in kind else f"*{kind}" for name, kind in pointers.items()}
-    others = [name for name in names if name not in types | constexprs]
-    integers = [name for name in others if name.startswith("stride") or name in _INTEGERS]
-    aligned = [name for name in names if types.get(name, "").startswith("*") or name.startswith("stride")]
-    options = {"num_warps": 4, "divisible_by_16": tuple(aligned)} | options
-    return AotCase(
-        kernel=kernel,
-        signature=types | dict.fromkeys(integers, "i32"),
-        constexprs=constexprs | {name: None for name in others if name not in integers},
-        shape=shape,
-        dtype=dtype,
-        **options,
-    )

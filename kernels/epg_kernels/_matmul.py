@@ -20,9 +20,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from epg_kernels import AotCase
 from epg_kernels._column_sums import sum_partial_sums
-from epg_kernels._launch import aot_case, matmul_precision, strides, unit_stride
+from epg_kernels._launch import capability, matmul_precision, strides, unit_stride
 from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
@@ -408,7 +407,7 @@ def launch_linear(
     images = next((t.shape[0] for t in (gate, scale) if t is not None), None)
     if gate is None and images == 1:  # every row has the same modulation
         images = None
-    dependent = dependent and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    dependent = dependent and not triton.knobs.runtime.interpret and capability(x.device) >= (9, 0)
     with torch.cuda.device_of(x):
         linear_fwd_kernel[_grid(config, rows, columns)](
             **_operands(config, dict.fromkeys(("z", "y_fp8")) | matrices), **dict.fromkeys(_SCALES) | scales,
@@ -424,9 +423,9 @@ def launch_linear(
             SCALES_X=_count(scales.get("x_scale"), rows), SCALES_SKIP=_count(scales.get("skip_scale"), rows),
             TOKENS=None if images is None else tokens or rows // images,
             GELU=gelu, EXACT=exact, FP8_MAX=FP8_MAX,
-            EPS=None if norm is None else norm.eps, **_part_constexprs(width), DEPENDENT=dependent,
-            **constexprs_of(config, columns, precision), num_warps=config.num_warps, num_stages=config.num_stages,
-            launch_pdl=dependent,
+            EPS=None if norm is None else norm.eps, PARTS_X=parts_of(width),
+            BLOCK_PARTS_X=triton.next_power_of_2(parts_of(width)), DEPENDENT=dependent,
+            **_constants(config, columns, precision), launch_pdl=dependent,
         )  # fmt: skip
 
 
@@ -494,8 +493,7 @@ def linear_dgelu(dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> tup
             partial=partial,
             M=rows,
             stride_dy=dy.stride(0), stride_weight=weight.stride(0), stride_z=z.stride(0),
-            D=dy.shape[1], **constexprs_of(config, columns, precision), num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            D=dy.shape[1], **_constants(config, columns, precision),
         )  # fmt: skip
     return dz, sum_partial_sums(partial, torch.float32)
 
@@ -511,10 +509,7 @@ def rows_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def _tma_reaches(*matrices: torch.Tensor | None) -> bool:
     """TMA came with Hopper; it reads and writes rows that start at multiples of 16 bytes and do not overlap."""
     present = [matrix for matrix in matrices if matrix is not None]
-    device = present[0].device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return all(
+    return capability(present[0].device) >= (9, 0) and all(
         matrix.numel() > 0
         and matrix.data_ptr() % 16 == 0
         and matrix.stride(0) * matrix.itemsize % 16 == 0
@@ -523,30 +518,17 @@ def _tma_reaches(*matrices: torch.Tensor | None) -> bool:
     )
 
 
-def _blocks(config: Config) -> dict[str, list[int]]:
-    """The tile of each matrix that TMA moves at a time."""
-    operand, result = [config.block_m, config.block_k], [config.block_m, PART]
-    return {
-        "x": operand,
-        "skip": operand,
-        "dy": operand,
-        "weight": [config.block_n, config.block_k],
-        "weight_t": [config.block_k, config.block_n],
-        "residual": result,
-        "y": result,
-        "z": result,
-        "y_fp8": result,
-        "dz": result,
-    }
-
-
 def _operands(config: Config, matrices: dict[str, torch.Tensor | None]) -> dict:
-    """The matrices as the kernel takes them."""
-    blocks = _blocks(config)
+    """The matrices as the kernel takes them, with the tile of each that TMA moves at a time."""
+    if not config.tma:
+        return matrices
+    blocks = dict.fromkeys(("x", "skip", "dy"), [config.block_m, config.block_k])
+    blocks |= {"weight": [config.block_n, config.block_k], "weight_t": [config.block_k, config.block_n]}
+    result = [config.block_m, PART]
     return {
-        name: TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], blocks[name])
-        if config.tma and matrix is not None
-        else matrix
+        name: matrix
+        if matrix is None
+        else TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], blocks.get(name, result))
         for name, matrix in matrices.items()
     }
 
@@ -555,8 +537,10 @@ def _grid(config: Config, rows: int, columns: int) -> tuple[int]:
     return (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
 
 
-def constexprs_of(config: Config, columns: int, precision: str) -> dict:
+def _constants(config: Config, columns: int, precision: str) -> dict:
     return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
         "N": columns,
         "TMA": config.tma,
         "PRECISION": precision,
@@ -569,145 +553,5 @@ def constexprs_of(config: Config, columns: int, precision: str) -> dict:
     }
 
 
-def _part_constexprs(width: int) -> dict[str, int]:
-    """Of the statistics of x."""
-    return {"PARTS_X": parts_of(width), "BLOCK_PARTS_X": triton.next_power_of_2(parts_of(width))}
-
-
 def parts_of(width: int) -> int:
     return triton.cdiv(width, PART)
-
-
-def linear_case(
-    config: Config, columns: int, x_width: int, skip_width: int, dtype: str, gelu: bool,
-    save_preactivation=False, precision="tf32", residual: str | None = None, tokens: int | None = None,
-    norm: str | None = None, statistics=False,
-) -> AotCase:  # fmt: skip
-    """residual: its dtype, if there is one; tokens: of a row of the gate, if there is one, in dtype.
-
-    norm: "plain" or "modulated", by a row of shift and scale for `tokens` rows, or for all.
-    """
-    dtypes = {"x": dtype, "weight": dtype, "y": residual or dtype}
-    dtypes |= {"skip": dtype} if skip_width else {}
-    dtypes |= {"z": dtype} if save_preactivation else {}
-    dtypes |= {"residual": residual} if residual else {}
-    vectors = {"bias": "fp32"} | ({"gate": dtype} if tokens and not norm else {})
-    vectors |= dict.fromkeys(("x_statistics", "norm_weight", "norm_bias"), "fp32") if norm else {}
-    vectors |= {"shift": dtype, "scale": dtype} if norm == "modulated" else {}
-    vectors |= {"statistics": "fp32"} if statistics else {}
-    widths = f"{x_width}+{skip_width}" if skip_width else x_width
-    extras = f" on {residual}" * bool(residual) + f" gate/{tokens}" * bool(tokens) + " saving z" * save_preactivation
-    extras += f" {norm} norm" * bool(norm) + " statistics" * statistics + " gelu" * gelu
-    return product_case(
-        linear_fwd_kernel,
-        config,
-        dtypes,
-        vectors,
-        {"D": x_width, "E": skip_width, "TOKENS": tokens, "GELU": gelu, "EXACT": (residual or dtype) == "fp32"}
-        | {"SCALES_X": 1, "SCALES_SKIP": 1, "FP8_MAX": FP8_MAX, "EPS": 1e-5}
-        | {"DEPENDENT": config.tma and (bool(norm) or statistics)}
-        | _part_constexprs(x_width)
-        | constexprs_of(config, columns, precision),
-        f"K={widths} N={columns}",
-        extras,
-    )
-
-
-def product_case(
-    kernel,
-    config: Config,
-    dtypes: dict[str, str],
-    vectors: dict[str, str],
-    constexprs: dict,
-    shape: str,
-    extras: str = "",
-    archs: tuple[int, ...] = (80, 90, 100),
-) -> AotCase:
-    """dtypes: of the matrices that are there, x or dy first; vectors: of what the pointers beside them point to."""
-    blocks, dtype, precision = _blocks(config), next(iter(dtypes.values())), constexprs["PRECISION"]
-    descriptors = {name: f"tensordesc<{kind}[{','.join(map(str, blocks[name]))}]>" for name, kind in dtypes.items()}
-    path = "TMA" if config.tma else "pointers" if precision == "tf32" else "ieee"
-    return aot_case(
-        kernel,
-        vectors | (descriptors if config.tma else dtypes),
-        constexprs | {"UPCAST": False},
-        f"{shape} {path}{extras}",
-        dtype,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        gemm=dtype != "fp32" or precision == "tf32",
-        archs=tuple(arch for arch in archs if arch >= 90) if config.tma else archs,
-    )
-
-
-def linear_dgelu_case(config: Config, columns: int, width: int, dtype: str, precision: str = "tf32") -> AotCase:
-    return product_case(
-        _linear_dgelu_kernel,
-        config,
-        dict.fromkeys(("dy", "weight_t", "z", "dz"), dtype),
-        {"partial": "fp32"},
-        {"D": width} | constexprs_of(config, columns, precision),
-        f"K={width} N={columns}",
-    )
-
-
-def aot_cases() -> list[AotCase]:
-    """What no operation's own table holds: GELU, products onto a residual, of a norm, and the gradient through GELU.
-
-    Of the widths between those of XL and XXL registers are the same: TMA pads.
-    """
-    saving = {"gelu": True, "save_preactivation": True}
-    cases = [linear_case(BY_TMA, 4 * width, width, 0, "bf16", gelu=True) for width in (768, 1584, 2688)]
-    cases += [linear_case(BY_TMA, 4 * width, width, 0, "bf16", **saving) for width in (768, 1584, 2688)]
-    cases += [
-        linear_case(BY_TMA, 6336, 1584, 0, "fp16", **saving),
-        linear_case(BY_TMA_TF32, 6336, 1584, 0, "fp32", **saving),
-        linear_case(BY_POINTERS, 6336, 1584, 0, "bf16", **saving),
-        linear_case(IEEE, 6336, 1584, 0, "fp32", precision="ieee", **saving),
-    ]
-    gated = {"gelu": False, "residual": "bf16", "tokens": 258}
-    cases += [
-        linear_case(BY_TMA, width, 4 * width, 0, "bf16", save_preactivation=True, **gated) for width in (1584, 2688)
-    ]
-    fp32 = gated | {"residual": "fp32"}
-    cases += [
-        linear_case(BY_TMA, 1584, 1584, 0, "bf16", **gated),
-        linear_case(BY_TMA, 768, 3072, 0, "bf16", save_preactivation=True, **fp32),
-        linear_case(BY_TMA, 768, 3072, 0, "bf16", gelu=False, residual="fp32"),
-        linear_case(BY_POINTERS, 1584, 6336, 0, "bf16", save_preactivation=True, **gated),
-        linear_case(BY_TMA_TF32, 1584, 6336, 0, "fp32", save_preactivation=True, **fp32),
-        linear_case(BY_POINTERS_TF32, 1584, 6336, 0, "fp32", save_preactivation=True, **fp32),
-        linear_case(IEEE, 1584, 6336, 0, "fp32", save_preactivation=True, precision="ieee", **fp32),
-    ]
-    onto = {"gelu": False, "residual": "bf16", "statistics": True}
-    for width in (1584, 2688):
-        normed = {"gelu": True, "norm": "modulated", "tokens": 258}
-        cases += [
-            linear_case(NORMED_BY_TMA, 4 * width, width, 0, "bf16", **normed),
-            linear_case(FEW_BY_TMA, 4 * width, width, 0, "bf16", **normed),
-            linear_case(FEW_BY_TMA, 4 * width, width, 0, "bf16", **normed | {"tokens": None}),
-            linear_case(BY_TMA, width, 4 * width, 0, "bf16", tokens=258, **onto),
-            linear_case(FEW_BY_TMA, width, 4 * width, 0, "bf16", tokens=258, **onto),
-        ]
-    normed = {"gelu": True, "norm": "modulated", "tokens": 258}
-    cases += [
-        linear_case(NORMED_BY_TMA, 3072, 768, 0, "bf16", gelu=True, norm="plain"),
-        linear_case(FEW_BY_TMA, 3072, 768, 0, "bf16", gelu=True, norm="plain"),
-        linear_case(BY_TMA, 768, 3072, 0, "bf16", **onto),
-        linear_case(NORMED_BY_TMA, 6336, 1584, 0, "fp16", **normed),
-        linear_case(BY_TMA_TF32, 6336, 1584, 0, "fp32", **normed),
-        linear_case(BY_POINTERS, 6336, 1584, 0, "bf16", **normed),
-        linear_case(BY_POINTERS_TF32, 6336, 1584, 0, "fp32", **normed),
-        linear_case(IEEE, 6336, 1584, 0, "fp32", precision="ieee", **normed),
-        linear_case(BY_POINTERS, 1584, 6336, 0, "bf16", tokens=258, **onto),
-        linear_case(IEEE, 1584, 6336, 0, "fp32", precision="ieee", tokens=258, **onto | {"residual": "fp32"}),
-    ]
-    cases += [linear_dgelu_case(BY_TMA, 4 * width, width, "bf16") for width in (768, 1584, 2688)]
-    return [
-        *cases,
-        linear_dgelu_case(BY_TMA, 6336, 1584, "fp16"),
-        linear_dgelu_case(BY_TMA_TF32, 6336, 1584, "fp32"),
-        linear_dgelu_case(BY_POINTERS, 6336, 1584, "bf16"),
-        linear_dgelu_case(BY_POINTERS_TF32, 6336, 1584, "fp32"),
-        linear_dgelu_case(IEEE, 6336, 1584, "fp32", precision="ieee"),
-    ]

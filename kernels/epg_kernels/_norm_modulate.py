@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._launch import accumulation_dtype, aot_case, strides, unit_stride
+from epg_kernels._launch import accumulation_dtype, strides, unit_stride
 from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
 
@@ -352,6 +351,13 @@ def launch_forward(
     return NormForward(x_out, y, row_scale, mean, rstd, first_mean, first_rstd)
 
 
+def norm_modulate_fp8(x, branch, gate, first_weight, first_bias, weight, bias, shift, scale, eps: float):
+    """(x_out, None if that is x, y / row_scale, row_scale)."""
+    first = None if first_weight is None else (first_weight, first_bias)
+    done = launch_forward(x, branch, gate, weight, bias, shift, scale, eps, torch.float8_e4m3fn, first)
+    return done.x_out, done.y, done.row_scale
+
+
 def launch_backward(
     dy, dx_out, x, branch, gate, weight, bias, shift, scale, mean, rstd,
     dcopy=None, branch_dtype=None, first_norm=None, linear_bias=None,
@@ -409,7 +415,7 @@ def launch_backward(
     return NormBackward(*gradients, dfirst_weight, dfirst_bias, dlinear_bias)
 
 
-def _tokens_per_program(config: Config, batch: int = 1, tokens: int = 1) -> int:
+def _tokens_per_program(config: Config, batch: int, tokens: int) -> int:
     many = TOKENS
     while many < tokens and batch * triton.cdiv(tokens, 2 * many) >= TWO_WAVES:
         many *= 2
@@ -419,44 +425,3 @@ def _tokens_per_program(config: Config, batch: int = 1, tokens: int = 1) -> int:
 def _tiles(rows: int) -> int:
     """Tiles that hold `rows`, rounded up to a power of two: few compilations, whatever the batch size."""
     return triton.next_power_of_2(triton.cdiv(rows, TILE))
-
-
-def row_cases(width: int, dtype: str, residual=False, fp8=False, twice=False, bias=False) -> list[AotCase]:
-    """The row kernels with modulation, with a gated branch (residual) or after a first norm (twice).
-
-    FP8 has no backward pass. bias: of the linear layer before, which gets its gradient here.
-    """
-    config = config_for(width)
-    y = "fp8e4nv" if fp8 else dtype
-    forward = {"x": dtype, "weight": "fp32", "bias": "fp32", "shift": dtype, "scale": dtype, "y": y}
-    forward |= {"mean": "fp32", "rstd": "fp32"} | ({"row_scale": "fp32"} if fp8 else {})
-    backward = {"dy": dtype, "x": dtype, "weight": "fp32", "scale": dtype, "mean": "fp32", "rstd": "fp32", "dx": dtype}
-    backward |= {"partial": "fp32"}
-    if residual:
-        forward |= {"branch": dtype, "gate": dtype, "x_out": dtype}
-        backward |= {"branch": dtype, "gate": dtype, "dx_out": dtype, "dbranch": dtype}
-    if twice:
-        first = dict.fromkeys(("first_weight", "first_bias", "first_mean", "first_rstd"), "fp32")
-        forward |= first | {"x_out": dtype}
-        backward |= first | {"dx_out": dtype}
-    sizes = {"D": width, "BLOCK": config.block}
-    shape = f"D={width}{' gated' * residual}{' twice' * twice}{' bias' * bias}{' fp8' * fp8}"
-    constexprs = sizes | {"EPS": 1e-5, "FP8_MAX": FP8_MAX, "ROWS": config.rows}
-    options = {"num_warps": config.num_warps}
-    if fp8:  # FP8 conversion instructions came with sm_89
-        return [aot_case(_norm_modulate_fwd_kernel, forward, constexprs, shape, dtype, archs=(90, 100), **options)]
-    cases = [aot_case(_norm_modulate_fwd_kernel, forward, constexprs, shape, dtype, **options)]
-    constexprs = sizes | {"TOKENS": _tokens_per_program(config), "ROWS": config.rows_backward, "BIAS": bias}
-    return [*cases, aot_case(_norm_modulate_bwd_kernel, backward, constexprs, shape, dtype, **options)]
-
-
-def summing_cases(width: int, dtype: str, residual: bool = False) -> list[AotCase]:
-    per_batch = {"partial": "fp32", "weight": "fp32", "bias": "fp32", "scale": dtype, "dshift": dtype, "dscale": dtype}
-    per_batch |= {"scaled": "fp32"} | ({"dgate": dtype} if residual else {})
-    names = ("sums", "dweight", "dbias", "dfirst_weight", "dfirst_bias", "dlinear_bias")
-    constexprs = {"D": width, "TILES": 8, "TILE": TILE, "COLUMNS": COLUMNS, "EXTRA": 3}
-    kernels = {_norm_modulate_bwd_batch_kernel: per_batch}
-    if not residual:
-        kernels[_norm_modulate_bwd_parameter_kernel] = dict.fromkeys(names, "fp32")
-    shape = f"D={width}{' gated' * residual}"
-    return [aot_case(kernel, pointers, constexprs, shape, dtype) for kernel, pointers in kernels.items()]

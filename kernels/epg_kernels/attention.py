@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._launch import aot_case, matmul_precision
+from epg_kernels._launch import capability, matmul_precision
 from epg_kernels._quantize import FP8_MAX, row_step
 
 _LOG2_E = math.log2(math.e)
@@ -486,14 +485,9 @@ def _streams(length: int, head_dim: int, itemsize: int, programs: int, device: t
     Hopper), and where one program per head would leave multiprocessors idle.
     """
     rows = length // 128 * 128 + _tail(length, 128)
-    if itemsize == 4 or 2 * rows * sum(_columns(head_dim)) * itemsize > _RESIDENT_BYTES or _major(device) != 9:
+    if itemsize == 4 or 2 * rows * sum(_columns(head_dim)) * itemsize > _RESIDENT_BYTES or capability(device)[0] != 9:
         return True
     return device.type == "cuda" and programs < torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _major(device: torch.device) -> int:
-    """Major compute capability; in the interpreter Hopper's."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def _takes_several(head_dim: int, itemsize: int, major: int) -> bool:
@@ -528,10 +522,7 @@ def _upcast(tensor: torch.Tensor) -> bool:
 
 
 def attention_fwd(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the output [B, L, H, d] and the log-sum-exp of each query's scores [B, H, L], in float32.
-
-    qkv: [B, L, 3, H, d] in float32, bfloat16 or float16; scale: positive.
-    """
+    """(out, log-sum-exp of each query's scores [B, H, L] in float32)."""
     batch, length, _, heads, head_dim = qkv.shape
     out = torch.empty((batch, length, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=qkv.device)
@@ -540,10 +531,7 @@ def attention_fwd(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.
 
 
 def attention_fp8_fwd(qkv: torch.Tensor, largest: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the output divided by row_scale, [B, L, H, d] in float8_e4m3fn, and row_scale [B, L], each image's own.
-
-    qkv: [B, L, 3, H, d]; largest: [T, B, L], absolute values of its rows, for every COLUMNS of their columns.
-    """
+    """(out / row_scale in float8_e4m3fn, row_scale [B, L], each image's own)."""
     batch, length, _, heads, head_dim = qkv.shape
     out = torch.empty((batch, length, heads, head_dim), dtype=torch.float8_e4m3fn, device=qkv.device)
     row_scale = torch.empty((batch, length), dtype=torch.float32, device=qkv.device)
@@ -553,114 +541,47 @@ def attention_fp8_fwd(qkv: torch.Tensor, largest: torch.Tensor, scale: float) ->
 
 def _launch_fwd(qkv: torch.Tensor, scale: float, out, lse, largest=None, row_scale=None) -> None:
     batch, length, _, heads, head_dim = qkv.shape
-    qkv = _addressable(qkv)
-    itemsize = qkv.element_size()
+    qkv, itemsize, width = _addressable(qkv), qkv.element_size(), heads * head_dim
     stream = _streams(length, head_dim, itemsize, batch * heads, qkv.device)
     config = _stream_config(head_dim, itemsize) if stream else _resident_config(head_dim, largest is not None)
-    align = _alignment(qkv)
     with torch.cuda.device_of(qkv):
         _attention_fwd_kernel[(batch * heads, triton.cdiv(length, config.M) if stream else 1)](
             qkv, out, lse, largest, row_scale, scale * _LOG2_E, heads,
-            *(stride // align for stride in qkv.stride()[:-1]),
-            **_fwd_constants(length, heads, head_dim, config, stream), ALIGN=align, PRECISION=_precision(qkv),
-            UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
+            TAIL=_tail(length, config.N), STREAM=stream, FIRST=2 * width // COLUMNS,
+            LAST=triton.cdiv(3 * width, COLUMNS), TOKENS=triton.next_power_of_2(length), FP8_MAX=FP8_MAX,
+            **_shared(qkv, config),
         )  # fmt: skip
 
 
-def _fwd_constants(length: int, heads: int, head_dim: int, config: Config, stream: bool) -> dict:
-    main, rest = _columns(head_dim)
-    values = {"FIRST": 2 * heads * head_dim // COLUMNS, "LAST": triton.cdiv(3 * heads * head_dim, COLUMNS)}
-    values |= {"TOKENS": triton.next_power_of_2(length), "FP8_MAX": FP8_MAX}
-    blocks = {"M": config.M, "N": config.N, "TAIL": _tail(length, config.N), "STREAM": stream}
-    return {"L": length, "D": head_dim, "MAIN": main, "REST": rest, **blocks, **values}
-
-
 def attention_bwd(dout, qkv, out, lse, scale: float) -> torch.Tensor:
-    """Returns dqkv [B, L, 3, H, d]; dout, out: [B, L, H, d], lse: [B, H, L]."""
+    """dqkv."""
     batch, length, _, heads, head_dim = qkv.shape
-    qkv, dout, out = _addressable(qkv), dout.contiguous(), out.contiguous()
-    config = _bwd_config(head_dim, qkv.element_size(), _major(qkv.device))
+    qkv, dout, out, itemsize = _addressable(qkv), dout.contiguous(), out.contiguous(), qkv.element_size()
+    major, _ = capability(qkv.device)
+    config = _bwd_config(head_dim, itemsize, major)
     dqkv = torch.empty((batch, length, 3, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    in_place = qkv.dtype == torch.float32
     count = programs = batch * heads
-    if _takes_several(head_dim, qkv.element_size(), _major(qkv.device)):
+    if _takes_several(head_dim, itemsize, major):
         programs = min(count, _resident_programs(qkv.device))
-    partial = None
+    in_place, partial = qkv.dtype == torch.float32, None
     if not in_place:  # elsewhere each block of keys would round dq
-        shape = (programs, length, head_dim) if programs < count else out.shape
-        partial = lse.new_empty(shape)
-    delta = torch.empty_like(lse)
-    align = _alignment(qkv)
+        partial = lse.new_empty((programs, length, head_dim) if programs < count else out.shape)
+    rest = length % config.N
+    few = rest if length >= config.N and rest <= _FEW else 0
     with torch.cuda.device_of(qkv):
         _attention_bwd_kernel[(programs,)](
-            dout, qkv, out, lse, delta, dqkv, partial, scale, scale * _LOG2_E, heads, count,
-            *(stride // align for stride in qkv.stride()[:-1]),
-            **_bwd_constants(length, head_dim, config, in_place), SEVERAL=programs < count, ALIGN=align,
-            PRECISION=_precision(qkv), UPCAST=_upcast(qkv), num_warps=config.num_warps, num_stages=config.num_stages,
+            dout, qkv, out, lse, torch.empty_like(lse), dqkv, partial, scale, scale * _LOG2_E, heads, count,
+            TAIL=0 if few else _tail(length, config.N), FEW=few, ROWS=4 * config.num_warps, IN_PLACE=in_place,
+            SEVERAL=programs < count, **_shared(qkv, config),
         )  # fmt: skip
     return dqkv
 
 
-def _bwd_constants(length: int, head_dim: int, config: Config, in_place: bool) -> dict:
-    main, rest = _columns(head_dim)
-    few = length % config.N if length >= config.N and length % config.N <= _FEW else 0
-    blocks = {
-        "M": config.M,
-        "N": config.N,
-        "TAIL": 0 if few else _tail(length, config.N),
-        "FEW": few,
-        "ROWS": 4 * config.num_warps,
-    }
-    return {"L": length, "D": head_dim, "MAIN": main, "REST": rest, **blocks, "IN_PLACE": in_place}
-
-
-def aot_cases() -> list[AotCase]:
-    """The presets' head dimensions at L=258, on each architecture in the configuration it gets, and float32 once."""
-    cases = [_fwd_case(head_dim, "bf16", stream=False) for head_dim in (64, 72, 120, 128)]
-    cases += [_fwd_case(head_dim, "bf16", stream=True) for head_dim in (64, 72, 128)]
-    cases += [_fwd_case(head_dim, "bf16", stream=False, fp8=True) for head_dim in (64, 72, 120, 128)]
-    cases += [_fwd_case(72, "bf16", stream=True, fp8=True)]
-    cases += [_bwd_case(head_dim, "bf16", archs) for head_dim in (64, 72, 120, 128) for archs in ((80,), (90, 100))]
-    cases += [_bwd_case(head_dim, "bf16", (90,), several=True) for head_dim in (64, 72)]
-    return [*cases, _fwd_case(72, "fp32", stream=True), _bwd_case(72, "fp32", (80, 90, 100))]
-
-
-def _fwd_case(head_dim: int, dtype: str, stream: bool, fp8: bool = False) -> AotCase:
-    config = _stream_config(head_dim, _itemsize(dtype)) if stream else _resident_config(head_dim, fp8)
-    pointers = {"qkv": dtype, "out": dtype, "lse": "fp32"}
-    if fp8:
-        pointers = {"qkv": dtype, "out": "fp8e4nv", "largest": "fp32", "out_scale": "fp32"}
-    constexprs = _fwd_constants(258, 22, head_dim, config, stream)
-    shape = f"d={head_dim} {'streaming' if stream else 'resident'}{' fp8' * fp8}"
-    archs = ((90, 100) if fp8 else (80, 90, 100)) if stream else (90,)
-    return _case(_attention_fwd_kernel, config, pointers, constexprs, shape, dtype, archs)
-
-
-def _bwd_case(head_dim: int, dtype: str, archs: tuple[int, ...], several: bool = False) -> AotCase:
-    config = _bwd_config(head_dim, _itemsize(dtype), archs[-1] // 10)
-    in_place = dtype == "fp32"
-    pointers = dict.fromkeys(("do", "qkv", "out", "dqkv"), dtype) | {"lse": "fp32", "delta": "fp32"}
-    pointers |= {} if in_place else {"partial": "fp32"}
-    constexprs = _bwd_constants(258, head_dim, config, in_place) | {"SEVERAL": several}
-    shape = f"d={head_dim}{' several heads' * several}"
-    return _case(_attention_bwd_kernel, config, pointers, constexprs, shape, dtype, archs)
-
-
-def _case(kernel, config: Config, pointers: dict[str, str], constexprs: dict, shape, dtype, archs) -> AotCase:
-    scalars = {name: "=fp32" for name in ("scale", "scale_log2") if name in kernel.arg_names}
-    return aot_case(
-        kernel,
-        pointers | scalars,
-        constexprs | {"ALIGN": 8, "PRECISION": "tf32", "UPCAST": False},
-        shape,
-        dtype,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        gemm=dtype != "fp32",
-        archs=archs,
-        divisible_by_16=tuple(pointers),
-    )
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
+def _shared(qkv: torch.Tensor, config: Config) -> dict:
+    """What both kernels take."""
+    align, (main, rest) = _alignment(qkv), _columns(qkv.shape[-1])
+    names = ("stride_batch", "stride_token", "stride_slot", "stride_head")
+    given = {name: stride // align for name, stride in zip(names, qkv.stride()[:-1], strict=True)}
+    given |= {"L": qkv.shape[1], "D": qkv.shape[-1], "MAIN": main, "REST": rest, "ALIGN": align}
+    given |= {"M": config.M, "N": config.N, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return given | {"PRECISION": _precision(qkv), "UPCAST": _upcast(qkv)}

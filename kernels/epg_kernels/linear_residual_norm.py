@@ -2,22 +2,18 @@
 
 import torch
 
-from epg_kernels import AotCase
 from epg_kernels._launch import weight_gradient
 from epg_kernels._matmul import linear, parts_of, rows_of
-from epg_kernels._norm_modulate import launch_backward, row_cases
+from epg_kernels._norm_modulate import launch_backward
 
 
 def linear_residual(x, h, weight, bias, gate, save_branch: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns x + gate * (h @ weight^T + bias) and the branch, which the gate scales, if it is to be saved.
-
-    x: [B, L, N]; h: [B, L, K]; weight: [N, K], in h's dtype; bias: [N]; gate: [B, N] or None for ones.
-    """
+    """(x_out, the branch, which the gate scales, if it is to be saved)."""
     return linear(h, None, weight, bias, residual=x, gate=gate, tokens=x.shape[1], save_branch=save_branch)
 
 
 def linear_residual_fwd(x, h, weight, bias, gate) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_residual` and the statistics of its rows, [2, parts, B * L]."""
+    """(x_out, the statistics of its rows)."""
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     statistics = torch.empty((2, parts_of(width), rows), dtype=torch.float32, device=x.device)
     written = {"statistics": statistics, "dependent": True}
@@ -28,10 +24,7 @@ def linear_residual_norm_bwd(
     dx_out, dy, x_out, branch, h, weight, weight_dtype: torch.dtype, bias, gate,
     norm_weight, norm_bias, shift, scale, mean, rstd, need_h: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """Returns dx, dh, dweight, dbias (None where not needed), dgate, dnorm_weight, dnorm_bias, dshift, dscale.
-
-    weight is in h's dtype, dweight in weight_dtype.
-    """
+    """(dx, dh, dweight in weight_dtype, dbias, dgate, dnorm_weight, dnorm_bias, dshift, dscale)."""
     norm = norm_weight, norm_bias, shift, scale, mean, rstd
     linear_bias = bias if need_bias else None
     branch = None if gate is None else branch
@@ -41,9 +34,3 @@ def linear_residual_norm_bwd(
     dh = torch.mm(dbranch, weight).view(h.shape) if need_h else None
     dweight = weight_gradient(dbranch, rows_of(h), weight_dtype) if need_weight else None
     return done.dx, dh, dweight, done.dlinear_bias, done.dgate, done.dweight, done.dbias, done.dshift, done.dscale
-
-
-def aot_cases() -> list[AotCase]:
-    """The norm's backward pass with the bias's sums; the product's cases stand beside it."""
-    widths = (768, 1024, 1584, 1920, 2688)
-    return [case for width in widths for case in row_cases(width, "bf16", residual=True, bias=True)]

@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._column_sums import second_stage_case, sum_partial_sums
-from epg_kernels._launch import aot_case, strides, unit_stride, weight_gradient
+from epg_kernels._column_sums import sum_partial_sums
+from epg_kernels._launch import strides, unit_stride, weight_gradient
 from epg_kernels._matmul import linear, linear_dgelu, rows_of
 
 TOKENS = 32  # of one image, that one program walks over: 258 tokens are nine of them
@@ -48,11 +47,7 @@ def _residual_bwd_kernel(
 def mlp_residual_fwd(
     x, y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Returns x + gate * (gelu(z) @ fc2_weight^T + fc2_bias), z = y @ fc1_weight^T + fc1_bias, gelu(z) and the branch.
-
-    x: [B, L, D]; y: [B, L, K]; fc1_weight: [H, K] and fc2_weight: [D, H], in y's dtype; gate: [B, D]. Unless `save`,
-    the last three are None; the branch is what the gate scales, and None without one.
-    """
+    """(x_out, z, gelu(z), the branch that a gate scales), the last three None unless `save`."""
     h, z = linear(y, None, fc1_weight, fc1_bias, gelu=True, save_preactivation=save)
     saving = save and gate is not None
     out, branch = linear(h, None, fc2_weight, fc2_bias, residual=x, gate=gate, tokens=x.shape[1], save_branch=saving)
@@ -62,9 +57,9 @@ def mlp_residual_fwd(
 def mlp_residual_bwd(
     dout, y, z, h, branch, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, weight_dtype, product=linear_dgelu
 ) -> tuple[torch.Tensor | None, ...]:
-    """Returns dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate (None without a gate); x has dout itself.
+    """(dy, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgate), of weights in weight_dtype; x has dout itself.
 
-    The weights are in y's dtype, their gradients in weight_dtype. product: `linear_dgelu` or what does the same.
+    product: `linear_dgelu` or what does the same.
     """
     dbranch, dfc2_bias, dgate = residual_bwd(dout, branch, gate, z.dtype, fc2_bias.dtype)
     dz, dfc1_bias = product(dbranch, fc2_weight, z)
@@ -79,10 +74,7 @@ def mlp_residual_bwd(
 def residual_bwd(
     dout, branch, gate, dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns gate * dout in `dtype`, its sum over images and tokens, and the gradient of the gate (None without one).
-
-    dout, branch: [B, L, D]; gate: [B, D], or None for ones.
-    """
+    """(gate * dout in `dtype`, its sum over images and tokens, the gradient of the gate, None without one)."""
     batch, tokens, width = dout.shape
     dout, gate = map(unit_stride, (dout, gate))
     dbranch = torch.empty(dout.shape, dtype=dtype, device=dout.device)
@@ -97,16 +89,3 @@ def residual_bwd(
         )  # fmt: skip
     dbias = sum_partial_sums(bias_sums.view(-1, width), bias_dtype)
     return dbranch, dbias, None if gate is None else gate_sums.sum(1, dtype=torch.float32).to(gate.dtype)
-
-
-def aot_cases() -> list[AotCase]:
-    """Of what is not a product: the gated residual's backward pass at the presets' widths, and fc1's bias's sums."""
-    cases = [_case(width, "bf16", gated=True) for width in (1024, 1584, 1920, 2688)]
-    return [*cases, _case(768, "fp32", gated=False), second_stage_case(6336)]
-
-
-def _case(width: int, dtype: str, gated: bool) -> AotCase:
-    pointers = {"dout": dtype, "dbranch": "bf16", "bias_sums": "fp32"}
-    pointers |= {"branch": "bf16", "gate": "bf16", "gate_sums": "fp32"} if gated else {}
-    constexprs = {"D": width, "TOKENS": TOKENS, "ROWS": ROWS, "COLUMNS": COLUMNS}
-    return aot_case(_residual_bwd_kernel, pointers, constexprs, f"D={width}{' gated' * gated}", dtype)

@@ -8,10 +8,6 @@ from epg_kernels._matmul import Norm, linear
 def norm_linear_fwd(
     x, statistics, norm_weight, norm_bias, weight, bias, shift, scale, eps: float, gelu: bool
 ) -> torch.Tensor:
-    """Returns act(norm(x) @ weight^T + bias), [B, L, N] in weight's dtype; act: GELU if `gelu`.
-
-    x: [B, L, D]; statistics: [2, parts, B * L]; norm_weight, norm_bias: [D]; weight: [N, D]; bias: [N] or None; shift,
-    scale: [B, D] or both None.
-    """
+    """act(norm(x) @ weight^T + bias), in weight's dtype."""
     norm = Norm(statistics.contiguous(), norm_weight, norm_bias, shift, scale, eps)
     return linear(x, None, weight, bias, gelu=gelu, tokens=x.shape[1], norm=norm, dependent=True)[0]

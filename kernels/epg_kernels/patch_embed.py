@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._launch import aot_case, matmul_precision
+from epg_kernels._launch import matmul_precision
 
 
 @dataclass(frozen=True)
@@ -169,11 +168,7 @@ def _patch_embed_bwd_image_kernel(
 
 
 def patch_embed_fwd(image, weight, bias, position, prefix) -> torch.Tensor:
-    """Returns the tokens [B, T+N, E] in the dtype that torch.cat and the sum with position promote to.
-
-    image: [B, C, H, W]; weight: [E, C, p, p], which is rounded to image's dtype; bias: [E]; position: [1, T+N, E];
-    prefix: [B, T, E].
-    """
+    """The tokens; weight is rounded to image's dtype."""
     rows, config, constants = _constants(image, weight, position.shape[1])
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(weight.shape[0], config.block_columns)
     dtype = torch.promote_types(torch.promote_types(image.dtype, prefix.dtype), position.dtype)
@@ -190,7 +185,7 @@ def patch_embed_fwd(image, weight, bias, position, prefix) -> torch.Tensor:
 def patch_embed_bwd(
     dtokens, image, weight, need_image: bool, need_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns the gradients of image and weight, None where not needed. dtokens: [B, T+N, E]."""
+    """The gradients of image and weight, None where not needed."""
     dtokens, image, weight = (tensor.contiguous() for tensor in (dtokens, image, weight))
     with torch.cuda.device_of(image):
         return (
@@ -228,48 +223,11 @@ def _constants(image: torch.Tensor, weight: torch.Tensor, length: int) -> tuple[
     batch, channels, height, width = image.shape
     patch = weight.shape[-1]
     patches = (height // patch) * (width // patch)
-    config = config_for(image.dtype, matmul_precision(), batch * patches, image.device)
-    sizes = {"T": length - patches, "C": channels, "H": height, "W": width, "P": patch, "E": weight.shape[0]}
-    return batch * patches, config, sizes | _tiles(config, image.dtype)
-
-
-def _tiles(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_COLUMNS": config.block_columns,
-        "BLOCK_INNER": config.block_inner,
-        "PRECISION": matmul_precision(),
-        "UPCAST": dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
-def aot_cases() -> list[AotCase]:
-    """The products at the presets' sizes and once in every configuration."""
-    sizes = {"E=768 p=16": (256, 16, 768), "E=1024 p=16": (256, 16, 1024), "E=768 p=32": (512, 32, 768)}
-    cases = [case for name, size in sizes.items() for case in _product_cases(name, size, WIDE, "bf16")]
-    name, size = next(iter(sizes.items()))
-    cases += _product_cases(name, size, NARROW, "bf16")
-    cases += _product_cases(name, size, TF32, "fp32", precision="tf32")
-    return cases + _product_cases(name, size, IEEE, "fp32")
-
-
-def _product_cases(name, size, config, dtype, precision="ieee") -> list[AotCase]:
-    """All three products; tokens are float32, as a float32 position embedding makes them."""
-    side, patch, width = size
-    tiles = _tiles(config, torch.float32) | {"PRECISION": precision}
-    constexprs = {"T": 2, "C": 3, "H": side, "W": side, "P": patch, "E": width, "STEPS": 37, **tiles}
-    image, weight, dtokens = {"image": dtype}, {"weight": dtype}, {"dtokens": "fp32"}
-    pointers = {
-        _patch_embed_fwd_kernel: image | weight | {"bias": "fp32", "position": "fp32", "tokens": "fp32"},
-        _patch_embed_bwd_weight_kernel: dtokens | image | {"partial": "fp32"},
-        _patch_embed_bwd_image_kernel: dtokens | weight | {"dimage": dtype},
-    }
-    shape = f"{name} {config.block_rows}x{config.block_columns}"
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "gemm": dtype != "fp32"}
-    kind = precision if dtype == "fp32" else dtype
-    return [
-        aot_case(kernel, given, constexprs, shape, kind, divisible_by_16=(*given, "rows"), **options)
-        for kernel, given in pointers.items()
-    ]
+    precision = matmul_precision()
+    config = config_for(image.dtype, precision, batch * patches, image.device)
+    constants = {"T": length - patches, "C": channels, "H": height, "W": width, "P": patch, "E": weight.shape[0]}
+    constants |= {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
+    constants |= {"BLOCK_INNER": config.block_inner, "PRECISION": precision}
+    constants |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    constants["UPCAST"] = image.dtype == torch.bfloat16 and triton.knobs.runtime.interpret
+    return batch * patches, config, constants

@@ -5,15 +5,13 @@ runs of P pixels in an image. Both are read along their own runs; a gather withi
 the pixels into the tokens' order. Each program sums its rows; a second kernel adds up an image's sums in a fixed order.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._launch import aot_case, unit_stride
+from epg_kernels._launch import strides, unit_stride
 
 VALUES = 4096  # loaded at a time by the four warps of a program: four 16-byte accesses of bf16 per lane
 STEPS = 4  # such tiles per program: at batch 64 there are then 8 programs or more per multiprocessor of an H200
@@ -118,8 +116,7 @@ def _patch_loss_bwd_kernel(
         tl.store(dtokens + batch * (C * H * W) + place, gradient, mask=inside)
 
 
-@dataclass(frozen=True)
-class _Launch:
+class _Launch(NamedTuple):
     """What both passes need to run over the rows."""
 
     tensors: tuple[torch.Tensor | None, ...]  # tokens, target, scale, offset, offset_scale
@@ -136,37 +133,27 @@ def _launch(tokens, target, scale, offset, offset_scale) -> _Launch:
     # Without an image any layout will do: each token is one line of one patch.
     _, channels, height, width = image.shape if image.dim() == 4 else (0, tokens.shape[2], 1, tokens.shape[1])
     patch = 1 if image.dim() == 3 else round((tokens.shape[2] // channels) ** 0.5)
-    sizes = {"C": channels, "H": height, "W": width, "P": patch}
-    tile = _tile(**sizes)
-    rows = height * (width // patch)
+    block, lines = triton.next_power_of_2(patch * channels), height * (width // patch)
+    rows = min(max(1, VALUES // block), triton.next_power_of_2(lines))
+    constexprs = {"C": channels, "H": height, "W": width, "P": patch, "TARGET_IS_IMAGE": target.dim() == 4}
     return _Launch(
         tensors=(tokens, target, _contiguous(scale), offset, _contiguous(offset_scale)),
-        strides=(*tokens.stride()[:2], *target.stride()[:2], 0 if offset is None else offset.stride(0)),
-        constexprs={**sizes, "TARGET_IS_IMAGE": target.dim() == 4, **tile},
+        strides=(*tokens.stride()[:2], *target.stride()[:2], *strides(offset)),
+        constexprs=constexprs | {"ROWS": rows, "BLOCK": block, "STEPS": STEPS},
         size=channels * height * width,
-        grid=(triton.cdiv(rows, tile["ROWS"] * tile["STEPS"]), tokens.shape[0]),
+        grid=(triton.cdiv(lines, rows * STEPS), tokens.shape[0]),
     )
-
-
-def _tile(C: int, H: int, W: int, P: int) -> dict[str, int]:
-    block = triton.next_power_of_2(P * C)
-    rows = min(max(1, VALUES // block), triton.next_power_of_2(H * (W // P)))
-    return {"ROWS": rows, "BLOCK": block, "STEPS": STEPS}
 
 
 def patch_loss_fwd(
     tokens, target, scale, offset, offset_scale, weight, huber_c: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss and the squared error of each image, [B] in float32.
-
-    tokens: [B, N, P*P*C]; target: the same or [B, C, H, W]; offset: [B, C, H, W] or None; scale, offset_scale, weight:
-    [B] or None.
-    """
+    """(loss, squared error) of each image, [B] in float32."""
     launch = _launch(tokens, target, scale, offset, offset_scale)
     chunks, batch = launch.grid
-    partial = torch.empty((batch, chunks), dtype=torch.float32, device=tokens.device)
-    loss = torch.empty((batch,), dtype=torch.float32, device=tokens.device)
-    squared_error = torch.empty_like(loss)
+    partial, loss, squared_error = (
+        torch.empty(shape, dtype=torch.float32, device=tokens.device) for shape in ((batch, chunks), (batch,), (batch,))
+    )
     with torch.cuda.device_of(tokens):
         _patch_loss_fwd_kernel[launch.grid](*launch.tensors, partial, *launch.strides, **launch.constexprs)
         _patch_loss_fwd_sum_kernel[(batch,)](
@@ -179,13 +166,12 @@ def patch_loss_fwd(
 def patch_loss_bwd(
     dloss, squared_error, tokens, target, scale, offset, offset_scale, weight, huber_c: float | None
 ) -> torch.Tensor:
-    """Returns dtokens [B, N, P*P*C] in tokens' dtype. dloss: [B]; squared_error: what the forward pass returned."""
+    """dtokens in tokens' dtype."""
     launch = _launch(tokens, target, scale, offset, offset_scale)
     dtokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     with torch.cuda.device_of(tokens):
         _patch_loss_bwd_kernel[launch.grid](
-            dloss.contiguous(), squared_error, _contiguous(weight), *launch.tensors, dtokens,
-            *launch.strides,
+            dloss.contiguous(), squared_error, _contiguous(weight), *launch.tensors, dtokens, *launch.strides,
             SIZE=launch.size, HUBER=huber_c, **launch.constexprs,
         )  # fmt: skip
     return dtokens
@@ -198,31 +184,3 @@ def _packed(image: torch.Tensor | None) -> torch.Tensor | None:
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def aot_cases() -> list[AotCase]:
-    """Denoising (x0) and consistency (edm against tokens, Huber) at the presets' image sizes."""
-    cases = [_sum_case()]
-    for sizes in ({"C": 3, "H": 256, "W": 256, "P": 16}, {"C": 3, "H": 512, "W": 512, "P": 32}):
-        for dtype in ("bf16", "fp32"):
-            cases += _row_cases(sizes, dtype, offset=False) + _row_cases(sizes, dtype, offset=True)
-    return cases
-
-
-def _row_cases(sizes: dict[str, int], dtype: str, offset: bool) -> list[AotCase]:
-    pointers = {"tokens": dtype, "target": dtype if offset else "fp32"}
-    pointers |= dict.fromkeys(("scale", "offset", "offset_scale"), "fp32") if offset else {}
-    outputs = {
-        _patch_loss_fwd_kernel: {"partial": "fp32"},
-        _patch_loss_bwd_kernel: dict.fromkeys(("dloss", "squared_error", "weight"), "fp32") | {"dtokens": dtype},
-    }
-    loss = {"SIZE": sizes["C"] * sizes["H"] * sizes["W"], "HUBER": 0.06 if offset else None}
-    constexprs = {**sizes, **_tile(**sizes), "TARGET_IS_IMAGE": not offset, **loss}
-    shape = f"{sizes['H']} px p={sizes['P']} {'edm, target tokens' if offset else 'x0, target image'}"
-    return [aot_case(kernel, pointers | more, constexprs, shape, dtype) for kernel, more in outputs.items()]
-
-
-def _sum_case() -> AotCase:
-    pointers = dict.fromkeys(("partial", "weight", "loss", "squared_error"), "fp32")
-    constexprs = {"SIZE": 3 * 256**2, "HUBER": 0.06, "BLOCK": 16}
-    return aot_case(_patch_loss_fwd_sum_kernel, pointers, constexprs, "16 chunks", "fp32", vectorized=False)

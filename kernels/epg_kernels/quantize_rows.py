@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._launch import accumulation_dtype, aot_case, strides, unit_stride
+from epg_kernels._launch import accumulation_dtype, strides, unit_stride
 from epg_kernels._matmul import gelu
 from epg_kernels._quantize import FP8_MAX, in_steps, row_step
 
@@ -73,48 +72,18 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows_fwd(x, branch, gate, skip, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns rows [B, L, D + E] in float8_e4m3fn and row_scale [B, L].
-
-    x, branch: [B, L, D]; gate: [B, D]; skip: [B, L, E]; all but x may be None.
-    """
+    """(rows, row_scale)."""
     batch, tokens, width = x.shape
     skip_width = 0 if skip is None else skip.shape[-1]
     x, branch, gate, skip = map(unit_stride, (x, branch, gate, skip))
     rows = torch.empty((batch, tokens, width + skip_width), dtype=torch.float8_e4m3fn, device=x.device)
     row_scale = torch.empty((batch, tokens), dtype=accumulation_dtype(x), device=x.device)
-    config = config_for(width)
+    config = next(config for config in CONFIGS if width <= config.block)
     with torch.cuda.device_of(x):
         _quantize_rows_kernel[(triton.cdiv(tokens, config.rows), batch)](
             x, branch, gate, skip, rows, row_scale, tokens,
             *strides(x, 2), *strides(branch, 2), *strides(gate), *strides(skip, 2),
-            GELU=gelu, num_warps=config.num_warps, **_constexprs(config, width, skip_width),
+            D=width, E=skip_width, GELU=gelu, FP8_MAX=FP8_MAX, ROWS=config.rows, BLOCK=config.block,
+            SKIP_BLOCK=triton.next_power_of_2(max(skip_width, 1)), num_warps=config.num_warps,
         )  # fmt: skip
     return rows, row_scale
-
-
-def config_for(width: int) -> Config:
-    return next(config for config in CONFIGS if width <= config.block)
-
-
-def _constexprs(config: Config, width: int, skip_width: int) -> dict:
-    blocks = {"BLOCK": config.block, "SKIP_BLOCK": triton.next_power_of_2(max(skip_width, 1))}
-    return {"D": width, "E": skip_width, "FP8_MAX": FP8_MAX, "ROWS": config.rows} | blocks
-
-
-def aot_cases() -> list[AotCase]:
-    """What networks ask for, at the presets' widths: attention's output, the MLP's middle with GELU, the long skip."""
-    cases = [_case(width) for width in (768, 1584, 2688)]
-    cases += [_case(4 * width, gelu=True) for width in (768, 1024, 1584, 2688)]
-    cases += [_case(width, skip) for width, skip in ((768, 768), (1024, 1024), (1584, 768), (2688, 768))]
-    return [*cases, _case(6336, gelu=True, dtype="fp32")]
-
-
-def _case(width: int, skip: int = 0, gelu: bool = False, dtype: str = "bf16") -> AotCase:
-    config = config_for(width)
-    pointers = {"x": dtype, "rows": "fp8e4nv", "row_scale": "fp32"}
-    pointers |= {"branch": dtype, "gate": dtype, "skip": dtype} if skip else {}
-    constexprs = _constexprs(config, width, skip) | {"GELU": gelu}
-    shape = f"D={width}{' gelu' * gelu}{f' gated skip={skip}' if skip else ''}"
-    # FP8 conversion instructions came with sm_89
-    options = {"num_warps": config.num_warps, "archs": (90, 100)}
-    return aot_case(_quantize_rows_kernel, pointers, constexprs, shape, dtype, **options)

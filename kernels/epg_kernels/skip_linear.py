@@ -2,25 +2,21 @@
 
 import torch
 
-from epg_kernels import AotCase
-from epg_kernels._column_sums import column_sums, first_stage_case, second_stage_case
+from epg_kernels._column_sums import column_sums
 from epg_kernels._launch import weight_gradient
-from epg_kernels._matmul import BY_POINTERS, BY_POINTERS_TF32, BY_TMA, BY_TMA_TF32, IEEE, linear, linear_case, rows_of
-from epg_kernels._norm_modulate import launch_backward, launch_forward, row_cases
+from epg_kernels._matmul import linear, rows_of
+from epg_kernels._norm_modulate import launch_backward, launch_forward
 
 
 def skip_linear_fwd(x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x: [B, L, D], skip: [B, L, E], weight: [N, D + E], all in one dtype; bias: [N]. Returns [B, L, N]."""
+    """concat[x, skip] @ weight^T + bias, of one dtype."""
     return linear(x, skip, weight, bias)[0]
 
 
 def skip_norms_fwd(
     z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps: float
 ) -> tuple[torch.Tensor | None, ...]:
-    """Returns y, the next norm of y, z, mean and rstd of z, of y: None for what norms that are not there would make.
-
-    z: [B, L, N]; norm_weight, norm_bias, next_weight, next_bias: [N]; next_shift, next_scale: [B, N].
-    """
+    """(y, the next norm of y, z, mean and rstd of z, of y), None for what norms that are not there would make."""
     if norm_weight is None:
         return z, *[None] * 6
     if next_weight is None:
@@ -31,22 +27,14 @@ def skip_norms_fwd(
     return done.x_out, done.y, z, done.first_mean, done.first_rstd, done.mean, done.rstd
 
 
-def skip_norms_fp8(z, norm_weight, norm_bias, next_weight, next_bias, next_shift, next_scale, eps):
-    """Returns y, and the next norm of y divided by row_scale, in float8_e4m3fn, and row_scale [B, L]."""
-    first, out_dtype = (norm_weight, norm_bias), torch.float8_e4m3fn
-    done = launch_forward(z, None, None, next_weight, next_bias, next_shift, next_scale, eps, out_dtype, first)
-    return done.x_out, done.y, done.row_scale
-
-
 def skip_linear_bwd(
     dy, dnext, x, skip, weight, weight_dtype: torch.dtype, bias, norm_weight, norm_bias,
     next_weight, next_bias, next_shift, next_scale, z, mean, rstd, next_mean, next_rstd,
     need_x: bool, need_skip: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """Returns dx, dskip, dweight, dbias (None where not needed), then the gradients of the norms' parameters.
+    """(dx, dskip, dweight in weight_dtype, dbias, then the gradients of the norms' parameters).
 
-    dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None. weight is in
-    x's dtype, dweight in weight_dtype.
+    dy: the gradient of y, dnext: of the next norm's result. What is of a norm that is not there is None.
     """
     linear_bias = bias if need_bias else None
     norms = [None] * 6
@@ -75,20 +63,3 @@ def skip_linear_bwd(
         weight_gradient(dz, rows_of(x), weight_dtype, out=dweight[:, :split])
         weight_gradient(dz, rows_of(skip), weight_dtype, out=dweight[:, split:])
     return dx, dskip, dweight, dbias, *norms
-
-
-def aot_cases() -> list[AotCase]:
-    """The presets' widths through TMA; one width of every other configuration."""
-    presets = ((768, 768), (1024, 1024), (1584, 768), (1920, 768), (2688, 768))
-    cases = [linear_case(BY_TMA, width, width, skip, "bf16", gelu=False) for width, skip in presets]
-    return [
-        *cases,
-        linear_case(BY_TMA_TF32, 1584, 1584, 768, "fp32", gelu=False),
-        linear_case(BY_POINTERS, 1584, 1584, 768, "bf16", gelu=False),
-        linear_case(BY_POINTERS_TF32, 1584, 1584, 768, "fp32", gelu=False),
-        linear_case(IEEE, 1584, 1584, 768, "fp32", gelu=False, precision="ieee"),
-        *(case for width, _ in presets for case in row_cases(width, "bf16", twice=True, bias=True)),
-        *(case for width in (1584, 2688) for case in row_cases(width, "bf16", twice=True, fp8=True)),
-        first_stage_case(1584, "bf16"),
-        second_stage_case(1584),
-    ]

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from epg_kernels import AotCase
-from epg_kernels._launch import aot_case, strides, unit_stride
+from epg_kernels._launch import strides, unit_stride
 
 
 @triton.jit
@@ -90,27 +89,20 @@ def _timestep_embedding_bwd_kernel(
 def timestep_embedding_fwd(
     t, label, dim: int, dtype: torch.dtype, with_condition: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the embedding [B, dim] and SiLU(embedding + label) [B, dim] if that is wanted.
-
-    t: [B] float32; label: [B, dim] or None.
-    """
-    batch = t.shape[0]
-    time = torch.empty((batch, dim), dtype=dtype, device=t.device)
+    """(embedding, SiLU(embedding + label), if that is wanted) of t in float32."""
+    time = torch.empty((t.shape[0], dim), dtype=dtype, device=t.device)
     condition_dtype = dtype if label is None else torch.promote_types(dtype, label.dtype)
     condition = torch.empty_like(time, dtype=condition_dtype) if with_condition else None
     label = unit_stride(label)
     with torch.cuda.device_of(t):
-        _timestep_embedding_fwd_kernel[(batch,)](
-            t.contiguous(), label, time, condition, *strides(label), **_constexprs(dim)
+        _timestep_embedding_fwd_kernel[(t.shape[0],)](
+            t.contiguous(), label, time, condition, *strides(label), **_constants(dim)
         )
     return time, condition
 
 
 def timestep_embedding_bwd(dtime, dcondition, t, time, label) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """time: the embedding, as the forward pass returned it.
-
-    Returns dt [B] and dlabel [B, dim] (None without a label or without dcondition).
-    """
+    """(dt, dlabel, None without a label or without dcondition); time: the embedding that was returned."""
     dt = torch.empty(t.shape, dtype=t.dtype, device=t.device)
     dtime, dcondition, label = map(unit_stride, (dtime, dcondition, label))
     dlabel = None
@@ -119,29 +111,10 @@ def timestep_embedding_bwd(dtime, dcondition, t, time, label) -> tuple[torch.Ten
     with torch.cuda.device_of(t):
         _timestep_embedding_bwd_kernel[(t.shape[0],)](
             dtime, dcondition, t.contiguous(), time, label, dt, dlabel,
-            *strides(dtime), *strides(dcondition), *strides(label), **_constexprs(time.shape[1]),
+            *strides(dtime), *strides(dcondition), *strides(label), **_constants(time.shape[1]),
         )  # fmt: skip
     return dt, dlabel
 
 
-def _constexprs(dim: int) -> dict:
-    return {
-        "DIM": dim,
-        "HALF": dim // 2,
-        "LOG_MAX_PERIOD": math.log(10_000),
-        "BLOCK": triton.next_power_of_2(dim),
-    }
-
-
-def aot_cases() -> list[AotCase]:
-    cases = []
-    for dim, dtype in ((768, "bf16"), (1024, "bf16"), (768, "fp32")):
-        forward = {"t": "fp32", "label": dtype, "time": dtype, "condition": dtype}
-        backward = {"dtime": dtype, "dcondition": dtype, "t": "fp32", "time": dtype, "label": dtype}
-        backward |= {"dt": "fp32", "dlabel": dtype}
-        for kernel, pointers in (
-            (_timestep_embedding_fwd_kernel, forward),
-            (_timestep_embedding_bwd_kernel, backward),
-        ):
-            cases.append(aot_case(kernel, pointers, _constexprs(dim), f"dim={dim}", dtype))
-    return cases
+def _constants(dim: int) -> dict:
+    return {"DIM": dim, "HALF": dim // 2, "LOG_MAX_PERIOD": math.log(10_000), "BLOCK": triton.next_power_of_2(dim)}

@@ -131,7 +131,7 @@ def test_a_second_derivative_is_refused(mode, loss):
 
 
 def _product(
-    x: torch.Tensor, y: torch.Tensor | None, power: float, save: bool = True
+    x: torch.Tensor, y: torch.Tensor | None, power: float, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     return (x if y is None else x * y) ** power, x.abs() if save else None, None if y is None else y + 1
 
@@ -161,7 +161,7 @@ def test_gradients_follow_from_the_names_of_what_the_backward_function_takes(mod
     values = Values(DEVICE)
     x, y = (values(2, 3, dtype=torch.float64) for _ in range(2))
     with mode():
-        made = planted(x, y, 3.0)
+        made = planted(x, y, 3.0, True)
         got = torch.autograd.grad(sum(made[i].sum() for i in used), (x, y), allow_unused=True)
         assert made[1].requires_grad is False
     wanted = torch.autograd.grad(sum(((x * y) ** 3, None, y + 1)[i].sum() for i in used), (x, y), allow_unused=True)
@@ -174,4 +174,4 @@ def test_none_comes_back_as_none(mode):
     x = Values(DEVICE, grad=False)(2, 3)
     with mode():
         assert planted(x, None, 2.0, False)[1:] == (None, None)
-        assert torch.equal(planted(x, None, 2.0)[1], x.abs())
+        assert torch.equal(planted(x, None, 2.0, True)[1], x.abs())

@@ -389,7 +389,7 @@ def test_mistakes_about_the_probe_are_answered_before_anything_is_written(
         ({"probe.train": one}, f"probe.train: {one} has images of one class, 3, want two at least"),
         ({"probe.test": fewer}, f"only that has ['7'], only {fewer} has []"),
         ({"probe.num": "[60,9]"}, f"probe.num: got 9, want at least the 10 classes of {digits / 'test'}"),
-        ({"probe.sigmas": "[0.002,0]"}, "error: probe.sigmas: got [0.002, 0.0], want positive noise levels"),
+        ({"probe.sigmas": "[0.002,0]"}, "error: probe.sigmas is [0.002, 0.0], want more than 0"),
         ({"probe.test": damaged, "probe.num": "[60,1000]"}, str(damaged), "cannot be decoded"),
     ):
         fails(capsys, command(**probes | flags), *expected)
