@@ -171,6 +171,14 @@ def assert_same_bits(first, second):
         assert torch.equal(*bits)
 
 
+def assert_refused(message: str, example, backend: str, inputs: dict):
+    """A call of an operation of tests/ops/examples.py is answered in one line that begins with its name."""
+    with pytest.raises(ValueError, match=message) as caught:
+        example.call(backend, **inputs)
+    op = str(caught.value).split(":")[0].rstrip("_")
+    assert "\n" not in str(caught.value) and op in (example.name, example.spec.name, "global_norm")
+
+
 def assert_compiles_into_one_graph(function: Callable, inputs: dict):
     """torch.compile sees no graph break, forward and backward, and changes no bit."""
     torch.compiler.reset()

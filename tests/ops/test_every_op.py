@@ -7,6 +7,7 @@ other forms are marked `slow`, the grid of shapes and dtypes `kernels`.
 
 import functools
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.ops.kernel_checks import (
     assert_accurate,
     assert_capturable,
     assert_compiles_into_one_graph,
+    assert_refused,
     assert_same_bits,
     gradients_like,
     in_double,
@@ -179,6 +181,44 @@ def test_tensors_need_not_be_contiguous(example, backend, turn):
     assert_accurate(with_backend(example, backend), example.reference, inputs, grads)
 
 
+@pytest.mark.parametrize("offset", [1, 2, 3])
+@each(of=lambda example: example.name not in ON_CPU, backends=("extension",))
+def test_the_extension_takes_tensors_that_are_not_aligned(example, backend, offset):
+    def call(**inputs):
+        """On copies, which an operation in place may write: the n-th lies `offset` + n values behind an address."""
+        places = itertools.count(offset)
+
+        def placed(tensor):
+            pad = next(places) % 4
+            return torch.cat([tensor.new_zeros(pad), tensor.flatten()])[pad:].view(tensor.shape)
+
+        return example.function(**map_tensors(placed, inputs), backend=backend)
+
+    for form in example.forms:
+        inputs = inputs_of(example, max(example.spec.odd_shapes, key=math.prod), form=form)
+        assert_accurate(call, example.reference, inputs)
+
+
+# Large enough for several threads, at seams of odd places.
+THREADED = {"euler_step": (200_003,), "heun_step": (200_003,), "augment_view": (11, 33, 50, 3)}
+THREADED |= {"resized_crop": (23, 120, 90, 20), "global_norm": (3, 150_007), "fused_adamw_ema": (3, 50_007)}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="threads of the CPU")
+@each(backends=("extension",))
+def test_the_number_of_threads_changes_no_bit(example, backend):
+    inputs = inputs_of(example, THREADED[example.name], list(example.dtypes)[-1])
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(with_backend(example, backend), inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
 @SLOW
 @each(of=differentiable)
 def test_each_result_alone_has_its_gradient(example, backend):
@@ -301,29 +341,24 @@ def test_an_empty_batch_gives_nothing_or_is_refused(example, backend):
             assert example.name == "global_norm" or all(output.numel() == 0 for output in outputs)
 
 
-def refused(message: str, example: Example, backend: str, inputs: dict):
-    with pytest.raises(ValueError, match=message) as caught:
-        example.call(backend, **inputs)
-    op = str(caught.value).split(":")[0].rstrip("_")
-    assert "\n" not in str(caught.value) and op in (example.name, example.spec.name, "global_norm")
-
-
 @each(backends=("triton",))
 def test_the_kernel_without_a_gpu_says_how_to_run_without_it(example, backend, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = small(example, backend, device="cpu")
-    refused("on cpu, wanted one on a CUDA device.*use backend='plain'", example, backend, inputs)
+    assert_refused("on cpu, wanted one on a CUDA device.*use backend='plain'", example, backend, inputs)
 
 
 @each(of=lambda example: example.differentiable and "fp64" not in example.dtypes, backends=("triton",))
 def test_float64_is_left_to_plain_pytorch(example, backend):
-    refused("torch.float64, wanted one of .*use backend='plain'", example, backend, in_double(small(example, backend)))
+    assert_refused(
+        "torch.float64, wanted one of .*use backend='plain'", example, backend, in_double(small(example, backend))
+    )
 
 
 @each(of=lambda example: example.name != "linear_fp8", backends=("triton", "cuda"))
 def test_without_triton_it_says_how_to_install_it(example, backend, monkeypatch):
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
-    refused("Triton.*not installed; run `pip install 'triton>=3.6'`", example, backend, small(example, backend))
+    assert_refused("Triton.*not installed; run `pip install 'triton>=3.6'`", example, backend, small(example, backend))
 
 
 @each(of=differentiable, backends=("triton", "cuda"))
@@ -342,13 +377,13 @@ def test_a_transform_that_would_not_see_the_kernels_derivative_is_refused(exampl
 def test_a_missing_extension_says_how_to_build_it(example, wanting, monkeypatch):
     monkeypatch.setattr(extension, "extension_status", lambda: (False, "not built: run `pip install .`"))
     inputs = small(example, wanting, grad=False)
-    refused("the extension.* is not built: run `pip install .*backend='plain'", example, wanting, inputs)
+    assert_refused("the extension.* is not built: run `pip install .*backend='plain'", example, wanting, inputs)
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES.values() if e.name != "linear"], ids=lambda e: e.name)
 def test_an_unknown_backend_is_answered_with_those_there_are(example):
     inputs = inputs_of(example, grad=False)
-    refused("got backend='cublas', wanted one of .*plain", example, "cublas", inputs)
+    assert_refused("got backend='cublas', wanted one of .*plain", example, "cublas", inputs)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +395,7 @@ def test_a_gradient_that_it_has_not_is_refused(name):
     example, backend = EXAMPLES[name], "extension" if name.endswith("step") else "plain"
     inputs = inputs_of(example)
     [t for t in tensors_of(inputs) if t.dtype.is_floating_point and t.itemsize > 1][-1].requires_grad_()
-    refused("requires a gradient, which .* has not; use torch.no_grad", example, backend, inputs)
+    assert_refused("requires a gradient, which .* has not; use torch.no_grad", example, backend, inputs)
 
 
 @pytest.mark.parametrize(
