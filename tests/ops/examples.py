@@ -178,7 +178,7 @@ def _gate_residual_norm(values, shape, dtypes, gated=True, modulated=True):
     (batch, _, width), (x, branch, parameters, modulation) = shape, dtypes
     gate = values(batch, 1, width, dtype=modulation) if gated else None
     made = {"x": values(*shape, dtype=x), "branch": values(*shape, dtype=branch), "gate": gate}
-    return _norm(values, shape, (x, parameters, modulation), modulated) | made
+    return made | _norm(values, shape, (x, parameters, modulation), modulated)
 
 
 @by_products(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from epg_fast.ops.backends import interpreting
@@ -169,6 +170,19 @@ def assert_same_bits(first, second):
     for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         bits = (a.view(torch.uint8), b.view(torch.uint8)) if a.dtype == torch.float8_e4m3fn else (a, b)
         assert torch.equal(*bits)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the calls of the package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "epg_fast":
+            self.calls.append((operator, args, kwargs or {}))
+        return operator(*args, **(kwargs or {}))
 
 
 def assert_refused(message: str, example, backend: str, inputs: dict):

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast.ops import backends, extension
@@ -26,6 +25,7 @@ from tests.ops.kernel_checks import (
     DEVICE,
     GPU,
     REASON,
+    Operators,
     assert_accurate,
     assert_capturable,
     assert_compiles_into_one_graph,
@@ -83,31 +83,17 @@ def _fits(shape: tuple[int, ...], backend: str) -> bool:
     return backend != "cuda" or all(side % 8 == 0 for side in shape[-2:])
 
 
-def each(of=lambda example: True, backends=("triton", "cuda", "extension", "any")):
-    """Parametrises example and backend, of which "cuda" differs from "triton" by its products alone."""
-    return pytest.mark.parametrize(
-        ("example", "backend"),
-        [
-            pytest.param(example, backend, id=f"{example.name}-{backend}", marks=[SLOW] * (backend == "cuda"))
-            for example in EXAMPLES.values()
-            for backend in example.backends
-            if backend in backends and of(example)
-        ],
-    )
-
-
-def each_form(of=lambda example: True):
-    """And form."""
-    return pytest.mark.parametrize(
-        ("example", "backend", "form"),
-        [
-            pytest.param(example, backend, form, id=f"{example.name}-{backend}-{form}", marks=marks)
-            for example in EXAMPLES.values()
-            for backend in example.backends
-            for form, marks in zip(example.forms, [[SLOW] * (backend != "extension"), *[[KERNELS]] * 9], strict=False)
-            if of(example)
-        ],
-    )
+def each(of=lambda example: True, backends=("triton", "cuda", "extension", "any"), forms=False):
+    """Parametrises example and backend, of which "cuda" differs from "triton" by its products alone, and form."""
+    cases = []
+    for example in filter(of, EXAMPLES.values()):
+        for backend in [backend for backend in example.backends if backend in backends]:
+            slow = backend != "extension" if forms else backend == "cuda"
+            for i, form in enumerate(example.forms if forms else [None]):
+                marks = KERNELS if i else [SLOW] * slow
+                case = (example, backend, form)[: 2 + forms]
+                cases.append(pytest.param(*case, id="-".join([example.name, *case[1:]]), marks=marks))
+    return pytest.mark.parametrize(("example", "backend", "form")[: 2 + forms], cases)
 
 
 def differentiable(example: Example) -> bool:
@@ -274,21 +260,8 @@ def test_autocast_gives_what_it_gives_in_plain_pytorch(example, backend):
     assert_accurate(under_autocast(backend), under_autocast(plain), small(example, backend))
 
 
-class Operators(TorchDispatchMode):
-    """Notes the calls of the package's operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.namespace == "epg_fast":
-            self.calls.append((operator, args, kwargs or {}))
-        return operator(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=KERNELS)], ids=["", "dynamic"])
-@each_form()
+@each(forms=True)
 def test_operators_pass_opcheck(example, backend, form, dynamic):
     with Operators() as operators:
         run(with_backend(example, backend), small(example, backend, form))
@@ -303,7 +276,7 @@ def test_operators_pass_opcheck(example, backend, form, dynamic):
 
 
 @SLOW
-@each_form(of=lambda example: example.name not in ON_CPU)
+@each(forms=True, of=lambda example: example.name not in ON_CPU)
 def test_it_compiles_into_one_graph(example, backend, form):
     assert_compiles_into_one_graph(with_backend(example, backend), small(example, backend, form))
 
@@ -400,14 +373,15 @@ def test_a_gradient_that_it_has_not_is_refused(name):
 
 @pytest.mark.parametrize(
     "example",
-    [e for e in EXAMPLES.values() if e.backends[:1] == ("triton",) and e.name in (e.spec.name, "timestep_condition")],
+    [EXAMPLES["timestep_condition"], EXAMPLES["linear_fp8_dynamic"]]
+    + [e for e in EXAMPLES.values() if e.backends[:1] == ("triton",) and e.name == e.spec.name],
     ids=lambda e: e.name,
 )
 def test_the_model_of_traffic_counts_every_input_and_output_at_least_once(example):
     shape, spec = example.spec.shapes[0], example.spec
     form = {"patch_loss": "denoising", "quantize_rows": "the MLP's middle"}.get(example.name)  # of its first shape
     with FakeTensorMode():
-        inputs = example.inputs(shape, list(example.dtypes)[1], form)
+        inputs = example.inputs(shape, list(example.dtypes)[:2][-1], form)
         outputs, gradients = run(example.reference, inputs)
     read, written, returned = (sum(t.nbytes for t in tensors) for tensors in (tensors_of(inputs), outputs, gradients))
     assert 0.97 * (read + written) <= spec.bytes(shape, 2) <= 4 * (read + written)

@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast import ops
@@ -88,15 +87,6 @@ def test_a_product_is_that_of_the_dequantised_operands(gelu):
     y = linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     assert linear_fp8(**inputs | {"bias": bias.half()}).dtype == torch.float16
-
-
-def test_a_product_takes_the_rows_that_the_norm_quantises():
-    tokens = torch.randn(2, 17, 48)
-    rows, scale = ops.layer_norm_modulate_fp8(tokens, torch.ones(48), torch.zeros(48))
-    weight, bias = torch.randn(24, 48) * 48**-0.5, torch.randn(24)
-    y = linear_fp8(rows, scale, *quantize_rows_ref(weight), bias, gelu=True)
-    wanted = F.gelu(F.linear(F.layer_norm(tokens, (48,)), weight, bias))
-    assert (y - wanted).abs().max() < 0.05 * wanted.abs().max()  # e4m3 keeps three bits behind the leading one
 
 
 @needs_product
@@ -266,12 +256,3 @@ def test_there_is_no_second_derivative():
     gradient = torch.autograd.grad(linear_fp8_dynamic_ref(*inputs), inputs[0], dy, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.sum().backward()
-
-
-def test_the_model_of_traffic_counts_copies_in_fp8():
-    rows, k, n = shape = (6, 16, 32)
-    forward = 2 * rows * (k + n) + 4 * (n * k + n) + 2 * k * (rows + n)
-    # dy for either product, x, weight; dx, dweight in 16 bits and converted, dbias; copies of dy and weight
-    backward = 2 * (2 * rows * n + rows * k + rows * k + n * k) + 8 * n * k + 4 * n + 2 * n * (rows + k)
-    assert SPEC.bytes(shape, 2) == forward and SPEC.bytes(shape, 2, backward=True) == backward
-    assert (SPEC.flops(shape), SPEC.flops(shape, backward=True)) == (2 * rows * k * n, 4 * rows * k * n)

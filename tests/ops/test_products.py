@@ -1,6 +1,7 @@
 """Matrix products with what rides in their epilogues: Triton's, which several operations share, and the extension's."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -24,19 +25,14 @@ from tests.ops.kernel_checks import (
 pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned_empty")]
 KERNELS = pytest.mark.kernels
 # Images, tokens, widths of x and of the result.
-SMALL = (3, 17, 40, 24)
-SHAPES = [
-    SMALL,
-    *(
-        pytest.param(shape, marks=KERNELS)
-        # in the last, 10 x 3 tiles: a full group of rows of tiles, and one that is not
-        for shape in ((2, 130, 72, 136), (5, 1, 17, 40), (1, 33, 16, 11), (9, 129, 16, 264))
-    ),
-    pytest.param((64, 258, 6336, 1584), marks=GPU),
-]
+SMALL, LARGE = (3, 17, 40, 24), (64, 258, 6336, 1584)
+# In the last 10 x 3 tiles: a full group of rows of tiles, and one that is not.
+ODD = [(2, 130, 72, 136), (5, 1, 17, 40), (1, 33, 16, 11), (9, 129, 16, 264)]
+SHAPES = [SMALL, *(pytest.param(shape, marks=KERNELS) for shape in ODD)]
+SHAPES.append(pytest.param(LARGE, marks=GPU))
 # For the extension, whose widths are multiples of 8; the last two are EPG-XL's, in tiles of both widths.
 CUTLASS_SHAPES = [SMALL, (2, 1, 8, 8), (5, 130, 64, 184), (9, 258, 72, 176), (1, 2000, 64, 528)]
-CUTLASS_SHAPES += [(64, 258, 6336, 1584), (64, 258, 3072, 768)]
+CUTLASS_SHAPES += [LARGE, (64, 258, 3072, 768)]
 
 
 @pytest.fixture(params=["small", "large"])
@@ -46,6 +42,7 @@ def tiles(request, monkeypatch):
         monkeypatch.setattr("epg_kernels._matmul.MULTIPROCESSORS", 1)
 
 
+SKIP = EXAMPLES["skip_linear"]
 each_tile = pytest.mark.usefixtures("tiles")
 
 
@@ -109,28 +106,24 @@ def make_dgelu_inputs(shape, dtype=FP32):
     return {"dy": values(rows, width, dtype=dtype), "weight": weight, "z": values(rows, n, dtype=dtype, scale=2.0)}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# Of x, residual and gate; the second as under autocast, whose residual is float32 until the first long skip.
+DTYPES = [(FP32, FP32, FP32), (BF16, FP32, BF16)]
+MORE = [(BF16, BF16, BF16), (BF16, FP32, None), (FP16, FP16, FP32), (FP16, BF16, FP16), (FP16, None, FP16)]
+GRID = [*itertools.product(ODD, DTYPES), *itertools.product([SMALL], MORE)]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "residual", "gate"),
+    ("shape", "dtypes"),
     [
-        (FP32, FP32, FP32),
-        (BF16, FP32, BF16),  # under autocast, whose residual is float32 until the first long skip
-        *(
-            pytest.param(*dtypes, marks=KERNELS)
-            for dtypes in (
-                (BF16, BF16, BF16),
-                (BF16, FP32, None),
-                (FP16, FP16, FP32),
-                (FP16, BF16, FP16),
-                (FP16, None, FP16),
-            )
-        ),
+        *((SMALL, dtypes) for dtypes in DTYPES),
+        *(pytest.param(*case, marks=KERNELS) for case in GRID),
+        *(pytest.param(LARGE, dtypes, marks=GPU) for dtypes in DTYPES + MORE),
     ],
     ids=str,
 )
 @each_tile
-def test_gate_and_residual_ride_on_the_product_and_the_branch_is_saved(shape, dtype, residual, gate):
-    inputs = make_inputs(shape, dtype, residual, gate)
+def test_gate_and_residual_ride_on_the_product_and_the_branch_is_saved(shape, dtypes):
+    inputs = make_inputs(shape, *dtypes)
     assert_accurate(linear, plain_linear, inputs)
     assert_accurate(linear, plain_linear, inputs | {"save_branch": True})
 
@@ -229,16 +222,15 @@ def test_tensors_that_are_not_contiguous_are_read_as_they_lie(n):
 @pytest.mark.parametrize("width", [64, 112, 129])
 def test_the_long_skip_crosses_from_x_to_skip_at_any_width(width):
     """64 ends with a step of the K loop, 112 within one, and 129 leaves rows that TMA cannot read."""
-    example = EXAMPLES["skip_linear"]
-    inputs = example.inputs((1, 9, width, 72), "bf16 with fp32 parameters", "not normed", device=DEVICE)
-    assert_accurate(functools.partial(example.call, "triton"), example.reference, inputs)
+    inputs = SKIP.inputs((1, 9, width, 72), "bf16 with fp32 parameters", "not normed", device=DEVICE)
+    assert_accurate(functools.partial(SKIP.call, "triton"), SKIP.reference, inputs)
 
 
 def test_the_long_skip_has_an_output_width_of_its_own():
-    values, example = Values(DEVICE), EXAMPLES["skip_linear"]
+    values = Values(DEVICE)
     inputs = {"x": values(2, 5, 40), "skip": values(2, 5, 24), "weight": values(56, 64)}
-    inputs |= {name: values(56) for name in ("bias", "norm_weight", "norm_bias")}
-    assert_accurate(functools.partial(example.call, "triton"), example.reference, inputs)
+    inputs |= values.named("bias norm_weight norm_bias", 56)
+    assert_accurate(functools.partial(SKIP.call, "triton"), SKIP.reference, inputs)
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.slow)])
@@ -367,53 +359,48 @@ def test_products_of_the_extension_run_on_the_current_stream():
         assert torch.equal(y, expected)
 
 
-def refused_operands():
-    """(operator of the extension, arguments that it takes, changes that it does not)."""
+def operators():
+    """(operator of the extension, arguments that it takes, changes of its own that it does not take)."""
     x, weight, bias, residual, gate = make_inputs(SMALL, BF16, BF16, BF16).values()
-    y, bias = torch.empty_like(residual), bias.to(BF16)
-    swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
+    bias, y, z = bias.to(BF16), torch.empty_like(residual), torch.empty_like(residual)
+    good = {"y": y, "z": z, "x": x, "weight": weight, "bias": bias}
     narrow = {"x": x[..., :36].contiguous(), "weight": weight[:, :36].contiguous()}
-    good = {"y": y, "z": None, "x": x, "weight": weight, "bias": bias}
-    changes = [{"x": swapped}, narrow, {"weight": weight.half()}, {"bias": bias.float()}, {"y": y[:2]}, {"z": y[:2]}]
-    yield "linear_gelu_out", good, [*changes, {"y": y.float()}, {"x": x[:0]}, {"weight": weight.cpu()}]
+    yield "linear_gelu_out", good, [narrow, {"bias": bias.float()}, {"y": y.float()}, {"x": x[:0]}]
 
-    good = {"out": y, "branch": None, "x": residual, "gate": gate, "h": x, "weight": weight, "bias": bias}
-    changes = [{"x": residual.transpose(0, 1).contiguous().transpose(0, 1)}, {"x": residual.half()}]
-    changes += [{"x": residual.float()}, {"gate": gate[:2]}, {"gate": gate.t().contiguous().t()}, {"gate": gate.half()}]
-    changes += [{"gate": torch.zeros(3, 25, dtype=BF16, device=DEVICE)[:, 1:]}, {"h": x.flatten(0, 1)}]
-    changes += [{"h": x.float(), "weight": weight.float()}, {"bias": bias.float()}, {"out": y[:2]}, {"branch": y[:2]}]
-    yield "linear_gate_residual_out", good, [*changes, {"branch": y.float()}, {"weight": weight.cpu()}]
+    good = {"out": y, "branch": z, "x": residual, "gate": gate, "h": x, "weight": weight, "bias": bias}
+    changes = [{"x": residual.float()}, {"gate": torch.zeros(3, 25, dtype=BF16, device=DEVICE)[:, 1:]}]
+    changes += [{"h": x.flatten(0, 1)}, {"h": x.float(), "weight": weight.float()}, {"bias": bias.float()}]
+    yield "linear_gate_residual_out", good, [*changes, {"branch": z.float()}]
 
     dy, matrix, z = make_dgelu_inputs(SMALL, BF16).values()
-    sums = torch.empty(1, 256, device=DEVICE)
-    good = {"dz": torch.empty_like(z), "sums": sums, "dy": dy, "weight": matrix, "z": z}
+    good = {"dz": torch.empty_like(z), "sums": torch.empty(1, 256, device=DEVICE), "dy": dy, "weight": matrix, "z": z}
     part = z[:, :20].contiguous()
-    changes = [{"dy": dy.half()}, {"dy": dy[:50]}, {"dy": dy.t().contiguous().t()}, {"z": z[:, :16]}, {"z": z.float()}]
-    changes += [{"weight": m} for m in (matrix.t().contiguous(), matrix.t().contiguous().t(), matrix.cpu())]
-    changes += [{"weight": matrix[:, :20].contiguous(), "z": part, "dz": part}, {"dz": z[:50].clone()}]
+    changes = [{"weight": matrix[:, :20].contiguous(), "z": part, "dz": part}, {"weight": matrix.t().contiguous()}]
     changes += [{"sums": torch.empty(*size, device=DEVICE)} for size in ((1, 24), (2, 256))]
-    yield "linear_dgelu_out", good, [*changes, {"sums": sums.half()}]
+    yield "linear_dgelu_out", good, [*changes, {"z": z[:, :16]}, {"z": z.float()}]
 
-    example = EXAMPLES["skip_linear"].inputs((2, 5, 40, 24), "bf16", "not normed", device=DEVICE, grad=False)
-    x, skip, weight, bias = example.values()
-    changes = [{"x": x[..., :36].contiguous(), "skip": torch.zeros(2, 5, 28, device=DEVICE).bfloat16()}]
-    changes += [{"x": x.transpose(0, 1).contiguous().transpose(0, 1)}, {"skip": skip[:1]}, {"skip": skip.half()}]
-    changes += [{"weight": weight[:, :40].contiguous()}, {"weight": weight.cpu()}, {"bias": bias.float()}]
-    yield "skip_linear_out", example | {"z": torch.empty_like(x)}, [*changes, {"z": torch.empty_like(x)[:1]}]
+    good = EXAMPLES["skip_linear"].inputs((2, 5, 40, 24), "bf16", "not normed", device=DEVICE, grad=False)
+    x, _, weight, bias = good.values()
+    narrow = {"x": x[..., :36].contiguous(), "skip": torch.zeros(2, 5, 28, device=DEVICE).bfloat16()}
+    changes = [narrow, {"weight": weight[:, :40].contiguous()}, {"bias": bias.float()}]
+    yield "skip_linear_out", good | {"z": torch.empty_like(x)}, changes
 
-    example = EXAMPLES["linear_fp8"].inputs((32, 48, 24), "bf16", device=DEVICE)
-    x, x_scale, weight, weight_scale, bias, _ = example.values()
-    y = torch.empty(32, 24, dtype=BF16, device=DEVICE)
-    changes = [{"x": x.t().contiguous().t()}, {"x": x[:, :40].contiguous(), "weight": weight[:, :40].contiguous()}]
-    changes += [{"x": x.half(), "weight": weight.half()}, {"x_scale": x_scale[:8]}, {"x_scale": x_scale.half()}]
-    changes += [{"weight_scale": weight_scale.cpu()}, {"bias": bias.float()}, {"y": y[:8]}]
-    yield "linear_fp8_out", example | {"y": y}, changes
+    good = EXAMPLES["linear_fp8"].inputs((32, 48, 24), "bf16", device=DEVICE)
+    narrow = {name: good[name][:, :40].contiguous() for name in ("x", "weight")}
+    changes = [narrow, {"bias": good["bias"].float()}]
+    yield "linear_fp8_out", good | {"y": torch.empty(32, 24, dtype=BF16, device=DEVICE)}, changes
 
 
 @needs_gemms
 def test_the_extension_itself_refuses_what_its_kernels_cannot_read():
-    for name, good, changes in refused_operands():
-        getattr(torch.ops.epg_fast, name)(**good)
+    """Of any tensor another dtype or device, a row less, and rows that are not contiguous."""
+    for operator, good, changes in operators():
+        getattr(torch.ops.epg_fast, operator)(**good)
+        for name, tensor in good.items():
+            if isinstance(tensor, torch.Tensor):
+                changes += [{name: tensor.half()}, {name: tensor.cpu()}, {name: tensor[:-1]}]
+                swapped = tensor if tensor.dim() < 2 else tensor.transpose(0, 1).contiguous().transpose(0, 1)
+                changes += [] if swapped.is_contiguous() else [{name: swapped}]
         for change in changes:
-            with pytest.raises(RuntimeError, match=name.removesuffix("_out")):
-                getattr(torch.ops.epg_fast, name)(**(good | change))
+            with pytest.raises(RuntimeError, match=operator.removesuffix("_out")):
+                getattr(torch.ops.epg_fast, operator)(**(good | change))

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast.ops.registration import Backward, operation
 from tests.ops.examples import EXAMPLES, Values
-from tests.ops.kernel_checks import DEVICE, assert_same_bits, needs_triton, run, trained
+from tests.ops.kernel_checks import DEVICE, Operators, assert_same_bits, needs_triton, run, trained
 
 pytestmark = needs_triton
 SHAPES = {
@@ -19,7 +18,7 @@ SHAPES = {
     "mlp_residual": (2, 3, 8, 16),
 }
 EACH = pytest.mark.parametrize("name", SHAPES)
-MODES = pytest.mark.parametrize("mode", [torch.enable_grad, lambda: SeenByDispatch()], ids=["past", "through"])
+MODES = pytest.mark.parametrize("mode", [torch.enable_grad, Operators], ids=["past", "through"])
 
 
 def make_inputs(name):
@@ -32,16 +31,6 @@ def call(name, inputs):
 
 def forward_and_backward(name, inputs):
     return run(lambda **given: call(name, given), inputs)
-
-
-class SeenByDispatch(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 class SeenByFunction(TorchFunctionMode):
@@ -61,9 +50,9 @@ def test_past_the_operator_the_results_are_the_same_bit_for_bit(name, interprete
         monkeypatch.setattr("epg_fast.ops.registration.interpreting", lambda: False)
     inputs = make_inputs(name)
     past = forward_and_backward(name, inputs)
-    with SeenByDispatch() as mode:
+    with Operators() as mode:
         through = forward_and_backward(name, inputs)
-    assert {f"epg_fast::{name}", f"epg_fast::{name}_bwd"} <= set(mode.seen)
+    assert {f"epg_fast::{name}", f"epg_fast::{name}_bwd"} <= {operator.name() for operator, *_ in mode.calls}
     assert_same_bits(past, through)
 
 
