@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from epg_fast import ops
 from epg_fast.ops.spec import OpSpec
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -66,20 +67,26 @@ class Example:
     reference_function: Callable | None = None
     differentiable: bool = True
     in_place: bool = False
+    device: str = DEVICE
 
     def call(self, backend: str, **inputs):
         if self.in_place:
             inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
         return self.function(**inputs, backend=backend)
 
+    def by(self, backend: str) -> Callable:
+        return functools.partial(self.call, backend)
+
     def reference(self, **inputs):
         if self.reference_function is None:
             return self.call("plain", **inputs)
         return self.reference_function(**inputs)
 
-    def inputs(self, shape: tuple[int, ...], dtypes: str, form: str | None = None, *, device="cpu", seed=0, grad=True):
-        values = Values(device, seed, grad and self.differentiable)
-        return self.make(values, shape, self.dtypes[dtypes], **self.forms[form or next(iter(self.forms))])
+    def inputs(self, shape=None, dtypes: str | None = None, form: str | None = None, *, device=None, seed=0, grad=True):
+        """By default of the first odd shape, dtypes and form."""
+        values = Values(device or self.device, seed, grad and self.differentiable)
+        shape, dtypes = shape or self.spec.odd_shapes[0], self.dtypes[dtypes or next(iter(self.dtypes))]
+        return self.make(values, shape, dtypes, **self.forms[form or next(iter(self.forms))])
 
 
 EXAMPLES: dict[str, Example] = {}
@@ -524,7 +531,7 @@ def _adamw(values, shape, dtypes, averages=1, copies=False, max_norm=0.5):
     return made | {name: [p.to(BF16) for p in params] if copies else [] for name in ("copies", "ema_copies")}
 
 
-@of_extension(ops.augment_view, dtypes={"uint8": ()})
+@of_extension(ops.augment_view, dtypes={"uint8": ()}, device="cpu")
 def _augment_view(values, shape, dtypes, sigma=2.0):
     batch, operation = shape[0], ops.JitterOperation
     order = (operation.BRIGHTNESS, operation.CONTRAST, operation.SATURATION, operation.HUE)
@@ -540,7 +547,9 @@ def _augment_view(values, shape, dtypes, sigma=2.0):
     }
 
 
-@of_extension(ops.resized_crop, dtypes={"uint8": ()}, forms={"bicubic": {}, "bilinear": {"filter": "bilinear"}})
+@of_extension(
+    ops.resized_crop, dtypes={"uint8": ()}, device="cpu", forms={"bicubic": {}, "bilinear": {"filter": "bilinear"}}
+)
 def _resized_crop(values, shape, dtypes, filter="bicubic"):
     """ADM's centre crop, but of an image that may be smaller than the crop."""
     batch, height, width, size = shape

@@ -7,6 +7,7 @@ measured: the exact result is the reference's in float64, the error allowed a mu
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from epg_fast.ops.backends import interpreting
 from epg_fast.ops.extension import extension_has_cuda, extension_has_gemms, extension_status
+from tests.ops.examples import DEVICE, Example
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
 CPU = pytest.mark.skipif(DEVICE == "cuda", reason="what holds on a CPU")
-needs_triton = pytest.mark.usefixtures("triton_installed")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 AVAILABLE, REASON = extension_status()
 if AVAILABLE and DEVICE == "cuda":
@@ -130,6 +131,10 @@ def assert_accurate(kernel: Callable, reference: Callable, inputs: dict, grads: 
         assert_close_to_reference(*values, factor=GRADIENT * (1 + coarse), name=f"gradient {i}")
 
 
+def assert_backend_accurate(example: Example, backend: str, inputs: dict, grads: list[torch.Tensor] | None = None):
+    assert_accurate(example.by(backend), example.reference, inputs, grads)
+
+
 def assert_close_to_reference(actual, same_dtype, exact, factor=FORWARD, name="output"):
     """actual's largest error is at most `factor` times same_dtype's, both against `exact`, computed in float64."""
     assert actual.dtype == same_dtype.dtype, f"{name}: dtype {actual.dtype}, wanted {same_dtype.dtype}"
@@ -185,7 +190,7 @@ class Operators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def assert_refused(message: str, example, backend: str, inputs: dict):
+def assert_refused(message: str, example: Example, backend: str, inputs: dict):
     """A call of an operation of tests/ops/examples.py is answered in one line that begins with its name."""
     with pytest.raises(ValueError, match=message) as caught:
         example.call(backend, **inputs)

@@ -15,7 +15,7 @@ from tests.ops.kernel_checks import DEVICE, in_double
 
 def doubles(name, shape, form=None):
     example = EXAMPLES[name]
-    return in_double(example.inputs(shape, next(iter(example.dtypes)), form, device=DEVICE))
+    return in_double(example.inputs(shape, next(iter(example.dtypes)), form))
 
 
 def test_a_norm_is_modulated_after_it():

@@ -25,7 +25,7 @@ needs_product = pytest.mark.skipif(not HAS_PRODUCT, reason="PyTorch has no produ
 
 
 def test_a_row_is_the_formula_to_three_bits_behind_the_leading_one():
-    inputs = in_double(EXAMPLES["quantize_rows"].inputs((2, 5, 40, 24), "fp32", device=DEVICE)) | {"gelu": True}
+    inputs = in_double(EXAMPLES["quantize_rows"].inputs((2, 5, 40, 24), "fp32")) | {"gelu": True}
     x, branch, gate, skip, _ = inputs.values()
     z = x + gate[:, None] * branch
     wanted = torch.cat([z * torch.special.ndtr(z), skip], -1)
@@ -80,7 +80,7 @@ def test_attention_in_fp8_is_attention_to_three_bits_behind_the_leading_one(shap
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 def test_a_product_is_that_of_the_dequantised_operands(gelu):
-    inputs = EXAMPLES["linear_fp8"].inputs((5, 48, 24), "bf16", device=DEVICE)
+    inputs = EXAMPLES["linear_fp8"].inputs((5, 48, 24), "bf16")
     x, x_scale, weight, weight_scale, bias = (inputs[name].double() for name in list(inputs)[:5])
     z = torch.einsum("mk,nk,m,n->mn", x, weight, x_scale, weight_scale) + bias
     wanted = z * torch.special.ndtr(z) if gelu else z
@@ -93,7 +93,7 @@ def test_a_product_is_that_of_the_dequantised_operands(gelu):
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 @pytest.mark.parametrize("leading", [(33,), (3, 11)], ids=str)
 def test_pytorchs_product_computes_the_same(leading, gelu):
-    inputs = EXAMPLES["linear_fp8"].inputs((33, 64, 32), "bf16", device=DEVICE) | {"gelu": gelu}
+    inputs = EXAMPLES["linear_fp8"].inputs((33, 64, 32), "bf16") | {"gelu": gelu}
     inputs |= {"x": inputs["x"].view(*leading, 64), "x_scale": inputs["x_scale"].view(leading)}
     # One more rounding to bfloat16, before GELU; PyTorch may leave the sums to the tensor cores.
     wanted = linear_fp8_ref(**inputs)

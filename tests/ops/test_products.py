@@ -8,7 +8,15 @@ import torch
 
 from epg_fast import ops
 from tests.ops.examples import BF16, EXAMPLES, FP16, FP32, Values
-from tests.ops.kernel_checks import DEVICE, GEMMS, assert_accurate, leaves_of, needs_gemms, needs_triton
+from tests.ops.kernel_checks import (
+    DEVICE,
+    GEMMS,
+    assert_accurate,
+    assert_backend_accurate,
+    leaves_of,
+    needs_gemms,
+    needs_triton,
+)
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned_empty")]
 # Images, tokens, and two widths. In the last 10 x 3 tiles: a full group of rows of tiles, and one that is not.
@@ -23,10 +31,6 @@ PRODUCTS = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", ma
 
 def zeros(*size, dtype=FP32):
     return torch.zeros(size, dtype=dtype, device=DEVICE)
-
-
-def assert_kernel_is_accurate(example, inputs, backend="triton"):
-    assert_accurate(functools.partial(example.call, backend), example.reference, inputs)
 
 
 # With a single multiprocessor no product has too few tiles for large ones, which those of 16 bits have.
@@ -52,7 +56,7 @@ def test_a_product_is_accurate_whatever_its_tiles_hold_of_images(name, shape, ti
     """Gate, residual and GELU ride on it, the gradient through GELU with sums of its columns; a norm in the loads."""
     monkeypatch.setattr("epg_kernels._matmul.MULTIPROCESSORS", tiles[1])
     example = EXAMPLES[name]
-    assert_kernel_is_accurate(example, example.inputs(shape, list(example.dtypes)[tiles[0]], device=DEVICE))
+    assert_backend_accurate(example, "triton", example.inputs(shape, list(example.dtypes)[tiles[0]]))
 
 
 @needs_gemms
@@ -61,15 +65,15 @@ def test_a_product_is_accurate_whatever_its_tiles_hold_of_images(name, shape, ti
 @pytest.mark.parametrize(("name", "form"), [(name, form) for name in BY_CUTLASS for form in EXAMPLES[name].forms])
 def test_a_product_of_the_extension_is_accurate_whatever_its_tiles_hold(name, form, shape, dtypes):
     example = EXAMPLES[name]
-    assert_kernel_is_accurate(example, example.inputs(shape, example.cuda_dtypes[dtypes], form, device=DEVICE), "cuda")
+    assert_backend_accurate(example, "cuda", example.inputs(shape, example.cuda_dtypes[dtypes], form))
 
 
 def test_float32_is_multiplied_as_pytorch_is_told_to():
     precision, mlp, embed = torch.get_float32_matmul_precision(), EXAMPLES["mlp_residual"], EXAMPLES["patch_embed"]
     torch.set_float32_matmul_precision("high")
     try:
-        assert_kernel_is_accurate(mlp, mlp.inputs((3, 17, 40, 24), "fp32", device=DEVICE))
-        inputs = embed.inputs((2, 3, 8, 4, 24), "fp32", device=DEVICE)
+        assert_backend_accurate(mlp, "triton", mlp.inputs((3, 17, 40, 24), "fp32"))
+        inputs = embed.inputs((2, 3, 8, 4, 24), "fp32")
         tokens = [embed.call(backend, **inputs) for backend in ("triton", "plain")]
         torch.testing.assert_close(*tokens, rtol=1e-2, atol=1e-2)
     finally:
@@ -129,15 +133,15 @@ def test_every_row_meets_the_gate_of_its_own_image(tokens, backend):
 @pytest.mark.parametrize("width", [64, 112, 129])
 def test_the_long_skip_crosses_from_x_to_skip_at_any_width(width):
     """64 ends with a step of the K loop, 112 within one, and 129 leaves rows that TMA cannot read."""
-    inputs = SKIP.inputs((1, 9, width, 72), "bf16 with fp32 parameters", "not normed", device=DEVICE)
-    assert_accurate(functools.partial(SKIP.call, "triton"), SKIP.reference, inputs)
+    inputs = SKIP.inputs((1, 9, width, 72), "bf16 with fp32 parameters", "not normed")
+    assert_backend_accurate(SKIP, "triton", inputs)
 
 
 def test_the_long_skip_has_an_output_width_of_its_own():
     values = Values(DEVICE)
     inputs = {"x": values(2, 5, 40), "skip": values(2, 5, 24), "weight": values(56, 64)}
     inputs |= values.named("bias norm_weight norm_bias", 56)
-    assert_accurate(functools.partial(SKIP.call, "triton"), SKIP.reference, inputs)
+    assert_backend_accurate(SKIP, "triton", inputs)
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.slow)])
@@ -145,7 +149,7 @@ def test_the_mlp_keeps_nothing_where_there_will_be_no_gradient(backend, request)
     if backend == "cuda":
         request.getfixturevalue("gemms")
     x, y, fc1, bias1, fc2, bias2, gate = (
-        EXAMPLES["mlp_residual"].inputs((2, 5, 24, 40), "bf16 with fp32 parameters", device=DEVICE, grad=False).values()
+        EXAMPLES["mlp_residual"].inputs((2, 5, 24, 40), "bf16 with fp32 parameters", grad=False).values()
     )
     arguments = (x, y, fc1, fc1, bias1, fc2, fc2, bias2, gate.squeeze(1), False, backend)
     assert [tensor.numel() for tensor in torch.ops.epg_fast.mlp_residual(*arguments)[1:]] == [0, 0, 0]
@@ -198,7 +202,7 @@ def test_products_read_the_copy_of_their_weight_and_refuse_what_is_none(product,
 def test_products_of_the_extension_take_what_a_network_has(name):
     """Autocast, float32 weights, biases that are not contiguous, and gate and modulation that are chunks of one."""
     example = EXAMPLES[name]
-    inputs = example.inputs((2, 5, 40, 24), "fp32", device=DEVICE)
+    inputs = example.inputs((2, 5, 40, 24), "fp32")
     chunks = iter(torch.randn(2, 1, 3 * inputs["x"].shape[-1], device=DEVICE).chunk(3, -1))
 
     def as_in_a_network(key, tensor):
@@ -231,7 +235,7 @@ def test_the_extension_meets_every_column_of_x_and_of_skip_once(width, skip_widt
 @pytest.mark.parametrize("name", BY_CUTLASS)
 def test_products_of_the_extension_run_on_the_current_stream(name):
     example = EXAMPLES[name]
-    inputs = example.inputs((16, 256, 64, 264), example.cuda_dtypes[0], device=DEVICE, grad=False)
+    inputs = example.inputs((16, 256, 64, 264), example.cuda_dtypes[0], grad=False)
     expected, stream, x = example.call("cuda", **inputs), torch.cuda.Stream(), inputs["x"]
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)
@@ -242,7 +246,7 @@ def test_products_of_the_extension_run_on_the_current_stream(name):
 
 def operators():
     """(operator of the extension, arguments that it takes, changes of its own that it does not take)."""
-    inputs = EXAMPLES["mlp_residual"].inputs((3, 17, 40, 24), "bf16 with fp32 parameters", device=DEVICE, grad=False)
+    inputs = EXAMPLES["mlp_residual"].inputs((3, 17, 40, 24), "bf16 with fp32 parameters", grad=False)
     x, weight, bias = inputs["y"], inputs["fc1_weight"], inputs["fc1_bias"].to(BF16)
     y, z, residual = Values(DEVICE, grad=False).named("y z residual", 3, 17, 24, dtype=BF16).values()
     good = {"y": y, "z": z, "x": x, "weight": weight, "bias": bias}
@@ -261,13 +265,13 @@ def operators():
     changes += [{"sums": zeros(1, 24)}, {"sums": zeros(2, 256)}, {"z": z[:, :16]}, {"z": z.float()}]
     yield "linear_dgelu_out", good, changes
 
-    good = SKIP.inputs((2, 5, 40, 24), "bf16", "not normed", device=DEVICE, grad=False)
+    good = SKIP.inputs((2, 5, 40, 24), "bf16", "not normed", grad=False)
     x, _, weight, bias = good.values()
     narrow = {"x": x[..., :36].contiguous(), "skip": zeros(2, 5, 28, dtype=BF16)}
     changes = [narrow, {"weight": weight[:, :40].contiguous()}, {"bias": bias.float()}]
     yield "skip_linear_out", good | {"z": torch.empty_like(x)}, changes
 
-    good = EXAMPLES["linear_fp8"].inputs((32, 48, 24), "bf16", device=DEVICE)
+    good = EXAMPLES["linear_fp8"].inputs((32, 48, 24), "bf16")
     narrow = {name: good[name][:, :40].contiguous() for name in ("x", "weight")}
     yield "linear_fp8_out", good | {"y": zeros(32, 24, dtype=BF16)}, [narrow, {"bias": good["bias"].float()}]
 

@@ -22,7 +22,7 @@ MODES = pytest.mark.parametrize("mode", [torch.enable_grad, Operators], ids=["pa
 
 
 def make_inputs(name):
-    return EXAMPLES[name].inputs(SHAPES[name], "fp32", device=DEVICE)
+    return EXAMPLES[name].inputs(SHAPES[name], "fp32")
 
 
 def call(name, inputs):
