@@ -102,10 +102,14 @@ def test_compiled_training_learns_and_resumes(job, precision, tiny_run, tmp_path
     command = run_command(tiny_run, tmp_path / "run", job, **flags)
     assert main(command) == 0
     lines = run_lines(tmp_path / "run")
-    assert sum(line["loss"] for line in lines[-10:]) < sum(line["loss"] for line in lines[:10])
+    assert _total(lines[-10:]) < _total(lines[:10])
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000060")
     assert main(command) == 0
     assert run_lines(tmp_path / "run")[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.05)
+
+
+def _total(lines):
+    return sum(line["loss"] for line in lines)
 
 
 def _lines(job, tiny_run, outdir, **flags):
@@ -121,10 +125,9 @@ def _lines(job, tiny_run, outdir, **flags):
 def test_training_in_fp8_follows_16_bits(job, tiny_run, tmp_path):
     plain = _lines(job, tiny_run, tmp_path / "bf16", compile="off")
     lines = _lines(job, tiny_run, tmp_path / "fp8", compile="blocks", fp8="rowwise")
-    assert sum(line["loss"] for line in lines[-6:]) < sum(line["loss"] for line in lines[:6])
+    assert _total(lines[-6:]) < _total(lines[:6])
     for part in (slice(0, 8), slice(16, 24)):
-        want = sum(line["loss"] for line in plain[part])
-        assert sum(line["loss"] for line in lines[part]) == pytest.approx(want, rel=0.1)
+        assert _total(lines[part]) == pytest.approx(_total(plain[part]), rel=0.1)
 
 
 @needs_fp8
@@ -180,8 +183,7 @@ def test_sharded_training_in_parts_gives_the_losses_of_plain_training(job, tiny_
     lines = _lines(job, tiny_run, tmp_path / "fsdp", compile="blocks", **flags)
     assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.02)
     for part in (slice(0, 8), slice(16, 24)):
-        want = sum(line["loss"] for line in plain[part])
-        assert sum(line["loss"] for line in lines[part]) == pytest.approx(want, rel=0.1)
+        assert _total(lines[part]) == pytest.approx(_total(plain[part]), rel=0.1)
 
 
 @pytest.mark.parametrize("precision, parts", [("bf16", 1), ("fp16", 1), ("bf16", 2)])

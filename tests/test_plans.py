@@ -182,17 +182,13 @@ def test_what_ops_does_not_mean_is_one_line(ops, message):
         choose(ops, CASE, CPU)
 
 
-def test_a_folder_named_like_a_plan_hides_no_plan(folder):
+def test_a_folder_named_like_a_plan_hides_no_plan_and_a_file_in_the_folders_place_is_said(folder, log):
     put(folder)
     (folder / "x.json").mkdir()
-    assert chosen().plan is not None
-
-
-def test_plans_that_are_a_file_are_said_not_to_be_read(folder, log):
-    folder.rmdir()
+    assert chosen().plan is not None and not log.messages
+    shutil.rmtree(folder)
     folder.write_text("")
-    assert chosen().plan is None
-    assert "are not read" in log.messages[0]
+    assert chosen().plan is None and "are not read" in log.messages[0]
 
 
 def test_a_run_keeps_what_it_has_computed_with_unless_its_machine_is_another_or_it_asks_for_tune(folder, log):

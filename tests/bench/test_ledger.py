@@ -5,47 +5,32 @@ import torch
 
 from bench.ledger import cost, device, triton_ir
 from bench.ledger.__main__ import main
-from bench.ledger.cost import (
-    ATTENTION,
-    COPIES,
-    ELEMENTWISE,
-    NORMS,
-    OPTIMISER,
-    PRODUCTS,
-    REDUCTIONS,
-    Kernel,
-    Product,
-    Tiles,
-)
+from bench.ledger.cost import Kernel, Product, Tiles
 from bench.ledger.count import kind_of_operator, multi_tensor_launches
 
 
 def test_a_floor_is_the_longer_of_products_and_bytes():
-    assert Kernel("copy", COPIES, 2_150_000_000, 2_150_000_000).seconds == pytest.approx(1e-3)
-    product = Kernel("mm", PRODUCTS, 100, 100, flops=788_000_000_000)
+    assert Kernel("copy", cost.COPIES, 2_150_000_000, 2_150_000_000).seconds == pytest.approx(1e-3)
+    product = Kernel("mm", cost.PRODUCTS, 100, 100, flops=788_000_000_000)
     assert product.seconds == pytest.approx(1e-3)
     product.fp8 = True
     assert product.seconds == pytest.approx(0.5e-3)
 
 
 def test_a_total_adds_launches_and_keeps_products_apart():
-    kernels = [Kernel("mm", PRODUCTS, 0, 0, flops=788_000_000), Kernel("norms", NORMS, 4300, 0, launches=3)]
+    kernels = [Kernel("mm", cost.PRODUCTS, 0, 0, flops=788_000_000), Kernel("norms", cost.NORMS, 4300, 0, launches=3)]
     found = cost.total(kernels)
     assert (found.kernels, found.bytes, found.flops) == (4, 4300, 788_000_000)
     assert (found.floor, found.above) == (pytest.approx(1.001e-6), pytest.approx(1e-9))
 
 
 @pytest.mark.parametrize(
-    ("columns", "tiles", "unfilled", "idle"),
-    [
-        (3072, 129 * 24, 1.0, 12 / (129 * 24 / 264)),
-        (6336, 129 * 50, 50 / 49.5, 25 / (129 * 50 / 264)),
-        (1584, 129 * 13, 13 / 12.375, 7 / (129 * 13 / 264)),
-    ],
+    ("columns", "across", "exact", "waves"), [(3072, 24, 24, 12), (6336, 50, 49.5, 25), (1584, 13, 12.375, 7)]
 )
-def test_tiles_and_waves_by_hand(columns, tiles, unfilled, idle):
+def test_tiles_and_waves_by_hand(columns, across, exact, waves):
     cut = Tiles(16512, columns, 128, 128, resident=2)  # 129 rows of tiles; 264 blocks at a time
-    assert (cut.count, cut.unfilled, cut.idle) == (tiles, pytest.approx(unfilled), pytest.approx(idle))
+    assert (cut.count, cut.unfilled) == (129 * across, pytest.approx(across / exact))
+    assert cut.idle == pytest.approx(waves / (cut.count / 264))
 
 
 def test_clusters_and_ragged_rows_cost_tiles():
@@ -102,25 +87,12 @@ def test_loads_and_stores_are_followed_through_branches_and_loops():
     assert triton_ir.read(CODE.replace("tt.make_range", "tt.dot"), ["x", "y", "z"]).products
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("addmm", PRODUCTS),
-        ("_scaled_mm", PRODUCTS),
-        ("skip_linear_out", PRODUCTS),
-        ("_scaled_dot_product_cudnn_attention", ATTENTION),
-        ("native_layer_norm_backward", NORMS),
-        ("_to_copy", COPIES),
-        ("clone", COPIES),
-        ("sum", REDUCTIONS),
-        ("gelu", ELEMENTWISE),
-        ("_fused_adamw_", OPTIMISER),
-        ("_foreach_lerp_", OPTIMISER),
-        ("global_norm_out", OPTIMISER),
-    ],
-)
-def test_kinds_of_operators(name, kind):
-    assert kind_of_operator(name) == kind
+def test_kinds_of_operators():
+    kinds = {"addmm": cost.PRODUCTS, "_scaled_mm": cost.PRODUCTS, "skip_linear_out": cost.PRODUCTS}
+    kinds |= {"_scaled_dot_product_cudnn_attention": cost.ATTENTION, "native_layer_norm_backward": cost.NORMS}
+    kinds |= {"_to_copy": cost.COPIES, "clone": cost.COPIES, "sum": cost.REDUCTIONS, "gelu": cost.ELEMENTWISE}
+    kinds |= dict.fromkeys(("_fused_adamw_", "_foreach_lerp_", "global_norm_out"), cost.OPTIMISER)
+    assert {name: kind_of_operator(name) for name in kinds} == kinds
 
 
 @pytest.mark.parametrize(

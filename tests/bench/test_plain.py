@@ -6,15 +6,19 @@ import pytest
 import torch
 
 from bench import plain
-from bench.plain import PlainEncoder, PlainGenerator, from_config, timestep_embedding
-from epg_fast.models import EPGViT, RCMViT
+from bench.plain import PlainEncoder, PlainGenerator, from_config
+from epg_fast.config import OptimizerConfig
+from epg_fast.diffusion import NoiseSchedule
+from epg_fast.models import EPGViT, encoder_from_config, generator_from_config, preset_config
+from epg_fast.objectives import denoising_loss
+from epg_fast.training.optimizer import make_optimizer
 from tests.golden_data import Case, names
 from tests.test_layout import imported_packages
 
 
-def _load(kind, config, weights, trainable=True):
-    network = kind(**config)
-    network.load_state_dict(weights, strict=True)
+def _load(case, kind=PlainGenerator, part="", model="model", trainable=True, **changes):
+    network = kind(**case.config[model] | changes)
+    network.load_state_dict(case.weights(part), strict=True)
     return network.requires_grad_(trainable).train(trainable)
 
 
@@ -22,29 +26,18 @@ def test_it_shares_no_code_with_the_package():
     assert not imported_packages(Path(plain.__file__)) & {"epg_fast", "epg_kernels", "bench"}
 
 
-@pytest.mark.parametrize("kind, twin", [(PlainGenerator, EPGViT), (PlainEncoder, RCMViT)])
-def test_names_and_shapes_of_a_preset_are_those_of_the_package(kind, twin):
-    from epg_fast.models import encoder_from_config, generator_from_config, preset_config
-
+@pytest.mark.parametrize("kind, make", [(PlainGenerator, generator_from_config), (PlainEncoder, encoder_from_config)])
+def test_names_and_shapes_of_a_preset_are_those_of_the_package(kind, make):
     config = preset_config("epg_xl_16_256")
     with torch.device("meta"):
-        ours = (generator_from_config if twin is EPGViT else encoder_from_config)(config)
-        network = from_config(kind, config)
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    assert shapes == {name: tensor.shape for name, tensor in ours.state_dict().items()}
-
-
-def test_timestep_embedding():
-    case = Case("timestep_embedding")
-    for dim in case.config["dims"]:
-        case.check(f"embedding_dim{dim}", timestep_embedding(case["t"], dim))
+        ours, plains = (network.state_dict() for network in (make(config), from_config(kind, config)))
+    assert {name: tensor.shape for name, tensor in plains.items()} == {name: t.shape for name, t in ours.items()}
 
 
 @pytest.mark.parametrize("name", names("epgvit_"))
 def test_generator_output_and_gradients(name):
     case = Case(name)
-    network = _load(PlainGenerator, case.config["model"], case.weights())
-    x = case["x"].requires_grad_()
+    network, x = _load(case), case["x"].requires_grad_()
     out = network(x, case["t"], case["y"])
     (out * case["r"]).sum().backward()
     case.check("out", out)
@@ -55,7 +48,7 @@ def test_generator_output_and_gradients(name):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_encoder_output_and_running_statistics(mode):
     case = Case("rcmvit_forward")
-    network = _load(PlainEncoder, case.config["model"], case.weights()).train(mode == "train")
+    network = _load(case, PlainEncoder).train(mode == "train")
     projection, feature = network(case["x"], case["t"])
     case.check(f"{mode}.proj", projection)
     case.check(f"{mode}.feat", feature)
@@ -79,20 +72,10 @@ def test_noise_levels_and_pairs():
 
 
 @pytest.mark.parametrize("parameterization", ["x0", "edm"])
-def test_denoiser(parameterization):
-    case = Case("gen_denoise")
-    network = _load(PlainGenerator, case.config["model"], case.weights(), trainable=False)
-    denoiser = plain.Denoiser(network, parameterization)
-    arguments = case["x_t"], case["sigma"], case["y"]
-    case.check(f"{parameterization}.model_output", denoiser.network_output(*arguments))
-    case.check(f"{parameterization}.denoised", denoiser(*arguments))
-
-
-@pytest.mark.parametrize("parameterization", ["x0", "edm"])
 @pytest.mark.parametrize("name", ["heun", "onestep"])
 def test_sampler(parameterization, name):
     case = Case("samplers")
-    network = _load(PlainGenerator, case.config["model"], case.weights(), trainable=False)
+    network = _load(case, trainable=False)
     levels = plain.levels(case.config["steps"], 32)
     torch.testing.assert_close(levels, case["sigmas"], rtol=1e-6, atol=0)
     sample = getattr(plain, f"sample_{name}")
@@ -102,7 +85,7 @@ def test_sampler(parameterization, name):
 
 def test_interval_guidance_calls_the_network_twice_inside_the_interval():
     case = Case("samplers")
-    network = _load(PlainGenerator, case.config["model"], case.weights(), trainable=False)
+    network = _load(case, trainable=False)
     cfg, calls = case.config["interval_cfg"], []
 
     def counted(x, t, y):
@@ -130,8 +113,7 @@ def test_the_interval_of_guidance_has_its_upper_end_and_not_its_lower():
 @pytest.mark.parametrize("index", Case("pretrain_step").config["indices"])
 def test_pretraining_loss(index):
     case = Case("pretrain_step")
-    online = _load(PlainEncoder, case.config["model"], case.weights("online"))
-    target = _load(PlainEncoder, case.config["model"], case.weights("target"), trainable=False)
+    online, target = (_load(case, PlainEncoder, part, trainable=part == "online") for part in ("online", "target"))
     images = [case[name] for name in ("x_start", "x_aug", "x_aug2", "noise")]
     loss = plain.pretraining_loss(online, target, *images, torch.tensor(index), case.config["num_timesteps"])
     loss.mean().backward()
@@ -143,8 +125,7 @@ def test_pretraining_loss(index):
 @pytest.mark.parametrize("name", names("denoise_"))
 def test_denoising_loss(name):
     case = Case(name)
-    network = _load(PlainGenerator, case.config["model"], case.weights())
-    inputs = [case[part] for part in ("x_start", "noise", "y", "sigma")]
+    network, inputs = _load(case), [case[part] for part in ("x_start", "noise", "y", "sigma")]
     loss = plain.denoising_loss(network, *inputs, case.config["num_timesteps"], case.config["prediction_target"])
     loss.mean().backward()
     case.check("loss_per_sample", loss)
@@ -153,11 +134,10 @@ def test_denoising_loss(name):
 
 @pytest.mark.parametrize("variant", ["stage0", "stage0_with_encoder", "stage2", "stage2_perceptual"])
 def test_consistency_loss(variant):
-    case = Case("consistency_step")
-    network = _load(PlainGenerator, case.config["model"], case.weights("gen"))
-    perceptual, stage = None, int(variant[5])
+    case, stage, perceptual = Case("consistency_step"), int(variant[5]), None
+    network = _load(case, part="gen")
     if variant in ("stage2_perceptual", "stage0_with_encoder"):
-        perceptual = _load(PlainEncoder, case.config["perceptual_model"], case.weights("rcm"), trainable=False)
+        perceptual = _load(case, PlainEncoder, "rcm", "perceptual_model", trainable=False)
     inputs = [case[name] for name in ("x_start", "noise", "y", "t", f"r_stage{stage}")]
     loss = plain.consistency_loss(network, *inputs, stage, perceptual)
     loss.mean().backward()
@@ -168,7 +148,7 @@ def test_consistency_loss(variant):
 
 def test_both_passes_of_the_consistency_loss_drop_the_same_values():
     case = Case("consistency_step")
-    network = _load(PlainGenerator, case.config["model"] | {"drop": 0.5}, case.weights("gen"))
+    network = _load(case, part="gen", drop=0.5)
     x, noise, y, t = (case[name] for name in ("x_start", "noise", "y", "t"))
     assert not torch.equal(network(x, t, y), network(x, t, y))
     loss = plain.consistency_loss(network, x, noise, y, t, 0.999 * t, 2)
@@ -178,20 +158,15 @@ def test_both_passes_of_the_consistency_loss_drop_the_same_values():
 
 def _trainer(**options):
     case = Case("denoise_x0")
-    network, ema = (_load(PlainGenerator, case.config["model"], case.weights()) for _ in range(2))
+    network, ema = (_load(case) for _ in range(2))
     inputs = [case[part] for part in ("x_start", "noise", "y", "sigma")]
     return case, inputs, plain.Trainer(network, ema, exempt=("pos_embed", "cls_token"), **options)
 
 
 def test_updates_are_those_of_the_package_clipping_included():
-    from epg_fast.config import OptimizerConfig
-    from epg_fast.diffusion import NoiseSchedule
-    from epg_fast.objectives import denoising_loss
-    from epg_fast.training.optimizer import make_optimizer
-
     options = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 5.0, "clip_norm": 0.5}
     case, inputs, trainer = _trainer(ema_decay=0.9, dtype=None, **options)
-    ours, our_ema = (_load(EPGViT, case.config["model"], case.weights()) for _ in range(2))
+    ours, our_ema = (_load(case, EPGViT) for _ in range(2))
     optimizer = make_optimizer(ours, OptimizerConfig("torch", **options), [our_ema])
     before = ours.state_dict()["out.weight"].clone()
     for _ in range(3):

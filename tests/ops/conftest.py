@@ -5,11 +5,6 @@ import torch
 
 
 @pytest.fixture
-def triton_installed():
-    pytest.importorskip("triton")
-
-
-@pytest.fixture
 def poisoned_empty():
     """Fill what torch.empty returns with NaN: a kernel that leaves an output unwritten shows."""
     torch.use_deterministic_algorithms(True)

@@ -7,19 +7,21 @@ measured: the exact result is the reference's in float64, the error allowed a mu
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from epg_fast.ops.backends import interpreting
 from epg_fast.ops.extension import extension_has_cuda, extension_has_gemms, extension_status
+from tests.ops.examples import DEVICE, Example
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
 CPU = pytest.mark.skipif(DEVICE == "cuda", reason="what holds on a CPU")
-needs_triton = pytest.mark.usefixtures("triton_installed")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 AVAILABLE, REASON = extension_status()
 if AVAILABLE and DEVICE == "cuda":
@@ -129,6 +131,10 @@ def assert_accurate(kernel: Callable, reference: Callable, inputs: dict, grads: 
         assert_close_to_reference(*values, factor=GRADIENT * (1 + coarse), name=f"gradient {i}")
 
 
+def assert_backend_accurate(example: Example, backend: str, inputs: dict, grads: list[torch.Tensor] | None = None):
+    assert_accurate(example.by(backend), example.reference, inputs, grads)
+
+
 def assert_close_to_reference(actual, same_dtype, exact, factor=FORWARD, name="output"):
     """actual's largest error is at most `factor` times same_dtype's, both against `exact`, computed in float64."""
     assert actual.dtype == same_dtype.dtype, f"{name}: dtype {actual.dtype}, wanted {same_dtype.dtype}"
@@ -169,6 +175,27 @@ def assert_same_bits(first, second):
     for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         bits = (a.view(torch.uint8), b.view(torch.uint8)) if a.dtype == torch.float8_e4m3fn else (a, b)
         assert torch.equal(*bits)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the calls of the package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "epg_fast":
+            self.calls.append((operator, args, kwargs or {}))
+        return operator(*args, **(kwargs or {}))
+
+
+def assert_refused(message: str, example: Example, backend: str, inputs: dict):
+    """A call of an operation of tests/ops/examples.py is answered in one line that begins with its name."""
+    with pytest.raises(ValueError, match=message) as caught:
+        example.call(backend, **inputs)
+    op = str(caught.value).split(":")[0].rstrip("_")
+    assert "\n" not in str(caught.value) and op in (example.name, example.spec.name, "global_norm")
 
 
 def assert_compiles_into_one_graph(function: Callable, inputs: dict):

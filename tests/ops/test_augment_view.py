@@ -143,15 +143,6 @@ def test_blur_is_the_gaussian_rounded(size, sigma, backend):
 
 
 @BACKENDS
-def test_blur_is_within_a_level_of_scipys_truncated_gaussian(backend):
-    image = make_image(np.random.default_rng(4), 64, 64)
-    for sigma in (0.6, 1.7, 3.1):
-        wanted = gaussian_filter(image.astype(np.float64), sigma, mode="nearest", truncate=4, axes=(0, 1))
-        actual = augment([image], [PLAIN._replace(blur=sigma)], backend)[0]
-        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1)
-
-
-@BACKENDS
 def test_blur_lies_between_the_grayscale_and_the_solarisation(backend):
     rng = np.random.default_rng(5)
     image, sigma = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8), 0.8
@@ -164,29 +155,14 @@ def test_blur_lies_between_the_grayscale_and_the_solarisation(backend):
 
 @needs_extension
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_extension_is_the_reference_bit_for_bit(size):
+def test_the_extension_is_the_reference_bit_for_bit_in_any_batch(size):
     rng = np.random.default_rng(6)
     images = [make_image(rng, *size) for _ in range(40)]
     views = [make_view(rng, rng.choice([None, 0.1, 1.0, 2 * rng.random() + 0.01, 9.0])) for _ in range(40)]
-    np.testing.assert_array_equal(augment(images, views, "extension"), augment(images, views, "plain"))
-
-
-@needs_extension
-def test_the_number_of_threads_changes_no_bit():
-    rng = np.random.default_rng(7)
-    images = [make_image(rng, 33, 50) for _ in range(11)]
-    views = [make_view(rng, 2.0) for _ in range(11)]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(augment(images, views, "extension"))
-    finally:
-        torch.set_num_threads(before)
-    assert (results[0] == results[1]).all() and (results[0] == results[2]).all()
-    assert all(
-        (augment([i], [v], "extension")[0] == r).all() for i, v, r in zip(images, views, results[0], strict=True)
-    )
+    wanted = augment(images, views, "plain")
+    np.testing.assert_array_equal(augment(images, views, "extension"), wanted)
+    for image, view, result in zip(images, views, wanted, strict=True):
+        np.testing.assert_array_equal(augment([image], [view], "extension")[0], result)
 
 
 def arguments(batch=2, **change):
@@ -194,9 +170,9 @@ def arguments(batch=2, **change):
 
 
 @needs_extension
-def test_auto_takes_the_extension_on_a_cpu():
-    with mock.patch.object(import_module("epg_fast.ops.augment_view"), "augment_view_ref", side_effect=AssertionError):
-        augment_view(**arguments())
+def test_auto_takes_the_extension_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(import_module("epg_fast.ops.augment_view"), "augment_view_ref", None)
+    augment_view(**arguments())
 
 
 def filled(shape, value, dtype):
@@ -209,24 +185,14 @@ NAN = filled((2, 4), math.nan, torch.float64)
 WRONG_VALUES = [
     ({"operations": CODES}, r"got operations\[1, 3\] = 5, wanted codes 0 to 4", r"operations\[1\] must be 0 to 4"),
     ({"operations": -CODES}, r"got operations\[0, 1\] = -1, wanted codes", r"operations\[0\] must be 0 to 4"),
-    *(
-        (
-            {"operations": BRIGHTNESS, "values": filled((2, 4), v, torch.float64)},
-            r"\[0, 0\] = .*wanted a factor",
-            "values",
-        )
-        for v in (-0.1, math.nan, math.inf, 1e39)
-    ),
-    (
-        {"operations": HUE, "values": NAN},
-        r"got values\[0, 0\] = nan, wanted finite turns of the hue circle",
-        r"values\[0\]",
-    ),
-    *(
-        ({"sigma": filled((2,), v, torch.float64)}, r"got sigma\[0\] = .*, wanted 0 to 1024 pixels", r"sigma\[0\] must")
-        for v in (-1.0, math.nan, math.inf, 1025.0)
-    ),
+    ({"operations": HUE, "values": NAN}, r"got values\[0, 0\] = nan, wanted finite turns of the hue", r"values\[0\]"),
 ]
+for value in (-0.1, math.nan, math.inf, 1e39):
+    change = {"operations": BRIGHTNESS, "values": filled((2, 4), value, torch.float64)}
+    WRONG_VALUES.append((change, r"\[0, 0\] = .*wanted a factor", "values"))
+for value in (-1.0, math.nan, math.inf, 1025.0):
+    change = {"sigma": filled((2,), value, torch.float64)}
+    WRONG_VALUES.append((change, r"got sigma\[0\] = .*, wanted 0 to 1024 pixels", r"sigma\[0\] must"))
 WRONG_TENSORS = [
     ({"x": torch.zeros(2, 3, 5, 3)}, "got x in torch.float32, wanted torch.uint8", "x must be uint8"),
     ({"x": filled((2, 3, 5), 0, torch.uint8)}, r"got x of shape \(2, 3, 5\), wanted \[B, H, W, 3\]", "x has 3 dim"),
@@ -235,11 +201,7 @@ WRONG_TENSORS = [
     ({"x": filled((2, 3, 3, 5), 0, torch.uint8).permute(0, 1, 3, 2)}, "got x with strides", "x must be contiguous"),
     ({"values": torch.zeros(2, 4)}, "got values in torch.float32, wanted torch.float64", "values has the wrong dtype"),
     ({"operations": filled((2, 3), 0, torch.int8)}, r"operations of shape \(2, 3\), wanted \(2, 4\)", r"\[B, 4\]"),
-    (
-        {"flip": filled((3,), 0, torch.bool)},
-        r"got flip of shape \(3,\), wanted \(2,\)",
-        r"flip must have the shape \[B\]",
-    ),
+    ({"flip": filled((3,), 0, torch.bool)}, r"flip of shape \(3,\), wanted \(2,\)", "flip must have the shape .B."),
     ({"sigma": torch.zeros(1).double()}, r"got sigma of shape \(1,\), wanted \(2,\)", "sigma must have the shape"),
 ]
 
@@ -247,9 +209,8 @@ WRONG_TENSORS = [
 @needs_extension
 @pytest.mark.parametrize(("change", "message", "of_operator"), WRONG_VALUES + WRONG_TENSORS)
 def test_a_mistake_is_answered_with_what_was_wanted_and_the_operator_refuses_it(change, message, of_operator):
-    for backend in ("auto", "plain", "extension"):
-        with pytest.raises(ValueError, match=f"augment_view: .*{message}.*; "):
-            augment_view(**arguments(**change), backend=backend)
+    with pytest.raises(ValueError, match=f"augment_view: .*{message}.*; "):
+        augment_view(**arguments(**change))
     out = filled((2, 3, 3, 5), 7, torch.uint8)
     with pytest.raises(RuntimeError, match=f"augment_view: .*{of_operator}"):
         torch.ops.epg_fast.augment_view_out(out, **arguments(**change))

@@ -15,7 +15,7 @@ from tests.ops.kernel_checks import DEVICE, in_double
 
 def doubles(name, shape, form=None):
     example = EXAMPLES[name]
-    return in_double(example.inputs(shape, next(iter(example.dtypes)), form, device=DEVICE))
+    return in_double(example.inputs(shape, next(iter(example.dtypes)), form))
 
 
 def test_a_norm_is_modulated_after_it():
@@ -74,6 +74,14 @@ def test_attention_is_multi_head_attention_between_its_projections(backend):
     torch.testing.assert_close(ops.attention(qkv, backend=backend), ops.attention_ref(qkv))
     wrt = (x, module.in_proj_weight)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), wrt) for y in (actual, wanted)))
+
+
+def test_dropout_drops_attention_weights_with_sdpa():
+    qkv = torch.randn(2, 17, 3, 2, 8, device=DEVICE)
+    dropped, kept = ops.attention(qkv, dropout_p=0.5), ops.attention(qkv)
+    assert not torch.allclose(dropped, kept)
+    several = torch.stack([ops.attention(qkv, dropout_p=0.5) for _ in range(100)])
+    assert (several.mean(0) - kept).abs().mean() < 0.2 * (dropped - kept).abs().mean()
 
 
 def test_patch_embedding_multiplies_each_patch_with_the_weight():

@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from epg_fast import ops
@@ -26,7 +25,7 @@ needs_product = pytest.mark.skipif(not HAS_PRODUCT, reason="PyTorch has no produ
 
 
 def test_a_row_is_the_formula_to_three_bits_behind_the_leading_one():
-    inputs = in_double(EXAMPLES["quantize_rows"].inputs((2, 5, 40, 24), "fp32", device=DEVICE)) | {"gelu": True}
+    inputs = in_double(EXAMPLES["quantize_rows"].inputs((2, 5, 40, 24), "fp32")) | {"gelu": True}
     x, branch, gate, skip, _ = inputs.values()
     z = x + gate[:, None] * branch
     wanted = torch.cat([z * torch.special.ndtr(z), skip], -1)
@@ -81,7 +80,7 @@ def test_attention_in_fp8_is_attention_to_three_bits_behind_the_leading_one(shap
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 def test_a_product_is_that_of_the_dequantised_operands(gelu):
-    inputs = EXAMPLES["linear_fp8"].inputs((5, 48, 24), "bf16", device=DEVICE)
+    inputs = EXAMPLES["linear_fp8"].inputs((5, 48, 24), "bf16")
     x, x_scale, weight, weight_scale, bias = (inputs[name].double() for name in list(inputs)[:5])
     z = torch.einsum("mk,nk,m,n->mn", x, weight, x_scale, weight_scale) + bias
     wanted = z * torch.special.ndtr(z) if gelu else z
@@ -90,20 +89,11 @@ def test_a_product_is_that_of_the_dequantised_operands(gelu):
     assert linear_fp8(**inputs | {"bias": bias.half()}).dtype == torch.float16
 
 
-def test_a_product_takes_the_rows_that_the_norm_quantises():
-    tokens = torch.randn(2, 17, 48)
-    rows, scale = ops.layer_norm_modulate_fp8(tokens, torch.ones(48), torch.zeros(48))
-    weight, bias = torch.randn(24, 48) * 48**-0.5, torch.randn(24)
-    y = linear_fp8(rows, scale, *quantize_rows_ref(weight), bias, gelu=True)
-    wanted = F.gelu(F.linear(F.layer_norm(tokens, (48,)), weight, bias))
-    assert (y - wanted).abs().max() < 0.05 * wanted.abs().max()  # e4m3 keeps three bits behind the leading one
-
-
 @needs_product
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 @pytest.mark.parametrize("leading", [(33,), (3, 11)], ids=str)
 def test_pytorchs_product_computes_the_same(leading, gelu):
-    inputs = EXAMPLES["linear_fp8"].inputs((33, 64, 32), "bf16", device=DEVICE) | {"gelu": gelu}
+    inputs = EXAMPLES["linear_fp8"].inputs((33, 64, 32), "bf16") | {"gelu": gelu}
     inputs |= {"x": inputs["x"].view(*leading, 64), "x_scale": inputs["x_scale"].view(leading)}
     # One more rounding to bfloat16, before GELU; PyTorch may leave the sums to the tensor cores.
     wanted = linear_fp8_ref(**inputs)
@@ -266,12 +256,3 @@ def test_there_is_no_second_derivative():
     gradient = torch.autograd.grad(linear_fp8_dynamic_ref(*inputs), inputs[0], dy, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.sum().backward()
-
-
-def test_the_model_of_traffic_counts_copies_in_fp8():
-    rows, k, n = shape = (6, 16, 32)
-    forward = 2 * rows * (k + n) + 4 * (n * k + n) + 2 * k * (rows + n)
-    # dy for either product, x, weight; dx, dweight in 16 bits and converted, dbias; copies of dy and weight
-    backward = 2 * (2 * rows * n + rows * k + rows * k + n * k) + 8 * n * k + 4 * n + 2 * n * (rows + k)
-    assert SPEC.bytes(shape, 2) == forward and SPEC.bytes(shape, 2, backward=True) == backward
-    assert (SPEC.flops(shape), SPEC.flops(shape, backward=True)) == (2 * rows * k * n, 4 * rows * k * n)

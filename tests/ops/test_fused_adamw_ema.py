@@ -1,4 +1,5 @@
-import dataclasses
+"""The fused optimiser against torch.optim.AdamW, torch's clipping and lerp; what it refuses and leaves alone."""
+
 import math
 
 import pytest
@@ -6,78 +7,62 @@ import torch
 from torch.utils._pytree import tree_map
 
 from epg_fast.ops import fused_adamw_ema_, global_norm
-from tests.ops.kernel_checks import CPU, DEVICE, GPU, assert_close_to_reference, make_tensors, needs_extension
+from tests.ops.kernel_checks import (
+    CPU,
+    DEVICE,
+    GPU,
+    assert_close_to_reference,
+    make_tensors,
+    needs_extension,
+    tensors_of,
+)
 
 # Odd sizes, an empty tensor, one of no dimensions, one that spans several blocks and threads.
 SHAPES = [(33, 7), (1,), (0, 4), (), (130, 257), (40_003,), (16,)]
 BETAS, EPS = (0.9, 0.99), 1e-8
+EACH_BACKEND = pytest.mark.parametrize("backend", ["extension", "plain"])
 
 
-@dataclasses.dataclass
-class State:
-    """Arguments of `fused_adamw_ema_`, by name."""
-
-    params: list
-    exp_avgs: list
-    exp_avg_sqs: list
-    steps: torch.Tensor
-    lrs: torch.Tensor
-    weight_decays: torch.Tensor
-    max_norm: torch.Tensor
-    emas: list
-    ema_weights: torch.Tensor
-    copies: list
-    ema_copies: list = ()
-
-    def arguments(self):
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    def update(self, grads, backend, **changes):
-        norm, found_inf = global_norm(grads, backend="plain")
-        arguments = (
-            self.arguments()
-            | {"grads": grads, "norm": norm, "found_inf": found_inf, "betas": BETAS, "eps": EPS}
-            | changes
-        )
-        fused_adamw_ema_(**arguments, backend=backend)
-
-    def tensors(self):
-        averages = [t for average in self.emas for t in average]
-        copies = [copy for copy in (*self.copies, *self.ema_copies) if copy is not None]
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *averages, *copies, self.steps]
+def make_state(shapes=SHAPES, averages=1, copies=False, max_norm=math.inf, dtype=torch.float32):
+    """Arguments of `fused_adamw_ema_` by name, but for the gradients and their norm."""
+    params, float64 = make_tensors(shapes, dtype=dtype), {"dtype": torch.float64, "device": DEVICE}
+    return {
+        "params": params,
+        "exp_avgs": [torch.zeros_like(p) for p in params],
+        "exp_avg_sqs": [torch.zeros_like(p) for p in params],
+        "steps": torch.zeros(len(shapes), device=DEVICE),
+        "lrs": torch.tensor([1e-3 * 0.8 ** (i % 5) for i in range(len(shapes))], **float64),
+        "weight_decays": torch.tensor([0.1 if i % 3 else 0.0 for i in range(len(shapes))], **float64),
+        "max_norm": torch.tensor(max_norm, **float64),
+        "emas": [[p.clone() for p in params] for _ in range(averages)],
+        "ema_weights": torch.tensor([0.05, 0.7, 1e-4, 0.5][:averages], **float64),
+        "copies": [p.bfloat16() for p in params] if copies else [],
+        "ema_copies": [torch.full_like(p, 7.0, dtype=torch.bfloat16) for p in params] if copies else [],
+    }
 
 
-def make_state(shapes=SHAPES, averages=1, copies=False, max_norm=math.inf, offset=0, dtype=torch.float32):
-    def placed(values):
-        """At `offset` values behind an aligned address."""
-        buffer = torch.zeros(values.numel() + offset, dtype=dtype, device=DEVICE)
-        buffer[offset:] = values.flatten()
-        return buffer[offset:].view(values.shape)
+def make_grads(state, seed=0, scale=1.0):
+    return [scale * grad for grad in make_tensors([p.shape for p in state["params"]], seed)]
 
-    params = [placed(t) for t in make_tensors(shapes)]
-    float64 = {"dtype": torch.float64, "device": DEVICE}
-    return State(
-        params=params,
-        exp_avgs=[placed(torch.zeros(s)) for s in shapes],
-        exp_avg_sqs=[placed(torch.zeros(s)) for s in shapes],
-        steps=torch.zeros(len(shapes), device=DEVICE),
-        lrs=torch.tensor([1e-3 * 0.8 ** (i % 5) for i in range(len(shapes))], **float64),
-        weight_decays=torch.tensor([0.1 if i % 3 else 0.0 for i in range(len(shapes))], **float64),
-        max_norm=torch.tensor(max_norm, **float64),
-        emas=[[placed(p) for p in params] for _ in range(averages)],
-        ema_weights=torch.tensor([0.05, 0.7, 1e-4, 0.5][:averages], **float64),
-        copies=[p.bfloat16() for p in params] if copies else [],
-    )
+
+def update(state, grads, backend, **changes):
+    norm, found_inf = global_norm(grads, backend="plain")
+    given = {"grads": grads, "norm": norm, "found_inf": found_inf, "betas": BETAS, "eps": EPS}
+    fused_adamw_ema_(**state | given | changes, backend=backend)
+
+
+def copied(state):
+    return [t.clone() for t in tensors_of(state)]
 
 
 class TorchAdamW:
     """The same update by torch.optim.AdamW, torch.nn.utils' clipping and lerp, in any dtype."""
 
     def __init__(self, state, dtype):
-        self.params = [p.to(dtype, copy=True).requires_grad_() for p in state.params]
-        self.emas = [[p.detach().clone() for p in self.params] for _ in state.emas]
-        self.weights, self.max_norm = state.ema_weights.tolist(), state.max_norm.item()
-        groups = zip(self.params, state.lrs.tolist(), state.weight_decays.tolist(), strict=True)
+        self.params = [p.to(dtype, copy=True).requires_grad_() for p in state["params"]]
+        self.emas = [[p.detach().clone() for p in self.params] for _ in state["emas"]]
+        self.weights, self.max_norm = state["ema_weights"].tolist(), state["max_norm"].item()
+        groups = zip(self.params, state["lrs"].tolist(), state["weight_decays"].tolist(), strict=True)
         groups = [{"params": [p], "lr": lr, "weight_decay": decay} for p, lr, decay in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=dtype == torch.float32)
 
@@ -92,130 +77,97 @@ class TorchAdamW:
                 e.lerp_(p, weight)
 
     def named(self):
-        state = [self.optimizer.state[p] for p in self.params]
-        return {
-            "params": self.params,
-            "exp_avgs": [s["exp_avg"] for s in state],
-            "exp_avg_sqs": [s["exp_avg_sq"] for s in state],
-        } | {f"emas[{k}]": average for k, average in enumerate(self.emas)}
+        moments = {
+            f"{name}s": [self.optimizer.state[p][name] for p in self.params] for name in ("exp_avg", "exp_avg_sq")
+        }
+        return {"params": self.params} | moments | {f"emas[{k}]": average for k, average in enumerate(self.emas)}
 
 
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def assert_follows_torch(state, backend, updates, grad_dtypes=(torch.float32,)):
+LONG = [("fp32", {"averages": 2}), ("bf16", {"averages": 2, "max_norm": 0.5}), ("mixed", {"max_norm": 0.5})]
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("updates", "grad_dtypes", "options"),
+    [
+        *(pytest.param(50, *case, marks=pytest.mark.slow) for case in LONG),
+        *((3, "mixed", {"averages": averages, "copies": averages == 3, "max_norm": 0.5}) for averages in (0, 1, 3, 4)),
+        (3, "fp32", {"shapes": [(16_385,)] * 2, "max_norm": 1.0}),
+        (2, "fp32", {"shapes": [(1 + i % 7,) for i in range(600)], "max_norm": 0.5}),  # more than a launch takes
+        pytest.param(3, "fp32", {"shapes": [(65_537,)] * 349, "max_norm": 1.0}, marks=GPU),
+        pytest.param(3, "fp32", {"shapes": [(4096,)] * 5000, "max_norm": 1.0}, marks=GPU),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_updates_follow_torch_in_float64(updates, grad_dtypes, options):
+    state = make_state(**options)
     exact, same_dtype = TorchAdamW(state, torch.float64), TorchAdamW(state, torch.float32)
+    dtypes = {"fp32": [torch.float32], "bf16": [torch.bfloat16], "mixed": [torch.bfloat16, torch.float32]}[grad_dtypes]
     for step in range(updates):
-        grads = make_tensors([p.shape for p in state.params], seed=100 + step)
-        grads = [g.mul(0.3).to(grad_dtypes[i % len(grad_dtypes)]) for i, g in enumerate(grads)]
-        state.update(grads, backend)
+        grads = [g.to(dtypes[i % len(dtypes)]) for i, g in enumerate(make_grads(state, 100 + step, 0.3))]
+        update(state, grads, "extension")
         exact.update(grads)
         same_dtype.update(grads)
-    got = {name: getattr(state, name) for name in ("params", "exp_avgs", "exp_avg_sqs")}
-    got |= {f"emas[{k}]": average for k, average in enumerate(state.emas)}
-    for name, tensors in got.items():
-        assert_close_to_reference(
-            flat(tensors), flat(same_dtype.named()[name]), flat(exact.named()[name]), name=f"{name} after {updates}"
-        )
-    assert torch.equal(state.steps, torch.full_like(state.steps, updates))
-
-
-MIXED = (torch.bfloat16, torch.float32)
-
-
-@needs_extension
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("grad_dtypes", "max_norm"), [((torch.float32,), math.inf), ((torch.bfloat16,), 0.5), (MIXED, 0.5)], ids=str
-)
-def test_50_updates_follow_torch_in_float64(grad_dtypes, max_norm):
-    assert_follows_torch(make_state(max_norm=max_norm, averages=2), "extension", 50, grad_dtypes)
-
-
-@needs_extension
-@pytest.mark.parametrize("shape", [(2, 16_385), *(pytest.param(s, marks=GPU) for s in ((349, 65_537), (5000, 4096)))])
-def test_updates_of_long_and_of_many_tensors(shape):
-    count, size = shape
-    assert_follows_torch(make_state([(size,)] * count, max_norm=1.0), "extension", 3)
-
-
-@needs_extension
-@pytest.mark.parametrize("offset", [1, 2, 3])
-def test_unaligned_tensors(offset):
-    state = make_state(offset=offset, max_norm=0.5)
-    state.copies = [torch.zeros(p.numel() + offset, dtype=torch.bfloat16, device=DEVICE) for p in state.params]
-    state.copies = [c[offset:].view(p.shape) for c, p in zip(state.copies, state.params, strict=True)]
-    state.ema_copies = [torch.zeros_like(c) for c in state.copies]
-    assert_follows_torch(state, "extension", 3, MIXED)
-    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(state.copies, state.params, strict=True))
-    assert all(torch.equal(c, e.bfloat16()) for c, e in zip(state.ema_copies, state.emas[0], strict=True))
-
-
-@needs_extension
-@pytest.mark.slow
-def test_thousands_of_tiny_tensors():
-    assert_follows_torch(make_state([(1 + i % 7,) for i in range(3000)], max_norm=0.5), "extension", 2)
-
-
-@needs_extension
-@pytest.mark.parametrize("averages", [0, 1, 3, 4])
-def test_any_number_of_averages_up_to_four(averages):
-    assert_follows_torch(make_state(averages=averages, copies=averages == 3, max_norm=0.5), "extension", 3, MIXED)
+    got = state | {f"emas[{k}]": average for k, average in enumerate(state["emas"])}
+    for name, wanted in exact.named().items():
+        values = (flat(tensors) for tensors in (got[name], same_dtype.named()[name], wanted))
+        assert_close_to_reference(*values, name=f"{name} after {updates}")
+    assert torch.equal(state["steps"], torch.full_like(state["steps"], updates))
 
 
 def test_the_reference_is_torch_adamw_in_float64():
     state = make_state(max_norm=0.5, averages=2, dtype=torch.float64)
     exact = TorchAdamW(state, torch.float64)
     for step in range(10):
-        grads = make_tensors([p.shape for p in state.params], seed=step, dtype=torch.float64)
-        state.update(grads, "plain")
+        grads = [g.double() for g in make_grads(state, step)]
+        update(state, grads, "plain")
         exact.update(grads)
-    torch.testing.assert_close(flat(state.params), flat(exact.params), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(flat(state.emas[1]), flat(exact.emas[1]), rtol=1e-12, atol=1e-14)
+    for got, wanted in ((state["params"], exact.params), (state["emas"][1], exact.emas[1])):
+        torch.testing.assert_close(flat(got), flat(wanted), rtol=1e-12, atol=1e-14)
 
 
 @needs_extension
-@pytest.mark.parametrize("backend", ["extension", "plain"])
+@EACH_BACKEND
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_leaves_every_bit(value, backend):
     state = make_state(copies=True, averages=2, max_norm=0.5)
-    state.ema_copies = [torch.full_like(copy, 7.0) for copy in state.copies]
-    grads = make_tensors([p.shape for p in state.params])
-    state.update(grads, backend)
-    state.params[0][0, 0] = -0.0
-    before = [t.clone() for t in state.tensors()]
+    grads = make_grads(state)
+    update(state, grads, backend)
+    state["params"][0][0, 0] = -0.0
+    before = copied(state)
     grads[4][3, 3] = value
-    state.update(grads, backend)
-    for was, now in zip(before, state.tensors(), strict=True):
+    update(state, grads, backend)
+    for was, now in zip(before, tensors_of(state), strict=True):
         assert torch.equal(was.reshape(-1).view(torch.uint8), now.reshape(-1).view(torch.uint8))
 
 
 @needs_extension
-@pytest.mark.parametrize("backend", ["extension", "plain"])
+@EACH_BACKEND
 def test_a_scaled_loss_gives_the_same_update(backend):
     plain, scaled = make_state(max_norm=0.5), make_state(max_norm=0.5)
-    grads = make_tensors([p.shape for p in plain.params])
-    plain.update(grads, backend)
-    scaled.update([512 * g for g in grads], backend, grad_scale=torch.tensor(512.0, device=DEVICE))
-    torch.testing.assert_close(flat(scaled.params), flat(plain.params), rtol=1e-6, atol=1e-7)
+    update(plain, make_grads(plain), backend)
+    update(scaled, make_grads(scaled, scale=512), backend, grad_scale=torch.tensor(512.0, device=DEVICE))
+    torch.testing.assert_close(flat(scaled["params"]), flat(plain["params"]), rtol=1e-6, atol=1e-7)
 
 
 @needs_extension
-@pytest.mark.parametrize("backend", ["extension", "plain"])
+@EACH_BACKEND
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_copies_are_the_rounded_weights_and_averages_where_they_are_wanted(dtype, backend):
     state = make_state(averages=2)
     special = [math.nan, math.inf, -math.inf, 3.4e38, 1.00390625, 1.01171875, -0.0, 1e-40]
     special += [65519.0, 65520.0, 6e-8, 1.00048828125]  # where float16 ends, at both sides, and a tie
-    state.params[6][:12], state.lrs[6] = torch.tensor(special, device=DEVICE), 0.0
-    state.ema_weights[0] = 1.0
-    wanted = [i not in (1, 4) for i in range(len(state.params))]
-    state.copies = [p.to(dtype) if want else None for p, want in zip(state.params, wanted, strict=True)]
-    state.ema_copies = [None if i == 5 else torch.zeros_like(p, dtype=dtype) for i, p in enumerate(state.params)]
-    state.update(make_tensors([p.shape for p in state.params]), backend)
-    pairs = [*zip(state.copies, state.params, strict=True), *zip(state.ema_copies, state.emas[0], strict=True)]
-    assert sum(copy is not None for copy, _ in pairs) == 2 * len(state.params) - 3
+    params, averages = state["params"], state["emas"][0]
+    params[6][:12], state["lrs"][6], state["ema_weights"][0] = torch.tensor(special, device=DEVICE), 0.0, 1.0
+    state["copies"] = [None if i in (1, 4) else torch.zeros_like(p, dtype=dtype) for i, p in enumerate(params)]
+    state["ema_copies"] = [None if i == 5 else torch.zeros_like(p, dtype=dtype) for i, p in enumerate(params)]
+    update(state, make_grads(state), backend)
+    pairs = [*zip(state["copies"], params, strict=True), *zip(state["ema_copies"], averages, strict=True)]
+    assert sum(copy is not None for copy, _ in pairs) == 2 * len(params) - 3
     for copy, value in pairs:
         if copy is not None:
             rounded = value.to(dtype)
@@ -226,11 +178,10 @@ def test_copies_are_the_rounded_weights_and_averages_where_they_are_wanted(dtype
 @needs_extension
 def test_an_average_of_weight_one_is_the_parameter_and_of_weight_zero_stays():
     state = make_state(averages=2)
-    state.ema_weights.copy_(torch.tensor([1.0, 0.0]))
-    before = [e.clone() for e in state.emas[1]]
-    state.update(make_tensors([p.shape for p in state.params]), "extension")
-    assert all(torch.equal(e, p) for e, p in zip(state.emas[0], state.params, strict=True))
-    assert all(torch.equal(e, b) for e, b in zip(state.emas[1], before, strict=True))
+    state["ema_weights"].copy_(torch.tensor([1.0, 0.0]))
+    before = flat(state["params"])
+    update(state, make_grads(state), "extension")
+    assert torch.equal(flat(state["emas"][0]), flat(state["params"])) and torch.equal(flat(state["emas"][1]), before)
 
 
 @needs_extension
@@ -238,68 +189,48 @@ def test_an_average_of_weight_one_is_the_parameter_and_of_weight_zero_stays():
 def test_small_betas_forget_large_gradients(betas):
     state, exact = make_state([(50,)]), make_state([(50,)], dtype=torch.float64)
     for scale in (1.0, 1e-6, 1e-6, 1e-6):
-        grads = [g * scale for g in make_tensors([(50,)])]
-        state.update(grads, "extension", betas=betas)
-        exact.update([g.double() for g in grads], "plain", betas=betas)
-    torch.testing.assert_close(state.exp_avgs[0].double(), exact.exp_avgs[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(state.params[0].double(), exact.params[0], rtol=1e-6, atol=1e-7)
+        grads = make_grads(state, scale=scale)
+        update(state, grads, "extension", betas=betas)
+        update(exact, [g.double() for g in grads], "plain", betas=betas)
+    for name, rtol, atol in (("exp_avgs", 1e-5, 0), ("params", 1e-6, 1e-7)):
+        torch.testing.assert_close(flat(state[name]).double(), flat(exact[name]), rtol=rtol, atol=atol)
 
 
 @needs_extension
-@pytest.mark.parametrize("backend", ["extension", "plain"])
+@EACH_BACKEND
 def test_a_huge_finite_gradient_does_not_freeze_the_weights_and_a_limit_that_is_nan_shows(backend):
     state = make_state([(5,)])
-    state.update([torch.full((5,), 1e21, device=DEVICE)], backend)
-    assert not state.steps.any() and not state.exp_avg_sqs[0].any()
-    before = state.params[0].clone()
-    state.update(make_tensors([(5,)]), backend)
-    assert (state.params[0] != before).all()
-    state.update(make_tensors([(5,)]), backend, max_norm=torch.full_like(state.max_norm, math.nan))
-    assert state.params[0].isnan().all()
+    update(state, [torch.full((5,), 1e21, device=DEVICE)], backend)
+    assert not state["steps"].any() and not state["exp_avg_sqs"][0].any()
+    before = state["params"][0].clone()
+    update(state, make_grads(state), backend)
+    assert (state["params"][0] != before).all()
+    update(state, make_grads(state), backend, max_norm=torch.full_like(state["max_norm"], math.nan))
+    assert state["params"][0].isnan().all()
 
 
 def test_the_reference_takes_what_the_extension_does_not_take():
     state = make_state([(5,)], averages=4)
-    state.emas, state.ema_weights = state.emas + [[state.params[0].clone()]], torch.full((5,), 0.5, device=DEVICE)
-    state.lrs = state.lrs.float()
-    state.update(make_tensors([(5,)]), "plain")
-    assert state.steps.tolist() == [1]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"emas": [[torch.zeros(5).bfloat16()]]}, r"got emas\[0\] in torch.bfloat16, wanted torch.float32"),
-        ({"grads": [torch.ones(1)]}, r"got grads\[0\] of shape \(1,\), wanted \(5,\)"),
-        ({"copies": [torch.ones(1).bfloat16()]}, r"got copies\[0\] of shape \(1,\), wanted \(5,\)"),
-    ],
-)
-def test_in_plain_pytorch_it_stops_before_it_has_changed_anything(change, message):
-    state = make_state([(5,)])
-    before = [t.clone() for t in state.tensors()]
-    with pytest.raises(ValueError, match=message):
-        state.update(**{"grads": make_tensors([(5,)])} | on_device(change), backend="plain")
-    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors(), strict=True))
+    state |= {"emas": [*state["emas"], [state["params"][0].clone()]], "lrs": state["lrs"].float()}
+    update(state, make_grads(state), "plain", ema_weights=torch.full((5,), 0.5, device=DEVICE))
+    assert state["steps"].tolist() == [1]
 
 
 @needs_extension
 def test_every_tensor_has_its_own_step_count():
     together, apart = make_state([(5,), (6,)]), make_state([(5,), (6,)])
-    grads = make_tensors([(5,), (6,)])
-    together.steps[1] = 10
-    together.update(grads, "extension")
-    assert together.steps.tolist() == [1, 11]
-    apart.steps[1] = 10
-    apart.update(grads, "plain")
-    torch.testing.assert_close(flat(together.params), flat(apart.params), rtol=1e-6, atol=1e-8)
+    for state, backend in ((together, "extension"), (apart, "plain")):
+        state["steps"][1] = 10
+        update(state, make_grads(state), backend)
+    assert together["steps"].tolist() == [1, 11]
+    torch.testing.assert_close(flat(together["params"]), flat(apart["params"]), rtol=1e-6, atol=1e-8)
 
 
 @needs_extension
 def test_autograd_notices_that_a_saved_weight_was_overwritten():
     state = make_state([(4,)])
-    state.params[0].requires_grad_()
-    loss = (state.params[0] ** 2).sum()
-    state.update(make_tensors([(4,)]), "extension")
+    loss = (state["params"][0].requires_grad_() ** 2).sum()
+    update(state, make_tensors([(4,)]), "extension")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -309,15 +240,15 @@ def test_autograd_notices_that_a_saved_weight_was_overwritten():
 @pytest.mark.slow
 def test_the_extension_is_compiled_into_one_graph():
     eager, traced = make_state([(5, 3), (17,)], copies=True), make_state([(5, 3), (17,)], copies=True)
-    grads = make_tensors([(5, 3), (17,)])
+    grads = make_grads(eager)
     norm, found_inf = global_norm(grads)
 
-    def update(state):
-        fused_adamw_ema_(**state.arguments(), grads=grads, norm=norm, found_inf=found_inf, backend="extension")
+    def step(state):
+        fused_adamw_ema_(**state, grads=grads, norm=norm, found_inf=found_inf, backend="extension")
 
-    update(eager)
-    torch.compile(update, fullgraph=True, backend="aot_eager")(traced)
-    assert all(torch.equal(a, b) for a, b in zip(eager.tensors(), traced.tensors(), strict=True))
+    step(eager)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(traced)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(eager), tensors_of(traced), strict=True))
 
 
 HALF = torch.zeros(3).half()
@@ -348,39 +279,41 @@ WRONG_ARGUMENTS = [
     ({"norm": torch.zeros((), device="meta")}, r"got norm\[0\] on meta and others on c.*, wanted one device"),
     ({"betas": (0.9, 1.0)}, r"got betas=\(0.9, 1.0\), wanted two values in \[0, 1\)"),
 ]
+WRONG_IN_PLAIN = [
+    ({"emas": [[torch.zeros(2), torch.zeros(3).bfloat16()]]}, r"got emas.* in torch.bfloat16, wanted torch.float32"),
+    ({"grads": torch.ones(1)}, r"got grads\[1\] of shape \(1,\), wanted \(3,\)"),
+    ({"copies": torch.ones(1).bfloat16()}, r"got copies\[1\] of shape \(1,\), wanted \(3,\)"),
+]
+WRONG = [("plain", *wrong) for wrong in WRONG_IN_PLAIN]
+WRONG += [pytest.param("extension", {n: tensor}, m, marks=needs_extension) for n, tensor, m in WRONG_TENSORS]
+WRONG += [pytest.param("extension", *wrong, marks=needs_extension) for wrong in WRONG_ARGUMENTS]
 
 
 def on_device(value):
     return tree_map(lambda t: t.to(DEVICE) if isinstance(t, torch.Tensor) and not t.is_meta else t, value)
 
 
-@needs_extension
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({name: tensor}, message) for name, tensor, message in WRONG_TENSORS] + WRONG_ARGUMENTS,
-)
-def test_a_wrong_argument_is_named_and_nothing_changes(change, message):
-    state, grads = make_state([(2,), (3,)], copies=True), make_tensors([(2,), (3,)])
+@pytest.mark.parametrize(("backend", "change", "message"), WRONG)
+def test_a_wrong_argument_is_named_and_nothing_changes(backend, change, message):
+    """A tensor for an argument that is a list stands in its second place."""
+    state = make_state([(2,), (3,)], copies=True) | {"ema_copies": []}
+    good = state | {"grads": make_grads(state)}
     for name, value in change.items():
-        if isinstance(value, torch.Tensor) and isinstance(getattr(state, name, None), list):
-            change = {name: [getattr(state, name)[0], value]}  # in the second place
-    before = [t.clone() for t in state.tensors()]
+        if isinstance(value, torch.Tensor) and isinstance(good.get(name), list):
+            change = {name: [good[name][0], value]}
+    before = copied(state)
     with pytest.raises((RuntimeError, ValueError), match=message):
-        state.update(**{"grads": grads} | on_device(change), backend="extension")
-    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors(), strict=True))
+        update(state, **{"grads": good["grads"]} | on_device(change), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(state), strict=True))
 
 
 @needs_extension
 def test_five_averages_and_shared_memory_are_refused():
-    for change, message in (
-        ({"emas": 5 * [[torch.zeros(2)]]}, "ema_weights holds 5 values, wanted at most 4"),
-        ({}, r"emas\[0\] must not share its memory with params"),
-    ):
+    for count, message in ((5, "ema_weights holds 5 values, wanted at most 4"), (1, r"emas\[0\] must not share its")):
         state = make_state([(2,)])
-        change = on_device(change) or {"emas": [state.params]}
-        weights = state.ema_weights.repeat(len(change["emas"]))
+        emas = [state["params"]] if count == 1 else [[torch.zeros(2, device=DEVICE)]] * 5
         with pytest.raises(RuntimeError, match=message):
-            state.update(make_tensors([(2,)]), "extension", **change, ema_weights=weights)
+            update(state, make_grads(state), "extension", emas=emas, ema_weights=state["ema_weights"].repeat(count))
 
 
 @needs_extension
@@ -388,28 +321,27 @@ def test_five_averages_and_shared_memory_are_refused():
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_a_captured_graph_reads_what_changes_and_never_waits():
     captured, eager = make_state(max_norm=0.5), make_state(max_norm=0.5)
-    grads = make_tensors([p.shape for p in captured.params])
-    arguments = captured.arguments()
+    grads = make_grads(captured)
 
-    def update():
+    def step():
         norm, found_inf = global_norm(grads, backend="extension")
-        fused_adamw_ema_(**arguments, grads=grads, norm=norm, found_inf=found_inf, betas=BETAS, backend="extension")
+        fused_adamw_ema_(**captured, grads=grads, norm=norm, found_inf=found_inf, betas=BETAS, backend="extension")
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        update()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        update()
-    eager.update(grads, "extension")
+        step()
+    update(eager, grads, "extension")
     for lr in (2e-3, 5e-4):
         for state in (captured, eager):
-            state.lrs.fill_(lr)
+            state["lrs"].fill_(lr)
         for grad in grads:
             grad.mul_(-0.7)
         graph.replay()
-        eager.update(grads, "extension")
-    torch.testing.assert_close(flat(captured.params), flat(eager.params))
-    assert torch.equal(captured.steps, eager.steps)
+        update(eager, grads, "extension")
+    torch.testing.assert_close(flat(captured["params"]), flat(eager["params"]))
+    assert torch.equal(captured["steps"], eager["steps"])

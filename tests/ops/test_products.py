@@ -1,244 +1,147 @@
-"""Matrix products with what rides in their epilogues: Triton's, which several operations share, and the extension's."""
+"""What is particular to matrix products: tiles, what rides in their epilogues and loads, and what they refuse."""
 
 import functools
+import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from epg_fast import ops
-from epg_fast.ops.mlp_residual import linear_dgelu_cuda
 from tests.ops.examples import BF16, EXAMPLES, FP16, FP32, Values
 from tests.ops.kernel_checks import (
     DEVICE,
     GEMMS,
-    GPU,
     assert_accurate,
-    assert_same_bits,
+    assert_backend_accurate,
     leaves_of,
     needs_gemms,
     needs_triton,
-    run,
 )
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned_empty")]
+# Images, tokens, and two widths. In the last 10 x 3 tiles: a full group of rows of tiles, and one that is not.
+SHAPES = [(2, 130, 72, 136), (5, 1, 17, 40), (1, 33, 16, 11), (9, 129, 16, 264)]
+# For the extension, whose widths are multiples of 8.
+CUTLASS_SHAPES = [(3, 17, 40, 24), (2, 1, 8, 8), (5, 130, 64, 184), (9, 258, 72, 176), (1, 2000, 64, 528)]
+BY_CUTLASS = ("linear_residual_norm", "mlp_residual", "skip_linear")
+SKIP = EXAMPLES["skip_linear"]
 KERNELS = pytest.mark.kernels
-# Images, tokens, widths of x and of the result.
-SMALL = (3, 17, 40, 24)
-SHAPES = [
-    SMALL,
-    *(
-        pytest.param(shape, marks=KERNELS)
-        # in the last, 10 x 3 tiles: a full group of rows of tiles, and one that is not
-        for shape in ((2, 130, 72, 136), (5, 1, 17, 40), (1, 33, 16, 11), (9, 129, 16, 264))
-    ),
-    pytest.param((64, 258, 6336, 1584), marks=GPU),
-]
-# For the extension, whose widths are multiples of 8; the last two are EPG-XL's, in tiles of both widths.
-CUTLASS_SHAPES = [SMALL, (2, 1, 8, 8), (5, 130, 64, 184), (9, 258, 72, 176), (1, 2000, 64, 528)]
-CUTLASS_SHAPES += [(64, 258, 6336, 1584), (64, 258, 3072, 768)]
+PRODUCTS = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=GEMMS)])
 
 
-@pytest.fixture(params=["small", "large"])
-def tiles(request, monkeypatch):
-    """With a single multiprocessor no product has too few tiles for large ones."""
-    if request.param == "large":
-        monkeypatch.setattr("epg_kernels._matmul.MULTIPROCESSORS", 1)
+def zeros(*size, dtype=FP32):
+    return torch.zeros(size, dtype=dtype, device=DEVICE)
 
 
-each_tile = pytest.mark.usefixtures("tiles")
-
-
-def linear(*, x, weight, bias, **options):
-    """Imported late: Triton is optional."""
-    from epg_kernels._matmul import linear
-
-    y, z = linear(x, None, weight, bias, **options)
-    return y if z is None else (y, z)
-
-
-def cutlass_linear(*, x, weight, bias, residual=None, gate=None, gelu=False, tokens=None, **save):
-    """The extension's products, as `linear` is called: with GELU, or onto a residual."""
-    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype if gelu else residual.dtype, device=DEVICE)
-    z = torch.empty_like(y, dtype=x.dtype) if any(save.values()) else None
-    if gelu:
-        torch.ops.epg_fast.linear_gelu_out(y, z, x, weight, bias.to(x.dtype))
-    else:
-        gate = None if gate is None else gate.view(gate.shape[0], -1)
-        torch.ops.epg_fast.linear_gate_residual_out(y, z, residual, gate, x, weight, bias.to(x.dtype))
-    return y if z is None else (y, z)
-
-
-PRODUCTS = pytest.mark.parametrize(
-    "product", [linear, pytest.param(cutlass_linear, marks=GEMMS)], ids=["triton", "cuda"]
+# With a single multiprocessor no product has too few tiles for large ones, which those of 16 bits have.
+NAMES, FP32_TILES, FEW_TILES, LARGE_TILES = (
+    ("linear_residual", "norm_linear", "mlp_residual"),
+    (0, 132),
+    (1, 132),
+    (1, 1),
 )
+GRID = [*itertools.product(NAMES, SHAPES[:-1], (FP32_TILES, FEW_TILES, LARGE_TILES))]
+GRID += [(name, SHAPES[-1], LARGE_TILES) for name in NAMES]
 
 
-def plain_linear(*, x, weight, bias, residual=None, gate=None, gelu=False, save_preactivation=False, save_branch=False):
-    z = F.linear(x, weight, bias.to(x.dtype))
-    y = F.gelu(z) if gelu else z
-    y = y if gate is None else gate.reshape(gate.shape[0], 1, -1) * y
-    y = y if residual is None else (residual + y).to(residual.dtype)
-    return (y, z) if save_preactivation or save_branch else y
-
-
-def make_inputs(shape, dtype=FP32, residual=None, gate=None):
-    """residual and gate: their dtypes, or None."""
-    values, (batch, tokens, width, n) = Values(DEVICE, grad=False), shape
-    made = {"x": values(batch, tokens, width, dtype=dtype)}
-    made |= {"weight": values(n, width, dtype=dtype, scale=width**-0.5), "bias": values(n)}
-    made |= {"residual": values(batch, tokens, n, dtype=residual)} if residual else {}
-    return made | ({"gate": values(batch, n, dtype=gate)} if gate else {})
-
-
-def linear_dgelu(*, dy, weight, z):
-    from epg_kernels._matmul import linear_dgelu
-
-    return linear_dgelu(dy, weight, z)
-
-
-def plain_dgelu(*, dy, weight, z):
-    dz = torch.ops.aten.gelu_backward(dy @ weight, z)
-    return dz, dz.flatten(0, -2).sum(0, dtype=torch.promote_types(dz.dtype, FP32))
-
-
-def make_dgelu_inputs(shape, dtype=FP32):
-    values, (batch, tokens, width, n) = Values(DEVICE, grad=False), shape
-    rows = batch * tokens
-    weight = values(width, n, dtype=dtype, scale=width**-0.5)
-    return {"dy": values(rows, width, dtype=dtype), "weight": weight, "z": values(rows, n, dtype=dtype, scale=2.0)}
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "residual", "gate"),
+    ("name", "shape", "tiles"),
     [
-        (FP32, FP32, FP32),
-        (BF16, FP32, BF16),  # under autocast, whose residual is float32 until the first long skip
-        *(
-            pytest.param(*dtypes, marks=KERNELS)
-            for dtypes in (
-                (BF16, BF16, BF16),
-                (BF16, FP32, None),
-                (FP16, FP16, FP32),
-                (FP16, BF16, FP16),
-                (FP16, None, FP16),
-            )
-        ),
+        *((name, (2, 130, 40, 136), LARGE_TILES) for name in NAMES[:2]),
+        *(pytest.param(*case, marks=KERNELS) for case in GRID),
     ],
     ids=str,
 )
-@each_tile
-def test_gate_and_residual_ride_on_the_product_and_the_branch_is_saved(shape, dtype, residual, gate):
-    inputs = make_inputs(shape, dtype, residual, gate)
-    assert_accurate(linear, plain_linear, inputs)
-    assert_accurate(linear, plain_linear, inputs | {"save_branch": True})
+def test_a_product_is_accurate_whatever_its_tiles_hold_of_images(name, shape, tiles, monkeypatch):
+    """Gate, residual and GELU ride on it, the gradient through GELU with sums of its columns; a norm in the loads."""
+    monkeypatch.setattr("epg_kernels._matmul.MULTIPROCESSORS", tiles[1])
+    example = EXAMPLES[name]
+    assert_backend_accurate(example, "triton", example.inputs(shape, list(example.dtypes)[tiles[0]]))
 
 
-@each_tile
-@pytest.mark.parametrize("shape", [SMALL, (2, 130, 40, 136)], ids=str)
-def test_a_norm_rides_in_the_loads_whatever_the_tiles_hold_of_images(shape):
-    example = EXAMPLES["norm_linear"]
-    inputs = example.inputs(shape, "fp16", device=DEVICE)
-    assert_accurate(functools.partial(example.call, "triton"), example.reference, inputs)
-
-
-def test_gelu_comes_before_the_gate_and_what_entered_it_is_saved():
-    inputs = make_inputs(SMALL, FP16, FP16, FP16) | {"gelu": True, "save_preactivation": True}
-    assert_accurate(linear, plain_linear, inputs)
-
-
-@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=KERNELS), FP16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_gradient_through_gelu_rides_on_the_product_with_the_sums_of_its_columns(shape, dtype):
-    assert_accurate(linear_dgelu, plain_dgelu, make_dgelu_inputs(shape, dtype))
+@needs_gemms
+@pytest.mark.parametrize("dtypes", [0, 1])
+@pytest.mark.parametrize("shape", CUTLASS_SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name in BY_CUTLASS for form in EXAMPLES[name].forms])
+def test_a_product_of_the_extension_is_accurate_whatever_its_tiles_hold(name, form, shape, dtypes):
+    example = EXAMPLES[name]
+    assert_backend_accurate(example, "cuda", example.inputs(shape, example.cuda_dtypes[dtypes], form))
 
 
 def test_float32_is_multiplied_as_pytorch_is_told_to():
-    precision, example = torch.get_float32_matmul_precision(), EXAMPLES["patch_embed"]
+    precision, mlp, embed = torch.get_float32_matmul_precision(), EXAMPLES["mlp_residual"], EXAMPLES["patch_embed"]
     torch.set_float32_matmul_precision("high")
     try:
-        assert_accurate(linear_dgelu, plain_dgelu, make_dgelu_inputs(SMALL))
-        assert_accurate(linear, plain_linear, make_inputs(SMALL, FP32, FP32, FP32))
-        inputs = example.inputs((2, 3, 8, 4, 24), "fp32", device=DEVICE)
-        tokens = [example.call(backend, **inputs) for backend in ("triton", "plain")]
+        assert_backend_accurate(mlp, "triton", mlp.inputs((3, 17, 40, 24), "fp32"))
+        inputs = embed.inputs((2, 3, 8, 4, 24), "fp32")
+        tokens = [embed.call(backend, **inputs) for backend in ("triton", "plain")]
         torch.testing.assert_close(*tokens, rtol=1e-2, atol=1e-2)
     finally:
         torch.set_float32_matmul_precision(precision)
 
 
-def gelu_of(product, z):
+def gelu_of(z, backend):
     """z comes in by the bias: infinity does not meet the zeros of the other operands."""
-    x, weight = (torch.zeros(*size, 8, dtype=z.dtype, device=DEVICE) for size in ((2,), (len(z),)))
-    return product(x=x, weight=weight, bias=z, gelu=True)[1]
+    x, weight = zeros(1, 2, 8, dtype=z.dtype), zeros(len(z), 8, dtype=z.dtype)
+    if backend == "triton":
+        vector = zeros(8)
+        return ops.norm_linear(x, ops.row_statistics(x), vector, vector, weight, z, gelu=True, backend="triton")[0, 1]
+    y = torch.empty(1, 2, len(z), dtype=z.dtype, device=DEVICE)
+    torch.ops.epg_fast.linear_gelu_out(y, None, x, weight, z)
+    return y[0, 1]
 
 
 @PRODUCTS
-def test_gelu_in_16_bits_is_wrong_only_by_its_last_rounding_far_into_the_tail(product):
-    dtype = FP16 if product is linear else BF16
-    z = torch.linspace(-5.5, 8, 2000, dtype=dtype, device=DEVICE)
-    y, exact = gelu_of(product, z).double(), 0.5 * z.double() * torch.special.erfc(-z.double() * 0.5**0.5)
-    rounding = exact.abs().clamp_min(torch.finfo(dtype).tiny) * torch.finfo(dtype).eps / 2
+def test_gelu_in_16_bits_is_wrong_only_by_its_last_rounding_far_into_the_tail(backend):
+    z = torch.linspace(-5.5, 8, 2000, dtype=FP16 if backend == "triton" else BF16, device=DEVICE)
+    y, exact = gelu_of(z, backend).double(), 0.5 * z.double() * torch.special.erfc(-z.double() * 0.5**0.5)
+    rounding = exact.abs().clamp_min(torch.finfo(z.dtype).tiny) * torch.finfo(z.dtype).eps / 2
     assert ((y - exact).abs() <= 1.05 * rounding).all()
 
 
 @PRODUCTS
-def test_gelu_and_its_gradient_reach_their_limits_and_keep_infinity_and_nan(product):
+def test_gelu_and_its_gradient_reach_their_limits_and_keep_infinity_and_nan(backend):
     z = torch.tensor([torch.inf, torch.nan, 1000.0, 0.0, -20.0, -torch.inf, 1000.0, 0.0], device=DEVICE)
     wanted = torch.tensor([torch.inf, torch.nan, 1000.0, 0.0, 0.0, 0.0, 1000.0, 0.0], device=DEVICE)
-    for dtype in (FP32, FP16) if product is linear else (BF16,):
-        y = gelu_of(product, z.to(dtype))
+    for dtype in (FP32, FP16) if backend == "triton" else (BF16,):
+        y = gelu_of(z.to(dtype), backend)
         torch.testing.assert_close(y, wanted.to(dtype), rtol=0, atol=1e-6, equal_nan=True)
-    z = torch.tensor([torch.nan, 1000.0, 20.0, 0.0, -20.0, -1000.0], dtype=FP16, device=DEVICE)
-    ones = torch.ones(1, 1, dtype=FP16, device=DEVICE)
-    dz, _ = linear_dgelu(dy=ones, weight=ones.expand(1, 6), z=z[None])
-    wanted = torch.tensor([torch.nan, 1.0, 1.0, 0.5, 0.0, 0.0], dtype=FP16, device=DEVICE)
-    torch.testing.assert_close(dz[0], wanted, rtol=0, atol=0, equal_nan=True)
+    dtype = FP16 if backend == "triton" else BF16
+    z = torch.tensor([torch.nan, 1000.0, 20.0, 0.0, -20.0, -1000.0, 1000.0, 20.0], dtype=dtype, device=DEVICE)
+    ones = torch.ones(8, 8, dtype=dtype, device=DEVICE)
+    tokens = zeros(1, 1, 8, dtype=dtype)
+    out = ops.mlp_residual(tokens, tokens, 0 * ones, z.requires_grad_(), ones, 0 * ones[0], backend=backend)
+    (dz,) = torch.autograd.grad(out[0, 0, 0], z)
+    wanted = torch.tensor([torch.nan, 1.0, 1.0, 0.5, 0.0, 0.0, 1.0, 1.0], dtype=dtype, device=DEVICE)
+    torch.testing.assert_close(dz, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @PRODUCTS
 @pytest.mark.parametrize("tokens", [7, *(pytest.param(n, marks=KERNELS) for n in (1, 2, 127, 128, 129, 258))])
-def test_every_row_meets_the_gate_of_its_own_image(tokens, product):
-    batch, n = 2 + 300 // tokens, 184
+def test_every_row_meets_the_gate_of_its_own_image(tokens, backend):
+    batch, n = 2 + 150 // tokens, 184
     modulation = torch.arange(batch, device=DEVICE).float()[:, None] * 1000 + torch.arange(3 * n, device=DEVICE)
-    x, weight = (torch.zeros(*size, 8, dtype=BF16, device=DEVICE) for size in ((batch, tokens), (n,)))
-    inputs = {"x": x, "weight": weight, "bias": torch.ones(n, device=DEVICE)}
-    residual = torch.zeros(batch, tokens, n, device=DEVICE)
+    h, weight = zeros(batch, tokens, 8, dtype=BF16), zeros(n, 8, dtype=BF16)
+    vector = torch.ones(n, device=DEVICE)
     for gate in modulation[:, None].chunk(3, dim=-1)[::2]:
-        y = product(**inputs, residual=residual, gate=gate)
-        assert torch.equal(y, gate.expand_as(y))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [24, pytest.param(25, marks=KERNELS)])
-def test_tensors_that_are_not_contiguous_are_read_as_they_lie(n):
-    batch, tokens, k = 3, 6, 40
-    values = Values(DEVICE, grad=False)
-    bias, gate, wide = values(n, 2)[:, 0], values(n, batch).t(), values(batch, tokens, 2 * n)
-    layouts = (wide[..., :n], wide[..., ::2], wide[..., 1 : n + 1], wide[:1, :, :n].expand(batch, -1, -1))
-    for i, residual in enumerate((*layouts, values(batch, n, tokens).mT)):
-        x, weight = values(batch, k, tokens).mT[:, :, i % 2 :], values(n, k).t()[i % 2 :].t()
-        inputs = {"x": x, "weight": weight, "bias": bias, "residual": residual, "gate": gate}
-        assert_accurate(linear, plain_linear, inputs | {"save_branch": True})
-        dy = values(batch, k, tokens, dtype=FP16).mT
-        for matrix in (values(k, n + i, dtype=FP16)[:, i:], values(n, k, dtype=FP16).t()):
-            assert_accurate(linear_dgelu, plain_dgelu, {"dy": dy, "weight": matrix, "z": residual.to(FP16)})
+        given = zeros(batch, tokens, n), h, weight, vector, vector, vector, gate
+        x, _ = ops.linear_residual_norm(*given, backend=backend)
+        assert torch.equal(x, gate.expand_as(x))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 112, 129])
 def test_the_long_skip_crosses_from_x_to_skip_at_any_width(width):
     """64 ends with a step of the K loop, 112 within one, and 129 leaves rows that TMA cannot read."""
-    example = EXAMPLES["skip_linear"]
-    inputs = example.inputs((1, 9, width, 72), "bf16 with fp32 parameters", "not normed", device=DEVICE)
-    assert_accurate(functools.partial(example.call, "triton"), example.reference, inputs)
+    inputs = SKIP.inputs((1, 9, width, 72), "bf16 with fp32 parameters", "not normed")
+    assert_backend_accurate(SKIP, "triton", inputs)
 
 
 def test_the_long_skip_has_an_output_width_of_its_own():
-    values, example = Values(DEVICE), EXAMPLES["skip_linear"]
+    values = Values(DEVICE)
     inputs = {"x": values(2, 5, 40), "skip": values(2, 5, 24), "weight": values(56, 64)}
-    inputs |= {name: values(56) for name in ("bias", "norm_weight", "norm_bias")}
-    assert_accurate(functools.partial(example.call, "triton"), example.reference, inputs)
+    inputs |= values.named("bias norm_weight norm_bias", 56)
+    assert_backend_accurate(SKIP, "triton", inputs)
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.slow)])
@@ -246,7 +149,7 @@ def test_the_mlp_keeps_nothing_where_there_will_be_no_gradient(backend, request)
     if backend == "cuda":
         request.getfixturevalue("gemms")
     x, y, fc1, bias1, fc2, bias2, gate = (
-        EXAMPLES["mlp_residual"].inputs((2, 5, 24, 40), "bf16 with fp32 parameters", device=DEVICE, grad=False).values()
+        EXAMPLES["mlp_residual"].inputs((2, 5, 24, 40), "bf16 with fp32 parameters", grad=False).values()
     )
     arguments = (x, y, fc1, fc1, bias1, fc2, fc2, bias2, gate.squeeze(1), False, backend)
     assert [tensor.numel() for tensor in torch.ops.epg_fast.mlp_residual(*arguments)[1:]] == [0, 0, 0]
@@ -299,7 +202,7 @@ def test_products_read_the_copy_of_their_weight_and_refuse_what_is_none(product,
 def test_products_of_the_extension_take_what_a_network_has(name):
     """Autocast, float32 weights, biases that are not contiguous, and gate and modulation that are chunks of one."""
     example = EXAMPLES[name]
-    inputs = example.inputs((2, 5, 40, 24), "fp32", device=DEVICE)
+    inputs = example.inputs((2, 5, 40, 24), "fp32")
     chunks = iter(torch.randn(2, 1, 3 * inputs["x"].shape[-1], device=DEVICE).chunk(3, -1))
 
     def as_in_a_network(key, tensor):
@@ -317,30 +220,6 @@ def test_products_of_the_extension_take_what_a_network_has(name):
 
 
 @needs_gemms
-@pytest.mark.parametrize("save_branch", [False, True])
-@pytest.mark.parametrize(("residual", "gate"), [(BF16, BF16), (FP32, BF16), (FP32, FP32), (FP32, None), (BF16, None)])
-@pytest.mark.parametrize("shape", CUTLASS_SHAPES, ids=str)
-def test_gate_and_residual_ride_on_the_product_of_the_extension(shape, residual, gate, save_branch):
-    inputs = make_inputs(shape, BF16, residual, gate) | {"save_branch": save_branch}
-    assert_accurate(cutlass_linear, plain_linear, inputs)
-
-
-@needs_gemms
-@pytest.mark.parametrize("shape", CUTLASS_SHAPES, ids=str)
-def test_gelu_and_its_gradient_ride_on_the_products_of_the_extension(shape):
-    inputs = make_inputs(shape, BF16) | {"gelu": True}
-    assert_accurate(cutlass_linear, plain_linear, inputs | {"save_preactivation": True})
-    assert torch.equal(cutlass_linear(**inputs), cutlass_linear(**inputs, save_preactivation=True)[0])
-    inputs = make_dgelu_inputs(shape, BF16)
-    kernel = lambda **given: linear_dgelu_cuda(*given.values())  # noqa: E731
-    assert_accurate(kernel, plain_dgelu, inputs)
-    assert_same_bits(run(kernel, inputs), run(kernel, inputs))
-    dz = torch.empty_like(inputs["z"])
-    torch.ops.epg_fast.linear_dgelu_out(dz, None, *inputs.values())
-    assert torch.equal(dz, kernel(**inputs)[0])
-
-
-@needs_gemms
 @pytest.mark.parametrize("width", [8, 56, 64, 72, 128, 136])
 @pytest.mark.parametrize("skip_width", [8, 64, 72])
 def test_the_extension_meets_every_column_of_x_and_of_skip_once(width, skip_width):
@@ -353,67 +232,60 @@ def test_the_extension_meets_every_column_of_x_and_of_skip_once(width, skip_widt
 
 
 @needs_gemms
-def test_products_of_the_extension_run_on_the_current_stream():
-    inputs = make_inputs((16, 256, 64, 264), BF16, BF16)
-    residual, x = inputs.pop("residual"), inputs.pop("x")
-    for options in ({"gelu": True}, {"residual": residual}):
-        expected = cutlass_linear(x=x, **inputs, **options)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10**8)
-            late = torch.zeros_like(x).copy_(x)
-            y = cutlass_linear(x=late, **inputs, **options)
-        torch.cuda.current_stream().wait_stream(stream)
-        assert torch.equal(y, expected)
+@pytest.mark.parametrize("name", BY_CUTLASS)
+def test_products_of_the_extension_run_on_the_current_stream(name):
+    example = EXAMPLES[name]
+    inputs = example.inputs((16, 256, 64, 264), example.cuda_dtypes[0], grad=False)
+    expected, stream, x = example.call("cuda", **inputs), torch.cuda.Stream(), inputs["x"]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        result = example.call("cuda", **inputs | {"x": torch.zeros_like(x).copy_(x)})
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
-def refused_operands():
-    """(operator of the extension, arguments that it takes, changes that it does not)."""
-    x, weight, bias, residual, gate = make_inputs(SMALL, BF16, BF16, BF16).values()
-    y, bias = torch.empty_like(residual), bias.to(BF16)
-    swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
+def operators():
+    """(operator of the extension, arguments that it takes, changes of its own that it does not take)."""
+    inputs = EXAMPLES["mlp_residual"].inputs((3, 17, 40, 24), "bf16 with fp32 parameters", grad=False)
+    x, weight, bias = inputs["y"], inputs["fc1_weight"], inputs["fc1_bias"].to(BF16)
+    y, z, residual = Values(DEVICE, grad=False).named("y z residual", 3, 17, 24, dtype=BF16).values()
+    good = {"y": y, "z": z, "x": x, "weight": weight, "bias": bias}
     narrow = {"x": x[..., :36].contiguous(), "weight": weight[:, :36].contiguous()}
-    good = {"y": y, "z": None, "x": x, "weight": weight, "bias": bias}
-    changes = [{"x": swapped}, narrow, {"weight": weight.half()}, {"bias": bias.float()}, {"y": y[:2]}, {"z": y[:2]}]
-    yield "linear_gelu_out", good, [*changes, {"y": y.float()}, {"x": x[:0]}, {"weight": weight.cpu()}]
+    yield "linear_gelu_out", good, [narrow, {"bias": bias.float()}, {"y": y.float()}, {"x": x[:0]}]
 
-    good = {"out": y, "branch": None, "x": residual, "gate": gate, "h": x, "weight": weight, "bias": bias}
-    changes = [{"x": residual.transpose(0, 1).contiguous().transpose(0, 1)}, {"x": residual.half()}]
-    changes += [{"x": residual.float()}, {"gate": gate[:2]}, {"gate": gate.t().contiguous().t()}, {"gate": gate.half()}]
-    changes += [{"gate": torch.zeros(3, 25, dtype=BF16, device=DEVICE)[:, 1:]}, {"h": x.flatten(0, 1)}]
-    changes += [{"h": x.float(), "weight": weight.float()}, {"bias": bias.float()}, {"out": y[:2]}, {"branch": y[:2]}]
-    yield "linear_gate_residual_out", good, [*changes, {"branch": y.float()}, {"weight": weight.cpu()}]
+    good = {"out": y, "branch": z, "x": residual, "gate": y[:, 0].contiguous(), "h": x, "weight": weight, "bias": bias}
+    changes = [{"x": residual.float()}, {"gate": zeros(3, 25, dtype=BF16)[:, 1:]}, {"branch": z.float()}]
+    changes += [{"h": x.flatten(0, 1)}, {"h": x.float(), "weight": weight.float()}, {"bias": bias.float()}]
+    yield "linear_gate_residual_out", good, changes
 
-    dy, matrix, z = make_dgelu_inputs(SMALL, BF16).values()
-    sums = torch.empty(1, 256, device=DEVICE)
-    good = {"dz": torch.empty_like(z), "sums": sums, "dy": dy, "weight": matrix, "z": z}
+    dy, weight, z, dz = x.flatten(0, 1), weight.t().contiguous(), z.flatten(0, 1), y.flatten(0, 1).clone()
+    good = {"dz": dz, "sums": zeros(1, 256), "dy": dy, "weight": weight, "z": z}
     part = z[:, :20].contiguous()
-    changes = [{"dy": dy.half()}, {"dy": dy[:50]}, {"dy": dy.t().contiguous().t()}, {"z": z[:, :16]}, {"z": z.float()}]
-    changes += [{"weight": m} for m in (matrix.t().contiguous(), matrix.t().contiguous().t(), matrix.cpu())]
-    changes += [{"weight": matrix[:, :20].contiguous(), "z": part, "dz": part}, {"dz": z[:50].clone()}]
-    changes += [{"sums": torch.empty(*size, device=DEVICE)} for size in ((1, 24), (2, 256))]
-    yield "linear_dgelu_out", good, [*changes, {"sums": sums.half()}]
+    changes = [{"weight": weight[:, :20].contiguous(), "z": part, "dz": part}, {"weight": weight.t().contiguous()}]
+    changes += [{"sums": zeros(1, 24)}, {"sums": zeros(2, 256)}, {"z": z[:, :16]}, {"z": z.float()}]
+    yield "linear_dgelu_out", good, changes
 
-    example = EXAMPLES["skip_linear"].inputs((2, 5, 40, 24), "bf16", "not normed", device=DEVICE, grad=False)
-    x, skip, weight, bias = example.values()
-    changes = [{"x": x[..., :36].contiguous(), "skip": torch.zeros(2, 5, 28, device=DEVICE).bfloat16()}]
-    changes += [{"x": x.transpose(0, 1).contiguous().transpose(0, 1)}, {"skip": skip[:1]}, {"skip": skip.half()}]
-    changes += [{"weight": weight[:, :40].contiguous()}, {"weight": weight.cpu()}, {"bias": bias.float()}]
-    yield "skip_linear_out", example | {"z": torch.empty_like(x)}, [*changes, {"z": torch.empty_like(x)[:1]}]
+    good = SKIP.inputs((2, 5, 40, 24), "bf16", "not normed", grad=False)
+    x, _, weight, bias = good.values()
+    narrow = {"x": x[..., :36].contiguous(), "skip": zeros(2, 5, 28, dtype=BF16)}
+    changes = [narrow, {"weight": weight[:, :40].contiguous()}, {"bias": bias.float()}]
+    yield "skip_linear_out", good | {"z": torch.empty_like(x)}, changes
 
-    example = EXAMPLES["linear_fp8"].inputs((32, 48, 24), "bf16", device=DEVICE)
-    x, x_scale, weight, weight_scale, bias, _ = example.values()
-    y = torch.empty(32, 24, dtype=BF16, device=DEVICE)
-    changes = [{"x": x.t().contiguous().t()}, {"x": x[:, :40].contiguous(), "weight": weight[:, :40].contiguous()}]
-    changes += [{"x": x.half(), "weight": weight.half()}, {"x_scale": x_scale[:8]}, {"x_scale": x_scale.half()}]
-    changes += [{"weight_scale": weight_scale.cpu()}, {"bias": bias.float()}, {"y": y[:8]}]
-    yield "linear_fp8_out", example | {"y": y}, changes
+    good = EXAMPLES["linear_fp8"].inputs((32, 48, 24), "bf16")
+    narrow = {name: good[name][:, :40].contiguous() for name in ("x", "weight")}
+    yield "linear_fp8_out", good | {"y": zeros(32, 24, dtype=BF16)}, [narrow, {"bias": good["bias"].float()}]
 
 
 @needs_gemms
 def test_the_extension_itself_refuses_what_its_kernels_cannot_read():
-    for name, good, changes in refused_operands():
-        getattr(torch.ops.epg_fast, name)(**good)
+    """Of any tensor another dtype or device, a row less, and rows that are not contiguous."""
+    for operator, good, changes in operators():
+        getattr(torch.ops.epg_fast, operator)(**good)
+        for name, tensor in good.items():
+            if isinstance(tensor, torch.Tensor):
+                changes += [{name: tensor.half()}, {name: tensor.cpu()}, {name: tensor[:-1]}]
+                swapped = tensor if tensor.dim() < 2 else tensor.transpose(0, 1).contiguous().transpose(0, 1)
+                changes += [] if swapped.is_contiguous() else [{name: swapped}]
         for change in changes:
-            with pytest.raises(RuntimeError, match=name.removesuffix("_out")):
-                getattr(torch.ops.epg_fast, name)(**(good | change))
+            with pytest.raises(RuntimeError, match=operator.removesuffix("_out")):
+                getattr(torch.ops.epg_fast, operator)(**(good | change))
