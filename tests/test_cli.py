@@ -14,6 +14,7 @@ import torch
 from epg_fast.__main__ import _JOBS, main
 from epg_fast.config import (
     ConsistencyConfig,
+    DataConfig,
     DiffusionConfig,
     EvaluateConfig,
     OptimizerConfig,
@@ -22,12 +23,13 @@ from epg_fast.config import (
     PretrainConfig,
     SampleConfig,
 )
+from epg_fast.distributed import Ranks
 from epg_fast.files import OutputFolder
 from epg_fast.flags import _flags, _shown, parse
 from epg_fast.flags import words as words_of
 from epg_fast.models import load_weights
 from epg_fast.training import loop
-from epg_fast.training.state import RunState
+from epg_fast.training.state import RunFolder, RunState
 from tests.commands import fails, held_by_another_process, run, snapshot
 from tests.sampling.conftest import write_checkpoint
 
@@ -343,12 +345,12 @@ def test_evaluate_probe_and_export(capsys, checkpoint, digits, tmp_path):
     fails(capsys, ["export", "--checkpoint", checkpoint, "--output", target], "nothing is overwritten")
 
 
-def test_the_configuration_of_a_run_is_read_again_whatever_its_folder_is_called(diffusion, tmp_path, monkeypatch):
+def test_the_configuration_of_a_run_is_read_again_whatever_its_folder_is_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("1e5", "off", os.fsdecode(b"not \xff utf-8")):
-        assert main([*diffusion, "--steps", "1", "--tensorboard", "true", "--outdir", name]) == 0
-        (config,) = parse([DiffusionConfig], ["--config", f"{name}/config.yaml"], "finetune-diffusion")
-        assert config.outdir == name
+        begun = DiffusionConfig(outdir=name, data=DataConfig(path="null"))
+        RunFolder(name).claim("finetune-diffusion", begun, {}, Ranks(0, 1, torch.device("cpu")))
+        assert parse([DiffusionConfig], ["--config", f"{name}/config.yaml"], "finetune-diffusion") == [begun]
 
 
 def test_what_systems_leave_in_a_folder_does_not_make_it_someone_elses(tmp_path):

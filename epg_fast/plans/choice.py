@@ -160,13 +160,13 @@ def _automatic(case: Case, device: torch.device, kept: Mapping | None) -> Chosen
             )
         log.warning("this run has used %s on another machine (%s); choosing anew", name, "; ".join(differences))
     found = [(here.differences(plan.machine), where, plan) for where, plan in stored_plans() if plan.case.like(case)]
-    if not found:
-        return Chosen(PLAIN, why=f"ops: plain code, no plan for this job on this device; {_command(case)}")
-    differences, where, plan = min(found, key=lambda entry: (bool(entry[0]), entry[2].case.batch != case.batch))
-    if differences:
-        why = f"ops: plain code, {where} is not used ({'; '.join(differences)}); {_command(case)}"
-        return Chosen(PLAIN, why=why)
-    return _chosen(plan, where, case)
+    why = "no plan for this job on this device"
+    if found:
+        differences, where, plan = min(found, key=lambda entry: (bool(entry[0]), entry[2].case.batch != case.batch))
+        if not differences:
+            return _chosen(plan, where, case)
+        why = f"{where} is not used ({'; '.join(differences)})"
+    return Chosen(PLAIN, why=f"ops: plain code, {why}; {_command(case)}")
 
 
 def _chosen(plan: Plan, where: str, case: Case) -> Chosen:

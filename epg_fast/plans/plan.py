@@ -109,10 +109,9 @@ class Machine:
 
     def differences(self, other: Machine) -> list[str]:
         """What keeps a plan of the other from being used: "torch 2.13.0 there, 2.14.1 here"."""
-        names = [f.name for f in dataclasses.fields(self) if f.compare]
-        pairs = [(name, getattr(other, name), getattr(self, name)) for name in names]
+        pairs = [(f.name, getattr(other, f.name), getattr(self, f.name)) for f in dataclasses.fields(self) if f.compare]
         return [
-            f"{name} {theirs or 'none'} there, {ours or 'none'} here" for name, theirs, ours in pairs if theirs != ours
+            f"{name} {there or 'none'} there, {here or 'none'} here" for name, there, here in pairs if there != here
         ]
 
 
@@ -185,21 +184,22 @@ class Plan:
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file. Raises ValueError, in one line, for a file that is none."""
+    again = "delete it and run `epg-fast tune` again"
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"plan {path}: {error.strerror}; want a file that `epg-fast tune` made") from None
     except ValueError:
-        raise ValueError(f"plan {path}: damaged, or not JSON; delete it and run `epg-fast tune` again") from None
+        raise ValueError(f"plan {path}: damaged, or not JSON; {again}") from None
     if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
-        raise ValueError(f"plan {path}: not a plan of this version of epg_fast; run `epg-fast tune` again")
+        raise ValueError(f"plan {path}: not a plan of this version of epg_fast; {again}")
     try:
         parts = {"case": Case, "machine": Machine, "variant": Variant}
         plan = Plan(**found | {name: part(**found[name]) for name, part in parts.items()})
         _check(plan)
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         what = f"{error} is missing or unknown" if isinstance(error, KeyError) else error
-        raise ValueError(f"plan {path}: damaged ({what}); delete it and run `epg-fast tune` again") from None
+        raise ValueError(f"plan {path}: damaged ({what}); {again}") from None
     return plan
 
 
