@@ -2,14 +2,16 @@
 
 import io
 import itertools
+import re
 import tarfile
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from epg_fast.config import AugmentConfig
-from epg_fast.data import PillowLoader
+from epg_fast.data import PillowLoader, open_images
 
 # Nothing happens to the image: tests switch on what they look at.
 OFF = AugmentConfig(
@@ -83,6 +85,14 @@ def contents(source):
 
 def labels(source):
     return {path: int(label) for path, label in zip(source.paths, source.labels, strict=True)}
+
+
+def refused(path, *expected, use=open_images):
+    """`use(path)` raises an error of one line that has these texts or matches these patterns."""
+    with pytest.raises((ValueError, ImportError)) as error:
+        use(path)
+    line = str(error.value)
+    assert "\n" not in line and all(text in line or re.search(text, line) for text in expected), line
 
 
 def open_loader(source, loader=PillowLoader, **options):

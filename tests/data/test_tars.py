@@ -14,7 +14,7 @@ from PIL import Image
 
 from epg_fast.data import ImageFolder, ImageTars, open_images
 from epg_fast.data.sources import tars
-from tests.data.images import contents, encode, labels, noise, pack, png, samples, touch
+from tests.data.images import contents, encode, labels, noise, pack, png, refused, samples, touch
 
 # layouts
 
@@ -115,8 +115,7 @@ def test_labels_in_json_and_names_in_any_case(tmp_path, caplog):
     for label in ("1e400", '"cat"', "true", "-1", None):
         content = b"[" * 100_000 if label is None else b'{"label": %s}' % label.encode()
         pack(tmp_path / "x" / "a.tar", {"0.png": png(0), "0.json": content, "1.png": png(1), "1.json": b'{"label": 0}'})
-        with pytest.raises(ValueError, match=r"a.tar has 0.png but no 0.cls \(or .json with label/cls/class/"):
-            open_images(tmp_path / "x" / "a.tar")
+        refused(tmp_path / "x" / "a.tar", r"a.tar has 0.png but no 0.cls \(or .json with label/cls/class/")
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -205,9 +204,7 @@ def test_tars_that_are_no_dataset_are_refused_with_a_remedy(tmp_path, case):
     members, message = REFUSED[case]
     for name, content in members.items():
         pack(tmp_path / name, content)
-    with pytest.raises(ValueError, match=message) as caught:
-        open_images(tmp_path)
-    assert "\n" not in str(caught.value)
+    refused(tmp_path, message)
 
 
 def test_paths_that_are_no_dataset_are_refused_with_a_remedy(tmp_path):
@@ -226,10 +223,8 @@ def test_paths_that_are_no_dataset_are_refused_with_a_remedy(tmp_path):
         ("edm.zip", "is a file.*unzip it and pass the folder"),
         ("both", r"both tars \(a.tar\) and folders \(cats\).*pass"),
     ):
-        with pytest.raises(ValueError, match=message):
-            open_images(tmp_path / path)
-    with pytest.raises(ValueError, match="empty path"):
-        open_images("")
+        refused(tmp_path / path, message)
+    refused("", "empty path")
 
 
 @pytest.mark.parametrize("layout", ["shard", "nested", tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -249,8 +244,7 @@ def test_a_cut_tar_is_an_error_wherever_it_was_cut(tmp_path, layout):
     cut = tmp_path / "cut.tar"
     for size in (*range(256, end, 256 if layout != "nested" else 1280), last.offset_data + 1, end - 1, end, end + 511):
         cut.write_bytes(content[:size])
-        with pytest.raises(ValueError, match="was cut, is damaged or was joined"):
-            open_images(cut)
+        refused(cut, "was cut, is damaged or was joined")
     cut.write_bytes(content[: end + 512])
     assert len(open_images(cut)) == total
 
@@ -271,8 +265,7 @@ def test_damaged_and_joined_tars_do_not_shorten_the_dataset(tmp_path):
         pack(tmp_path / "outer.tar", members).read_bytes(),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"s.tar(/n03.tar)? was cut, is damaged or was joined of several tars"):
-            open_images(path)
+        refused(path, r"s.tar(/n03.tar)? was cut, is damaged or was joined of several tars")
 
 
 # the index

@@ -7,12 +7,12 @@ import os
 from epg_fast.data.sources.folder import ImageFolder
 from epg_fast.data.sources.names import is_parquet, is_tar
 from epg_fast.data.sources.parquet import ImageParquet, is_pattern
-from epg_fast.data.sources.source import DATA_PATH, WANTED, ImageSource, existing, images_of
+from epg_fast.data.sources.source import WANTED, ImageSource, existing, images_of
 from epg_fast.data.sources.tars import ImageTars
 from epg_fast.files import is_junk
 
 
-@images_of(DATA_PATH)
+@images_of("data path")
 def open_images(path: str | os.PathLike) -> ImageSource:
     """Return the images at `path`.
 

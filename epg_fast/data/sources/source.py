@@ -29,8 +29,6 @@ LABELS_WANTED = (
     "of a parquet file"
 )
 MOST_CLASSES = 1_000_000
-DATA_PATH = "data path"
-"""The option that errors name unless `images_of` gives another."""
 # Seconds to wait for a disk that is away, and after how many to say so.
 _PATIENCE, _SILENCE = 600.0, 2.0
 
@@ -115,7 +113,7 @@ def images_of(option: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{option}: {str(error).removeprefix(f'{DATA_PATH}: ')}") from None
+        raise ValueError(f"{option}: {str(error).removeprefix('data path: ')}") from None
 
 
 def existing(path: str | os.PathLike) -> Path:
