@@ -7,13 +7,11 @@ the next process goes on behind it. So does the same command later, given the sa
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from multiprocessing.connection import Connection
+from functools import cached_property, partial
 
 import torch
 
@@ -21,6 +19,7 @@ from bench import measure
 from bench.measure import Ceilings
 from bench.results import UNFINISHED, Results, Row
 from bench.roofline import Work
+from epg_fast.child import Child, Failed
 
 
 class NotHere(Exception):
@@ -145,73 +144,55 @@ def climb(ladder: Ladder, found: Results, *, seconds: float, each: float) -> boo
     seconds, each: for everything and for one variant.
     """
     known = {row.identity for row in found.rows}
-    pending = [variant for variant in ladder.variants if ladder.empty_row(variant, "-").identity not in known]
     deadline = time.monotonic() + seconds
-    while pending and time.monotonic() < deadline:
-        for row in _rows(ladder, list(pending), each, deadline):
-            found.say(row)
-            del pending[0]
-    for variant in pending:
+    late = []
+    with Child(partial(Measuring, ladder), shown=True) as child:
+        for variant in ladder.variants:
+            if ladder.empty_row(variant, "-").identity in known:
+                continue
+            row = None if late else _asked(child, ladder, variant, each, deadline)
+            if row is None:
+                late.append(variant)
+            else:
+                found.say(row)
+    for variant in late:
         note = "its turn did not come in the time given; the same command with the same folder goes on"
         found.say(ladder.empty_row(variant, note, **{UNFINISHED: True}))
-    return not pending
+    return not late
 
 
-def _rows(ladder: Ladder, variants: list[Variant], each: float, deadline: float) -> Iterator[Row]:
-    """The rows of the first variants, from one process, as far as it gets; its start counts for none of them."""
-    context = multiprocessing.get_context("spawn")
-    near, far = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(ladder, variants, far))
-    process.start()
-    far.close()
-    started = False
+def _asked(child: Child, ladder: Ladder, variant: Variant, each: float, deadline: float) -> Row | None:
+    """The variant's row from the process, whose start does not count; None when the deadline has come before."""
     try:
-        for variant in variants:
-            try:
-                if not started:
-                    if not near.poll(max(deadline - time.monotonic(), 0)):
-                        return
-                    started = near.recv()
-                wait = min(each, deadline - time.monotonic())
-                if not near.poll(max(wait, 0)):
-                    if wait == each:
-                        yield ladder.empty_row(variant, f"failed: stopped after {each:.0f} s")
-                    return
-                row, broken = near.recv()
-            except EOFError:
-                process.join()
-                yield ladder.empty_row(variant, f"failed: its process ended with exit code {process.exitcode}")
-                return
-            yield row
-            if broken:
-                return
-        process.join(20)  # at its end it may hang, too
-    finally:
-        near.close()
-        process.kill()
-        process.join()
+        child.start(deadline - time.monotonic())
+        row, broken = child.ask(variant, seconds=min(each, deadline - time.monotonic()))
+    except Failed as failure:
+        if failure.kind == "hung" and time.monotonic() >= deadline:
+            return None
+        return ladder.empty_row(variant, f"failed: {failure}")
+    if broken:
+        child.end()
+    return row
 
 
-def _work(ladder: Ladder, variants: list[Variant], connection: Connection) -> None:
-    """Say that it has started, then send each variant's row, and whether it is the last.
+class Measuring:
+    """Measures variants, in a process of its own."""
 
-    Behind a fault of the GPU nothing can be measured.
-    """
-    if ladder.device.type == "cpu":
-        torch.set_num_threads(1)  # more wait for cores that others keep busy
-    torch.backends.cudnn.allow_tf32 = False  # float32 is the reference; the engine chooses for itself
-    measure.start_afresh(ladder.device)
-    connection.send(True)
-    for variant in variants:
-        row = attempt(ladder, variant)
-        broken = False
+    def __init__(self, ladder: Ladder):
+        if ladder.device.type == "cpu":
+            torch.set_num_threads(1)  # more wait for cores that others keep busy
+        torch.backends.cudnn.allow_tf32 = False  # float32 is the reference; the engine chooses for itself
+        measure.start_afresh(ladder.device)
+        self._ladder = ladder
+
+    def __call__(self, variant: Variant) -> tuple[Row, bool]:
+        """(the variant's row, whether it has broken the GPU's context, behind which nothing can be measured)."""
+        row = attempt(self._ladder, variant)
         try:
-            measure.synchronise(ladder.device)
+            measure.synchronise(self._ladder.device)
         except RuntimeError:
-            broken = True
-        connection.send((row, broken))
-        if broken:
-            return
+            return row, True
+        return row, False
 
 
 ALLOWED = 1e-3

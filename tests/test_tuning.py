@@ -1,11 +1,7 @@
 """Tuning: who wins, what becomes of candidates that are wrong, crash or hang, and a real plan made here."""
 
 import contextlib
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -13,14 +9,14 @@ import torch
 
 from epg_fast import training
 from epg_fast.__main__ import main
-from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, TuneConfig, TunedSampleConfig
+from epg_fast.child import Failed
+from epg_fast.config import ConsistencyConfig, DiffusionConfig, PretrainConfig, TunedSampleConfig
 from epg_fast.flags import parse
 from epg_fast.models import fused
 from epg_fast.plans import SITES, Case, Variant, choose, read_plan, stored_plans
-from epg_fast.tuning import candidates, client, command
-from epg_fast.tuning.answers import Failed, Journal
-from epg_fast.tuning.client import Client
-from epg_fast.tuning.job import Job, job_of
+from epg_fast.tuning import candidates, command
+from epg_fast.tuning.answers import Journal
+from epg_fast.tuning.job import job_of
 from epg_fast.tuning.tuner import Tuner, compared, table
 from epg_fast.tuning.worker import Worker
 from epg_fast.tuning.workloads import errors, worst
@@ -190,58 +186,6 @@ def test_results_are_judged_by_how_far_plain_code_is_off():
         assert worst(errors(fine | {name: exact[name] * factor}, plain, exact), 1e-3)[0] == name
 
 
-def run_script(monkeypatch, script):
-    """What a client starts, as a list: a script in the worker's place."""
-    monkeypatch.setattr(client, "_COMMAND", [sys.executable, "-c", textwrap.dedent(script)])
-
-
-@pytest.mark.slow
-def test_a_worker_that_crashes_or_hangs_is_replaced(monkeypatch):
-    run_script(
-        monkeypatch,
-        """
-        import json, os, sys, time
-        sys.stdin.readline()
-        for line in sys.stdin:
-            if "triton" in line:
-                sys.stderr.write("CUDA error: an illegal memory access\\n"); sys.stderr.flush()
-                os.kill(os.getpid(), 11)
-            if "cudnn" in line:
-                time.sleep(600)
-            print(json.dumps({"answer": [[1.0]]}), flush=True)
-        """,
-    )
-    with Client(tiny_job("sample"), TuneConfig(limit=2)) as bench:
-        assert bench.ask("times", "whole", [Variant()]) == [[1.0]]
-        with pytest.raises(Failed, match="signal 11: CUDA error: an illegal memory access") as crash:
-            bench.ask("check", "encoder", [Variant({"encoder.mlp": "triton"})])
-        assert crash.value.kind == "crashed"
-        assert bench.ask("times", "whole", [Variant()]) == [[1.0]]
-        began = time.monotonic()
-        with pytest.raises(Failed, match="no answer in 2 s") as hang:
-            bench.ask("check", "encoder", [Variant({"encoder.attention": "cudnn"})])
-        assert hang.value.kind == "hung" and time.monotonic() - began < 30
-        assert bench.ask("times", "whole", [Variant()]) == [[1.0]]
-
-
-@pytest.mark.slow
-def test_a_worker_in_the_midst_of_a_candidate_ends_with_whoever_asked():
-    script = """
-        import sys, threading, time
-        from epg_fast.tuning.worker import lines_while_asked
-        for line in lines_while_asked(sys.stdin):
-            print(line, end="", flush=True)
-            time.sleep(600)
-    """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], **pipes) as worker:
-        worker.stdin.write(b"hang\n")
-        worker.stdin.flush()
-        assert worker.stdout.readline() == b"hang\n"
-        worker.stdin.close()  # as when the tuner is killed
-        assert worker.wait(60) == -signal.SIGKILL
-
-
 def tiny_job(name):
     """A job of a small network on this processor."""
     config_class, stage = JOBS[name]
@@ -256,7 +200,7 @@ def tiny_worker(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_every_unit_of_every_job_can_be_checked_and_timed(name):
-    worker = Worker(Job.of_line(tiny_job(name).line()), 0.1)
+    worker = Worker(pickle.loads(pickle.dumps(tiny_job(name))), 0.1)
     for unit in ("encoder", "decoder", "ends", "whole", "optimizer"):
         if (unit, name) in (("decoder", "pretrain"), ("optimizer", "sample")):
             continue
@@ -282,7 +226,7 @@ def test_a_wrong_kernel_is_found(name, monkeypatch):
 
     mlp_residual = fused.mlp_residual
     monkeypatch.setattr(fused, "mlp_residual", wrong)
-    answer = tiny_worker(name).answer("check", "encoder", [Variant({"encoder.mlp": "triton"})])
+    answer = tiny_worker(name)("check", "encoder", [Variant({"encoder.mlp": "triton"})])
     assert answer["failed"] == "wrong" and "is allowed" in answer["why"]
 
 
@@ -293,9 +237,9 @@ def test_a_candidate_that_raises_is_out_and_the_worker_goes_on(monkeypatch):
 
     monkeypatch.setattr(fused, "mlp_residual", raises)
     worker = tiny_worker("sample")
-    answer = worker.answer("check", "encoder", [Variant({"encoder.mlp": "triton"})])
+    answer = worker("check", "encoder", [Variant({"encoder.mlp": "triton"})])
     assert answer == {"failed": "crashed", "why": "RuntimeError: out of shared memory"}
-    assert "answer" in worker.answer("check", "encoder", [Variant()])
+    assert "answer" in worker("check", "encoder", [Variant()])
 
 
 @pytest.mark.slow
@@ -388,7 +332,7 @@ def test_a_folder_that_takes_no_plans_is_one_line_with_what_to_do(monkeypatch, c
 
 
 def test_when_the_whole_job_fails_it_is_tried_anew_and_nothing_is_locked(folder, monkeypatch, capsys):
-    class FailingClient(FakeBench, contextlib.nullcontext):
+    class FailingBench(FakeBench, contextlib.nullcontext):
         def ask(self, kind, unit="", variants=()):
             return [] if kind == "memory" else self(kind, unit, variants)
 
@@ -399,7 +343,7 @@ def test_when_the_whole_job_fails_it_is_tried_anew_and_nothing_is_locked(folder,
         def __enter__(self):
             return self
 
-    monkeypatch.setattr(command, "Client", lambda *_: FailingClient({}))
+    monkeypatch.setattr(command, "Bench", lambda *_: FailingBench({}))
     assert main(["tune", "--job", "sample", *TINY]) == 1
     assert "out of memory" in capsys.readouterr().err
     (part,) = folder.iterdir()  # no lock

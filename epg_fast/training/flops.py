@@ -1,29 +1,72 @@
 """Floating-point operations of a training step, the nominal peaks of GPUs, and what a run makes of these: MFU.
 
-Products with weights and the two of attention count, a multiplication and an addition as two operations, as
-torch.utils.flop_counter counts them; norms, softmax and element-wise work do not. Counted is what the method needs:
-twice the forward pass in the backward pass, less what needs no gradient, and nothing twice. What is computed again for
-less memory stands apart; the scores that attention kernels compute again in their backward pass stand nowhere. That is
-the convention of MFU (Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B).
+Counted are matrix products, as `epg_fast.models.work` lists them, and what the method needs: twice the forward pass in
+the backward pass, less what needs no gradient, and nothing twice. What is computed again for less memory stands apart;
+the scores that attention kernels compute again in their backward pass stand nowhere. That is the convention of MFU
+(Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B).
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn as nn
 
 from epg_fast.diffusion import consistency_stage
-from epg_fast.models import EPGViT
-from epg_fast.models.blocks import Block, DecoderBlock
-from epg_fast.models.encoder import ViTEncoder, is_recomputed
+from epg_fast.models.work import Operation, elementwise, encoder, flops, generator, head, recomputed, similarities
 from epg_fast.training.stages import Stage
 from epg_fast.wording import nearest
 
 log = logging.getLogger("epg_fast")
+
+
+@dataclass(frozen=True)
+class Update:
+    """The operations of a stage's update on all images of the global batch."""
+
+    trained: list[Operation]
+    """Those that a backward pass follows."""
+    without_gradient: list[Operation] = field(default_factory=list)
+    """Forward passes of targets and frozen networks."""
+    frozen: list[Operation] = field(default_factory=list)
+    """Those with a backward pass to what enters, but none to their parameters."""
+
+
+def update(stage: Stage, step: int) -> Update:
+    """What `stage` computes at `step`, but its optimiser; its networks may be on the meta device."""
+    of_stage = {"pretrain": _pretrain, "finetune-diffusion": _diffusion, "finetune-consistency": _consistency}
+    return of_stage[stage.name](stage, step)
+
+
+def _pretrain(stage: Stage, step: int) -> Update:
+    """3 encoder passes with gradient and 3 without; 2 and 4 of the projection head; 3 similarity matrices."""
+    network, target, batch = stage.network, stage.ema, stage.config.batch_size
+    widths = [network.projection_head[-1].out_features] * 2 + [network.embed_dim]
+    return Update(
+        encoder(network, 3 * batch) + 2 * head(network, batch) + [similarities(batch, width) for width in widths],
+        encoder(network, batch) + 2 * head(network, batch) + encoder(target, 2 * batch) + head(target, 2 * batch),
+    )
+
+
+def _diffusion(stage: Stage, step: int) -> Update:
+    network, batch = stage.network, stage.config.batch_size
+    shape = (batch, network.in_chans, network.image_size, network.patch_size)
+    return Update([*generator(network, batch), elementwise("patch_loss", "patch_loss", shape, "element-wise")])
+
+
+def _consistency(stage: Stage, step: int) -> Update:
+    """The generator at t with gradient and, once e > 0, at r without; the frozen encoder on both images then."""
+    c, plain, judge = stage.config, _diffusion(stage, step), stage.perceptual
+    if not consistency_stage(step, c.first_stage, c.stage_length, c.delta):
+        return plain
+    without = generator(stage.network, c.batch_size)
+    if judge is None:
+        return Update(plain.trained, without)
+    features = encoder(judge, c.batch_size, image_gradient=True) + head(judge, c.batch_size)
+    similarity = similarities(c.batch_size, judge.projection_head[-1].out_features)
+    return Update([*plain.trained, similarity], without + features, features)
 
 
 @dataclass(frozen=True)
@@ -46,110 +89,14 @@ class StepFlops:
 
 def step_flops(stage: Stage, step: int) -> StepFlops:
     """Operations per image of `stage`'s update at `step`; its networks may be on the meta device."""
-    count = {"pretrain": _pretrain, "finetune-diffusion": _diffusion, "finetune-consistency": _consistency}
-    return count[stage.name](stage, step)
-
-
-def _pretrain(stage: Stage, step: int) -> StepFlops:
-    """3 encoder passes with gradient and 3 without; 2 and 4 of the projection head; 3 similarity matrices."""
-    network, config = stage.network, stage.config
-    trunk, head = _trunk(network), _linears(network.projection_head)
-    similarity = 2 * _similarity(stage, network.projection_head[-1].out_features)
-    similarity += _similarity(stage, network.embed_dim)
-    return StepFlops(
-        forward=3 * trunk + 2 * head + similarity,
-        backward=2 * (3 * trunk + 2 * head) - 3 * _patches(network) + similarity,
-        without_gradient=3 * trunk + 4 * head,
-        recomputed=3 * _recomputed(network) + (3 * trunk if config.gradient_accumulation > 1 else 0),
-    )
-
-
-def _diffusion(stage: Stage, step: int) -> StepFlops:
-    network, forward = stage.network, _generator(stage.network)
-    without = _patches(network)
-    if not network.num_classes:  # the time embedding has no parameter: the condition needs no gradient
-        without += sum(_linears(block.adaLN_modulation) for block in network.decoder_blocks)
-    return StepFlops(forward, 2 * forward - without, recomputed=_recomputed(network))
-
-
-def _consistency(stage: Stage, step: int) -> StepFlops:
-    """The generator at t with gradient and, once e > 0, at r without; the frozen encoder on both images then."""
-    c, plain, frozen = stage.config, _diffusion(stage, step), stage.perceptual
-    if not consistency_stage(step, c.first_stage, c.stage_length, c.delta):
-        return plain
-    if frozen is None:
-        return StepFlops(plain.forward, plain.backward, plain.forward, plain.recomputed)
-    encoder = _trunk(frozen) + _linears(frozen.projection_head)
-    attention = sum(_attention(frozen, block) for block in frozen.blocks)  # has two gradients, a frozen weight has one
-    similarity = _similarity(stage, frozen.projection_head[-1].out_features)
-    return StepFlops(
-        forward=plain.forward + encoder + similarity,
-        backward=plain.backward + encoder + attention + similarity,
-        without_gradient=plain.forward + encoder,
-        recomputed=plain.recomputed,
-    )
-
-
-def _similarity(stage: Stage, width: int) -> int:
-    """One image's query against the keys of the global batch, which get no gradient."""
-    return 2 * stage.config.batch_size * width
-
-
-def _linears(module: nn.Module, tokens: int = 1) -> int:
-    return sum(2 * tokens * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _tokens(network: ViTEncoder) -> int:
-    return network.extras + network.num_patches
-
-
-def _patches(network: ViTEncoder) -> int:
-    """The product that embeds the patches."""
-    return 2 * network.num_patches * network.patch_embed.proj.weight.numel()
-
-
-def _attention(network: ViTEncoder, block: Block | DecoderBlock) -> int:
-    """q k^T and p v over all heads."""
-    return 4 * _tokens(network) ** 2 * block.attn.proj.in_features
-
-
-def _behind(network: ViTEncoder, index: int) -> int:
-    """Tokens that block `index` computes behind its attention."""
-    return 1 if network.drops_tokens and index == len(network.blocks) - 1 else _tokens(network)
-
-
-def _blocks(network: ViTEncoder) -> list[int]:
-    """Of each block, without the modulation of a decoder block."""
-    tokens, depth, found = _tokens(network), len(network.blocks), []
-    for i, block in enumerate(network.all_blocks):
-        total = _linears(block.attn.qkv, tokens) + _attention(network, block)
-        total += _linears(block.attn.proj, _behind(network, i)) + _linears(block.mlp, _behind(network, i))
-        has_skip = depth <= i < 2 * depth
-        found.append(total + (_linears(block.skip_linear, tokens) if has_skip else 0))
-    return found
-
-
-def _trunk(network: ViTEncoder) -> int:
-    return _patches(network) + sum(_blocks(network)[: len(network.blocks)])
-
-
-def _generator(network: EPGViT) -> int:
-    total = _patches(network) + sum(_blocks(network)) + _linears(network.out, network.num_patches)
-    total += sum(_linears(block.adaLN_modulation) for block in network.decoder_blocks)
-    joint = network.encoder_to_decoder
-    return total if joint is None else total + _linears(joint, _tokens(network))
-
-
-def _recomputed(network: ViTEncoder) -> int:
-    """What activation checkpointing computes again: a block up to what its backward pass needs.
-
-    An encoder block's last product is only added to x; a decoder block's is gated, which needs its result.
-    """
-    total = 0
-    for i, (block, size) in enumerate(zip(network.all_blocks, _blocks(network), strict=True)):
-        if is_recomputed(i, network.use_checkpoint):
-            total += size - (0 if isinstance(block, DecoderBlock) else _linears(block.mlp.fc2, _behind(network, i)))
-    return total
+    network, batch, work = stage.network, stage.config.batch_size, update(stage, step)
+    pretrains = stage.name == "pretrain"
+    again = recomputed(network, 3 * batch if pretrains else batch)
+    if pretrains and stage.config.gradient_accumulation > 1:
+        again += flops(encoder(network, 3 * batch))
+    backward = sum(o.weights + o.inputs for o in work.trained) + sum(o.inputs for o in work.frozen)
+    sums = flops(work.trained + work.frozen), backward, flops(work.without_gradient), again
+    return StepFlops(*(total // batch for total in sums))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@
     job         what is to be tuned
     candidates  which backends and ways to run there are, and which cannot run here
     tuner       which candidate is tried against which, and who wins: no network, no process; asks a journal
-    answers     the journal, which asks the client for what it does not know yet
-    client      the process that does the work, from outside: time limits, crashes
-    worker      the same from inside
+    answers     the journal, which asks the bench for what it does not know yet
+    worker      the bench: a process that does the work, with a time limit, and may crash (`epg_fast.child`)
     workloads   what is checked and timed: sampling and training as they will run, of a few blocks or all
 
 PyTorch's own `register_custom_op_autotuning` chooses while it compiles, in every process for itself, one custom

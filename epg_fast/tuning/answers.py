@@ -1,4 +1,4 @@
-"""What candidates have been found to be: as a line between two processes, and in a file that outlives them."""
+"""What candidates have been found to be, in a file that outlives the process."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from epg_fast.child import Failed
 from epg_fast.files import write_atomically
 from epg_fast.plans import Variant
 
 log = logging.getLogger("epg_fast")
 
 
-class Failed(Exception):
-    """A candidate is out; `kind`: "wrong", "crashed", "hung" or "not here"."""
-
-    def __init__(self, kind: str, why: str):
-        super().__init__(why)
-        self.kind = kind
-
-
 def packed(ask: Callable[[], object]) -> dict:
-    """What `ask` returns, or how it has Failed, for JSON."""
+    """What `ask` returns, or how it has Failed ("wrong" and "not here", too), for JSON."""
     try:
         return {"answer": ask()}
     except Failed as failure:

@@ -17,9 +17,9 @@ from epg_fast.plans import Machine, Plan, plans_folder, stored_plans
 from epg_fast.training.stages import Stage
 from epg_fast.tuning.answers import Journal
 from epg_fast.tuning.candidates import site_candidates, ways_to_run
-from epg_fast.tuning.client import Client
 from epg_fast.tuning.job import Job, job_of
 from epg_fast.tuning.tuner import Tuner, table
+from epg_fast.tuning.worker import Bench
 
 _CROWDED = 0.05  # of a GPU's memory, in use by others
 log = logging.getLogger("epg_fast")
@@ -89,15 +89,15 @@ def _measured(job: Job, options: TuneConfig, draft: Plan, path: Path) -> Plan:
     sites = site_candidates(job, plain)
     log.info("tuning for %s on %s, about %g minutes", job.case, draft.machine.device, options.minutes)
     total = sum(reason is None for *_, reason in sites) + 2 * len(runs) + 1
-    with Client(job, options) as client, tqdm(total=total, desc="tune", unit="candidate", leave=False) as bar:
+    with Bench(job, options) as bench, tqdm(total=total, desc="tune", unit="candidate", leave=False) as bar:
 
         def show(text: str) -> None:
             bar.set_postfix_str(text)
             bar.update()
 
-        journal = Journal(client.ask, path, job.digest)
+        journal = Journal(bench.ask, path, job.digest)
         tuner = Tuner(journal, sites, plain, runs, 60 * options.minutes, show)
-        memory = client.ask("memory")
+        memory = bench.ask("memory")
         if memory and memory[0] < (1 - _CROWDED) * memory[1]:
             tuner.notes.append(f"others use {(memory[1] - memory[0]) / 2**30:.1f} GiB of the GPU's memory")
         best = tuner.best()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
-import pickle
 from dataclasses import dataclass
 
 import torch
@@ -49,15 +47,6 @@ class Job:
     def digest(self) -> str:
         """Of the options that measurements may depend on."""
         return hashlib.sha256(repr(dataclasses.replace(self.config, outdir="")).encode()).hexdigest()
-
-    def line(self) -> str:
-        """For a worker's stdin."""
-        return base64.b64encode(pickle.dumps(self)).decode()
-
-    @classmethod
-    def of_line(cls, line: str) -> Job:
-        """What `line` returned."""
-        return pickle.loads(base64.b64decode(line))
 
 
 def job_of(

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from epg_fast.child import Failed
 from epg_fast.plans import Variant
-from epg_fast.tuning.answers import Failed, Journal
+from epg_fast.tuning.answers import Journal
 from epg_fast.tuning.candidates import unit_of
 
 SITE_GAIN, WHOLE_GAIN = 1.02, 1.01

@@ -1,8 +1,4 @@
-"""The process that checks and times candidates: one request a line on stdin, one answer a line on stdout.
-
-A candidate may crash it or hang in it; whoever asks starts another. Usage: `python -m epg_fast.tuning.worker`, then a
-line with the job, then requests; see `epg_fast.tuning.client`.
-"""
+"""Checks and times candidates, in a process of its own: a candidate may crash it or hang in it."""
 
 from __future__ import annotations
 
@@ -10,19 +6,16 @@ import contextlib
 import dataclasses
 import gc
 import json
-import os
-import queue
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 
+from epg_fast.child import Child, Failed
+from epg_fast.config import TuneConfig
 from epg_fast.plans import Variant
-from epg_fast.tuning.answers import Failed, packed
+from epg_fast.tuning.answers import packed, unpacked
 from epg_fast.tuning.job import Job
 from epg_fast.tuning.workloads import Sampling, Training, checked_batch, errors, worst
 
@@ -45,7 +38,7 @@ class Worker:
         for name in ("recompile_limit", "accumulated_recompile_limit"):
             setattr(torch._dynamo.config, name, 10_000)
 
-    def answer(self, kind: str, unit: str, variants: list[Variant]) -> dict:
+    def __call__(self, kind: str, unit: str, variants: list[Variant]) -> dict:
         """What the method `kind` returns or raises, packed."""
         try:
             return packed(lambda: getattr(self, kind)(unit, variants))
@@ -177,33 +170,13 @@ class Worker:
             torch.cuda.empty_cache()
 
 
-def serve(requests: Iterator[str], answers: TextIO) -> None:
-    """Answer until `requests` ends; the first line is the job and the seconds of timing."""
-    job, seconds = next(requests).split()
-    worker = Worker(Job.of_line(job), float(seconds))
-    for request in map(json.loads, requests):
-        variants = [Variant(**variant) for variant in request["variants"]]
-        answers.write(json.dumps(worker.answer(request["kind"], request["unit"], variants)) + "\n")
-        answers.flush()
+class Bench(Child):
+    """A worker in a process of its own."""
 
+    def __init__(self, job: Job, options: TuneConfig):
+        super().__init__(partial(Worker, job, options.seconds))
+        self._limit = options.limit
 
-def lines_while_asked(stream: TextIO) -> Iterator[str]:
-    """The lines of `stream`. When it ends, whoever asked is gone, and this process ends, whatever it does."""
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in stream:
-            lines.put(line)
-        # with the compilers it has started, if the group is its own
-        os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(1)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield lines.get()
-
-
-if __name__ == "__main__":
-    # what libraries print must not come between the answers
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
-        os.dup2(2, 1)
-        serve(lines_while_asked(sys.stdin), own)
+    def ask(self, kind: str, unit: str = "", variants: Sequence[Variant] = ()):
+        """What the method `kind` of `Worker` returns. Raises Failed as it does, or for a crash or too long a time."""
+        return unpacked(super().ask(kind, unit, list(variants), seconds=self._limit))

@@ -10,8 +10,7 @@ from bench.measure import Ceilings
 from bench.plain import PlainGenerator, from_config
 from bench.roofline import Op, Work
 from epg_fast.models import EPGViT, create_model, list_presets, preset_config
-from epg_fast.training.flops import step_flops
-from tests.training.stages import JOBS, backward_of, make_config, make_stage
+from tests.training.stages import make_config, make_stage
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 48, "decoder_depth": 1}
 SMALL |= {"decoder_num_heads": 2, "image_size": 32, "patch_size": 8, "num_classes": 10}
@@ -30,25 +29,6 @@ def test_a_forward_pass_has_the_operations_that_torch_counts_in_plain_pytorch(pr
         size = network.image_size
         x, t, y = torch.empty(3, 3, size, size), torch.empty(3), torch.empty(3, dtype=torch.long)
         assert roofline.forward(create_model(preset), 3).flops == counted(lambda: network(x, t, y))
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_a_training_step_has_the_operations_that_torch_counts(job):
-    stage = make_stage(job, make_config(job, batch_size=4))
-    assert roofline.update_of(stage).flops == counted(lambda: backward_of(stage, images=4))
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_an_update_by_fused_blocks_has_the_operations_that_training_reports(job):
-    stage = make_stage(job, make_config(job, batch_size=4, **({"delta": 1} if "consistency" in job else {})))
-    for network in filter(None, (stage.network, stage.ema, getattr(stage, "perceptual", None))):
-        network.use_ops("triton")
-    assert roofline.update_of(stage).flops == 4 * step_flops(stage, 0).total
-
-
-def test_an_unconditional_network_has_no_gradient_of_its_condition():
-    stage = make_stage("finetune-diffusion", make_config("finetune-diffusion", {"num_classes": 0}, batch_size=2))
-    assert roofline.update_of(stage).flops == counted(lambda: backward_of(stage, images=2))
 
 
 def test_heun_with_interval_guidance_is_seventy_four_calls():
