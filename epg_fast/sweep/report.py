@@ -231,11 +231,9 @@ def _curves(state: dict, name: str) -> bytes:
 
     def draw(panels):
         for colour, this in enumerate(state["rounds"]):
-            best = _best_of(state, this, name)
-            present = [value for value in values if (value,) in best]
-            numbers, found, spreads = (
-                zip(*(best[value,] for value in present), strict=True) if present else ((), (), ())
-            )
+            best = {value: chosen for (value,), chosen in _best_of(state, this, name).items()}
+            present = [value for value in values if value in best]
+            numbers, found, spreads = zip(*(best[value] for value in present), strict=True) if present else ((), (), ())
             places = present if numeric else [values.index(value) for value in present]
             seconds = [this["results"][str(number)]["seconds_per_image"] for number in numbers]
             style = {"color": f"C{colour}", "capsize": 3, "marker": "o", "label": f"{this['images']} images"}
