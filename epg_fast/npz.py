@@ -79,10 +79,8 @@ class Npz:
         """Name the file in whatever zipfile and numpy raise for a broken one."""
         try:
             yield
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, KeyError, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{self.path}: expected a complete npz file ({error}); write or fetch it again") from error
-        except (KeyError, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"{self.path}: cannot be read as an npz file ({error})") from error
         except ValueError as error:
             named = str(error) if str(error).startswith(str(self.path)) else f"{self.path}: {error}"
             raise ValueError(named) from error

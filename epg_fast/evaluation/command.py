@@ -94,8 +94,12 @@ def _check_page(path: Path, output: str | None) -> None:
         raise ValueError(f"page: {path} is a folder; name a file, such as {path / 'page.html'}")
     if output and path.resolve() == Path(output).resolve():
         raise ValueError(f"page: {path} is the --output, too; choose another --page")
-    if path.exists() and MARK.encode() not in path.read_bytes():
-        raise ValueError(f"page: {path} exists and is no page of `evaluate`; choose another --page or delete it")
+    if path.exists():
+        with open(path, "rb") as file:  # which may be a large one
+            if MARK.encode() not in file.read(500):
+                raise ValueError(
+                    f"page: {path} exists and is no page of `evaluate`; choose another --page or delete it"
+                )
 
 
 def _check_output(path: Path, settings: dict) -> None:

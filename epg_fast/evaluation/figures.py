@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from epg_fast.evaluation.frechet import Gaussian, gaussian_of
+from epg_fast.evaluation.generative import covered, squared_radii
 
 _POINTS = 10
 _GROUPS, _JACKKNIFED = 10, 2000
@@ -74,8 +75,7 @@ class Mean(Figure):
 
 
 class Recall(Mean):
-    """Share of the reference that the samples' balls cover. `covers`: what those of some of the `num` samples, numbers
-    [n], cover, bool [M].
+    """Share of the reference's features `real` [M, D] that the balls of the samples' cover; see `precision_recall`.
 
     Its effects are those of the reference's images, which both sides of a comparison share. Its spread is of other
     samples: each ball hangs on its neighbours, so that tenths of the samples are left out in turn (the delete-a-group
@@ -84,17 +84,23 @@ class Recall(Mean):
 
     by_number = True
 
-    def __init__(self, covers: Callable[[np.ndarray], np.ndarray], num: int):
-        super().__init__(lambda: covers(np.arange(num)))
-        self._covers, self._num = covers, num
+    def __init__(self, real: torch.Tensor, fake: torch.Tensor, k: int, device: torch.device | str):
+        super().__init__(lambda: self._covered_by(fake))
+        self._real, self._fake, self._k, self._device = real, fake, k, device
+
+    def _covered_by(self, points: torch.Tensor) -> np.ndarray:
+        radii = squared_radii(points, self._k, self._device)
+        return covered(self._real, points, radii, self._device).numpy()
 
     @functools.cached_property
     def spread(self) -> float | None:
-        part = np.linspace(0, self._num - 1, min(self._num, _JACKKNIFED)).round().astype(int)
+        num = len(self._fake)
+        part = np.linspace(0, num - 1, min(num, _JACKKNIFED)).round().astype(int)
         if len(part) < 2 * _GROUPS:
             return None
-        left_out = [self._covers(np.delete(part, slice(g, None, _GROUPS))).mean() for g in range(_GROUPS)]
-        return float(np.sqrt((_GROUPS - 1) * np.var(left_out) * len(part) / self._num))
+        chosen = (torch.from_numpy(np.delete(part, slice(g, None, _GROUPS))) for g in range(_GROUPS))
+        left_out = [self._covered_by(self._fake[rest]).mean() for rest in chosen]
+        return float(np.sqrt((_GROUPS - 1) * np.var(left_out) * len(part) / num))
 
     def resampled(self, generator):
         return None  # duplicates would be each other's nearest neighbours

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from epg_fast.config import JudgeConfig
@@ -91,7 +90,7 @@ class NetworkJudge:
         if self._seen is None:
             self.see_reference(Ranks(0, 1, self._device))
         features, seen, names, device = rows[f"{self.name}/features"], self._seen, self._names, self._device
-        k, distance = self._config.neighbors, Frechet(seen.gaussian, features)
+        distance = Frechet(seen.gaussian, features)
         found: dict[str, Figure] = {names["distance"]: distance}
         if FrechetAtInfinity.possible(*features.shape):
             found[names["infinity"]] = FrechetAtInfinity(distance)
@@ -101,14 +100,9 @@ class NetworkJudge:
             own = features
             if len(features) > MOST_COMPARED:
                 own = features[torch.from_numpy(evenly(len(features), MOST_COMPARED))]
-
-            def covers(chosen: np.ndarray) -> np.ndarray:
-                points = own[torch.from_numpy(chosen)]
-                return covered(seen.features, points, squared_radii(points, k, device), device).numpy()
-
             found[names["kernel"]] = Kernel(features, seen.features, device)
             found[names["precision"]] = Mean(lambda: covered(own, seen.features, self._real_radii, device).numpy())
-            found[names["recall"]] = Recall(covers, len(own))
+            found[names["recall"]] = Recall(seen.features, own, self._config.neighbors, device)
         return found
 
     def facts(self, figures, rows, size):

@@ -99,17 +99,13 @@ def _projections(samples: torch.Tensor, reference: torch.Tensor, seed: int, devi
     for start in range(0, len(samples), _ROWS):
         rows = samples[start : start + _ROWS].to(device, torch.float64)
         own = itself[start : start + _ROWS].to(device)
-        others = _kernel(rows, x).sum(dim=1) - own * _of_itself(rows)
+        others = _kernel(rows, x).sum(dim=1) - own * rows.square().mean(dim=1).add_(1).pow_(3)  # those of a row itself
         found.append((others / (len(x) - own) - _kernel(rows, y).mean(dim=1)).cpu())
     return torch.cat(found)
 
 
 def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)
-
-
-def _of_itself(rows: torch.Tensor) -> torch.Tensor:
-    return rows.square().mean(dim=1).add_(1).pow_(3)
 
 
 def _off_diagonal_sum(x: torch.Tensor) -> torch.Tensor:

@@ -84,13 +84,12 @@ def evenly_chosen(labels: Sequence[int], num: int) -> np.ndarray:
     return np.sort(by_class[np.argsort(earlier, kind="stable")[:num]])
 
 
-def encoder_features(encoder: nn.Module, schedule: NoiseSchedule | None = None) -> Features:
+def encoder_features(encoder: nn.Module, schedule: NoiseSchedule) -> Features:
     """Return `features_of` for `linear_probe` from an encoder with `encode(x [B, 3, H, W], t [B]) -> [B, E]`.
 
     The encoder sees `c_in * x` and `250 ln sigma` at the shifted sigma (SPEC 2), in eval mode and without gradients, on
-    the device of its parameters; its mode is restored after each call. `schedule`: default as in `NoiseSchedule`.
+    the device of its parameters; its mode is restored after each call.
     """
-    schedule = schedule or NoiseSchedule()
 
     @torch.no_grad()
     def features_of(noisy: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -170,9 +169,9 @@ def probe_accuracy(
 
     sigma: the noise level, for messages. Raises ValueError for features that are not finite.
     """
-    linear_model = import_extra("sklearn.linear_model")
-    pipeline = import_extra("sklearn.pipeline")
-    preprocessing = import_extra("sklearn.preprocessing")
+    linear_model, pipeline, preprocessing = (
+        import_extra(f"sklearn.{name}") for name in ("linear_model", "pipeline", "preprocessing")
+    )
     for features, _ in (train, test):
         if not features.isfinite().all():
             raise ValueError(f"the encoder's features at sigma {sigma:g} are not finite")

@@ -66,17 +66,18 @@ def sweep_labels(config: SweepConfig, model: EPGViT) -> np.ndarray:
 
 
 class _Sweep:
-    """One command's work. `state` is what sweep.json holds, the same on every rank."""
+    """One command's work. `state`: what sweep.json holds, the same on every rank; `base`: the engine of a setting."""
 
     def __init__(self, config: SweepConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.grid = grid(config)
         self.folder = SweepFolder(config.outdir)
+        self.base: SamplingEngine | None = None
         self.judges: Judges
         self.figure: str
         self.state: dict = {}
         self.clock: Counter[str] = Counter()
-        self._counted = 0
+        self._counted, self._width, self._said = 0, None, False
 
     def run(self) -> None:
         config, ranks, folder = self.config, self.ranks, self.folder
@@ -84,9 +85,9 @@ class _Sweep:
         ranks.decide(lambda: self._check(wanted))
         model = sampling.load_generator(config.checkpoint, ranks.device)
         self.labels = sweep_labels(config, model)
-        self.engines = _Engines(config, model, self.grid, folder, ranks)
+        self.base = self._engine(model, lambda case: choose_together(config.ops, case, ranks))
         self._leave_out_equal()
-        base = self.engines.base
+        base = self.base
         settings = wanted | {name: getattr(base, name) for name in sampling.GIVES_WAY}
         settings["weights_sha256"] = sampling.weights_sha256(model)
         settings["labels_sha256"] = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
@@ -117,7 +118,7 @@ class _Sweep:
         """Keep the first of settings that draw the same images: those whose intervals hold the same noise levels."""
         found: dict[tuple, tuple[Setting, int]] = {}
         for setting in self.grid:
-            engine = self.engines.base.with_settings(**_drawing(setting))  # raises for what cannot be drawn
+            engine = self.base.with_settings(**_drawing(setting))  # raises for what cannot be drawn
             key = setting.sigma_rel, tuple(engine.calls), setting.guidance if engine.guided else 1.0
             found.setdefault(key, (setting, engine.evaluations))
         if len(found) < len(self.grid):
@@ -212,6 +213,26 @@ class _Sweep:
 
     # ---- drawing
 
+    def _engine(self, model: EPGViT, ops: Callable) -> SamplingEngine:
+        # what computes is chosen for the batch that guidance doubles, if there is any
+        first = max(self.grid, key=lambda setting: (setting.guidance != 1, setting.steps))
+        return SamplingEngine(model, ops=ops, **_drawing(first), **sampling.engine_options(self.config))
+
+    def _engine_of(self, setting: Setting, batches: int) -> SamplingEngine:
+        """The engine of a setting, of which so many batches are to be drawn; networks of one width at a time."""
+        if setting.sigma_rel != self._width:
+            chosen, self.base = self.base.chosen, None  # both networks need not fit
+            path = self.config.checkpoint if setting.sigma_rel is None else self.folder.weights(setting.sigma_rel)
+            self.base = self._engine(sampling.load_generator(str(path), self.ranks.device), lambda _: chosen)
+            self._width = setting.sigma_rel
+        engine = self.base.with_settings(**_drawing(setting))
+        if engine.cuda_graphs and batches < _RECORDED_BATCHES:
+            engine.cuda_graphs = False
+            if not self._said:
+                log.info("no CUDA graphs where a rank draws fewer than %d batches of a setting", _RECORDED_BATCHES)
+            self._said = True
+        return engine
+
     def _draw(self, missing: dict[int, list[range]], total: int) -> list[int]:
         """Draw and judge this rank's share of the images; returns the settings whose images are not finite."""
         ranks, folder = self.ranks, self.folder
@@ -243,7 +264,7 @@ class _Sweep:
         """(numbers of the images, their rows, seconds of drawing) batch by batch. Raises NotFinite."""
         batch_size, device = self.config.batch_size, self.ranks.device
         with self._time("networks"):
-            engine = self.engines.of(self.grid[number], math.ceil(len(indices) / batch_size))
+            engine = self._engine_of(self.grid[number], math.ceil(len(indices) / batch_size))
         # a share of less than a batch would be compiled for a size of its own
         filled = np.pad(indices, (0, -len(indices) % batch_size if engine.fills_batches else 0), "edge")
         labels = sampling.labels_for(engine, self.labels[filled])
@@ -275,7 +296,7 @@ class _Sweep:
                 figures = self.judges.figures(rows)
                 decisive = figures[self.figure]
                 # the others cost more, and only those of many images are worth it
-                worth = figures if _is_last(self.state, images) else {self.figure: decisive}
+                worth = figures if images == self.state["sizes"][-1] else {self.figure: decisive}
                 said = measured(worth) | {"seconds_per_image": seconds}
                 found[number] = (Judged(decisive.value, decisive.spread, decisive.effects), said)
         with self._time("waiting"):
@@ -290,7 +311,7 @@ class _Sweep:
             apart, spread = difference(judged[number], judged[order[0]], paired=True)
             this["results"][str(number)] = found[number][1] | {"difference": apart, "difference_spread": spread}
         state = self.state | {"figure": self.figure, "best": best, "protocol": self._protocol(images)}
-        if _is_last(state, images):
+        if images == state["sizes"][-1]:
             state["result"] = order[0]
             this |= {"kept": [], "kept_within_spread": [], "out_within_spread": []}
         elif out := this["out_within_spread"]:
@@ -306,7 +327,7 @@ class _Sweep:
         judging = {f.name for f in dataclasses.fields(JudgeConfig)} | {"search", "first", "keep", "figure"}
         settings = {name: value for name, value in self.state["settings"].items() if name not in judging}
         drawn = settings | {"drawn_with": self.state["drawn_with"]}
-        size = (self.engines.base.model.image_size,) * 2
+        size = (self.base.model.image_size,) * 2
         return as_json(protocol(self.judges, self.config, drawn, images, size, self.ranks.device))
 
     def _finish(self) -> None:
@@ -317,8 +338,6 @@ class _Sweep:
             log.warning("the best lies at the end of its axis, %s: try values beyond it", end)
         print("\n".join(commands))
 
-    # ---- time
-
     @contextlib.contextmanager
     def _time(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -326,36 +345,6 @@ class _Sweep:
             yield
         finally:
             self.clock[name] += time.perf_counter() - started
-
-
-class _Engines:
-    """Engines of all settings; networks of one width at a time. `base` is one of them."""
-
-    def __init__(self, config: SweepConfig, model: EPGViT, settings: list[Setting], folder: SweepFolder, ranks: Ranks):
-        self._config, self._folder, self._device = config, folder, ranks.device
-        # what computes is chosen for the batch that guidance doubles, if there is any
-        self._first = max(settings, key=lambda setting: (setting.guidance != 1, setting.steps))
-        self._width: float | None = None
-        self._said = False
-        self.base = self._engine(model, lambda case: choose_together(config.ops, case, ranks))
-
-    def of(self, setting: Setting, batches: int) -> SamplingEngine:
-        """The engine of a setting, of which so many batches are to be drawn."""
-        if setting.sigma_rel != self._width:
-            chosen, self.base = self.base.chosen, None  # both networks need not fit
-            path = self._config.checkpoint if setting.sigma_rel is None else self._folder.weights(setting.sigma_rel)
-            self.base = self._engine(sampling.load_generator(str(path), self._device), lambda _: chosen)
-            self._width = setting.sigma_rel
-        engine = self.base.with_settings(**_drawing(setting))
-        if engine.cuda_graphs and batches < _RECORDED_BATCHES:
-            engine.cuda_graphs = False
-            if not self._said:
-                log.info("no CUDA graphs where a rank draws fewer than %d batches of a setting", _RECORDED_BATCHES)
-            self._said = True
-        return engine
-
-    def _engine(self, model: EPGViT, ops: Callable) -> SamplingEngine:
-        return SamplingEngine(model, ops=ops, **_drawing(self._first), **sampling.engine_options(self._config))
 
 
 def _drawing(setting: Setting) -> dict:
@@ -374,10 +363,6 @@ def _next_size(state: dict) -> int:
     """Images per setting of the next round: the last one's at once, when few are left."""
     done = state["rounds"][-1]["images"] if state["rounds"] else 0
     return state["sizes"][-1] if len(_alive(state)) <= FEW else next(n for n in state["sizes"] if n > done)
-
-
-def _is_last(state: dict, images: int) -> bool:
-    return images == state["sizes"][-1]
 
 
 def _share(costs: Sequence[float], rank: int, world_size: int) -> slice:

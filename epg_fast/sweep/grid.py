@@ -131,11 +131,11 @@ def _range(name: str, start: Decimal, stop: Decimal, step: Decimal) -> Iterator[
 def _without_repeats(name: str, values: Sequence) -> Sequence:
     for i, value in enumerate(values):
         if value in values[:i]:
-            raise ValueError(f"{name}: {word(value)} comes twice; leave one out")
+            raise ValueError(f"{name}: {shown(value)} comes twice; leave one out")
     return values
 
 
-def word(value: float | Sequence[float] | None, none: str = "null") -> str:
+def shown(value: float | Sequence[float] | None, none: str = "null") -> str:
     """A value of an axis; `none`: what the checkpoint as it is is called."""
     if isinstance(value, list | tuple):
         return f"{value[0]:g}-{value[1]:g}"

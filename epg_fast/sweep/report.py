@@ -15,12 +15,12 @@ from epg_fast.config import EvaluateConfig, JudgeConfig, SampleConfig, SweepConf
 from epg_fast.evaluation import page
 from epg_fast.files import write_atomically
 from epg_fast.sweep.folder import SweepFolder
-from epg_fast.sweep.grid import Setting, word
+from epg_fast.sweep.grid import Setting, shown
 from epg_fast.wording import markdown_table
 
 _FINAL = 50_000
 _AXES = {"guidance": "guidance scale", "sigma_rel": "EMA width sigma_rel", "interval": "interval", "steps": "steps"}
-_word = partial(word, none="as it is")
+_word = partial(shown, none="as it is")
 _KINDS = {"low": "lower is better", "high": "higher is better"}
 
 
@@ -231,10 +231,10 @@ def _curves(state: dict, name: str) -> bytes:
 
     def draw(panels):
         for colour, this in enumerate(state["rounds"]):
-            best = _best_of(state, this, name)
-            shown = [value for value in values if (value,) in best]
-            numbers, found, spreads = zip(*(best[value,] for value in shown), strict=True) if shown else ((), (), ())
-            places = shown if numeric else [values.index(value) for value in shown]
+            best = {value: chosen for (value,), chosen in _best_of(state, this, name).items()}
+            present = [value for value in values if value in best]
+            numbers, found, spreads = zip(*(best[value] for value in present), strict=True) if present else ((), (), ())
+            places = present if numeric else [values.index(value) for value in present]
             seconds = [this["results"][str(number)]["seconds_per_image"] for number in numbers]
             style = {"color": f"C{colour}", "capsize": 3, "marker": "o", "label": f"{this['images']} images"}
             for panel, x, line in zip(panels[0], (places, seconds), ("-", "none"), strict=False):

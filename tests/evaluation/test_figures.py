@@ -16,7 +16,6 @@ from epg_fast.evaluation.figures import (
     measured,
 )
 from epg_fast.evaluation.frechet import Gaussian
-from epg_fast.evaluation.generative import covered, squared_radii
 
 DIM = 6
 MIX = np.eye(DIM) + 0.3 * np.random.default_rng(9).normal(size=(DIM, DIM))
@@ -113,13 +112,7 @@ def test_the_spread_of_recall_is_that_of_other_samples_not_of_other_real_images(
     real = torch.from_numpy(np.random.default_rng(0).normal(size=(2000, 16)))
 
     def recall(seed):
-        fake = torch.from_numpy(0.9 * np.random.default_rng(seed).normal(size=(60, 16)))
-
-        def covers(chosen):
-            points = fake[torch.from_numpy(chosen)]
-            return covered(real, points, squared_radii(points, 3, "cpu"), "cpu").numpy()
-
-        return Recall(covers, len(fake))
+        return Recall(real, torch.from_numpy(0.9 * np.random.default_rng(seed).normal(size=(60, 16))), 3, "cpu")
 
     figures = [recall(seed) for seed in range(1, 41)]
     real_deviation = np.std([figure.value for figure in figures], ddof=1)

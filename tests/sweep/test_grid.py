@@ -66,7 +66,7 @@ MISTAKES = [
     ({"guidance": "1:2"}, "guidance: got '1:2', want"),
     ({"guidance": "inf"}, "guidance: got 'inf', want"),
     ({"guidance": "4:1.5:0.25"}, "guidance: got 4:1.5:0.25, want start <= stop and a positive step"),
-    ({"guidance": "1,2,1"}, "guidance: 1.0 comes twice"),
+    ({"guidance": "1,2,1"}, "guidance: 1 comes twice"),
     ({"guidance": "0:1:1e-9"}, "has 1000000001 values, want at most 10000; take wider steps"),
     ({"guidance": "0:1:0.001", "steps": "2:22:1"}, "the grid has 21021 settings, want at most 10000"),
     ({"guidance": "1", "interval": "0-1,0-2"}, "the grid has one setting"),

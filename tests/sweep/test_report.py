@@ -26,11 +26,8 @@ def state(steps=(18, 32), best="low", scales=SCALES, widths=WIDTHS, pairs=PAIRS)
         value = 2 + 100 / images + (setting["guidance"] - 2) ** 2 + 0.1 / setting["steps"]
         value += 0.3 * (setting["sigma_rel"] != 0.05) + 0.2 * (setting["interval"] == pairs[0])
         spread = 0.2 / images**0.5
-        said = {
-            "figures": {"fid": sign * value},
-            "spread": {"fid": spread},
-            "seconds_per_image": setting["steps"] / 100,
-        }
+        said = {"figures": {"fid": sign * value}, "spread": {"fid": spread}}
+        said["seconds_per_image"] = setting["steps"] / 100
         if images == 1000:
             said["figures"]["recall"], said["spread"]["recall"] = 0.625, None
         return said
@@ -53,18 +50,12 @@ def state(steps=(18, 32), best="low", scales=SCALES, widths=WIDTHS, pairs=PAIRS)
     return sweep | {"result": order[0]}
 
 
-@pytest.mark.parametrize(
-    ("value", "spread", "text"),
-    [
-        (2.31478, 0.0213, "2.315 ± 0.021"),
-        (231.4, 12.3, "231 ± 12"),
-        (0.625, None, "0.625"),
-        (float("nan"), None, "nan"),
-        (2.31478, float("nan"), "2.315"),
-    ],
-)
-def test_a_figure_has_as_many_places_as_its_spread(value, spread, text):
-    assert report._with_spread(value, spread) == text
+def test_a_figure_has_as_many_places_as_its_spread():
+    assert report._with_spread(2.31478, 0.0213) == "2.315 ± 0.021"
+    assert report._with_spread(231.4, 12.3) == "231 ± 12"
+    assert report._with_spread(0.625, None) == "0.625"
+    assert report._with_spread(float("nan"), None) == "nan"
+    assert report._with_spread(2.31478, float("nan")) == "2.315"
 
 
 @pytest.mark.parametrize("best", ["low", "high"])
@@ -99,7 +90,7 @@ def test_a_best_at_the_end_of_its_axis_is_said():
     ("axes", "plots"),
     [
         ({}, {"guidance_sigma_rel.png", "interval.png", "steps.png"}),
-        ({"widths": [None]}, {"guidance.png", "interval.png", "steps.png"}),
+        ({"widths": [None], "pairs": PAIRS[:1], "steps": (18,)}, {"guidance.png"}),
         ({"scales": [2.0], "widths": [0.05, 0.1], "pairs": PAIRS[:1], "steps": (18,)}, {"sigma_rel.png"}),
     ],
 )
