@@ -16,17 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from epg_fast.models.blocks import (
-    Attention,
-    Block,
-    DecoderBlock,
-    LayerNorm,
-    Mlp,
-    PatchEmbed,
-    Trunk,
-    is_plain,
-    tokens,
-)
+from epg_fast.models.blocks import Attention, Block, DecoderBlock, LayerNorm, Mlp, PatchEmbed, Trunk, is_plain, tokens
 from epg_fast.ops import (
     attention,
     gate_residual_norm_modulate,

@@ -201,25 +201,6 @@ def test_a_feature_is_computed_without_the_tokens_that_it_does_not_need_behind_t
     assert fused.eval().drops_tokens == (kept == 1)
 
 
-def test_an_objective_gives_the_same_in_patches_as_for_a_function_that_makes_images():
-    model = make()
-    x, _, y = inputs(model)
-    noise, sigma = torch.randn_like(x), torch.tensor([0.3, 1.0, 20.0], device=DEVICE)
-
-    def function(*arguments):
-        return model(*arguments)
-
-    for loss in (
-        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule(), parameterization="edm"),
-        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule()),
-        lambda m: consistency_loss(m, x, noise, y, sigma, sigma * 0.9, 2, NoiseSchedule()),
-        lambda m: consistency_loss(m, x, noise, y, sigma, sigma * 0.9, 0, NoiseSchedule()),
-    ):
-        in_patches, in_images = loss(model), loss(function)
-        torch.testing.assert_close(in_patches.per_sample, in_images.per_sample, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(in_patches.terms, in_images.terms, rtol=1e-5, atol=1e-6)
-
-
 def test_the_switch_changes_no_parameter_and_can_be_turned_back():
     model = make()
     state, arguments = copy.deepcopy(model.state_dict()), inputs(model)
@@ -297,17 +278,28 @@ class Halved(EPGViT):
         return super().forward(*arguments, **options) / 2
 
 
-def test_a_network_with_its_own_forward_is_trained_on_images_and_keeps_it_with_the_fused_kernels():
-    model = make(Halved, decoder_depth=1)
-    x, t, y = inputs(model)
+@pytest.mark.parametrize("cls", [EPGViT, Halved])
+def test_an_objective_gives_the_same_in_patches_as_for_a_function_that_makes_images(cls):
+    """A network with its own forward is trained on images, too."""
+    model = make(cls, decoder_depth=1)
+    x, _, y = inputs(model)
     noise, sigma = torch.randn_like(x), torch.tensor([0.3, 1.0, 20.0], device=DEVICE)
-    for loss in (denoising_loss, lambda *a: consistency_loss(*a[:5], a[4] * 0.9, 1, a[5])):
-        result = loss(model, x, noise, y, sigma, NoiseSchedule())
-        wanted = loss(lambda *a: EPGViT.forward(model, *a) / 2, x, noise, y, sigma, NoiseSchedule())
-        torch.testing.assert_close(result.per_sample, wanted.per_sample)
-    want = model.eval()(x, t, y)
+    for loss in (
+        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule(), parameterization="edm"),
+        lambda m: denoising_loss(m, x, noise, y, sigma, NoiseSchedule()),
+        lambda m: consistency_loss(m, x, noise, y, sigma, sigma * 0.9, 2, NoiseSchedule()),
+        lambda m: consistency_loss(m, x, noise, y, sigma, sigma * 0.9, 0, NoiseSchedule()),
+    ):
+        result, in_images = loss(model), loss(lambda *a: EPGViT.forward(model, *a) / (2 if cls is Halved else 1))
+        torch.testing.assert_close(result.per_sample, in_images.per_sample, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.terms, in_images.terms, rtol=1e-5, atol=1e-6)
+
+
+def test_a_subclass_stays_one_and_keeps_its_forward_with_the_fused_kernels():
+    model = make(Halved, decoder_depth=1).eval()
+    want = model(*inputs(model))
     fused = pickle.loads(pickle.dumps(model.use_ops("triton")))
-    close(fused(x, t, y), want)
+    close(fused(*inputs(model)), want)
     assert type(fused) is type(model) is Halved
 
 

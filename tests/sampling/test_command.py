@@ -18,16 +18,7 @@ from epg_fast.plans import Machine
 from epg_fast.sampling import command as command_module
 from epg_fast.sampling import image_error, outputs, sample
 from epg_fast.sampling.outputs import Outputs
-from tests.commands import (
-    Kept,
-    ask_to_stop,
-    fails,
-    full_disk,
-    held_by_another_process,
-    on_two_ranks,
-    python,
-    snapshot,
-)
+from tests.commands import Kept, ask_to_stop, fails, full_disk, held_by_another_process, on_two_ranks, python, snapshot
 from tests.sampling.conftest import write_checkpoint
 
 KILLER = Path(__file__).parent / "kill_everywhere.py"
@@ -52,12 +43,6 @@ def finished(command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "s"
     assert main([*command, "--png", "true", "--outdir", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture
-def whole(finished, tmp_path):
-    """That folder for one test."""
-    return shutil.copytree(finished, tmp_path / "whole")
 
 
 @pytest.fixture
@@ -87,10 +72,9 @@ def arrays(folder):
 
 
 def test_the_folder_says_what_it_holds(finished, checkpoint):
-    whole = finished
-    images, labels, metadata = arrays(whole)
+    images, labels, metadata = arrays(finished)
     assert images.shape == (8, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert metadata == json.loads((whole / "settings.json").read_text())
+    assert metadata == json.loads((finished / "settings.json").read_text())
     wanted = {"checkpoint": str(checkpoint), "sampler": "heun", "steps": 2, "evaluations": 2, "labels": "balanced"}
     wanted |= {"guidance": 1.0, "interval": [0.19, 1.61], "precision": "fp32", "seed": 0, "num": 8}
     assert wanted.items() <= metadata.items() and len(metadata["weights_sha256"]) == 64
@@ -98,11 +82,11 @@ def test_the_folder_says_what_it_holds(finished, checkpoint):
     assert using.items() >= {"compile": "off", "cuda_graphs": False, "plan": None, "ops": {}}.items()
     assert using.items() >= {"torch": torch.__version__, "numpy": np.__version__, "processes": 1}.items()
     assert using["device"] == Machine.here(torch.device("cpu")).device and using["batch_size"] == 3
-    assert metadata["ema"] == {"step": 7, "ema_decay": 0.99} and not (whole / "parts").exists()
+    assert metadata["ema"] == {"step": 7, "ema_decay": 0.99} and not (finished / "parts").exists()
     for i, label in enumerate(labels):
-        with Image.open(whole / "png" / f"{label:04d}" / f"{i:06d}.png") as file:
+        with Image.open(finished / "png" / f"{label:04d}" / f"{i:06d}.png") as file:
             assert np.array_equal(np.asarray(file), images[i])
-    assert Image.open(whole / "grid.png").width > 3 * 96
+    assert Image.open(finished / "grid.png").width > 3 * 96
 
 
 def test_names_of_classes_are_below_the_grid_and_in_the_note(command, finished, tmp_path):
@@ -263,9 +247,9 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(command, finished,
     fails(capsys, arguments, "labels_sha256 was")
 
 
-def test_a_folder_that_cannot_be_used_is_refused_and_left_alone(command, whole, tmp_path, capsys):
-    for folder in (tmp_path / "mine", whole):
-        folder.mkdir(exist_ok=True)
+def test_a_folder_that_cannot_be_used_is_refused_and_left_alone(command, finished, tmp_path, capsys):
+    whole = shutil.copytree(finished, tmp_path / "whole")
+    (tmp_path / "mine").mkdir()
     for path in (tmp_path / "mine" / "thesis.txt", tmp_path / "file"):
         path.write_text("dear")
     (whole / "settings.json").write_text("{")
