@@ -113,7 +113,7 @@ def test_images_are_chosen_evenly_over_the_classes():
 
 def state_of(stage):
     """What a measurement must leave as it is, and weights do not show."""
-    modes = [module.training for module in stage.network.modules()]
+    modes = [module.training for network in (stage.network, stage.ema) for module in network.modules()]
     return modes, torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
 
 
