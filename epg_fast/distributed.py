@@ -134,7 +134,7 @@ class Ranks:
         import torch.distributed as dist
 
         values = [None] * self.world_size if self.main else None
-        dist.gather_object(value, values)
+        dist.gather_object(value, values, group=self._group)
         return values
 
     def gather_tensors(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -146,7 +146,7 @@ class Ranks:
         import torch.distributed as dist
 
         shares = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        work = dist.all_gather(shares, tensor, async_op=True)
+        work = dist.all_gather(shares, tensor, self._group, async_op=True)
 
         def wait() -> torch.Tensor:
             work.wait()

@@ -65,38 +65,30 @@ def probes(digits):
 
 
 def test_the_effective_rank_is_the_number_of_equal_eigenvalues():
-    """Of any basis, mean and scale; unequal ones count less, by their entropy."""
+    """Of any basis, mean and scale; unequal ones count less, by their entropy. Collapsed features have rank 1."""
     rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     for k in (1, 3, 8):
         signs = torch.cat([torch.eye(8)[:k], -torch.eye(8)[:k]]).double()
         assert effective_rank(1e-4 * (signs @ rotation + 5)) == pytest.approx(k, rel=1e-6)
     unequal = torch.tensor([[1.0, 0], [-1, 0], [0, 3], [0, -3]])
     assert effective_rank(unequal) == pytest.approx(math.exp(-0.1 * math.log(0.1) - 0.9 * math.log(0.9)))
-
-
-def test_collapsed_features_have_rank_1_and_uniformity_0():
-    same = torch.randn(1, 32).expand(64, 32)
-    assert effective_rank(same) == 1.0 == effective_rank(torch.zeros(4, 8))
-    assert uniformity(same) == pytest.approx(0, abs=1e-12) and alignment(same, 2 * same) == pytest.approx(0, abs=1e-12)
-    line = torch.randn(64, 1) * torch.randn(1, 32)
-    assert effective_rank(line) == pytest.approx(1, rel=1e-3)
-
-
-def test_isotropic_features_have_nearly_full_rank_and_spread_over_the_sphere():
-    """exp(-2 d^2) over a sphere of many dimensions tends to e^-4; of 4000 samples in 16 dimensions the rank is 16
-    but for the spread of the sample's eigenvalues."""
-    features = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
-    assert 15.9 < effective_rank(features) < 16
-    many = torch.randn(1000, 2000, generator=torch.Generator().manual_seed(0))
-    assert uniformity(many) == pytest.approx(-4, abs=0.01)
+    assert effective_rank(torch.randn(1, 32).expand(64, 32)) == 1.0 == effective_rank(torch.zeros(4, 8))
+    assert effective_rank(torch.randn(64, 1) * torch.randn(1, 32)) == pytest.approx(1, rel=1e-3)
+    # but for the spread of a sample's eigenvalues
+    assert 15.9 < effective_rank(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))) < 16
 
 
 def test_alignment_and_uniformity_by_hand():
-    """Angles of 90 and 0 degrees; three points whose squared distances are 2, 2 and 4."""
+    """Angles of 90 and 0 degrees; three points whose squared distances are 2, 2 and 4; one point; a sphere of many
+    dimensions, over which exp(-2 d^2) tends to e^-4."""
     one, other = torch.tensor([[2.0, 0], [0, 1]]), torch.tensor([[0.0, 3], [0, 5]])
     assert alignment(one, other) == pytest.approx((2 + 0) / 2)
     points = torch.tensor([[1.0, 0], [0, 2], [-3, 0]])
     assert uniformity(points) == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
+    same = torch.randn(1, 32).expand(64, 32)
+    assert uniformity(same) == pytest.approx(0, abs=1e-12) and alignment(same, 2 * same) == pytest.approx(0, abs=1e-12)
+    many = torch.randn(1000, 2000, generator=torch.Generator().manual_seed(0))
+    assert uniformity(many) == pytest.approx(-4, abs=0.01)
 
 
 def test_images_are_chosen_evenly_over_the_classes():
@@ -113,7 +105,7 @@ def test_images_are_chosen_evenly_over_the_classes():
 
 def state_of(stage):
     """What a measurement must leave as it is, and weights do not show."""
-    modes = [module.training for module in stage.network.modules()]
+    modes = [module.training for network in (stage.network, stage.ema) for module in network.modules()]
     return modes, torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
 
 

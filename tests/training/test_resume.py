@@ -20,6 +20,7 @@ from epg_fast.distributed import TIMEOUT, torchrun_store
 from epg_fast.evaluation.judge import Judges
 from epg_fast.models import load_weights
 from epg_fast.training import checkpoint, loop, state
+from epg_fast.training.ema import HostEma
 from tests.training.runs import (
     Killed,
     assert_same_run,
@@ -126,13 +127,15 @@ def test_a_run_that_was_cut_short_goes_on_bit_for_bit(run, tiny_run, digits, tmp
     command = functools.partial(run_command, tiny_run, job=job, steps=9, checkpoint_every=4, log_every=3, **flags)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     # gradients that are not finite before, at and after the checkpoint of 4
-    before_step(monkeypatch, lambda state, batch: state.iteration in (1, 3, 6) and spoil(batch))
-    assert main(command(whole)) == 0
+    before_step(monkeypatch, lambda state, batch: state.iteration in (2, 3, 4) and spoil(batch))
+    average = HostEma._average  # slow, so that whoever does not wait for it is seen
+    monkeypatch.setattr(HostEma, "_average", lambda *arguments: (time.sleep(0.03), average(*arguments)))
+    moved = [{"offload_ema": where} if job == "finetune-diffusion" else {} for where in ("true", "false")]
+    assert main(command(whole, **moved[0])) == 0
     for i, (install, saved) in enumerate([*cuts, (lambda patched: None, None)]):
-        moved = {"offload_ema": str(i % 2 == 0).lower()} if job == "finetune-diffusion" else {}
         with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Killed):
             install(patched)
-            main(command(cut, **moved))
+            main(command(cut, **moved[i % 2]))
         assert saved is None or saved_steps(cut)[:2] == saved
     assert_same_run(cut, whole)
     said = capsys.readouterr().err
