@@ -7,7 +7,6 @@ driver of the wanted architecture, and what it would compile is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -102,19 +101,11 @@ def _new(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 _new32, _new8 = partial(_new, dtype=FP32), partial(_new, dtype=FP8)
 
 
-@contextmanager
-def _precision(name: str):
+def _with_precision(name: str, call: Callable) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _with_precision(name: str, call: Callable) -> None:
-    with _precision(name):
-        call()
+    call()
+    torch.set_float32_matmul_precision(before)
 
 
 def _norm(width: int, dtype=BF16, gated=False, twice=False, bias=False, fp8=False) -> tuple[str, Callable]:

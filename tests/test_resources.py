@@ -27,6 +27,13 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
+def test_every_triton_kernel_is_among_those_that_are_compiled():
+    pytest.importorskip("triton")
+    from bench.launches import CALLS
+
+    assert set(CALLS) == {path.stem for path in (ROOT / "kernels/epg_kernels").glob("[!_]*.py")}
+
+
 @pytest.mark.kernels
 def test_no_kernel_spills_on_sm_90():
     """By the table that `make kernels` has just made, which stops at a spill on sm_90, or by a new one."""

@@ -212,11 +212,8 @@ def installed(package: str) -> bool:
 
 
 def _check(qkv: torch.Tensor, scale: float | None, dropout_p: float, backend: str, op: str = "attention") -> None:
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(
-            f"{op}: got qkv of shape {tuple(qkv.shape)}, wanted [B, L, 3, H, d]; reshape the projection's output "
-            "with .view(B, L, 3, H, d)"
-        )
+    remedy = "; reshape the projection's output with .view(B, L, 3, H, d)"
+    check_shapes(op, {"3": 3}, qkv=(qkv, "BL3Hd", remedy))
     if 0 in qkv.shape:
         raise ValueError(f"{op}: got qkv of shape {tuple(qkv.shape)}, wanted no empty dimension")
     check_floating(op, qkv=qkv)

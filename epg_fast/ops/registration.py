@@ -149,20 +149,31 @@ def _signature(plain: Callable) -> inspect.Signature:
     return signature.replace(parameters=[p.replace(annotation=kind, default=none) for p, kind in annotations])
 
 
-def _fake(compute: Callable) -> Callable:
-    """Of the same arguments the results are described once: tracing a network asks for them hundreds of times."""
-    described: dict[tuple, tuple] = {}
+def _once_for_each(function: Callable) -> Callable:
+    """What the function returns, computed once for arguments like these: a network asks for it hundreds of times."""
+    found: dict[tuple, object] = {}
 
-    def fake(*arguments):
+    def remembered(*arguments):
         key = tuple(map(_description, arguments))
         if None in key:
-            return compute(*arguments)
-        if key not in described:
-            made = compute(*arguments)
-            made = made if isinstance(made, tuple) else (made,)
-            described[key] = tuple(None if result is None else (result.shape, result.dtype) for result in made)
+            return function(*arguments)
+        if key not in found:
+            found[key] = function(*arguments)
+        return found[key]
+
+    return remembered
+
+
+def _fake(compute: Callable) -> Callable:
+    @_once_for_each
+    def described(*arguments):
+        made = compute(*arguments)
+        made = made if isinstance(made, tuple) else (made,)
+        return tuple(None if result is None else (result.shape, result.dtype) for result in made)
+
+    def fake(*arguments):
         empty = _first_tensor(arguments).new_empty
-        made = tuple(None if told is None else empty(told[0], dtype=told[1]) for told in described[key])
+        made = tuple(None if told is None else empty(told[0], dtype=told[1]) for told in described(*arguments))
         return made if len(made) > 1 else made[0]
 
     return fake
@@ -180,17 +191,13 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _flop_formula(plain: Callable) -> Callable:
-    counted: dict[tuple, int] = {}
+    @_once_for_each
+    def count(*arguments) -> int:
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+            plain(*map(_without_values, arguments))
+        return counter.get_total_flops()
 
-    def formula(*arguments, out_val=None) -> int:
-        key = tuple(map(_description, arguments))
-        if key not in counted:
-            with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
-                plain(*map(_without_values, arguments))
-            counted[key] = counter.get_total_flops()
-        return counted[key]
-
-    return formula
+    return lambda *arguments, out_val=None: count(*arguments)
 
 
 def _without_values(value):

@@ -117,8 +117,9 @@ def _check(op: str, backend: str, t: torch.Tensor, dim: int, label: torch.Tensor
         raise ValueError(f"{op}: got dim={dim}, wanted at least 2")
     check_shapes(op, sizes, label=(label, "BD"))
     if backend == "triton":
-        require_triton(op, t, label=label)
+        require_triton(op, t, label)
         require_dtypes(op, (*FLOATS, torch.int64, torch.int32), t=t)
+        require_dtypes(op, FLOATS, label=label)
 
 
 def _bytes(shape: tuple[int, int], itemsize: int, backward: bool = False) -> int:
