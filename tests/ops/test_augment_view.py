@@ -199,11 +199,12 @@ WRONG_TENSORS = [
     ({"x": filled((2, 3, 5, 4), 0, torch.uint8)}, r"got x of shape \(2, 3, 5, 4\)", "x must have the shape"),
     ({"x": filled((2, 3, 0, 3), 0, torch.uint8)}, r"got x of shape \(2, 3, 0, 3\)", "x must have the shape"),
     ({"x": filled((2, 3, 3, 5), 0, torch.uint8).permute(0, 1, 3, 2)}, "got x with strides", "x must be contiguous"),
-    ({"values": torch.zeros(2, 4)}, "got values in torch.float32, wanted torch.float64", "values has the wrong dtype"),
-    ({"operations": filled((2, 3), 0, torch.int8)}, r"operations of shape \(2, 3\), wanted \(2, 4\)", r"\[B, 4\]"),
-    ({"flip": filled((3,), 0, torch.bool)}, r"flip of shape \(3,\), wanted \(2,\)", "flip must have the shape .B."),
-    ({"sigma": torch.zeros(1).double()}, r"got sigma of shape \(1,\), wanted \(2,\)", "sigma must have the shape"),
 ]
+for name, tensor in parameters_of([PLAIN] * 2).items():
+    wrong = f"got {name} in torch.float16, wanted torch", f"{name} has the wrong dtype"
+    WRONG_TENSORS.append(({name: tensor.half()}, *wrong))
+    wrong = rf"{name} of shape \(1,.*\), wanted \(2,.*\)", rf"{name} must have the shape \[B"
+    WRONG_TENSORS.append(({name: tensor[:1]}, *wrong))
 
 
 @needs_extension

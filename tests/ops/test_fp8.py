@@ -105,7 +105,9 @@ def test_the_operator_counts_its_product_and_hands_the_kernel_what_it_takes():
         assert all(tensor.is_contiguous() for tensor in (x_scale, weight_scale, bias))
         y.copy_(linear_fp8_ref(x, x_scale, weight, weight_scale, bias, gelu))
 
-    x, x_scale, weight, weight_scale, bias, _ = EXAMPLES["linear_fp8"].inputs((6, 48, 24), "bf16").values()
+    x, x_scale, weight, weight_scale, bias, _ = (
+        EXAMPLES["linear_fp8"].inputs((6, 48, 24), "bf16", device="cpu").values()
+    )
     with FlopCounterMode(display=False) as counter:
         torch.ops.epg_fast.linear_fp8(x, x_scale, weight, weight_scale, bias, True)
     assert counter.get_total_flops() == 2 * 6 * 48 * 24

@@ -33,13 +33,9 @@ def zeros(*size, dtype=FP32):
     return torch.zeros(size, dtype=dtype, device=DEVICE)
 
 
-# With a single multiprocessor no product has too few tiles for large ones, which those of 16 bits have.
-NAMES, FP32_TILES, FEW_TILES, LARGE_TILES = (
-    ("linear_residual", "norm_linear", "mlp_residual"),
-    (0, 132),
-    (1, 132),
-    (1, 1),
-)
+# Index of the dtypes, and multiprocessors: with a single one no product has too few tiles for large ones, in 16 bits.
+FP32_TILES, FEW_TILES, LARGE_TILES = (0, 132), (1, 132), (1, 1)
+NAMES = ("linear_residual", "norm_linear", "mlp_residual")
 GRID = [*itertools.product(NAMES, SHAPES[:-1], (FP32_TILES, FEW_TILES, LARGE_TILES))]
 GRID += [(name, SHAPES[-1], LARGE_TILES) for name in NAMES]
 
