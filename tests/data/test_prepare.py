@@ -26,7 +26,7 @@ from epg_fast.data import (
     prepare_shards,
     verify_shards,
 )
-from epg_fast.data.prepare import folder as crops
+from epg_fast.data.prepare import crops
 from tests.commands import held_by_another_process, snapshot
 from tests.data.conftest import left_of, linux
 from tests.data.images import encode, noise, open_loader, pack, png, refused, touch

@@ -93,9 +93,14 @@ class WorkerStream:
         self._finalizer = weakref.finalize(self, _end, self.processes, self._connections)
         atexit.register(self._finalizer)
         try:
-            with _signals_blocked():
+            # Ctrl-C and a scheduler's signals reach the whole process group, but it is the parent that decides what to
+            # finish first: processes end by its close(), or on their own within seconds of its death.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+            try:
                 for _ in range(self.workers):
                     self._start_process(context)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number in range(self._next, self._next + _AHEAD * self.workers):
                 self._connections[number % self.workers].send(number)
         except BaseException as error:
@@ -243,17 +248,3 @@ def _end(processes: list[BaseProcess], connections: list[Connection]) -> None:
         process.join(5)
     for connection in connections:
         connection.close()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Block SIGINT, SIGTERM and SIGUSR1 for the processes started inside, for their whole life.
-
-    Ctrl-C and a scheduler's signals reach the whole process group, but it is the parent that decides what to finish
-    first; workers end by its close(), or on their own within seconds of its death.
-    """
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
