@@ -78,7 +78,6 @@ def result_page(result: Mapping, path: str | os.PathLike | None = None) -> str:
     num = min(stream.num, _SHOWN)
     _, first = next(stream.batches(num))
     labels = None if stream.labels is None else stream.labels[:num]
-    protocol = result["protocol"]
     missing = (paragraph(f"{name}: {reason}.") for name, reason in result.get("missing", {}).items())
     sections = [
         section("Figures", _figures(result), *missing),
@@ -88,7 +87,7 @@ def result_page(result: Mapping, path: str | os.PathLike | None = None) -> str:
     optional = {"compared": ("Comparison", _comparison), "repeats": ("Repeats", _repeats)}
     optional["repeated"] = "Repeated", _repeated
     sections += [section(title, make(result[name])) for name, (title, make) in optional.items() if name in result]
-    sections += [protocol_section(protocol), section("To repeat it", _command(result, path))]
+    sections += [protocol_section(result["protocol"]), section("To repeat it", _command(result, path))]
     return document(f"Evaluation of {result['samples']}", sections)
 
 

@@ -40,13 +40,6 @@ def probe(*accuracy):
     return {"accuracy": levels, "protocol": {"text": "Logistic regression."}}
 
 
-def losses(name, count=150):
-    rng = np.random.default_rng(len(name))
-    start, end = {"pretrain": (8.5, 4.0), "diffusion": (900, 25), "consistency": (60, 9)}[name]
-    decay = end + (start - end) * np.exp(-np.arange(count) / 20)
-    return decay * np.exp(rng.normal(scale=0.08 if name == "pretrain" else 0.35, size=count))
-
-
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -56,10 +49,10 @@ def write(path, content):
 def run(tmp_path):
     """A finished demo with made-up figures that reach every goal."""
     run = tmp_path / "runs" / "demo"
-    for name in report.STAGES:
+    for name, ends in {"pretrain": (8.5, 4.0), "diffusion": (900, 25), "consistency": (60, 9)}.items():
         rows = [
             {"step": 20 * (i + 1), "loss": loss, "images_per_second": 900.0, "elapsed_s": i * 0.7}
-            for i, loss in enumerate(losses(name).tolist())
+            for i, loss in enumerate(np.geomspace(*ends, 150).tolist())
         ]
         write(run / name / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write(run / "eval" / "diffusion.json", samples(0.982, 0.16, sampler="heun", steps=18, guidance=1.5))

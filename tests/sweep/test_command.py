@@ -249,14 +249,19 @@ def test_another_batch_size_goes_on_where_the_first_had_come(arguments, finished
     assert [using["batch_size"] for using in written] == [8, 7]
 
 
-def test_stopped_in_the_end_the_same_command_goes_on_without_drawing(arguments, finished, tmp_path, saved):
+@pytest.mark.parametrize(("place", "flags"), [("open_judges", "--guidance 3,4,5 --seed 7"), ("write_report", "")])
+def test_stopped_before_anything_is_drawn_it_takes_other_settings_and_in_the_end_it_draws_nothing(
+    arguments, finished, tmp_path, saved, place, flags
+):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command_module, "write_report", ask_to_stop)
-        assert main(arguments) == 128 + signal.SIGTERM
+        patch.setattr(command_module, place, ask_to_stop)
+        assert main([*arguments, *flags.split()]) == 128 + signal.SIGTERM
     drawn = len(saved)
     assert not (tmp_path / "s" / "sweep.md").exists()
     assert main(arguments) == 0
-    assert len(saved) == drawn and found(tmp_path / "s") == found(finished)
+    assert bool(drawn) == (len(saved) == drawn) == (place == "write_report") and found(tmp_path / "s") == found(
+        finished
+    )
     assert snapshot(tmp_path / "s").keys() == snapshot(finished).keys()
 
 
@@ -305,14 +310,6 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(command, finished,
     assert snapshot(whole) == before
     (whole / "sweep.json").write_text("{")
     fails(capsys, arguments, "sweep.json cannot be read")
-
-
-def test_a_folder_in_which_nothing_is_drawn_takes_other_settings(arguments, finished, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command_module, "open_judges", ask_to_stop)
-        assert main([*arguments, "--guidance", "3,4,5", "--seed", "7"]) == 128 + signal.SIGTERM
-    assert main(arguments) == 0
-    assert found(tmp_path / "s") == found(finished)
 
 
 MISTAKES = {
