@@ -17,12 +17,7 @@ BACKENDS = pytest.mark.parametrize(
     "backend", [pytest.param("plain", marks=pytest.mark.slow), pytest.param("extension", marks=needs_extension)]
 )
 SIZES = sorted({shape[1:3] for shape in SPEC.odd_shapes})
-JITTER = {
-    "brightness": JitterOperation.BRIGHTNESS,
-    "contrast": JitterOperation.CONTRAST,
-    "saturation": JitterOperation.SATURATION,
-    "hue": JitterOperation.HUE,
-}
+JITTER = {operation.name.lower(): operation for operation in JitterOperation if operation}
 PLAIN = AugmentedView((0, 0, 1, 1), (), False, None, False, False)
 
 

@@ -11,10 +11,6 @@ EACH = pytest.mark.parametrize("name", STEPS)
 LEVELS = (1.7, 0.3)
 
 
-def function(name):
-    return getattr(ops, name)
-
-
 def make(name, *shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     count = 1 + len(STEPS[name])
@@ -25,13 +21,13 @@ def make(name, *shape, dtype=torch.float32):
 @EACH
 @pytest.mark.parametrize("clamp", [None, (-1.0, 1.0), (None, 0.5)], ids=str)
 def test_in_place_or_not_a_step_has_the_bits_of_pytorch(name, clamp):
-    step, inputs = function(name), make(name, 5, 3, 7, 11)
+    step, inputs = getattr(ops, name), make(name, 5, 3, 7, 11)
     before, (x, *estimates) = [tensor.clone() for tensor in inputs], inputs
     actual, same_dtype = step(*inputs, *LEVELS, clamp, backend="extension"), step(*inputs, *LEVELS, clamp)
     assert_close_to_reference(actual, same_dtype, step(*(t.double() for t in inputs), *LEVELS, clamp))
     assert DEVICE != "cpu" or torch.equal(actual, same_dtype)
     assert all(map(torch.equal, inputs, before))
-    assert function(f"{name}_")(*inputs, *LEVELS, clamp, backend="extension") is x
+    assert getattr(ops, f"{name}_")(*inputs, *LEVELS, clamp, backend="extension") is x
     assert torch.equal(x, actual) and all(map(torch.equal, estimates, before[1:]))
 
 
@@ -41,7 +37,7 @@ def test_nan_is_passed_on(name):
     for i in range(1 + len(STEPS[name])):
         inputs = make(name, 40)
         inputs[i][3] = float("nan")
-        out = function(name)(*inputs, *LEVELS, clamp=(-1.0, 1.0), backend="extension")
+        out = getattr(ops, name)(*inputs, *LEVELS, clamp=(-1.0, 1.0), backend="extension")
         assert out.isnan().nonzero().tolist() == [[3]]
 
 
@@ -51,10 +47,10 @@ def test_an_estimate_may_be_the_state_itself_and_the_operator_may_write_over_eit
     for i in range(1, 1 + len(STEPS[name])):
         inputs = make(name, 33)
         inputs[i] = inputs[0]
-        wanted = function(name)(*inputs, *LEVELS, backend="extension")
-        assert torch.equal(function(f"{name}_")(*inputs, *LEVELS, backend="extension"), wanted)
+        wanted = getattr(ops, name)(*inputs, *LEVELS, backend="extension")
+        assert torch.equal(getattr(ops, f"{name}_")(*inputs, *LEVELS, backend="extension"), wanted)
         inputs = make(name, 33)
-        wanted = function(name)(*inputs, *LEVELS, backend="extension")
+        wanted = getattr(ops, name)(*inputs, *LEVELS, backend="extension")
         getattr(torch.ops.epg_fast, f"{name}_out")(inputs[i], *inputs, *LEVELS, None, None)
         assert torch.equal(inputs[i], wanted)
 
@@ -65,8 +61,8 @@ def test_an_empty_tensor_stays_empty_and_inference_mode_is_accepted(name):
     with torch.inference_mode():
         for size in (0, 5):
             inputs = make(name, size, 3)
-            wanted = function(name)(*inputs, *LEVELS)
-            torch.testing.assert_close(function(f"{name}_")(*inputs, *LEVELS, backend="extension"), wanted)
+            wanted = getattr(ops, name)(*inputs, *LEVELS)
+            torch.testing.assert_close(getattr(ops, f"{name}_")(*inputs, *LEVELS, backend="extension"), wanted)
 
 
 @needs_extension
@@ -75,7 +71,7 @@ def test_autograd_notices_that_the_state_was_overwritten(name):
     inputs = make(name, 5)
     weight = torch.ones(5, requires_grad=True, device=DEVICE)
     loss = (weight * inputs[0]).sum()  # keeps the state for the gradient of weight
-    function(f"{name}_")(*inputs, *LEVELS, backend="extension")
+    getattr(ops, f"{name}_")(*inputs, *LEVELS, backend="extension")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -84,7 +80,7 @@ def test_autograd_notices_that_the_state_was_overwritten(name):
 @EACH
 def test_operator_in_place_passes_opcheck(name):
     inputs = make(name, 2, 9)
-    function(name)(*inputs, *LEVELS, backend="extension")
+    getattr(ops, name)(*inputs, *LEVELS, backend="extension")
     torch.library.opcheck(getattr(torch.ops.epg_fast, f"{name}_").default, (*inputs, 1.0, 0.5, -1.0, 1.0))
 
 
@@ -107,8 +103,8 @@ def test_compiled_the_steps_have_the_same_bits_at_any_level(inductor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_in_plain_pytorch_in_place_is_the_same_and_any_floating_dtype_is_taken(name, dtype):
     inputs = make(name, 3, 5, dtype=dtype)
-    wanted = function(name)(*inputs, *LEVELS)
-    assert wanted.dtype == dtype and function(f"{name}_")(*inputs, *LEVELS) is inputs[0]
+    wanted = getattr(ops, name)(*inputs, *LEVELS)
+    assert wanted.dtype == dtype and getattr(ops, f"{name}_")(*inputs, *LEVELS) is inputs[0]
     assert torch.equal(inputs[0], wanted)
 
 
