@@ -256,6 +256,8 @@ def test_autocast_gives_what_it_gives_in_plain_pytorch(example, backend):
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=KERNELS)], ids=["", "dynamic"])
 @each(forms=True)
 def test_operators_pass_opcheck(example, backend, form, dynamic):
+    if dynamic and backend == "cuda" and "triton" in example.backends:
+        pytest.skip("its operators are those of backend triton, which have shown it")
     with Operators() as operators:
         run(example.by(backend), small(example, backend, form))
     assert operators.calls
