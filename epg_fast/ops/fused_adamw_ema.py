@@ -140,13 +140,14 @@ def _check_shapes_and_dtypes(params, **lists) -> None:
     """What would stop the reference half-way."""
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
-            param = params[i % len(params)]
+            k, place = divmod(i, len(params))
+            param, where = params[place], f"{name}[{k}][{place}]" if name == "emas" else f"{name}[{i}]"
             if tensor is None:
                 continue
             if tensor.shape != param.shape:
-                raise ValueError(f"{_OP}: got {name}[{i}] of shape {tuple(tensor.shape)}, wanted {tuple(param.shape)}")
+                raise ValueError(f"{_OP}: got {where} of shape {tuple(tensor.shape)}, wanted {tuple(param.shape)}")
             if name in _OF_PARAMETERS_DTYPE and tensor.dtype != param.dtype:
-                raise ValueError(f"{_OP}: got {name}[{i}] in {tensor.dtype}, wanted {param.dtype} as the parameter")
+                raise ValueError(f"{_OP}: got {where} in {tensor.dtype}, wanted {param.dtype} as the parameter")
 
 
 def _check_lengths(params, emas, ema_weights, **lists) -> None:
