@@ -273,7 +273,7 @@ WRONG_ARGUMENTS = [
     ({"betas": (0.9, 1.0)}, r"got betas=\(0.9, 1.0\), wanted two values in \[0, 1\)"),
 ]
 WRONG_IN_PLAIN = [
-    ({"emas": [[torch.zeros(2), torch.zeros(3).bfloat16()]]}, r"got emas\[0\]\[1\] in torch.bfloat16, wanted torch.float32"),
+    ({"emas": [[torch.zeros(2), torch.zeros(3).bfloat16()]]}, r"got emas\[0\]\[1\] in torch.bfloat16"),
     ({"grads": torch.ones(1)}, r"got grads\[1\] of shape \(1,\), wanted \(3,\)"),
     ({"copies": torch.ones(1).bfloat16()}, r"got copies\[1\] of shape \(1,\), wanted \(3,\)"),
 ]
