@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -42,6 +43,13 @@ def test_a_batch_has_the_documented_tensors_and_the_pixels_of_its_index(make_fol
         for x, label, index in zip(batch["x"], batch["label"], batch["index"], strict=True):
             assert label == folder.labels[index]
             np.testing.assert_array_equal(x.numpy(), crop(folder, int(index)))
+
+
+def test_a_source_keeps_what_it_was_given_in_another_process(make_folder):
+    """Caches alone stay behind: a function that a source of one's own reads with is none."""
+    folder = ImageFolder(make_folder(2))
+    folder.decrypt = len
+    assert pickle.loads(pickle.dumps(folder)).decrypt is len
 
 
 def test_the_stream_is_a_function_of_seed_epoch_and_index(make_folder):

@@ -364,7 +364,7 @@ def test_a_manifest_that_was_cut_edited_or_deleted_is_refused_with_a_remedy(make
     manifest = prepare(source, out)
     text, file = (out / "manifest.json").read_text(), out / "manifest.json"
     restore, again = "restore it, or prepare the images again", "run prepare-data again"
-    cases = [(text[:size], "is damaged: it is no JSON", restore) for size in (0, 20, len(text) - 3)]
+    cases = [(text[:n], "is damaged: it is no JSON", "move it away if it is of") for n in (0, 20, len(text) - 3)]
     cases += [
         (manifest | {key: value}, f"is damaged: {key} is {value!r}, wanted", restore)
         for key, value in (("counts", None), ("complete", "yes"), ("classes", 3), ("bad_files", None))

@@ -31,7 +31,7 @@ def read_manifest(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"it is no JSON ({error})") from None
+        raise _damaged(path, f"it is no JSON ({error})", "; move it away if it is of another program") from None
     if not isinstance(manifest, dict) or "source_fingerprint" not in manifest:
         logger.warning("%s was not written by prepare-data and is ignored", path)
         return None
@@ -42,8 +42,8 @@ def read_manifest(folder: Path) -> dict | None:
     return manifest
 
 
-def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {why}; restore it, or prepare the images again in a new outdir")
+def _damaged(path: Path, why: str, otherwise: str = "") -> ValueError:
+    return ValueError(f"{path} is damaged: {why}; restore it, or prepare the images again in a new outdir{otherwise}")
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -104,7 +105,8 @@ class ImageSource(abc.ABC):
 
     def __getstate__(self) -> dict:
         """Caches, which are made when they are used, stay with their process."""
-        return {name: value for name, value in vars(self).items() if not callable(value)}
+        caches = {name for name in dir(type(self)) if isinstance(getattr(type(self), name), functools.cached_property)}
+        return {name: value for name, value in vars(self).items() if name not in caches}
 
 
 @contextlib.contextmanager
