@@ -121,7 +121,12 @@ def explained(kinds: Sequence[type]) -> Iterator[tuple[str, str, str]]:
 
 def _help(kinds: Sequence[type], command: str, about: str) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = [f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]", "", about or inspect.getdoc(kinds[0]), ""]
+    lines = [
+        f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]",
+        "",
+        about or inspect.getdoc(kinds[0]),
+        "",
+    ]
     for flag, text, default in explained(kinds):
         text += f" (default: {default})" if default else ""
         lines += [f"  {flag}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
