@@ -191,7 +191,7 @@ class _Job(NamedTuple):
         """Do it. Raises ValueError for words that are not understood."""
         if self.configs is None:
             return self.run(words)
-        found = parse(self.configs, words, name)
+        found = parse(self.configs, words, name, about="" if self.configs else self.run.__doc__)
         for flag in self.required:
             if getattr(found[0], flag) in ("", None):
                 raise ValueError(f"{flag} is missing; say it with --{flag}")

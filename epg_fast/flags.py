@@ -32,14 +32,15 @@ Text = str | list[str] | None
 """What stands behind a flag; None: nothing."""
 
 
-def parse(kinds: Sequence[type], argv: Sequence[str], command: str, network_only: bool = False):
+def parse(kinds: Sequence[type], argv: Sequence[str], command: str, network_only: bool = False, about: str = ""):
     """One object of each dataclass in `kinds`, from defaults, then `--config` files in order, then flags.
 
     network_only: of files with names that the command lacks, those of another job, only `model` is taken.
+    about: what the help says of the command; that of the first dataclass where it is left out.
     Raises ValueError, with one line, for whatever is wrong; prints the help and exits where that is asked for.
     """
     if {"-h", "--help"} & set(argv):
-        print(_help(kinds, command))
+        print(_help(kinds, command, about))
         raise SystemExit(0)
     flags = {flag.name: flag for kind in kinds for flag in _flags(kind)}
     texts: dict[str, Text] = {}
@@ -118,10 +119,14 @@ def explained(kinds: Sequence[type]) -> Iterator[tuple[str, str, str]]:
         yield f"--{name} {wanted(hint)}", _texts(owner)[name.rpartition(".")[2]], _shown(default)
 
 
-def _help(kinds: Sequence[type], command: str) -> str:
+def _help(kinds: Sequence[type], command: str, about: str) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = [f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]", ""]
-    lines += [inspect.getdoc(kind) + "\n" for kind in kinds[:1]]
+    lines = [
+        f"usage: epg-fast {command} [--config FILE_OR_RECIPE ...] [--flag value ...]",
+        "",
+        about or inspect.getdoc(kinds[0]),
+        "",
+    ]
     for flag, text, default in explained(kinds):
         text += f" (default: {default})" if default else ""
         lines += [f"  {flag}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]

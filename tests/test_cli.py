@@ -55,6 +55,9 @@ def test_help_env_and_version_work_without_arguments(capsys):
     assert main(["--version"]) == 0
     line = capsys.readouterr().out
     assert line.startswith("epg-fast ") and f"torch {torch_version}" in line and "extension" in line
+    with pytest.raises(SystemExit):
+        main(["env", "--help"])
+    assert "Versions, devices, extension" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         main(["finetune-diffusion", "--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -326,3 +326,16 @@ def test_an_optimiser_that_is_named_without_a_plan_is_taken(tiny_run, folder, tm
     flags = ["--outdir", str(tmp_path / "run"), "--steps", "1", "--ops", "plain,optimizer=fused"]
     assert main(["finetune-diffusion", *tiny_run, *flags]) == 0
     assert planned == ["fused"]
+
+
+@pytest.mark.parametrize("place", ["out", "blocks.0.attn", "blocks.0.mlp", "blocks.0.mlp.fc1", "decoder_blocks.0.mlp"])
+def test_a_network_with_an_adapter_has_the_plan_of_its_shapes(place):
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+    model = epg_fast.EPGViT(**SIZES)
+    want = architecture(model)
+    model.set_submodule(place, Adapter(model.get_submodule(place)))
+    assert architecture(model) == want

@@ -184,6 +184,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
     Custom operators are not autocast-aware: an operation with a matrix product casts its operands to this itself.
     """
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    # PyTorch refuses to say whether autocast is on for meta tensors, which have none
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)

@@ -69,16 +69,21 @@ def architecture(network: torch.nn.Module) -> dict[str, int]:
     }
     if len(network.blocks):
         found |= {
-            "num_heads": network.blocks[0].attn.num_heads,
-            "hidden_dim": network.blocks[0].mlp.fc1.weight.shape[0],
+            "num_heads": _told(network.blocks[0].attn, "num_heads"),
+            "hidden_dim": _told(network.blocks[0].mlp, "out_features"),
         }
     decoder = getattr(network, "decoder_blocks", None)
     if decoder is not None:
-        found |= {"decoder_depth": len(decoder), "decoder_embed_dim": network.out.weight.shape[1]}
+        found |= {"decoder_depth": len(decoder), "decoder_embed_dim": _told(network.out, "in_features")}
         if len(decoder):
-            found["decoder_num_heads"] = decoder[0].attn.num_heads
-            found["decoder_hidden_dim"] = decoder[0].mlp.fc1.weight.shape[0]
+            found["decoder_num_heads"] = _told(decoder[0].attn, "num_heads")
+            found["decoder_hidden_dim"] = _told(decoder[0].mlp, "out_features")
     return found
+
+
+def _told(module: torch.nn.Module, name: str) -> int:
+    """An attribute of the first module that has it: an adapter may stand in the place of a layer, and hold it."""
+    return next((getattr(part, name) for part in module.modules() if hasattr(part, name)), 0)
 
 
 @dataclass(frozen=True)

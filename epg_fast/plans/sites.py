@@ -63,6 +63,8 @@ def site_choices(ops: str | Mapping[str, str]) -> dict[str, str]:
             raise ValueError(f"ops {ops!r}: want {kinds}, or sites with their backends such as {{'mlp': 'triton'}}")
         wanted = KINDS[ops]
         return {site: next((kind for kind in wanted if kind in SITES[site]), "plain") for site in SITES}
+    if not isinstance(ops, Mapping):
+        raise ValueError(f"ops {ops!r}: want a name such as 'triton', or sites with their backends")
     chosen = dict(PLAIN)
     for name, backend in ops.items():
         sites = sites_of(name)

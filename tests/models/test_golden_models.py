@@ -51,10 +51,15 @@ def test_encoder_output_and_running_statistics(mode, ops):
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts(name):
+def test_parameter_counts_and_shapes_without_memory(name):
     entry = COUNTS[name]
     with torch.device("meta"):
         model = {"EPGViT": EPGViT, "RCMViT": RCMViT}[entry["kind"]](**entry["config"])
+        x = torch.zeros(2, 3, model.image_size, model.image_size)
+        arguments = [x, torch.zeros(2), torch.zeros(2, dtype=torch.int64)][: 3 if entry["kind"] == "EPGViT" else 2]
+        out = model(*arguments)
+    out = out if entry["kind"] == "EPGViT" else out[0]
+    assert out.is_meta and out.shape == (x.shape if entry["kind"] == "EPGViT" else (2, entry["config"]["output_dim"]))
     assert sum(p.numel() for p in model.parameters()) == entry["parameters"]
     assert sum(p.numel() for n, p in model.named_parameters() if "adaLN" in n) == entry["adaLN_parameters"]
 

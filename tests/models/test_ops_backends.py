@@ -220,6 +220,7 @@ def test_the_switch_changes_no_parameter_and_can_be_turned_back():
         ({"atention": "triton"}, "got site 'atention' .did you mean 'attention'"),
         ({"mlp": "cudnn"}, "got mlp='cudnn', want one of plain, triton, cuda"),
         ({"norm": "cuda"}, "got norm='cuda', want one of plain, triton"),
+        (["triton"], r"ops \['triton'\]: want a name such as 'triton', or sites with their backends"),
     ):
         with pytest.raises(ValueError, match=message):
             model.use_ops(ops)
