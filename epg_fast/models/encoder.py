@@ -93,9 +93,6 @@ class ViTEncoder(Pretrained, library_name="epg_fast", tags=_TAGS):
         )
         self.norm = LayerNorm(embed_dim)
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__({"metadata": {}} | state)  # which networks that were pickled by older versions may lack
-
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are usually exempt from weight decay."""
         return {"pos_embed", "cls_token"}

@@ -124,14 +124,6 @@ def test_a_disk_that_fills_up_leaves_no_config_of_other_weights(tmp_path, monkey
         assert again.num_classes == want.num_classes and torch.equal(again.out.weight, want.out.weight)
 
 
-def test_a_network_that_an_older_version_pickled_without_metadata_is_used_as_any_other():
-    model = network(EPGViT)
-    del model.metadata
-    images = epg_fast.sample(pickle.loads(pickle.dumps(model)), [0], steps=2)
-    model.metadata = {}
-    assert torch.equal(images, epg_fast.sample(model, [0], steps=2))
-
-
 class Mine(EPGViT, tags=["mine"], license="mit"):
     pass
 
