@@ -3,8 +3,10 @@
 One process imports everything, and each rank is a fork of it.
 """
 
+import contextlib
 import datetime
 import functools
+import itertools
 import multiprocessing
 import os
 import resource
@@ -201,15 +203,28 @@ def on_ranks(count, tasks, ends=0):
     ranks = [context.Process(target=one_rank, args=(rank, count, ports, tasks)) for rank in range(count)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(200)
-        assert process.exitcode == ends, f"a rank of {count} ended with {process.exitcode}"
+    try:
+        for process in ranks:
+            process.join(200)
+            assert process.exitcode == ends, f"a rank of {count} ended with {process.exitcode}"
+    finally:
+        for process in ranks:  # which would wait for one that has failed
+            process.kill()
+
+
+_PORTS = itertools.count()
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens to, and that stays so until a rank does.
+
+    The system gives none from this range to connections, and test processes each take their own part of it.
+    """
+    while True:
+        port = 10000 + (32 * os.getpid() + next(_PORTS) % 32) % 20000
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def one_rank(rank, count, ports, tasks):
